@@ -1,0 +1,194 @@
+"""Random crop, flip and PCA lighting, and the centre crop, on the device.
+
+uint8 pictures in, float images out, inside the jitted step. Every picture draws from
+its own key, made of the step's key and the picture's position in the global batch:
+the same whatever the number of devices (`first_example`).
+
+Source: Krizhevsky et al. 2012, section 4.1; the original's `convdata_jpeg.py`.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# ImageNet's principal components of RGB pixel values, computed by the original
+# (cuda-convnet2, `make-data/input_meta`): standard deviations (not variances) in
+# grey levels of 0..255, and the vectors as columns in the same order, rows R, G, B.
+IMAGENET_PCA_STD_255 = np.array([19.72083305, 37.09388853, 121.78006099])
+IMAGENET_PCA_VECTORS = np.array(
+    [
+        [0.41795513, -0.71257945, -0.56351045],
+        [-0.81698062, -0.02354167, -0.5761844],
+        [0.39731118, 0.70119634, -0.59200296],
+    ]
+)
+# Mean of ImageNet's mean image (same source), RGB, 0..255.
+IMAGENET_MEAN_255 = np.array([127.305, 119.715, 104.913])
+
+
+@flax.struct.dataclass
+class PixelStatistics:
+    """The training data's statistics, as arrays on the device.
+
+    Attributes:
+      mean_image: [S, S, 3], RGB, 0..255.
+      pca_std_255, pca_vectors: see `pca_lighting`.
+    """
+
+    mean_image: jax.Array
+    pca_std_255: jax.Array
+    pca_vectors: jax.Array
+
+
+def example_keys(key: jax.Array, first_example: Any, count: int) -> jax.Array:
+    """A key for each of the examples first_example ... first_example + count - 1."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(
+        key, first_example + jnp.arange(count)
+    )
+
+
+def random_crop(pictures: jax.Array, keys: jax.Array, size: int) -> jax.Array:
+    """Cuts size x size at a random place out of each picture.
+
+    Every offset from 0 to S - size, both included, is as likely: at 224 of 256, 33
+    x 33 places (the paper's "factor of 2048" counts 32 x 32, twice for the flip).
+
+    Args:
+      pictures: [B, S, S, 3] of any dtype.
+      keys: [B] random keys, one a picture.
+      size: at most S.
+
+    Returns:
+      [B, size, size, 3], same dtype.
+    """
+    offsets = jnp.int32(pictures.shape[1] - size)
+
+    def crop(picture: jax.Array, key: jax.Array) -> jax.Array:
+        top, left = jax.random.randint(key, (2,), 0, offsets + 1, dtype=jnp.int32)
+        return lax.dynamic_slice(
+            picture, (top, left, jnp.int32(0)), (size, size, picture.shape[-1])
+        )
+
+    return jax.vmap(crop)(pictures, keys)
+
+
+def random_flip(pictures: jax.Array, keys: jax.Array) -> jax.Array:
+    """Mirrors each picture [H, W, 3] left to right with probability 1/2."""
+
+    def flip(picture: jax.Array, key: jax.Array) -> jax.Array:
+        coin = jax.random.bits(key, dtype=jnp.uint32) & 1
+        return jnp.where(coin == 1, picture[:, ::-1], picture)
+
+    return jax.vmap(flip)(pictures, keys)
+
+
+def pca_lighting(
+    images: jax.Array,
+    keys: jax.Array,
+    *,
+    sigma: float = 0.1,
+    std_255: Any = IMAGENET_PCA_STD_255,
+    vectors: Any = IMAGENET_PCA_VECTORS,
+) -> jax.Array:
+    """Adds a random multiple of the principal components of colour to each image.
+
+    Every pixel of an image gets the same vectors @ (z * std_255), z ~ N(0, sigma^2)
+    drawn once an image. The paper writes eigenvalues; on pixels of 0..255 these
+    would be thousands of grey levels, and the original uses their square roots.
+
+    Args:
+      images: float [B, H, W, 3], RGB, on the scale 0..255.
+      keys: [B] random keys, one an image.
+      sigma: 0.1 in the paper; 0 returns the images as they are.
+      std_255: [3] standard deviations along the components, in grey levels.
+      vectors: [3, 3], components as columns, rows R, G, B.
+
+    Source: Krizhevsky et al. 2012, section 4.1.
+    """
+    if sigma == 0:
+        return images
+    dtype = images.dtype
+    # Drawn in float32 whatever the dtype, so that float64 sees the same numbers.
+    z = jax.vmap(lambda key: jax.random.normal(key, (3,), jnp.float32))(keys)
+    scale = jnp.asarray(std_255, dtype) * sigma
+    # Written out: a matrix product may run in lower precision on a GPU.
+    shift = ((z.astype(dtype) * scale)[:, None] * jnp.asarray(vectors, dtype)).sum(-1)
+    return images + shift[:, None, None, :]
+
+
+def centre_crop(pictures: jax.Array, size: int) -> jax.Array:
+    """The central size x size of [..., S, S, 3]; an odd margin leaves the larger
+    half on the right and at the bottom."""
+    start = (pictures.shape[-3] - size) // 2
+    return pictures[..., start : start + size, start : start + size, :]
+
+
+def train_images(
+    pictures: jax.Array,
+    key: jax.Array,
+    first_example: Any,
+    statistics: PixelStatistics,
+    *,
+    crop_size: int,
+    crop: bool,
+    flip: bool,
+    lighting: float,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """uint8 pictures -> augmented training images.
+
+    Args:
+      pictures: uint8 [B, S, S, 3].
+      key: of the step; each example folds in its position in the global batch.
+      first_example: the position of pictures[0] in the global batch.
+      statistics: of the training data. The centre of the mean image is subtracted
+        from every crop, wherever it was cut, as the original did.
+      crop_size: at most S.
+      crop, flip: whether to draw them; without `crop` the centre is taken.
+      lighting: sigma of `pca_lighting`.
+      dtype: of the result.
+
+    Returns:
+      [B, crop_size, crop_size, 3], RGB, 0..255 minus the mean.
+    """
+    keys = example_keys(key, first_example, pictures.shape[0])
+    crop_keys, flip_keys, light_keys = jnp.moveaxis(
+        jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0
+    )
+    if crop and crop_size < pictures.shape[1]:
+        pictures = random_crop(pictures, crop_keys, crop_size)
+    else:
+        pictures = centre_crop(pictures, crop_size)
+    if flip:
+        pictures = random_flip(pictures, flip_keys)
+    images = _minus_mean(pictures, statistics.mean_image, crop_size, dtype)
+    return pca_lighting(
+        images,
+        light_keys,
+        sigma=lighting,
+        std_255=statistics.pca_std_255,
+        vectors=statistics.pca_vectors,
+    )
+
+
+def eval_images(
+    pictures: jax.Array,
+    *,
+    mean_image: jax.Array,
+    crop_size: int,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """uint8 pictures [B, S, S, 3] -> their centre crops minus the mean's centre."""
+    return _minus_mean(centre_crop(pictures, crop_size), mean_image, crop_size, dtype)
+
+
+def _minus_mean(
+    pictures: jax.Array, mean_image: jax.Array, crop_size: int, dtype: Any
+) -> jax.Array:
+    wide = jnp.promote_types(dtype, jnp.float32)
+    mean = centre_crop(mean_image, crop_size).astype(wide)
+    return pictures.astype(wide) - mean

@@ -1,0 +1,579 @@
+"""Checkpoints that are whole or not used: Orbax, and a manifest of SHA-256 sums.
+
+Orbax writes and reads the arrays and knows their shardings, so a state saved on two
+devices is restored on one or on four. It notices a truncated file but not a flipped
+bit, and a run can be killed between two of its files. So each step folder holds a
+`manifest.json`, written after everything else, with the size and the sum of every
+file. A step without a valid manifest, or with a file that does not match it, is passed
+over with a warning and the step before is used.
+
+    checkpoints/
+      1200/               one folder a step, named by Orbax
+        state/            the arrays: parameters, optimiser state, step
+        metadata/         JSON: config, host-side state such as the plateau rule
+        manifest.json     written last; also holds the top-1 error of the step
+"""
+
+import hashlib
+import json
+import logging as python_logging
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_TEMPORARY = MANIFEST + ".tmp"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or used; the message says what to do."""
+
+
+def has_checkpoint(directory: str | os.PathLike[str]) -> bool:
+    """Whether `directory` holds the folder of any saved step, whole or not.
+
+    A run that finds only broken steps must not start from scratch in silence: it
+    should go on to `Checkpointer.restore`, which then raises `CheckpointError`.
+    """
+    return bool(_list_steps(_absolute(directory)))
+
+
+class Checkpointer:
+    """Saves and restores one pytree of arrays a step, with JSON metadata beside it.
+
+    Keeps the newest `keep` whole steps and, in addition, the one with the lowest
+    top-1 error. An older step is deleted only after the new one has its manifest, so
+    at every moment, a kill included, at least one whole step is on the disk.
+
+    Only process 0 writes the manifest and deletes; every process calls every method
+    and checks the sums for itself, on a file system that all of them see.
+
+    Args:
+      directory: a local or mounted folder; a relative one is made absolute here, once.
+      keep: how many of the newest steps to keep, at least 1.
+      read_only: for evaluation and notebooks: creates nothing, deletes nothing (not
+        even what a killed save left behind), and `save` is refused.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 3,
+        read_only: bool = False,
+    ):
+        if keep < 1:
+            raise ValueError(f"checkpoint.keep is {keep}; it must be at least 1.")
+        _quiet_orbax()
+        self.directory = _absolute(directory)
+        self._keep = keep
+        self._read_only = read_only
+        # What is wrong with a step, "" when it is whole. Sums are costly (0.5 GB a
+        # step), so saving trusts what this process has already checked; restoring
+        # always checks again.
+        self._problems: dict[int, str] = {}
+        # Orbax's own preservation policies are not used, for two reasons: they delete
+        # before the new step has its manifest, and they count broken steps. Nor are
+        # its metrics: one flipped bit in their JSON makes the manager refuse to open.
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,
+                enable_async_checkpointing=False,
+                lightweight_initialize=True,
+                save_root_metadata=False,
+                preservation_policy=ocp.checkpoint_managers.LatestN(n=None),
+            ),
+            handler_registry=_handlers(),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees Orbax's threads. Saving is synchronous, so nothing is outstanding."""
+        self._manager.close()
+
+    # Saving.
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        metadata: Mapping[str, Any],
+        top1_error: float | None = None,
+    ) -> None:
+        """Writes `state` and returns when it is whole on the disk.
+
+        Saving a step that is already there writes no arrays; a `top1_error` given then
+        and not before is added to it. A broken step of the same number is replaced.
+
+        Args:
+          step: number of finished training steps, not below the newest whole step.
+          state: pytree of arrays, sharded or not.
+          metadata: plain JSON values; tuples come back as lists, keys as strings.
+          top1_error: in [0, 1], of the evaluation at this step; None or NaN if there
+            was none: such a step is never the best one.
+
+        Raises:
+          CheckpointError: for a step below the newest one, or in read-only use.
+          TypeError: for metadata that JSON cannot hold.
+        """
+        if self._read_only:
+            raise CheckpointError(f"{self.directory} was opened read-only.")
+        step = int(step)
+        metadata = _json_values(metadata)
+        if step in self.all_steps():
+            if not self._known_problem(step):
+                self._add_error(step, top1_error)
+                return
+            # Left by a kill, or spoilt since: training has passed this step again.
+            self._remove(step)
+        whole = self._known_whole_steps()
+        if whole and step < whole[-1]:
+            raise CheckpointError(
+                f"refusing to save step {step}: {self.directory} already holds step "
+                f"{whole[-1]}, and a later start would resume from that one. Use a new "
+                "workdir, or delete the newer checkpoints."
+            )
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(state),
+                metadata=ocp.args.JsonSave(metadata),
+            ),
+            force=True,  # otherwise an interval policy may skip it without a word
+        )
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            _write_manifest(self._folder(step), _sums(self._folder(step)), top1_error)
+        _wait_for_all(f"manifest {step}")
+        self._problems[step] = ""
+        self._remove_old_steps()
+
+    def _add_error(self, step: int, top1_error: float | None) -> None:
+        """Adds the error of an evaluation that came after the step was saved."""
+        manifest = _read_manifest(self._folder(step))
+        if _finite(top1_error) is None or manifest["top1_error"] is not None:
+            return
+        if jax.process_index() == 0:
+            _write_manifest(self._folder(step), manifest["files"], top1_error)
+        _wait_for_all(f"error {step}")
+
+    def _remove_old_steps(self) -> None:
+        """Deletes all but the newest `keep` whole steps and the best one."""
+        kept = self._known_whole_steps()[-self._keep :]
+        best = self._best(self._known_whole_steps())
+        for step in self.all_steps():
+            # Broken steps go too, but not those ahead of the newest whole one: the
+            # run will pass them again, and until then they may be looked into.
+            if step not in kept and step != best and step < kept[-1]:
+                self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        if jax.process_index() == 0:
+            shutil.rmtree(self._folder(step))
+        _wait_for_all(f"removed {step}")
+        self._problems.pop(step, None)
+        self._manager.reload()  # Orbax keeps its own list of steps
+
+    # What is there.
+
+    def all_steps(self) -> list[int]:
+        """Every step that has a folder, whole or not, in increasing order."""
+        return _list_steps(self.directory)
+
+    def latest_whole_step(self) -> int | None:
+        """The newest step whose files all match its manifest; None if there is none.
+
+        Checks the sums, newest step first, and warns about each step passed over.
+        """
+        for step in reversed(self.all_steps()):
+            problem = self._check(step)
+            if not problem:
+                return step
+            logging.warning("Checkpoint of step %d passed over: %s.", step, problem)
+        return None
+
+    def best_step(self) -> int | None:
+        """The whole step with the lowest top-1 error; the newer one on a tie.
+
+        None when no whole step has an error.
+        """
+        return self._best(self._known_whole_steps())
+
+    def top1_error(self, step: int) -> float | None:
+        """The error in [0, 1] that `step` was saved with, None if there was none."""
+        return self._checked_manifest(step)["top1_error"]
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """The metadata that `step` was saved with.
+
+        Raises:
+          CheckpointError: if there is no such step or it is not whole.
+        """
+        self._checked_manifest(step)
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        )
+        return dict(restored["metadata"])
+
+    # Restoring.
+
+    def restore(
+        self, abstract_state: Any, step: int | None = None
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """Restores the newest whole step, or `step`, into the given shardings.
+
+        Args:
+          abstract_state: the state's pytree with a `jax.ShapeDtypeStruct` at every
+            leaf (or an array), each with a `sharding`; the devices need not be those
+            the state was saved from.
+          step: restore this one instead; it must be whole.
+
+        Returns:
+          (state, metadata), or None when the directory holds no checkpoint at all.
+
+        Raises:
+          CheckpointError: if there are checkpoints but none is whole, if `step` is
+            missing or not whole, or if the checkpoint holds another network.
+        """
+        if step is None and not self.all_steps():
+            return None
+        step = self._choose(step)
+        _require_shardings(abstract_state)
+        self._require_same_leaves(step, abstract_state, self._saved_tree(step))
+        state = self._restore_arrays(step, abstract_state, partial=False)
+        return state, self.metadata(step)
+
+    def restore_params(
+        self,
+        *,
+        step: int | None = None,
+        abstract: Mapping[str, Any] | None = None,
+        device: Any = None,
+        parts: Sequence[str] = ("params", "batch_stats"),
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Restores only the named parts of a state: no optimiser state is allocated.
+
+        Args:
+          step: which step; the newest whole one by default. `best_step()` is another.
+          abstract: what is expected, {"params": tree of `jax.ShapeDtypeStruct` with
+            shardings, ...}; without it the shapes are the saved ones, on one device.
+          device: the `jax.Device` for the arrays when there is no `abstract`; the first
+            local one by default.
+          parts: fields of the state; one that is empty, or absent, is left out.
+
+        Returns:
+          (variables, metadata); variables is what `model.apply` takes, nested dicts.
+
+        Raises:
+          CheckpointError: as `restore`, and when there is no checkpoint at all.
+        """
+        step = self._choose(step)
+        saved = self._saved_tree(step)
+        if abstract is None:
+            sharding = jax.sharding.SingleDeviceSharding(
+                device or jax.local_devices()[0]
+            )
+            wanted = {part: saved[part] for part in parts if saved.get(part)}
+            target = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=sharding
+                ),
+                wanted,
+            )
+        else:
+            target = {part: tree for part, tree in abstract.items() if tree}
+            _require_shardings(target)
+            saved_parts = {part: saved[part] for part in target if saved.get(part)}
+            self._require_same_leaves(step, target, saved_parts)
+        if not target:
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self.directory} holds none of "
+                f"{tuple(parts)}; it holds {tuple(saved)}."
+            )
+        return self._restore_arrays(step, target, partial=True), self.metadata(step)
+
+    def _choose(self, step: int | None) -> int:
+        """The step to restore, whole; raises `CheckpointError` when there is none."""
+        if step is not None:
+            self._checked_manifest(step, again=True)
+            return step
+        steps = self.all_steps()
+        if not steps:
+            raise CheckpointError(f"there is no checkpoint in {self.directory}.")
+        whole = self.latest_whole_step()
+        if whole is None:
+            reasons = "; ".join(f"step {s}: {self._problems[s]}" for s in steps)
+            raise CheckpointError(
+                f"none of the checkpoints in {self.directory} is whole ({reasons}). "
+                "Restore the folder from a copy, or use a new workdir to start again."
+            )
+        return whole
+
+    def _saved_tree(self, step: int) -> dict[str, Any]:
+        """Shapes and dtypes in the checkpoint, as nested dicts and lists."""
+        # Orbax answers without reading any array.
+        return self._manager.item_metadata(step)["state"].tree
+
+    def _restore_arrays(self, step: int, target: Any, *, partial: bool) -> Any:
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(
+                    item=target,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                    partial_restore=partial,
+                )
+            ),
+        )
+        return restored["state"]
+
+    def _require_same_leaves(self, step: int, wanted: Any, saved: Any) -> None:
+        difference = _first_difference(_leaves(wanted), _leaves(saved))
+        if difference:
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self.directory} holds another "
+                f"network: {difference}. Use the model.* and optim.* settings it was "
+                "saved with (its metadata holds the config), or a new workdir."
+            )
+
+    # Whole or not.
+
+    def _folder(self, step: int) -> pathlib.Path:
+        return self.directory / str(step)
+
+    def _check(self, step: int) -> str:
+        """Reads every file of a step; what is wrong with it, "" if nothing is."""
+        self._problems[step] = _problem(self._folder(step))
+        return self._problems[step]
+
+    def _known_problem(self, step: int) -> str:
+        return self._problems[step] if step in self._problems else self._check(step)
+
+    def _known_whole_steps(self) -> list[int]:
+        return [step for step in self.all_steps() if not self._known_problem(step)]
+
+    def _checked_manifest(self, step: int, *, again: bool = False) -> dict[str, Any]:
+        if step not in self.all_steps():
+            raise CheckpointError(
+                f"there is no checkpoint of step {step} in {self.directory}; there "
+                f"are {self.all_steps()}."
+            )
+        problem = self._check(step) if again else self._known_problem(step)
+        if problem:
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self.directory} is not whole: "
+                f"{problem}."
+            )
+        return _read_manifest(self._folder(step))
+
+    def _best(self, steps: Sequence[int]) -> int | None:
+        errors = {s: _read_manifest(self._folder(s))["top1_error"] for s in steps}
+        rated = [(error, -s) for s, error in errors.items() if error is not None]
+        return -min(rated)[1] if rated else None
+
+
+# The manifest.
+
+
+def _sums(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file under `folder`, the manifest left out.
+
+    Each file is also flushed to the disk, so that a manifest that survives a power
+    cut stands for arrays that did.
+    """
+    sums = {}
+    for name in _file_names(folder):
+        with open(folder / name, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+            sums[name] = {"size": file.tell(), "sha256": digest}
+    return sums
+
+
+def _problem(folder: pathlib.Path) -> str:
+    """What keeps the step in `folder` from being whole, in words; "" if nothing does."""
+    try:
+        files = _read_manifest(folder)["files"]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing (the run was stopped while it was saving)"
+    except (ValueError, OSError) as error:
+        return f"{MANIFEST} cannot be used ({error})"
+    for name, expected in files.items():
+        try:
+            with open(folder / name, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != expected["size"]:
+                    return f"{name} has {size} bytes instead of {expected['size']}"
+                if (
+                    hashlib.file_digest(file, "sha256").hexdigest()
+                    != expected["sha256"]
+                ):
+                    return f"{name} does not match its SHA-256 sum"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    # A file that was not there when the sums were taken was not written by the save.
+    extra = set(_file_names(folder)) - set(files)
+    return f"{min(extra)} is not in {MANIFEST}" if extra else ""
+
+
+def _write_manifest(
+    folder: pathlib.Path, files: Mapping[str, Any], top1_error: float | None
+) -> None:
+    body = {"files": files, "format": _FORMAT, "top1_error": _finite(top1_error)}
+    temporary = folder / _TEMPORARY
+    with open(temporary, "wb") as file:
+        file.write(_manifest_text(body))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / MANIFEST)
+    _sync_folder(folder)
+
+
+def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+    """The manifest as a dict; ValueError when it is not byte for byte as written."""
+    text = (folder / MANIFEST).read_bytes()
+    body = json.loads(text)
+    if not isinstance(body, dict) or _manifest_text(body) != text:
+        raise ValueError("it does not match its own SHA-256 sum")
+    if body["format"] != _FORMAT:
+        raise ValueError(f"format {body['format']}, this version reads {_FORMAT}")
+    return body
+
+
+def _manifest_text(body: Mapping[str, Any]) -> bytes:
+    """The file's bytes; the sum of all other entries stands in the manifest itself."""
+    body = {key: value for key, value in body.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps(body | {"sha256": digest}, indent=1, sort_keys=True).encode()
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    """Makes a rename in `folder` last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _file_names(folder: pathlib.Path) -> list[str]:
+    """Names relative to `folder` of all files below it, but the manifest's own."""
+    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return sorted(name for name in names if name not in (MANIFEST, _TEMPORARY))
+
+
+# Trees.
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """Path -> leaf. Orbax stores named tuples and dataclasses as dicts and tuples as
+    lists; the paths are spelt alike for both."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in flat
+    }
+
+
+def _first_difference(wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
+    """The first leaf that differs, with both shapes, in words; "" if none does."""
+
+    def words(leaf: Any) -> str:
+        return f"{tuple(leaf.shape)} {jax.numpy.dtype(leaf.dtype).name}"
+
+    for path, leaf in wanted.items():
+        if path not in saved:
+            return f"{path} is {words(leaf)} here and missing in the checkpoint"
+        if words(leaf) != words(saved[path]):
+            return f"{path} is {words(leaf)} here and {words(saved[path])} there"
+    for path, leaf in saved.items():
+        if path not in wanted:
+            return f"{path} is {words(leaf)} in the checkpoint and missing here"
+    return ""
+
+
+def _require_shardings(tree: Any) -> None:
+    # Without one, Orbax would use the devices of the saving run, which may not exist.
+    for path, leaf in _leaves(tree).items():
+        if getattr(leaf, "sharding", None) is None:
+            raise ValueError(
+                f"{path} has no sharding; give a jax.ShapeDtypeStruct(shape, dtype, "
+                "sharding=...) for every leaf of the state to restore."
+            )
+
+
+# Small things.
+
+
+def _handlers() -> Any:
+    """Named in advance, so that a step can be described before it is restored."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    arrays, values = ocp.PyTreeCheckpointHandler(), ocp.JsonCheckpointHandler()
+    registry.add("state", ocp.args.PyTreeSave, arrays)
+    registry.add("state", ocp.args.PyTreeRestore, arrays)
+    registry.add("metadata", ocp.args.JsonSave, values)
+    registry.add("metadata", ocp.args.JsonRestore, values)
+    return registry
+
+
+def _absolute(directory: str | os.PathLike[str]) -> pathlib.Path:
+    text = os.fspath(directory)
+    if "://" in text:
+        raise CheckpointError(
+            f"{text}: checkpoints need a local or mounted folder, because the manifest "
+            "relies on an atomic rename."
+        )
+    return pathlib.Path(os.path.abspath(os.path.expanduser(text)))
+
+
+def _list_steps(directory: pathlib.Path) -> list[int]:
+    # Orbax writes into a folder with a longer name and renames it: a bare number is a
+    # step that Orbax has committed.
+    if not directory.is_dir():
+        return []
+    names = (path.name for path in directory.iterdir() if path.is_dir())
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _json_values(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(dict(metadata)))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"checkpoint metadata must be plain JSON: {error}") from error
+
+
+def _wait_for_all(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"alexnet_jax checkpoint: {name}")
+
+
+def _worth_showing(record: python_logging.LogRecord) -> bool:
+    inside = f"{os.sep}orbax{os.sep}" in record.pathname
+    return record.levelno >= python_logging.WARNING or not inside
+
+
+def _quiet_orbax() -> None:
+    """Drops Orbax's INFO lines, some forty a save; its warnings are kept."""
+    # The same function each time: Python adds one filter once.
+    python_logging.getLogger("absl").addFilter(_worth_showing)

@@ -1,0 +1,20 @@
+"""Pictures and labels: where they lie, how they are read, in which order.
+
+`images` decodes and resizes, `sources` knows the storage (class folders, tfds
+datasets, the embedded textures, fake data), `loader` turns a source into batches
+and `statistics` computes the mean image and the colour PCA. Nothing here imports
+TensorFlow or JAX.
+"""
+
+from alexnet_jax.data.errors import DataError
+from alexnet_jax.data.loader import Batches, eval_batches, train_batches
+from alexnet_jax.data.sources import check_same_classes, open_source
+
+__all__ = [
+    "Batches",
+    "DataError",
+    "check_same_classes",
+    "eval_batches",
+    "open_source",
+    "train_batches",
+]

@@ -1,0 +1,409 @@
+"""Where pictures come from, behind one interface: class folders, tfds, fake data.
+
+A source knows how many examples there are and fetches any of them by index into
+arrays that the caller owns. It holds no order and no state; that is the loader's.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import quote
+
+import numpy as np
+
+from alexnet_jax.data import images as images_lib
+from alexnet_jax.data.errors import DataError
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+_EVAL_FOLDERS = ("test", "val", "validation")
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+class Source(Protocol):
+    """What the loader and the statistics need to know.
+
+    Attributes:
+      num_examples: number of examples in the split, at least 1.
+      class_names: names, indexed by label; `num_classes` is their number.
+      image_size: side S of the pictures that `fetch` writes.
+      description: one line that says where the examples lie.
+      statistics_path: where the mean image and the colour PCA of this split are
+        kept, beside the data; None if the source has no place of its own.
+    """
+
+    @property
+    def num_examples(self) -> int: ...
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def description(self) -> str: ...
+    @property
+    def statistics_path(self) -> Path | None: ...
+    @property
+    def num_classes(self) -> int: ...
+
+    def fetch(
+        self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
+    ) -> None:
+        """Writes examples `indices` [n] into `images` (uint8 [n, S, S, 3]) and
+        `labels` (int32 [n]). May be called from several threads at once.
+
+        Raises:
+          DataError: a picture is broken; the message names it.
+        """
+        ...
+
+
+def open_source(
+    source: str, split: str, *, data_dir: str | None = None, image_size: int = 256
+) -> Source:
+    """Opens one split of a data set.
+
+    Args:
+      source: `folder:PATH` (PATH/train/<class>/*.jpg), `textures` (procedural
+        pictures, built at first use; `textures/tiny` for tests), `fake`, or the
+        name of a prepared tfds data set: `imagenet2012_256`, `cifar10:3.0.2`,
+        `name/config`.
+      split: `train`, `test`, ...; for tfds also slices such as `train[:90%]`. For
+        a folder, `test`, `val` and `validation` stand for each other.
+      data_dir: directory of tfds data sets; when absent the environment variable
+        TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      image_size: side of the pictures in pixels; others are resized.
+
+    Raises:
+      DataError (a ValueError), FileNotFoundError: with what was looked for, where,
+        what was found there and what to do.
+    """
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
+    if source.startswith("folder:"):
+        return FolderSource(source.removeprefix("folder:"), split, image_size)
+    if source == "fake":
+        return FakeSource(split, image_size)
+    if not re.fullmatch(r"\w+(/[\w.\-]+)?(:[\d.*]+)?", source):
+        raise DataError(
+            f"unknown data source {source!r}: --config.data.source takes folder:PATH, "
+            "textures, fake, or the name of a tfds data set such as imagenet2012_256"
+        )
+    if source in ("textures", "textures/tiny"):
+        from alexnet_jax.data.textures import build
+
+        source = build(tfds_data_dir(data_dir), tiny=source.endswith("tiny"))
+    return TfdsSource(source, split, image_size, data_dir)
+
+
+def check_same_classes(train: Source, evaluation: Source) -> None:
+    """Raises DataError unless both splits have the same classes in the same order.
+
+    Otherwise label k would mean one class in training and another in evaluation.
+    """
+    if train.class_names == evaluation.class_names:
+        return
+    only_train = sorted(set(train.class_names) - set(evaluation.class_names))
+    only_eval = sorted(set(evaluation.class_names) - set(train.class_names))
+    raise DataError(
+        "training and evaluation data have different classes "
+        f"({train.num_classes} and {evaluation.num_classes}): "
+        f"only in training {_some(only_train)}; "
+        f"only in evaluation {_some(only_eval)} "
+        f"(training: {train.description}; evaluation: {evaluation.description})"
+    )
+
+
+class FolderSource:
+    """PATH/{train, test|val|validation}/<class>/<picture>.
+
+    Labels are the positions of the class names in sorted order (by code point, so
+    ImageNet's WNIDs get their usual labels); files are sorted too. Folders inside a
+    class folder and hidden files are ignored. Attributes: see `Source`.
+    """
+
+    def __init__(self, path: str | os.PathLike, split: str, image_size: int):
+        root = Path(path).expanduser()
+        self._folder = _split_folder(root, split)
+        self.image_size = image_size
+        self.class_names = tuple(
+            sorted(e.name for e in _visible(self._folder) if e.is_dir())
+        )
+        if not self.class_names:
+            found = _some(sorted(e.name for e in _visible(self._folder)))
+            raise DataError(
+                f"no class folders in {self._folder} (found there: {found}). "
+                f"Expected {self._folder / '<class>' / '<picture>.jpg'}, one folder "
+                "a class; change --config.data.source or move the pictures"
+            )
+        # File names only: ImageNet's 1.3 million full paths would take 200 MB.
+        self._files: list[str] = []
+        labels: list[int] = []
+        for label, name in enumerate(self.class_names):
+            files = _pictures(self._folder / name)
+            self._files += files
+            labels += [label] * len(files)
+        self.labels = np.asarray(labels, np.int32)
+        self.num_examples = len(self._files)
+        self.description = f"folder {self._folder}"
+        self.statistics_path = root / _statistics_name(split, image_size)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def fetch(
+        self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
+    ) -> None:
+        """See `Source.fetch`."""
+        labels[:] = self.labels[indices]
+        for i, index in enumerate(indices):
+            path = self._folder / self.class_names[labels[i]] / self._files[index]
+            try:
+                data = path.read_bytes()
+            except OSError as error:
+                raise DataError(
+                    f"cannot read {path}: {error.strerror}. It was there when the "
+                    "run started: were files moved meanwhile?"
+                ) from error
+            images_lib.decode(data, self.image_size, str(path), images[i])
+
+
+class TfdsSource:
+    """A prepared tfds data set in a random-access format (array_record).
+
+    It needs an image and a class label among its features, whatever their names.
+    Nothing is downloaded or prepared here. Attributes: see `Source`.
+    """
+
+    def __init__(
+        self, name: str, split: str, image_size: int, data_dir: str | None = None
+    ):
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        directory = _tfds_directory(name, tfds_data_dir(data_dir))
+        builder = tfds.builder_from_directory(directory)
+        self._image_key, self._label_key, classes = _image_and_label(builder.info)
+        try:
+            # Raw records: parsing the protocol buffer here takes half the time of
+            # tfds's own deserialisation, and that time holds the interpreter lock.
+            # (Any: tfds wraps its methods in ways that type checkers cannot see.)
+            as_data_source: Any = builder.as_data_source
+            self._records = as_data_source(
+                split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+            )
+        except NotImplementedError:
+            file_format = builder.info.file_format
+            raise DataError(
+                f"{directory} was prepared as {file_format and file_format.value}, "
+                "which cannot be read in random order. Prepare it again as "
+                f"array_record in another data_dir: {_prepare_command(name)}"
+            ) from None
+        except (ValueError, AssertionError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"cannot read split {split!r} of {directory}: {reason} (its splits: "
+                f"{_some(sorted(builder.info.splits))}; a slice is written "
+                "'train[:90%]'). Change --config.data.train_split or eval_split"
+            ) from error
+        # The message class is made at run time.
+        self._parse = getattr(tf_example_pb2, "Example").FromString  # noqa: B009
+        self.num_examples = len(self._records)
+        self.class_names = classes
+        self.image_size = image_size
+        self.description = f"tfds {directory} [{split}]"
+        self.statistics_path = directory / _statistics_name(split, image_size)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def fetch(
+        self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
+    ) -> None:
+        """See `Source.fetch`."""
+        for i, index in enumerate(indices.tolist()):
+            # One record a call: for a list of them array_record starts a new pool
+            # of up to 64 threads each time.
+            features = self._parse(self._records[index]).features.feature
+            name = f"record {index} of {self.description}"
+            label = features[self._label_key].int64_list.value[0]
+            if not 0 <= label < self.num_classes:
+                raise DataError(
+                    f"{name} has label {label}, outside 0..{self.num_classes - 1}; "
+                    "a split without labels cannot be used"
+                )
+            labels[i] = label
+            data = features[self._image_key].bytes_list.value[0]
+            images_lib.decode(data, self.image_size, name, images[i])
+
+
+class FakeSource:
+    """Random but constant pictures and labels at no cost, for benchmarks and tests.
+
+    Example i shows picture i modulo 32 of a pool drawn once from the seed, with
+    label i modulo `num_classes`: there is nothing to learn. Attributes: see
+    `Source`; the numbers of examples are ImageNet's unless given.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        image_size: int = 256,
+        *,
+        num_classes: int = 1000,
+        num_examples: int | None = None,
+        seed: int = 0,
+    ):
+        if num_examples is None:
+            num_examples = 1_281_167 if split.startswith("train") else 50_000
+        if num_examples < 1 or num_classes < 1:
+            raise ValueError(
+                "fake data needs at least one example and one class, got "
+                f"num_examples={num_examples}, num_classes={num_classes}"
+            )
+        self.num_examples = num_examples
+        self.class_names = tuple(f"class_{k}" for k in range(num_classes))
+        self.image_size = image_size
+        self.description = f"fake data, {num_examples} random pictures [{split}]"
+        self.statistics_path = None
+        shape = (32, image_size, image_size, 3)
+        self._pool = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def fetch(
+        self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
+    ) -> None:
+        """See `Source.fetch`."""
+        np.take(self._pool, indices % len(self._pool), axis=0, out=images, mode="wrap")
+        labels[:] = indices % self.num_classes
+
+
+def tfds_data_dir(data_dir: str | None) -> Path:
+    """The directory of tfds data sets: `data_dir`, else what tfds itself takes."""
+    chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return Path(chosen).expanduser()
+
+
+def _statistics_name(split: str, image_size: int) -> str:
+    part = "" if split == "train" else "_" + quote(split, safe="")
+    return f"statistics_{image_size}{part}.npz"
+
+
+def _some(names: Sequence[str], limit: int = 8) -> str:
+    """'a, b, c' or 'a, b, ... (17 in all)' or 'nothing', for messages."""
+    if len(names) > limit:
+        return ", ".join(names[:limit]) + f", ... ({len(names)} in all)"
+    return ", ".join(names) or "nothing"
+
+
+def _visible(folder: Path) -> list[os.DirEntry]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    """The folder of a split; `test`, `val` and `validation` stand for each other."""
+    aliases = [name for name in _EVAL_FOLDERS if name != split]
+    names = [split, *aliases] if split in _EVAL_FOLDERS else [split]
+    found = [root / name for name in names if (root / name).is_dir()]
+    if found and found[0].name == split or len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(
+            f"{root} has no folder {split!r} but {_some([f.name for f in found])}: "
+            "say which with --config.data.eval_split"
+        )
+    if not root.exists():
+        there = f"{root} does not exist"
+    elif not root.is_dir():
+        there = f"{root} is not a folder"
+    else:
+        there = f"found there: {_some(sorted(e.name for e in _visible(root)))}"
+    raise FileNotFoundError(
+        f"no folder {' or '.join(names)} in {root.absolute()} ({there}). Expected "
+        f"{root}/train/<class>/<picture>.jpg and {root}/test/<class>/... (or val); "
+        "set --config.data.source=folder:PATH to the folder that holds them"
+    )
+
+
+def _pictures(folder: Path) -> list[str]:
+    entries = _visible(folder)
+    files = sorted(e.name for e in entries if e.name.lower().endswith(PICTURE_SUFFIXES))
+    if files:
+        return files
+    raise DataError(
+        f"class folder {folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)}; "
+        f"found there: {_some(sorted(e.name for e in entries))}). Fill it or remove "
+        "it: an empty class would shift the labels unnoticed"
+    )
+
+
+def _versions(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    found = [p for p in folder.iterdir() if _VERSION.fullmatch(p.name)]
+    return sorted(found, key=lambda p: [int(part) for part in p.name.split(".")])
+
+
+def _tfds_directory(name: str, data_dir: Path) -> Path:
+    """DATA_DIR/name[/config]/version of a prepared data set, the newest version."""
+    path, _, version = name.partition(":")
+    folder = data_dir / path
+    configs = sorted(p for p in folder.glob("*") if _versions(p))
+    if not _versions(folder) and len(configs) == 1:
+        folder = configs[0]
+    pattern = re.escape(version).replace(r"\*", r"\d+")
+    for candidate in reversed(_versions(folder)):
+        # dataset_info.json is written last: without it the data set is unfinished.
+        wanted = not version or re.fullmatch(pattern, candidate.name)
+        if wanted and (candidate / "dataset_info.json").exists():
+            return candidate
+    where = folder if folder.is_dir() else data_dir
+    if not where.is_dir():
+        there = f"{where} does not exist"
+    else:
+        names = [p.name for p in where.iterdir() if not p.name.startswith(".")]
+        there = f"found in {where}: {_some(sorted(names))}"
+    raise FileNotFoundError(
+        f"no prepared tfds data set {name} in {data_dir} ({there}). "
+        "The directory is --config.data.dir, else the environment variable "
+        f"TFDS_DATA_DIR, else ~/tensorflow_datasets. To prepare it: "
+        f"{_prepare_command(name, data_dir)}"
+    )
+
+
+def _prepare_command(name: str, data_dir: Path | str = "DIR") -> str:
+    if name.startswith("imagenet2012_256"):
+        return f"python -m alexnet_jax.prepare imagenet --data_dir={data_dir}"
+    return (
+        'python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record')"
+        '.download_and_prepare()" (data sets whose builder needs TensorFlow: '
+        'pip install "alexnet_jax[tf]" first; training does not need it)'
+    )
+
+
+def _image_and_label(info: Any) -> tuple[str, str, tuple[str, ...]]:
+    """Keys of the image and the class label, and the class names."""
+    import tensorflow_datasets as tfds
+
+    features = dict(info.features.items())
+    pictures = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
+    labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
+    supervised = info.supervised_keys
+    if supervised and len(supervised) == 2:
+        pictures = [k for k in pictures if k == supervised[0]] or pictures
+        labels = [k for k in labels if k == supervised[1]] or labels
+    if len(pictures) != 1 or len(labels) != 1:
+        raise DataError(
+            f"tfds data set {info.full_name} must have one image and one class label; "
+            f"its features are {_some(sorted(features))}"
+        )
+    feature = features[labels[0]]
+    names = feature.names or [str(k) for k in range(feature.num_classes or 0)]
+    return pictures[0], labels[0], tuple(names)

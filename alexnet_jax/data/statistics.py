@@ -1,0 +1,174 @@
+"""Mean image and colour PCA of a data set (Krizhevsky et al. 2012, sections 2, 4.1).
+
+One pass over the pictures, exact sums, memory independent of their number.
+"""
+
+import dataclasses
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent import futures
+from pathlib import Path
+
+import numpy as np
+
+from alexnet_jax.data.errors import DataError
+from alexnet_jax.data.sources import Source
+
+_FIELDS = ("mean_image", "pca_std_255", "pca_vectors", "num_examples")
+_CHUNK = 16  # pictures a thread holds at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What is subtracted from the pictures, and along which colours they vary.
+
+    Attributes:
+      mean_image: float32 [S, S, 3], RGB, 0..255.
+      pca_std_255: float32 [3], square roots of the eigenvalues of the covariance of
+        RGB over all pixels, ASCENDING, in grey levels of 0..255 (standard
+        deviations, not eigenvalues).
+      pca_vectors: float32 [3, 3], its unit eigenvectors in the COLUMNS, in the same
+        order; rows are R, G, B. Signs: the largest component is positive.
+      num_examples: pictures that were used.
+    """
+
+    mean_image: np.ndarray
+    pca_std_255: np.ndarray
+    pca_vectors: np.ndarray
+    num_examples: int
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes an .npz file at once or not at all (temporary file, then rename)."""
+        path = Path(path)
+        handle, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
+        )
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(
+                    file,
+                    mean_image=self.mean_image,
+                    pca_std_255=self.pca_std_255,
+                    pca_vectors=self.pca_vectors,
+                    num_examples=np.int64(self.num_examples),
+                )
+                file.flush()
+                os.fsync(file.fileno())
+            # mkstemp's 0600 would shut out the other users of a shared data set.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def load(path: str | os.PathLike) -> Statistics:
+    """Reads what `Statistics.save` wrote.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      DataError: the file is broken or holds something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mean, std, vectors, count = (file[name] for name in _FIELDS)
+        if mean.ndim != 3 or std.shape != (3,) or vectors.shape != (3, 3):
+            raise ValueError("wrong shapes")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # NumPy raises BadZipFile, EOFError, KeyError ...
+        raise DataError(
+            f"{os.fspath(path)} is not a statistics file ({error}). Compute it again: "
+            "python -m alexnet_jax.prepare statistics --source=..."
+        ) from error
+    return Statistics(mean, std, vectors, int(count))
+
+
+def statistics_path(source: Source) -> Path:
+    """Where the statistics of this source are kept: beside the data.
+
+    PATH/statistics_S.npz for a folder, the version's directory for tfds; the name
+    also holds the split if that is not plainly `train`.
+
+    Raises:
+      DataError: the source is no data on a disk (fake).
+    """
+    if source.statistics_path is None:
+        raise DataError(f"{source.description}: has no place to keep statistics in")
+    return source.statistics_path
+
+
+def compute(
+    source: Source,
+    *,
+    max_examples: int | None = None,
+    workers: int = 2,
+    progress: Callable[[int], object] | None = None,
+) -> Statistics:
+    """Mean image and colour PCA.
+
+    Args:
+      source: the training split.
+      max_examples: use only as many pictures, evenly spread over the split (class
+        folders are sorted by class); all when absent.
+      workers: decoding threads.
+      progress: called with the number of pictures done since its last call.
+
+    Raises:
+      DataError: a broken picture.
+      ValueError: max_examples is below 1.
+    """
+    if max_examples is not None and max_examples < 1:
+        raise ValueError(f"max_examples must be at least 1, got {max_examples}")
+    count = min(source.num_examples, max_examples or source.num_examples)
+    side = source.image_size
+    # Sums of integers below 2**53 are exact in float64 (for 2 million pictures of
+    # 256 x 256), so the order in which the threads add makes no difference.
+    total = np.zeros((side, side, 3), np.float64)
+    products = np.zeros((3, 3), np.float64)
+    lock = threading.Lock()
+
+    def add(first: int) -> int:
+        chosen = np.arange(first, min(first + _CHUNK, count))
+        chosen = chosen * source.num_examples // count
+        images = np.empty((len(chosen), side, side, 3), np.uint8)
+        source.fetch(chosen, images, np.empty(len(chosen), np.int32))
+        sums, outer = images.sum(axis=0, dtype=np.uint32), np.zeros((3, 3))
+        for image in images:
+            pixels = image.reshape(-1, 3).T.astype(np.float64, order="C")
+            # Not a matrix product: BLAS threads would fight these threads.
+            outer += np.einsum("cp,dp->cd", pixels, pixels)
+        with lock:
+            np.add(total, sums, out=total)
+            np.add(products, outer, out=products)
+        return len(chosen)
+
+    pool = futures.ThreadPoolExecutor(workers)
+    try:
+        for done in pool.map(add, range(0, count, _CHUNK)):
+            if progress is not None:
+                progress(done)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return _summary(total, products, count)
+
+
+def _summary(total: np.ndarray, products: np.ndarray, count: int) -> Statistics:
+    """From the sum of the pictures and of RGB times RGB over all pixels."""
+    num_pixels = count * total.shape[0] * total.shape[1]
+    mean = total.reshape(-1, 3).sum(axis=0) / num_pixels
+    covariance = products / num_pixels - np.outer(mean, mean)
+    eigenvalues, vectors = np.linalg.eigh(covariance)  # ascending
+    largest = np.abs(vectors).argmax(axis=0)
+    vectors = vectors * np.sign(vectors[largest, range(3)])
+    return Statistics(
+        mean_image=(total / count).astype(np.float32),
+        # A grey data set has two zero eigenvalues, which may come out as -1e-13.
+        pca_std_255=np.sqrt(np.maximum(eigenvalues, 0)).astype(np.float32),
+        pca_vectors=vectors.astype(np.float32),
+        num_examples=count,
+    )

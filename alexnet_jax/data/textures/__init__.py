@@ -1,0 +1,76 @@
+"""`textures`: the embedded data set, a procedural stand-in built at first use."""
+
+import contextlib
+import io
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from alexnet_jax.data.textures.drawing import CLASS_NAMES, draw
+
+__all__ = ["CLASS_NAMES", "build", "draw"]
+
+
+def build(data_dir: Path, *, tiny: bool = False) -> str:
+    """Builds the data set in `data_dir` unless it is there, and returns its name.
+
+    Args:
+      data_dir: directory of tfds data sets; made if absent.
+      tiny: 200 pictures for training and 100 for testing instead of 4,000 and
+        1,000, in a folder of their own.
+
+    Returns:
+      The full tfds name, with the config and version, for `sources.TfdsSource`.
+
+    Raises:
+      OSError: `data_dir` cannot be written.
+    """
+    import tensorflow_datasets as tfds
+
+    from alexnet_jax.data.textures import textures_dataset_builder as module
+
+    config = None
+    if tiny:
+        config = module.TexturesConfig("tiny", train_examples=200, test_examples=100)
+    name = f"textures/tiny:{module.Builder.VERSION}"
+    name = name if tiny else name.replace("/tiny", "")
+    directory = data_dir / name.replace(":", "/")
+    if (directory / "dataset_info.json").exists():
+        return name
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(data_dir / ".textures.lock"):
+        if (directory / "dataset_info.json").exists():  # another process was faster
+            return name
+        print(f"Drawing the textures data set into {directory} ...", file=sys.stderr)
+        started = time.perf_counter()
+        builder = module.Builder(
+            data_dir=data_dir, file_format="array_record", config=config
+        )
+        # tfds draws several bars and says "Downloading", which nothing does.
+        tfds.disable_progress_bar()
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                builder.download_and_prepare()
+        finally:
+            tfds.enable_progress_bar()
+        seconds = time.perf_counter() - started
+        print(f"Textures are ready ({seconds:.0f} s).", file=sys.stderr)
+    return name
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Lets the processes of one run build once; without fcntl each one builds.
+
+    That would be harmless: tfds writes to a directory of its own and renames it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(path, "w") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,489 @@
+"""The one place where a config meets the code: check it, build from it, load a run."""
+
+import itertools
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from alexnet_jax import augment, model, optim, parallel, steps, variants
+from alexnet_jax import data as data_lib
+from alexnet_jax.checkpoint import Checkpointer
+from alexnet_jax.data import images as images_lib
+from alexnet_jax.data import statistics as statistics_lib
+from alexnet_jax.data.sources import Source
+from alexnet_jax.data.statistics import Statistics
+
+# A ml_collections.ConfigDict, whose fields no type checker can know.
+Config = Any
+
+CONFIG_FILE = "config.json"
+STATISTICS_FILE = "statistics.npz"
+CHECKPOINTS = "checkpoints"
+DTYPES = ("float32", "bfloat16", "float64")
+# Pictures that the mean image is computed from when no full statistics are stored:
+# its standard error is then below one grey level.
+STATISTICS_SAMPLE = 10_000
+
+
+class ConfigError(ValueError):
+    """What is wrong with a config, in words, all at once."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a config builds. Nothing in it changes while training.
+
+    `steps_per_epoch` may be a fraction; `total_steps` is where the run ends.
+    """
+
+    config: Config
+    model: model.AlexNet
+    tx: optax.GradientTransformation
+    mesh: Mesh
+    mode: str
+    train_source: Source
+    eval_source: Source | None
+    statistics: Statistics
+    steps_per_epoch: float
+    total_steps: int
+
+    @property
+    def crop_size(self) -> int:
+        return self.config.data.crop_size
+
+    def init_state(self) -> steps.TrainState:
+        """A new run's state."""
+        return steps.init_state(
+            self.model,
+            self.tx,
+            seed=self.config.seed,
+            crop_size=self.crop_size,
+            mesh=self.mesh,
+            mode=self.mode,
+        )
+
+    def abstract_state(self) -> steps.TrainState:
+        """Shapes and shardings of the state, for restoring."""
+        return steps.abstract_state(
+            self.model,
+            self.tx,
+            crop_size=self.crop_size,
+            mesh=self.mesh,
+            mode=self.mode,
+        )
+
+    def train_step(self) -> Callable[..., Any]:
+        """The jitted (state, batch, statistics) -> (state, metrics)."""
+        return steps.make_train_step(
+            self.model,
+            self.tx,
+            mesh=self.mesh,
+            mode=self.mode,
+            seed=self.config.seed,
+            crop_size=self.crop_size,
+            crop=self.config.augment.crop,
+            flip=self.config.augment.flip,
+            lighting=self.config.augment.lighting,
+        )
+
+    def eval_step(self) -> Callable[..., Any]:
+        """The jitted (params, batch_stats, batch, statistics) -> sums."""
+        return steps.make_eval_step(
+            self.model, mesh=self.mesh, mode=self.mode, crop_size=self.crop_size
+        )
+
+    def pixel_statistics(self) -> augment.PixelStatistics:
+        """The statistics on every device of the mesh."""
+        wide = jnp.promote_types(self.model.dtype, jnp.float32)
+        return jax.device_put(
+            augment.PixelStatistics(
+                mean_image=jnp.asarray(self.statistics.mean_image, wide),
+                pca_std_255=jnp.asarray(self.statistics.pca_std_255, wide),
+                pca_vectors=jnp.asarray(self.statistics.pca_vectors, wide),
+            ),
+            NamedSharding(self.mesh, PartitionSpec()),
+        )
+
+    def train_batches(self, start_step: int) -> data_lib.Batches:
+        """Host batches from `start_step` on."""
+        return data_lib.train_batches(
+            self.train_source,
+            batch_size=self.config.data.batch_size,
+            seed=self.config.seed,
+            start_step=start_step,
+            workers=self.config.data.workers,
+        )
+
+    def eval_batches(self) -> data_lib.Batches:
+        """Host batches that hold every example of the evaluation split once."""
+        assert self.eval_source is not None
+        return data_lib.eval_batches(
+            self.eval_source,
+            batch_size=self.config.data.batch_size,
+            workers=self.config.data.workers,
+        )
+
+
+def validate(config: Config) -> None:
+    """Checks everything that can be checked without the data.
+
+    Raises:
+      ConfigError: naming every field that is wrong, what it holds and what it may.
+    """
+    problems = _range_problems(config)
+    network = None
+    try:
+        network = make_model(config, num_classes=config.model.num_classes or 2).network
+    except ValueError as error:
+        problems.append(str(error))
+    if network is not None:
+        try:
+            model.check_image_size(network, config.data.crop_size)
+        except ValueError as error:
+            problems.append(str(error))
+        problems += _mesh_problems(config, network)
+    if problems:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        count = f"{len(problems)} mistake{'s' if len(problems) > 1 else ''}"
+        raise ConfigError(f"{count} in the config:\n{lines}")
+
+
+# Field -> (what its value must fulfil, in words). NaN fulfils none of them.
+_AT_LEAST_0 = (lambda v: v >= 0, "0 or more")
+_AT_LEAST_1 = (lambda v: v >= 1, "at least 1")
+_ABOVE_0 = (lambda v: 0 < v < math.inf, "above 0")
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": (lambda v: 0 <= v < 2**32, "0 to 4294967295"),
+    "num_epochs": _ABOVE_0,
+    "max_steps": (lambda v: v >= -1, "-1 (off) or more"),
+    "log_every_steps": _AT_LEAST_1,
+    "eval_every_epochs": _AT_LEAST_0,
+    "model.num_classes": _AT_LEAST_0,
+    "data.batch_size": _AT_LEAST_1,
+    "data.image_size": _AT_LEAST_1,
+    "data.crop_size": _AT_LEAST_1,
+    "data.workers": _AT_LEAST_1,
+    "augment.lighting": _AT_LEAST_0,
+    "optim.learning_rate": _ABOVE_0,
+    "optim.momentum": (lambda v: 0 <= v < 1, "0 to below 1"),
+    "optim.weight_decay": _AT_LEAST_0,
+    "optim.bias_lr_mult": _AT_LEAST_0,
+    "schedule.factor": (lambda v: 0 < v <= 1, "above 0, at most 1"),
+    "schedule.patience": _AT_LEAST_1,
+    "schedule.max_drops": _AT_LEAST_0,
+    "schedule.drop_epochs": (
+        lambda v: all(a < b for a, b in itertools.pairwise((0, *v))),
+        "above 0 and increasing",
+    ),
+    "schedule.warmup_epochs": _AT_LEAST_0,
+    "parallel.data": (lambda v: v == -1 or v >= 1, "-1 (all there are) or at least 1"),
+    "parallel.column": (lambda v: v == -1 or v >= 1, "-1 (choose) or at least 1"),
+    "checkpoint.every_steps": _AT_LEAST_0,
+    "checkpoint.every_minutes": _AT_LEAST_0,
+    "checkpoint.keep": _AT_LEAST_1,
+}
+_CHOICES = {
+    "model.dtype": DTYPES,
+    "optim.form": optim.FORMS,
+    "schedule.name": optim.SCHEDULES,
+    "parallel.mode": parallel.MODES,
+}
+
+
+def _field(config: Config, path: str) -> Any:
+    value: Any = config
+    for name in path.split("."):
+        value = value[name]
+    return value
+
+
+def _range_problems(config: Config) -> list[str]:
+    problems = [
+        f"--config.{path}={_field(config, path)} is out of range: {words}."
+        for path, (holds, words) in _RANGES.items()
+        if not holds(_field(config, path))
+    ]
+    problems += [
+        f"--config.{path}={_field(config, path)!r} must be one of {', '.join(choices)}."
+        for path, choices in _CHOICES.items()
+        if _field(config, path) not in choices
+    ]
+    if config.data.crop_size > config.data.image_size:
+        problems.append(
+            f"--config.data.crop_size={config.data.crop_size} is larger than "
+            f"--config.data.image_size={config.data.image_size}."
+        )
+    if config.schedule.warmup_epochs >= config.num_epochs:
+        problems.append(
+            f"--config.schedule.warmup_epochs={config.schedule.warmup_epochs} must be "
+            f"below --config.num_epochs={config.num_epochs}."
+        )
+    if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        problems.append(
+            "--config.model.dtype=float64 needs JAX_ENABLE_X64=1 in the environment."
+        )
+    return problems
+
+
+def _mesh_problems(config: Config, network: variants.Variant) -> list[str]:
+    if config.parallel.mode not in parallel.MODES or config.data.batch_size < 1:
+        return []  # said already
+    try:
+        rows, columns = mesh_shape(config, network)
+        parallel.check_mode(network, config.parallel.mode, columns)
+        parallel.make_mesh(rows, columns)
+    except ValueError as error:
+        return [str(error)]
+    batch = config.data.batch_size
+    if batch % rows == 0:
+        return []
+    below, above = batch // rows * rows, -(-batch // rows) * rows
+    nearest = " or ".join(str(size) for size in (below, above) if size > 0)
+    problem = (
+        f"--config.data.batch_size={batch} does not divide over {rows} devices; "
+        f"the nearest that do: {nearest}."
+    )
+    return [problem]
+
+
+def mesh_shape(config: Config, network: variants.Variant) -> tuple[int, int]:
+    """(data, column) of the mesh, where the config leaves it open (-1)."""
+    devices = jax.device_count()
+    data, column = config.parallel.data, config.parallel.column
+    if column == -1:
+        split = config.parallel.mode == "columns"
+        split = split and devices >= network.columns * max(1, data)
+        column = network.columns if split else 1
+    if data == -1:
+        data = max(1, devices // column)
+    return data, column
+
+
+def make_model(config: Config, num_classes: int | None) -> model.AlexNet:
+    """The network of a config; None: with the variant's own number of classes."""
+    fields = config.model
+    return model.create_model(
+        fields.variant,
+        num_classes=num_classes,
+        width=fields.width,
+        dtype=fields.dtype if fields.dtype in DTYPES else "float32",
+        init=fields.init,
+        **fields.overrides,
+    )
+
+
+def build(
+    config: Config,
+    *,
+    statistics: Statistics | None = None,
+    log: Callable[[str], object] = print,
+) -> Experiment:
+    """Checks a config and builds everything that it describes.
+
+    Args:
+      config: see `configs/common.py`.
+      statistics: of the training split, if already known (a resumed run has them);
+        else they are read from beside the data, or computed from a sample.
+      log: where to say what is being done.
+
+    Raises:
+      ConfigError: for anything wrong with the config itself.
+      ValueError, FileNotFoundError: for anything wrong with the data.
+    """
+    validate(config)
+    train, evaluation = _open_sources(config)
+    network = make_model(config, _num_classes(config, train))
+    mode = config.parallel.mode
+    rows, columns = mesh_shape(config, network.network)
+    steps_per_epoch = train.num_examples / config.data.batch_size
+    total_steps = math.ceil(config.num_epochs * steps_per_epoch)
+    if config.max_steps >= 0:
+        total_steps = min(total_steps, config.max_steps)
+    return Experiment(
+        config=config,
+        model=network,
+        tx=_make_optimizer(config, network, steps_per_epoch),
+        mesh=parallel.make_mesh(rows, columns),
+        mode=mode,
+        train_source=train,
+        eval_source=evaluation,
+        statistics=statistics or _find_statistics(train, config.data.workers, log),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+    )
+
+
+def _open_sources(config: Config) -> tuple[Source, Source | None]:
+    def open_split(split: str) -> Source:
+        return data_lib.open_source(
+            config.data.source,
+            split,
+            data_dir=config.data.dir or None,
+            image_size=config.data.image_size,
+        )
+
+    train = open_split(config.data.train_split)
+    if not config.data.eval_split:
+        return train, None
+    evaluation = open_split(config.data.eval_split)
+    data_lib.check_same_classes(train, evaluation)
+    return train, evaluation
+
+
+def _num_classes(config: Config, train: Source) -> int:
+    asked = config.model.num_classes
+    if asked and asked < train.num_classes:
+        raise ConfigError(
+            f"--config.model.num_classes={asked} is fewer than the "
+            f"{train.num_classes} classes of {train.description}; 0 counts them."
+        )
+    return asked or train.num_classes
+
+
+def _make_optimizer(
+    config: Config, network: model.AlexNet, steps_per_epoch: float
+) -> optax.GradientTransformation:
+    schedule = optim.make_schedule(
+        config.schedule.name,
+        config.optim.learning_rate,
+        steps_per_epoch=steps_per_epoch,
+        num_epochs=config.num_epochs,
+        drop_epochs=tuple(config.schedule.drop_epochs),
+        factor=config.schedule.factor,
+        warmup_epochs=config.schedule.warmup_epochs,
+    )
+    return optim.make_optimizer(
+        schedule,
+        momentum=config.optim.momentum,
+        weight_decay=config.optim.weight_decay,
+        bias_lr_mult=config.optim.bias_lr_mult,
+        decay_bias=config.optim.decay_bias,
+        form=config.optim.form,
+        layer_weight_decay=network.network.layer_weight_decay,
+    )
+
+
+def _find_statistics(
+    source: Source, workers: int, log: Callable[[str], object]
+) -> Statistics:
+    path = source.statistics_path
+    if path is not None and path.exists():
+        return statistics_lib.load(path)
+    count = min(STATISTICS_SAMPLE, source.num_examples)
+    log(f"mean image and colour PCA: computing from {count} pictures")
+    if count < source.num_examples and path is not None:
+        log("  (python -m alexnet_jax.prepare statistics computes them from all)")
+    return statistics_lib.compute(source, max_examples=count, workers=workers)
+
+
+def pipeline(config: Config, *, start_step: int = 0) -> Iterator[dict[str, Any]]:
+    """The training batches as the network sees them, endless, for a notebook.
+
+    Yields {"image": float32 [B, crop, crop, 3], "label": int32 [B]}: cropped, flipped
+    and lit exactly as training at that step does it inside its own jitted step.
+    """
+    experiment = build(config)
+    statistics = experiment.pixel_statistics()
+    key = steps.purpose_key(config.seed, steps.AUGMENT)
+
+    @jax.jit
+    def augmented(pictures: jax.Array, step: jax.Array) -> jax.Array:
+        return augment.train_images(
+            pictures,
+            jax.random.fold_in(key, step),
+            0,
+            statistics,
+            crop_size=config.data.crop_size,
+            crop=config.augment.crop,
+            flip=config.augment.flip,
+            lighting=config.augment.lighting,
+            dtype=jnp.float32,
+        )
+
+    with experiment.train_batches(start_step) as batches:
+        for step, batch in enumerate(batches, start_step):
+            images = augmented(batch["image"], jnp.int32(step))
+            yield {"image": images, "label": jnp.asarray(batch["label"])}
+
+
+def load(
+    path: str | os.PathLike[str], *, step: int | None = None
+) -> tuple[model.AlexNet, dict[str, Any], Callable[[Any], jax.Array]]:
+    """A trained network, for a notebook: `model, variables, preprocess = load(DIR)`.
+
+    Args:
+      path: the workdir of a run.
+      step: which checkpoint; else the one with the lowest top-1 error, and without
+        any evaluation the newest.
+
+    Returns:
+      model: the whole network, for one device.
+      variables: what `model.apply` takes.
+      preprocess: a path, a Pillow picture, a uint8 array [H, W, 3], or a list of
+        these -> images [B, crop, crop, 3], the centre view minus the mean.
+
+    Raises:
+      FileNotFoundError: if `path` is not a workdir.
+      CheckpointError: if it holds no whole checkpoint.
+    """
+    workdir = Path(path).absolute()
+    saved = read_config(workdir)
+    if saved is None:
+        raise FileNotFoundError(
+            f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}. Give the "
+            "folder that was given as --workdir."
+        )
+    config: Config = ConfigDict(saved)
+    statistics = statistics_lib.load(workdir / STATISTICS_FILE)
+    with Checkpointer(workdir / CHECKPOINTS, read_only=True) as checkpointer:
+        chosen = checkpointer.best_step() if step is None else step
+        variables, _ = checkpointer.restore_params(step=chosen)
+    classifier = variants.get(config.model.variant).layers[-1].name
+    num_classes = variables["params"][classifier]["bias"].shape[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about training narrow networks
+        network = make_model(config, num_classes)
+    size, crop_size = config.data.image_size, config.data.crop_size
+    mean_image = jnp.asarray(statistics.mean_image)
+
+    def preprocess(pictures: Any) -> jax.Array:
+        if not isinstance(pictures, (list, tuple)):
+            pictures = [pictures]
+        stack = np.stack([images_lib.load_picture(p, size) for p in pictures])
+        return augment.eval_images(
+            jnp.asarray(stack), mean_image=mean_image, crop_size=crop_size
+        )
+
+    return network, variables, preprocess
+
+
+def read_config(workdir: Path) -> dict[str, Any] | None:
+    """The config that a workdir was trained with, None if it is not a workdir."""
+    try:
+        return json.loads((workdir / CONFIG_FILE).read_text())
+    except FileNotFoundError:
+        return None
+
+
+def write_config(workdir: Path, config: Config) -> None:
+    """Stores the config in its workdir, at once or not at all."""
+    temporary = workdir / f".{CONFIG_FILE}.tmp"
+    temporary.write_text(json.dumps(as_json(config), indent=2) + "\n")
+    os.replace(temporary, workdir / CONFIG_FILE)
+
+
+def as_json(config: Config) -> dict[str, Any]:
+    """The config as plain JSON values (tuples become lists)."""
+    return json.loads(config.to_json())

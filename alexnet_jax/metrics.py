@@ -1,0 +1,40 @@
+"""Top-k errors and masked sums. The cross-entropy is optax's."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """[B, K] logits and int [B] labels -> [B] losses in nats, at least float32."""
+    wide = jnp.promote_types(logits.dtype, jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(wide), labels)
+
+
+def in_top_k(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
+    """Whether each label is among its k largest logits, [B] bool.
+
+    The label's rank is the number of classes before it: those of a larger logit, and
+    of equal ones those with a smaller index (as `lax.top_k` orders them), so logits
+    that are all alike score as chance, not as right. A logit that is not a number
+    counts as larger than any label's: a broken network is wrong, not lucky.
+    """
+    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    index = jnp.arange(logits.shape[-1])
+    before = ~(logits <= own) | ((logits == own) & (index < labels[:, None]))
+    return before.sum(-1) < k
+
+
+def sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """Sums over the examples whose mask is 1: loss, top1, top5 (right ones), count.
+
+    With fewer than five classes top5 is always right.
+    """
+    mask = mask.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    loss = jnp.where(mask > 0, cross_entropy(logits, labels), 0.0)
+    return {
+        "loss": jnp.sum(loss),
+        "top1": jnp.sum(in_top_k(logits, labels, 1) * mask),
+        "top5": jnp.sum(in_top_k(logits, labels, 5) * mask),
+        "count": jnp.sum(mask),
+    }

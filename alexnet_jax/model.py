@@ -1,0 +1,448 @@
+"""AlexNet: a thin flax.linen shell over `ops` that follows a layer table.
+
+`AlexNet` describes what ONE device computes. As made by `create_model` it is the
+whole network; `model.local(mesh, mode)` is the clone that runs inside `shard_map`,
+with its share of the features and the exchanges between the columns.
+"""
+
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jax.sharding import Mesh
+
+from alexnet_jax import ops, parallel, variants
+from alexnet_jax.variants import (
+    Activation,
+    BatchNorm,
+    Conv,
+    Dense,
+    Dropout,
+    Lrn,
+    NormalizationKind,
+    Pool,
+    Stage,
+    Variant,
+    WithinMapLrn,
+)
+
+INITS = ("paper", "caffe", "he")
+# Of ImageNet's pixels about their mean, on the scale 0..255: the root of a third of
+# the sum of the three principal variances (augment.IMAGENET_PCA_STD_255).
+PIXEL_STD_255 = 74.4
+_ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid}
+
+
+class _Weights(nn.Module):
+    """The kernel and bias of one layer, in `dtype`."""
+
+    shape: tuple[int, ...]
+    kernel_init: nn.initializers.Initializer
+    bias: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        # bfloat16 computes with float32 weights; float64 has float64 ones.
+        param_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, self.shape, param_dtype)
+        constant = nn.initializers.constant(self.bias)
+        bias = self.param("bias", constant, self.shape[-1:], param_dtype)
+        return kernel.astype(self.dtype), bias.astype(self.dtype)
+
+
+class AlexNet(nn.Module):
+    """The network of a layer table. Made by `create_model`.
+
+    Attributes:
+      network: the layer table.
+      dtype: what is computed in; parameters are at least float32.
+      init: how parameters start, see `create_model`.
+      fast: use the backend's fast operators; False keeps forward-mode derivatives.
+      conv_shards, fc_shards: over how many devices of the axis "column" the
+        convolutional and the fully connected layers are split (1: not).
+      data_axis: the mesh axis that batch statistics are summed over, or None.
+    """
+
+    network: Variant
+    dtype: Any = jnp.float32
+    init_name: str = "paper"
+    fast: bool = True
+    conv_shards: int = 1
+    fc_shards: int = 1
+    data_axis: str | None = None
+
+    def __call__(
+        self,
+        images: jax.Array,
+        train: bool = False,
+        first_example: int | jax.Array = 0,
+    ) -> jax.Array:
+        """Returns the logits [B, K], in at least float32.
+
+        Args:
+          images: float [B, S, S, 3], RGB, 0..255 minus the mean.
+          train: dropout and batch statistics as in training; wants
+            `rngs={"dropout": key}`.
+          first_example: position of images[0] in the global batch. It picks the
+            dropout masks, so they do not depend on how the batch is split.
+
+        Raises:
+          ValueError: for a size that does not give the table's grid.
+        """
+        return self.features(images, train, first_example)["logits"]
+
+    @nn.compact
+    def features(
+        self,
+        images: jax.Array,
+        train: bool = False,
+        first_example: int | jax.Array = 0,
+    ) -> dict[str, jax.Array]:
+        """Returns every layer's output by name, conv1 ... fc7 and logits.
+
+        `conv1` is the layer's output after bias and activation, `norm1` after
+        normalisation, `pool1` after pooling. Inside `shard_map` they are this
+        device's features. Arguments and errors as for `__call__`.
+        """
+        _check_images(self.network, images)
+        x = images.astype(self.dtype)
+        found: dict[str, jax.Array] = {}
+        for row in self.network.layers:
+            name = "logits" if row is self.network.layers[-1] else row.name
+            if isinstance(row, Conv):
+                x = self._conv(row, x, first=row is self.network.layers[0])
+                shards = self.conv_shards
+            else:
+                x = self._dense(row, x, last=name == "logits")
+                shards = self.fc_shards
+            found[name] = x
+            for stage in row.then:
+                x = self._stage(stage, row.name, x, train, first_example, shards)
+                label = _feature_name(stage, row.name)
+                if label:
+                    found[label] = x
+        return found
+
+    def local(self, mesh: Mesh, mode: str) -> "AlexNet":
+        """The clone that runs on one device of `mesh`, inside `shard_map`.
+
+        Raises:
+          ValueError: when the network cannot run in that mode, and why.
+        """
+        columns = mesh.shape[parallel.COLUMN]
+        parallel.check_mode(self.network, mode, columns)
+        return self.clone(
+            conv_shards=columns, fc_shards=columns, data_axis=parallel.DATA
+        )
+
+    def _conv(self, row: Conv, x: jax.Array, first: bool) -> jax.Array:
+        columns = self.network.columns
+        if row.sees == "own" and not first:
+            groups = columns // self.conv_shards
+        else:
+            groups = 1
+            if not first:
+                x = parallel.gather_features(x, self._axis(self.conv_shards))
+        if row.padding == "ceil":
+            extra = (row.kernel - x.shape[1]) % row.stride
+            padding = ((0, extra), (0, extra))
+        else:
+            padding = ((row.padding, row.padding), (row.padding, row.padding))
+        shape = (row.kernel, row.kernel, x.shape[-1] // groups)
+        kernel, bias = self._weights(row, shape, row.features // self.conv_shards)
+        x = ops.grouped_conv(
+            x,
+            kernel,
+            stride=row.stride,
+            padding=padding,
+            groups=groups,
+            fast=self.fast,
+        )
+        return x + bias
+
+    def _dense(self, row: Dense, x: jax.Array, last: bool) -> jax.Array:
+        if x.ndim == 4:
+            x = parallel.gather_features(x, self._axis(self.conv_shards))
+            x = x.reshape(x.shape[0], -1)
+        elif not last:
+            x = parallel.gather_features(x, self._axis(self.fc_shards))
+        if not last:
+            features = row.features // self.fc_shards
+            kernel, bias = self._weights(row, x.shape[-1:], features)
+            return x @ kernel + bias
+        # The classifier is split by its inputs, which are where they are needed
+        # already: one sum of the parts of the logits, and the bias added once.
+        kernel, bias = self._weights(row, x.shape[-1:], row.features)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        parts = jnp.matmul(x, kernel, preferred_element_type=wide)
+        return parallel.sum_parts(parts, self._axis(self.fc_shards)) + bias
+
+    def _weights(
+        self, row: Conv | Dense, inputs: tuple[int, ...], features: int
+    ) -> tuple[jax.Array, jax.Array]:
+        kernel_init, bias = _initializers(self.network, row, self.init_name)
+        module = _Weights(
+            (*inputs, features), kernel_init, bias, self.dtype, name=row.name
+        )
+        return module()
+
+    def _stage(
+        self,
+        stage: Stage,
+        layer: str,
+        x: jax.Array,
+        train: bool,
+        first_example: int | jax.Array,
+        shards: int,
+    ) -> jax.Array:
+        match stage:
+            case Activation(kind=kind):
+                return _ACTIVATIONS[kind](x)
+            case Lrn():
+                groups = self.network.columns // shards if stage.per_column else 1
+                return ops.local_response_norm(
+                    x,
+                    size=stage.size,
+                    k=stage.k,
+                    alpha=stage.alpha,
+                    beta=stage.beta,
+                    groups=groups,
+                    alpha_mode=stage.alpha_mode,
+                    fast=self.fast,
+                )
+            case WithinMapLrn():
+                return ops.within_map_response_norm(
+                    x,
+                    size=stage.size,
+                    k=stage.k,
+                    alpha=stage.alpha,
+                    beta=stage.beta,
+                )
+            case BatchNorm():
+                return nn.BatchNorm(
+                    use_running_average=not train,
+                    momentum=0.9,
+                    dtype=self.dtype,
+                    param_dtype=jnp.promote_types(self.dtype, jnp.float32),
+                    axis_name=None if self.is_initializing() else self.data_axis,
+                    name=_numbered("norm", layer),
+                )(x)
+            case Pool():
+                pool = ops.max_pool if stage.kind == "max" else ops.avg_pool
+                return pool(
+                    x, window=stage.window, stride=stage.stride, ceil=stage.ceil
+                )
+            case Dropout():
+                return self._dropout(stage, x, train, first_example, shards)
+
+    def _dropout(
+        self,
+        stage: Dropout,
+        x: jax.Array,
+        train: bool,
+        first_example: int | jax.Array,
+        shards: int,
+    ) -> jax.Array:
+        if stage.rate == 0.0:
+            return x
+        keep = 1.0 - stage.rate
+        if not train:
+            return x * keep if stage.scale_at == "test" else x
+        key = self.make_rng("dropout")
+        axis = self._axis(shards)
+        shape = (*x.shape[1:-1], x.shape[-1] * shards)
+
+        def mask(example: jax.Array) -> jax.Array:
+            # All units of the layer, of which a device keeps its own: the masks
+            # are the same however the layer is split.
+            drawn = jax.random.bernoulli(
+                jax.random.fold_in(key, example), jnp.float32(keep), shape
+            )
+            if axis is None:
+                return drawn
+            start = lax.axis_index(axis) * x.shape[-1]
+            return lax.dynamic_slice_in_dim(drawn, start, x.shape[-1], axis=-1)
+
+        x = x * jax.vmap(mask)(first_example + jnp.arange(x.shape[0]))
+        return x if stage.scale_at == "test" else x / keep
+
+    def _axis(self, shards: int) -> str | None:
+        return parallel.COLUMN if shards > 1 else None
+
+
+def create_model(
+    variant: str = "paper",
+    *,
+    num_classes: int | None = None,
+    width: float = 1.0,
+    dtype: Any = jnp.float32,
+    init: str = "paper",
+    fast: bool = True,
+    lrn: bool | None = None,
+    pool_window: int | None = None,
+    pool_stride: int | None = None,
+    activation: variants.ActivationKind | None = None,
+    columns: int | None = None,
+    dropout: float | None = None,
+    normalization: NormalizationKind | None = None,
+    skip: Iterable[str] | None = None,
+) -> AlexNet:
+    """Makes a network: a named layer table, changed as asked.
+
+    Args:
+      variant: "paper", "caffe", "caffenet", "one_tower", "one_gpu", "owt", "cifar".
+      num_classes: units of the classifier; None: the table's own (1,000, or 10).
+      width: factor on the features of every layer but the classifier.
+      dtype: what is computed in: float32, bfloat16, or float64 (with x64 enabled).
+      init: "paper", the recipe that the variant was published with, which is in its
+        table (the paper's: N(0, 0.01), and a bias of 1 in conv2, conv4, conv5, fc6
+        and fc7); "caffe", as bvlc_alexnet: fc6 and fc7 from N(0, 0.005), biases of
+        0.1 instead of 1; "he": He et al. 2015 (fan-in), conv1 scaled down for
+        pixels of 0..255, the classifier from N(0, 0.01), biases 0. Narrowed
+        networks need "he": with the others they do not leave ln(classes).
+      fast: the backend's fast operators; False keeps forward-mode derivatives.
+      lrn, pool_window, pool_stride, activation, columns, dropout, normalization,
+        skip: the ablations, see `variants.customize`. None: as in the table.
+
+    Raises:
+      ValueError: for a name that does not exist or a value out of range.
+    """
+    if init not in INITS:
+        raise ValueError(f"init={init!r} must be one of {', '.join(INITS)}.")
+    if width < 1 and init != "he":
+        warnings.warn(
+            f"A network of width {width} started with init={init!r} seldom leaves a "
+            "loss of ln(classes); use init='he'.",
+            stacklevel=2,
+        )
+    network = variants.customize(
+        variants.get(variant),
+        num_classes=num_classes,
+        width=width,
+        lrn=lrn,
+        normalization=normalization,
+        pool_window=pool_window,
+        pool_stride=pool_stride,
+        activation=activation,
+        columns=columns,
+        dropout=dropout,
+        skip=skip,
+    )
+    return AlexNet(network, dtype=jnp.dtype(dtype), init_name=init, fast=fast)
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """A line of `summary`: shape without the batch; multiply-adds for one image."""
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: int
+    multiply_adds: int
+
+
+def summary(model: AlexNet, image_size: int | None = None) -> list[LayerSummary]:
+    """Shapes, parameters and multiply-adds of every layer, nothing computed.
+
+    Raises:
+      ValueError: for a size that does not give the table's grid.
+    """
+    size = image_size or model.network.crop_size
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    names: list[str] = []
+
+    def trace(key: jax.Array, images: jax.Array) -> Any:
+        found, variables = model.init_with_output(key, images, method="features")
+        names.extend(found)  # in the order of the layers, which eval_shape forgets
+        return found, variables["params"]
+
+    shapes, params = jax.eval_shape(trace, key, images)
+    lines = []
+    for name in names:
+        feature = shapes[name]
+        layer = model.network.layers[-1].name if name == "logits" else name
+        weights = params.get(layer, {})
+        count = sum(leaf.size for leaf in weights.values())
+        shape = feature.shape[1:]
+        positions = shape[0] * shape[1] if len(shape) == 3 else 1
+        kernel = weights["kernel"].size if "kernel" in weights else 0
+        lines.append(LayerSummary(layer, shape, count, kernel * positions))
+    return lines
+
+
+def _initializers(
+    network: Variant, row: Conv | Dense, init: str
+) -> tuple[nn.initializers.Initializer, float]:
+    last = row is network.layers[-1]
+    if init == "he" and not last:
+        # Fan-in; the pixels that the first layer reads are not of unit variance.
+        gain = PIXEL_STD_255**-2 if row is network.layers[0] else 1.0
+        return nn.initializers.variance_scaling(2.0 * gain, "fan_in", "normal"), 0.0
+    if init == "he":
+        return nn.initializers.normal(0.01), 0.0
+    if init == "caffe":
+        std = 0.005 if isinstance(row, Dense) and not last else 0.01
+        return nn.initializers.normal(std), 0.1 if row.bias else 0.0
+    return nn.initializers.normal(row.weight_std), row.bias
+
+
+def _check_images(network: Variant, images: jax.Array) -> None:
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(
+            f"images has shape {images.shape}; expected [batch, size, size, 3]."
+        )
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"images are {images.dtype}; expected floats, RGB from 0 to 255 minus "
+            "the mean (`preprocess` of `alexnet_jax.load` makes them)."
+        )
+    check_image_size(network, images.shape[1])
+    if images.shape[1] != images.shape[2]:
+        raise ValueError(f"images are {images.shape[1]}x{images.shape[2]}, not square.")
+
+
+def check_image_size(network: Variant, size: int) -> None:
+    """Raises ValueError unless images of `size` give the table's first grid."""
+    first = network.layers[0]
+    if not isinstance(first, Conv) or _grid(first, size) == network.grid:
+        return
+    fits = [n for n in range(1, 2048) if _grid(first, n) == network.grid]
+    raise ValueError(
+        f"Variant {network.name!r} needs a {network.grid}x{network.grid} grid after "
+        f"{first.name}, from images of {fits[0]} to {fits[-1]} pixels; images of "
+        f"{size} pixels give {_grid(first, size)}x{_grid(first, size)}. Set "
+        f"--config.data.crop_size={network.crop_size}."
+    )
+
+
+def _grid(row: Conv, size: int) -> int:
+    if size < row.kernel:
+        return 0
+    if row.padding == "ceil":
+        return 1 + -(-(size - row.kernel) // row.stride)
+    return 1 + (size + 2 * row.padding - row.kernel) // row.stride
+
+
+def _numbered(kind: str, layer: str) -> str:
+    number = re.search(r"\d+$", layer)
+    return f"{kind}{number[0] if number else '_' + layer}"
+
+
+def _feature_name(stage: Stage, layer: str) -> str | None:
+    match stage:
+        case Activation():
+            return layer
+        case Lrn() | WithinMapLrn() | BatchNorm():
+            return _numbered("norm", layer)
+        case Pool():
+            return _numbered("pool", layer)
+        case _:
+            return None

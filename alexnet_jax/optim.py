@@ -1,0 +1,169 @@
+"""The paper's update rule and its schedules, in optax.
+
+Krizhevsky et al. 2012, section 5: v <- 0.9 v - 0.0005 lr w - lr g; w <- w + v. The
+learning rate is inside the velocity, so after a drop the old, larger steps fade out
+over some ten steps; torch's (and `optax.sgd`'s) form multiplies the velocity by it.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+
+FORMS = ("paper", "torch")
+SCHEDULES = ("constant", "plateau", "fixed", "cosine")
+
+
+def make_optimizer(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    bias_lr_mult: float = 1.0,
+    decay_bias: bool = True,
+    form: str = "paper",
+    layer_weight_decay: Mapping[str, float] | None = None,
+) -> optax.GradientTransformation:
+    """SGD with momentum and weight decay, as the paper has it.
+
+    Args:
+      learning_rate: a number, or a schedule of the step.
+      momentum: 0.9 in the paper.
+      weight_decay: factor on the weights in the gradient, 0.0005 in the paper.
+      bias_lr_mult: the biases' learning rate over the weights' (1 in the paper's
+        text, 2 in Caffe and at the original's start).
+      decay_bias: whether biases decay too; the original and Caffe do not, the paper
+        does not say.
+      form: "paper", the learning rate inside the velocity; "torch", outside.
+      layer_weight_decay: weight decay of single layers, by name, instead.
+
+    Returns:
+      A transformation whose state has `hyperparams["learning_rate"]`: the rate of
+      the last update, and, if `learning_rate` is a number, the one to change.
+
+    Raises:
+      ValueError: for an unknown form.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form={form!r} must be one of {', '.join(FORMS)}.")
+    by_layer = dict(layer_weight_decay or {})
+
+    def build(learning_rate: Any) -> optax.GradientTransformation:
+        rate = optax.chain(
+            optax.scale_by_learning_rate(learning_rate),
+            optax.masked(optax.scale(bias_lr_mult), _is_bias),
+        )
+        velocity = optax.trace(decay=momentum)
+        return optax.chain(
+            _decayed_weights(weight_decay, by_layer, decay_bias),
+            *((rate, velocity) if form == "paper" else (velocity, rate)),
+        )
+
+    return optax.inject_hyperparams(build)(learning_rate=learning_rate)
+
+
+def _decayed_weights(
+    weight_decay: float, by_layer: dict[str, float], decay_bias: bool
+) -> optax.GradientTransformation:
+    """g + weight_decay * w, with the factor of the leaf's layer."""
+
+    def decays(path: tuple[Any, ...]) -> bool:
+        return decay_bias or path[-1].key != "bias"
+
+    def others(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: decays(path) and path[0].key not in by_layer, params
+        )
+
+    def only(layer: str) -> Callable[[Any], Any]:
+        return lambda params: jax.tree_util.tree_map_with_path(
+            lambda path, _: decays(path) and path[0].key == layer, params
+        )
+
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, others),
+        *(
+            optax.add_decayed_weights(factor, only(layer))
+            for layer, factor in by_layer.items()
+        ),
+    )
+
+
+def _is_bias(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key == "bias", params
+    )
+
+
+def make_schedule(
+    name: str,
+    learning_rate: float,
+    *,
+    steps_per_epoch: float,
+    num_epochs: float,
+    drop_epochs: tuple[float, ...] = (),
+    factor: float = 0.1,
+    warmup_epochs: float = 0.0,
+) -> optax.ScalarOrSchedule:
+    """The learning rate as a function of the step, or as a number.
+
+    Args:
+      name: "constant" and "plateau" (see `Plateau`) give the number itself; "fixed"
+        multiplies by `factor` at each of `drop_epochs` (the original dropped after
+        epochs 25, 51 and 79 of 91); "cosine" falls to 0 at `num_epochs`, after a
+        linear rise over `warmup_epochs`.
+      steps_per_epoch: may be a fraction.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    if name in ("constant", "plateau"):
+        return learning_rate
+    if name == "fixed":
+        drops = {round(epoch * steps_per_epoch): factor for epoch in drop_epochs}
+        return optax.piecewise_constant_schedule(learning_rate, drops)
+    if name == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            init_value=0.0 if warmup_epochs else learning_rate,
+            peak_value=learning_rate,
+            warmup_steps=round(warmup_epochs * steps_per_epoch),
+            decay_steps=max(1, round(num_epochs * steps_per_epoch)),
+        )
+    raise ValueError(f"schedule {name!r} must be one of {', '.join(SCHEDULES)}.")
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """The paper's rule: divide by ten when the validation error stops improving.
+
+    "The learning rate was ... reduced three times prior to termination" (section 5).
+    An evaluation that is not better than the best so far counts against
+    `patience`; a drop starts the count anew.
+    """
+
+    patience: int
+    factor: float = 0.1
+    max_drops: int = 3
+    best: float = float("inf")
+    waited: int = 0
+    drops: int = 0
+
+    def after(self, error: float) -> tuple["Plateau", float]:
+        """Returns the rule after an evaluation, and the factor on the rate (or 1)."""
+        if error < self.best:
+            return dataclasses.replace(self, best=error, waited=0), 1.0
+        waited = self.waited + 1
+        if waited < self.patience or self.drops >= self.max_drops:
+            return dataclasses.replace(self, waited=waited), 1.0
+        dropped = dataclasses.replace(self, waited=0, drops=self.drops + 1)
+        return dropped, self.factor
+
+    def progress(self) -> dict[str, float]:
+        """What a checkpoint keeps of the rule; JSON has no infinity."""
+        best = self.best if math.isfinite(self.best) else sys.float_info.max
+        return {"best": best, "waited": self.waited, "drops": self.drops}

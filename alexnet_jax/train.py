@@ -1,0 +1,459 @@
+"""train_and_evaluate(config, workdir): the whole of a run."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+
+from alexnet_jax import experiment as experiment_lib
+from alexnet_jax import parallel
+from alexnet_jax.checkpoint import Checkpointer, CheckpointError, has_checkpoint
+from alexnet_jax.data import statistics as statistics_lib
+from alexnet_jax.evaluate import evaluate
+from alexnet_jax.experiment import Config, ConfigError, Experiment
+from alexnet_jax.optim import Plateau
+from alexnet_jax.steps import TrainState
+from alexnet_jax.writers import MultiWriter, make_writers
+
+# Steps that may be under way on the devices before the host waits for one: enough
+# to keep them busy, few enough to bound memory.
+STEPS_IN_FLIGHT = 2
+
+
+def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> TrainState:
+    """Trains, or goes on training, and evaluates; everything lands in `workdir`.
+
+    The same config and workdir again go on where the last run stopped, exactly: the
+    result is the one of a run that never stopped. A new workdir is a new run.
+
+    Args:
+      config: see `configs/common.py`.
+      workdir: folder for `config.json`, `metrics.jsonl`, `statistics.npz`,
+        `checkpoints/` and TensorBoard's event files; made if it does not exist.
+
+    Returns:
+      The final state.
+
+    Raises:
+      ConfigError: for a config that is wrong, or a workdir of another network.
+      FloatingPointError: when the loss is no longer finite; the last good checkpoint
+        stays.
+      KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once a checkpoint has
+        been written.
+    """
+    path = Path(workdir).absolute()
+    differences, experiment = _prepare(config, path)
+    path.mkdir(parents=True, exist_ok=True)
+    with Checkpointer(
+        path / experiment_lib.CHECKPOINTS, keep=config.checkpoint.keep
+    ) as checkpointer:
+        restored = checkpointer.restore(experiment.abstract_state())
+        state, host = restored or (experiment.init_state(), {})
+        if jax.process_index() == 0:
+            experiment.statistics.save(path / experiment_lib.STATISTICS_FILE)
+            experiment_lib.write_config(path, config)
+        with make_writers(
+            path,
+            total_steps=experiment.total_steps,
+            resume_step=int(state.step) if restored else None,
+            enabled=jax.process_index() == 0,
+        ) as writers:
+            for line in (*_describe(experiment), *differences):
+                writers.text(line)
+            folder = checkpointer.directory
+            writers.text(
+                f"resuming from step {int(state.step)} ({folder})"
+                if restored
+                else f"no checkpoint in {folder}: starting from scratch"
+            )
+            run = _Run(experiment, state, checkpointer, writers, host.get("plateau"))
+            with stop_signals() as stop:
+                run.train(stop)
+            return run.state
+
+
+def evaluate_workdir(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Evaluates a run's best checkpoint (without evaluations, its newest).
+
+    Prints and returns one record: "step" and the metrics of `evaluate.evaluate`.
+
+    Raises:
+      CheckpointError: when there is no checkpoint; else as `train_and_evaluate`.
+    """
+    path = Path(workdir).absolute()
+    if not has_checkpoint(path / experiment_lib.CHECKPOINTS):
+        raise CheckpointError(
+            f"There is no checkpoint in {path / experiment_lib.CHECKPOINTS}; train "
+            "first (--mode=train), or give the --workdir of a run."
+        )
+    if not config.data.eval_split:
+        raise ConfigError("--config.data.eval_split is empty: nothing to evaluate on.")
+    _, experiment = _prepare(config, path)
+    target = experiment.abstract_state()
+    with Checkpointer(path / experiment_lib.CHECKPOINTS, read_only=True) as saved:
+        step = saved.best_step()
+        step = saved.latest_whole_step() if step is None else step
+        variables, _ = saved.restore_params(
+            step=step,
+            abstract={"params": target.params, "batch_stats": target.batch_stats},
+        )
+    eval_step, statistics = experiment.eval_step(), experiment.pixel_statistics()
+    batch_stats = variables.get("batch_stats", {})
+    errors = _evaluate(
+        experiment,
+        lambda batch: eval_step(variables["params"], batch_stats, batch, statistics),
+    )
+    record: dict[str, Any] = {"step": step} | {
+        f"eval/{name}": value for name, value in errors.items()
+    }
+    print(json.dumps(record), flush=True)
+    return record
+
+
+def _prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
+    """The config's differences from the workdir's, and the experiment."""
+    experiment_lib.validate(config)
+    differences = _compare_with_workdir(config, workdir)
+    stored = workdir / experiment_lib.STATISTICS_FILE
+    statistics = statistics_lib.load(stored) if stored.exists() else None
+    return differences, experiment_lib.build(config, statistics=statistics)
+
+
+def _evaluate(
+    experiment: Experiment, eval_batch: Callable[[Any], Any]
+) -> dict[str, float]:
+    """`evaluate` over the evaluation split; `eval_batch` takes a device batch."""
+    assert experiment.eval_source is not None
+    with experiment.eval_batches() as batches:
+        return evaluate(
+            eval_batch,
+            (parallel.put_batch(batch, experiment.mesh) for batch in batches),
+            expected_count=experiment.eval_source.num_examples,
+        )
+
+
+def _compare_with_workdir(config: Config, workdir: Path) -> list[str]:
+    """Lines that say how the config differs from the workdir's own.
+
+    Raises:
+      ConfigError: when it describes another network.
+    """
+    saved = experiment_lib.read_config(workdir)
+    if saved is None or not has_checkpoint(workdir / experiment_lib.CHECKPOINTS):
+        return []
+    old, new = _flat(saved), _flat(experiment_lib.as_json(config))
+    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    lines = [
+        f"  --config.{key}: {old.get(key)} in the workdir, now {new.get(key)}"
+        for key in changed
+    ]
+    if any(key.startswith("model.") for key in changed):
+        raise ConfigError(
+            f"{workdir} holds another network:\n"
+            + "\n".join(line for line in lines if ".model." in line)
+            + "\nTake a new --workdir, or the config that this one was made with."
+        )
+    return ["the config differs from this workdir's:", *lines] if lines else []
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _describe(experiment: Experiment) -> list[str]:
+    """What runs, on what, over what: the first lines of every log."""
+    network, mesh = experiment.model.network, experiment.mesh
+    shapes = experiment.abstract_state().params
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    device = mesh.devices.flat[0]
+    classes, size = network.layers[-1].features, experiment.crop_size
+    rows, columns = mesh.shape[parallel.DATA], mesh.shape[parallel.COLUMN]
+    kind = f"{mesh.size} x {device.device_kind} ({device.platform})"
+    train = experiment.train_source
+    about = f"{parameters:,} parameters, {classes} classes, images of {size} pixels"
+    lines = [
+        f"network {network.name}: {about}",
+        f"devices {kind}: mode {experiment.mode}, {rows} data x {columns} column",
+        f"training on {train.num_examples:,} pictures: {train.description}",
+    ]
+    if experiment.eval_source is not None:
+        lines.append(
+            f"evaluating on {experiment.eval_source.num_examples:,} pictures: "
+            f"{experiment.eval_source.description}"
+        )
+    return lines
+
+
+@dataclass
+class Stop:
+    """Whether the run was asked to end, and by which signal."""
+
+    signal: int | None = None
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Within, Ctrl-C and SIGTERM only ask; a second Ctrl-C ends at once.
+
+    Signals reach the main thread alone; elsewhere nothing is changed.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.signal = number
+
+    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Run:
+    """The state of a run in progress, and what happens between its steps."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        state: TrainState,
+        checkpointer: Checkpointer,
+        writers: MultiWriter,
+        plateau: dict[str, Any] | None,
+    ):
+        self.experiment = experiment
+        self.config = experiment.config
+        self.state = state
+        self.step = int(state.step)
+        self.checkpointer = checkpointer
+        self.writers = writers
+        self.statistics = experiment.pixel_statistics()
+        schedule = self.config.schedule
+        self.plateau = Plateau(
+            patience=schedule.patience,
+            factor=schedule.factor,
+            max_drops=schedule.max_drops,
+            **(plateau or {}),
+        )
+        self.eval_step: Any = None
+        self.recent: list[dict[str, jax.Array]] = []  # metrics since the last record
+        self.saved_step = self.evaluated_step = -1
+        self.saved_at = time.monotonic()
+        self._restart_clock(0.0)
+
+    # The loop.
+
+    def train(self, stop: Stop) -> None:
+        """Steps until the end, or until asked to stop; then a checkpoint."""
+        total = self.experiment.total_steps
+        if self.step >= total:
+            self.writers.text(f"nothing to do: the run ended at step {self.step}")
+            return
+        with self.experiment.train_batches(self.step) as batches:
+            batch = self._put(next(batches))
+            args = (self.state, batch, self.statistics)
+            train_step = self._compile("training", self.experiment.train_step(), args)
+            self._restart_clock(batches.wait_seconds)
+            while True:
+                self.state, metrics = train_step(self.state, batch, self.statistics)
+                self.step += 1
+                self._keep(metrics)
+                if self.step < total and not stop.signal:
+                    # Decoded and sent while the devices compute.
+                    batch = self._put(next(batches))
+                self._between_steps(batches.wait_seconds)
+                if self.step >= total or stop.signal:
+                    break
+            self._log(batches.wait_seconds)
+        if stop.signal and self.step < total:
+            self._stopped(stop.signal)
+        if self.evaluated_step != self.step:
+            self._save(self._evaluate())
+        self._save()
+
+    def _keep(self, metrics: dict[str, jax.Array]) -> None:
+        if self.step == 1:
+            classes = self.experiment.model.network.layers[-1].features
+            self.writers.text(
+                f"loss at step 0: {float(metrics['loss']):.4f}, "
+                f"ln({classes}) = {math.log(classes):.4f}"
+            )
+        self.recent.append(metrics)
+        if len(self.recent) > STEPS_IN_FLIGHT:
+            self.recent[-1 - STEPS_IN_FLIGHT]["loss"].block_until_ready()
+        self.writers.progress(self.step)
+
+    def _between_steps(self, waited: float) -> None:
+        config = self.config
+        if self.step % config.log_every_steps == 0:
+            self._log(waited)
+        if self._evaluation_is_due():
+            error = self._evaluate()
+            best = self.checkpointer.best_step()
+            known = None if best is None else self.checkpointer.top1_error(best)
+            if error is not None and (known is None or error < known):
+                self._save(error)
+        minutes = (time.monotonic() - self.saved_at) / 60
+        by_step, by_time = (
+            config.checkpoint.every_steps,
+            config.checkpoint.every_minutes,
+        )
+        if (by_step and self.step % by_step == 0) or (by_time and minutes >= by_time):
+            self._save()
+
+    def _evaluation_is_due(self) -> bool:
+        every = self.config.eval_every_epochs * self.experiment.steps_per_epoch
+        if not every:
+            return False
+        return self.step // every > (self.step - 1) // every
+
+    # Records.
+
+    def _restart_clock(self, waited: float) -> None:
+        self.clock, self.clock_step, self.clock_waited = (
+            time.monotonic(),
+            self.step,
+            waited,
+        )
+
+    @contextlib.contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        """What happens within does not count as training time."""
+        self.state.step.block_until_ready()
+        started = time.monotonic()
+        yield
+        self.clock += time.monotonic() - started
+
+    def _log(self, waited: float) -> None:
+        """Writes the means since the last record; raises if a loss is not finite."""
+        if not self.recent:
+            return
+        recent = jax.device_get(self.recent)
+        seconds = time.monotonic() - self.clock
+        self.recent.clear()
+        losses = np.array([metrics["loss"] for metrics in recent])
+        finite = np.isfinite(losses)
+        if not finite.all():
+            first = self.step - len(losses) + 1 + int(np.argmin(finite))
+            raise FloatingPointError(
+                f"The loss of step {first} is {losses[np.argmin(finite)]}. The last "
+                f"checkpoint in {self.checkpointer.directory} is from before; try a "
+                "lower --config.optim.learning_rate."
+            )
+        rate = (self.step - self.clock_step) / seconds
+        self._write(
+            {
+                "train/loss": float(losses.mean()),
+                "train/top1_error": float(np.mean([m["top1_error"] for m in recent])),
+                "lr": float(recent[-1]["lr"]),
+                "images_per_sec": rate * self.config.data.batch_size,
+                "data_wait_frac": (waited - self.clock_waited) / seconds,
+                "eta_seconds": (self.experiment.total_steps - self.step) / rate,
+            }
+        )
+        self._restart_clock(waited)
+
+    def _write(self, scalars: dict[str, float]) -> None:
+        epoch = self.step / self.experiment.steps_per_epoch
+        self.writers.write(self.step, epoch, scalars)
+
+    # Evaluations and checkpoints.
+
+    def _evaluate(self) -> float | None:
+        """Evaluates, writes, applies the plateau rule; returns the top-1 error."""
+        self.evaluated_step = self.step
+        if self.experiment.eval_source is None:
+            return None
+        with self._off_the_clock():
+            errors = _evaluate(self.experiment, self._eval_batch)
+        self._write({f"eval/{name}": value for name, value in errors.items()})
+        # The evaluation at the end of a run that is cut short by max_steps is not one
+        # of the rule's: the run may go on as if it had never stopped.
+        if self.config.schedule.name == "plateau" and self._evaluation_is_due():
+            self.plateau, factor = self.plateau.after(errors["top1_error"])
+            if factor != 1.0:
+                self._scale_learning_rate(factor)
+        return errors["top1_error"]
+
+    def _eval_batch(self, batch: Any) -> Any:
+        args = (self.state.params, self.state.batch_stats, batch, self.statistics)
+        if self.eval_step is None:
+            step = self.experiment.eval_step()
+            self.eval_step = self._compile("evaluation", step, args)
+        return self.eval_step(*args)
+
+    def _scale_learning_rate(self, factor: float) -> None:
+        opt_state: Any = self.state.opt_state
+        rate = opt_state.hyperparams["learning_rate"]
+        new = jax.device_put(np.asarray(rate * factor, rate.dtype), rate.sharding)
+        hyperparams = {**opt_state.hyperparams, "learning_rate": new}
+        opt_state = opt_state._replace(hyperparams=hyperparams)
+        self.state = dataclasses.replace(self.state, opt_state=opt_state)
+        self.writers.text(
+            f"no better error in {self.plateau.patience} evaluations: learning rate "
+            f"now {float(new):.3g}"
+        )
+
+    def _save(self, top1_error: float | None = None) -> None:
+        if self.recent and not np.isfinite(self.recent[-1]["loss"]):
+            return  # the next record says so and ends the run
+        with self._off_the_clock():
+            self.checkpointer.save(
+                self.step,
+                self.state,
+                metadata={
+                    "config": experiment_lib.as_json(self.config),
+                    "plateau": self.plateau.progress(),
+                    "versions": {"jax": jax.__version__},
+                },
+                top1_error=top1_error,
+            )
+        if self.saved_step != self.step:
+            self.writers.text(f"checkpoint of step {self.step}")
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+
+    def _stopped(self, number: int) -> None:
+        self._save()
+        self.writers.text(
+            f"stopped at step {self.step} by {signal.Signals(number).name}; the same "
+            "command goes on from here"
+        )
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
+
+    # Devices.
+
+    def _put(self, batch: Any) -> Any:
+        return parallel.put_batch(batch, self.experiment.mesh)
+
+    def _compile(self, what: str, step: Any, args: tuple[Any, ...]) -> Any:
+        self.writers.text(f"compiling the {what} step ...")
+        started = time.monotonic()
+        compiled = step.lower(*args).compile()
+        seconds = time.monotonic() - started
+        self.writers.text(f"compiled the {what} step in {seconds:.1f} s")
+        return compiled

@@ -1,0 +1,553 @@
+"""The layer tables: every named network as data.
+
+A table has one row a layer, and a row reads like section 3.5 of the paper: so many
+features, a kernel, a stride, a padding, what the layer sees of the layer before, how
+it starts, and `then` what is done with its output, in this order. An ablation is a
+change of rows (`customize`), never an `if` in the network.
+
+Sources: Krizhevsky, Sutskever and Hinton, "ImageNet classification with deep
+convolutional neural networks", NIPS 2012 ("the paper"); the `bvlc_alexnet` and
+`bvlc_reference_caffenet` definitions of Caffe; torchvision's AlexNet after
+Krizhevsky, "One weird trick for parallelizing convolutional neural networks",
+arXiv:1404.5997; the `layers-18pct.cfg` example of cuda-convnet.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+ActivationKind = Literal["relu", "tanh", "sigmoid"]
+ACTIVATIONS: tuple[ActivationKind, ...] = ("relu", "tanh", "sigmoid")
+NormalizationKind = Literal["lrn", "batch", "none"]
+NORMALIZATIONS: tuple[NormalizationKind, ...] = ("lrn", "batch", "none")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A unit's output function (paper, section 3.1)."""
+
+    kind: ActivationKind = "relu"
+
+
+@dataclass(frozen=True)
+class Lrn:
+    """Local response normalisation across features (paper, section 3.3).
+
+    `per_column`: the window stays inside a column. `alpha_mode`: "sum" multiplies
+    the sum of squares by alpha (the paper), "mean" their mean (Caffe, torch).
+    """
+
+    size: int = 5
+    k: float = 2.0
+    alpha: float = 1e-4
+    beta: float = 0.75
+    alpha_mode: Literal["sum", "mean"] = "sum"
+    per_column: bool = True
+
+
+@dataclass(frozen=True)
+class WithinMapLrn:
+    """Response normalisation within one feature map (cuda-convnet's `rnorm`)."""
+
+    size: int
+    k: float
+    alpha: float
+    beta: float
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """Batch normalisation (Ioffe and Szegedy 2015), the modern stand-in for LRN."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Pooling; `window` > `stride` overlaps (paper, section 3.4).
+
+    `ceil`: the last window may hang over the right and bottom edge.
+    """
+
+    window: int = 3
+    stride: int = 2
+    kind: Literal["max", "avg"] = "max"
+    ceil: bool = False
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout (paper, section 4.2).
+
+    `scale_at`: "test" multiplies by the share of units kept when testing, as the
+    paper says; "train" divides by it when training (inverted dropout), as Caffe,
+    torch and flax do. The same network in expectation, but not at the same
+    learning rate and initial weights: inverted dropout doubles what the next
+    layer reads in training.
+    """
+
+    rate: float = 0.5
+    scale_at: Literal["test", "train"] = "test"
+
+
+Stage = Activation | Lrn | WithinMapLrn | BatchNorm | Pool | Dropout
+NORMS = (Lrn, WithinMapLrn, BatchNorm)
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolutional layer.
+
+    `padding`: pixels on every side, or "ceil": on the right and bottom only, just
+    until the last window fits (cuda-convnet's output size, 1 + ceil((n - k) / s)).
+    `sees`: "all" features of the layer before, or only those of its "own" column.
+    `weight_std`, `bias`: weights start as N(0, weight_std^2), biases at `bias`.
+    `weight_decay`: this layer's own, instead of the optimiser's.
+    """
+
+    name: str
+    features: int
+    kernel: int
+    stride: int = 1
+    padding: int | Literal["ceil"] = 0
+    sees: Literal["all", "own"] = "all"
+    weight_std: float = 0.01
+    bias: float = 0.0
+    weight_decay: float | None = None
+    then: tuple[Stage, ...] = (Activation(),)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A fully connected layer, which sees everything. Fields as in `Conv`."""
+
+    name: str
+    features: int
+    weight_std: float = 0.01
+    bias: float = 0.0
+    weight_decay: float | None = None
+    then: tuple[Stage, ...] = (Activation(),)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A network: its rows, the number of columns, and the grid that it needs.
+
+    `grid` is the height and width of the first layer's output; an image size that
+    gives another grid is refused. `crop_size` is the customary input size.
+    """
+
+    name: str
+    columns: int
+    grid: int
+    crop_size: int
+    layers: tuple[Conv | Dense, ...]
+
+    @property
+    def convs(self) -> tuple[Conv, ...]:
+        return tuple(row for row in self.layers if isinstance(row, Conv))
+
+    @property
+    def denses(self) -> tuple[Dense, ...]:
+        return tuple(row for row in self.layers if isinstance(row, Dense))
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return tuple(stage for row in self.layers for stage in row.then)
+
+    @property
+    def layer_weight_decay(self) -> dict[str, float]:
+        """The layers with a weight decay of their own."""
+        return {
+            row.name: row.weight_decay
+            for row in self.layers
+            if row.weight_decay is not None
+        }
+
+
+RELU = Activation("relu")
+OVERLAPPING = Pool(window=3, stride=2)
+PAPER_LRN = Lrn()
+# Caffe's k is 1 and its alpha is divided by the window, which spans both columns.
+CAFFE_LRN = Lrn(k=1.0, alpha_mode="mean", per_column=False)
+PAPER_DROPOUT = Dropout(scale_at="test")
+INVERTED_DROPOUT = Dropout(scale_at="train")
+
+# Section 3.5, sentence by sentence; section 5 for the biases and the weights. The
+# paper's 224 pixels give 55 x 55 only with the original's rule for the last window.
+PAPER = Variant(
+    "paper",
+    columns=2,
+    grid=55,
+    crop_size=224,
+    layers=(
+        Conv(
+            "conv1",
+            96,
+            kernel=11,
+            stride=4,
+            padding="ceil",
+            then=(RELU, PAPER_LRN, OVERLAPPING),
+        ),
+        Conv(
+            "conv2",
+            256,
+            kernel=5,
+            padding=2,
+            sees="own",
+            bias=1.0,
+            then=(RELU, PAPER_LRN, OVERLAPPING),
+        ),
+        Conv("conv3", 384, kernel=3, padding=1),
+        Conv("conv4", 384, kernel=3, padding=1, sees="own", bias=1.0),
+        Conv(
+            "conv5",
+            256,
+            kernel=3,
+            padding=1,
+            sees="own",
+            bias=1.0,
+            then=(RELU, OVERLAPPING),
+        ),
+        Dense("fc6", 4096, bias=1.0, then=(RELU, PAPER_DROPOUT)),
+        Dense("fc7", 4096, bias=1.0, then=(RELU, PAPER_DROPOUT)),
+        Dense("fc8", 1000, then=()),
+    ),
+)
+
+# The paper's one-GPU net: half the kernels, except in the last convolution and the
+# fully connected layers, so that the number of parameters stays close (section 3.2).
+ONE_GPU = dataclasses.replace(
+    PAPER,
+    name="one_gpu",
+    columns=1,
+    layers=tuple(
+        dataclasses.replace(row, features=row.features // 2)
+        if row.name in ("conv1", "conv2", "conv3", "conv4")
+        else row
+        for row in PAPER.layers
+    ),
+)
+
+# bvlc_alexnet. Its 227 pixels with no padding are the paper's 224 with three.
+CAFFE = Variant(
+    "caffe",
+    columns=2,
+    grid=55,
+    crop_size=227,
+    layers=(
+        Conv("conv1", 96, kernel=11, stride=4, then=(RELU, CAFFE_LRN, OVERLAPPING)),
+        Conv(
+            "conv2",
+            256,
+            kernel=5,
+            padding=2,
+            sees="own",
+            bias=0.1,
+            then=(RELU, CAFFE_LRN, OVERLAPPING),
+        ),
+        Conv("conv3", 384, kernel=3, padding=1),
+        Conv("conv4", 384, kernel=3, padding=1, sees="own", bias=0.1),
+        Conv(
+            "conv5",
+            256,
+            kernel=3,
+            padding=1,
+            sees="own",
+            bias=0.1,
+            then=(RELU, OVERLAPPING),
+        ),
+        Dense("fc6", 4096, weight_std=0.005, bias=0.1, then=(RELU, INVERTED_DROPOUT)),
+        Dense("fc7", 4096, weight_std=0.005, bias=0.1, then=(RELU, INVERTED_DROPOUT)),
+        Dense("fc8", 1000, then=()),
+    ),
+)
+
+# bvlc_reference_caffenet: bvlc_alexnet but for pooling before LRN, and biases of 1.
+CAFFENET = dataclasses.replace(
+    CAFFE,
+    name="caffenet",
+    layers=tuple(
+        dataclasses.replace(
+            row,
+            bias=1.0 if row.bias else 0.0,
+            then=(RELU, OVERLAPPING, CAFFE_LRN)
+            if row.name in ("conv1", "conv2")
+            else row.then,
+        )
+        for row in CAFFE.layers
+    ),
+)
+
+
+def _dropout_before_dense(name: str, widths: tuple[int, int, int, int, int]) -> Variant:
+    """One column, no LRN, dropout before fc6 and fc7: the listings of today.
+
+    The published weights of these nets started from torch's defaults; here the rows
+    keep the paper's start. `sees` matters only if `columns` is overridden.
+    """
+    c1, c2, c3, c4, c5 = widths
+    return Variant(
+        name,
+        columns=1,
+        grid=55,
+        crop_size=224,
+        layers=(
+            Conv("conv1", c1, kernel=11, stride=4, padding=2, then=(RELU, OVERLAPPING)),
+            Conv(
+                "conv2",
+                c2,
+                kernel=5,
+                padding=2,
+                sees="own",
+                bias=1.0,
+                then=(RELU, OVERLAPPING),
+            ),
+            Conv("conv3", c3, kernel=3, padding=1),
+            Conv("conv4", c4, kernel=3, padding=1, sees="own", bias=1.0),
+            Conv(
+                "conv5",
+                c5,
+                kernel=3,
+                padding=1,
+                sees="own",
+                bias=1.0,
+                then=(RELU, OVERLAPPING, INVERTED_DROPOUT),
+            ),
+            Dense("fc6", 4096, bias=1.0, then=(RELU, INVERTED_DROPOUT)),
+            Dense("fc7", 4096, bias=1.0, then=(RELU,)),
+            Dense("fc8", 1000, then=()),
+        ),
+    )
+
+
+ONE_TOWER = _dropout_before_dense("one_tower", (96, 256, 384, 384, 256))
+# torchvision's widths; the text of "One weird trick" has 384 in the fourth layer.
+OWT = _dropout_before_dense("owt", (64, 192, 384, 256, 256))
+
+# cuda-convnet's "18%" CIFAR-10 net: pooling grids round up, no augmentation, and a
+# weight decay a layer (0.004 on the convolutions, 1 on the classifier).
+_CIFAR_LRN = WithinMapLrn(size=3, k=1.0, alpha=5e-5, beta=0.75)
+_CIFAR_MAX = Pool(window=3, stride=2, kind="max", ceil=True)
+_CIFAR_AVG = Pool(window=3, stride=2, kind="avg", ceil=True)
+CIFAR = Variant(
+    "cifar",
+    columns=1,
+    grid=32,
+    crop_size=32,
+    layers=(
+        Conv(
+            "conv1",
+            32,
+            kernel=5,
+            padding=2,
+            weight_std=1e-4,
+            weight_decay=0.004,
+            then=(RELU, _CIFAR_MAX, _CIFAR_LRN),
+        ),
+        Conv(
+            "conv2",
+            32,
+            kernel=5,
+            padding=2,
+            weight_decay=0.004,
+            then=(RELU, _CIFAR_AVG, _CIFAR_LRN),
+        ),
+        Conv(
+            "conv3",
+            64,
+            kernel=5,
+            padding=2,
+            weight_decay=0.004,
+            then=(RELU, _CIFAR_AVG),
+        ),
+        Dense("fc10", 10, weight_decay=1.0, then=()),
+    ),
+)
+
+VARIANTS: dict[str, Variant] = {
+    table.name: table
+    for table in (PAPER, ONE_GPU, CAFFE, CAFFENET, ONE_TOWER, OWT, CIFAR)
+}
+
+StageT = TypeVar("StageT", Activation, Pool, Dropout)
+
+
+def customize(
+    table: Variant,
+    *,
+    num_classes: int | None = None,
+    width: float = 1.0,
+    lrn: bool | None = None,
+    normalization: NormalizationKind | None = None,
+    pool_window: int | None = None,
+    pool_stride: int | None = None,
+    activation: ActivationKind | None = None,
+    columns: int | None = None,
+    dropout: float | None = None,
+    skip: Iterable[str] | None = None,
+) -> Variant:
+    """Returns the table with an ablation's changes; None leaves a thing as it is.
+
+    Args:
+      table: the table to start from.
+      num_classes: units of the last layer, at least 1.
+      width: factor on every number of features but the last layer's, above 0.
+      lrn: False takes every normalisation out, True is `normalization="lrn"`.
+      normalization: "lrn", "batch" or "none". A table that normalises keeps its
+        places (and, for "lrn", its constants); one that does not gets the paper's
+        LRN or batch norm after the activations of conv1 and conv2.
+      pool_window, pool_stride: of every pooling layer. The paper's ablation of
+        overlapping pooling is `pool_window=2`.
+      activation: "relu", "tanh" or "sigmoid", for every unit.
+      columns: number of columns; 1 lets every layer see everything.
+      dropout: the rate wherever the table drops, 0 <= rate < 1.
+      skip: names of convolutional layers to take out, with their normalisation but
+        not their pooling. The first one sets the grid and cannot be skipped.
+
+    Raises:
+      ValueError: for a value outside these ranges, in words.
+    """
+    if lrn is not None:
+        if normalization is not None:
+            raise ValueError(
+                f"lrn={lrn} and normalization={normalization!r} say the same thing "
+                "twice; give one of them."
+            )
+        normalization = "lrn" if lrn else "none"
+    if skip:
+        table = _without(table, tuple(skip))
+    if columns is not None:
+        table = dataclasses.replace(table, columns=_positive("columns", columns))
+    if width != 1.0:
+        table = _scaled(table, width)
+    if num_classes is not None:
+        last = dataclasses.replace(
+            table.layers[-1], features=_positive("num_classes", num_classes)
+        )
+        table = dataclasses.replace(table, layers=(*table.layers[:-1], last))
+    if normalization is not None:
+        table = _normalized(table, normalization)
+    if pool_window is not None:
+        _positive("pool_window", pool_window)
+        table = _map_stages(
+            table, Pool, lambda s: dataclasses.replace(s, window=pool_window)
+        )
+    if pool_stride is not None:
+        _positive("pool_stride", pool_stride)
+        table = _map_stages(
+            table, Pool, lambda s: dataclasses.replace(s, stride=pool_stride)
+        )
+    if activation is not None:
+        _one_of("activation", activation, ACTIVATIONS)
+        table = _map_stages(table, Activation, lambda _: Activation(activation))
+    if dropout is not None:
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout} is not a rate: 0 <= dropout < 1.")
+        table = _map_stages(
+            table, Dropout, lambda s: dataclasses.replace(s, rate=float(dropout))
+        )
+    _check_columns(table)
+    return table
+
+
+def get(name: str) -> Variant:
+    """The table of that name; ValueError with the names there are."""
+    if name not in VARIANTS:
+        raise ValueError(
+            f"There is no variant {name!r}; the variants are {', '.join(VARIANTS)}."
+        )
+    return VARIANTS[name]
+
+
+def _positive(what: str, value: int) -> int:
+    if isinstance(value, bool) or value != int(value) or value < 1:
+        raise ValueError(f"{what}={value!r} must be a whole number of at least 1.")
+    return int(value)
+
+
+def _one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{what}={value!r} must be one of {', '.join(choices)}.")
+
+
+def _map_layers(
+    table: Variant, change: Callable[[Conv | Dense], Conv | Dense]
+) -> Variant:
+    return dataclasses.replace(table, layers=tuple(map(change, table.layers)))
+
+
+def _map_stages(
+    table: Variant, kind: type[StageT], change: Callable[[StageT], Stage]
+) -> Variant:
+    return _map_layers(
+        table,
+        lambda row: dataclasses.replace(
+            row,
+            then=tuple(change(s) if isinstance(s, kind) else s for s in row.then),
+        ),
+    )
+
+
+def _scaled(table: Variant, width: float) -> Variant:
+    if not width > 0:
+        raise ValueError(f"width={width} must be above 0; 0.25 is a quarter.")
+    columns = table.columns  # every column keeps the same number of features
+
+    def scale(row: Conv | Dense) -> Conv | Dense:
+        if row is table.layers[-1]:
+            return row
+        features = columns * max(1, round(row.features * width / columns))
+        return dataclasses.replace(row, features=features)
+
+    return _map_layers(table, scale)
+
+
+def _normalized(table: Variant, kind: NormalizationKind) -> Variant:
+    _one_of("normalization", kind, NORMALIZATIONS)
+    places = {row.name for row in table.layers if any(_norms(row))}
+
+    def change(row: Conv | Dense) -> Conv | Dense:
+        then = row.then
+        if kind == "none":
+            then = tuple(s for s in then if not isinstance(s, NORMS))
+        elif kind == "batch" and row.name in places:
+            then = tuple(BatchNorm() if isinstance(s, NORMS) else s for s in then)
+        elif not places and row.name in ("conv1", "conv2"):
+            new = PAPER_LRN if kind == "lrn" else BatchNorm()
+            at = 1 + next(i for i, s in enumerate(then) if isinstance(s, Activation))
+            then = (*then[:at], new, *then[at:])
+        return dataclasses.replace(row, then=then)
+
+    return _map_layers(table, change)
+
+
+def _norms(row: Conv | Dense) -> list[Stage]:
+    return [s for s in row.then if isinstance(s, NORMS)]
+
+
+def _without(table: Variant, names: tuple[str, ...]) -> Variant:
+    can_go = [row.name for row in table.convs[1:]]
+    for name in names:
+        if name not in can_go:
+            raise ValueError(
+                f"skip={list(names)!r}: {name!r} cannot be left out of variant "
+                f"{table.name!r}; these can: {', '.join(can_go)}."
+            )
+    rows: list[Conv | Dense] = []
+    for row in table.layers:
+        if row.name in names:
+            # The pooling stays with the layer before, so that the grid is kept.
+            kept = tuple(s for s in row.then if isinstance(s, Pool | Dropout))
+            rows[-1] = dataclasses.replace(rows[-1], then=(*rows[-1].then, *kept))
+        else:
+            rows.append(row)
+    return dataclasses.replace(table, layers=tuple(rows))
+
+
+def _check_columns(table: Variant) -> None:
+    for row in table.layers[:-1]:
+        if row.features % table.columns:
+            raise ValueError(
+                f"The {row.features} features of {row.name} do not divide into "
+                f"{table.columns} columns."
+            )

@@ -1,0 +1,349 @@
+"""Where the numbers of a run go: a JSON-lines file, TensorBoard and the console.
+
+Process 0 writes; on the others `make_writers(..., enabled=False)` gives the same
+interface and does nothing, so that the training loop has no special case.
+
+Names of the scalars: `train/loss`, `train/top1_error`, `lr`, `images_per_sec`,
+`data_wait_frac`; `eval/loss`, `eval/top1_error`, `eval/top5_error`, `eval/count`.
+Errors and fractions are in [0, 1]. `eta_seconds` is shown on the console and stored
+nowhere.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, Self, TextIO
+
+import numpy as np
+from absl import logging
+
+METRICS_FILE = "metrics.jsonl"
+_ONLY_ON_CONSOLE = frozenset({"eta_seconds"})
+
+
+class Writer(Protocol):
+    """What every writer does."""
+
+    def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
+        """One record: the scalars (numbers or 0-d arrays) after `step` steps."""
+
+    def progress(self, step: int) -> None:
+        """`step` steps are done. Called often, so it must cost nothing."""
+
+    def text(self, line: str) -> None:
+        """A line for the reader at the console."""
+
+    def close(self) -> None:
+        """Writes what is buffered and frees the files."""
+
+
+def make_writers(
+    workdir: str | os.PathLike[str],
+    *,
+    total_steps: int,
+    resume_step: int | None = None,
+    enabled: bool = True,
+) -> "MultiWriter":
+    """The three writers of a run in `workdir`, which is created if need be.
+
+    Args:
+      total_steps: where the run ends, for the console.
+      resume_step: the step the run goes on from; records beyond it are dropped. None
+        for a new run.
+      enabled: False on every process but the first: nothing is created or written.
+    """
+    if not enabled:
+        return MultiWriter([])
+    os.makedirs(workdir, exist_ok=True)
+    path = pathlib.Path(workdir) / METRICS_FILE
+    return MultiWriter(
+        [
+            JsonlWriter(path, resume_step),
+            TensorBoardWriter(workdir, resume_step),
+            ConsoleWriter(total_steps, start_step=resume_step or 0),
+        ]
+    )
+
+
+class MultiWriter:
+    """Passes each call on to several writers, in order; also a context manager."""
+
+    def __init__(self, writers: Iterable[Writer]):
+        self._writers = list(writers)
+
+    def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
+        """Writes one record everywhere."""
+        # Converted once: each conversion of a device array waits for the device.
+        numbers = {name: _number(value) for name, value in scalars.items()}
+        for writer in self._writers:
+            writer.write(step, epoch, numbers)
+
+    def progress(self, step: int) -> None:
+        """Moves the progress bar, where there is one."""
+        for writer in self._writers:
+            writer.progress(step)
+
+    def text(self, line: str) -> None:
+        """Shows a line on the console without tearing the bar."""
+        for writer in self._writers:
+            writer.text(line)
+
+    def close(self) -> None:
+        """Closes every writer, also when closing one of them fails."""
+        with contextlib.ExitStack() as stack:
+            for writer in self._writers:
+                stack.callback(writer.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class JsonlWriter:
+    """One JSON object a line: {"step": 200, "epoch": 1.5, "train/loss": 2.1, ...}.
+
+    NaN and infinities become null, the only spelling that every JSON parser reads;
+    `read_metrics` turns null into NaN. Each line is on its way to the disk when `write` returns.
+
+    On resume, records beyond `resume_step` (of steps that the killed run took after
+    its last checkpoint and that will be taken again) and a last line torn by the kill
+    are dropped. A new run (`resume_step` None) puts an earlier file aside as `.old`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], resume_step: int | None = None):
+        self._path = pathlib.Path(path)
+        if resume_step is not None and self._path.exists():
+            self._drop_after(resume_step)
+        elif self._path.exists() and self._path.stat().st_size:
+            os.replace(self._path, self._path.with_name(self._path.name + ".old"))
+        self._path.touch()
+
+    def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
+        """Appends one line; `eta_seconds` is left out."""
+        record = {"step": int(step), "epoch": _number(epoch)}
+        record |= {
+            name: _number(value)
+            for name, value in scalars.items()
+            if name not in _ONLY_ON_CONSOLE
+        }
+        finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
+        # Opened for each line: no record waits in a buffer when the run is killed.
+        with open(self._path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+    def progress(self, step: int) -> None:
+        """Nothing: progress is not stored."""
+
+    def text(self, line: str) -> None:
+        """Nothing: lines are not stored."""
+
+    def close(self) -> None:
+        """Nothing: the file is closed after each line."""
+
+    def _drop_after(self, resume_step: int) -> None:
+        lines = self._path.read_bytes().decode("utf-8", "replace").splitlines()
+        records = [(line, _parse(line)) for line in lines if line.strip()]
+        kept = [line for line, r in records if r and r["step"] <= resume_step]
+        if unreadable := sum(record is None for _, record in records):
+            logging.warning("%s: %d torn line(s) dropped.", self._path, unreadable)
+        # Never half a file: written beside it and moved over it.
+        temporary = self._path.with_name(self._path.name + ".tmp")
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(line + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self._path)
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`, in order; null comes back as NaN.
+
+    A last line torn by a kill, or being written at this moment, is left out.
+
+    Raises:
+      ValueError: for a line before the last that is not a record.
+    """
+    lines = pathlib.Path(path).read_bytes().decode("utf-8", "replace").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line)
+        if record is None:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number} is not a record: {line[:80]!r}")
+        records.append({k: math.nan if v is None else v for k, v in record.items()})
+    return records
+
+
+class TensorBoardWriter:
+    """Scalars as TensorBoard event files, by tensorboardX (no TensorFlow).
+
+    On resume TensorBoard is told to forget what it read beyond `resume_step`.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], resume_step: int | None = None
+    ):
+        # Here, not above: reading metrics must not need tensorboardX.
+        from tensorboardX import SummaryWriter
+
+        # TensorBoard drops the events at purge_step and after it.
+        purge_step = None if resume_step is None else resume_step + 1
+        self._writer = SummaryWriter(
+            os.fspath(directory),
+            purge_step=purge_step,
+            flush_secs=10,
+            # The file's name has the time in seconds: two quick starts would share it.
+            filename_suffix=f".{os.getpid()}.{resume_step or 0}",
+        )
+
+    def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
+        """Writes each scalar and the epoch; `eta_seconds` is left out."""
+        for name, value in {"epoch": epoch, **scalars}.items():
+            if name not in _ONLY_ON_CONSOLE:
+                self._writer.add_scalar(name, float(value), int(step))
+
+    def progress(self, step: int) -> None:
+        """Nothing."""
+
+    def text(self, line: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Flushes and closes the event file."""
+        self._writer.close()
+
+
+class ConsoleWriter:
+    """One readable line a record, and a progress bar when somebody is watching.
+
+    The bar is drawn only on a terminal: in a log file it would be one endless line.
+    Lines are printed above it.
+
+    Args:
+      total_steps: the step the run ends with.
+      stream: standard output by default.
+      start_step: where the bar starts after a resume.
+    """
+
+    def __init__(
+        self, total_steps: int, stream: TextIO | None = None, *, start_step: int = 0
+    ):
+        self._total = total_steps
+        self._stream = sys.stdout if stream is None else stream
+        self._bar = None
+        if self._stream.isatty():
+            from tqdm import tqdm
+
+            # Some terminals (containers, recorders) say they are 0 columns wide, and
+            # tqdm would then draw nothing.
+            has_width = os.get_terminal_size(self._stream.fileno()).columns > 0
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                file=self._stream,
+                unit="step",
+                ncols=None if has_width else 80,
+                dynamic_ncols=has_width,
+                leave=False,
+            )
+
+    def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
+        """Prints a record, for example (one line):
+
+        step 1200/45000  epoch 2.67  train: loss 3.214  top-1 error 71.2%  lr 0.01
+        1523 images/s  waiting for data 3%  left 1:02:33
+        """
+        width = len(str(self._total))
+        parts = [f"step {step:{width}d}/{self._total}", f"epoch {float(epoch):.2f}"]
+        previous = ""
+        for name, value in _in_order(scalars):
+            group, _, short = name.rpartition("/")
+            words = _words(short, float(value))
+            # Say train: or eval: once, before the first number of that kind.
+            parts.append(f"{group}: {words}" if group not in ("", previous) else words)
+            previous = group or previous
+        self.text("  ".join(parts))
+
+    def progress(self, step: int) -> None:
+        """Moves the bar to `step`."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def text(self, line: str) -> None:
+        """Prints `line`, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Removes the bar; the stream stays open."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+# How a number is shown: the words around it, by the name's last part.
+_FORMATS = {
+    "loss": lambda v: f"loss {v:.4f}",
+    "top1_error": lambda v: f"top-1 error {100 * v:.2f}%",
+    "top5_error": lambda v: f"top-5 error {100 * v:.2f}%",
+    "count": lambda v: f"on {v:.0f} images",
+    "lr": lambda v: f"lr {v:.4g}",
+    "images_per_sec": lambda v: f"{v:.1f} images/s" if v < 100 else f"{v:.0f} images/s",
+    "data_wait_frac": lambda v: f"waiting for data {100 * v:.0f}%",
+    "eta_seconds": lambda v: f"left {_hours(v)}",
+}
+
+
+def _words(name: str, value: float) -> str:
+    if name in _FORMATS:
+        return _FORMATS[name](value)
+    return f"{name} {value:.4g}"
+
+
+def _in_order(scalars: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The known names in the order of `_FORMATS`, train before eval, others last."""
+    order = list(_FORMATS)
+
+    def key(item: tuple[str, Any]) -> tuple[int, int]:
+        group, _, short = item[0].rpartition("/")
+        place = order.index(short) if short in order else len(order)
+        return (
+            ("train", "eval").index(group) if group in ("train", "eval") else 2,
+            place,
+        )
+
+    return sorted(scalars.items(), key=key)
+
+
+def _hours(seconds: float) -> str:
+    """3753 -> "1:02:33"; "?" when it is not known."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02d}:{second:02d}"
+
+
+def _number(value: Any) -> int | float:
+    """A Python number from a number, a NumPy scalar or an array of one element."""
+    number = value if isinstance(value, (int, float)) else np.asarray(value).item()
+    return number if isinstance(number, int) else float(number)
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """A record, or None for a line that is not one."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if whole else None

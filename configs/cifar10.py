@@ -1,0 +1,29 @@
+"""CIFAR-10 with cuda-convnet's "18%" network, from a folder of pictures.
+
+    python -m alexnet_jax.main --config=configs/cifar10.py --workdir=runs/cifar10 \
+        --config.data.source=folder:PATH
+
+PATH/train/<class>/* and PATH/test/<class>/*, 32 x 32 pixels. Constants: cuda-convnet's
+`layers-18pct.cfg` (no augmentation; learning rate 0.001, of the biases 0.002; divided
+by ten after 120 and after 130 epochs, 140 in all), which ends at 18% test error.
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.get_config()
+    config.data.source = "folder:PATH"
+    config.data.image_size = 32
+    config.data.crop_size = 32
+    config.augment.crop = False
+    config.augment.flip = False
+    config.augment.lighting = 0.0
+    config.model.variant = "cifar"
+    config.optim.learning_rate = 0.001
+    config.optim.bias_lr_mult = 2.0
+    config.optim.decay_bias = False
+    config.num_epochs = 140.0
+    config.schedule.name = "fixed"
+    config.schedule.drop_epochs = (120.0, 130.0)
+    return config

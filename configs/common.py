@@ -1,0 +1,126 @@
+"""Every field of a configuration, its unit, its default and where it comes from.
+
+The other files change what they need: `config = common.get_config()`, then a few
+lines. On the command line: `--config.optim.learning_rate=0.02`.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> Any:
+    config = ConfigDict()
+    # Where all randomness starts: initial weights, order, augmentation, dropout.
+    config.seed = 0
+    # Length of the run in passes over the training split; fractions are fine (paper,
+    # section 5: "roughly 90 cycles"). Schedules are laid out over this length.
+    config.num_epochs = 90.0
+    # Stop after this many steps in all, wherever the schedule is; -1: off.
+    config.max_steps = -1
+    # Steps between two lines of the log; their metrics are averaged over the steps.
+    config.log_every_steps = 100
+    # Epochs between two evaluations; there is one more at the end. 0: only that one.
+    config.eval_every_epochs = 1.0
+
+    config.model = model = ConfigDict()
+    # Layer table: paper, caffe, caffenet, one_tower, one_gpu, owt or cifar.
+    model.variant = "paper"
+    # Units of the classifier; 0: as many as the data set has classes.
+    model.num_classes = 0
+    # Factor on the features of every layer but the classifier.
+    model.width = 1.0
+    # What is computed in: float32, bfloat16 or float64; parameters are >= float32.
+    model.dtype = "float32"
+    # How weights start: paper (as the variant was published), caffe or he.
+    model.init = "paper"
+    # Ablations, None: as in the table. See `alexnet_jax.variants.customize`.
+    model.overrides = overrides = ConfigDict()
+    # False takes normalisation out (paper, section 3.3), True is normalization=lrn.
+    overrides.lrn = config_dict.placeholder(bool)
+    # Side of every pooling window in pixels; 2: no overlap (paper, section 3.4).
+    overrides.pool_window = config_dict.placeholder(int)
+    # Stride of every pooling layer in pixels.
+    overrides.pool_stride = config_dict.placeholder(int)
+    # Units: relu, tanh or sigmoid (paper, section 3.1).
+    overrides.activation = config_dict.placeholder(str)
+    # Number of columns the kernels are divided into (paper, section 3.2).
+    overrides.columns = config_dict.placeholder(int)
+    # Dropout rate, 0: none (paper, section 4.2).
+    overrides.dropout = config_dict.placeholder(float)
+    # lrn, batch (Ioffe and Szegedy 2015) or none.
+    overrides.normalization = config_dict.placeholder(str)
+    # Convolutional layers to leave out, such as ("conv3",).
+    overrides.skip = config_dict.placeholder(tuple)
+
+    config.data = data = ConfigDict()
+    # textures | folder:PATH | fake | name[:version] of a prepared tfds data set.
+    data.source = "textures"
+    # Directory of tfds data sets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+    data.dir = ""
+    # Splits to train and to evaluate on; in folders test, val and validation are one.
+    data.train_split = "train"
+    data.eval_split = "test"
+    # Examples in a step over ALL devices (paper, section 5: 128).
+    data.batch_size = 128
+    # Side of the stored pictures in pixels (paper, section 2: 256).
+    data.image_size = 256
+    # Side of what the network sees in pixels (paper, section 4.1: 224).
+    data.crop_size = 224
+    # Threads that decode pictures on the host.
+    data.workers = 2
+
+    config.augment = augment = ConfigDict()
+    # Crops at random places in training; else the centre (paper, section 4.1).
+    augment.crop = True
+    # Mirror every other training picture, by chance (paper, section 4.1).
+    augment.flip = True
+    # Standard deviation of the PCA colour noise; 0: none (paper, section 4.1: 0.1).
+    augment.lighting = 0.1
+
+    config.optim = optim = ConfigDict()
+    # The learning rate itself: nothing scales it (paper, section 5: 0.01 at 128).
+    optim.learning_rate = 0.01
+    # Share of the velocity that is kept (paper, section 5).
+    optim.momentum = 0.9
+    # Factor on the weights in the gradient (paper, section 5).
+    optim.weight_decay = 5e-4
+    # Learning rate of the biases over that of the weights (Caffe: 2).
+    optim.bias_lr_mult = 1.0
+    # Whether biases decay as well (the original and Caffe: no; the paper: not said).
+    optim.decay_bias = True
+    # paper: the learning rate inside the velocity; torch: outside.
+    optim.form = "paper"
+
+    config.schedule = schedule = ConfigDict()
+    # plateau (paper, section 5), fixed, cosine or constant.
+    schedule.name = "plateau"
+    # plateau and fixed: what the learning rate is multiplied by at a drop.
+    schedule.factor = 0.1
+    # plateau: evaluations without a better top-1 error before a drop.
+    schedule.patience = 5
+    # plateau: no more drops than this (paper: "reduced three times").
+    schedule.max_drops = 3
+    # fixed: epochs at which to drop (the original's run on ILSVRC-2012).
+    schedule.drop_epochs = (25.0, 51.0, 79.0)
+    # cosine: epochs of linear rise at the start.
+    schedule.warmup_epochs = 0.0
+
+    config.parallel = parallel = ConfigDict()
+    # data: every device the whole network; columns: the paper's scheme (3.2).
+    parallel.mode = "data"
+    # Devices along the batch; -1: all that the columns leave.
+    parallel.data = -1
+    # Devices along the columns; -1: in mode columns one a column if there are as many
+    # devices, else 1.
+    parallel.column = -1
+
+    config.checkpoint = checkpoint = ConfigDict()
+    # Steps between two checkpoints; 0: off.
+    checkpoint.every_steps = 0
+    # Minutes between two checkpoints; 0: off. There is always one at the end, and one
+    # at each evaluation that is the best so far.
+    checkpoint.every_minutes = 15.0
+    # Newest checkpoints to keep, beside the best.
+    checkpoint.keep = 2
+    return config

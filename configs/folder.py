@@ -1,0 +1,24 @@
+"""Your own pictures, one folder a class.
+
+    python -m alexnet_jax.main --config=configs/folder.py --workdir=runs/mine \
+        --config.data.source=folder:PATH
+
+PATH/train/<class>/*.jpg and PATH/test/<class>/*.jpg (or val); classes are counted
+from the folders, pictures of any size are resized to 256 x 256. A narrower network
+(`--config.model.width=0.5`) is often enough for some dozens of classes.
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.get_config()
+    config.data.source = "folder:PATH"
+    # He's start trains at any width; the paper's wants ImageNet and full width.
+    config.model.init = "he"
+    config.optim.learning_rate = 1e-3
+    config.num_epochs = 30.0
+    config.schedule.name = "cosine"
+    config.schedule.warmup_epochs = 0.5
+    config.log_every_steps = 20
+    return config

@@ -1,0 +1,26 @@
+"""A narrowed AlexNet in two columns on two virtual CPU devices; no download.
+
+    make quickstart
+
+or, by itself,
+
+    python -m alexnet_jax.main --config=configs/quickstart.py \
+        --workdir=runs/quickstart --cpu_devices=2
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.get_config()
+    config.model.width = 0.25
+    config.model.init = "he"
+    config.data.batch_size = 32
+    config.optim.learning_rate = 5e-4
+    config.num_epochs = 4.0
+    config.schedule.name = "cosine"
+    config.parallel.mode = "columns"
+    config.parallel.data = 1
+    config.parallel.column = 2
+    config.log_every_steps = 20
+    return config

@@ -1,0 +1,149 @@
+"""Crop, flip and lighting: every place as likely, exact statistics, exact no-ops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax import augment
+
+COUNT = 20_000
+
+
+@pytest.fixture(scope="module")
+def keys():
+    return augment.example_keys(jax.random.key(0), 0, COUNT)
+
+
+def test_every_offset_is_drawn_and_as_often(keys):
+    # A 4 x 4 picture whose values tell the place; 2 x 2 cut out: 3 x 3 places.
+    picture = jnp.arange(16, dtype=jnp.uint8).reshape(1, 4, 4, 1).repeat(3, -1)
+    crops = jax.jit(augment.random_crop, static_argnums=2)(
+        jnp.broadcast_to(picture, (COUNT, 4, 4, 3)), keys, 2
+    )
+    assert crops.dtype == jnp.uint8
+    corners, counts = np.unique(crops[:, 0, 0, 0], return_counts=True)
+    np.testing.assert_array_equal(corners, [0, 1, 2, 4, 5, 6, 8, 9, 10])
+    assert np.abs(counts / COUNT - 1 / 9).max() < 0.01  # 4.5 sigma
+    # Each crop is a piece of the picture.
+    np.testing.assert_array_equal(crops[:, 1, 1, 0], crops[:, 0, 0, 0] + 5)
+
+
+def test_the_paper_has_33_by_33_places(keys):
+    rows = jnp.arange(256, dtype=jnp.uint8)[:, None, None]
+    picture = jnp.broadcast_to(rows, (256, 256, 3))
+    crop = jax.jit(
+        jax.vmap(
+            lambda key: augment.random_crop(picture[None], key[None], 224)[0, 0, 0, 0]
+        )
+    )
+    tops = np.unique(crop(keys[:3000]))
+    np.testing.assert_array_equal(tops, np.arange(33))
+
+
+def test_half_are_mirrored_left_to_right(keys):
+    picture = jnp.array([[1, 2, 3]], jnp.uint8)[None, :, :, None].repeat(3, -1)
+    flipped = jax.jit(augment.random_flip)(
+        jnp.broadcast_to(picture, (COUNT, 1, 3, 3)), keys
+    )
+    first, counts = np.unique(flipped[:, 0, 0, 0], return_counts=True)
+    np.testing.assert_array_equal(first, [1, 3])
+    assert abs(counts[0] / COUNT - 0.5) < 0.015
+    assert (flipped[:, 0, 1, 0] == 2).all()
+
+
+def test_lighting_has_the_covariance_of_the_paper(keys):
+    images = jnp.zeros((COUNT, 1, 1, 3))
+    shift = jax.jit(augment.pca_lighting)(images, keys)[:, 0, 0]
+    sigma, std = 0.1, augment.IMAGENET_PCA_STD_255
+    vectors = augment.IMAGENET_PCA_VECTORS
+    expected = vectors @ np.diag((sigma * std) ** 2) @ vectors.T
+    found = np.cov(np.asarray(shift), rowvar=False)
+    np.testing.assert_allclose(found, expected, rtol=0.05)
+    assert np.abs(np.mean(shift, 0)).max() < 0.3
+    # In grey levels: about a tenth of the pixels' own standard deviation.
+    assert np.sqrt(np.trace(expected) / 3) == pytest.approx(7.44, abs=0.01)
+
+
+def test_lighting_is_one_draw_a_picture():
+    images = jnp.zeros((4, 5, 6, 3))
+    keys = augment.example_keys(jax.random.key(1), 0, 4)
+    lit = np.asarray(augment.pca_lighting(images, keys))
+    assert (lit == lit[:, :1, :1]).all()
+    assert len(np.unique(lit[:, 0, 0, 0])) == 4
+
+
+def test_sigma_zero_is_exactly_nothing():
+    images = jax.random.normal(jax.random.key(0), (2, 3, 3, 3))
+    keys = augment.example_keys(jax.random.key(1), 0, 2)
+    assert augment.pca_lighting(images, keys, sigma=0.0) is images
+
+
+def test_imagenet_constants_are_an_orthonormal_basis():
+    vectors = augment.IMAGENET_PCA_VECTORS
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=1e-6)
+    # Variances on 0..255 (facts of the original's input_meta).
+    np.testing.assert_allclose(
+        augment.IMAGENET_PCA_STD_255**2, [388.911, 1375.957, 14830.383], rtol=1e-5
+    )
+
+
+def statistics(size=8):
+    rng = np.random.default_rng(0)
+    return augment.PixelStatistics(
+        jnp.asarray(rng.uniform(90, 130, (size, size, 3)), jnp.float32),
+        jnp.array([5.0, 10.0, 60.0]),
+        jnp.eye(3),
+    )
+
+
+def pictures(count=6, size=8):
+    rng = np.random.default_rng(1)
+    return jnp.asarray(rng.integers(0, 256, (count, size, size, 3)), jnp.uint8)
+
+
+def test_eval_images_are_the_centre_minus_the_centre_of_the_mean():
+    stats, raw = statistics(), pictures()
+    images = augment.eval_images(raw, mean_image=stats.mean_image, crop_size=4)
+    expected = np.asarray(raw, np.float32)[:, 2:6, 2:6] - stats.mean_image[2:6, 2:6]
+    np.testing.assert_array_equal(images, expected)
+    assert images.dtype == jnp.float32
+    whole = augment.centre_crop(raw, 5)  # 8 - 5 = 3: one before, two behind
+    np.testing.assert_array_equal(whole, raw[:, 1:6, 1:6])
+
+
+def test_without_augmentation_training_sees_the_same():
+    stats, raw = statistics(), pictures()
+    images = augment.train_images(
+        raw,
+        jax.random.key(0),
+        0,
+        stats,
+        crop_size=4,
+        crop=False,
+        flip=False,
+        lighting=0.0,
+    )
+    expected = augment.eval_images(raw, mean_image=stats.mean_image, crop_size=4)
+    np.testing.assert_array_equal(images, expected)
+
+
+def test_training_images_do_not_depend_on_how_the_batch_is_split():
+    stats, raw = statistics(), pictures()
+
+    def train(raw, first, key=0):
+        return augment.train_images(
+            raw,
+            jax.random.key(key),
+            first,
+            stats,
+            crop_size=4,
+            crop=True,
+            flip=True,
+            lighting=0.1,
+        )
+
+    whole = train(raw, 0)
+    parts = [train(raw[:2], 0), train(raw[2:], 2)]
+    np.testing.assert_array_equal(whole, jnp.concatenate(parts))
+    assert not np.array_equal(whole, train(raw, 0, key=1))

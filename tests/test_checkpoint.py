@@ -1,0 +1,548 @@
+"""Checkpoints: bit-exact, movable between devices, and never half of one."""
+
+import json
+import logging
+import os
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from alexnet_jax.checkpoint import (
+    MANIFEST,
+    Checkpointer,
+    CheckpointError,
+    has_checkpoint,
+)
+
+METADATA = {
+    "config": {"model": {"variant": "paper"}, "sizes": [30, 60]},
+    "plateau": {"best_error": float("inf"), "divisions": 2},
+}
+
+
+class State(NamedTuple):
+    """As the trainer's state: arrays only, one part of it an optax state."""
+
+    step: Any
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+@optax.inject_hyperparams
+def _sgd(learning_rate):
+    return optax.sgd(learning_rate, momentum=0.9)
+
+
+def _make_state(step=7, width=8):
+    key = jax.random.key(step)
+    params = {
+        "conv1": {
+            "kernel": jax.random.normal(key, (3, 3, 4, width)),
+            # Values that a careless serializer changes.
+            "bias": jnp.array([0.0, -0.0, 1e-40, jnp.inf] * (width // 4)),
+        },
+        "fc8": {"kernel": jax.random.normal(key, (width, 16)).astype(jnp.bfloat16)},
+    }
+    optimizer = _sgd(learning_rate=0.01)
+    _, opt_state = optimizer.update(params, optimizer.init(params))
+    return State(jnp.int32(step), params, {}, opt_state)
+
+
+def _abstract(state, sharding=None):
+    sharding = sharding or SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+    )
+
+
+def _on_mesh(state, devices):
+    """The state's shardings with the last axis split over `devices` devices."""
+    mesh = jax.make_mesh(
+        (devices,),
+        ("column",),
+        axis_types=(AxisType.Auto,),
+        devices=jax.devices()[:devices],
+    )
+
+    def split(x):
+        axes = [None] * (x.ndim - 1) + ["column"] if x.ndim else []
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree.map(split, state)
+
+
+def _assert_same_bits(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def _restore(checkpoints, state, step=None):
+    """(state, metadata) of a checkpoint that must be there."""
+    restored = checkpoints.restore(_abstract(state), step)
+    assert restored is not None
+    return restored
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """A directory with whole steps 10 and 20; tests copy it before they harm it."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    with Checkpointer(directory) as checkpoints:
+        checkpoints.save(10, _make_state(10), metadata=METADATA, top1_error=0.5)
+        checkpoints.save(20, _make_state(20), metadata=METADATA, top1_error=0.4)
+    return directory
+
+
+@pytest.fixture
+def directory(two_steps, tmp_path):
+    return shutil.copytree(two_steps, tmp_path / "checkpoints")
+
+
+@pytest.fixture
+def warnings_said(caplog):
+    caplog.set_level(logging.WARNING, logger="absl")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+# What is saved comes back.
+
+
+def test_every_bit_comes_back(directory, warnings_said):
+    with Checkpointer(directory) as checkpoints:
+        state, metadata = _restore(checkpoints, _make_state())
+        assert checkpoints.metadata(10) == METADATA
+    _assert_same_bits(state, _make_state(20))
+    assert isinstance(state, State)
+    assert type(state.opt_state) is type(_make_state().opt_state)
+    assert metadata == METADATA
+    assert warnings_said() == []
+
+
+def test_a_named_step_can_be_restored(directory):
+    with Checkpointer(directory) as checkpoints:
+        state, _ = _restore(checkpoints, _make_state(), step=10)
+        _assert_same_bits(state, _make_state(10))
+        with pytest.raises(CheckpointError, match=r"step 15.*\[10, 20\]"):
+            checkpoints.restore(_abstract(state), step=15)
+
+
+def test_training_goes_on_from_a_restored_state(directory):
+    """The restored optax state works in an update and gives the same bits."""
+    with Checkpointer(directory) as checkpoints:
+        restored, _ = _restore(checkpoints, _make_state())
+    update = _sgd(learning_rate=0.01).update
+    want = _make_state(20)
+    _assert_same_bits(
+        update(restored.params, restored.opt_state),
+        update(want.params, want.opt_state),
+    )
+
+
+@pytest.mark.parametrize("saved_on, restored_on", [(2, 1), (2, 4), (1, 2), (4, 2)])
+def test_another_number_of_devices(tmp_path, saved_on, restored_on):
+    state = _make_state()
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(
+            1, jax.device_put(state, _on_mesh(state, saved_on)), metadata={}
+        )
+    shardings = _on_mesh(state, restored_on)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        state,
+        shardings,
+    )
+    with Checkpointer(tmp_path) as checkpoints:
+        restored = checkpoints.restore(abstract)
+    assert restored is not None
+    _assert_same_bits(restored[0], state)
+    kernel = restored[0].params["conv1"]["kernel"]
+    assert kernel.sharding == shardings.params["conv1"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (3, 3, 4, 8 // restored_on)
+
+
+def test_a_relative_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Checkpointer("runs/paper") as checkpoints:
+        # Absolute from the start: a later chdir does not move it.
+        os.makedirs("elsewhere")
+        monkeypatch.chdir("elsewhere")
+        checkpoints.save(1, _make_state(), metadata={})
+        assert checkpoints.latest_whole_step() == 1
+    assert has_checkpoint(tmp_path / "runs" / "paper")
+
+
+def test_an_empty_or_missing_directory(tmp_path):
+    assert not has_checkpoint(tmp_path / "none")
+    with Checkpointer(tmp_path / "none", read_only=True) as checkpoints:
+        assert checkpoints.restore(_abstract(_make_state())) is None
+        assert checkpoints.latest_whole_step() is None
+        assert checkpoints.best_step() is None
+        assert checkpoints.all_steps() == []
+        with pytest.raises(CheckpointError, match="no checkpoint in"):
+            checkpoints.restore_params()
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_remote_directory_is_refused():
+    with pytest.raises(CheckpointError, match="local or mounted"):
+        Checkpointer("gs://bucket/run")
+
+
+# Parts of it, for notebooks and evaluation.
+
+
+def test_only_parameters_on_one_device(directory):
+    device = jax.devices()[3]
+    with Checkpointer(directory, read_only=True) as checkpoints:
+        variables, metadata = checkpoints.restore_params(device=device)
+        assert checkpoints.restore_params(step=10)[0].keys() == {"params"}
+        with pytest.raises(CheckpointError, match="read-only"):
+            checkpoints.save(30, _make_state(), metadata={})
+    _assert_same_bits(variables, {"params": _make_state(20).params})
+    assert all(x.devices() == {device} for x in jax.tree.leaves(variables))
+    assert metadata == METADATA
+
+
+def test_only_parameters_does_not_read_the_optimiser(directory):
+    """Saved from 8 devices or not, only what is asked for becomes an array."""
+    before = len(jax.live_arrays())
+    with Checkpointer(directory, read_only=True) as checkpoints:
+        variables, _ = checkpoints.restore_params()
+    assert len(jax.live_arrays()) - before == len(jax.tree.leaves(variables)) == 3
+
+
+def test_batch_statistics_come_with_the_parameters(tmp_path):
+    state = _make_state()._replace(batch_stats={"norm1": {"mean": jnp.ones(8)}})
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, state, metadata={})
+    sharding = _on_mesh(state.params, 4)
+    abstract = {
+        "params": jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            state.params,
+            sharding,
+        ),
+        "batch_stats": _abstract(state.batch_stats),
+    }
+    with Checkpointer(tmp_path, read_only=True) as checkpoints:
+        variables, _ = checkpoints.restore_params()
+        _assert_same_bits(
+            variables, {"params": state.params, "batch_stats": state.batch_stats}
+        )
+        variables, _ = checkpoints.restore_params(abstract=abstract)
+        kernel = variables["params"]["conv1"]["kernel"]
+        assert kernel.sharding == sharding["conv1"]["kernel"]
+        with pytest.raises(CheckpointError, match="holds none of"):
+            checkpoints.restore_params(parts=("ema_params",))
+        narrow = {"params": _abstract(_make_state(width=4).params)}
+        with pytest.raises(CheckpointError, match="holds another network"):
+            checkpoints.restore_params(abstract=narrow)
+
+
+# Another network.
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda s: _make_state(width=16),
+            r"params/conv1/bias is \(16,\) float32 here and \(8,\) float32 there",
+        ),
+        (
+            lambda s: s._replace(params={"conv1": s.params["conv1"]}),
+            r"params/fc8/kernel is \(8, 16\) bfloat16 in the checkpoint and missing",
+        ),
+        (
+            lambda s: s._replace(params=s.params | {"fc9": jnp.zeros(3)}),
+            r"params/fc9 is \(3,\) float32 here and missing in the checkpoint",
+        ),
+        (
+            lambda s: s._replace(opt_state=optax.sgd(0.1).init(s.params)),
+            r"opt_state/count is \(\) int32 in the checkpoint and missing here",
+        ),
+        (
+            lambda s: s._replace(step=jnp.float32(0)),
+            r"step is \(\) float32 here and \(\) int32 there",
+        ),
+    ],
+)
+def test_another_network_is_named(two_steps, change, message):
+    with (
+        Checkpointer(two_steps, read_only=True) as checkpoints,
+        pytest.raises(CheckpointError, match="another network: " + message),
+    ):
+        checkpoints.restore(_abstract(change(_make_state())))
+
+
+def test_a_missing_sharding_is_named(two_steps):
+    abstract = jax.eval_shape(_make_state)
+    with (
+        Checkpointer(two_steps, read_only=True) as checkpoints,
+        pytest.raises(ValueError, match="step has no sharding"),
+    ):
+        checkpoints.restore(abstract)
+
+
+# What is kept.
+
+
+def test_newest_and_best_are_kept_through_a_restart(tmp_path):
+    state = _make_state()
+    errors = {1: 0.6, 2: 0.3, 3: 0.5, 4: None, 5: 0.4}
+    for step, error in errors.items():
+        # A new process each time, as after preemption.
+        with Checkpointer(tmp_path, keep=2) as checkpoints:
+            checkpoints.save(step, state, metadata={}, top1_error=error)
+    with Checkpointer(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.all_steps() == [2, 4, 5]
+        assert checkpoints.best_step() == 2
+        assert checkpoints.top1_error(2) == 0.3
+        assert checkpoints.top1_error(4) is None
+        checkpoints.save(6, state, metadata={}, top1_error=float("nan"))
+        assert checkpoints.all_steps() == [2, 5, 6]
+        checkpoints.save(7, state, metadata={}, top1_error=0.3)  # a tie: the newer
+        assert checkpoints.best_step() == 7
+        assert checkpoints.all_steps() == [6, 7]
+    assert sorted(os.listdir(tmp_path)) == ["6", "7"]
+
+
+def test_without_errors_only_the_newest_are_kept(tmp_path):
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, _make_state(step), metadata={})
+        assert checkpoints.all_steps() == [2]
+        assert checkpoints.best_step() is None
+
+
+def test_the_last_whole_step_outlives_a_broken_newer_one(directory):
+    """With keep=1, a step without a manifest must not push the whole one out."""
+    os.remove(directory / "20" / MANIFEST)
+    with Checkpointer(directory, keep=1) as checkpoints:
+        # Lower than the broken step, as when saving by the clock.
+        checkpoints.save(15, _make_state(15), metadata={})
+        assert checkpoints.latest_whole_step() == 15
+        assert checkpoints.all_steps() == [10, 15, 20]  # 10 is the best one
+        checkpoints.save(25, _make_state(25), metadata={}, top1_error=0.1)
+        assert checkpoints.all_steps() == [25]
+
+
+def test_at_least_one_is_kept(tmp_path):
+    with pytest.raises(ValueError, match="keep is 0"):
+        Checkpointer(tmp_path, keep=0)
+
+
+def test_a_step_saved_twice_stays_as_it_was(directory):
+    with Checkpointer(directory) as checkpoints:
+        checkpoints.save(20, _make_state(3), metadata={"other": 1}, top1_error=0.9)
+        state, metadata = _restore(checkpoints, _make_state())
+        assert checkpoints.top1_error(20) == 0.4
+    _assert_same_bits(state, _make_state(20))
+    assert metadata == METADATA
+
+
+def test_an_error_can_be_added_to_a_saved_step(tmp_path):
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, _make_state(), metadata={})
+        assert checkpoints.best_step() is None
+        checkpoints.save(1, _make_state(), metadata={}, top1_error=0.2)
+        assert checkpoints.best_step() == checkpoints.latest_whole_step() == 1
+
+
+def test_a_lower_step_is_refused(directory):
+    with (
+        Checkpointer(directory) as checkpoints,
+        pytest.raises(CheckpointError, match="save step 15: .* holds step 20.*workdir"),
+    ):
+        checkpoints.save(15, _make_state(), metadata={})
+
+
+def test_metadata_must_be_json(tmp_path):
+    with Checkpointer(tmp_path) as checkpoints:
+        with pytest.raises(TypeError, match="plain JSON.*ndarray"):
+            checkpoints.save(1, _make_state(), metadata={"mean": np.zeros(3)})
+        assert checkpoints.all_steps() == []
+        checkpoints.save(1, _make_state(), metadata={"sizes": (1, 2), "none": None})
+        assert checkpoints.metadata(1) == {"sizes": [1, 2], "none": None}
+
+
+# What is broken.
+
+
+def _files(folder):
+    return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+
+
+def _assert_falls_back(directory, said, *words):
+    """Step 10 is used, and one warning names step 20 and `words`."""
+    with Checkpointer(directory) as checkpoints:
+        assert checkpoints.latest_whole_step() == 10
+        state, metadata = _restore(checkpoints, _make_state())
+        with pytest.raises(CheckpointError, match="step 20"):
+            checkpoints.restore(_abstract(_make_state()), step=20)
+        with pytest.raises(CheckpointError, match="step 20"):
+            checkpoints.metadata(20)
+        assert checkpoints.best_step() == 10
+    _assert_same_bits(state, _make_state(10))
+    assert metadata == METADATA
+    assert said()
+    for word in ("step 20", *words):
+        assert word in said()[0]
+
+
+def test_a_step_without_a_manifest_is_passed_over(directory, warnings_said):
+    os.remove(directory / "20" / MANIFEST)
+    _assert_falls_back(directory, warnings_said, MANIFEST, "missing")
+
+
+def test_one_flipped_bit_in_any_file_is_found(directory, warnings_said):
+    """Orbax's arrays and JSON, commit markers and the manifest, at three places."""
+    folder = directory / "20"
+    generator = np.random.default_rng(0)
+    names = _files(folder)
+    assert len(names) > 10 and any(n.name == MANIFEST for n in names)
+    with Checkpointer(directory) as checkpoints:
+        for name in names:
+            data = (folder / name).read_bytes()
+            for place in {0, len(data) - 1, int(generator.integers(len(data)))}:
+                spoilt = bytearray(data)
+                spoilt[place] ^= 1 << int(generator.integers(8))
+                (folder / name).write_bytes(spoilt)
+                assert checkpoints.latest_whole_step() == 10, (name, place)
+                assert str(name) in warnings_said()[-1]
+            (folder / name).write_bytes(data)
+        assert checkpoints.latest_whole_step() == 20
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "metadata/metadata",
+        "_CHECKPOINT_METADATA",
+        "state/_METADATA",
+        "state/_sharding",
+        "state/manifest.ocdbt",
+        "state/d/*",
+        MANIFEST,
+    ],
+)
+def test_a_new_process_survives_a_flipped_bit(directory, warnings_said, pattern):
+    """Opening the directory must not fail on a file that Orbax would read first."""
+    path = next((directory / "20").glob(pattern))
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+    name = str(path.relative_to(directory / "20"))
+    _assert_falls_back(directory, warnings_said, name)
+
+
+@pytest.mark.parametrize("pattern", ["metadata/metadata", "state/d/*", MANIFEST])
+@pytest.mark.parametrize("size", [0, 5, None])
+def test_a_truncated_or_missing_file(directory, warnings_said, pattern, size):
+    path = next((directory / "20").glob(pattern))
+    if size is None:
+        os.remove(path)
+    else:
+        os.truncate(path, size)
+    _assert_falls_back(
+        directory, warnings_said, str(path.relative_to(directory / "20"))
+    )
+
+
+def test_a_file_too_many(directory, warnings_said):
+    (directory / "20" / "state" / "stray").write_text("not saved by us")
+    _assert_falls_back(directory, warnings_said, "state/stray")
+
+
+def test_a_changed_manifest(directory, warnings_said):
+    """Still valid JSON, and no sum of a file differs."""
+    path = directory / "20" / MANIFEST
+    text = path.read_text()
+    assert '"top1_error": 0.4' in text
+    path.write_text(text.replace('"top1_error": 0.4', '"top1_error": 0.5'))
+    _assert_falls_back(directory, warnings_said, MANIFEST)
+
+
+def test_a_manifest_of_another_format(directory, warnings_said):
+    path = directory / "20" / MANIFEST
+    path.write_text(json.dumps({"format": 99}))
+    _assert_falls_back(directory, warnings_said, MANIFEST)
+
+
+def test_all_broken_is_an_error_and_not_a_new_start(directory):
+    os.remove(directory / "10" / MANIFEST)
+    os.truncate(directory / "20" / "metadata" / "metadata", 1)
+    assert has_checkpoint(directory)
+    with Checkpointer(directory) as checkpoints:
+        assert checkpoints.latest_whole_step() is None
+        with pytest.raises(CheckpointError, match="step 10: .*; step 20: .*metadata"):
+            checkpoints.restore(_abstract(_make_state()))
+        with pytest.raises(CheckpointError, match="none of the checkpoints"):
+            checkpoints.restore_params()
+
+
+@pytest.mark.parametrize("missing", [MANIFEST, "_CHECKPOINT_METADATA", "state"])
+def test_a_broken_step_does_not_block_saving(directory, missing):
+    path = directory / "20" / missing
+    shutil.rmtree(path) if path.is_dir() else os.remove(path)
+    with Checkpointer(directory) as checkpoints:
+        _restore(checkpoints, _make_state())
+        checkpoints.save(20, _make_state(21), metadata={"again": True})
+        state, metadata = _restore(checkpoints, _make_state())
+    _assert_same_bits(state, _make_state(21))
+    assert metadata == {"again": True}
+
+
+def test_what_a_killed_save_leaves_is_cleared(directory):
+    """Orbax writes under another name first; such a folder is not a step."""
+    left = directory / "99.orbax-checkpoint-tmp"
+    shutil.copytree(directory / "20", left)
+    with Checkpointer(directory, read_only=True) as checkpoints:
+        assert checkpoints.all_steps() == [10, 20]
+    assert left.exists()
+    with Checkpointer(directory) as checkpoints:
+        assert checkpoints.all_steps() == [10, 20]
+        checkpoints.save(30, _make_state(30), metadata={})
+        assert checkpoints.latest_whole_step() == 30
+    assert not left.exists()
+
+
+def test_the_manifest_comes_last(tmp_path, monkeypatch):
+    """Killed just before it, after Orbax's commit: the older step is still there."""
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, _make_state(1), metadata={})
+
+        def killed(*args):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("alexnet_jax.checkpoint.os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(2, _make_state(2), metadata={})
+        monkeypatch.undo()
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.all_steps() == [1, 2]
+        assert checkpoints.latest_whole_step() == 1
+        checkpoints.save(2, _make_state(2), metadata={})
+        assert checkpoints.all_steps() == [2]
+
+
+def test_orbax_is_quiet_but_its_warnings_are_heard(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="absl")
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, _make_state(), metadata={})
+        _restore(checkpoints, _make_state())
+    assert caplog.messages == []
+    logger = logging.getLogger("absl")
+    path = os.path.join("somewhere", "orbax", "checkpoint", "manager.py")
+    for level in (logging.INFO, logging.WARNING):
+        logger.handle(logger.makeRecord("absl", level, path, 1, "said", (), None))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]

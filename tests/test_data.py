@@ -1,0 +1,617 @@
+"""Pictures, sources, loader and statistics: values, order, errors."""
+
+import io
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+
+from alexnet_jax import prepare
+from alexnet_jax.data import (
+    DataError,
+    check_same_classes,
+    eval_batches,
+    images,
+    open_source,
+    sources,
+    statistics,
+    train_batches,
+)
+from alexnet_jax.data.loader import train_order
+
+SIZE = 16
+REPOSITORY = Path(__file__).parents[1]
+
+
+def encoded(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def random_picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (height, width, 3), np.uint8)
+
+
+class NumberedSource:
+    """Picture i is filled with i, its label is i; fails and waits on request."""
+
+    image_size = 2
+    class_names = ("a",)
+    num_classes = 1
+    description = "numbers"
+    statistics_path = None
+
+    def __init__(self, num_examples: int, broken: int = -1):
+        self.num_examples = num_examples
+        self.broken = broken
+
+    def fetch(self, indices, images, labels):
+        if self.broken in indices:
+            raise ValueError(f"cannot decode picture_{self.broken}.jpg")
+        time.sleep(0.001 * (int(indices[0]) % 3))  # threads end out of order
+        images[...] = (indices % 256)[:, None, None, None]
+        labels[:] = indices
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two classes, 5 + 4 training and 3 + 2 evaluation pictures, PNG (lossless)."""
+    root = tmp_path_factory.mktemp("pictures")
+    number = 0
+    for split, counts in (("train", (5, 4)), ("val", (3, 2))):
+        for name, count in zip(("école", "犬"), counts, strict=True):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                picture = Image.fromarray(random_picture(SIZE, SIZE, number))
+                picture.save(root / split / name / f"{i}.PNG")
+                number += 1
+    return root
+
+
+# Pictures.
+
+
+def test_decode_lossless_modes():
+    rgb = random_picture(SIZE, SIZE)
+    grey = rgb[..., 0]
+    grey_rgb = np.repeat(grey[..., None], 3, axis=2)
+    deep = grey.astype(np.uint16) * 256 + 77
+    alpha = np.concatenate([rgb, grey[..., None]], axis=2)
+    palette = Image.fromarray(grey).convert("P")
+    cases = {
+        "rgb": (Image.fromarray(rgb), rgb),
+        "grey": (Image.fromarray(grey), grey_rgb),
+        "16 bits": (Image.fromarray(deep), grey_rgb),
+        "alpha": (Image.fromarray(alpha), rgb),
+        "grey and alpha": (Image.fromarray(grey_rgb).convert("LA"), None),
+        "palette": (palette, grey_rgb),
+        "one bit": (Image.fromarray(grey > 127), (grey_rgb > 127) * np.uint8(255)),
+    }
+    for name, (picture, expected) in cases.items():
+        result = images.decode(encoded(picture), SIZE, name)
+        assert result.shape == (SIZE, SIZE, 3) and result.dtype == np.uint8
+        if expected is not None:
+            np.testing.assert_array_equal(result, expected, err_msg=name)
+
+
+def test_decode_transparent_palette_does_not_warn(recwarn):
+    picture = Image.fromarray(random_picture(SIZE, SIZE)).quantize(8)
+    data = encoded(picture, transparency=bytes(range(8)))
+    expected = np.asarray(picture.convert("RGB"))
+    np.testing.assert_array_equal(images.decode(data, SIZE, "p"), expected)
+    assert not recwarn.list
+
+
+def test_decode_jpeg_of_all_colour_spaces():
+    smooth = np.zeros((SIZE, SIZE, 3), np.uint8)
+    smooth[...] = (200, 100, 50)
+    picture = Image.fromarray(smooth)
+    for mode in ("RGB", "CMYK", "L"):
+        converted = picture.convert(mode)
+        data = encoded(converted, "JPEG", quality=95)
+        result = images.decode(data, SIZE, mode)
+        expected = np.asarray(converted.convert("RGB")).astype(int)
+        assert np.abs(result - expected).max() <= 3, mode
+    np.testing.assert_array_equal(result[..., 0], result[..., 2])  # grey stays grey
+
+
+def test_jpeg_fast_path_is_libjpeg_turbos_decoder_in_the_callers_memory():
+    data = simplejpeg.encode_jpeg(random_picture(SIZE, SIZE), quality=90)
+    batch = np.zeros((3, SIZE, SIZE, 3), np.uint8)
+    assert images.decode(data, SIZE, "x", batch[1]).base is batch
+    np.testing.assert_array_equal(batch[1], simplejpeg.decode_jpeg(data))
+    assert not batch[0].any() and not batch[2].any()
+
+
+def test_exif_orientation_is_not_applied():
+    picture = Image.fromarray(random_picture(SIZE, SIZE))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn by 90 degrees"
+    turned = images.decode(encoded(picture, "JPEG", exif=exif), SIZE, "x")
+    plain = images.decode(encoded(picture, "JPEG"), SIZE, "x")
+    np.testing.assert_array_equal(turned, plain)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_broken_picture_names_the_file(kind):
+    whole = encoded(Image.fromarray(random_picture(64, 64)), kind)
+    for data in (whole[: len(whole) // 2], b"", b"\xff\xd8\xff", b"not a picture"):
+        with pytest.raises(DataError, match=r"cannot decode n01/x\.jpg .*Replace"):
+            images.decode(data, SIZE, "n01/x.jpg")
+    # Stray bytes after the picture are harmless.
+    images.decode(whole + b"\0\0", 64, "x")
+
+
+def test_resize_shrinks_by_area_and_cuts_the_centre():
+    # 4 x 6 to 2: scaled to 2 x 3 by averaging 2 x 2 blocks, columns 0 and 1 kept
+    # (one pixel too many: it goes on the right).
+    blocks = random_picture(2, 3).astype(int)
+    blocks = blocks // 4 * 4
+    picture = np.repeat(np.repeat(blocks, 2, axis=0), 2, axis=1)
+    picture[:, ::2] += 2  # even, as Pillow rounds after each of its two passes
+    result = images.resize_to_square(picture.astype(np.uint8), 2)
+    np.testing.assert_array_equal(result, blocks[:, :2] + 1)
+
+
+def test_resize_of_a_long_picture():
+    strip = np.zeros((10, 40, 3), np.uint8)
+    strip[:, :, 0] = np.arange(40)
+    result = images.resize_to_square(strip, 10)
+    np.testing.assert_array_equal(result[0, :, 0], np.arange(15, 25))
+    np.testing.assert_array_equal(
+        images.resize_to_square(strip.transpose(1, 0, 2), 10)[:, 0, 0],
+        np.arange(15, 25),
+    )
+
+
+def test_resize_enlarges_bicubically():
+    picture = random_picture(8, 12)
+    expected = Image.fromarray(picture).resize((24, 16), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(
+        images.resize_to_square(picture, 16), np.asarray(expected)[:, 4:20]
+    )
+
+
+def test_picture_of_the_right_size_is_untouched():
+    picture = random_picture(SIZE, SIZE)
+    assert images.resize_to_square(picture, SIZE) is picture
+
+
+def test_load_picture_takes_paths_pillow_and_arrays(tmp_path):
+    picture = random_picture(SIZE, SIZE + 4)
+    path = tmp_path / "a.png"
+    Image.fromarray(picture).save(path)
+    expected = picture[:, 2:-2]
+    for given in (path, str(path), Image.fromarray(picture), picture):
+        np.testing.assert_array_equal(images.load_picture(given, SIZE), expected)
+    grey = images.load_picture(picture[..., 0], SIZE)
+    np.testing.assert_array_equal(grey[..., 2], expected[..., 0])
+    copy = images.load_picture(expected, SIZE)
+    assert not np.shares_memory(copy, picture)
+    with pytest.raises(ValueError, match=r"uint8 .* got float64 \[16, 20, 3\]"):
+        images.load_picture(picture / 255.0, SIZE)
+    with pytest.raises(FileNotFoundError):
+        images.load_picture(tmp_path / "none.png", SIZE)
+
+
+# Sources.
+
+
+def test_folder_values_and_order(folder):
+    source = open_source(f"folder:{folder}", "train", image_size=SIZE)
+    assert source.class_names == ("école", "犬") and source.num_classes == 2
+    assert source.num_examples == 9
+    pictures = np.zeros((4, SIZE, SIZE, 3), np.uint8)
+    labels = np.full(4, -1, np.int32)
+    source.fetch(np.array([8, 0, 4, 5]), pictures, labels)
+    assert labels.tolist() == [1, 0, 0, 1]
+    for picture, number in zip(pictures, (8, 0, 4, 5), strict=True):
+        np.testing.assert_array_equal(picture, random_picture(SIZE, SIZE, number))
+
+
+def test_folder_resizes(folder):
+    source = open_source(f"folder:{folder}", "train", image_size=8)
+    batch = next(eval_batches(source, batch_size=9))
+    expected = images.resize_to_square(random_picture(SIZE, SIZE, 3), 8)
+    np.testing.assert_array_equal(batch["image"][3], expected)
+
+
+def test_eval_folder_names_stand_for_each_other(folder, tmp_path):
+    for split in ("test", "val", "validation"):
+        source = open_source(f"folder:{folder}", split, image_size=SIZE)
+        assert source.num_examples == 5 and "/val" in source.description
+    for name in ("val", "validation"):
+        (tmp_path / name / "a").mkdir(parents=True)
+        (tmp_path / name / "a" / "1.jpg").touch()
+    assert open_source(f"folder:{tmp_path}", "val").description.endswith("val")
+    with pytest.raises(ValueError, match=r"no folder 'test' but val, validation"):
+        open_source(f"folder:{tmp_path}", "test")
+
+
+def test_folder_ignores_hidden_and_nested_and_foreign_files(folder, tmp_path):
+    picture = encoded(Image.fromarray(random_picture(SIZE, SIZE)))
+    files = "a/2.png", "a/10.png", "a/.hidden.png", "a/notes.txt", "a/deep/1.png"
+    for name in (*files, ".git/1.png", "b/1.png", "readme.txt"):
+        path = tmp_path / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture)
+    source = sources.FolderSource(tmp_path, "train", SIZE)
+    assert source.class_names == ("a", "b")
+    assert source.labels.tolist() == [0, 0, 1]
+    assert source._files == ["10.png", "2.png", "1.png"]
+
+
+def test_folder_errors(tmp_path):
+    def check(error, message):
+        with pytest.raises(error, match=message):
+            open_source(f"folder:{tmp_path / 'data'}", "train")
+
+    check(
+        FileNotFoundError, r"data does not exist.*train/<class>.*config\.data\.source"
+    )
+    (tmp_path / "data" / "n01").mkdir(parents=True)
+    check(FileNotFoundError, r"no folder train in .*found there: n01")
+    (tmp_path / "data" / "train").mkdir()
+    (tmp_path / "data" / "train" / "1.jpg").touch()
+    check(DataError, r"no class folders in .*train \(found there: 1\.jpg\)")
+    (tmp_path / "data" / "train" / "empty").mkdir()
+    (tmp_path / "data" / "train" / "empty" / "x.txt").touch()
+    check(DataError, r"train/empty holds no pictures .*found there: x\.txt")
+    with pytest.raises(ValueError, match=r"unknown data source '\./pictures'.*folder:"):
+        open_source("./pictures", "train")
+
+
+def test_folder_broken_and_vanished_files_are_named(folder, tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    path = tmp_path / "train" / "a" / "cut.jpg"
+    path.write_bytes(encoded(Image.fromarray(random_picture(64, 64)), "JPEG")[:900])
+    source = open_source(f"folder:{tmp_path}", "train", image_size=SIZE)
+    with pytest.raises(DataError, match=r"cannot decode .*a/cut\.jpg \(900 bytes\)"):
+        next(train_batches(source, batch_size=3, seed=0))
+    path.unlink()
+    with pytest.raises(ValueError, match=r"cannot read .*cut\.jpg: No such file"):
+        next(train_batches(source, batch_size=3, seed=0))
+
+
+def test_check_same_classes(folder):
+    train = open_source(f"folder:{folder}", "train")
+    check_same_classes(train, open_source(f"folder:{folder}", "val"))
+    fake = sources.FakeSource(num_classes=2, image_size=4)
+    with pytest.raises(ValueError, match=r"only in training class_0, class_1; only in"):
+        check_same_classes(fake, train)
+
+
+def test_fake_source():
+    train, evaluation = (open_source("fake", s, image_size=8) for s in ("train", "val"))
+    assert (train.num_examples, evaluation.num_examples) == (1_281_167, 50_000)
+    assert train.num_classes == 1000
+    again = sources.FakeSource(image_size=8)
+    one, two = (next(train_batches(s, batch_size=64, seed=3)) for s in (train, again))
+    np.testing.assert_array_equal(one["image"], two["image"])
+    np.testing.assert_array_equal(one["label"], two["label"])
+    assert 120 < one["image"].mean() < 135 and len(np.unique(one["label"])) > 50
+
+
+def test_missing_tfds_dataset_says_where_and_how(tmp_path, monkeypatch):
+    (tmp_path / "mnist").mkdir()
+    with pytest.raises(FileNotFoundError) as info:
+        open_source("cifar10", "train", data_dir=str(tmp_path))
+    message = str(info.value)
+    assert f"in {tmp_path}" in message and "mnist" in message
+    assert "download_and_prepare" in message and "alexnet_jax[tf]" in message
+    assert "TFDS_DATA_DIR" in message and "array_record" in message
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "elsewhere"))
+    with pytest.raises(FileNotFoundError, match=r"elsewhere does not exist.*imagenet "):
+        open_source("imagenet2012_256", "train")
+
+
+# Loader.
+
+
+def test_order_is_a_function_of_seed_and_step():
+    source = NumberedSource(10)
+
+    def labels(start, count, **options):
+        with train_batches(
+            source, batch_size=4, seed=7, start_step=start, **options
+        ) as batches:
+            return np.stack([next(batches)["label"] for _ in range(count)])
+
+    expected = labels(0, 10, workers=1)
+    for workers in (2, 5):
+        np.testing.assert_array_equal(labels(0, 10, workers=workers), expected)
+    np.testing.assert_array_equal(labels(6, 4, prefetch=1), expected[6:])
+    np.testing.assert_array_equal(labels(0, 10, positions=(1, 3)), expected[:, 1:3])
+    # Batches run on over the ends of epochs: 40 labels are 4 epochs of 10.
+    epochs = expected.reshape(4, 10)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(10))
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    other = train_order(10, batch_size=4, seed=8)
+    assert (np.stack([other[s] for s in range(10)]) != expected).any()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_batch_larger_than_the_data_set(count):
+    with train_batches(NumberedSource(count), batch_size=6, seed=0) as batches:
+        labels = np.concatenate([next(batches)["label"] for _ in range(2)])
+    assert np.bincount(labels).tolist() == [12 // count] * count
+
+
+def test_train_batches_are_fresh_and_right():
+    with train_batches(NumberedSource(50), batch_size=8, seed=0) as batches:
+        seen = [next(batches) for _ in range(6)]
+    for batch in seen:
+        assert batch["image"].shape == (8, 2, 2, 3) and batch["image"].dtype == np.uint8
+        assert batch["label"].dtype == np.int32 and set(batch) == {"image", "label"}
+        np.testing.assert_array_equal(batch["image"][:, 1, 0, 2], batch["label"])
+    for a, b in itertools.pairwise(seen):
+        assert not np.shares_memory(a["image"], b["image"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 10, 64])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_eval_sees_every_example_once(batch_size, workers):
+    seen, count = [], 0.0
+    batches = eval_batches(NumberedSource(10), batch_size=batch_size, workers=workers)
+    assert batches.num_batches == -(-10 // batch_size)
+    for batch in batches:
+        assert len(batch["image"]) == len(batch["label"]) == batch_size
+        assert batch["mask"].dtype == np.float32
+        real = batch["mask"] == 1
+        seen += batch["label"][real].tolist()
+        count += batch["mask"].sum()
+        assert not batch["label"][~real].any() and not batch["image"][~real].any()
+    assert seen == list(range(10)) and count == 10
+    assert batches.step == batches.num_batches
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_eval_positions_of_two_processes_cover_the_split():
+    halves = [
+        list(eval_batches(NumberedSource(10), batch_size=8, positions=positions))
+        for positions in ((0, 4), (4, 8))
+    ]
+    assert [len(half) for half in halves] == [2, 2]
+    labels = [[b["label"][b["mask"] > 0].tolist() for b in half] for half in halves]
+    assert labels == [[[0, 1, 2, 3], [8, 9]], [[4, 5, 6, 7], []]]
+
+
+def test_worker_error_reaches_the_consumer_and_threads_end():
+    before = threading.active_count()
+    batches = train_batches(NumberedSource(10, broken=6), batch_size=4, seed=0)
+    with pytest.raises(ValueError, match=r"picture_6\.jpg"):
+        for _ in range(10):
+            next(batches)
+    with pytest.raises(RuntimeError, match="closed"):
+        next(batches)
+    batches = train_batches(NumberedSource(10), batch_size=4, seed=0, workers=3)
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()
+    batches.close()
+    batches = train_batches(NumberedSource(10), batch_size=4, seed=0)
+    next(batches)
+    del batches  # a forgotten iterator ends its threads too
+    assert threading.active_count() == before
+
+
+def test_reading_ahead_is_bounded_and_waiting_is_measured():
+    class Slow(NumberedSource):
+        fetched = 0
+
+        def fetch(self, indices, images, labels):
+            time.sleep(0.02)
+            Slow.fetched += 1
+            super().fetch(indices, images, labels)
+
+    batches = train_batches(Slow(100), batch_size=2, seed=0, workers=1, prefetch=3)
+    with batches:
+        next(batches)
+        time.sleep(0.3)
+        assert Slow.fetched == 4  # one handed out, three ahead
+        waited = batches.wait_seconds
+        assert 0.02 <= waited < 0.2
+        next(batches)
+        assert batches.wait_seconds - waited < 0.015  # it lay ready
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 0},
+        {"workers": 0},
+        {"prefetch": 0},
+        {"seed": -1},
+        {"start_step": -1},
+        {"positions": (2, 6)},
+        {"positions": (2, 2)},
+    ],
+)
+def test_loader_arguments_are_checked(options):
+    given = {"batch_size": 4, "seed": 0, **options}
+    with pytest.raises(ValueError, match=next(iter(options))):
+        train_batches(NumberedSource(10), **given)
+
+
+# Statistics.
+
+
+def test_statistics_are_numpys(folder, tmp_path):
+    source = open_source(f"folder:{folder}", "train", image_size=SIZE)
+    pictures = np.stack([random_picture(SIZE, SIZE, i) for i in range(9)])
+    seen = []
+    result = statistics.compute(source, progress=seen.append)
+    assert result.num_examples == sum(seen) == 9
+    np.testing.assert_allclose(result.mean_image, pictures.mean(axis=0), rtol=1e-6)
+    covariance = np.cov(pictures.reshape(-1, 3).T.astype(float), bias=True)
+    vectors = result.pca_vectors.astype(float)
+    assert (np.diff(result.pca_std_255) > 0).all()
+    np.testing.assert_allclose(
+        vectors @ np.diag(result.pca_std_255**2.0) @ vectors.T, covariance, atol=1e-2
+    )
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=1e-6)
+    one = statistics.compute(source, workers=1)
+    np.testing.assert_array_equal(one.pca_vectors, result.pca_vectors)
+
+    path = tmp_path / "statistics.npz"
+    result.save(path)
+    loaded = statistics.load(path)
+    for name in ("mean_image", "pca_std_255", "pca_vectors"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(result, name))
+        assert getattr(loaded, name).dtype == np.float32
+    assert loaded.num_examples == 9
+    assert os.listdir(tmp_path) == ["statistics.npz"]  # no temporary file left
+
+
+def test_statistics_of_a_subset_are_spread(folder):
+    source = open_source(f"folder:{folder}", "train", image_size=SIZE)
+    result = statistics.compute(source, max_examples=3)
+    expected = np.mean([random_picture(SIZE, SIZE, i) for i in (0, 3, 6)], axis=0)
+    assert result.num_examples == 3
+    np.testing.assert_allclose(result.mean_image, expected, rtol=1e-6)
+
+
+def test_statistics_of_grey_pictures():
+    class Grey(NumberedSource):
+        def fetch(self, indices, images, labels):
+            images[...] = (indices * 20)[:, None, None, None]
+
+    result = statistics.compute(Grey(5))  # 0, 20 ... 80: variance 800 in each channel
+    np.testing.assert_allclose(result.pca_std_255, [0, 0, np.sqrt(2400)], atol=1e-3)
+    np.testing.assert_allclose(result.pca_vectors[:, 2], np.full(3, 3**-0.5), rtol=1e-6)
+
+
+def test_statistics_paths(folder):
+    def path(split):
+        source = open_source(f"folder:{folder}", split, image_size=SIZE)
+        return statistics.statistics_path(source)
+
+    assert path("train") == folder / "statistics_16.npz"
+    assert path("val") == folder / "statistics_16_val.npz"
+    with pytest.raises(ValueError, match="no place"):
+        statistics.statistics_path(open_source("fake", "train", image_size=4))
+
+
+def test_broken_statistics_file(tmp_path):
+    path = tmp_path / "s.npz"
+    with pytest.raises(FileNotFoundError):
+        statistics.load(path)
+    path.write_bytes(b"PK broken")
+    with pytest.raises(ValueError, match=r"s\.npz is not a statistics file.*prepare"):
+        statistics.load(path)
+    np.savez(path, mean_image=np.zeros(3))
+    with pytest.raises(ValueError, match="pca_std_255"):
+        statistics.load(path)
+
+
+def test_prepare_statistics_command(folder, capsys):
+    arguments = ["--image_size=16", "--split=val"]
+    status = prepare.main(
+        ["prepare", "statistics", f"--source=folder:{folder}", *arguments]
+    )
+    path = folder / "statistics_16_val.npz"
+    assert status == 0 and str(path) in capsys.readouterr().out
+    assert statistics.load(path).num_examples == 5
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "expected one command of statistics, textures; got none"),
+        (["statistics", "more"], "got statistics more"),
+        (["statistics"], "--source is missing"),
+        (["statistics", "--sorce=x"], "Unknown command line flag 'sorce'"),
+        (["statistics", "--source=folder:/no/such"], "/no/such does not exist"),
+        (["statistics", "--source=fake"], "no place"),
+    ],
+)
+def test_prepare_errors_are_one_line(arguments, message, capsys):
+    assert prepare.main(["prepare", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+# The whole, without TensorFlow.
+
+_WITHOUT_TENSORFLOW = """
+import importlib.machinery
+import sys
+
+class Refuse:  # TensorFlow can be found (some libraries look), but not imported
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "tensorflow":
+            return importlib.machinery.ModuleSpec(name, self)
+
+    def create_module(self, spec):
+        raise AssertionError("tensorflow was imported")
+
+    exec_module = create_module
+
+sys.meta_path.insert(0, Refuse())
+from alexnet_jax.data import eval_batches, open_source, statistics, train_batches
+for name in ("grain", "tensorflow_datasets", "jax"):
+    assert name not in sys.modules, name + " is imported before it is used"
+folder, data_dir = sys.argv[1:]
+for source in (f"folder:{folder}", "textures/tiny", "fake"):
+    train = open_source(source, "train", data_dir=data_dir, image_size=16)
+    with train_batches(train, batch_size=4, seed=0) as batches:
+        next(batches), next(batches)
+    forgotten = train_batches(train, batch_size=4, seed=0)  # quiet at exit
+    next(forgotten)
+    if source != "fake":
+        count = sum(b["mask"].sum() for b in eval_batches(train, batch_size=7))
+        assert count == train.num_examples
+        statistics.compute(train, max_examples=4)
+assert "tensorflow" not in sys.modules
+print("fine")
+"""
+
+
+def test_nothing_imports_tensorflow(folder, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_TENSORFLOW, str(folder), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "fine\n"
+    assert "Exception" not in result.stderr
+
+
+def test_real_pictures():
+    """ImageNet's own files, if a sample lies beside the repository."""
+    import tarfile
+
+    folder = REPOSITORY.parent / "shared" / "data" / "imagenet_sample"
+    archives = sorted(folder.glob("*val*.tar"))
+    if not archives:
+        pytest.skip(f"no sample of ImageNet in {folder}")
+    shapes = set()
+    with tarfile.open(archives[0]) as tar:
+        for member in tar.getmembers()[:20]:
+            file = tar.extractfile(member)
+            assert file is not None
+            data = file.read()
+            whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+            shapes.add(whole.shape)
+            picture = images.decode(data, 256, member.name)
+            # The same picture by another route: Pillow's decoder.
+            other = images.resize_to_square(whole, 256)
+            assert np.abs(picture.astype(int) - other).mean() < 1, member.name
+    assert len(shapes) > 1

@@ -1,0 +1,41 @@
+"""Top-k and masked sums, by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from alexnet_jax import metrics
+
+LOGITS = jnp.array(
+    [
+        [5.0, 1.0, 2.0, 3.0, 4.0, 0.0],
+        [0.0, 1.0, 2.0, 3.0, 4.0, 5.0],
+        [0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+        [jnp.nan, 1.0, 2.0, 3.0, 4.0, 5.0],
+    ]
+)
+
+
+def test_in_top_k_counts_ties_by_index_and_nan_as_wrong():
+    labels = jnp.array([0, 0, 0, 5])
+    top1 = metrics.in_top_k(LOGITS, labels, 1)
+    np.testing.assert_array_equal(top1, [True, False, True, False])
+    top5 = metrics.in_top_k(LOGITS, labels, 5)
+    np.testing.assert_array_equal(top5, [True, False, True, True])
+    # All alike: chance, not always right.
+    alike = jnp.zeros((6, 6))
+    assert metrics.in_top_k(alike, jnp.arange(6), 1).sum() == 1
+    assert metrics.in_top_k(alike, jnp.arange(6), 5).sum() == 5
+
+
+def test_sums_leave_padding_out():
+    labels = jnp.array([0, 5, 1, 5])
+    mask = jnp.array([1.0, 1.0, 1.0, 0.0])  # the row with NaN is padding
+    sums = metrics.sums(LOGITS, labels, mask)
+    row = np.log(np.exp(np.arange(6.0)).sum())
+    expected = (row - 5) + (row - 5) + np.log(6)
+    np.testing.assert_allclose(sums["loss"], expected, rtol=1e-5)
+    assert (sums["top1"], sums["top5"], sums["count"]) == (2, 3, 3)
+
+
+def test_few_classes_are_always_in_the_top_five():
+    assert metrics.in_top_k(jnp.zeros((3, 3)), jnp.arange(3), 5).all()

@@ -1,0 +1,688 @@
+"""ops against plain NumPy loops, lax, torch and the constants of three papers.
+
+The gradient of a loop is its central difference in float64: exact to about 1e-9 for
+the smooth operations here, and independent of anybody's algebra.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from alexnet_jax import ops
+
+BOTH = pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
+
+
+# ---------------------------------------------------------------- the NumPy loops
+
+
+def loop_lrn(x, *, size=5, k=2.0, alpha=1e-4, beta=0.75, groups=1):
+    """The formula of section 3.3, a channel at a time; alpha is not divided."""
+    y = np.empty_like(x)
+    per_group = x.shape[-1] // groups
+    for place in np.ndindex(x.shape):
+        *pixel, i = place
+        first = i // per_group * per_group
+        low, high = max(first, i - size // 2), min(first + per_group - 1, i + size // 2)
+        total = 0.0
+        for j in range(low, high + 1):
+            total += x[(*pixel, j)] ** 2
+        y[place] = x[place] / (k + alpha * total) ** beta
+    return y
+
+
+def loop_within_map(x, *, size=3, k=1.0, alpha=5e-5, beta=0.75):
+    y = np.empty_like(x)
+    _, height, width, _ = x.shape
+    reach = size // 2
+    for b, h, w, c in np.ndindex(x.shape):
+        total = 0.0
+        for i in range(max(0, h - reach), min(height, h + reach + 1)):
+            for j in range(max(0, w - reach), min(width, w + reach + 1)):
+                total += x[b, i, j, c] ** 2
+        y[b, h, w, c] = x[b, h, w, c] / (k + alpha / size**2 * total) ** beta
+    return y
+
+
+def loop_conv(x, kernel, *, stride, padding, groups, g):
+    """y and, for a cotangent g of y, the gradients dx and dkernel."""
+    (top, bottom), (left, right) = padding
+    padded = np.pad(x, ((0, 0), *padding, (0, 0)))
+    batch, height, width, _ = padded.shape
+    kh, kw, inputs, outputs = kernel.shape
+    out_h = (height - kh) // stride[0] + 1
+    out_w = (width - kw) // stride[1] + 1
+    y = np.zeros((batch, out_h, out_w, outputs))
+    dx, dkernel = np.zeros_like(padded), np.zeros_like(kernel)
+    for b, h, w, o in np.ndindex(y.shape):
+        first = o // (outputs // groups) * inputs
+        for i, j, c in np.ndindex(kh, kw, inputs):
+            place = (b, h * stride[0] + i, w * stride[1] + j, first + c)
+            y[b, h, w, o] += padded[place] * kernel[i, j, c, o]
+            dx[place] += g[b, h, w, o] * kernel[i, j, c, o]
+            dkernel[i, j, c, o] += g[b, h, w, o] * padded[place]
+    return y, dx[:, top : height - bottom, left : width - right], dkernel
+
+
+def loop_pool(x, reduce, *, window, stride, ceil):
+    """Windows clipped to the picture; with ceil a last one may hang over the edge."""
+    grid = []
+    for length, size, step in zip(x.shape[1:3], window, stride, strict=True):
+        starts = list(range(0, length - size + 1, step))
+        next_start = starts[-1] + step if starts else 0
+        covered = starts[-1] + size if starts else 0
+        if ceil and covered < length and next_start < length:
+            starts.append(next_start)
+        grid.append(starts)
+    y = np.empty((x.shape[0], len(grid[0]), len(grid[1]), x.shape[3]), x.dtype)
+    for b, h, w, c in np.ndindex(y.shape):
+        top, left = grid[0][h], grid[1][w]
+        patch = x[b, top : top + window[0], left : left + window[1], c]
+        y[b, h, w, c] = reduce(patch)
+    return y
+
+
+def central_difference(f, x, weights, step=1e-5):
+    """d sum(weights * f(x)) / dx, one entry at a time, in float64."""
+    gradient = np.empty_like(x)
+    for place in np.ndindex(x.shape):
+        up, down = x.copy(), x.copy()
+        up[place] += step
+        down[place] -= step
+        difference = (f(up) - f(down)) / (2 * step)
+        gradient[place] = np.sum(weights * difference)
+    return gradient
+
+
+def normal(*shape, seed=0, scale=1.0):
+    return np.random.default_rng(seed).normal(0, scale, shape)
+
+
+def relative_error(got, want):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def check_forward(op, loop, x):
+    """op equals loop in float32 and in float64, and keeps the dtype."""
+    want = loop(x)
+    with jax.enable_x64(True):
+        for dtype, tolerance in TOLERANCE.items():
+            got = jax.jit(op)(jnp.asarray(x, dtype))
+            assert got.dtype == dtype
+            assert relative_error(got, want) < tolerance
+
+
+def check_value_and_gradients(op, arrays, y, g, gradients, exact):
+    """op's value, and its gradients for the cotangent g, in float32 and float64."""
+
+    @jax.jit
+    def value_and_gradients(g, *arrays):
+        value, vjp = jax.vjp(op, *arrays)
+        return value, *vjp(g)
+
+    with jax.enable_x64(True):
+        for dtype, tolerance in {"float32": 2e-5, "float64": exact}.items():
+            got = value_and_gradients(*(jnp.asarray(a, dtype) for a in (g, *arrays)))
+            for array, want in zip(got, (y, *gradients), strict=True):
+                assert array.dtype == dtype
+                assert relative_error(array, want) < tolerance
+
+
+def check_by_differences(op, loop, x):
+    """op against the loop and its central differences."""
+    y = loop(x)
+    g = normal(*y.shape, seed=9)
+    difference = central_difference(loop, x, g)
+    check_value_and_gradients(op, [x], y, g, [difference], exact=1e-8)
+
+
+# ------------------------------------------------------ local response normalisation
+
+# alpha is large so that the sum matters; the real constants have their own test.
+LRN_CASES = [
+    {"size": 5, "k": 2.0, "alpha": 0.3, "beta": 0.75, "groups": 1},
+    {"size": 5, "k": 2.0, "alpha": 0.3, "beta": 0.75, "groups": 2},
+    {"size": 3, "k": 1.0, "alpha": 0.5, "beta": 0.5, "groups": 3},
+    {
+        "size": 9,
+        "k": 1.0,
+        "alpha": 0.2,
+        "beta": 1.3,
+        "groups": 2,
+    },  # wider than its group
+    {"size": 1, "k": 1.0, "alpha": 0.2, "beta": 0.75, "groups": 1},
+]
+
+
+@BOTH
+@pytest.mark.parametrize("case", LRN_CASES, ids=str)
+def test_lrn_equals_the_loop(case, fast):
+    x = normal(1, 3, 12, seed=1, scale=2.0)
+    op = functools.partial(ops.local_response_norm, **case, fast=fast)
+    check_by_differences(op, functools.partial(loop_lrn, **case), x)
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 5, 8), (2, 1, 3, 2, 8)])
+def test_lrn_takes_any_leading_dimensions(shape, fast):
+    x = normal(*shape, scale=20.0)
+    check_forward(functools.partial(ops.local_response_norm, fast=fast), loop_lrn, x)
+
+
+@BOTH
+def test_lrn_constants_of_the_paper_and_of_caffe(fast):
+    """One channel of 100 alone: 100 / (2 + 1e-4 * 1e4) ** .75, and Caffe's k and n."""
+    x = jnp.zeros(96).at[50].set(100.0)
+    paper = ops.local_response_norm(x, fast=fast)
+    caffe = ops.local_response_norm(x, k=1.0, alpha_mode="mean", fast=fast)
+    np.testing.assert_allclose(paper[50], 100 / 3.0**0.75, rtol=1e-6)
+    np.testing.assert_allclose(caffe[50], 100 / 1.2**0.75, rtol=1e-6)
+
+
+@BOTH
+def test_lrn_window_is_truncated_and_stays_in_its_group(fast):
+    """With k tiny the divisor counts the channels a window really holds."""
+    x = jnp.ones(8)
+    norm = functools.partial(
+        ops.local_response_norm, k=1e-9, alpha=1.0, beta=1.0, fast=fast
+    )
+    counts = 1 / norm(x)
+    np.testing.assert_allclose(counts, [3, 4, 5, 5, 5, 5, 4, 3], rtol=1e-6)
+    counts = 1 / norm(x, groups=2)
+    np.testing.assert_allclose(counts, [3, 4, 4, 3, 3, 4, 4, 3], rtol=1e-6)
+
+
+@BOTH
+def test_lrn_mean_mode_equals_torch(fast):
+    torch = pytest.importorskip("torch")
+    x = normal(2, 4, 3, 10, scale=30.0).astype(np.float32)
+    theirs = torch.nn.LocalResponseNorm(5, alpha=1e-2, beta=0.75, k=2.0)
+    want = theirs(torch.from_numpy(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    got = ops.local_response_norm(
+        jnp.asarray(x), alpha=1e-2, alpha_mode="mean", fast=fast
+    )
+    np.testing.assert_allclose(got, want.numpy(), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_within_map_norm_equals_the_loop(size):
+    x = normal(1, 5, 4, 2, seed=2, scale=2.0)
+    case = {"size": size, "k": 1.0, "alpha": 3.0, "beta": 0.75}
+    op = functools.partial(ops.within_map_response_norm, **case)
+    check_by_differences(op, functools.partial(loop_within_map, **case), x)
+
+
+# ------------------------------------------------------------------ convolution
+
+ONE = ((1, 1), (1, 1))
+CONV_CASES = {
+    # name: x, kernel, stride, padding, groups
+    "same_3x3": ((2, 5, 4, 2), (3, 3, 2, 3), (1, 1), ONE, 1),
+    "two_groups": ((1, 5, 5, 4), (3, 3, 2, 4), (1, 1), ONE, 2),
+    "three_groups_1x1": ((2, 3, 3, 6), (1, 1, 2, 3), (1, 1), ((0, 0), (0, 0)), 3),
+    "conv1_in_small": ((1, 12, 12, 3), (7, 7, 3, 2), (4, 4), ((0, 3), (0, 3)), 1),
+    "pixels_left_over": ((1, 10, 9, 3), (5, 5, 3, 2), (4, 4), ((0, 0), (0, 0)), 1),
+    "uneven_stride": ((2, 7, 6, 2), (3, 2, 1, 4), (2, 3), ((0, 1), (2, 0)), 2),
+    "more_padding_than_kernel": (
+        (1, 3, 3, 1), (2, 2, 1, 2), (1, 1), ((2, 3), (3, 2)), 1,
+    ),
+    "stride_beyond_kernel": ((1, 8, 8, 2), (2, 2, 2, 2), (3, 3), ((1, 0), (0, 1)), 1),
+    "a_batch_in_parts": ((35, 3, 3, 1), (2, 2, 1, 2), (1, 1), ((0, 0), (0, 0)), 1),
+}  # fmt: skip
+
+
+@BOTH
+@pytest.mark.parametrize("name", CONV_CASES)
+def test_conv_equals_the_loop(name, fast):
+    x_shape, kernel_shape, stride, padding, groups = CONV_CASES[name]
+    arrays = [normal(*x_shape, seed=3), normal(*kernel_shape, seed=4)]
+    case = {"stride": stride, "padding": padding, "groups": groups}
+    op = functools.partial(ops.grouped_conv, **case, fast=fast)
+    g = normal(*jax.eval_shape(op, *arrays).shape, seed=9)
+    y, dx, dkernel = loop_conv(*arrays, **case, g=g)
+    check_value_and_gradients(op, arrays, y, g, [dx, dkernel], exact=1e-12)
+
+
+@BOTH
+def test_conv_takes_numbers_for_pairs(fast):
+    x, kernel = jnp.asarray(normal(1, 7, 7, 2)), jnp.asarray(normal(3, 3, 2, 2))
+    short = ops.grouped_conv(x, kernel, stride=2, padding=1, fast=fast)
+    long = ops.grouped_conv(x, kernel, stride=(2, 2), padding=ONE, fast=fast)
+    np.testing.assert_array_equal(short, long)
+
+
+@BOTH
+def test_conv1_gives_55_from_224_and_from_227(fast):
+    kernel = jax.ShapeDtypeStruct((11, 11, 3, 96), jnp.float32)
+    for side, extra in [(224, 3), (227, 0)]:
+        x = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+        padding = ((0, extra), (0, extra))
+        conv = functools.partial(ops.grouped_conv, stride=4, padding=padding, fast=fast)
+        assert jax.eval_shape(conv, x, kernel).shape == (1, 55, 55, 96)
+
+
+def lowered_text(f, *arrays):
+    text = jax.jit(f).lower(*arrays).as_text()
+    assert text is not None
+    return text
+
+
+def compiled_text(f, *arrays):
+    text = jax.jit(f).lower(*arrays).compile().as_text()
+    assert text is not None
+    return text
+
+
+def test_conv_never_uses_feature_group_count():
+    x, kernel = jnp.ones((2, 6, 6, 4)), jnp.ones((3, 3, 2, 6))
+    for fast in (True, False):
+        f = functools.partial(ops.grouped_conv, groups=2, padding=1, fast=fast)
+
+        def gradients(x, kernel, f=f):
+            y, vjp = jax.vjp(f, x, kernel)
+            return vjp(y)
+
+        text = lowered_text(gradients, x, kernel)
+        counts = re.findall(r"(?:feature|batch)_group_count = (\d+)", text)
+        # Both counts of forward and two gradients, in two groups.
+        assert counts == 12 * ["1"]
+
+
+def test_unused_picture_gradient_is_dropped():
+    """conv1's pictures need none: the compiled gradient has fewer convolutions."""
+    x, kernel = jnp.ones((2, 31, 31, 3)), jnp.ones((11, 11, 3, 8))
+
+    def loss(x, kernel):
+        return jnp.sum(ops.grouped_conv(x, kernel, stride=4) ** 2)
+
+    def convolutions(argnums):
+        text = compiled_text(jax.grad(loss, argnums), x, kernel)
+        return len(re.findall(r" convolution\(", text))
+
+    assert convolutions(1) == 2  # forward and the kernel's
+    assert convolutions((0, 1)) == 3
+
+
+# ---------------------------------------------------------------------- pooling
+
+POOL_CASES = [
+    # picture, window, stride, ceil
+    ((7, 7), (3, 3), (2, 2), False),
+    ((8, 9), (3, 3), (2, 2), False),
+    ((8, 9), (3, 3), (2, 2), True),
+    ((8, 8), (2, 2), (2, 2), False),
+    ((5, 7), (2, 2), (2, 2), True),
+    ((6, 8), (3, 2), (1, 3), True),
+    ((4, 5), (1, 2), (3, 4), True),  # the next window would start outside
+    ((2, 2), (3, 3), (2, 2), True),  # one window, larger than the picture
+]
+
+
+def jax_pool(x, window, stride):
+    """lax's own, VALID."""
+    lowest = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else -(2**31)
+    return lax.reduce_window(
+        x, lowest, lax.max, (1, *window, 1), (1, *stride, 1), "VALID"
+    )
+
+
+@pytest.mark.parametrize("picture, window, stride, ceil", POOL_CASES)
+def test_max_pool_equals_the_loop(picture, window, stride, ceil):
+    x = np.random.default_rng(5).permutation(2 * np.prod(picture) * 2)
+    x = x.reshape(2, *picture, 2).astype(np.float64)  # no ties: differences exist
+    case = {"window": window, "stride": stride, "ceil": ceil}
+    op = functools.partial(ops.max_pool, **case)
+    check_by_differences(op, functools.partial(loop_pool, reduce=np.max, **case), x)
+
+
+@pytest.mark.parametrize("picture, window, stride, ceil", POOL_CASES)
+def test_avg_pool_equals_the_loop(picture, window, stride, ceil):
+    x = normal(1, *picture, 2, seed=6)
+    case = {"window": window, "stride": stride, "ceil": ceil}
+    op = functools.partial(ops.avg_pool, **case)
+    check_by_differences(op, functools.partial(loop_pool, reduce=np.mean, **case), x)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4])
+@pytest.mark.parametrize("window, stride", [((3, 3), (2, 2)), ((2, 2), (2, 2))])
+def test_max_pool_breaks_ties_as_lax_does(levels, window, stride):
+    """Few integer values, so nearly every window is tied; gradients are exact."""
+    rng = np.random.default_rng(7)
+    x = jnp.asarray(rng.integers(0, levels, (3, 9, 8, 4)), jnp.float32)
+    pools = [
+        functools.partial(ops.max_pool, window=window, stride=stride),
+        functools.partial(jax_pool, window=window, stride=stride),
+    ]
+    (ours, our_vjp), (theirs, their_vjp) = (jax.vjp(pool, x) for pool in pools)
+    np.testing.assert_array_equal(ours, theirs)
+    weights = jnp.asarray(rng.integers(1, 100, ours.shape), jnp.float32)
+    np.testing.assert_array_equal(our_vjp(weights)[0], their_vjp(weights)[0])
+
+
+def test_max_pool_propagates_nan_from_every_place_of_the_window():
+    for place in np.ndindex(3, 3):
+        x = jnp.zeros((1, 5, 5, 1)).at[0, place[0], place[1], 0].set(jnp.nan)
+        got = ops.max_pool(x)
+        np.testing.assert_array_equal(got, jax_pool(x, (3, 3), (2, 2)))
+        assert np.isnan(got[0, 0, 0, 0])
+
+
+def test_max_pool_of_minus_infinity_and_of_integers():
+    x = jnp.full((1, 4, 4, 1), -jnp.inf)
+    assert np.all(np.asarray(ops.max_pool(x, ceil=True)) == -np.inf)
+    x = jnp.arange(-30, 20, dtype=jnp.int32).reshape(1, 5, 10, 1)
+    got = ops.max_pool(x, ceil=True)
+    assert got.dtype == jnp.int32
+    want = loop_pool(np.asarray(x), np.max, window=(3, 3), stride=(2, 2), ceil=True)
+    np.testing.assert_array_equal(got, want)
+
+
+def test_max_pool_gradient_has_no_select_and_scatter():
+    x = jnp.ones((2, 9, 9, 4))
+
+    def gradient(pool):
+        return jax.grad(lambda x: jnp.sum(pool(x) ** 2))
+
+    assert "select-and-scatter(" not in compiled_text(gradient(ops.max_pool), x)
+    # The CPU compiler takes lax's own apart, so the control looks before it does.
+    lax_pool = functools.partial(jax_pool, window=(3, 3), stride=(2, 2))
+    name = "stablehlo.select_and_scatter"
+    assert name in lowered_text(gradient(lax_pool), x)
+    assert name not in lowered_text(gradient(ops.max_pool), x)
+
+
+# ------------------------------------------------------------- dtypes and autodiff
+
+CONVS = {  # kernel shape and arguments, for four input channels
+    "conv": ((3, 3, 2, 4), {"padding": 1, "groups": 2}),
+    "strided_conv": ((3, 3, 4, 2), {"stride": 2}),
+}
+
+
+def apply(name, x, fast):
+    """One of the operations on x[B,H,W,4], with constants that matter."""
+    if name in CONVS:
+        kernel_shape, arguments = CONVS[name]
+        # The same bfloat16 values in every dtype, so that dtypes can be compared.
+        kernel = jnp.asarray(normal(*kernel_shape), jnp.bfloat16).astype(x.dtype)
+        return ops.grouped_conv(x, kernel, **arguments, fast=fast)
+    if name == "lrn":
+        return ops.local_response_norm(x, alpha=0.3, groups=2, fast=fast)
+    if name == "within_map":
+        return ops.within_map_response_norm(x, alpha=3.0)
+    if name == "avg_pool":
+        return ops.avg_pool(x, window=3, stride=2, ceil=True)
+    return ops.max_pool(x)
+
+
+NAMES = ["lrn", "within_map", *CONVS, "avg_pool", "max_pool"]
+# The others have one form only.
+NAME_AND_FAST = pytest.mark.parametrize(
+    "name, fast",
+    [(name, False) for name in NAMES] + [(name, True) for name in ("lrn", *CONVS)],
+)
+
+
+@NAME_AND_FAST
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+def test_sixteen_bits_are_float32_rounded_once(name, fast, dtype):
+    x = jnp.asarray(normal(2, 6, 6, 4, scale=2.0), dtype)
+    got = apply(name, x, fast)
+    assert got.dtype == dtype
+    wide = apply(name, x.astype(jnp.float32), fast)
+    # Another order of summation may move a value over a rounding border.
+    assert np.mean(np.asarray(got == wide.astype(dtype))) > 0.99
+    np.testing.assert_allclose(
+        got.astype(jnp.float32), wide, rtol=float(jnp.finfo(dtype).eps), atol=1e-6
+    )
+
+
+@BOTH
+def test_mixed_dtypes_follow_x(fast):
+    """float32 parameters, bfloat16 activations: each gradient in its own dtype."""
+    x = jnp.asarray(normal(1, 5, 5, 2), jnp.bfloat16)
+    kernel = jnp.asarray(normal(3, 3, 2, 2), jnp.float32)
+
+    def loss(x, kernel):
+        y = ops.grouped_conv(x, kernel, fast=fast)
+        assert y.dtype == jnp.bfloat16
+        return jnp.sum(y.astype(jnp.float32))
+
+    dx, dw = jax.grad(loss, (0, 1))(x, kernel)
+    assert (dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_form_has_forward_mode_and_second_derivatives(name):
+    with jax.enable_x64(True):
+        op = functools.partial(apply, name, fast=False)
+        x, v = (jnp.asarray(normal(1, 6, 6, 4, seed=s)) for s in (10, 11))
+
+        def loss(x):
+            return jnp.sum(jnp.sin(op(x)))
+
+        gradient = jax.jit(jax.grad(loss))
+
+        @jax.jit
+        def forward_mode(x, v):
+            _, slope = jax.jvp(loss, (x,), (v,))
+            _, hessian_times_v = jax.jvp(jax.grad(loss), (x,), (v,))
+            return slope, hessian_times_v
+
+        slope, hessian_times_v = forward_mode(x, v)
+        np.testing.assert_allclose(slope, jnp.vdot(gradient(x), v), rtol=1e-10)
+        step = 1e-5
+        difference = (gradient(x + step * v) - gradient(x - step * v)) / (2 * step)
+        assert relative_error(hessian_times_v, difference) < 1e-6
+
+
+@NAME_AND_FAST
+def test_gradient_of_each_example_under_vmap(name, fast):
+    op = functools.partial(apply, name, fast=fast)
+    x = jnp.asarray(normal(3, 6, 6, 4, seed=12), jnp.float32)
+
+    def loss(example):
+        return jnp.sum(jnp.sin(op(example[None])))
+
+    each = jax.jit(jax.vmap(jax.grad(loss)))(x)
+    batch = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(op(x)))))(x)
+    np.testing.assert_allclose(each, batch, rtol=1e-4, atol=1e-5)
+
+
+@BOTH
+def test_kernel_gradient_of_each_example_under_vmap(fast):
+    x = jnp.asarray(normal(3, 7, 7, 4, seed=12), jnp.float32)
+    kernel = jnp.asarray(normal(3, 3, 2, 4, seed=13), jnp.float32)
+
+    def loss(kernel, x):
+        y = ops.grouped_conv(x, kernel, stride=2, groups=2, fast=fast)
+        return jnp.sum(jnp.sin(y))
+
+    each = jax.jit(jax.vmap(lambda a: jax.grad(loss)(kernel, a[None])))(x)
+    batch = jax.jit(jax.grad(loss))(kernel, x)
+    np.testing.assert_allclose(each.sum(0), batch, rtol=1e-4, atol=1e-5)
+
+
+# -------------------------------------------------------------------- shard_map
+
+
+def small_net(params, x, fast):
+    """Every op once, conv1 strided and conv2 in groups."""
+    x = ops.grouped_conv(x, params["conv1"], stride=2, padding=1, fast=fast)
+    x = ops.local_response_norm(x, alpha=0.1, groups=2, fast=fast)
+    x = ops.max_pool(x)
+    x = ops.grouped_conv(x, params["conv2"], padding=1, groups=2, fast=fast)
+    x = ops.within_map_response_norm(x, alpha=1.0)
+    return jnp.sin(ops.avg_pool(x, window=3, stride=2, ceil=True))
+
+
+@pytest.mark.parametrize(
+    "check_vma, fast", [(True, True), (True, False), (False, True)]
+)
+def test_gradients_under_shard_map_equal_one_device(check_vma, fast):
+    """Replicated kernels, examples split over two devices, to rounding in float64."""
+    mesh = jax.make_mesh(
+        (2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2]
+    )
+    with jax.enable_x64(True):
+        params = {
+            "conv1": jnp.asarray(normal(3, 3, 3, 8)),
+            "conv2": jnp.asarray(normal(3, 3, 4, 6)),
+        }
+        x = jnp.asarray(normal(4, 17, 17, 3))
+
+        def local(params, x):
+            def loss(params, x):
+                value = jnp.mean(small_net(params, x, fast) ** 2)
+                return lax.pmean(value, "data") if check_vma else value
+
+            value, gradients = jax.value_and_grad(loss, (0, 1))(params, x)
+            if check_vma:
+                return value, gradients
+            # Nothing inserts the sums here: they are the caller's, as in pmap.
+            of_params, of_x = gradients
+            value, of_params = lax.pmean((value, of_params), "data")
+            return value, (of_params, of_x / 2)
+
+        got = jax.jit(
+            jax.shard_map(
+                local,
+                mesh=mesh,
+                in_specs=(P(), P("data")),
+                out_specs=(P(), (P(), P("data"))),
+                check_vma=check_vma,
+            )
+        )(params, x)
+        want = jax.jit(
+            jax.value_and_grad(
+                lambda params, x: jnp.mean(small_net(params, x, fast) ** 2), (0, 1)
+            )
+        )(params, x)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert relative_error(a, b) < 1e-12
+
+
+@BOTH
+def test_column_kernels_under_shard_map(fast):
+    """Kernels split over "column", examples over "data": either may lack an axis."""
+    mesh = jax.make_mesh(
+        (2, 2),
+        ("data", "column"),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=jax.devices()[:4],
+    )
+    with jax.enable_x64(True):
+        kernel, x = jnp.asarray(normal(3, 3, 2, 6)), jnp.asarray(normal(4, 6, 6, 2))
+
+        def loss(x, kernel):
+            return jnp.mean(jnp.sin(ops.grouped_conv(x, kernel, fast=fast)))
+
+        def local(x, kernel):
+            def mean(x, kernel):
+                return lax.pmean(loss(x, kernel), ("data", "column"))
+
+            return jax.grad(mean, (0, 1))(x, kernel)
+
+        specs = (P("data"), P(None, None, None, "column"))
+        got = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs))(
+            x, kernel
+        )
+        want = jax.jit(jax.grad(loss, (0, 1)))(x, kernel)
+        for a, b in zip(got, want, strict=True):
+            assert relative_error(a, b) < 1e-12
+
+
+# ----------------------------------------------------------------- wrong arguments
+
+X, KERNEL = jnp.ones((1, 6, 6, 4)), jnp.ones((3, 3, 2, 4))
+MISTAKES = {
+    "lrn_even": (
+        lambda: ops.local_response_norm(X, size=4),
+        "local_response_norm: size is 4, expected an odd number",
+    ),
+    "lrn_zero": (lambda: ops.local_response_norm(X, size=0), "size is 0, expected"),
+    "lrn_groups": (
+        lambda: ops.local_response_norm(X, groups=3),
+        "4 channels in 3 groups, expected a number of groups that divides 4",
+    ),
+    "lrn_mode": (
+        lambda: ops.local_response_norm(X, alpha_mode="total"),
+        'alpha_mode is "total", expected "sum"',
+    ),
+    "within_even": (
+        lambda: ops.within_map_response_norm(X, size=2),
+        "within_map_response_norm: size is 2, expected an odd",
+    ),
+    "within_rank": (
+        lambda: ops.within_map_response_norm(X[0]),
+        r"got shape \(6, 6, 4\), expected x\[B,H,W,C\]",
+    ),
+    "conv_inputs": (
+        lambda: ops.grouped_conv(X, KERNEL, groups=3),
+        "4 input channels in 3 groups",
+    ),
+    "conv_outputs": (
+        lambda: ops.grouped_conv(X, KERNEL[..., :3], groups=2),
+        "3 output channels in 2 groups",
+    ),
+    "conv_kernel": (
+        lambda: ops.grouped_conv(X, KERNEL),
+        r"reads 2 channels a group, expected 4: x has 4 in 1 group",
+    ),
+    "conv_stride": (
+        lambda: ops.grouped_conv(X, KERNEL, groups=2, stride=(1, 2, 3)),
+        r"stride is \(1, 2, 3\), expected one number or a pair",
+    ),
+    "conv_padding": (
+        lambda: ops.grouped_conv(X, KERNEL, groups=2, padding=((0, 1),)),
+        r"padding is \(\(0, 1\),\), expected one number or \(\(top, bottom\)",
+    ),
+    "conv_negative_padding": (
+        lambda: ops.grouped_conv(X, KERNEL, groups=2, padding=-1),
+        "padding is .*from 0 up",
+    ),
+    "conv_too_small": (
+        lambda: ops.grouped_conv(X[:, :2], KERNEL, groups=2),
+        r"kernel \(3, 3\) is larger than the input \(2, 6\)",
+    ),
+    "pool_window": (
+        lambda: ops.max_pool(X, window=7),
+        r"max_pool: window \(7, 7\) is larger than the picture \(6, 6\)",
+    ),
+    "pool_stride": (
+        lambda: ops.avg_pool(X, window=3, stride=0),
+        "avg_pool: stride is 0, expected",
+    ),
+    "pool_rank": (lambda: ops.max_pool(X[0]), r"got shape \(6, 6, 4\)"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_named(name):
+    call, message = MISTAKES[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ops.local_response_norm,
+        ops.within_map_response_norm,
+        functools.partial(ops.avg_pool, window=2, stride=2),
+        lambda x: ops.grouped_conv(x, KERNEL, groups=2),
+    ],
+)
+def test_integers_are_refused(call):
+    with pytest.raises(TypeError, match="x is int32, expected a floating-point dtype"):
+        call(X.astype(jnp.int32))

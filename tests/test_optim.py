@@ -1,0 +1,142 @@
+"""The update rule against a NumPy loop, schedules, the plateau rule."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from alexnet_jax import optim
+
+DROP_AT = 4
+
+
+def numpy_loop(form, grads, w, rate, momentum=0.9, decay=5e-4):
+    """Section 5 of the paper, and torch's form, a number at a time."""
+    v, path = 0.0, []
+    for step, g in enumerate(grads):
+        lr = rate if step < DROP_AT else rate / 10
+        if form == "paper":
+            v = momentum * v - decay * lr * w - lr * g
+            w = w + v
+        else:
+            v = momentum * v + g + decay * w
+            w = w - lr * v
+        path.append(w)
+    return path
+
+
+def run(tx, params, grads):
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, grad):
+        updates, state = tx.update(grad, state, params)
+        return optax.apply_updates(params, updates), state
+
+    path = []
+    for grad in grads:
+        params, state = step(params, state, grad)
+        path.append(params)
+    return path, state
+
+
+@pytest.mark.parametrize("form", optim.FORMS)
+@pytest.mark.parametrize("mult, decay_bias", [(1.0, True), (2.0, False)])
+def test_update_rule_equals_a_numpy_loop_across_a_drop(form, mult, decay_bias):
+    rng = np.random.default_rng(0)
+    grads = rng.normal(size=(9, 2))
+    with jax.enable_x64(True):
+        schedule = optax.piecewise_constant_schedule(0.1, {DROP_AT: 0.1})
+        tx = optim.make_optimizer(
+            schedule, form=form, bias_lr_mult=mult, decay_bias=decay_bias
+        )
+        layer = {"kernel": jnp.array([0.3]), "bias": jnp.array([1.0])}
+        steps = [
+            {"conv1": {"kernel": jnp.array([g]), "bias": jnp.array([b])}}
+            for g, b in grads
+        ]
+        path, _ = run(tx, {"conv1": layer}, steps)
+        kernel = [float(p["conv1"]["kernel"][0]) for p in path]
+        bias = [float(p["conv1"]["bias"][0]) for p in path]
+    np.testing.assert_allclose(
+        kernel, numpy_loop(form, grads[:, 0], 0.3, 0.1), rtol=1e-12
+    )
+    decay = 5e-4 if decay_bias else 0.0
+    np.testing.assert_allclose(
+        bias, numpy_loop(form, grads[:, 1], 1.0, 0.1 * mult, decay=decay), rtol=1e-12
+    )
+
+
+def test_the_forms_differ_only_after_a_drop():
+    grads = np.ones(8)
+    paper, torch = (numpy_loop(f, grads, 1.0, 0.1) for f in optim.FORMS)
+    np.testing.assert_allclose(paper[:DROP_AT], torch[:DROP_AT], rtol=1e-12)
+    assert abs(paper[DROP_AT] - torch[DROP_AT]) > 0.1
+
+
+def test_weight_decay_of_single_layers():
+    tx = optim.make_optimizer(
+        1.0, momentum=0.0, weight_decay=0.5, layer_weight_decay={"fc10": 0.25}
+    )
+    params = {name: {"kernel": jnp.ones(1)} for name in ("conv1", "fc10")}
+    path, _ = run(tx, params, [jax.tree.map(jnp.zeros_like, params)])
+    assert path[0]["conv1"]["kernel"] == 0.5
+    assert path[0]["fc10"]["kernel"] == 0.75
+
+
+def test_the_learning_rate_is_in_the_state_and_can_be_changed():
+    tx = optim.make_optimizer(0.5, momentum=0.0, weight_decay=0.0)
+    params = {"fc8": {"kernel": jnp.zeros(1)}}
+    state = tx.init(params)
+    assert state.hyperparams["learning_rate"] == 0.5
+    state = state._replace(hyperparams={"learning_rate": jnp.float32(0.25)})
+    updates, state = tx.update({"fc8": {"kernel": jnp.ones(1)}}, state, params)
+    assert updates["fc8"]["kernel"] == -0.25
+    assert state.hyperparams["learning_rate"] == 0.25
+
+
+def test_fixed_schedule_drops_at_its_epochs():
+    schedule = optim.make_schedule(
+        "fixed", 0.01, steps_per_epoch=100.5, num_epochs=90, drop_epochs=(25, 51, 79)
+    )
+    epochs = {0: 0.01, 24.9: 0.01, 25.1: 1e-3, 50.9: 1e-3, 51.1: 1e-4, 79.1: 1e-5}
+    for epoch, rate in epochs.items():
+        assert float(schedule(round(epoch * 100.5))) == pytest.approx(rate)
+
+
+def test_cosine_schedule_rises_and_falls():
+    schedule = optim.make_schedule(
+        "cosine", 0.2, steps_per_epoch=10, num_epochs=11, warmup_epochs=1
+    )
+    values = [float(schedule(step)) for step in (0, 5, 10, 60, 110)]
+    np.testing.assert_allclose(values, [0, 0.1, 0.2, 0.1, 0], atol=1e-7)
+    flat = optim.make_schedule("cosine", 0.2, steps_per_epoch=10, num_epochs=11)
+    assert float(flat(0)) == pytest.approx(0.2)
+
+
+def test_other_schedules():
+    for name in ("constant", "plateau"):
+        assert optim.make_schedule(name, 0.1, steps_per_epoch=1, num_epochs=1) == 0.1
+    with pytest.raises(ValueError, match="constant, plateau, fixed, cosine"):
+        optim.make_schedule("step", 0.1, steps_per_epoch=1, num_epochs=1)
+    with pytest.raises(ValueError, match="paper, torch"):
+        optim.make_optimizer(0.1, form="keras")
+
+
+def test_plateau_divides_three_times_at_most():
+    rule, factors = optim.Plateau(patience=2), []
+    for error in [0.9, 0.8, 0.8, 0.85, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7]:
+        rule, factor = rule.after(error)
+        factors.append(factor)
+    # 0.8 twice not beaten; then 0.7 not beaten twice, twice; then no more drops.
+    assert factors == [1, 1, 1, 0.1, 1, 1, 0.1, 1, 0.1, 1, 1, 1]
+    assert (rule.best, rule.drops) == (0.7, 3)
+
+
+def test_plateau_survives_a_checkpoint():
+    rule = optim.Plateau(patience=2)
+    assert optim.Plateau(patience=2, **rule.progress()).after(0.99)[0].best == 0.99
+    rule, _ = rule.after(0.5)
+    rule, _ = rule.after(0.6)
+    assert optim.Plateau(patience=2, **rule.progress()) == rule

@@ -1,0 +1,228 @@
+"""One definition on any mesh: the same numbers, and only the exchanges it needs.
+
+The acceptance test trains three steps, dropout and augmentation on, in float64: in
+float32 another summation order flips the odd max-pool winner, and a gradient moves
+by a hundredth.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax import augment, metrics, optim, parallel, steps
+from alexnet_jax.model import create_model
+
+SIZE, CROP, BATCH, CLASSES = 226, 224, 8, 10
+MESHES = [
+    ("columns", 1, 1),
+    ("data", 2, 1),
+    ("columns", 1, 2),
+    ("data", 4, 1),
+    ("columns", 2, 2),
+]
+
+
+def narrow(dtype, **kwargs):
+    return create_model(
+        "paper", num_classes=CLASSES, width=1 / 32, dtype=dtype, init="he", **kwargs
+    )
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (BATCH, SIZE, SIZE, 3), np.uint8),
+        "label": rng.integers(0, CLASSES, BATCH).astype(np.int32),
+    }
+
+
+def statistics(dtype):
+    return augment.PixelStatistics(
+        jnp.full((SIZE, SIZE, 3), 120, dtype),
+        jnp.asarray(augment.IMAGENET_PCA_STD_255, dtype),
+        jnp.asarray(augment.IMAGENET_PCA_VECTORS, dtype),
+    )
+
+
+def make(mode, rows, columns, dtype, **kwargs):
+    """The compiled training step on a mesh, its first state and its batch."""
+    model, tx = narrow(dtype, **kwargs), optim.make_optimizer(0.01)
+    mesh = parallel.make_mesh(rows, columns)
+    state = steps.init_state(model, tx, seed=0, crop_size=CROP, mesh=mesh, mode=mode)
+    step = steps.make_train_step(
+        model,
+        tx,
+        mesh=mesh,
+        mode=mode,
+        seed=0,
+        crop_size=CROP,
+        crop=True,
+        flip=True,
+        lighting=0.1,
+    )
+    args = (state, parallel.put_batch(batch(), mesh), statistics(dtype))
+    return step.lower(*args).compile(), *args
+
+
+def three_steps(mode, rows, columns, dtype, **kwargs):
+    """Parameters, velocities and losses of three steps, on the host."""
+    step, state, on_device, stats = make(mode, rows, columns, dtype, **kwargs)
+    params, losses = [], []
+    for _ in range(3):
+        state, scalars = step(state, on_device, stats)
+        params.append(jax.device_get(state.params))
+        losses.append(float(scalars["loss"]))
+    return params, jax.device_get(state.opt_state), losses
+
+
+def assert_same_leaves(got, expected, tolerance):
+    leaves = jax.tree_util.tree_leaves_with_path(expected)
+    for (path, b), a in zip(leaves, jax.tree.leaves(got), strict=True):
+        difference = np.linalg.norm(np.asarray(a - b)) / max(np.linalg.norm(b), 1e-300)
+        assert difference < tolerance, jax.tree_util.keystr(path)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    with jax.enable_x64(True):
+        return three_steps("data", 1, 1, jnp.float64)
+
+
+@pytest.mark.parametrize("mode, rows, columns", MESHES)
+def test_three_steps_are_those_of_one_device(one_device, mode, rows, columns):
+    with jax.enable_x64(True):
+        params, opt_state, losses = three_steps(mode, rows, columns, jnp.float64)
+    expected, expected_opt_state, expected_losses = one_device
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-10)
+    for got, want in zip(params, expected, strict=True):
+        assert_same_leaves(got, want, 1e-10)
+    # After one step at rest the velocity is the gradient; it is compared as well.
+    assert_same_leaves(opt_state, expected_opt_state, 1e-10)
+    assert losses[0] != losses[2]
+
+
+def test_batch_norm_sees_the_whole_batch():
+    with jax.enable_x64(True):
+        want = three_steps("data", 1, 1, jnp.float64, normalization="batch")
+        got = three_steps("columns", 2, 2, jnp.float64, normalization="batch")
+    assert_same_leaves(got[0][-1], want[0][-1], 1e-10)
+
+
+def eval_logits_and_sums(mode, rows, columns):
+    model = narrow(jnp.float32)
+    mesh = parallel.make_mesh(rows, columns)
+    state = steps.init_state(
+        model, optim.make_optimizer(0.1), seed=3, crop_size=CROP, mesh=mesh, mode=mode
+    )
+    step = steps.make_eval_step(model, mesh=mesh, mode=mode, crop_size=CROP)
+    padded = batch() | {"mask": np.array([1] * 5 + [0] * 3, np.float32)}
+    stats = statistics(jnp.float32)
+    device_batch = parallel.put_batch(padded, mesh)
+    sums = step(state.params, state.batch_stats, device_batch, stats)
+    images = augment.eval_images(
+        padded["image"], mean_image=stats.mean_image, crop_size=CROP
+    )
+    local = model.local(mesh, mode)
+    specs = parallel.param_specs(model.network, state.params, mesh, mode)
+    apply = parallel.shard_map(
+        lambda params, images: local.apply({"params": params}, images),
+        mesh,
+        (specs, parallel.P(parallel.DATA)),
+        parallel.P(parallel.DATA),
+    )
+    return jax.jit(apply)(state.params, images), jax.device_get(sums), padded
+
+
+@pytest.mark.parametrize("mode, rows, columns", MESHES)
+def test_float32_logits_and_masked_sums(mode, rows, columns):
+    expected, _, padded = eval_logits_and_sums("data", 1, 1)
+    logits, sums, _ = eval_logits_and_sums(mode, rows, columns)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(logits / scale, expected / scale, atol=1e-5)
+    by_hand = metrics.sums(expected, padded["label"], padded["mask"])
+    assert sums["count"] == 5
+    np.testing.assert_allclose(sums["loss"], by_hand["loss"], rtol=1e-5)
+    assert sums["top1"] == by_hand["top1"] and sums["top5"] == by_hand["top5"]
+
+
+@pytest.mark.parametrize(
+    "mode, rows, columns, expected",
+    [
+        # Gradients of 16 kernels and biases, the loss and the error.
+        ("data", 2, 1, {"all-reduce": 18}),
+        # The paper's: features before conv3, fc6 and fc7, their gradients back, and
+        # one sum of the logits.
+        ("columns", 1, 2, {"all-gather": 3, "all-reduce": 1, "reduce-scatter": 3}),
+        # Both: the rows average what each column owns.
+        ("columns", 2, 2, {"all-gather": 3, "all-reduce": 19, "reduce-scatter": 3}),
+        ("columns", 1, 1, {}),
+    ],
+)
+def test_collectives_are_pinned(mode, rows, columns, expected):
+    step, *_ = make(mode, rows, columns, jnp.float32)
+    assert dict(parallel.collectives(step.as_text())) == expected
+
+
+def test_what_the_columns_exchange_is_what_the_paper_exchanged():
+    step, *_ = make("columns", 1, 2, jnp.float32)
+    gathered = [line for line in step.as_text().splitlines() if " all-gather(" in line]
+    # Full-width: 13 x 13 x 128, 6 x 6 x 128 and 2,048 values an image and direction;
+    # at a width of 1/32: 4 maps, 4 maps and 64 units a column, two columns.
+    shapes = ("[8,13,13,8]", "[8,6,6,8]", "[8,128]")
+    for shape in shapes:
+        assert sum(shape in line for line in gathered) == 1, shape
+
+
+def test_collectives_of_a_single_device_do_not_count():
+    text = """
+      %a = f32[8]{0} all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add
+      %b = (f32[8]{0}, f32[2,2]{1,0}) all-reduce(%x, %y), replica_groups={{0,1}}
+      %c = f32[8]{0} all-gather-start(%x), replica_groups=[1,2]<=[2], dimensions={0}
+    """
+    assert parallel.collectives(text) == {"all-reduce": 2, "all-gather": 1}
+
+
+def test_optimiser_state_is_split_like_the_parameters():
+    model, tx = narrow(jnp.float32), optim.make_optimizer(0.01)
+    mesh = parallel.make_mesh(1, 2)
+    state = steps.init_state(
+        model, tx, seed=0, crop_size=CROP, mesh=mesh, mode="columns"
+    )
+    kernels = [
+        leaf
+        for leaf in jax.tree.leaves((state.params, state.opt_state))
+        if leaf.ndim > 1
+    ]
+    assert len(kernels) == 16  # eight kernels and their velocities
+    for leaf in kernels:
+        assert {s.data.size for s in leaf.addressable_shards} == {leaf.size // 2}
+
+
+@pytest.mark.parametrize(
+    "variant, words",
+    [
+        ("caffe", "looks across the columns"),
+        ("caffenet", "looks across the columns"),
+        ("one_tower", "it has 1 column"),
+        ("one_gpu", "it has 1 column"),
+        ("owt", "it has 1 column"),
+        ("cifar", "it has 1 column"),
+    ],
+)
+def test_variants_without_columns_say_why(variant, words):
+    model = create_model(variant)
+    with pytest.raises(ValueError, match=f"'{variant}' cannot be split.*{words}"):
+        model.local(parallel.make_mesh(1, 2), "columns")
+    assert model.local(parallel.make_mesh(2, 1), "data").conv_shards == 1
+
+
+def test_meshes_that_cannot_be_made_are_named():
+    with pytest.raises(ValueError, match=r"12 devices \(6 data x 2 column\), found 8"):
+        parallel.make_mesh(6, 2)
+    with pytest.raises(ValueError, match="at least 1"):
+        parallel.make_mesh(0, 2)
+    with pytest.raises(ValueError, match="no use for 2 columns"):
+        create_model().local(parallel.make_mesh(1, 2), "data")
+    with pytest.raises(ValueError, match="must be one of data, columns"):
+        create_model().local(parallel.make_mesh(1, 2), "rows")

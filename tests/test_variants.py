@@ -1,0 +1,204 @@
+"""The layer tables: parameter counts from the literature, and every override."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from alexnet_jax import variants
+from alexnet_jax.model import create_model, summary
+
+# Total parameters and multiply-adds. `paper` 60,965,224 and 724,406,816, `owt`
+# 61,100,840 and 714,188,480 (torchvision's own count), `one_tower` 62,378,344 and
+# 1,135,256,096, `one_gpu` 59,798,312: sums of kernel sizes, done by hand.
+COUNTS = {
+    "paper": (60_965_224, 724_406_816),
+    "caffe": (60_965_224, 724_406_816),
+    "caffenet": (60_965_224, 724_406_816),
+    "one_tower": (62_378_344, 1_135_256_096),
+    "one_gpu": (59_798_312, 391_514_384),
+    "owt": (61_100_840, 714_188_480),
+    "cifar": (89_578, 12_298_240),
+}
+PAPER_LAYERS = {
+    "conv1": ((55, 55, 96), 34_944, 105_415_200),
+    "conv2": ((27, 27, 256), 307_456, 223_948_800),
+    "conv3": ((13, 13, 384), 885_120, 149_520_384),
+    "conv4": ((13, 13, 384), 663_936, 112_140_288),
+    "conv5": ((13, 13, 256), 442_624, 74_760_192),
+    "fc6": ((4096,), 37_752_832, 37_748_736),
+    "fc7": ((4096,), 16_781_312, 16_777_216),
+    "fc8": ((1000,), 4_097_000, 4_096_000),
+}
+
+
+def totals(model, size=None):
+    rows = summary(model, size)
+    return sum(r.parameters for r in rows), sum(r.multiply_adds for r in rows)
+
+
+def test_every_variant_is_counted():
+    assert set(COUNTS) == set(variants.VARIANTS)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts(name):
+    assert totals(create_model(name)) == COUNTS[name]
+
+
+def test_paper_layer_by_layer():
+    rows = {r.name: r for r in summary(create_model("paper"))}
+    for name, (shape, parameters, multiply_adds) in PAPER_LAYERS.items():
+        row = rows[name]
+        assert (row.shape, row.parameters, row.multiply_adds) == (
+            shape,
+            parameters,
+            multiply_adds,
+        )
+    assert (
+        list(rows)
+        == (
+            "conv1 norm1 pool1 conv2 norm2 pool2 conv3 conv4 conv5 pool5 fc6 fc7 fc8"
+        ).split()
+    )
+    # Section 3.5 rounds its neurons to 650,000: those of the convolutions.
+    neurons = [math.prod(row.shape) for row in rows.values() if row.parameters]
+    assert sum(neurons[:5]) == 650_080
+
+
+def test_one_column_is_the_well_known_ungrouped_net():
+    assert totals(create_model("paper", columns=1))[0] == 62_378_344
+    assert totals(create_model("one_tower", columns=2))[0] == 60_965_224
+
+
+def test_both_input_sizes_of_the_paper_give_the_same_network():
+    assert totals(create_model("paper"), 227) == COUNTS["paper"]
+    with pytest.raises(ValueError, match="227 to 230 pixels; images of 224"):
+        summary(create_model("caffe"), 224)
+    with pytest.raises(ValueError, match=r"224 to 227 pixels.*228 pixels give 56x56"):
+        summary(create_model("paper"), 228)
+
+
+def stages(name, **overrides):
+    return variants.customize(variants.get(name), **overrides).stages
+
+
+def count(kind, table):
+    return sum(isinstance(stage, kind) for stage in table)
+
+
+def test_normalization_overrides():
+    assert count(variants.Lrn, stages("paper")) == 2
+    assert count(variants.Lrn, stages("paper", lrn=False)) == 0
+    assert stages("paper", lrn=True) == stages("paper")
+    assert stages("paper", normalization="none") == stages("paper", lrn=False)
+    batch = stages("paper", normalization="batch")
+    assert count(variants.BatchNorm, batch) == 2 and not count(variants.Lrn, batch)
+    # A table without any gets the paper's, after the activations of conv1 and conv2.
+    first = variants.customize(variants.get("owt"), lrn=True).layers[0].then
+    assert first == (variants.RELU, variants.PAPER_LRN, variants.OVERLAPPING)
+    assert count(variants.Lrn, stages("owt", lrn=True)) == 2
+    assert count(variants.WithinMapLrn, stages("cifar", lrn=False)) == 0
+    with pytest.raises(ValueError, match="twice"):
+        stages("paper", lrn=False, normalization="batch")
+    with pytest.raises(ValueError, match="lrn, batch, none"):
+        stages("paper", normalization="group")
+
+
+def test_pooling_activation_and_dropout_overrides():
+    pools = [s for s in stages("paper", pool_window=2) if isinstance(s, variants.Pool)]
+    assert [(p.window, p.stride) for p in pools] == [(2, 2)] * 3
+    rows = {r.name: r.shape for r in summary(create_model("paper", pool_window=2))}
+    assert [rows[f"pool{i}"][0] for i in (1, 2, 5)] == [27, 13, 6]
+    pools = [s for s in stages("paper", pool_stride=3) if isinstance(s, variants.Pool)]
+    assert [(p.window, p.stride) for p in pools] == [(3, 3)] * 3
+    tanh = [s for s in stages("owt", activation="tanh")]
+    assert count(variants.Activation, tanh) == 7
+    assert all(s.kind == "tanh" for s in tanh if isinstance(s, variants.Activation))
+    rates = [s for s in stages("owt", dropout=0.25) if isinstance(s, variants.Dropout)]
+    assert [s.rate for s in rates] == [0.25, 0.25]
+    for bad in ({"dropout": 1.0}, {"pool_window": 0}, {"activation": "gelu"}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            stages("paper", **bad)
+
+
+def test_width_keeps_columns_and_classifier():
+    table = variants.customize(variants.get("paper"), width=0.25, num_classes=7)
+    assert [row.features for row in table.layers] == [24, 64, 96, 96, 64, 1024, 1024, 7]
+    narrow = variants.customize(variants.get("paper"), width=1 / 100)
+    assert all(row.features % 2 == 0 for row in narrow.layers[:-1])
+    with pytest.raises(ValueError, match="width=0"):
+        variants.customize(variants.get("paper"), width=0)
+    with pytest.raises(ValueError, match="do not divide into 7 columns"):
+        variants.customize(variants.get("paper"), columns=7)
+
+
+@pytest.mark.parametrize("layer", ["conv2", "conv3", "conv4", "conv5"])
+def test_skipped_layer_leaves_the_grid(layer):
+    rows = {r.name: r.shape for r in summary(create_model("paper", skip=[layer]))}
+    assert layer not in rows and f"norm{layer[-1]}" not in rows
+    # fc6 still reads 6 x 6 maps
+    last_pool = [shape for name, shape in rows.items() if name.startswith("pool")][-1]
+    assert last_pool[:2] == (6, 6)
+
+
+def test_what_cannot_be_skipped_is_named():
+    with pytest.raises(ValueError, match="'conv1' cannot be left out.*conv2, conv3"):
+        create_model("paper", skip=["conv1"])
+    with pytest.raises(
+        ValueError, match="no variant 'alexnet'; the variants are paper"
+    ):
+        create_model("alexnet")
+
+
+def test_caffenet_differs_from_caffe_as_documented():
+    caffe, caffenet = variants.get("caffe"), variants.get("caffenet")
+    assert [row.bias for row in caffe.layers] == [0, 0.1, 0, 0.1, 0.1, 0.1, 0.1, 0]
+    assert [row.bias for row in caffenet.layers] == [0, 1, 0, 1, 1, 1, 1, 0]
+    order = [type(stage) for stage in caffenet.layers[0].then]
+    assert order == [variants.Activation, variants.Pool, variants.Lrn]
+    assert [row.bias for row in variants.PAPER.layers] == [0, 1, 0, 1, 1, 1, 1, 0]
+
+
+def test_cifar_grids_round_up():
+    rows = {r.name: r.shape for r in summary(create_model("cifar"))}
+    assert [rows[f"pool{i}"] for i in (1, 2, 3)] == [
+        (16, 16, 32),
+        (8, 8, 32),
+        (4, 4, 64),
+    ]
+    assert rows["fc10"] == (10,)
+    decay = variants.get("cifar").layer_weight_decay
+    assert decay == {"conv1": 0.004, "conv2": 0.004, "conv3": 0.004, "fc10": 1.0}
+
+
+def test_inits():
+    key = jax.random.key(0)
+    images = jnp.zeros((1, 224, 224, 3))
+
+    def params(**kwargs):
+        # The classifier's and fc6's statistics need only a narrow network.
+        model = create_model("paper", width=0.25, **kwargs)
+        return jax.jit(model.init)(key, images)["params"]
+
+    with pytest.warns(UserWarning, match="init='he'"):
+        paper = params(init="paper")
+    with pytest.warns(UserWarning, match="init='he'"):
+        caffe = params(init="caffe")
+    he = params(init="he")
+    for name, layer in paper.items():
+        assert jnp.std(layer["kernel"]) == pytest.approx(0.01, rel=0.05), name
+        bias = 1.0 if name in ("conv2", "conv4", "conv5", "fc6", "fc7") else 0.0
+        assert (layer["bias"] == bias).all(), name
+        std = 0.005 if name in ("fc6", "fc7") else 0.01
+        assert jnp.std(caffe[name]["kernel"]) == pytest.approx(std, rel=0.05), name
+        assert caffe[name]["bias"][0] == pytest.approx(0.1 * bias)
+        fan_in = layer["kernel"].size / layer["kernel"].shape[-1]
+        std = {"conv1": (2 / fan_in) ** 0.5 / 74.4, "fc8": 0.01}.get(
+            name, (2 / fan_in) ** 0.5
+        )
+        assert jnp.std(he[name]["kernel"]) == pytest.approx(std, rel=0.05), name
+        assert (he[name]["bias"] == 0).all(), name
+    with pytest.raises(ValueError, match="paper, caffe, he"):
+        create_model(init="xavier")

@@ -1,0 +1,324 @@
+"""Metrics: what is written can be read, also after a kill, and lines stay whole."""
+
+import json
+import math
+import os
+import pty
+import struct
+import termios
+import threading
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from alexnet_jax.writers import (
+    METRICS_FILE,
+    ConsoleWriter,
+    JsonlWriter,
+    MultiWriter,
+    TensorBoardWriter,
+    make_writers,
+    read_metrics,
+)
+
+TRAIN = {
+    "train/loss": 3.21437,
+    "train/top1_error": 0.7125,
+    "lr": 0.01,
+    "images_per_sec": 1523.4,
+    "data_wait_frac": 0.031,
+    "eta_seconds": 3753.2,
+}
+EVAL = {
+    "eval/loss": 2.5,
+    "eval/top1_error": 0.5,
+    "eval/top5_error": 0.25,
+    "eval/count": 50000,
+}
+
+
+# The JSON-lines file.
+
+
+def _write_steps(path, steps, resume_step=None):
+    writer = JsonlWriter(path, resume_step)
+    for step in steps:
+        writer.write(step, step / 100, {"train/loss": float(step)})
+    writer.close()
+
+
+def test_a_record_is_one_line_of_json(tmp_path):
+    path = tmp_path / METRICS_FILE
+    writer = JsonlWriter(path)
+    writer.write(100, 1.5, TRAIN)
+    # Read before closing: a killed run has lost nothing.
+    assert json.loads(path.read_text()) == {"step": 100, "epoch": 1.5} | {
+        name: value for name, value in TRAIN.items() if name != "eta_seconds"
+    }
+    writer.write(100, 1.5, EVAL)
+    writer.close()
+    train, evaluation = read_metrics(path)
+    assert list(train)[:3] == ["step", "epoch", "train/loss"]
+    assert evaluation == {"step": 100, "epoch": 1.5} | EVAL
+    assert isinstance(evaluation["eval/count"], int)
+
+
+def test_arrays_become_numbers(tmp_path):
+    writer = MultiWriter([JsonlWriter(tmp_path / "m.jsonl")])
+    scalars = {"a": jnp.float32(0.5), "b": np.int64(3), "c": jnp.ones((1,), jnp.int32)}
+    writer.write(7, 0.25, scalars)
+    writer.close()
+    line = (tmp_path / "m.jsonl").read_text()
+    assert line == '{"step": 7, "epoch": 0.25, "a": 0.5, "b": 3, "c": 1}\n'
+
+
+def test_nan_and_infinity_are_valid_json(tmp_path):
+    path = tmp_path / METRICS_FILE
+    writer = JsonlWriter(path)
+    writer.write(1, 0.0, {"train/loss": math.nan, "lr": math.inf, "x": -math.inf})
+    writer.close()
+
+    def refuse(name):  # Python alone would accept NaN and Infinity
+        raise ValueError(name)
+
+    record = json.loads(path.read_text(), parse_constant=refuse)
+    assert record["train/loss"] is record["lr"] is record["x"] is None
+    assert math.isnan(read_metrics(path)[0]["train/loss"])
+
+
+def test_resume_drops_what_will_be_written_again(tmp_path):
+    path = tmp_path / METRICS_FILE
+    _write_steps(path, [100, 200, 300, 400])
+    _write_steps(path, [300, 400], resume_step=250)
+    assert [r["step"] for r in read_metrics(path)] == [100, 200, 300, 400]
+    # The record of the step resumed from stays: it will not be written again.
+    _write_steps(path, [], resume_step=300)
+    assert [r["step"] for r in read_metrics(path)] == [100, 200, 300]
+    assert os.listdir(tmp_path) == [METRICS_FILE]
+
+
+def test_a_new_run_puts_the_old_file_aside(tmp_path):
+    path = tmp_path / METRICS_FILE
+    _write_steps(path, [100, 200])
+    _write_steps(path, [100])
+    assert [r["step"] for r in read_metrics(path)] == [100]
+    assert len(read_metrics(tmp_path / (METRICS_FILE + ".old"))) == 2
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3', '{"step": 300, "lr": 0.0', "{", "nul"])
+def test_a_torn_last_line(tmp_path, torn):
+    path = tmp_path / METRICS_FILE
+    _write_steps(path, [100, 200])
+    with open(path, "a") as file:
+        file.write(torn)
+    assert [r["step"] for r in read_metrics(path)] == [100, 200]
+    _write_steps(path, [300], resume_step=200)
+    assert [r["step"] for r in read_metrics(path)] == [100, 200, 300]
+
+
+def test_a_line_torn_inside_a_character(tmp_path):
+    path = tmp_path / METRICS_FILE
+    _write_steps(path, [100])
+    with open(path, "ab") as file:
+        file.write('{"step": 200, "µ'.encode()[:-1])
+    assert [r["step"] for r in read_metrics(path)] == [100]
+
+
+def test_a_bad_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / METRICS_FILE
+    _write_steps(path, [100])
+    with open(path, "a") as file:
+        file.write('{"step": 2\n{"step": 300, "epoch": 3.0}\n')
+    with pytest.raises(ValueError, match="line 2 is not a record"):
+        read_metrics(path)
+    _write_steps(path, [], resume_step=300)  # a resumed run mends the file
+    assert [r["step"] for r in read_metrics(path)] == [100, 300]
+
+
+def test_resume_is_atomic(tmp_path, monkeypatch):
+    """Killed while it drops lines: the old file is whole."""
+    path = tmp_path / METRICS_FILE
+    _write_steps(path, [100, 200, 300])
+    before = path.read_bytes()
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("alexnet_jax.writers.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        JsonlWriter(path, 100)
+    assert path.read_bytes() == before
+
+
+def test_no_file_no_records(tmp_path):
+    path = tmp_path / METRICS_FILE
+    JsonlWriter(path, 100).close()
+    assert read_metrics(path) == []
+
+
+# TensorBoard.
+
+
+def _event_files(folder):
+    return sorted(p for p in folder.iterdir() if "tfevents" in p.name)
+
+
+def _events(path):
+    """The events of a TFRecord file: length, its sum, payload, its sum."""
+    event_type: Any = getattr(event_pb2, "Event")  # noqa: B009  (made at import)
+    data, events = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        events.append(event_type.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    return events
+
+
+def test_tensorboard_holds_the_scalars(tmp_path):
+    writer = TensorBoardWriter(tmp_path)
+    writer.write(100, 1.5, TRAIN)
+    writer.write(200, 3.0, EVAL)
+    writer.close()
+    (path,) = _event_files(tmp_path)
+    found = {
+        (value.tag, event.step): value.simple_value
+        for event in _events(path)
+        for value in event.summary.value
+    }
+    assert found["train/loss", 100] == pytest.approx(3.21437)
+    assert found["eval/count", 200] == 50000
+    assert found["epoch", 200] == 3.0
+    assert ("eta_seconds", 100) not in found
+
+
+def test_tensorboard_is_told_what_to_forget_on_resume(tmp_path):
+    TensorBoardWriter(tmp_path, resume_step=250).close()
+    (path,) = _event_files(tmp_path)
+    start = 1  # SessionLog.START
+    assert [e.step for e in _events(path) if e.session_log.status == start] == [251]
+
+
+# The console.
+
+
+def test_lines_on_a_stream_that_is_no_terminal(capsys):
+    writer = ConsoleWriter(45000)
+    writer.progress(1200)
+    writer.write(1200, 2.667, TRAIN)
+    writer.write(1200, 2.667, EVAL)
+    writer.text("compiled in 14.2 s")
+    writer.close()
+    out, err = capsys.readouterr()
+    assert out == (
+        "step  1200/45000  epoch 2.67  train: loss 3.2144  top-1 error 71.25%  lr 0.01"
+        "  1523 images/s  waiting for data 3%  left 1:02:33\n"
+        "step  1200/45000  epoch 2.67  eval: loss 2.5000  top-1 error 50.00%"
+        "  top-5 error 25.00%  on 50000 images\n"
+        "compiled in 14.2 s\n"
+    )
+    assert err == ""  # no bar either
+
+
+@pytest.mark.parametrize(
+    "seconds, words",
+    [
+        (0.2, "left 0:00:00"),
+        (59.7, "left 0:01:00"),
+        (90061, "left 25:01:01"),
+        (math.inf, "left ?"),
+    ],
+)
+def test_time_to_finish(capsys, seconds, words):
+    ConsoleWriter(10).write(1, 0.1, {"eta_seconds": seconds})
+    assert capsys.readouterr().out == f"step  1/10  epoch 0.10  {words}\n"
+
+
+def test_small_rates_nan_and_unknown_names(capsys):
+    scalars = {"conv1/dead": 0.25, "images_per_sec": 9.64, "train/loss": math.nan}
+    ConsoleWriter(10).write(10, 1.0, scalars)
+    assert capsys.readouterr().out == (
+        "step 10/10  epoch 1.00  train: loss nan  9.6 images/s  conv1: dead 0.25\n"
+    )
+
+
+def _on_a_terminal(use, columns):
+    """What `use(stream)` prints to a pseudo-terminal."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, columns))
+    shown = []
+
+    def read():
+        try:
+            while data := os.read(ours, 65536):
+                shown.append(data)
+        except OSError:  # how a closed terminal ends on Linux
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(theirs, "w") as stream:
+        use(stream)
+    reader.join(timeout=10)
+    os.close(ours)
+    return b"".join(shown).decode()
+
+
+@pytest.mark.parametrize("columns", [0, 100])  # 0: it does not tell its width
+def test_a_terminal_has_a_bar_below_whole_lines(columns):
+    def use(stream):
+        writer = ConsoleWriter(400, stream, start_step=100)
+        for step in (101, 200, 400):
+            writer.progress(step)
+        writer.write(400, 4.0, EVAL)
+        writer.text("done")
+        writer.close()
+
+    shown = _on_a_terminal(use, columns)
+    assert "100/400" in shown and "25%" in shown  # the bar starts where the run does
+    lines = [line.rsplit("\r", 1)[-1] for line in shown.split("\r\n")]
+    assert any(line.startswith("step 400/400  epoch 4.00  eval:") for line in lines)
+    assert "done" in lines
+
+
+# All of them.
+
+
+def test_make_writers(tmp_path, capsys):
+    workdir = tmp_path / "runs" / "paper"
+    for resume_step, steps in ((None, (100, 200)), (100, (200, 300))):
+        with make_writers(workdir, total_steps=300, resume_step=resume_step) as writers:
+            for step in steps:
+                writers.progress(step)
+                writers.write(step, step / 100, {"train/loss": jnp.float32(step)})
+            writers.text("a line")
+    assert [r["step"] for r in read_metrics(workdir / METRICS_FILE)] == [100, 200, 300]
+    # A restart adds an event file, even one within the same second.
+    assert len(_event_files(workdir)) == 2
+    out = capsys.readouterr().out
+    assert out.count("train: loss") == 4 and out.count("a line\n") == 2
+
+
+def test_other_processes_write_nothing(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    with make_writers(workdir, total_steps=10, resume_step=5, enabled=False) as writers:
+        writers.write(6, 0.1, TRAIN)
+        writers.progress(6)
+        writers.text("a line")
+    assert not workdir.exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_every_writer_is_closed_when_one_fails():
+    closed = []
+
+    class Failing(ConsoleWriter):
+        def close(self):
+            closed.append(self)
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        MultiWriter([Failing(1), Failing(1)]).close()
+    assert len(closed) == 2
