@@ -16,8 +16,8 @@ def get_config():
     config.model.width = 0.25
     config.model.init = "he"
     config.data.batch_size = 32
-    config.optim.learning_rate = 5e-4
-    config.num_epochs = 4.0
+    config.optim.learning_rate = 1e-3
+    config.num_epochs = 5.0
     config.schedule.name = "cosine"
     config.parallel.mode = "columns"
     config.parallel.data = 1
