@@ -284,10 +284,9 @@ class _Run:
                 if self.step < total and not stop.signal:
                     # Decoded and sent while the devices compute.
                     batch = self._put(next(batches))
-                self._between_steps(batches.wait_seconds)
+                self._between_steps(batches.wait_seconds, stop)
                 if self.step >= total or stop.signal:
                     break
-            self._log(batches.wait_seconds)
         if stop.signal and self.step < total:
             self._stopped(stop.signal)
         if self.evaluated_step != self.step:
@@ -306,9 +305,10 @@ class _Run:
             self.recent[-1 - STEPS_IN_FLIGHT]["loss"].block_until_ready()
         self.writers.progress(self.step)
 
-    def _between_steps(self, waited: float) -> None:
+    def _between_steps(self, waited: float, stop: Stop) -> None:
         config = self.config
-        if self.step % config.log_every_steps == 0:
+        last = self.step >= self.experiment.total_steps or stop.signal
+        if last or self.step % config.log_every_steps == 0:
             self._log(waited)
         if self._evaluation_is_due():
             error = self._evaluate()

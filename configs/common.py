@@ -58,8 +58,9 @@ def get_config() -> Any:
     data.source = "textures"
     # Directory of tfds data sets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
     data.dir = ""
-    # Splits to train and to evaluate on; in folders test, val and validation are one.
+    # Split to train on; tfds data sets have slices too, train[:90%].
     data.train_split = "train"
+    # Split to evaluate on, empty: none. In folders test, val, validation are one.
     data.eval_split = "test"
     # Examples in a step over ALL devices (paper, section 5: 128).
     data.batch_size = 128

@@ -592,26 +592,3 @@ def test_nothing_imports_tensorflow(folder, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout == "fine\n"
     assert "Exception" not in result.stderr
-
-
-def test_real_pictures():
-    """ImageNet's own files, if a sample lies beside the repository."""
-    import tarfile
-
-    folder = REPOSITORY.parent / "shared" / "data" / "imagenet_sample"
-    archives = sorted(folder.glob("*val*.tar"))
-    if not archives:
-        pytest.skip(f"no sample of ImageNet in {folder}")
-    shapes = set()
-    with tarfile.open(archives[0]) as tar:
-        for member in tar.getmembers()[:20]:
-            file = tar.extractfile(member)
-            assert file is not None
-            data = file.read()
-            whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-            shapes.add(whole.shape)
-            picture = images.decode(data, 256, member.name)
-            # The same picture by another route: Pillow's decoder.
-            other = images.resize_to_square(whole, 256)
-            assert np.abs(picture.astype(int) - other).mean() < 1, member.name
-    assert len(shapes) > 1

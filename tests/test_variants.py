@@ -56,12 +56,8 @@ def test_paper_layer_by_layer():
             parameters,
             multiply_adds,
         )
-    assert (
-        list(rows)
-        == (
-            "conv1 norm1 pool1 conv2 norm2 pool2 conv3 conv4 conv5 pool5 fc6 fc7 fc8"
-        ).split()
-    )
+    order = "conv1 norm1 pool1 conv2 norm2 pool2 conv3 conv4 conv5 pool5 fc6 fc7 fc8"
+    assert " ".join(rows) == order
     # Section 3.5 rounds its neurons to 650,000: those of the convolutions.
     neurons = [math.prod(row.shape) for row in rows.values() if row.parameters]
     assert sum(neurons[:5]) == 650_080

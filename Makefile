@@ -1,0 +1,37 @@
+# Everything sets itself up: Python 3.11+ and make are enough.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test test-all lint clean
+
+quickstart: .venv/.installed  ## train a narrowed AlexNet in two columns, no download
+	$(BIN)/python -m alexnet_jax.main --config=configs/quickstart.py \
+		--workdir=runs/quickstart --cpu_devices=2
+	$(BIN)/python -m alexnet_jax.report --workdir=runs/quickstart
+
+test: .venv/.dev  ## the tests, in less than five minutes on two cores
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/.dev  ## all tests, with the programs compiled as users run them
+	ALEXNET_TEST_OPTIMIZED=1 $(BIN)/python -m pytest
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+
+.venv/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; \
+		sys.exit(0 if sys.version_info >= (3, 11) else \
+		f"Python 3.11 or newer is needed; $(PYTHON) is {v}. Name another one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+.venv/.dev: .venv/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@

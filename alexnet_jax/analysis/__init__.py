@@ -1,0 +1,6 @@
+"""Figures of a trained network. matplotlib stays in here."""
+
+from alexnet_jax.analysis.curves import training_curves
+from alexnet_jax.analysis.filters import first_layer_filters
+
+__all__ = ["first_layer_filters", "training_curves"]

@@ -1,0 +1,235 @@
+"""Configs: every field is read, every mistake is said, and load gives it back."""
+
+import importlib
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from alexnet_jax import experiment
+from alexnet_jax.data import DataError
+from configs import common
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ["common", "paper", "quickstart", "cifar10", "folder"]
+
+
+def config_with(**changes):
+    """The common config on one device with changes: data__batch_size=3, ..."""
+    config = common.get_config()
+    config.parallel.data = 1
+    with config.unlocked():
+        for name, value in changes.items():
+            group = config
+            *path, last = name.split("__")
+            for part in path:
+                group = group[part]
+            group[last] = value
+    return config
+
+
+def fields(config, prefix=""):
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def test_every_config_file_is_tested():
+    found = {path.stem for path in (ROOT / "configs").glob("*.py")}
+    assert found == set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shipped_configs_are_valid_and_have_only_common_fields(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    assert set(fields(config)) == set(fields(common.get_config()))
+    experiment.validate(config)  # on the eight devices of the tests
+
+
+@pytest.mark.parametrize("field", [*fields(common.get_config())])
+def test_every_field_is_read(field):
+    """A field that nothing reads is a promise that nothing keeps."""
+    code = "".join(
+        (ROOT / "alexnet_jax" / name).read_text()
+        for name in ("experiment.py", "train.py", "main.py", "describe.py")
+    )
+    code = code[: code.index("_RANGES")] + code[code.index("def _field(") :]
+    group, _, name = field.rpartition(".")
+    if group == "model.overrides":  # passed on by name
+        from alexnet_jax.model import create_model
+
+        assert name in (create_model.__kwdefaults__ or {})
+        return
+    owner = group.rpartition(".")[2] if group else "config"
+    aliases = {"optim": "optim", "model": "(?:model|fields)"}
+    owner = aliases.get(owner, owner)
+    assert re.search(rf"\b{owner}\.{name}\b", code), field
+
+
+def test_every_field_has_its_line_of_explanation():
+    lines = (ROOT / "configs" / "common.py").read_text().splitlines()
+    for number, line in enumerate(lines):
+        if re.match(r"    \w+(\.\w+)* = ", line) and "ConfigDict()" not in line:
+            assert lines[number - 1].lstrip().startswith("#"), line
+
+
+def test_all_mistakes_at_once_in_words():
+    config = config_with(
+        optim__momentum=1.5,
+        data__crop_size=300,
+        schedule__name="step",
+        model__variant="alexnet",
+        num_epochs=float("nan"),
+    )
+    with pytest.raises(experiment.ConfigError) as error:
+        experiment.validate(config)
+    message = str(error.value)
+    assert message.startswith("5 mistakes in the config:")
+    for words in (
+        "--config.optim.momentum=1.5 is out of range: 0 to below 1.",
+        "--config.data.crop_size=300 is larger than --config.data.image_size=256.",
+        "--config.schedule.name='step' must be one of constant, plateau, fixed, cosine",
+        "There is no variant 'alexnet'; the variants are paper",
+        "--config.num_epochs=nan is out of range: above 0.",
+    ):
+        assert words in message
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"data__batch_size": 10, "parallel__data": 4},
+            "batch_size=10 does not divide over 4 devices; the nearest that do: 8 or",
+        ),
+        ({"parallel__data": 16}, r"Asked for 16 devices \(16 data x 1 column\), found"),
+        ({"data__crop_size": 200}, "from images of 224 to 227 pixels; images of 200"),
+        (
+            {"model__variant": "caffe", "data__crop_size": 227}
+            | {"parallel__mode": "columns", "parallel__column": 2},
+            "'caffe' cannot be split over 2 columns: its local response",
+        ),
+        ({"schedule__drop_epochs": (3.0, 2.0)}, "above 0 and increasing"),
+        ({"schedule__warmup_epochs": 100.0}, "must be below --config.num_epochs=90"),
+        ({"model__dtype": "float64"}, "needs JAX_ENABLE_X64=1"),
+        ({"model__overrides__dropout": 2.0}, "dropout=2.0 is not a rate"),
+        ({"model__init": "xavier"}, "init='xavier' must be one of paper, caffe, he"),
+    ],
+)
+def test_each_mistake_is_said(changes, words):
+    with pytest.raises(experiment.ConfigError, match=words) as error:
+        experiment.validate(config_with(**changes))
+    assert str(error.value).startswith("1 mistake in the config:")
+
+
+def test_open_mesh_takes_what_there_is():
+    paper = experiment.make_model(config_with(), None).network
+
+    def shape(**changes):
+        return experiment.mesh_shape(config_with(**changes), paper)
+
+    everything = {"parallel__data": -1}
+    assert shape(**everything) == (jax.device_count(), 1)
+    assert shape(parallel__mode="columns", **everything) == (4, 2)
+    assert shape(parallel__mode="columns", parallel__data=8) == (8, 1)
+    assert shape(parallel__mode="columns", parallel__data=3) == (3, 2)
+    assert shape(parallel__mode="columns", parallel__column=1) == (1, 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("a", "b", "c"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(4):
+                picture = rng.integers(0, 256, (40, 32, 3), np.uint8)
+                Image.fromarray(picture).save(root / split / name / f"{i}.png")
+    return root
+
+
+def small(folder, **changes):
+    """The CIFAR net on a few pictures: builds and trains in seconds."""
+    return config_with(
+        **{
+            "data__source": f"folder:{folder}",
+            "data__image_size": 32,
+            "data__crop_size": 32,
+            "data__batch_size": 6,
+            "model__variant": "cifar",
+            "model__init": "he",
+        }
+        | changes
+    )
+
+
+def test_classes_are_counted_from_the_data(folder):
+    built = experiment.build(small(folder), log=lambda line: None)
+    assert built.model.network.layers[-1].features == 3
+    assert (built.steps_per_epoch, built.total_steps) == (2.0, 180)
+    more = experiment.build(small(folder, model__num_classes=10), log=lambda _: None)
+    assert more.model.network.layers[-1].features == 10
+    with pytest.raises(experiment.ConfigError, match="fewer than the 3 classes"):
+        experiment.build(small(folder, model__num_classes=2))
+
+
+def test_wrong_folders_are_named(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/nowhere does not exist"):
+        experiment.build(small(tmp_path / "nowhere"))
+    (tmp_path / "train" / "empty").mkdir(parents=True)
+    with pytest.raises(DataError, match="empty holds no pictures"):
+        experiment.build(small(tmp_path))
+
+
+def test_statistics_are_taken_from_beside_the_data(folder):
+    from alexnet_jax.data.statistics import Statistics
+
+    said = []
+    built = experiment.build(small(folder), log=said.append)
+    assert "computing from 12 pictures" in said[0]
+    path = folder / "statistics_32.npz"
+    mean = np.full((32, 32, 3), 7, np.float32)
+    Statistics(mean, np.ones(3, np.float32), np.eye(3, dtype=np.float32), 12).save(path)
+    try:
+        said.clear()
+        again = experiment.build(small(folder), log=said.append)
+    finally:
+        path.unlink()
+    assert not said
+    assert (again.statistics.mean_image == 7).all()
+    assert not (built.statistics.mean_image == 7).any()
+
+
+def test_pipeline_gives_what_training_sees(folder):
+    config = small(folder, data__batch_size=4)
+    batches = experiment.pipeline(config, start_step=3)
+    batch = next(batches)
+    batches.close()
+    assert batch["image"].shape == (4, 32, 32, 3)
+    assert batch["image"].dtype == np.float32
+    # By hand: the pictures of step 3 less the mean, some mirrored, all lit.
+    built = experiment.build(config, log=lambda line: None)
+    with built.train_batches(3) as host:
+        raw = next(host)
+    np.testing.assert_array_equal(batch["label"], raw["label"])
+    mean = built.statistics.mean_image
+    for got, picture in zip(np.asarray(batch["image"]), raw["image"], strict=True):
+        # Mirrored or not, less the mean as it is, and lit by one colour throughout.
+        candidates = [view - mean for view in (picture, picture[:, ::-1])]
+        spread = [
+            np.ptp(got - candidate, axis=(0, 1)).max() for candidate in candidates
+        ]
+        assert min(spread) < 1e-3 < max(spread)
+
+
+def test_load_refuses_what_is_no_workdir(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not the workdir of a run"):
+        experiment.load(tmp_path)

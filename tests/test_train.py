@@ -1,0 +1,342 @@
+"""A run as a whole: it learns, stops, goes on exactly, and is read back."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax import load, train
+from alexnet_jax.checkpoint import CheckpointError
+from alexnet_jax.experiment import ConfigError
+from alexnet_jax.writers import read_metrics
+from configs import common
+
+ROOT = Path(__file__).parent.parent
+PICTURES, CLASSES = 25, 3  # 25 does not divide by 6: the last batch is padded
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three classes of blurred colours: easy, but not for nothing."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for index in range(PICTURES):
+            label = index % CLASSES
+            picture = rng.integers(0, 120, (32, 32, 3))
+            picture[..., label] += 100
+            target = root / split / ["red", "green", "blue"][label]
+            target.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture.astype(np.uint8)).save(target / f"{index:03d}.png")
+    return root
+
+
+def small_config(folder, **changes):
+    config = common.get_config()
+    config.data.source = f"folder:{folder}"
+    config.data.image_size = 34
+    config.data.crop_size = 32
+    config.data.batch_size = 6
+    config.model.variant = "cifar"
+    config.model.init = "he"
+    config.optim.learning_rate = 1e-3
+    config.num_epochs = 8.0
+    config.log_every_steps = 5
+    config.eval_every_epochs = 1.0
+    config.schedule.patience = 1
+    config.parallel.data = 1
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def columns_config(folder):
+    """The paper's net, very narrow, in two columns."""
+    config = small_config(folder)
+    config.data.image_size = 226
+    config.data.crop_size = 224
+    config.model.variant = "paper"
+    config.model.width = 1 / 32
+    config.parallel.mode = "columns"
+    config.parallel.column = 2
+    config.optim.learning_rate = 1e-3
+    config.eval_every_epochs = 2.0
+    config.num_epochs = 5.0
+    return config
+
+
+def leaves(state):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def records(workdir, prefix):
+    """Records without what depends on the clock."""
+    clock = {"images_per_sec", "data_wait_frac"}
+    rows = read_metrics(workdir / "metrics.jsonl")
+    return [
+        {k: v for k, v in row.items() if k not in clock}
+        for row in rows
+        if any(key.startswith(prefix) for key in row)
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    state = train.train_and_evaluate(small_config(folder), workdir)
+    return state, workdir
+
+
+def test_a_run_learns_and_leaves_its_records(finished):
+    state, workdir = finished
+    steps = -(-8 * PICTURES // 6)  # 8 epochs of 25 pictures in batches of 6
+    assert int(state.step) == steps
+    rows = records(workdir, "train/")
+    assert [row["step"] for row in rows] == [*range(5, steps, 5), steps]
+    assert rows[-1]["epoch"] == pytest.approx(steps * 6 / PICTURES)
+    evaluations = records(workdir, "eval/")
+    assert {row["eval/count"] for row in evaluations} == {PICTURES}
+    assert evaluations[-1]["eval/top1_error"] < 0.2
+    assert evaluations[-1]["eval/top5_error"] == 0
+    saved = json.loads((workdir / "config.json").read_text())
+    assert saved["data"]["batch_size"] == 6
+    assert list(workdir.glob("events.out.tfevents.*"))
+    assert (workdir / "statistics.npz").exists()
+
+
+@pytest.mark.parametrize("make_config", [small_config, columns_config])
+def test_ten_steps_and_ten_more_are_twenty(make_config, folder, tmp_path, capsys):
+    whole = make_config(folder)
+    whole.max_steps = 20
+    expected = train.train_and_evaluate(whole, tmp_path / "whole")
+    half = make_config(folder)
+    half.max_steps = 10
+    train.train_and_evaluate(half, tmp_path / "parts")
+    assert "no checkpoint in" in capsys.readouterr().out
+    state = train.train_and_evaluate(whole, tmp_path / "parts")
+    out = capsys.readouterr().out
+    assert f"resuming from step 10 ({tmp_path / 'parts' / 'checkpoints'})" in out
+    assert "--config.max_steps: 10 in the workdir, now 20" in out
+    for a, b in zip(leaves(state), leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    # The same curves, but for the evaluation where the first part ended.
+    for prefix in ("train/", "eval/"):
+        rows = records(tmp_path / "parts", prefix)
+        wanted = records(tmp_path / "whole", prefix)
+        assert [row for row in rows if row["step"] != 10 or row in wanted] == wanted
+
+
+class StopAt:
+    """Sends this process a signal when a step is done."""
+
+    def __init__(self, monkeypatch, step, number):
+        keep = train._Run._keep
+
+        def keep_and_stop(run, metrics):
+            keep(run, metrics)
+            if run.step == step:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(train._Run, "_keep", keep_and_stop)
+
+
+@pytest.mark.parametrize(
+    "number, error", [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_stopped_run_goes_on_where_it_was(
+    number, error, finished, folder, tmp_path, monkeypatch, capsys
+):
+    expected, _ = finished
+    with monkeypatch.context() as patch:
+        # Step 13 is one after which an evaluation of the plateau rule is due.
+        StopAt(patch, 13, number)
+        with pytest.raises(error):
+            train.train_and_evaluate(small_config(folder), tmp_path)
+    out = capsys.readouterr().out
+    assert f"stopped at step 13 by {number.name}; the same command goes on" in out
+    state = train.train_and_evaluate(small_config(folder), tmp_path)
+    for a, b in zip(leaves(state), leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_finished_run_has_nothing_to_do(finished, folder, capsys):
+    state, workdir = finished
+    again = train.train_and_evaluate(small_config(folder), workdir)
+    assert "nothing to do: the run ended at step 34" in capsys.readouterr().out
+    for a, b in zip(leaves(again), leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_plateau_rule_lowers_the_learning_rate(folder, tmp_path, capsys):
+    config = small_config(folder)
+    config.optim.learning_rate = 1e-12  # nothing improves
+    config.max_steps = 12
+    state = train.train_and_evaluate(config, tmp_path)
+    rate = state.opt_state.hyperparams["learning_rate"]
+    assert float(rate) == pytest.approx(1e-13)
+    assert "no better error in 1 evaluations: learning rate" in capsys.readouterr().out
+
+
+def test_another_network_is_refused_in_its_workdir(finished, folder):
+    _, workdir = finished
+    config = small_config(folder)
+    config.model.width = 2.0
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(ConfigError, match=r"holds another network:\n.*model\.width: 1"):
+        train.train_and_evaluate(config, workdir)
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_evaluation_of_a_workdir(finished, folder, tmp_path, capsys):
+    _, workdir = finished
+    best = min(records(workdir, "eval/"), key=lambda r: r["eval/top1_error"])
+    config = small_config(folder)
+    config.data.batch_size = 7
+    config.parallel.data = 7
+    record = train.evaluate_workdir(config, workdir)
+    assert record["eval/count"] == PICTURES
+    assert record["eval/top1_error"] == best["eval/top1_error"]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record
+    with pytest.raises(CheckpointError, match="There is no checkpoint in"):
+        train.evaluate_workdir(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_load_gives_model_variables_and_preprocess(finished, folder):
+    _, workdir = finished
+    model, variables, preprocess = load(workdir)
+    paths = sorted(folder.glob("test/*/*.png"))
+    names = sorted({path.parent.name for path in paths})
+    logits = jax.jit(model.apply)(variables, preprocess(paths))
+    assert preprocess(str(paths[0])).shape == (1, 32, 32, 3)
+    labels = np.array([names.index(path.parent.name) for path in paths])
+    error = np.mean(np.argmax(logits, -1) != labels)
+    best = min(row["eval/top1_error"] for row in records(workdir, "eval/"))
+    assert error == pytest.approx(best)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(folder, tmp_path):
+    config = small_config(folder)
+    config.optim.learning_rate = 1e9
+    with pytest.raises(FloatingPointError, match=r"The loss of step \d+ is (nan|inf)"):
+        train.train_and_evaluate(config, tmp_path)
+
+
+def test_without_an_evaluation_split(folder, tmp_path):
+    config = small_config(folder)
+    config.data.eval_split = ""
+    config.max_steps = 7
+    assert int(train.train_and_evaluate(config, tmp_path).step) == 7
+    assert not records(tmp_path, "eval/")
+    with pytest.raises(ConfigError, match="eval_split is empty"):
+        train.evaluate_workdir(config, tmp_path)
+    load(tmp_path)  # the newest checkpoint, as none has an error
+
+
+def run_main(*args, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "alexnet_jax.main", *args],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_training_on_two_virtual_devices_never_imports_tensorflow(tmp_path):
+    """Not even where it is installed: a TensorFlow that only tells on its users."""
+    (tmp_path / "tensorflow").mkdir()
+    marker = tmp_path / "imported"
+    (tmp_path / "tensorflow" / "__init__.py").write_text(
+        f"open({str(marker)!r}, 'w').close()\nraise ImportError('imported')\n"
+    )
+    done = run_main(
+        "--config=configs/quickstart.py",
+        f"--workdir={tmp_path / 'run'}",
+        "--cpu_devices=2",
+        "--config.data.source=textures/tiny",
+        f"--config.data.dir={tmp_path / 'data'}",
+        "--config.data.batch_size=8",
+        "--config.model.width=0.05",
+        "--config.max_steps=2",
+        PYTHONPATH=str(tmp_path),
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    )
+    assert not marker.exists()
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "devices 2 x cpu (cpu): mode columns, 1 data x 2 column",
+        "no checkpoint in",
+        "compiling the training step ...",
+        "compiled the training step in ",
+        "loss at step 0: ",
+        "ln(10) = 2.3026",
+        "on 100 images",
+    ):
+        assert words in done.stdout
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["stray"], "error: unknown on the command line: stray. A field of the config"),
+        (["--config.model.widht=1"], "no such field: widht. Did you mean"),
+        (["--config.seed=x"], "error: the command line: flag --config.seed=x"),
+        (["--nosuch=1"], "error: the command line: Unknown command line flag 'nosuch'"),
+        (["--config.data.source=folder:nowhere"], "nowhere does not exist"),
+        (["--config.data.batch_size=0"], "1 mistake in the config:"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_message(args, words, tmp_path):
+    done = run_main(
+        "--config=configs/folder.py",
+        f"--workdir={tmp_path / 'run'}",
+        "--cpu_devices=1",
+        *args,
+    )
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()  # nothing half-written
+
+
+def test_missing_config_and_workdir_are_said():
+    assert "error: --config=FILE is missing" in run_main().stderr
+    done = run_main("--config=configs/paper.py")
+    assert "error: --workdir=DIR is missing" in done.stderr
+
+
+def test_describe(tmp_path):
+    done = run_main("--config=configs/paper.py", "--mode=describe")
+    assert done.returncode == 0, done.stderr
+    assert "conv1   55 x 55 x 96      34,944    105,415,200" in done.stdout
+    assert done.stdout.split()[-3:] == ["total", "60,965,224", "724,406,816"]
+
+
+def test_report_draws_and_says_what_there_is(finished):
+    from alexnet_jax.report import report
+
+    _, workdir = finished
+    lines = report(workdir)
+    assert lines[0].startswith("held-out errors: top-1 ")
+    for name in ("filters.png", "curves.png"):
+        assert (workdir / name).stat().st_size > 5000
+        assert any(name in line for line in lines)
+
+
+def test_bfloat16_trains(folder, tmp_path):
+    config = small_config(folder)
+    config.model.dtype = "bfloat16"
+    config.max_steps = 3
+    state = train.train_and_evaluate(config, tmp_path)
+    assert state.params["conv1"]["kernel"].dtype == jnp.float32
