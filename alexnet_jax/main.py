@@ -8,6 +8,7 @@ python -m alexnet_jax.main --config=configs/paper.py --mode=describe
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 from absl import app, flags, logging
@@ -50,8 +51,11 @@ def main(argv: Sequence[str]) -> None:
             f"unknown on the command line: {' '.join(argv[1:])}. A field of the config "
             "is changed with --config.FIELD=VALUE."
         )
-    if _CONFIG.value is None:
+    if not flags.FLAGS["config"].present:
         raise ConfigError("--config=FILE is missing, such as configs/paper.py.")
+    filename = config_flags.get_config_filename(flags.FLAGS["config"])
+    if not Path(filename.partition(":")[0]).is_file():
+        raise ConfigError(f"--config={filename}: there is no such file in {Path.cwd()}")
     workdir = _WORKDIR.value or ""
     if _MODE.value != "describe" and not workdir:
         raise ConfigError("--workdir=DIR is missing: the folder that keeps the run.")
@@ -76,8 +80,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
         hint = re.sub(r"\\n|\s+", ". ", str(error.args[0]), count=1)
         hint = re.sub(r"[\\']", "", hint)
         raise ConfigError(f"the config has no such field: {hint}") from error
-    except (flags.Error, TypeError, ValueError) as error:
-        raise ConfigError(f"the command line: {error}") from error
+    except (flags.Error, OSError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the command line: {' '.join(str(error).split())}"
+        ) from error
 
 
 def run() -> None:

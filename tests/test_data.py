@@ -311,7 +311,9 @@ def test_missing_tfds_dataset_says_where_and_how(tmp_path, monkeypatch):
     assert "download_and_prepare" in message and "alexnet_jax[tf]" in message
     assert "TFDS_DATA_DIR" in message and "array_record" in message
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "elsewhere"))
-    with pytest.raises(FileNotFoundError, match=r"elsewhere does not exist.*imagenet "):
+    with pytest.raises(
+        FileNotFoundError, match=r"elsewhere does not exist.*class folders"
+    ):
         open_source("imagenet2012_256", "train")
 
 

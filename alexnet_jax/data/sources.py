@@ -379,7 +379,7 @@ def _tfds_directory(name: str, data_dir: Path) -> Path:
 
 def _prepare_command(name: str, data_dir: Path | str = "DIR") -> str:
     if name.startswith("imagenet2012_256"):
-        return f"python -m alexnet_jax.prepare imagenet --data_dir={data_dir}"
+        return "unpack it into class folders and set --config.data.source=folder:PATH"
     return (
         'python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record')"
