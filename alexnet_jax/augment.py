@@ -7,6 +7,7 @@ the same whatever the number of devices (`first_example`).
 Source: Krizhevsky et al. 2012, section 4.1; the original's `convdata_jpeg.py`.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
@@ -42,6 +43,22 @@ class PixelStatistics:
     mean_image: jax.Array
     pca_std_255: jax.Array
     pca_vectors: jax.Array
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are made of pictures.
+
+    Attributes:
+      crop_size: side of the images, at most that of the pictures.
+      crop, flip: whether to draw them; without `crop` the centre is taken.
+      lighting: sigma of `pca_lighting`.
+    """
+
+    crop_size: int
+    crop: bool = True
+    flip: bool = True
+    lighting: float = 0.1
 
 
 def example_keys(key: jax.Array, first_example: Any, count: int) -> jax.Array:
@@ -132,11 +149,7 @@ def train_images(
     key: jax.Array,
     first_example: Any,
     statistics: PixelStatistics,
-    *,
-    crop_size: int,
-    crop: bool,
-    flip: bool,
-    lighting: float,
+    augmentation: Augmentation,
     dtype: Any = jnp.float32,
 ) -> jax.Array:
     """uint8 pictures -> augmented training images.
@@ -147,29 +160,27 @@ def train_images(
       first_example: the position of pictures[0] in the global batch.
       statistics: of the training data. The centre of the mean image is subtracted
         from every crop, wherever it was cut, as the original did.
-      crop_size: at most S.
-      crop, flip: whether to draw them; without `crop` the centre is taken.
-      lighting: sigma of `pca_lighting`.
+      augmentation: what to draw.
       dtype: of the result.
 
     Returns:
       [B, crop_size, crop_size, 3], RGB, 0..255 minus the mean.
     """
+    size = augmentation.crop_size
     keys = example_keys(key, first_example, pictures.shape[0])
     crop_keys, flip_keys, light_keys = jnp.moveaxis(
         jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0
     )
-    if crop and crop_size < pictures.shape[1]:
-        pictures = random_crop(pictures, crop_keys, crop_size)
+    if augmentation.crop and size < pictures.shape[1]:
+        pictures = random_crop(pictures, crop_keys, size)
     else:
-        pictures = centre_crop(pictures, crop_size)
-    if flip:
+        pictures = centre_crop(pictures, size)
+    if augmentation.flip:
         pictures = random_flip(pictures, flip_keys)
-    images = _minus_mean(pictures, statistics.mean_image, crop_size, dtype)
     return pca_lighting(
-        images,
+        _minus_mean(pictures, statistics.mean_image, size, dtype),
         light_keys,
-        sigma=lighting,
+        sigma=augmentation.lighting,
         std_255=statistics.pca_std_255,
         vectors=statistics.pca_vectors,
     )

@@ -63,6 +63,14 @@ class Experiment:
     def crop_size(self) -> int:
         return self.config.data.crop_size
 
+    @property
+    def augmentation(self) -> augment.Augmentation:
+        """How training images are made of pictures."""
+        fields = self.config.augment
+        return augment.Augmentation(
+            self.crop_size, fields.crop, fields.flip, fields.lighting
+        )
+
     def init_state(self) -> steps.TrainState:
         """A new run's state."""
         return steps.init_state(
@@ -89,13 +97,10 @@ class Experiment:
         return steps.make_train_step(
             self.model,
             self.tx,
+            self.augmentation,
             mesh=self.mesh,
             mode=self.mode,
             seed=self.config.seed,
-            crop_size=self.crop_size,
-            crop=self.config.augment.crop,
-            flip=self.config.augment.flip,
-            lighting=self.config.augment.lighting,
         )
 
     def eval_step(self) -> Callable[..., Any]:
@@ -400,16 +405,9 @@ def pipeline(config: Config, *, start_step: int = 0) -> Iterator[dict[str, Any]]
 
     @jax.jit
     def augmented(pictures: jax.Array, step: jax.Array) -> jax.Array:
+        step_key = jax.random.fold_in(key, step)
         return augment.train_images(
-            pictures,
-            jax.random.fold_in(key, step),
-            0,
-            statistics,
-            crop_size=config.data.crop_size,
-            crop=config.augment.crop,
-            flip=config.augment.flip,
-            lighting=config.augment.lighting,
-            dtype=jnp.float32,
+            pictures, step_key, 0, statistics, experiment.augmentation
         )
 
     with experiment.train_batches(start_step) as batches:

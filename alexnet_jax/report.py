@@ -6,6 +6,7 @@ writes DIR/filters.png (the first layer's kernels, a panel a column) and
 DIR/curves.png (loss and error over the epochs).
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +19,10 @@ from alexnet_jax.experiment import load
 from alexnet_jax.writers import METRICS_FILE, read_metrics
 
 _NEXT = """what next
-  your own pictures   python -m alexnet_jax.main --config=configs/folder.py \\
+  your own pictures   {python} -m alexnet_jax.main --config=configs/folder.py \\
                         --workdir=runs/mine --config.data.source=folder:PATH
-  the paper           python -m alexnet_jax.main --config=configs/paper.py \\
-                        --workdir=runs/paper
+  the paper           {python} -m alexnet_jax.main --config=configs/paper.py \\
+                        --workdir=runs/paper --config.data.source=folder:PATH
   without LRN         add --config.model.overrides.lrn=False and a new --workdir
   in a notebook       model, variables, preprocess = alexnet_jax.load("{workdir}")"""
 
@@ -56,9 +57,13 @@ def main(argv: Sequence[str]) -> None:
         sys.exit("error: --workdir=DIR is missing: the folder of a run.")
     workdir = Path(_WORKDIR.value)
     try:
-        print("\n".join(["", *report(workdir), "", _NEXT.format(workdir=workdir)]))
+        lines = report(workdir)
     except (CheckpointError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
+    # As it was called: the environment's python, not the system's.
+    python = os.path.relpath(sys.executable)
+    python = sys.executable if python.startswith("..") else python
+    print("\n".join(["", *lines, "", _NEXT.format(python=python, workdir=workdir)]))
 
 
 if __name__ == "__main__":

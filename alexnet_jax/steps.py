@@ -4,6 +4,7 @@ Everything random comes from (seed, purpose, step, position in the global batch)
 a step is the same on any number of devices and after a resume.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -132,14 +133,11 @@ def _first_state(
 def make_train_step(
     model: AlexNet,
     tx: optax.GradientTransformation,
+    augmentation: augment.Augmentation,
     *,
     mesh: Mesh,
     mode: str,
     seed: int,
-    crop_size: int,
-    crop: bool,
-    flip: bool,
-    lighting: float,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the jitted (state, batch, statistics) -> (state, metrics).
 
@@ -147,68 +145,74 @@ def make_train_step(
     over "data"; the state is donated. The metrics are the batch's mean "loss", its
     "top1_error", and the learning rate "lr" of the update.
     """
-    local = model.local(mesh, mode)
-
-    def device_step(
-        state: TrainState,
-        batch: dict[str, jax.Array],
-        statistics: augment.PixelStatistics,
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        labels = batch["label"]
-        first_example = lax.axis_index(parallel.DATA) * labels.shape[0]
-        images = augment.train_images(
-            batch["image"],
-            jax.random.fold_in(purpose_key(seed, AUGMENT), state.step),
-            first_example,
-            statistics,
-            crop_size=crop_size,
-            crop=crop,
-            flip=flip,
-            lighting=lighting,
-            dtype=_wide(model.dtype),
-        )
-        dropout_key = jax.random.fold_in(purpose_key(seed, DROPOUT), state.step)
-
-        def loss_fn(params: PyTree) -> tuple[jax.Array, Any]:
-            # From here on each device's own: the gradient of this line is the sum
-            # of the devices' gradients, as the mean below asks for.
-            params = parallel.vary(params, parallel.DATA)
-            logits, changed = local.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                images,
-                train=True,
-                first_example=first_example,
-                rngs={"dropout": dropout_key},
-                mutable=["batch_stats"],
-            )
-            loss = jnp.mean(metrics.cross_entropy(logits, labels))
-            right = jnp.mean(metrics.in_top_k(logits, labels, 1), dtype=loss.dtype)
-            mean_loss, mean_right = lax.pmean((loss, right), parallel.DATA)
-            return mean_loss, (1.0 - mean_right, changed)
-
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (top1_error, changed)), grads = grad_fn(state.params)
-        opt_state: Any
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        new_state = TrainState(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            # flax keeps running statistics in float32 whatever they were added up in
-            batch_stats=jax.tree.map(
-                lambda new, old: new.astype(old.dtype),
-                changed.get("batch_stats", {}),
-                state.batch_stats,
-            ),
-            opt_state=opt_state,
-        )
-        rate = opt_state.hyperparams["learning_rate"]
-        return new_state, {"loss": loss, "top1_error": top1_error, "lr": rate}
-
-    specs = state_specs(model, tx, crop_size=crop_size, mesh=mesh, mode=mode)
+    device_step = functools.partial(
+        _device_train_step, model.local(mesh, mode), tx, augmentation, seed
+    )
+    specs = state_specs(
+        model, tx, crop_size=augmentation.crop_size, mesh=mesh, mode=mode
+    )
     step = parallel.shard_map(
         device_step, mesh, (specs, P(parallel.DATA), P()), (specs, P())
     )
     return jax.jit(step, donate_argnums=0)
+
+
+def _device_train_step(
+    model: AlexNet,
+    tx: optax.GradientTransformation,
+    augmentation: augment.Augmentation,
+    seed: int,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    statistics: augment.PixelStatistics,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One device's share of a training step, inside `shard_map`."""
+    labels = batch["label"]
+    first_example = lax.axis_index(parallel.DATA) * labels.shape[0]
+    images = augment.train_images(
+        batch["image"],
+        jax.random.fold_in(purpose_key(seed, AUGMENT), state.step),
+        first_example,
+        statistics,
+        augmentation,
+        _wide(model.dtype),
+    )
+    dropout_key = jax.random.fold_in(purpose_key(seed, DROPOUT), state.step)
+
+    def loss_fn(params: PyTree) -> tuple[jax.Array, Any]:
+        # From here on each device's own: the gradient of this line is the sum of the
+        # devices' gradients, as the mean below asks for.
+        params = parallel.vary(params, parallel.DATA)
+        logits, changed = model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            images,
+            train=True,
+            first_example=first_example,
+            rngs={"dropout": dropout_key},
+            mutable=["batch_stats"],
+        )
+        loss = jnp.mean(metrics.cross_entropy(logits, labels))
+        right = jnp.mean(metrics.in_top_k(logits, labels, 1), dtype=loss.dtype)
+        mean_loss, mean_right = lax.pmean((loss, right), parallel.DATA)
+        return mean_loss, (1.0 - mean_right, changed)
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, (top1_error, changed)), grads = grad_fn(state.params)
+    opt_state: Any
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    new_state = TrainState(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        # flax keeps running statistics in float32 whatever they were added up in
+        batch_stats=jax.tree.map(
+            lambda new, old: new.astype(old.dtype),
+            changed.get("batch_stats", {}),
+            state.batch_stats,
+        ),
+        opt_state=opt_state,
+    )
+    rate = opt_state.hyperparams["learning_rate"]
+    return new_state, {"loss": loss, "top1_error": top1_error, "lr": rate}
 
 
 def make_eval_step(

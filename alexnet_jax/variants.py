@@ -427,16 +427,12 @@ def customize(
         table = dataclasses.replace(table, layers=(*table.layers[:-1], last))
     if normalization is not None:
         table = _normalized(table, normalization)
-    if pool_window is not None:
-        _positive("pool_window", pool_window)
-        table = _map_stages(
-            table, Pool, lambda s: dataclasses.replace(s, window=pool_window)
-        )
-    if pool_stride is not None:
-        _positive("pool_stride", pool_stride)
-        table = _map_stages(
-            table, Pool, lambda s: dataclasses.replace(s, stride=pool_stride)
-        )
+    for field, pixels in (("window", pool_window), ("stride", pool_stride)):
+        if pixels is not None:
+            change = {field: _positive(f"pool_{field}", pixels)}
+            table = _map_stages(
+                table, Pool, lambda s, change=change: dataclasses.replace(s, **change)
+            )
     if activation is not None:
         _one_of("activation", activation, ACTIVATIONS)
         table = _map_stages(table, Activation, lambda _: Activation(activation))

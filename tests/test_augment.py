@@ -119,10 +119,7 @@ def test_without_augmentation_training_sees_the_same():
         jax.random.key(0),
         0,
         stats,
-        crop_size=4,
-        crop=False,
-        flip=False,
-        lighting=0.0,
+        augment.Augmentation(4, crop=False, flip=False, lighting=0.0),
     )
     expected = augment.eval_images(raw, mean_image=stats.mean_image, crop_size=4)
     np.testing.assert_array_equal(images, expected)
@@ -137,10 +134,7 @@ def test_training_images_do_not_depend_on_how_the_batch_is_split():
             jax.random.key(key),
             first,
             stats,
-            crop_size=4,
-            crop=True,
-            flip=True,
-            lighting=0.1,
+            augment.Augmentation(4),
         )
 
     whole = train(raw, 0)

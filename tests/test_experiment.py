@@ -66,7 +66,7 @@ def test_every_field_is_read(field):
         assert name in (create_model.__kwdefaults__ or {})
         return
     owner = group.rpartition(".")[2] if group else "config"
-    aliases = {"optim": "optim", "model": "(?:model|fields)"}
+    aliases = {"optim": "optim", "model": "(?:model|fields)", "augment": "fields"}
     owner = aliases.get(owner, owner)
     assert re.search(rf"\b{owner}\.{name}\b", code), field
 

@@ -53,15 +53,7 @@ def make(mode, rows, columns, dtype, **kwargs):
     mesh = parallel.make_mesh(rows, columns)
     state = steps.init_state(model, tx, seed=0, crop_size=CROP, mesh=mesh, mode=mode)
     step = steps.make_train_step(
-        model,
-        tx,
-        mesh=mesh,
-        mode=mode,
-        seed=0,
-        crop_size=CROP,
-        crop=True,
-        flip=True,
-        lighting=0.1,
+        model, tx, augment.Augmentation(CROP), mesh=mesh, mode=mode, seed=0
     )
     args = (state, parallel.put_batch(batch(), mesh), statistics(dtype))
     return step.lower(*args).compile(), *args
