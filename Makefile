@@ -1,6 +1,8 @@
 # Everything sets itself up: Python 3.11+ and make are enough.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two processes, a test file at a time: compiling, most of the work, uses one core.
+PARALLEL := --numprocesses=2 --dist=loadfile
 
 .PHONY: quickstart test test-all lint clean
 
@@ -10,10 +12,10 @@ quickstart: .venv/.installed  ## train a narrowed AlexNet in two columns, no dow
 	$(BIN)/python -m alexnet_jax.report --workdir=runs/quickstart
 
 test: .venv/.dev  ## the tests, in less than five minutes on two cores
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: .venv/.dev  ## all tests, with the programs compiled as users run them
-	ALEXNET_TEST_OPTIMIZED=1 $(BIN)/python -m pytest
+	ALEXNET_TEST_OPTIMIZED=1 $(BIN)/python -m pytest $(PARALLEL)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

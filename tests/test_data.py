@@ -564,7 +564,7 @@ class Refuse:  # TensorFlow can be found (some libraries look), but not imported
 
 sys.meta_path.insert(0, Refuse())
 from alexnet_jax.data import eval_batches, open_source, statistics, train_batches
-for name in ("grain", "tensorflow_datasets", "jax"):
+for name in ("grain", "tensorflow_datasets"):
     assert name not in sys.modules, name + " is imported before it is used"
 folder, data_dir = sys.argv[1:]
 for source in (f"folder:{folder}", "textures/tiny", "fake"):
