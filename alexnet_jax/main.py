@@ -89,6 +89,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
 def run() -> None:
     """The command: exit status 1 and one message for what the user can mend."""
     logging.set_verbosity(logging.WARNING)  # jax's and orbax's chatter
+    # The files of configs/ import one another, wherever the command is started.
+    sys.path.append(str(Path(__file__).parent.parent))
     try:
         app.run(main, flags_parser=_parse)
     except _USER_ERRORS as error:

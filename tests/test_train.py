@@ -242,10 +242,10 @@ def test_without_an_evaluation_split(folder, tmp_path):
     load(tmp_path)  # the newest checkpoint, as none has an error
 
 
-def run_main(*args, **env):
+def run_main(*args, cwd=ROOT, **env):
     return subprocess.run(
         [sys.executable, "-m", "alexnet_jax.main", *args],
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, **env},
         capture_output=True,
         text=True,
@@ -316,8 +316,9 @@ def test_missing_config_and_workdir_are_said():
     assert "error: --workdir=DIR is missing" in done.stderr
 
 
-def test_describe(tmp_path):
-    done = run_main("--config=configs/paper.py", "--mode=describe")
+def test_describe_from_any_folder(tmp_path):
+    config = ROOT / "configs" / "paper.py"
+    done = run_main(f"--config={config}", "--mode=describe", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "conv1   55 x 55 x 96      34,944    105,415,200" in done.stdout
     assert done.stdout.split()[-3:] == ["total", "60,965,224", "724,406,816"]
