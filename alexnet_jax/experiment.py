@@ -437,17 +437,16 @@ def load(
       CheckpointError: if it holds no whole checkpoint.
     """
     workdir = Path(path).absolute()
-    saved = read_config(workdir)
-    if saved is None:
+    if read_config(workdir) is None:
         raise FileNotFoundError(
             f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}. Give the "
             "folder that was given as --workdir."
         )
-    config: Config = ConfigDict(saved)
     statistics = statistics_lib.load(workdir / STATISTICS_FILE)
     with Checkpointer(workdir / CHECKPOINTS, read_only=True) as checkpointer:
         chosen = checkpointer.best_step() if step is None else step
-        variables, _ = checkpointer.restore_params(step=chosen)
+        variables, metadata = checkpointer.restore_params(step=chosen)
+    config: Config = ConfigDict(metadata["config"])
     classifier = variants.get(config.model.variant).layers[-1].name
     num_classes = variables["params"][classifier]["bias"].shape[0]
     with warnings.catch_warnings():

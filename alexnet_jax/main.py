@@ -40,7 +40,7 @@ _USER_ERRORS = (
     ConfigError,
     DataError,
     CheckpointError,
-    FileNotFoundError,
+    OSError,
     FloatingPointError,
 )
 

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax import experiment as experiment_lib
@@ -78,7 +79,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
                 if restored
                 else f"no checkpoint in {folder}: starting from scratch"
             )
-            run = _Run(experiment, state, checkpointer, writers, host.get("plateau"))
+            run = _Run(experiment, state, checkpointer, writers, host)
             with stop_signals() as stop:
                 run.train(stop)
             return run.state
@@ -127,7 +128,10 @@ def _prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
     experiment_lib.validate(config)
     differences = _compare_with_workdir(config, workdir)
     stored = workdir / experiment_lib.STATISTICS_FILE
-    statistics = statistics_lib.load(stored) if stored.exists() else None
+    # Those of a run that left no checkpoint may be of other data.
+    resumes = has_checkpoint(workdir / experiment_lib.CHECKPOINTS)
+    known = resumes and stored.exists()
+    statistics = statistics_lib.load(stored) if known else None
     return differences, experiment_lib.build(config, statistics=statistics)
 
 
@@ -159,10 +163,15 @@ def _compare_with_workdir(config: Config, workdir: Path) -> list[str]:
         f"  --config.{key}: {old.get(key)} in the workdir, now {new.get(key)}"
         for key in changed
     ]
-    if any(key.startswith("model.") for key in changed):
+    fixed = ("model.", "data.image_size", "data.crop_size")
+    if any(key.startswith(fixed) for key in changed):
         raise ConfigError(
             f"{workdir} holds another network:\n"
-            + "\n".join(line for line in lines if ".model." in line)
+            + "\n".join(
+                line
+                for key, line in zip(changed, lines, strict=True)
+                if key.startswith(fixed)
+            )
             + "\nTake a new --workdir, or the config that this one was made with."
         )
     return ["the config differs from this workdir's:", *lines] if lines else []
@@ -200,6 +209,11 @@ def _describe(experiment: Experiment) -> list[str]:
             f"{experiment.eval_source.description}"
         )
     return lines
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
 
 
 @dataclass
@@ -242,7 +256,7 @@ class _Run:
         state: TrainState,
         checkpointer: Checkpointer,
         writers: MultiWriter,
-        plateau: dict[str, Any] | None,
+        host: dict[str, Any],
     ):
         self.experiment = experiment
         self.config = experiment.config
@@ -256,8 +270,9 @@ class _Run:
             patience=schedule.patience,
             factor=schedule.factor,
             max_drops=schedule.max_drops,
-            **(plateau or {}),
+            **host.get("plateau", {}),
         )
+        self._follow_learning_rate(host)
         self.eval_step: Any = None
         self.recent: list[dict[str, jax.Array]] = []  # metrics since the last record
         self.saved_step = self.evaluated_step = -1
@@ -289,9 +304,9 @@ class _Run:
                     break
         if stop.signal and self.step < total:
             self._stopped(stop.signal)
+        self._save()  # before an evaluation that may fail
         if self.evaluated_step != self.step:
             self._save(self._evaluate())
-        self._save()
 
     def _keep(self, metrics: dict[str, jax.Array]) -> None:
         if self.step == 1:
@@ -359,8 +374,8 @@ class _Run:
         if not finite.all():
             first = self.step - len(losses) + 1 + int(np.argmin(finite))
             raise FloatingPointError(
-                f"The loss of step {first} is {losses[np.argmin(finite)]}. The last "
-                f"checkpoint in {self.checkpointer.directory} is from before; try a "
+                f"The loss of step {first} is {losses[np.argmin(finite)]}. Checkpoints "
+                f"in {self.checkpointer.directory}, if any, are from before; try a "
                 "lower --config.optim.learning_rate."
             )
         rate = (self.step - self.clock_step) / seconds
@@ -395,6 +410,8 @@ class _Run:
         if self.config.schedule.name == "plateau" and self._evaluation_is_due():
             self.plateau, factor = self.plateau.after(errors["top1_error"])
             if factor != 1.0:
+                patience = self.plateau.patience
+                self.writers.text(f"no better error in {patience} evaluations")
                 self._scale_learning_rate(factor)
         return errors["top1_error"]
 
@@ -405,6 +422,17 @@ class _Run:
             self.eval_step = self._compile("evaluation", step, args)
         return self.eval_step(*args)
 
+    def _follow_learning_rate(self, host: dict[str, Any]) -> None:
+        """A new learning rate in the config changes the one in the checkpoint.
+
+        Schedules read the config at every step; a plain number is in the state.
+        """
+        if not host or self.config.schedule.name not in ("constant", "plateau"):
+            return
+        before = host["config"]["optim"]["learning_rate"]
+        if self.config.optim.learning_rate != before:
+            self._scale_learning_rate(self.config.optim.learning_rate / before)
+
     def _scale_learning_rate(self, factor: float) -> None:
         opt_state: Any = self.state.opt_state
         rate = opt_state.hyperparams["learning_rate"]
@@ -412,14 +440,14 @@ class _Run:
         hyperparams = {**opt_state.hyperparams, "learning_rate": new}
         opt_state = opt_state._replace(hyperparams=hyperparams)
         self.state = dataclasses.replace(self.state, opt_state=opt_state)
-        self.writers.text(
-            f"no better error in {self.plateau.patience} evaluations: learning rate "
-            f"now {float(new):.3g}"
-        )
+        self.writers.text(f"learning rate now {float(new):.3g}")
 
     def _save(self, top1_error: float | None = None) -> None:
-        if self.recent and not np.isfinite(self.recent[-1]["loss"]):
-            return  # the next record says so and ends the run
+        if not _all_finite(self.state.params):
+            raise FloatingPointError(
+                f"The parameters of step {self.step} are not finite; no checkpoint was "
+                "written. Try a lower --config.optim.learning_rate."
+            )
         with self._off_the_clock():
             self.checkpointer.save(
                 self.step,

@@ -183,7 +183,15 @@ def test_the_plateau_rule_lowers_the_learning_rate(folder, tmp_path, capsys):
     state = train.train_and_evaluate(config, tmp_path)
     rate = state.opt_state.hyperparams["learning_rate"]
     assert float(rate) == pytest.approx(1e-13)
-    assert "no better error in 1 evaluations: learning rate" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "no better error in 1 evaluations\nlearning rate now 1e-13" in out
+    # A lower rate asked for on resuming is followed.
+    config.optim.learning_rate = 1e-10
+    config.schedule.max_drops = 0
+    config.max_steps = 13
+    state = train.train_and_evaluate(config, tmp_path)
+    rate = state.opt_state.hyperparams["learning_rate"]
+    assert float(rate) == pytest.approx(1e-11)
 
 
 def test_another_network_is_refused_in_its_workdir(finished, folder):
@@ -229,6 +237,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(folder, tmp_path):
     config.optim.learning_rate = 1e9
     with pytest.raises(FloatingPointError, match=r"The loss of step \d+ is (nan|inf)"):
         train.train_and_evaluate(config, tmp_path)
+    # Weights can be spoilt a step before the loss shows it.
+    config.checkpoint.every_steps = 1
+    with pytest.raises(FloatingPointError, match="parameters of step"):
+        train.train_and_evaluate(config, tmp_path / "second")
 
 
 def test_without_an_evaluation_split(folder, tmp_path):
