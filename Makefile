@@ -12,9 +12,9 @@ quickstart: .venv/.installed  ## train a narrowed AlexNet in two columns, no dow
 	$(BIN)/python -m alexnet_jax.report --workdir=runs/quickstart
 
 test: .venv/.dev  ## the tests, in less than five minutes on two cores
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL)
 
-test-all: .venv/.dev  ## all tests, with the programs compiled as users run them
+test-all: .venv/.dev  ## the same, with the programs compiled as users run them
 	ALEXNET_TEST_OPTIMIZED=1 $(BIN)/python -m pytest $(PARALLEL)
 
 lint: .venv/.dev

@@ -437,7 +437,7 @@ def load(
       CheckpointError: if it holds no whole checkpoint.
     """
     workdir = Path(path).absolute()
-    if read_config(workdir) is None:
+    if not (workdir / CONFIG_FILE).exists():
         raise FileNotFoundError(
             f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}. Give the "
             "folder that was given as --workdir."

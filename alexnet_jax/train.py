@@ -126,12 +126,12 @@ def evaluate_workdir(config: Config, workdir: str | os.PathLike[str]) -> dict[st
 def _prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
     """The config's differences from the workdir's, and the experiment."""
     experiment_lib.validate(config)
-    differences = _compare_with_workdir(config, workdir)
-    stored = workdir / experiment_lib.STATISTICS_FILE
-    # Those of a run that left no checkpoint may be of other data.
-    resumes = has_checkpoint(workdir / experiment_lib.CHECKPOINTS)
-    known = resumes and stored.exists()
-    statistics = statistics_lib.load(stored) if known else None
+    differences, statistics = [], None
+    # What a run without a checkpoint left behind may be of other data.
+    if has_checkpoint(workdir / experiment_lib.CHECKPOINTS):
+        differences = _compare_with_workdir(config, workdir)
+        stored = workdir / experiment_lib.STATISTICS_FILE
+        statistics = statistics_lib.load(stored) if stored.exists() else None
     return differences, experiment_lib.build(config, statistics=statistics)
 
 
@@ -155,7 +155,7 @@ def _compare_with_workdir(config: Config, workdir: Path) -> list[str]:
       ConfigError: when it describes another network.
     """
     saved = experiment_lib.read_config(workdir)
-    if saved is None or not has_checkpoint(workdir / experiment_lib.CHECKPOINTS):
+    if saved is None:
         return []
     old, new = _flat(saved), _flat(experiment_lib.as_json(config))
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
@@ -332,10 +332,8 @@ class _Run:
             if error is not None and (known is None or error < known):
                 self._save(error)
         minutes = (time.monotonic() - self.saved_at) / 60
-        by_step, by_time = (
-            config.checkpoint.every_steps,
-            config.checkpoint.every_minutes,
-        )
+        by_step = config.checkpoint.every_steps
+        by_time = config.checkpoint.every_minutes
         if (by_step and self.step % by_step == 0) or (by_time and minutes >= by_time):
             self._save()
 
@@ -348,11 +346,9 @@ class _Run:
     # Records.
 
     def _restart_clock(self, waited: float) -> None:
-        self.clock, self.clock_step, self.clock_waited = (
-            time.monotonic(),
-            self.step,
-            waited,
-        )
+        self.clock = time.monotonic()
+        self.clock_step = self.step
+        self.clock_waited = waited
 
     @contextlib.contextmanager
     def _off_the_clock(self) -> Iterator[None]:
@@ -443,12 +439,12 @@ class _Run:
         self.writers.text(f"learning rate now {float(new):.3g}")
 
     def _save(self, top1_error: float | None = None) -> None:
-        if not _all_finite(self.state.params):
-            raise FloatingPointError(
-                f"The parameters of step {self.step} are not finite; no checkpoint was "
-                "written. Try a lower --config.optim.learning_rate."
-            )
         with self._off_the_clock():
+            if not _all_finite(self.state.params):
+                raise FloatingPointError(
+                    f"The parameters of step {self.step} are not finite; no checkpoint "
+                    "was written. Try a lower --config.optim.learning_rate."
+                )
             self.checkpointer.save(
                 self.step,
                 self.state,

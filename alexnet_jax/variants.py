@@ -421,10 +421,7 @@ def customize(
     if width != 1.0:
         table = _scaled(table, width)
     if num_classes is not None:
-        last = dataclasses.replace(
-            table.layers[-1], features=_positive("num_classes", num_classes)
-        )
-        table = dataclasses.replace(table, layers=(*table.layers[:-1], last))
+        table = _classifying(table, _positive("num_classes", num_classes))
     if normalization is not None:
         table = _normalized(table, normalization)
     for field, pixels in (("window", pool_window), ("stride", pool_stride)):
@@ -496,6 +493,11 @@ def _scaled(table: Variant, width: float) -> Variant:
         return dataclasses.replace(row, features=features)
 
     return _map_layers(table, scale)
+
+
+def _classifying(table: Variant, num_classes: int) -> Variant:
+    last = dataclasses.replace(table.layers[-1], features=num_classes)
+    return dataclasses.replace(table, layers=(*table.layers[:-1], last))
 
 
 def _normalized(table: Variant, kind: NormalizationKind) -> Variant:
