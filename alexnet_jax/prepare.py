@@ -1,4 +1,16 @@
-"""Prepares data once, before training.
+"""Prepares data once, before training, and checks it.
+
+python -m alexnet_jax.prepare imagenet --source=DIR --data_dir=DIR
+    [--workers=N] [--max_unreadable=10] [--verify]
+    Makes the tfds data set imagenet2012_256 of ILSVRC2012_img_train.tar and
+    ILSVRC2012_img_val.tar (or of class folders, or of a prepared tfds imagenet2012)
+    in --source, with its mean image and colour PCA. Started again it goes on.
+
+python -m alexnet_jax.prepare check [--source=imagenet2012_256] [--data_dir=DIR]
+    [--split=train] [--eval_split=validation] [--out=contact_sheet.png] [--partial]
+    Counts, labels, order, shuffling and statistics of a data set, and a picture of
+    it; exit status 1 if something is wrong. --partial accepts less than all of
+    ImageNet.
 
 python -m alexnet_jax.prepare textures [--data_dir=DIR]
     Draws the embedded data set now instead of at its first use, and shows that
@@ -9,15 +21,19 @@ python -m alexnet_jax.prepare statistics --source=folder:PATH [--data_dir=DIR]
     Computes the mean image and the colour PCA and stores them beside the data.
 """
 
+import contextlib
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 from absl import flags
+from tqdm import tqdm
 
-from alexnet_jax.data import eval_batches, sources, statistics
+from alexnet_jax.data import check, eval_batches, sources, statistics
 
 # Flags of its own, not absl's global ones: several command lines of this package
 # may be imported into one process and use the same names.
@@ -25,27 +41,30 @@ FLAGS = flags.FlagValues()
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string(
-        "source",
-        None,
-        "folder:PATH, textures or the name of a tfds data set.",
-        flag_values=FLAGS,
-    )
-    flags.DEFINE_string(
-        "data_dir",
-        None,
-        "Directory of tfds data sets; default: TFDS_DATA_DIR or ~/tensorflow_datasets.",
-        flag_values=FLAGS,
-    )
-    flags.DEFINE_string(
-        "split", "train", "Split to compute statistics of.", flag_values=FLAGS
-    )
     for name, default, text in (
-        ("image_size", 256, "Side of the pictures in pixels."),
-        ("max_examples", None, "Use only as many pictures, evenly spread."),
-        ("workers", os.cpu_count() or 1, "Decoding threads."),
+        ("source", None, "Where the pictures are; see the command."),
+        (
+            "data_dir",
+            None,
+            "tfds directory; else TFDS_DATA_DIR, ~/tensorflow_datasets.",
+        ),
+        ("split", "train", "Split to compute statistics of, or to check."),
+        ("eval_split", "validation", "Second split to check; empty: none."),
+        ("out", "contact_sheet.png", "Where check draws pictures of the data."),
     ):
-        flags.DEFINE_integer(name, default, text, lower_bound=1, flag_values=FLAGS)
+        flags.DEFINE_string(name, default, text, flag_values=FLAGS)
+    for name, default, text, least in (
+        ("image_size", 256, "Side of the pictures in pixels.", 1),
+        ("max_examples", None, "Use only as many pictures, evenly spread.", 1),
+        ("max_unreadable", 10, "Broken pictures to leave out before giving up.", 0),
+        ("workers", os.cpu_count() or 1, "Processes or decoding threads.", 1),
+    ):
+        flags.DEFINE_integer(name, default, text, least, flag_values=FLAGS)
+    for name, text in (
+        ("verify", "Compare the archives' MD5 with the official ones first."),
+        ("partial", "Fewer pictures than all of ImageNet are no mistake."),
+    ):
+        flags.DEFINE_boolean(name, False, text, flag_values=FLAGS)
     flags.DEFINE_boolean(
         "help", False, "Show this help.", short_name="h", flag_values=FLAGS
     )
@@ -54,7 +73,104 @@ def _define_flags() -> None:
 _define_flags()
 
 
-def _textures() -> None:
+@contextlib.contextmanager
+def _bar(
+    what: str, total: int | None, unit: str, *, every_seconds: float = 60.0
+) -> Iterator[Callable[[int], object]]:
+    """A progress bar on a terminal; in a log file a line a minute."""
+    if sys.stderr.isatty():
+        with tqdm(desc=what, total=total, unit=f" {unit}", unit_scale=True) as bar:
+            yield bar.update
+        return
+    started = said = time.monotonic()
+    done = first = 0  # a first call may tell what an earlier start had done
+
+    def update(more: int) -> None:
+        nonlocal done, first, said
+        done += more
+        now = time.monotonic()
+        if now - started < 1:
+            first = done
+        if now - said >= every_seconds:
+            said = now
+            rate = max((done - first) / (now - started), 1e-9)
+            rest = "" if total is None else f" of {total:,}"
+            left = (
+                ""
+                if total is None
+                else f", {tqdm.format_interval(round((total - done) / rate))} left"
+            )
+            print(f"{what}: {done:,}{rest} {unit}, {rate:,.0f}/s{left}", flush=True)
+
+    yield update
+
+
+def _imagenet() -> int:
+    from alexnet_jax.data.imagenet import preparation
+
+    if not FLAGS.source:
+        raise ValueError("--source is missing: the folder with the ImageNet archives")
+    data_dir = sources.tfds_data_dir(FLAGS.data_dir)
+    _check_writable(data_dir)
+    started = time.monotonic()
+    directory = preparation.prepare(
+        Path(FLAGS.source).expanduser().absolute(),
+        data_dir.absolute(),
+        workers=FLAGS.workers,
+        max_unreadable=FLAGS.max_unreadable,
+        verify=FLAGS.verify,
+        log=_say,
+        bar=_bar,
+    )
+    minutes = (time.monotonic() - started) / 60
+    _say(f"ready: {directory} ({minutes:.1f} min). Look at it before training:")
+    _say(f"  python -m alexnet_jax.prepare check --data_dir={data_dir}")
+    return 0
+
+
+def _check() -> int:
+    from alexnet_jax.analysis import contact_sheet
+
+    name = FLAGS.source or "imagenet2012_256"
+    out = Path(FLAGS.out)
+    _check_writable(out.absolute().parent)
+    train, evaluation = (
+        sources.open_source(
+            name, split, data_dir=FLAGS.data_dir, image_size=FLAGS.image_size
+        )
+        if split
+        else None
+        for split in (FLAGS.split, FLAGS.eval_split)
+    )
+    assert train is not None
+    findings, labels = [], []
+    for source in filter(None, (train, evaluation)):
+        _say(source.description)
+        with _bar("reading labels", source.num_examples, "records") as progress:
+            labels.append(check.read_labels(source, progress))
+    for finding in check.examine(
+        train, evaluation, labels, partial=FLAGS.partial, workers=FLAGS.workers
+    ):
+        _say(str(finding))
+        findings += [finding.level] if finding.level else []
+    figure = contact_sheet(train, labels[0], evaluation, labels[-1])
+    figure.savefig(out, dpi=110)
+    _say(f"look at {out}: each pair must show what its title says")
+    wrong = findings.count("WRONG")
+    _say(f"{wrong} of {len(findings)} checks failed" if wrong else "all checks passed")
+    return 1 if wrong else 0
+
+
+def _check_writable(folder: Path) -> None:
+    """Before work of hours: `folder` can be made and written."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"cannot write to {folder}: no permission for {existing}")
+
+
+def _textures() -> int:
     from alexnet_jax.data.textures import baselines
 
     print(
@@ -67,6 +183,7 @@ def _textures() -> None:
     ):
         result = error(train[name], train["label"], test[name], test["label"])
         print(f"error, {name:21s} {result:.3f}")
+    return 0
 
 
 def _features(split: str) -> dict[str, np.ndarray]:
@@ -90,7 +207,7 @@ def _features(split: str) -> dict[str, np.ndarray]:
     return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
 
 
-def _statistics() -> None:
+def _statistics() -> int:
     if not FLAGS.source:
         raise ValueError("--source is missing: folder:PATH or a tfds data set")
     source = sources.open_source(
@@ -105,14 +222,12 @@ def _statistics() -> None:
     count = min(source.num_examples, FLAGS.max_examples or source.num_examples)
     print(f"{source.description}: {count:,} of {source.num_examples:,} pictures")
     started = time.perf_counter()
-    from tqdm import tqdm
-
-    with tqdm(total=count, unit=" pictures", disable=not sys.stderr.isatty()) as bar:
+    with _bar("mean image and colour PCA", count, "pictures") as progress:
         result = statistics.compute(
             source,
             max_examples=FLAGS.max_examples,
             workers=FLAGS.workers,
-            progress=bar.update,
+            progress=progress,
         )
     result.save(path)
     seconds = time.perf_counter() - started
@@ -120,16 +235,28 @@ def _statistics() -> None:
     print(f"mean of R, G, B               {_numbers(means)}  (0..255)")
     print(f"standard deviations along PCA {_numbers(result.pca_std_255)}  (ascending)")
     print(f"wrote {path} ({seconds:.0f} s)")
+    return 0
 
 
 def _numbers(values: np.ndarray) -> str:
     return "  ".join(f"{value:7.3f}" for value in values)
 
 
-COMMANDS: dict[str, Callable[[], None]] = {
+def _say(line: str) -> None:
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+COMMANDS: dict[str, Callable[[], int]] = {
+    "imagenet": _imagenet,
+    "check": _check,
     "statistics": _statistics,
     "textures": _textures,
 }
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)  # what was begun is cleaned up on the way
 
 
 def main(argv: list[str]) -> int:
@@ -146,12 +273,15 @@ def main(argv: list[str]) -> int:
                 f"expected one command of {', '.join(COMMANDS)}; got "
                 f"{' '.join(words) or 'none'} (--help shows more)"
             )
-        COMMANDS[words[0]]()
+        return COMMANDS[words[0]]()
     except (flags.Error, ValueError, OSError) as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 1
-    return 0
+    except KeyboardInterrupt:
+        print("prepare: stopped; the same command goes on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminated)
     sys.exit(main(sys.argv))

@@ -1,8 +1,8 @@
 """Real pictures, where there are any.
 
-ALEXNET_TEST_DATA names a folder with `imagenet_sample/ILSVRC2012_img_train.tar` (an
-archive of class archives, as ImageNet's own) and `cifar10_images.tar` (class folders);
-without it these tests are skipped.
+ALEXNET_TEST_DATA names a folder with `imagenet_sample/ILSVRC2012_img_{train,val}.tar`
+(laid out as ImageNet's own) and `cifar10_images.tar` (class folders); without it these
+tests are skipped.
 """
 
 import io
@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from alexnet_jax import prepare
+from alexnet_jax.augment import IMAGENET_MEAN_255, IMAGENET_PCA_STD_255
 from alexnet_jax.data import images, open_source, statistics
 
 NUM_CLASSES = 40
@@ -57,8 +59,6 @@ def test_imagenet_pictures_by_two_decoders(imagenet_folder):
 
 
 def test_imagenet_statistics_are_close_to_the_originals(imagenet_folder):
-    from alexnet_jax.augment import IMAGENET_MEAN_255, IMAGENET_PCA_STD_255
-
     source = open_source(f"folder:{imagenet_folder}", "train", image_size=256)
     assert source.num_classes == NUM_CLASSES
     found = statistics.compute(source)
@@ -67,6 +67,37 @@ def test_imagenet_statistics_are_close_to_the_originals(imagenet_folder):
         found.mean_image.mean((0, 1)), IMAGENET_MEAN_255, atol=25
     )
     np.testing.assert_allclose(found.pca_std_255, IMAGENET_PCA_STD_255, rtol=0.35)
+
+
+def test_imagenet_archives_prepare_with_the_official_labels(data_dir, tmp_path):
+    """The sample's validation pictures are its training pictures, made smaller."""
+    source = data_dir / "imagenet_sample"
+    if not (source / "ILSVRC2012_img_val.tar").exists():
+        pytest.skip(f"there are no archives in {source}")
+    arguments = ["imagenet", f"--source={source}", f"--data_dir={tmp_path}"]
+    assert prepare.main(["prepare", *arguments]) == 0
+    pictures, labels = {}, {}
+    for split, count in (("train", 1000), ("validation", 300)):
+        small = open_source(
+            "imagenet2012_256", split, data_dir=str(tmp_path), image_size=32
+        )
+        assert small.num_examples == count
+        stack, labels[split] = (
+            np.empty((count, 32, 32, 3), np.uint8),
+            np.empty(count, int),
+        )
+        small.fetch(np.arange(count), stack, labels[split])
+        pictures[split] = stack.reshape(count, -1).astype(np.float32)
+    distances = (pictures["train"] ** 2).sum(1) - 2 * pictures["validation"] @ pictures[
+        "train"
+    ].T
+    nearest = labels["train"][distances.argmin(1)]
+    assert np.mean(nearest == labels["validation"]) > 0.98
+    train = open_source("imagenet2012_256", "train", data_dir=str(tmp_path))
+    found = statistics.load(statistics.statistics_path(train))
+    means = found.mean_image.mean((0, 1))
+    np.testing.assert_allclose(means, IMAGENET_MEAN_255, atol=5)
+    np.testing.assert_allclose(found.pca_std_255, IMAGENET_PCA_STD_255, rtol=0.2)
 
 
 def test_cifar10_pictures_train(data_dir, tmp_path):

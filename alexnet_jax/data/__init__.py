@@ -2,8 +2,9 @@
 
 `images` decodes and resizes, `sources` knows the storage (class folders, tfds
 datasets, the embedded textures, fake data), `loader` turns a source into batches
-and `statistics` computes the mean image and the colour PCA. Nothing here imports
-TensorFlow or JAX.
+and `statistics` computes the mean image and the colour PCA. `imagenet` prepares
+ILSVRC-2012, and `check` looks for what nothing else would show. Nothing here imports
+TensorFlow.
 """
 
 from alexnet_jax.data.errors import DataError

@@ -18,6 +18,12 @@ from alexnet_jax.data.errors import DataError
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _EVAL_FOLDERS = ("test", "val", "validation")
+HOW_TO_GET_IMAGENET = (
+    "The archives are had from https://image-net.org/download-images after signing up "
+    'there: ILSVRC2012, "Training images (Task 1 & 2)", 138 GB, and "Validation images '
+    '(all tasks)", 6.3 GB; put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, '
+    "packed as they are, into one folder"
+)
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
@@ -45,6 +51,10 @@ class Source(Protocol):
     def statistics_path(self) -> Path | None: ...
     @property
     def num_classes(self) -> int: ...
+
+    def labels_of(self, indices: np.ndarray) -> np.ndarray:
+        """int32 [n], the labels of examples `indices` [n]; decodes no picture."""
+        ...
 
     def fetch(
         self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
@@ -93,7 +103,9 @@ def open_source(
         from alexnet_jax.data.textures import build
 
         source = build(tfds_data_dir(data_dir), tiny=source.endswith("tiny"))
-    return TfdsSource(source, split, image_size, data_dir)
+    return TfdsSource(
+        tfds_directory(source, tfds_data_dir(data_dir)), split, image_size
+    )
 
 
 def check_same_classes(train: Source, evaluation: Source) -> None:
@@ -108,8 +120,8 @@ def check_same_classes(train: Source, evaluation: Source) -> None:
     raise DataError(
         "training and evaluation data have different classes "
         f"({train.num_classes} and {evaluation.num_classes}): "
-        f"only in training {_some(only_train)}; "
-        f"only in evaluation {_some(only_eval)} "
+        f"only in training {some(only_train)}; "
+        f"only in evaluation {some(only_eval)} "
         f"(training: {train.description}; evaluation: {evaluation.description})"
     )
 
@@ -127,10 +139,10 @@ class FolderSource:
         self._folder = _split_folder(root, split)
         self.image_size = image_size
         self.class_names = tuple(
-            sorted(e.name for e in _visible(self._folder) if e.is_dir())
+            sorted(e.name for e in visible(self._folder) if e.is_dir())
         )
         if not self.class_names:
-            found = _some(sorted(e.name for e in _visible(self._folder)))
+            found = some(sorted(e.name for e in visible(self._folder)))
             raise DataError(
                 f"no class folders in {self._folder} (found there: {found}). "
                 f"Expected {self._folder / '<class>' / '<picture>.jpg'}, one folder "
@@ -140,10 +152,10 @@ class FolderSource:
         self._files: list[str] = []
         labels: list[int] = []
         for label, name in enumerate(self.class_names):
-            files = _pictures(self._folder / name)
+            files = picture_files(self._folder / name)
             self._files += files
             labels += [label] * len(files)
-        self.labels = np.asarray(labels, np.int32)
+        self._labels = np.asarray(labels, np.int32)
         self.num_examples = len(self._files)
         self.description = f"folder {self._folder}"
         self.statistics_path = root / _statistics_name(split, image_size)
@@ -152,11 +164,15 @@ class FolderSource:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    def labels_of(self, indices: np.ndarray) -> np.ndarray:
+        """See `Source.labels_of`."""
+        return self._labels[indices]
+
     def fetch(
         self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
     ) -> None:
         """See `Source.fetch`."""
-        labels[:] = self.labels[indices]
+        labels[:] = self.labels_of(indices)
         for i, index in enumerate(indices):
             path = self._folder / self.class_names[labels[i]] / self._files[index]
             try:
@@ -176,13 +192,9 @@ class TfdsSource:
     Nothing is downloaded or prepared here. Attributes: see `Source`.
     """
 
-    def __init__(
-        self, name: str, split: str, image_size: int, data_dir: str | None = None
-    ):
+    def __init__(self, directory: Path, split: str, image_size: int):
         import tensorflow_datasets as tfds
-        from tensorflow_datasets.proto import tf_example_pb2
 
-        directory = _tfds_directory(name, tfds_data_dir(data_dir))
         builder = tfds.builder_from_directory(directory)
         self._image_key, self._label_key, classes = _image_and_label(builder.info)
         try:
@@ -197,18 +209,17 @@ class TfdsSource:
             file_format = builder.info.file_format
             raise DataError(
                 f"{directory} was prepared as {file_format and file_format.value}, "
-                "which cannot be read in random order. Prepare it again as "
-                f"array_record in another data_dir: {_prepare_command(name)}"
+                "which cannot be read in random order; take another data_dir. "
+                f"{_how_to_prepare(':'.join(builder.info.full_name.rsplit('/', 1)))}"
             ) from None
         except (ValueError, AssertionError) as error:
             reason = " ".join(str(error).split())
             raise DataError(
                 f"cannot read split {split!r} of {directory}: {reason} (its splits: "
-                f"{_some(sorted(builder.info.splits))}; a slice is written "
+                f"{some(sorted(builder.info.splits))}; a slice is written "
                 "'train[:90%]'). Change --config.data.train_split or eval_split"
             ) from error
-        # The message class is made at run time.
-        self._parse = getattr(tf_example_pb2, "Example").FromString  # noqa: B009
+        self._parse = example_message().FromString
         self.num_examples = len(self._records)
         self.class_names = classes
         self.image_size = image_size
@@ -219,24 +230,33 @@ class TfdsSource:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    def labels_of(self, indices: np.ndarray) -> np.ndarray:
+        """See `Source.labels_of`."""
+        return np.array([self._record(index)[0] for index in indices.tolist()], "i4")
+
     def fetch(
         self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
     ) -> None:
         """See `Source.fetch`."""
         for i, index in enumerate(indices.tolist()):
-            # One record a call: for a list of them array_record starts a new pool
-            # of up to 64 threads each time.
-            features = self._parse(self._records[index]).features.feature
-            name = f"record {index} of {self.description}"
-            label = features[self._label_key].int64_list.value[0]
-            if not 0 <= label < self.num_classes:
-                raise DataError(
-                    f"{name} has label {label}, outside 0..{self.num_classes - 1}; "
-                    "a split without labels cannot be used"
-                )
-            labels[i] = label
-            data = features[self._image_key].bytes_list.value[0]
-            images_lib.decode(data, self.image_size, name, images[i])
+            labels[i], data = self._record(index)
+            images_lib.decode(data, self.image_size, self._name(index), images[i])
+
+    def _record(self, index: int) -> tuple[int, bytes]:
+        """Label and picture file of an example."""
+        # One record a call: for a list of them array_record starts a new pool
+        # of up to 64 threads each time.
+        features = self._parse(self._records[index]).features.feature
+        label = features[self._label_key].int64_list.value[0]
+        if not 0 <= label < self.num_classes:
+            raise DataError(
+                f"{self._name(index)} has label {label}, outside "
+                f"0..{self.num_classes - 1}; a split without labels cannot be used"
+            )
+        return label, features[self._image_key].bytes_list.value[0]
+
+    def _name(self, index: int) -> str:
+        return f"record {index} of {self.description}"
 
 
 class FakeSource:
@@ -275,12 +295,16 @@ class FakeSource:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    def labels_of(self, indices: np.ndarray) -> np.ndarray:
+        """See `Source.labels_of`."""
+        return indices % self.num_classes
+
     def fetch(
         self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
     ) -> None:
         """See `Source.fetch`."""
         np.take(self._pool, indices % len(self._pool), axis=0, out=images, mode="wrap")
-        labels[:] = indices % self.num_classes
+        labels[:] = self.labels_of(indices)
 
 
 def tfds_data_dir(data_dir: str | None) -> Path:
@@ -289,19 +313,27 @@ def tfds_data_dir(data_dir: str | None) -> Path:
     return Path(chosen).expanduser()
 
 
+def example_message() -> Any:
+    """The protocol buffer class of a tfds record; it is made at run time."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    return getattr(tf_example_pb2, "Example")  # noqa: B009
+
+
 def _statistics_name(split: str, image_size: int) -> str:
     part = "" if split == "train" else "_" + quote(split, safe="")
     return f"statistics_{image_size}{part}.npz"
 
 
-def _some(names: Sequence[str], limit: int = 8) -> str:
+def some(names: Sequence[str], limit: int = 8) -> str:
     """'a, b, c' or 'a, b, ... (17 in all)' or 'nothing', for messages."""
     if len(names) > limit:
         return ", ".join(names[:limit]) + f", ... ({len(names)} in all)"
     return ", ".join(names) or "nothing"
 
 
-def _visible(folder: Path) -> list[os.DirEntry]:
+def visible(folder: Path) -> list[os.DirEntry]:
+    """What is in a folder, hidden things left out."""
     with os.scandir(folder) as entries:
         return [entry for entry in entries if not entry.name.startswith(".")]
 
@@ -315,7 +347,7 @@ def _split_folder(root: Path, split: str) -> Path:
         return found[0]
     if found:
         raise DataError(
-            f"{root} has no folder {split!r} but {_some([f.name for f in found])}: "
+            f"{root} has no folder {split!r} but {some([f.name for f in found])}: "
             "say which with --config.data.eval_split"
         )
     if not root.exists():
@@ -323,7 +355,7 @@ def _split_folder(root: Path, split: str) -> Path:
     elif not root.is_dir():
         there = f"{root} is not a folder"
     else:
-        there = f"found there: {_some(sorted(e.name for e in _visible(root)))}"
+        there = f"found there: {some(sorted(e.name for e in visible(root)))}"
     raise FileNotFoundError(
         f"no folder {' or '.join(names)} in {root.absolute()} ({there}). Expected "
         f"{root}/train/<class>/<picture>.jpg and {root}/test/<class>/... (or val); "
@@ -331,14 +363,15 @@ def _split_folder(root: Path, split: str) -> Path:
     )
 
 
-def _pictures(folder: Path) -> list[str]:
-    entries = _visible(folder)
+def picture_files(folder: Path) -> list[str]:
+    """The sorted names of the pictures in a folder; DataError if there are none."""
+    entries = visible(folder)
     files = sorted(e.name for e in entries if e.name.lower().endswith(PICTURE_SUFFIXES))
     if files:
         return files
     raise DataError(
         f"class folder {folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)}; "
-        f"found there: {_some(sorted(e.name for e in entries))}). Fill it or remove "
+        f"found there: {some(sorted(e.name for e in entries))}). Fill it or remove "
         "it: an empty class would shift the labels unnoticed"
     )
 
@@ -350,7 +383,7 @@ def _versions(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: [int(part) for part in p.name.split(".")])
 
 
-def _tfds_directory(name: str, data_dir: Path) -> Path:
+def tfds_directory(name: str, data_dir: Path) -> Path:
     """DATA_DIR/name[/config]/version of a prepared data set, the newest version."""
     path, _, version = name.partition(":")
     folder = data_dir / path
@@ -368,20 +401,28 @@ def _tfds_directory(name: str, data_dir: Path) -> Path:
         there = f"{where} does not exist"
     else:
         names = [p.name for p in where.iterdir() if not p.name.startswith(".")]
-        there = f"found in {where}: {_some(sorted(names))}"
+        there = f"found in {where}: {some(sorted(names))}"
     raise FileNotFoundError(
         f"no prepared tfds data set {name} in {data_dir} ({there}). "
         "The directory is --config.data.dir, else the environment variable "
-        f"TFDS_DATA_DIR, else ~/tensorflow_datasets. To prepare it: "
-        f"{_prepare_command(name, data_dir)}"
+        f"TFDS_DATA_DIR, else ~/tensorflow_datasets. {_how_to_prepare(name, data_dir)}"
     )
 
 
-def _prepare_command(name: str, data_dir: Path | str = "DIR") -> str:
+def _how_to_prepare(name: str, data_dir: Path | str = "DIR") -> str:
     if name.startswith("imagenet2012_256"):
-        return "unpack it into class folders and set --config.data.source=folder:PATH"
+        command = (
+            "python -m alexnet_jax.prepare imagenet --source=FOLDER "
+            f"--data_dir={data_dir}"
+        )
+        if any(Path(data_dir, "imagenet2012_256").glob("*.incomplete")):
+            return f"A preparation was begun there; the same command goes on: {command}"
+        return (
+            f"{HOW_TO_GET_IMAGENET}. Then: {command} (class folders, train/<wnid>/ and "
+            "val/, or a prepared tfds imagenet2012 do as well)"
+        )
     return (
-        'python -c "import tensorflow_datasets as tfds; '
+        'To prepare it: python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record')"
         '.download_and_prepare()" (data sets whose builder needs TensorFlow: '
         'pip install "alexnet_jax[tf]" first; training does not need it)'
@@ -402,7 +443,7 @@ def _image_and_label(info: Any) -> tuple[str, str, tuple[str, ...]]:
     if len(pictures) != 1 or len(labels) != 1:
         raise DataError(
             f"tfds data set {info.full_name} must have one image and one class label; "
-            f"its features are {_some(sorted(features))}"
+            f"its features are {some(sorted(features))}"
         )
     feature = features[labels[0]]
     names = feature.names or [str(k) for k in range(feature.num_classes or 0)]

@@ -1,0 +1,245 @@
+"""Checks of a data set before a long run: the mistakes that nothing else shows.
+
+Wrong or missing labels, classes in another order, pictures that are not shuffled,
+statistics of other data: training runs with all of them, and ends at a bad error rate.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from alexnet_jax.augment import (
+    IMAGENET_MEAN_255,
+    IMAGENET_PCA_STD_255,
+)
+from alexnet_jax.data import statistics
+from alexnet_jax.data.errors import DataError
+from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, wnids, words
+from alexnet_jax.data.loader import train_order
+from alexnet_jax.data.sources import Source, check_same_classes, some
+
+BATCH_SIZE, NUM_BATCHES = 128, 100
+_CHUNK = 2048  # labels read at a time
+_SAMPLE = 2000  # pictures that the statistics are computed from again
+# Of the mean of a picture over a data set, in grey levels: about 37 for ImageNet.
+_SPREAD_OF_MEANS = 40.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What one check found; level is "ok", "note" or "WRONG"."""
+
+    level: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.level:5s}  {self.text}"
+
+
+def read_labels(source: Source, progress: Callable[[int], object]) -> np.ndarray:
+    """The labels of all examples, int32 [n], in the order of storage."""
+    labels = np.empty(source.num_examples, np.int32)
+    for first in range(0, len(labels), _CHUNK):
+        part = labels[first : first + _CHUNK]
+        part[:] = source.labels_of(np.arange(first, first + len(part)))
+        progress(len(part))
+    return labels
+
+
+def examine(
+    train: Source,
+    evaluation: Source | None,
+    labels: Sequence[np.ndarray],
+    *,
+    partial: bool = False,
+    workers: int = 2,
+) -> Iterator[Finding]:
+    """All checks, one after the other.
+
+    Args:
+      train, evaluation: the splits.
+      labels: of each split, as `read_labels` gives them.
+      partial: less than all of ImageNet is no mistake.
+      workers: decoding threads.
+    """
+    is_imagenet = set(train.class_names) <= set(wnids())
+    yield _class_order(train, is_imagenet)
+    splits = [("train", train, labels[0])]
+    if evaluation is not None:
+        yield _same_classes(train, evaluation)
+        splits.append(("validation", evaluation, labels[1]))
+    for split, source, of_split in splits:
+        if is_imagenet:
+            yield _official_count(split, len(of_split), partial)
+        yield from _histogram(split, source, of_split)
+    yield _shuffling(labels[0])
+    yield _order_of_storage(labels[0])
+    yield from _statistics(train, is_imagenet, workers)
+
+
+def _class_order(train: Source, is_imagenet: bool) -> Finding:
+    names = train.class_names
+    if list(names) != sorted(names) and not is_imagenet:
+        return Finding("note", f"{len(names):,} classes, not in alphabetical order")
+    if is_imagenet and names != wnids():
+        missing = sorted(set(wnids()) - set(names))
+        return Finding(
+            "WRONG",
+            f"class order: {len(names):,} classes, ImageNet has 1,000 in the order of "
+            f"their WNIDs; missing {some(missing)}: labels are not the published ones",
+        )
+    first, last = (
+        f"{name} ({words(name)})" if is_imagenet else name
+        for name in (names[0], names[-1])
+    )
+    return Finding(
+        "ok", f"class order: {len(names):,} classes, 0 is {first}, the last is {last}"
+    )
+
+
+def _same_classes(train: Source, evaluation: Source) -> Finding:
+    try:
+        check_same_classes(train, evaluation)
+    except DataError as error:
+        return Finding("WRONG", str(error))
+    return Finding("ok", "both splits have the same classes in the same order")
+
+
+def _official_count(split: str, count: int, partial: bool) -> Finding:
+    official = OFFICIAL_COUNTS[split]
+    if count == official:
+        return Finding("ok", f"{split}: {count:,} pictures, all of ILSVRC-2012")
+    level = "note" if partial else "WRONG"
+    hint = "" if partial else " (--partial accepts that)"
+    text = f"{split}: {count:,} pictures, ILSVRC-2012 has {official:,}{hint}"
+    return Finding(level, text)
+
+
+def _histogram(split: str, source: Source, labels: np.ndarray) -> Iterator[Finding]:
+    counts = np.bincount(labels, minlength=source.num_classes)
+    present = np.flatnonzero(counts)
+    text = (
+        f"{split}: {len(labels):,} pictures, a class has {counts[present].min():,} to "
+        f"{counts.max():,}, median {np.median(counts[present]):,.0f}"
+    )
+    if len(present) == 1:
+        name = source.class_names[present[0]]
+        yield Finding("WRONG", f"{split}: every picture has the same label, {name}")
+        return
+    absent = [source.class_names[k] for k in np.flatnonzero(counts == 0)]
+    # A small evaluation split may lack classes; a training split must not.
+    if absent:
+        level = "WRONG" if split == "train" else "note"
+        yield Finding(level, f"{text}; no pictures of {some(absent)}")
+    else:
+        yield Finding("ok", text)
+    for line in _bars(counts):
+        yield Finding("", line)
+
+
+def _bars(counts: np.ndarray, rows: int = 8, width: int = 40) -> list[str]:
+    """A histogram of the classes' numbers of pictures, in text."""
+    edges = np.unique(np.linspace(counts.min(), counts.max() + 1, rows + 1).astype(int))
+    if len(edges) < 3:
+        return []
+    classes = np.histogram(counts, edges)[0]
+    return [
+        f"{low:6,} to {high - 1:6,} pictures: {number:5,} classes "
+        + "#" * int(np.ceil(width * number / classes.max()))
+        for low, high, number in zip(edges, edges[1:], classes, strict=False)
+    ]
+
+
+def label_entropy(batches: np.ndarray) -> float:
+    """Mean entropy in bits of the labels of each batch, int [batches, batch size]."""
+    total = 0.0
+    for batch in batches:
+        share = np.unique(batch, return_counts=True)[1] / len(batch)
+        total -= float((share * np.log2(share)).sum())
+    return total / len(batches)
+
+
+def _batches_of(labels: np.ndarray) -> np.ndarray:
+    """`labels` from the front as at most NUM_BATCHES whole batches."""
+    size = min(BATCH_SIZE, len(labels))
+    count = min(NUM_BATCHES, len(labels) // size)
+    return labels[: count * size].reshape(count, size)
+
+
+def _by_chance(labels: np.ndarray) -> float:
+    """The entropy of batches drawn at random, of which an example comes once."""
+    rng = np.random.default_rng(0)
+    return label_entropy(_batches_of(rng.permutation(labels)))
+
+
+def _shuffling(labels: np.ndarray) -> Finding:
+    """What training will see: the loader's first batches."""
+    size = min(BATCH_SIZE, len(labels))
+    order = train_order(len(labels), batch_size=size, seed=0)
+    count = min(NUM_BATCHES, len(labels) // size)
+    found = label_entropy(np.stack([labels[order[step]] for step in range(count)]))
+    chance = _by_chance(labels)
+    text = (
+        f"shuffling: the labels of the first {count} batches of {size} hold "
+        f"{found:.2f} bits each, at random {chance:.2f}"
+    )
+    return Finding("ok" if found > 0.9 * chance > 0 else "WRONG", text)
+
+
+def _order_of_storage(labels: np.ndarray) -> Finding:
+    """Matters to readers that shuffle little, and to slices such as train[:10%]."""
+    found, chance = label_entropy(_batches_of(labels)), _by_chance(labels)
+    if found > 0.9 * chance:
+        return Finding("ok", f"order of storage: shuffled as well ({found:.2f} bits)")
+    return Finding(
+        "note",
+        f"order of storage: sorted by class ({found:.2f} bits of {chance:.2f}); "
+        "training shuffles by itself, a slice such as train[:10%] is a few classes",
+    )
+
+
+def _statistics(train: Source, is_imagenet: bool, workers: int) -> Iterator[Finding]:
+    path = train.statistics_path
+    if path is None or not path.exists():
+        yield Finding(
+            "note",
+            "statistics: none beside the data; training computes them from 10,000 "
+            "pictures (python -m alexnet_jax.prepare statistics --source=... stores "
+            "those of all)",
+        )
+        return
+    stored = statistics.load(path)
+    count = min(_SAMPLE, train.num_examples)
+    again = statistics.compute(train, max_examples=count, workers=workers)
+    mean, new_mean = (s.mean_image.mean((0, 1)) for s in (stored, again))
+    # Four standard errors; of all pictures again the same numbers must come.
+    same = count == train.num_examples == stored.num_examples
+    tolerance = 0.01 if same else 4 * _SPREAD_OF_MEANS / np.sqrt(count)
+    share = 1e-3 if same else 0.15
+    near = bool(
+        np.abs(mean - new_mean).max() < tolerance
+        and np.allclose(stored.pca_std_255, again.pca_std_255, rtol=share)
+    )
+    yield Finding(
+        "ok" if near else "WRONG",
+        f"statistics: stored (of {stored.num_examples:,} pictures) mean "
+        f"{_numbers(mean)}, PCA {_numbers(stored.pca_std_255)}; of {count:,} pictures "
+        f"again {_numbers(new_mean)}, {_numbers(again.pca_std_255)}",
+    )
+    if stored.num_examples != train.num_examples:
+        yield Finding(
+            "note",
+            f"statistics: of {stored.num_examples:,} pictures, the split has "
+            f"{train.num_examples:,}",
+        )
+    if is_imagenet:
+        yield Finding(
+            "note",
+            f"statistics: the original's (2012) mean {_numbers(IMAGENET_MEAN_255)}, "
+            f"PCA {_numbers(IMAGENET_PCA_STD_255)}",
+        )
+
+
+def _numbers(values: np.ndarray) -> str:
+    return " ".join(f"{value:.1f}" for value in values)

@@ -1,0 +1,72 @@
+"""The thousand classes of ILSVRC-2012, their words, and the validation labels."""
+
+import functools
+import re
+from importlib import resources
+
+from alexnet_jax.data.errors import DataError
+
+# Pictures in the official archives (Russakovsky et al. 2015, table 2).
+OFFICIAL_COUNTS = {"train": 1_281_167, "validation": 50_000}
+_VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
+
+
+@functools.cache
+def class_words() -> dict[str, str]:
+    """WNID -> English words, "n01440764" -> "tench, Tinca tinca", in label order.
+
+    Label k is the k-th of the sorted WNIDs, as in Caffe, torchvision and tfds (not
+    ILSVRC2012_ID of the development kit, which counts from 1 in another order). Two
+    classes have the same words: the bird and the machine are both "crane".
+    """
+    text = (
+        resources.files("alexnet_jax.data.imagenet")
+        .joinpath("classes.txt")
+        .read_text("utf-8")
+    )
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    return dict(line.split(" ", 1) for line in lines)
+
+
+def wnids() -> tuple[str, ...]:
+    """The thousand WNIDs in the order of their labels."""
+    return tuple(class_words())
+
+
+def words(class_name: str) -> str:
+    """The first of a class's words, "tench"; a name that is no WNID as it is."""
+    return class_words().get(class_name, class_name).split(",")[0]
+
+
+@functools.cache
+def _validation_wnids() -> tuple[str, ...]:
+    """The official ground truth, a WNID a picture; tfds carries it in its package."""
+    import tensorflow_datasets as tfds
+
+    path = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
+    labels = tuple(path.read_text().split())
+    if len(labels) != OFFICIAL_COUNTS["validation"] or set(labels) != set(wnids()):
+        raise DataError(
+            f"{path} does not hold the labels of the 50,000 validation pictures; "
+            'reinstall it: pip install --force-reinstall "tensorflow-datasets<4.10"'
+        )
+    return labels
+
+
+def validation_wnid(file_name: str) -> str:
+    """The class of ILSVRC2012_val_00000001.JPEG ... ILSVRC2012_val_00050000.JPEG.
+
+    By the number in the name: archives that were packed again have another order.
+
+    Raises:
+      DataError: for any other name.
+    """
+    match = _VALIDATION_NAME.fullmatch(file_name)
+    number = int(match[1]) if match else 0
+    if not 1 <= number <= OFFICIAL_COUNTS["validation"]:
+        raise DataError(
+            f"{file_name!r} is no validation picture of ILSVRC-2012: expected "
+            "ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_00050000.JPEG, by whose "
+            "number the label is found"
+        )
+    return _validation_wnids()[number - 1]

@@ -1,0 +1,429 @@
+"""Where the original pictures of ILSVRC-2012 lie: archives, class folders, tfds.
+
+Nothing is unpacked. A split becomes a table, one row a picture, that says in which
+file and at which bytes it lies; any process can then read any picture by itself.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import os
+import struct
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from alexnet_jax.data import sources
+from alexnet_jax.data.errors import DataError
+from alexnet_jax.data.imagenet.classes import (
+    OFFICIAL_COUNTS,
+    validation_wnid,
+    wnids,
+)
+
+SPLITS = tuple(OFFICIAL_COUNTS)
+ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
+# Bytes and MD5 of the official archives, as tfds and torchvision have them.
+OFFICIAL_BYTES = {"train": 147_897_477_120, "validation": 6_744_924_160}
+OFFICIAL_MD5 = {
+    "train": "1d675b47d978889d74fa0da5fadfb00e",
+    "validation": "29b22e2961454d5413ddabcf34fc5622",
+}
+_FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
+_BLOCK = 512  # a tar archive's unit
+_COLUMNS = ("place", "name", "offset", "size", "label")
+_FROM_RECORD = -1  # a label that is known only when the record is read
+
+Progress = Callable[[int], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Originals:
+    """The pictures of one split, as columns of equal length n.
+
+    Attributes:
+      description: one line for the reader: what it is and where.
+      kind: "file", bytes of a picture file; "tfrecord" and "array_record", records
+        of a tfds data set (of the latter `offset` is the record's number).
+      places: archives, folders or shard files.
+      place: int32 [n], which of them.
+      name: bytes [n], the picture's file name (in a tfds data set the record's).
+      offset, size: int64 [n], its bytes; offset -1 is a file of its own in a folder.
+      label: int16 [n], 0..999; -1 where only the record knows.
+    """
+
+    description: str
+    kind: Literal["file", "tfrecord", "array_record"]
+    places: tuple[str, ...]
+    place: np.ndarray
+    name: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    label: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.name)
+
+    def take(self, indices: Any) -> "Originals":
+        """Some rows, in that order (an index array or a slice)."""
+        return dataclasses.replace(
+            self, **{name: getattr(self, name)[indices] for name in _COLUMNS}
+        )
+
+    def shuffled(self) -> "Originals":
+        """In the order of a hash of the names, so that any stretch is a fair sample.
+
+        The order depends on the names alone: archives and folders give the same. The
+        records of a tfds data set are shuffled already and keep their order.
+        """
+        if self.kind != "file":
+            return self
+        hashes = [hashlib.blake2b(n, digest_size=8).digest() for n in self.name]
+        return self.take(np.argsort(np.array(hashes, "S8"), kind="stable"))
+
+    def fingerprint(self) -> str:
+        """A hash of what the pictures are, wherever they lie: names, sizes, labels."""
+        digest = hashlib.blake2b(digest_size=16)
+        for column in (self.name, self.size, self.label):
+            digest.update(column.tobytes())
+        return digest.hexdigest()
+
+    def read(self, index: int) -> tuple[str, int, bytes]:
+        """Name, label and file of a picture.
+
+        Raises:
+          DataError: it cannot be read.
+        """
+        place = self.places[self.place[index]]
+        name, label = os.fsdecode(self.name[index]), int(self.label[index])
+        try:
+            if self.kind == "array_record":
+                record = _reader(place).read([int(self.offset[index])])[0]
+                return _from_example(record, name)
+            offset, size = int(self.offset[index]), int(self.size[index])
+            path = place if offset >= 0 else os.path.join(place, name)
+            with open(path, "rb") as file:
+                file.seek(max(0, offset))
+                data = file.read(size)
+        except OSError as error:
+            raise DataError(f"cannot read {name} of {place}: {error}") from error
+        if len(data) < size:
+            raise DataError(f"{name} of {place} ends after {len(data)} of {size} bytes")
+        return (name, label, data) if self.kind == "file" else _from_example(data, name)
+
+
+def find(
+    source: Path, progress: Progress | None = None, cache: Path | None = None
+) -> dict[str, Originals]:
+    """The originals of both splits in a folder.
+
+    Args:
+      source: holds the two archives, or train/<wnid>/ and val/ (class folders, or the
+        50,000 files as they are), or one of each; or a prepared tfds `imagenet2012`.
+      progress: called with the number of pictures found since its last call.
+      cache: folder to keep the archives' tables of contents in: reading them anew
+        takes minutes to half an hour, as the disk is.
+
+    Raises:
+      DataError, FileNotFoundError: a split is missing, an archive is cut off, a class
+        is unknown; with what was found and what to do.
+    """
+    directory = _tfds_directory(source)
+    if directory is not None:
+        return {split: _tfds(directory, split) for split in SPLITS}
+    found: dict[str, Callable[[], Originals]] = {}
+    for split in SPLITS:
+        archive = source / ARCHIVES[split]
+        folders = [source / name for name in _FOLDERS[split]]
+        folder = next((path for path in folders if path.is_dir()), None)
+        report = progress or (lambda _: None)
+        if archive.is_file():
+            found[split] = functools.partial(_archive, archive, split, report, cache)
+        elif folder is not None:
+            found[split] = functools.partial(_folder, folder, split, report)
+    if len(found) < len(SPLITS):
+        raise FileNotFoundError(_nothing_found(source, found))
+    return {split: _checked(read()) for split, read in found.items()}
+
+
+def _nothing_found(source: Path, found: Any) -> str:
+    if source.is_dir():
+        visible = sorted(p.name for p in source.iterdir() if p.name[0] != ".")
+        there = f"found there: {sources.some(visible)}"
+    else:
+        there = "it does not exist" if not source.exists() else "it is not a folder"
+    missing = " and no ".join(
+        f"{split} split ({ARCHIVES[split]} or {'/ or '.join(_FOLDERS[split])}/)"
+        for split in SPLITS
+        if split not in found
+    )
+    return f"no {missing} in --source={source} ({there}). {sources.HOW_TO_GET_IMAGENET}"
+
+
+def _checked(originals: Originals) -> Originals:
+    names, counts = np.unique(originals.name, return_counts=True)
+    if len(names) < len(originals):
+        twice = os.fsdecode(names[counts.argmax()])
+        raise DataError(f"{originals.description} holds {twice} more than once")
+    if not len(originals):
+        raise DataError(f"{originals.description} holds no pictures")
+    return originals
+
+
+def _table(
+    description: str, places: list[str], rows: list[tuple[int, bytes, int, int, int]]
+) -> Originals:
+    """From (place, name, offset, size, label) a picture."""
+    place, name, offset, size, label = zip(*rows, strict=True) if rows else [()] * 5
+    return Originals(
+        description,
+        "file",
+        tuple(places),
+        np.array(place, np.int32),
+        np.array(name, np.bytes_),
+        np.array(offset, np.int64),
+        np.array(size, np.int64),
+        np.array(label, np.int16),
+    )
+
+
+def _label(wnid: str, where: str) -> int:
+    try:
+        return _LABELS[wnid]
+    except KeyError:
+        raise DataError(
+            f"{where} is none of the 1,000 classes of ILSVRC-2012, such as "
+            f"{wnids()[0]}. Pictures of other classes need no preparation: "
+            "--config=configs/folder.py --config.data.source=folder:PATH"
+        ) from None
+
+
+_LABELS = {wnid: label for label, wnid in enumerate(wnids())}
+
+
+# Archives.
+
+
+def _archive(
+    path: Path, split: str, progress: Progress, cache: Path | None
+) -> Originals:
+    state = path.stat()
+    key = f"{path} {state.st_size} {state.st_mtime_ns}"
+    kept = cache and cache / f"{split}_table.npz"
+    if kept and kept.exists():
+        with np.load(kept) as file:
+            if str(file["key"]) == key:
+                columns = {name: file[name] for name in _COLUMNS}
+                return Originals(_about(path), "file", (str(path),), **columns)
+    read = _train_archive if split == "train" else _validation_archive
+    table = read(path, progress)
+    if kept:
+        columns = {name: getattr(table, name) for name in _COLUMNS}
+        temporary = kept.with_name(f".{kept.name}")
+        np.savez(temporary, key=np.array(key), **columns)
+        os.replace(temporary, kept)
+    return table
+
+
+def _about(archive: Path) -> str:
+    return f"archive {archive}"
+
+
+def _train_archive(path: Path, progress: Progress) -> Originals:
+    """An archive of a thousand archives, n01440764.tar ..."""
+    rows = []
+    with open(path, "rb") as file:
+        for member in _members(path, 0, path.stat().st_size):
+            wnid, suffix = os.path.splitext(os.path.basename(member.name))
+            if suffix != ".tar":
+                raise DataError(
+                    f"{path} holds {member.name}; expected archives of classes, such "
+                    f"as {wnids()[0]}.tar"
+                )
+            label = _label(wnid, f"{member.name} in {path}")
+            inside = list(_members(path, member.offset_data, member.size, wnid))
+            rows += [(0, _name(m), m.offset_data, m.size, label) for m in inside]
+            progress(len(inside))
+        _check_end(file, path)
+    return _table(_about(path), [str(path)], rows)
+
+
+def _validation_archive(path: Path, progress: Progress) -> Originals:
+    """The flat archive of the validation pictures; labels by their numbers."""
+    rows = []
+    with open(path, "rb") as file:
+        for member in _members(path, 0, path.stat().st_size):
+            name = _name(member)
+            label = _LABELS[validation_wnid(os.fsdecode(name))]
+            rows.append((0, name, member.offset_data, member.size, label))
+            progress(1)
+        _check_end(file, path)
+    return _table(_about(path), [str(path)], rows)
+
+
+def _members(
+    path: Path, start: int, size: int, inner: str = ""
+) -> Iterator[tarfile.TarInfo]:
+    """The files of the archive that lies at these bytes; hidden ones are left out."""
+    where = f"{path}, archive {inner}.tar" if inner else str(path)
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for member in archive:
+                    if member.offset_data + member.size > start + size:
+                        raise tarfile.ReadError("unexpected end of data")
+                    hidden = os.path.basename(member.name).startswith(".")
+                    if member.isdir() or hidden:
+                        continue
+                    if not member.isreg():
+                        raise DataError(
+                            f"{where} holds {member.name}, which is a link or a "
+                            "device and not a picture; take the official archive"
+                        )
+                    yield member
+    except tarfile.TarError as error:
+        raise DataError(_cut_off(path, f"{where}: {error}")) from error
+
+
+def _check_end(file: Any, path: Path) -> None:
+    """An archive ends in zeros; without them its last files may be missing."""
+    file.seek(0, os.SEEK_END)
+    file.seek(max(0, file.tell() - 2 * _BLOCK))
+    if file.read() != bytes(2 * _BLOCK):
+        raise DataError(_cut_off(path, f"{path} has no end mark"))
+
+
+def _cut_off(path: Path, what: str) -> str:
+    official = next((OFFICIAL_BYTES[s] for s, a in ARCHIVES.items() if a == path.name))
+    return (
+        f"{what}. It has {path.stat().st_size:,} bytes, the official archive "
+        f"{official:,}: was the download cut off? Go on with it (wget -c, curl -C -) or "
+        "download it again"
+    )
+
+
+def _name(member: tarfile.TarInfo) -> bytes:
+    return os.fsencode(os.path.basename(member.name))
+
+
+def md5_problem(split: str, path: Path, progress: Progress) -> str | None:
+    """What is wrong with an archive, None if it is the official one, to the bit."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+            progress(len(block))
+    if digest.hexdigest() == OFFICIAL_MD5[split]:
+        return None
+    return (
+        f"{path} has the MD5 {digest.hexdigest()}, the official archive "
+        f"{OFFICIAL_MD5[split]}: it is damaged or was packed again"
+    )
+
+
+# Folders.
+
+
+def _folder(folder: Path, split: str, progress: Progress) -> Originals:
+    """Class folders, or the validation pictures side by side."""
+    classes = sorted(entry.name for entry in sources.visible(folder) if entry.is_dir())
+    flat = split == "validation" and not classes
+    rows = []
+    for number, wnid in enumerate(["."] if flat else classes):
+        names = sources.picture_files(folder / wnid)
+        with os.scandir(folder / wnid) as entries:
+            sizes = {entry.name: entry.stat().st_size for entry in entries}
+        for name in names:
+            of_picture = validation_wnid(name) if flat else wnid
+            label = _label(of_picture, f"folder {folder / wnid}")
+            rows.append((number, os.fsencode(name), -1, sizes[name], label))
+        progress(len(names))
+    places = [str(folder)] if flat else [str(folder / wnid) for wnid in classes]
+    return _table(f"folder {folder}", places, rows)
+
+
+# tfds.
+
+
+def _tfds_directory(source: Path) -> Path | None:
+    """The version's directory of a prepared imagenet2012 in or at `source`."""
+    if (source / "dataset_info.json").exists():
+        return source
+    if (source / "imagenet2012").is_dir():
+        return sources.tfds_directory("imagenet2012", source)
+    return None
+
+
+def _tfds(directory: Path, split: str) -> Originals:
+    import tensorflow_datasets as tfds
+
+    info: Any = tfds.builder_from_directory(directory).info
+    features = dict(info.features.items())
+    names = getattr(features.get("label"), "names", None)
+    if tuple(names or ()) != wnids() or "image" not in features:
+        raise DataError(
+            f"{directory} is no tfds data set imagenet2012: its labels are not the "
+            "1,000 WNIDs in order"
+        )
+    if split not in info.splits:
+        raise DataError(
+            f"{directory} has no split {split} (its splits: "
+            f"{sources.some(sorted(info.splits))}): was the validation archive missing "
+            f"when it was prepared? {sources.HOW_TO_GET_IMAGENET}"
+        )
+    kind = info.file_format and info.file_format.value
+    files = [os.fspath(path) for path in info.splits[split].filepaths]
+    if kind == "array_record":
+        lengths = info.splits[split].shard_lengths
+        spans = [[(number, 0) for number in range(length)] for length in lengths]
+    elif kind == "tfrecord":
+        spans = [_tfrecord_spans(Path(path)) for path in files]
+    else:
+        raise DataError(
+            f"{directory} is stored as {kind}, not tfrecord or array_record"
+        )
+    rows = [
+        (place, f"{os.path.basename(files[place])}#{number}".encode(), *span)
+        for place, of_file in enumerate(spans)
+        for number, span in enumerate(of_file)
+    ]
+    table = _table(
+        f"tfds {directory} [{split}]", files, [(*row, _FROM_RECORD) for row in rows]
+    )
+    return dataclasses.replace(table, kind=kind)
+
+
+def _tfrecord_spans(path: Path) -> list[tuple[int, int]]:
+    """Offset and size of each record: length (8), checksum (4), data, checksum (4)."""
+    spans, end = [], path.stat().st_size
+    with open(path, "rb") as file:
+        while file.tell() < end:
+            header = file.read(12)
+            length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else end
+            spans.append((file.tell(), length))
+            if file.tell() + length + 4 > end:
+                raise DataError(f"{path} is cut off at {end:,} bytes; prepare it again")
+            file.seek(length + 4, os.SEEK_CUR)
+    return spans
+
+
+@functools.lru_cache(maxsize=4)
+def _reader(path: str) -> Any:
+    # (The type checker cannot see into this module.)
+    module: Any = importlib.import_module("array_record.python.array_record_module")
+    return module.ArrayRecordReader(path)
+
+
+def _from_example(record: bytes, name: str) -> tuple[str, int, bytes]:
+    features = sources.example_message().FromString(record).features.feature
+    label = features["label"].int64_list.value[0]
+    if not 0 <= label < len(_LABELS):
+        raise DataError(f"{name} has the label {label}, outside 0..{len(_LABELS) - 1}")
+    if "file_name" in features:
+        name = features["file_name"].bytes_list.value[0].decode()
+    return name, label, features["image"].bytes_list.value[0]

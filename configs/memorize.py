@@ -1,0 +1,31 @@
+"""Can a narrow network learn a small prepared data set by heart? It must.
+
+    python -m alexnet_jax.main --config=configs/memorize.py --workdir=DIR \
+        --config.data.source=NAME
+
+Nothing random stands in the way: no augmentation, no dropout, no weight decay. If the
+training error does not go to zero, or the error on pictures that are also in the
+training split does not follow, then labels, statistics or evaluation disagree.
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.get_config()
+    config.data.source = "imagenet2012_256"
+    config.data.eval_split = "validation"
+    config.data.batch_size = 50
+    config.model.width = 0.25
+    config.model.init = "he"
+    config.model.overrides.dropout = 0.0
+    config.augment.crop = config.augment.flip = False
+    config.augment.lighting = 0.0
+    config.optim.learning_rate = 1e-3
+    config.optim.weight_decay = 0.0
+    config.schedule.name = "cosine"
+    config.schedule.warmup_epochs = 1.0
+    config.num_epochs = 40.0
+    config.eval_every_epochs = 10.0
+    config.log_every_steps = 20
+    return config

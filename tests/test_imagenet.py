@@ -1,0 +1,678 @@
+"""From archives to `imagenet2012_256`: labels, pictures, order, faults; the checks."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from alexnet_jax import prepare
+from alexnet_jax.analysis import contact_sheet
+from alexnet_jax.data import DataError, check, open_source, sources, statistics
+from alexnet_jax.data.imagenet import class_words, classes, originals, preparation
+from alexnet_jax.data.imagenet import wnids as get_wnids
+
+REPOSITORY = Path(__file__).parents[1]
+WNIDS = get_wnids()[:3]
+PER_CLASS, NUM_VALIDATION = 6, 9
+
+
+def smooth_picture(height: int, width: int, seed: int) -> Image.Image:
+    """Random, but soft enough that JPEG keeps it."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def file_of(number: int) -> bytes:
+    """Picture files of many shapes, and of every kind that ImageNet holds."""
+    picture = smooth_picture(200 + 17 * number % 400, 256 + 31 * number % 300, number)
+    kind = {1: "CMYK", 2: "L"}.get(number % 6, "RGB")
+    file = io.BytesIO()
+    if number % 6 == 3:  # n02105855_2933.JPEG is a PNG
+        picture.save(file, "PNG")
+    else:
+        picture.convert(kind).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+TRAIN = {
+    f"{wnid}_{i}.JPEG": (label, file_of(PER_CLASS * label + i))
+    for label, wnid in enumerate(WNIDS)
+    for i in range(PER_CLASS)
+}
+VALIDATION = {
+    f"ILSVRC2012_val_{i:08d}.JPEG": file_of(100 + i)
+    for i in range(1, NUM_VALIDATION + 1)
+}
+# The first of the official ground truth, by their words.
+FIRST_VALIDATION = (
+    "sea snake",
+    "alp",
+    "Shetland sheepdog",
+    "soup bowl",
+    "cradle",
+    "garter snake",
+    "porcupine",
+    "bakery",
+    "mousetrap",
+)
+
+
+def tar_of(files: dict[str, bytes]) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return packed.getvalue()
+
+
+def write_archives(folder: Path, train=TRAIN, validation=VALIDATION) -> Path:
+    """The layout of the official archives; classes and pictures in some order."""
+    inner = {
+        f"{wnid}.tar": tar_of(
+            {n: data for n, (_, data) in reversed(train.items()) if n.startswith(wnid)}
+        )
+        for wnid in reversed(WNIDS)
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ILSVRC2012_img_train.tar").write_bytes(tar_of(inner))
+    reverse = dict(reversed(validation.items()))
+    (folder / "ILSVRC2012_img_val.tar").write_bytes(tar_of(reverse))
+    return folder
+
+
+def write_folders(folder: Path, flat: bool) -> Path:
+    for name, (_, data) in TRAIN.items():
+        (folder / "train" / name.split("_")[0]).mkdir(parents=True, exist_ok=True)
+        (folder / "train" / name.split("_")[0] / name).write_bytes(data)
+    for name, data in VALIDATION.items():
+        wnid = "" if flat else classes.validation_wnid(name)
+        (folder / "val" / wnid).mkdir(parents=True, exist_ok=True)
+        (folder / "val" / wnid / name).write_bytes(data)
+    return folder
+
+
+def run(*arguments: str) -> int:
+    return prepare.main(["prepare", *arguments])
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory) -> Path:
+    return write_archives(tmp_path_factory.mktemp("archives"))
+
+
+@pytest.fixture(scope="module")
+def data_dir(archives, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("tfds")
+    arguments = (f"--source={archives}", f"--data_dir={target}", "--workers=2")
+    assert run("imagenet", *arguments) == 0
+    return target
+
+
+# Classes.
+
+
+def test_the_thousand_classes():
+    words = class_words()
+    assert len(words) == 1000 and list(words) == sorted(words)
+    assert next(iter(words.values())) == "tench, Tinca tinca"
+    assert classes.words("n15075141") == "toilet tissue"
+    assert classes.words("cat") == "cat"
+    assert sum(text == "crane" for text in words.values()) == 2
+
+
+def test_validation_labels_are_the_official_ones():
+    labels = classes._validation_wnids()
+    assert set(np.unique(labels, return_counts=True)[1]) == {50}
+    # Not the development kit's numbers: picture 1 is a sea snake, label 65.
+    for number, words in enumerate(FIRST_VALIDATION, 1):
+        wnid = classes.validation_wnid(f"ILSVRC2012_val_{number:08d}.JPEG")
+        assert classes.words(wnid) == words
+    assert (
+        get_wnids().index(classes.validation_wnid("ILSVRC2012_val_00000001.JPEG")) == 65
+    )
+    for name in (
+        "ILSVRC2012_val_00050001.JPEG",
+        "ILSVRC2012_val_00000000.JPEG",
+        "1.jpg",
+    ):
+        with pytest.raises(DataError, match="no validation picture"):
+            classes.validation_wnid(name)
+
+
+# The data set.
+
+
+def records(data_dir: Path, split: str) -> dict[str, tuple[int, bytes]]:
+    builder = tfds.builder_from_directory(data_dir / "imagenet2012_256" / "1.0.0")
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    source = builder.as_data_source(split, decoders=decoders)
+    return {
+        r["file_name"].decode(): (int(r["label"]), bytes(r["image"])) for r in source
+    }
+
+
+def test_tfds_opens_it_and_every_picture_has_its_label(data_dir):
+    builder = tfds.builder_from_directory(data_dir / "imagenet2012_256" / "1.0.0")
+    assert builder.info.features["label"].names == list(get_wnids())
+    assert builder.info.splits["train"].num_examples == len(TRAIN)
+    train = records(data_dir, "train")
+    assert {name: label for name, (label, _) in train.items()} == {
+        name: label for name, (label, _) in TRAIN.items()
+    }
+    validation = records(data_dir, "validation")
+    assert set(validation) == set(VALIDATION)
+    for name, (label, _) in validation.items():
+        words = FIRST_VALIDATION[int(name[15:23]) - 1]
+        assert classes.words(get_wnids()[label]) == words
+    decoded = next(iter(builder.as_data_source("train")))  # by tfds itself
+    assert decoded["image"].shape == (256, 256, 3)
+
+
+def test_pictures_went_through_the_papers_preprocessing(data_dir):
+    """Shorter side to 256, the central square, by Pillow alone; JPEG of quality 95."""
+    for name, (_, jpeg) in records(data_dir, "train").items():
+        original = Image.open(io.BytesIO(TRAIN[name][1])).convert("RGB")
+        width, height = original.size
+        scale = 256 / min(width, height)
+        size = (max(256, round(width * scale)), max(256, round(height * scale)))
+        filter_ = "BOX" if scale < 1 else "BICUBIC"
+        resized = original.resize(size, Image.Resampling[filter_])
+        left, top = (size[0] - 256) // 2, (size[1] - 256) // 2
+        wanted = np.asarray(resized.crop((left, top, left + 256, top + 256)), int)
+        stored = Image.open(io.BytesIO(jpeg))
+        assert stored.size == (256, 256) and stored.format == "JPEG"
+        # Quality 95 of the standard's luminance table: its first entries are 2 1 1 2.
+        assert list(stored.quantization[0][:4]) == [2, 1, 1, 2]
+        assert np.abs(np.asarray(stored, int) - wanted).mean() < 2.5, name
+
+
+def test_storage_is_shuffled_and_statistics_lie_beside(data_dir):
+    train = open_source("imagenet2012_256", "train", data_dir=str(data_dir))
+    labels = train.labels_of(np.arange(train.num_examples))
+    assert sorted(labels) == sorted(label for label, _ in TRAIN.values())
+    assert list(labels) != sorted(labels)
+    stored = statistics.load(train.statistics_path)
+    np.testing.assert_array_equal(
+        stored.mean_image, statistics.compute(train).mean_image
+    )
+    assert stored.num_examples == len(TRAIN)
+    left = {p.name for p in (data_dir / "imagenet2012_256").iterdir()}
+    assert left == {"1.0.0", ".lock"}
+
+
+def shard_records(found: originals.Originals, tmp_path: Path) -> list[tuple]:
+    """What a worker writes, without the processes."""
+    (tmp_path / "parts").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(len(found)):
+        example = sources.example_message().FromString(
+            preparation._record(found, index)
+        )
+        feature = example.features.feature
+        rows.append(
+            (
+                feature["file_name"].bytes_list.value[0].decode(),
+                feature["label"].int64_list.value[0],
+                feature["image"].bytes_list.value[0],
+            )
+        )
+    return rows
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_class_folders_give_the_same_as_archives(data_dir, tmp_path, flat):
+    found = originals.find(write_folders(tmp_path / "raw", flat))
+    archived = [
+        list(records(data_dir, split).items()) for split in ("train", "validation")
+    ]
+    for split, expected in zip(("train", "validation"), archived, strict=True):
+        rows = shard_records(found[split].shuffled(), tmp_path)
+        assert [(n, (k, jpeg)) for n, k, jpeg in rows] == expected  # order too
+
+
+@pytest.mark.parametrize("kind", ["array_record", "tfrecord"])
+def test_a_prepared_tfds_imagenet2012_gives_the_same(data_dir, tmp_path, kind):
+    folder = write_tfds(tmp_path / "imagenet2012" / "5.1.0", kind)
+    for source in (tmp_path, folder):
+        found = originals.find(source)
+        rows = shard_records(found["train"].shuffled(), tmp_path)
+        assert {n: (k, jpeg) for n, k, jpeg in rows} == records(data_dir, "train")
+        assert len(found["validation"]) == NUM_VALIDATION
+    shard = next(folder.glob("*train*"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    if kind == "tfrecord":
+        with pytest.raises(DataError, match="is cut off at"):
+            originals.find(tmp_path)
+
+
+def write_tfds(folder: Path, kind: str) -> Path:
+    from array_record.python import array_record_module
+
+    folder.mkdir(parents=True)
+    validation = {
+        name: (get_wnids().index(classes.validation_wnid(name)), data)
+        for name, data in VALIDATION.items()
+    }
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name="imagenet2012", filetype_suffix=kind
+    )
+    infos = []
+    for split, pictures in (("train", TRAIN), ("validation", validation)):
+        path = folder / f"imagenet2012-{split}.{kind}-00000-of-00001"
+        packed = [example(*item) for item in pictures.items()]
+        if kind == "tfrecord":
+            with open(path, "wb") as file:  # checksums are nobody's concern here
+                file.writelines(
+                    struct.pack("<QI", len(record), 0) + record + b"0000"
+                    for record in packed
+                )
+        else:
+            writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+            for record in packed:
+                writer.write(record)
+            writer.close()
+        infos.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[len(packed)],
+                num_bytes=path.stat().st_size,
+                filename_template=template.replace(split=split),
+            )
+        )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features={
+            "image": tfds.features.Image(encoding_format="jpeg"),
+            "label": tfds.features.ClassLabel(names=get_wnids()),
+            "file_name": tfds.features.Text(),
+        },
+        split_infos=infos,
+        filename_template=template,
+        version="5.1.0",
+        check_data=False,
+    )
+    return folder
+
+
+def example(name: str, label_and_data: tuple[int, bytes]) -> bytes:
+    label, data = label_and_data
+    message = sources.example_message()()
+    message.features.feature["image"].bytes_list.value.append(data)
+    message.features.feature["label"].int64_list.value.append(label)
+    message.features.feature["file_name"].bytes_list.value.append(name.encode())
+    return message.SerializeToString()
+
+
+def test_a_second_start_has_nothing_to_do(archives, data_dir, capsys):
+    before = {p: p.stat().st_mtime_ns for p in data_dir.rglob("*record*")}
+    assert run("imagenet", f"--source={archives}", f"--data_dir={data_dir}") == 0
+    assert "is there already" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in data_dir.rglob("*record*")}
+
+
+# Faults.
+
+
+def test_a_broken_picture_is_named_counted_and_limited(tmp_path, capsys):
+    name = f"{WNIDS[1]}_2.JPEG"
+    broken = TRAIN | {name: (1, TRAIN[name][1][:500])}
+    empty = VALIDATION | {"ILSVRC2012_val_00000004.JPEG": b""}
+    source = write_archives(tmp_path / "source", broken, empty)
+    arguments = ("imagenet", f"--source={source}", f"--data_dir={tmp_path}")
+    assert run(*arguments, "--max_unreadable=1", "--workers=2") == 1
+    error = capsys.readouterr().err
+    assert "2 pictures cannot be read; --max_unreadable=1" in error
+    assert f"cannot decode {name} (500 bytes)" in error
+    assert "cannot decode ILSVRC2012_val_00000004.JPEG (0 bytes)" in error
+    with pytest.raises(FileNotFoundError, match="was begun there; the same command"):
+        open_source("imagenet2012_256", "train", data_dir=str(tmp_path))
+    assert run(*arguments, "--max_unreadable=2", "--workers=2") == 0
+    output = capsys.readouterr().out
+    assert "shards are done already" in output and "2 pictures were left out" in output
+    directory = tmp_path / "imagenet2012_256" / "1.0.0"
+    record = json.loads((directory / "preparation.json").read_text())
+    assert record["pictures"] == {
+        "train": len(TRAIN) - 1,
+        "validation": NUM_VALIDATION - 1,
+    }
+    assert [n for n, _ in record["unreadable"]] == [
+        name,
+        "ILSVRC2012_val_00000004.JPEG",
+    ]
+    assert set(records(tmp_path, "train")) == set(TRAIN) - {name}
+
+
+def test_killed_and_started_again_it_makes_only_what_is_missing(tmp_path):
+    rng = np.random.default_rng(0)
+    large = simplejpeg.encode_jpeg(rng.integers(0, 256, (1200, 1600, 3), np.uint8))
+    train = {
+        f"{wnid}_{i}.JPEG": (label, large)
+        for label, wnid in enumerate(WNIDS)
+        for i in range(40)
+    }
+    source = write_archives(tmp_path / "source", train)
+    unfinished = tmp_path / "imagenet2012_256" / "1.0.0.incomplete"
+    command = [sys.executable, "-m", "alexnet_jax.prepare", "imagenet"]
+    command += [f"--source={source}", f"--data_dir={tmp_path}", "--workers=1"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(done := list(unfinished.glob("parts/*record*.json"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    shards = {unfinished / p.stem: (unfinished / p.stem).stat().st_ino for p in done}
+    assert not (tmp_path / "imagenet2012_256" / "1.0.0").exists()
+    finished = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "shards are done already" in finished.stdout
+    directory = unfinished.with_name("1.0.0")
+    for path, inode in shards.items():
+        assert (directory / path.name).stat().st_ino == inode  # the same file
+    assert set(records(tmp_path, "train")) == set(train)
+    assert not unfinished.exists() and not list(directory.glob(".*"))
+
+
+def test_other_pictures_are_not_mixed_in(archives, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preparation, "_write_shards", interrupted)
+    arguments = ("imagenet", f"--data_dir={tmp_path}")
+    assert run(*arguments, f"--source={archives}") == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    other = write_archives(
+        tmp_path / "other", dict(list(TRAIN.items())[:-1]), VALIDATION
+    )
+    assert run(*arguments, f"--source={other}") == 1
+    assert "was begun with other pictures" in capsys.readouterr().err
+
+
+def test_tables_of_contents_are_kept_until_the_archive_changes(tmp_path):
+    source, cache = write_archives(tmp_path / "source"), tmp_path
+    first = originals.find(source, cache=cache)["train"]
+    counted = []
+    again = originals.find(source, counted.append, cache)["train"]
+    assert not counted and again.fingerprint() == first.fingerprint()
+    assert again.read(3) == first.read(3)
+    write_archives(source, dict(list(TRAIN.items())[:-1]))
+    assert len(originals.find(source, cache=cache)["train"]) == len(TRAIN) - 1
+
+
+def test_one_preparation_at_a_time(archives, tmp_path, capsys):
+    with preparation._alone(tmp_path / "imagenet2012_256"):
+        assert run("imagenet", f"--source={archives}", f"--data_dir={tmp_path}") == 1
+    assert "another process is preparing" in capsys.readouterr().err
+
+
+def test_disk_and_permissions_are_checked_first(
+    archives, tmp_path, monkeypatch, capsys
+):
+    arguments = ("imagenet", f"--source={archives}", f"--data_dir={tmp_path}")
+    full = shutil._ntuple_diskusage(10**12, 10**12 - 1000, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    assert run(*arguments) == 1
+    assert "has 0.0 GB free; the pictures need" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert run(*arguments) == 1
+    assert f"cannot write to {tmp_path}: no permission" in capsys.readouterr().err
+
+
+def _cut(path: Path, size: int) -> None:
+    with open(path, "r+b") as file:
+        file.truncate(size)
+
+
+def _cut_in_a_picture(source: Path) -> None:
+    _cut(source / "ILSVRC2012_img_train.tar", 30_000)
+
+
+def _cut_between_pictures(source: Path) -> None:
+    path = source / "ILSVRC2012_img_val.tar"
+    with tarfile.open(path) as archive:
+        last = archive.getmembers()[-1]
+    _cut(path, last.offset)
+
+
+def _cut_in_a_class(source: Path) -> None:
+    inner = tar_of({f"{WNIDS[0]}_0.JPEG": file_of(0)})[:2000]
+    whole = tar_of({f"{WNIDS[0]}.tar": inner})
+    (source / "ILSVRC2012_img_train.tar").write_bytes(whole)
+
+
+def _without_validation(source: Path) -> None:
+    (source / "ILSVRC2012_img_val.tar").unlink()
+
+
+def _not_an_archive(source: Path) -> None:
+    (source / "ILSVRC2012_img_train.tar").write_bytes(b"<html>404</html>" * 100)
+
+
+def _flat_train(source: Path) -> None:
+    flat = tar_of({name: data for name, (_, data) in TRAIN.items()})
+    (source / "ILSVRC2012_img_train.tar").write_bytes(flat)
+
+
+def _unknown_class(source: Path) -> None:
+    (source / "ILSVRC2012_img_train.tar").write_bytes(tar_of({"n00000000.tar": b""}))
+
+
+def _other_validation_names(source: Path) -> None:
+    (source / "ILSVRC2012_img_val.tar").write_bytes(tar_of({"1.jpg": b"x"}))
+
+
+def _twice(source: Path) -> None:
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w") as archive:
+        for _ in range(2):
+            member = tarfile.TarInfo(f"{WNIDS[0]}_0.JPEG")
+            member.size = 1
+            archive.addfile(member, io.BytesIO(b"x"))
+    whole = tar_of({f"{WNIDS[0]}.tar": inner.getvalue()})
+    (source / "ILSVRC2012_img_train.tar").write_bytes(whole)
+
+
+def _a_link(source: Path) -> None:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        member = tarfile.TarInfo("ILSVRC2012_val_00000001.JPEG")
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(member)
+    (source / "ILSVRC2012_img_val.tar").write_bytes(packed.getvalue())
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (_cut_in_a_picture, "was the download cut off?"),
+        (_cut_between_pictures, "was the download cut off?"),
+        (_cut_in_a_class, f"archive {WNIDS[0]}.tar: unexpected end of data"),
+        (_without_validation, "no validation split (ILSVRC2012_img_val.tar or val/"),
+        (_not_an_archive, "the official archive 147,897,477,120"),
+        (_flat_train, "expected archives of classes, such as n01440764.tar"),
+        (_unknown_class, "none of the 1,000 classes of ILSVRC-2012"),
+        (_other_validation_names, "'1.jpg' is no validation picture"),
+        (_twice, f"holds {WNIDS[0]}_0.JPEG more than once"),
+        (_a_link, "which is a link or a device"),
+    ],
+)
+def test_wrong_archives_are_one_message(tmp_path, capsys, damage, message):
+    source = write_archives(tmp_path / "source")
+    damage(source)
+    assert run("imagenet", f"--source={source}", f"--data_dir={tmp_path}") == 1
+    error = capsys.readouterr().err
+    assert message in error and str(source) in error or message in error
+    assert not list(tmp_path.glob("imagenet2012_256/*/*record*"))
+
+
+def test_wrong_sources_are_one_message(tmp_path, capsys):
+    assert run("imagenet", f"--data_dir={tmp_path}") == 1
+    assert "--source is missing" in capsys.readouterr().err
+    for source, found in (
+        (tmp_path / "no", "does not exist"),
+        (tmp_path, "found there"),
+    ):
+        assert run("imagenet", f"--source={source}", f"--data_dir={tmp_path}") == 1
+        error = capsys.readouterr().err
+        assert "no train split (ILSVRC2012_img_train.tar or train/)" in error
+        assert found in error and "https://image-net.org/download-images" in error
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "train" / "cat" / "1.jpg").write_bytes(file_of(0))
+    (tmp_path / "val").mkdir()
+    assert run("imagenet", f"--source={tmp_path}", f"--data_dir={tmp_path}") == 1
+    assert "configs/folder.py" in capsys.readouterr().err
+
+
+def test_verify_compares_the_md5(archives, tmp_path, monkeypatch, capsys):
+    arguments = ("imagenet", f"--source={archives}", f"--data_dir={tmp_path}")
+    assert run(*arguments, "--verify") == 1
+    error = capsys.readouterr().err
+    assert originals.OFFICIAL_MD5["train"] in error and "packed again" in error
+    path = archives / "ILSVRC2012_img_val.tar"
+    read = []
+    wrong = originals.md5_problem("validation", path, read.append)
+    assert wrong and sum(read) == path.stat().st_size
+    monkeypatch.setitem(
+        originals.OFFICIAL_MD5, "validation", wrong.split()[4].strip(",")
+    )
+    assert originals.md5_problem("validation", path, read.append) is None
+
+
+# The checks.
+
+
+class Labelled:
+    """A source of known labels; pictures are filled with the label."""
+
+    image_size = 8
+    description = "labels"
+    statistics_path = None
+
+    def __init__(self, labels, class_names=("a", "b", "c", "d")):
+        self.labels = np.asarray(labels)
+        self.num_examples = len(self.labels)
+        self.class_names = class_names
+        self.num_classes = len(class_names)
+
+    def labels_of(self, indices):
+        return self.labels[indices]
+
+    def fetch(self, indices, images, labels):
+        labels[:] = self.labels[indices]
+        images[...] = (40 * labels % 256).astype(np.uint8)[:, None, None, None]
+
+
+def findings(train, evaluation=None, **options) -> dict[str, list[str]]:
+    splits = [s for s in (train, evaluation) if s is not None]
+    labels = [check.read_labels(s, lambda _: None) for s in splits]
+    found: dict[str, list[str]] = {}
+    for finding in check.examine(train, evaluation, labels, **options):
+        found.setdefault(finding.level, []).append(finding.text)
+    return found
+
+
+def test_label_entropy_is_shannons():
+    assert check.label_entropy(np.array([[0, 0, 1, 1], [0, 0, 0, 0]])) == 0.5
+    assert check.label_entropy(np.arange(128)[None]) == pytest.approx(7.0)
+
+
+def test_a_good_data_set_passes():
+    labels = np.random.default_rng(0).integers(0, 4, 1000)
+    found = findings(Labelled(labels), Labelled(labels[:200]))
+    assert "WRONG" not in found and len(found["ok"]) == 6
+    assert any("order of storage: shuffled" in text for text in found["ok"])
+
+
+def test_what_is_wrong_is_found():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 1000)
+    found = findings(Labelled(np.sort(labels)))
+    assert any("sorted by class" in text for text in found["note"])
+    assert "WRONG" not in found  # training shuffles
+    [text, *_] = findings(Labelled(np.zeros(100, int)))["WRONG"]
+    assert "every picture has the same label, a" in text
+    [text] = findings(Labelled(rng.integers(0, 3, 300)))["WRONG"]
+    assert "no pictures of d" in text
+    [text] = findings(Labelled(labels), Labelled(labels, ("a", "b", "d", "c")))["WRONG"]
+    assert "different classes" in text
+
+
+def test_unshuffled_batches_are_found(monkeypatch):
+    def in_order(count, *, batch_size, seed):
+        return np.arange(count // batch_size * batch_size).reshape(-1, batch_size)
+
+    monkeypatch.setattr(check, "train_order", in_order)
+    [text] = findings(Labelled(np.sort(np.arange(1000) % 4)))["WRONG"]
+    assert "shuffling" in text
+
+
+def test_imagenet_is_counted_and_its_order_checked():
+    labels = np.arange(2000) % 1000
+    shuffled = np.random.default_rng(0).permutation(labels)
+    whole = Labelled(shuffled, get_wnids())
+    [text] = findings(whole)["WRONG"]
+    assert "train: 2,000 pictures, ILSVRC-2012 has 1,281,167" in text
+    found = findings(whole, partial=True)
+    assert "WRONG" not in found
+    assert "0 is n01440764 (tench)" in found["ok"][0]
+    swapped = (get_wnids()[1], get_wnids()[0], *get_wnids()[2:])
+    wrong = findings(Labelled(shuffled, swapped), partial=True)["WRONG"]
+    assert "class order" in wrong[0]
+
+
+def test_statistics_of_other_data_are_found(data_dir, tmp_path):
+    shutil.copytree(data_dir / "imagenet2012_256", tmp_path / "imagenet2012_256")
+    train = open_source("imagenet2012_256", "train", data_dir=str(tmp_path))
+    level = [f.level for f in check._statistics(train, False, 2)]
+    assert level == ["ok"]
+    stored = statistics.load(train.statistics_path)
+    statistics.Statistics(
+        stored.mean_image + 1, stored.pca_std_255, stored.pca_vectors, len(TRAIN)
+    ).save(train.statistics_path)
+    assert [f.level for f in check._statistics(train, False, 2)] == ["WRONG"]
+    train.statistics_path.unlink()
+    assert [f.level for f in check._statistics(train, False, 2)] == ["note"]
+
+
+def test_check_command(data_dir, tmp_path, capsys):
+    out = tmp_path / "sheet.png"
+    arguments = ("check", f"--data_dir={data_dir}", f"--out={out}")
+    assert run(*arguments) == 1
+    output = capsys.readouterr().out
+    assert "WRONG  train: 18 pictures, ILSVRC-2012 has 1,281,167" in output
+    assert "no pictures of" in output  # 997 of the classes
+    with Image.open(out) as picture:
+        assert picture.format == "PNG" and picture.width > 1000
+
+
+def test_contact_sheet_pairs_the_splits():
+    train = Labelled(np.arange(8) % 4)
+    evaluation = Labelled(np.array([3, 2, 1]))
+    figure = contact_sheet(train, train.labels, evaluation, evaluation.labels)
+    shown = [axis for axis in figure.axes if axis.get_images()]
+    assert [axis.get_title() for axis in shown] == ["1  b", "2  c", "3  d"]
+    for axis, label in zip(shown, (1, 2, 3), strict=True):
+        pixels = np.asarray(axis.get_images()[0].get_array())
+        assert (pixels[:, :8] == 40 * label).all() and (
+            pixels[:, -8:] == 40 * label
+        ).all()
+    alone = contact_sheet(train, train.labels, num_classes=2)
+    assert [a.get_title() for a in alone.axes if a.get_images()] == ["0  a", "2  c"]
