@@ -101,6 +101,19 @@ class Experiment:
             mesh=self.mesh,
             mode=self.mode,
             seed=self.config.seed,
+            accumulate_steps=self.config.optim.accumulate_steps,
+        )
+
+    def summary_step(self) -> Callable[..., dict[str, jax.Array]]:
+        """The jitted (state, batch, statistics) -> scalars."""
+        return steps.make_summary_step(
+            self.model,
+            self.tx,
+            self.augmentation,
+            mesh=self.mesh,
+            mode=self.mode,
+            seed=self.config.seed,
+            accumulate_steps=self.config.optim.accumulate_steps,
         )
 
     def eval_step(self) -> Callable[..., Any]:
@@ -175,6 +188,9 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_steps": (lambda v: v >= -1, "-1 (off) or more"),
     "log_every_steps": _AT_LEAST_1,
     "eval_every_epochs": _AT_LEAST_0,
+    "summaries_every_steps": _AT_LEAST_0,
+    "stall_after_steps": _AT_LEAST_0,
+    "profile": _AT_LEAST_0,
     "model.num_classes": _AT_LEAST_0,
     "data.batch_size": _AT_LEAST_1,
     "data.image_size": _AT_LEAST_1,
@@ -185,6 +201,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.momentum": (lambda v: 0 <= v < 1, "0 to below 1"),
     "optim.weight_decay": _AT_LEAST_0,
     "optim.bias_lr_mult": _AT_LEAST_0,
+    "optim.accumulate_steps": _AT_LEAST_1,
     "schedule.factor": (lambda v: 0 < v <= 1, "above 0, at most 1"),
     "schedule.patience": _AT_LEAST_1,
     "schedule.max_drops": _AT_LEAST_0,
@@ -251,13 +268,15 @@ def _mesh_problems(config: Config, network: variants.Variant) -> list[str]:
         parallel.make_mesh(rows, columns)
     except ValueError as error:
         return [str(error)]
-    batch = config.data.batch_size
-    if batch % rows == 0:
+    batch, parts = config.data.batch_size, max(1, config.optim.accumulate_steps)
+    step = rows * parts
+    if batch % step == 0:
         return []
-    below, above = batch // rows * rows, -(-batch // rows) * rows
+    below, above = batch // step * step, -(-batch // step) * step
     nearest = " or ".join(str(size) for size in (below, above) if size > 0)
+    each = "" if parts == 1 else f" in --config.optim.accumulate_steps={parts} parts"
     problem = (
-        f"--config.data.batch_size={batch} does not divide over {rows} devices; "
+        f"--config.data.batch_size={batch} does not divide over {rows} devices{each}; "
         f"the nearest that do: {nearest}."
     )
     return [problem]

@@ -5,10 +5,12 @@ python -m alexnet_jax.main --config=configs/paper.py --workdir=DIR --mode=eval
 python -m alexnet_jax.main --config=configs/paper.py --mode=describe
 """
 
+import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -63,12 +65,37 @@ def main(argv: Sequence[str]) -> None:
         # Before jax starts; afterwards it has no effect.
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
+    if _MODE.value != "describe":
+        _keep_compiled_programs()
     if _MODE.value == "describe":
         print(describe(_CONFIG.value))
     elif _MODE.value == "eval":
         train.evaluate_workdir(_CONFIG.value, workdir)
     else:
         train.train_and_evaluate(_CONFIG.value, workdir)
+
+
+def _keep_compiled_programs() -> None:
+    """Keeps compiled programs in the user's cache folder, for the next start.
+
+    Not if jax's own settings say where, or that nothing is to be kept. And not on the
+    CPU: there are processors on which XLA refuses every stored program, its own
+    included, each with a line that warns of illegal instructions (jax-ml/jax#38445,
+    openxla/xla#44565, open with jax 0.10).
+    """
+    settings: Any = jax.config
+    chosen = settings.jax_compilation_cache_dir
+    enabled = settings.jax_enable_compilation_cache
+    if chosen or not enabled or jax.default_backend() == "cpu":
+        return
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(base) / "alexnet_jax" / "jax"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # no home to write to, as in some containers: a convenience less
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

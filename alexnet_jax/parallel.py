@@ -110,6 +110,15 @@ def sum_parts(x: jax.Array, axis_name: str | None) -> jax.Array:
     return x if axis_name is None else lax.psum(x, axis_name)
 
 
+def sum_shards(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The sum of what each device worked out from its shard of an array.
+
+    `spec` says how that array is split; parts that every device holds count once.
+    """
+    axes = tuple(axis for axis in spec if axis is not None)
+    return lax.psum(x, axes) if axes else x
+
+
 def vary(tree: PyTree, axis_name: str) -> PyTree:
     """Marks replicated arrays as each device's own along `axis_name`.
 

@@ -34,6 +34,7 @@ from absl import flags
 from tqdm import tqdm
 
 from alexnet_jax.data import check, eval_batches, sources, statistics
+from alexnet_jax.writers import progress_bar
 
 # Flags of its own, not absl's global ones: several command lines of this package
 # may be imported into one process and use the same names.
@@ -79,7 +80,9 @@ def _bar(
 ) -> Iterator[Callable[[int], object]]:
     """A progress bar on a terminal; in a log file a line a minute."""
     if sys.stderr.isatty():
-        with tqdm(desc=what, total=total, unit=f" {unit}", unit_scale=True) as bar:
+        with progress_bar(
+            sys.stderr, desc=what, total=total, unit=f" {unit}", unit_scale=True
+        ) as bar:
             yield bar.update
         return
     started = said = time.monotonic()
@@ -166,7 +169,9 @@ def _check_writable(folder: Path) -> None:
     existing = folder
     while not existing.exists():
         existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    if not existing.is_dir():
+        raise ValueError(f"cannot write to {folder}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK):
         raise ValueError(f"cannot write to {folder}: no permission for {existing}")
 
 
@@ -247,6 +252,8 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
+_STOPPED = "prepare: stopped; the same command goes on"
+
 COMMANDS: dict[str, Callable[[], int]] = {
     "imagenet": _imagenet,
     "check": _check,
@@ -256,6 +263,7 @@ COMMANDS: dict[str, Callable[[], int]] = {
 
 
 def _terminated(number: int, frame: object) -> None:
+    print(_STOPPED, file=sys.stderr)
     raise SystemExit(128 + number)  # what was begun is cleaned up on the way
 
 
@@ -278,7 +286,7 @@ def main(argv: list[str]) -> int:
         print(f"prepare: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("prepare: stopped; the same command goes on", file=sys.stderr)
+        print(_STOPPED, file=sys.stderr)
         return 130
 
 

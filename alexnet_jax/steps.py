@@ -1,12 +1,14 @@
-"""TrainState, and what one device does in a training and in an evaluation step.
+"""TrainState, and what one device does in a training, summary or evaluation step.
 
 Everything random comes from (seed, purpose, step, position in the global batch), so
 a step is the same on any number of devices and after a resume.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -17,6 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from alexnet_jax import augment, metrics, parallel
 from alexnet_jax.model import AlexNet
+from alexnet_jax.variants import Activation
 
 P = PartitionSpec
 PyTree = Any
@@ -138,81 +141,250 @@ def make_train_step(
     mesh: Mesh,
     mode: str,
     seed: int,
+    accumulate_steps: int = 1,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the jitted (state, batch, statistics) -> (state, metrics).
 
     `batch` is {"image": uint8 [B, S, S, 3], "label": int32 [B]}, B global and split
     over "data"; the state is donated. The metrics are the batch's mean "loss", its
     "top1_error", and the learning rate "lr" of the update.
+
+    With `accumulate_steps` n each device cuts its share of the batch into n equal
+    parts that go through the network one after the other: the same one update, in
+    less memory. Only batch normalisation tells a difference: its statistics are then
+    of one part (of every device).
     """
-    device_step = functools.partial(
-        _device_train_step, model.local(mesh, mode), tx, augmentation, seed
-    )
+    through = _Pass(model.local(mesh, mode), augmentation, seed, accumulate_steps)
     specs = state_specs(
         model, tx, crop_size=augmentation.crop_size, mesh=mesh, mode=mode
     )
     step = parallel.shard_map(
-        device_step, mesh, (specs, P(parallel.DATA), P()), (specs, P())
+        functools.partial(_device_train_step, through, tx),
+        mesh,
+        (specs, P(parallel.DATA), P()),
+        (specs, P()),
     )
     return jax.jit(step, donate_argnums=0)
 
 
 def _device_train_step(
-    model: AlexNet,
+    through: "_Pass",
     tx: optax.GradientTransformation,
-    augmentation: augment.Augmentation,
-    seed: int,
     state: TrainState,
     batch: dict[str, jax.Array],
     statistics: augment.PixelStatistics,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One device's share of a training step, inside `shard_map`."""
-    labels = batch["label"]
-    first_example = lax.axis_index(parallel.DATA) * labels.shape[0]
-    images = augment.train_images(
-        batch["image"],
-        jax.random.fold_in(purpose_key(seed, AUGMENT), state.step),
-        first_example,
-        statistics,
-        augmentation,
-        _wide(model.dtype),
-    )
-    dropout_key = jax.random.fold_in(purpose_key(seed, DROPOUT), state.step)
-
-    def loss_fn(params: PyTree) -> tuple[jax.Array, Any]:
-        # From here on each device's own: the gradient of this line is the sum of the
-        # devices' gradients, as the mean below asks for.
-        params = parallel.vary(params, parallel.DATA)
-        logits, changed = model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
-            images,
-            train=True,
-            first_example=first_example,
-            rngs={"dropout": dropout_key},
-            mutable=["batch_stats"],
-        )
-        loss = jnp.mean(metrics.cross_entropy(logits, labels))
-        right = jnp.mean(metrics.in_top_k(logits, labels, 1), dtype=loss.dtype)
-        mean_loss, mean_right = lax.pmean((loss, right), parallel.DATA)
-        return mean_loss, (1.0 - mean_right, changed)
-
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss, (top1_error, changed)), grads = grad_fn(state.params)
+    found = through.gradients(state, batch, statistics)
+    loss, right = lax.pmean((found.loss, found.right), parallel.DATA)
     opt_state: Any
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = tx.update(found.grads, state.opt_state, state.params)
     new_state = TrainState(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
-        # flax keeps running statistics in float32 whatever they were added up in
-        batch_stats=jax.tree.map(
-            lambda new, old: new.astype(old.dtype),
-            changed.get("batch_stats", {}),
-            state.batch_stats,
-        ),
+        batch_stats=found.batch_stats,
         opt_state=opt_state,
     )
     rate = opt_state.hyperparams["learning_rate"]
-    return new_state, {"loss": loss, "top1_error": top1_error, "lr": rate}
+    return new_state, {"loss": loss, "top1_error": 1.0 - right, "lr": rate}
+
+
+class _Gradients(NamedTuple):
+    """What a batch's way through the network and back gives.
+
+    Attributes:
+      grads: of the mean loss over the global batch, summed over "data" already.
+      batch_stats: the running statistics afterwards.
+      loss, right: means over this device's share of the batch.
+      observed: what `observe` gave, each array stacked over the parts.
+    """
+
+    grads: PyTree
+    batch_stats: PyTree
+    loss: jax.Array
+    right: jax.Array
+    observed: PyTree
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A device's share of a batch through the network and back.
+
+    Attributes:
+      model: the device's own, from `model.local`.
+      accumulate_steps: the number of parts, one after the other.
+      observe: takes the features of a part, returns arrays to be kept.
+    """
+
+    model: AlexNet
+    augmentation: augment.Augmentation
+    seed: int
+    accumulate_steps: int
+    observe: Callable[[dict[str, jax.Array]], PyTree] = lambda features: ()
+
+    def gradients(
+        self,
+        state: TrainState,
+        batch: dict[str, jax.Array],
+        statistics: augment.PixelStatistics,
+    ) -> _Gradients:
+        """Training's gradients at `state`, inside `shard_map`."""
+        count, share = self.accumulate_steps, batch["label"].shape[0]
+        first = lax.axis_index(parallel.DATA) * share
+        # From here on each device's own. The transpose of `vary` sums the devices'
+        # gradients: once, at the end, however many parts there are.
+        params, sum_over_data = jax.vjp(
+            lambda params: parallel.vary(params, parallel.DATA), state.params
+        )
+        state = dataclasses.replace(state, params=params)
+        scale = 1.0 / (lax.axis_size(parallel.DATA) * count)
+        if count == 1:
+            grads, stats, seen = self._part(state, batch, first, statistics, scale)
+            seen = jax.tree.map(lambda a: a[None], seen)
+        else:
+
+            def add_part(carry: Any, xs: Any) -> Any:
+                (sums, stats), (i, part) = carry, xs
+                position = first + i * (share // count)
+                grads, stats, seen = self._part(
+                    dataclasses.replace(state, batch_stats=stats),
+                    part,
+                    position,
+                    statistics,
+                    scale,
+                )
+                return (jax.tree.map(jnp.add, sums, grads), stats), seen
+
+            parts = jax.tree.map(
+                lambda a: a.reshape(count, share // count, *a.shape[1:]), batch
+            )
+            (grads, stats), seen = lax.scan(
+                add_part,
+                (jax.tree.map(jnp.zeros_like, params), state.batch_stats),
+                (jnp.arange(count, dtype=jnp.int32), parts),
+            )
+        losses, right, observed = seen
+        (grads,) = sum_over_data(grads)
+        return _Gradients(grads, stats, losses.mean(), right.mean(), observed)
+
+    def _part(
+        self,
+        state: TrainState,
+        batch: dict[str, jax.Array],
+        first_example: jax.Array,
+        statistics: augment.PixelStatistics,
+        scale: float,
+    ) -> tuple[PyTree, PyTree, Any]:
+        """Gradients of `scale` times the mean loss, batch_stats, what was seen.
+
+        Keys belong to the examples' positions in the global batch, whichever part
+        they are in; pictures become floats here, so never more than a part of them.
+        """
+        images = augment.train_images(
+            batch["image"],
+            jax.random.fold_in(purpose_key(self.seed, AUGMENT), state.step),
+            first_example,
+            statistics,
+            self.augmentation,
+            _wide(self.model.dtype),
+        )
+        dropout_key = jax.random.fold_in(purpose_key(self.seed, DROPOUT), state.step)
+
+        def loss_fn(params: PyTree) -> tuple[jax.Array, Any]:
+            features, changed = self.model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                images,
+                train=True,
+                first_example=first_example,
+                rngs={"dropout": dropout_key},
+                mutable=["batch_stats"],
+                method="features",
+            )
+            labels, logits = batch["label"], features["logits"]
+            loss = jnp.mean(metrics.cross_entropy(logits, labels))
+            right = jnp.mean(metrics.in_top_k(logits, labels, 1), dtype=loss.dtype)
+            return scale * loss, (changed, (loss, right, self.observe(features)))
+
+        grads, (changed, seen) = jax.grad(loss_fn, has_aux=True)(state.params)
+        # flax keeps running statistics in float32 whatever they were added up in
+        stats = jax.tree.map(
+            lambda new, old: new.astype(old.dtype),
+            changed.get("batch_stats", {}),
+            state.batch_stats,
+        )
+        return grads, stats, seen
+
+
+def make_summary_step(
+    model: AlexNet,
+    tx: optax.GradientTransformation,
+    augmentation: augment.Augmentation,
+    *,
+    mesh: Mesh,
+    mode: str,
+    seed: int,
+    accumulate_steps: int = 1,
+) -> Callable[..., dict[str, jax.Array]]:
+    """Returns the jitted (state, batch, statistics) -> scalars; changes nothing.
+
+    They tell what the training step is about to see, on the same batch, weights and
+    keys as that step:
+
+    - `grad_norm/<layer>`: L2 norm of the gradient of the mean loss over the global
+      batch with respect to the layer's kernel and bias together, without the decay.
+    - `dead_relu/<layer>`: share in [0, 1] of the layer's units (a feature map, or a
+      fully connected unit) that are zero at every position for every example of the
+      global batch. Of the layers whose activation is relu.
+    - `train/loss`: the mean loss before the update.
+    """
+    specs = state_specs(
+        model, tx, crop_size=augmentation.crop_size, mesh=mesh, mode=mode
+    )
+    units = {
+        row.name: row.features
+        for row in model.network.layers
+        if Activation("relu") in row.then
+    }
+
+    def alive(features: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Which units are not zero everywhere; not a number counts as alive."""
+        return {
+            name: jnp.any(features[name] != 0, axis=range(features[name].ndim - 1))
+            for name in units
+        }
+
+    through = _Pass(
+        model.local(mesh, mode), augmentation, seed, accumulate_steps, alive
+    )
+    device_step = functools.partial(_device_summary_step, through, specs.params, units)
+    in_specs = (specs, P(parallel.DATA), P())
+    return jax.jit(parallel.shard_map(device_step, mesh, in_specs, P()))
+
+
+def _device_summary_step(
+    through: _Pass,
+    param_specs: PyTree,
+    units: dict[str, int],
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    statistics: augment.PixelStatistics,
+) -> dict[str, jax.Array]:
+    """One device's share of a summary; `units`: of each layer, over all devices."""
+    found = through.gradients(state, batch, statistics)
+    scalars = {"train/loss": lax.pmean(found.loss, parallel.DATA)}
+    for layer, grads in found.grads.items():
+        squares = [
+            parallel.sum_shards(jnp.sum(jnp.square(grad)), param_specs[layer][name])
+            for name, grad in grads.items()
+        ]
+        scalars[f"grad_norm/{layer}"] = jnp.sqrt(sum(squares))
+    for layer, parts in found.observed.items():
+        # Alive in any part, on any row of devices; a unit is split as its bias is.
+        alive = lax.pmax(parts.any(0).astype(jnp.int32), parallel.DATA)
+        spec = param_specs[layer]["bias"]
+        dead = parallel.sum_shards(jnp.sum(1 - alive), spec)
+        scalars[f"dead_relu/{layer}"] = dead / units[layer]
+    return scalars
 
 
 def make_eval_step(

@@ -25,12 +25,15 @@ from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.evaluate import evaluate
 from alexnet_jax.experiment import Config, ConfigError, Experiment
 from alexnet_jax.optim import Plateau
+from alexnet_jax.profiler import Profiler
 from alexnet_jax.steps import TrainState
-from alexnet_jax.writers import MultiWriter, make_writers
+from alexnet_jax.writers import METRICS_FILE, MultiWriter, last_step_with, make_writers
 
 # Steps that may be under way on the devices before the host waits for one: enough
 # to keep them busy, few enough to bound memory.
 STEPS_IN_FLIGHT = 2
+# A loss as near to ln(classes), in nats, is that of guessing.
+STALL_MARGIN = 0.02
 
 
 def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> TrainState:
@@ -42,7 +45,8 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
     Args:
       config: see `configs/common.py`.
       workdir: folder for `config.json`, `metrics.jsonl`, `statistics.npz`,
-        `checkpoints/` and TensorBoard's event files; made if it does not exist.
+        `checkpoints/`, `profile/` and TensorBoard's event files; made if it does
+        not exist.
 
     Returns:
       The final state.
@@ -80,8 +84,17 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
                 else f"no checkpoint in {folder}: starting from scratch"
             )
             run = _Run(experiment, state, checkpointer, writers, host)
-            with stop_signals() as stop:
-                run.train(stop)
+            if jax.process_index() == 0:  # the one that writes
+                written = last_step_with(path / METRICS_FILE, "grad_norm/")
+                run.summarized_step = written
+            profiler = Profiler(
+                path / "profile",
+                count=config.profile,
+                start_step=run.step,
+                say=writers.text,
+            )
+            with stop_signals() as stop, profiler:
+                run.train(stop, profiler)
             return run.state
 
 
@@ -274,6 +287,11 @@ class _Run:
         )
         self._follow_learning_rate(host)
         self.eval_step: Any = None
+        self.summary_step: Any = None
+        # A summary comes between a step's checkpoint and the next step: the run that
+        # stopped there may have written it already.
+        self.summarized_step = -1
+        self.warned_of_stall = False
         self.recent: list[dict[str, jax.Array]] = []  # metrics since the last record
         self.saved_step = self.evaluated_step = -1
         self.saved_at = time.monotonic()
@@ -281,7 +299,7 @@ class _Run:
 
     # The loop.
 
-    def train(self, stop: Stop) -> None:
+    def train(self, stop: Stop, profiler: Profiler) -> None:
         """Steps until the end, or until asked to stop; then a checkpoint."""
         total = self.experiment.total_steps
         if self.step >= total:
@@ -293,7 +311,12 @@ class _Run:
             train_step = self._compile("training", self.experiment.train_step(), args)
             self._restart_clock(batches.wait_seconds)
             while True:
-                self.state, metrics = train_step(self.state, batch, self.statistics)
+                self._summarize(batch)
+                if profiler.is_due(self.step):
+                    with self._off_the_clock():
+                        profiler.switch(self.step)
+                with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
+                    self.state, metrics = train_step(self.state, batch, self.statistics)
                 self.step += 1
                 self._keep(metrics)
                 if self.step < total and not stop.signal:
@@ -386,6 +409,44 @@ class _Run:
             }
         )
         self._restart_clock(waited)
+        self._warn_of_stall(float(losses.mean()))
+
+    def _warn_of_stall(self, loss: float) -> None:
+        """Once, if from `stall_after_steps` on the network is still guessing."""
+        after = self.config.stall_after_steps
+        # The data's classes: units without any are learnt away at once.
+        classes = self.experiment.train_source.num_classes
+        guessing = math.log(classes)
+        stalled = abs(loss - guessing) <= STALL_MARGIN
+        if not after or self.step < after or not stalled or self.warned_of_stall:
+            return
+        self.warned_of_stall = True
+        self.writers.text(
+            f"WARNING: after {self.step} steps the loss is {loss:.4f}, that of guessing "
+            f"(ln({classes}) = {guessing:.4f}): nothing is learnt. With biases of 1 and "
+            "small weights the network may never leave this plateau, and whether it "
+            "does depends on the seed (BVLC/caffe issues 401 and 2085). Start anew, in "
+            "another --workdir, with one of: --config.model.init=caffe (biases of 0.1 "
+            "instead of 1) or he; another --config.seed; a warm-up, "
+            "--config.schedule.name=cosine --config.schedule.warmup_epochs=1. Check "
+            "the data as well: python -m alexnet_jax.prepare check"
+        )
+
+    def _summarize(self, batch: Any) -> None:
+        """Writes the summary of the step that comes next, if one is due."""
+        every = self.config.summaries_every_steps
+        if not every or self.step % every:
+            return
+        with self._off_the_clock():
+            args = (self.state, batch, self.statistics)
+            if self.summary_step is None:
+                step = self.experiment.summary_step()
+                self.summary_step = self._compile("summary", step, args)
+            scalars = jax.device_get(self.summary_step(*args))
+        if self.step:  # a single batch's loss says more only before the first update
+            del scalars["train/loss"]
+        if self.step != self.summarized_step:
+            self._write({name: float(value) for name, value in scalars.items()})
 
     def _write(self, scalars: dict[str, float]) -> None:
         epoch = self.step / self.experiment.steps_per_epoch

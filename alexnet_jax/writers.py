@@ -5,6 +5,7 @@ interface and does nothing, so that the training loop has no special case.
 
 Names of the scalars: `train/loss`, `train/top1_error`, `lr`, `images_per_sec`,
 `data_wait_frac`; `eval/loss`, `eval/top1_error`, `eval/top5_error`, `eval/count`.
+In summaries, `grad_norm/<layer>` and `dead_relu/<layer>` (see `steps`).
 Errors and fractions are in [0, 1]. `eta_seconds` is shown on the console and stored
 nowhere.
 """
@@ -181,6 +182,18 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return records
 
 
+def last_step_with(path: str | os.PathLike[str], prefix: str) -> int:
+    """The step of the last record with a name that starts so; -1: there is none."""
+    if not pathlib.Path(path).exists():
+        return -1
+    found = (
+        record["step"]
+        for record in read_metrics(path)
+        if any(name.startswith(prefix) for name in record)
+    )
+    return max(found, default=-1)
+
+
 class TensorBoardWriter:
     """Scalars as TensorBoard event files, by tensorboardX (no TensorFlow).
 
@@ -220,6 +233,19 @@ class TensorBoardWriter:
         self._writer.close()
 
 
+def progress_bar(stream: TextIO, **options: Any) -> Any:
+    """A tqdm bar on a terminal, gone when it is closed; `options` are tqdm's."""
+    from tqdm import tqdm
+
+    # Some terminals (containers, recorders) say they have 0 columns and rows, and tqdm
+    # would then draw nothing.
+    has_width = os.get_terminal_size(stream.fileno()).columns > 0
+    width: dict[str, Any] = (
+        {"dynamic_ncols": True} if has_width else {"ncols": 80, "nrows": 24}
+    )
+    return tqdm(file=stream, leave=False, **width, **options)
+
+
 class ConsoleWriter:
     """One readable line a record, and a progress bar when somebody is watching.
 
@@ -239,19 +265,8 @@ class ConsoleWriter:
         self._stream = sys.stdout if stream is None else stream
         self._bar = None
         if self._stream.isatty():
-            from tqdm import tqdm
-
-            # Some terminals (containers, recorders) say they are 0 columns wide, and
-            # tqdm would then draw nothing.
-            has_width = os.get_terminal_size(self._stream.fileno()).columns > 0
-            self._bar = tqdm(
-                total=total_steps,
-                initial=start_step,
-                file=self._stream,
-                unit="step",
-                ncols=None if has_width else 80,
-                dynamic_ncols=has_width,
-                leave=False,
+            self._bar = progress_bar(
+                self._stream, total=total_steps, initial=start_step, unit="step"
             )
 
     def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
@@ -265,9 +280,10 @@ class ConsoleWriter:
         previous = ""
         for name, value in _in_order(scalars):
             group, _, short = name.rpartition("/")
-            words = _words(short, float(value))
+            words = _words(short, float(value), group)
             # Say train: or eval: once, before the first number of that kind.
-            parts.append(f"{group}: {words}" if group not in ("", previous) else words)
+            new = group not in ("", previous)
+            parts.append(f"{group.replace('_', ' ')}: {words}" if new else words)
             previous = group or previous
         self.text("  ".join(parts))
 
@@ -303,7 +319,16 @@ _FORMATS = {
 }
 
 
-def _words(name: str, value: float) -> str:
+# Of a summary, by the name's first part; a layer's name is the last.
+_GROUP_FORMATS = {
+    "grad_norm": lambda v: f"{v:.1e}",
+    "dead_relu": lambda v: f"{100 * v:.0f}%",
+}
+
+
+def _words(name: str, value: float, group: str = "") -> str:
+    if group in _GROUP_FORMATS:
+        return f"{name} {_GROUP_FORMATS[group](value)}"
     if name in _FORMATS:
         return _FORMATS[name](value)
     return f"{name} {value:.4g}"

@@ -22,6 +22,14 @@ def get_config() -> Any:
     config.log_every_steps = 100
     # Epochs between two evaluations; there is one more at the end. 0: only that one.
     config.eval_every_epochs = 1.0
+    # Steps between two summaries, each layer's gradient norm and its share of units
+    # that are zero for the whole batch; 0: off. One costs about a step.
+    config.summaries_every_steps = 0
+    # From this step on, warn once if the loss is still that of guessing, ln(classes);
+    # 0: off (Caffe's users waited for 5,000 to 15,000 steps, BVLC/caffe#401).
+    config.stall_after_steps = 5000
+    # Steps to trace into WORKDIR/profile soon after each start; 0: none.
+    config.profile = 0
 
     config.model = model = ConfigDict()
     # Layer table: paper, caffe, caffenet, one_tower, one_gpu, owt or cifar.
@@ -92,6 +100,9 @@ def get_config() -> Any:
     optim.decay_bias = True
     # paper: the learning rate inside the velocity; torch: outside.
     optim.form = "paper"
+    # Parts that each device's share of a batch goes through the network in, one after
+    # the other: the same run in less memory. 1: all at once.
+    optim.accumulate_steps = 1
 
     config.schedule = schedule = ConfigDict()
     # plateau (paper, section 5), fixed, cosine or constant.

@@ -16,6 +16,7 @@ def get_config():
     config.data.source = "imagenet2012_256"
     config.data.eval_split = "validation"
     config.data.batch_size = 50
+    config.parallel.data = 1
     config.model.width = 0.25
     config.model.init = "he"
     config.model.overrides.dropout = 0.0

@@ -14,7 +14,7 @@ from alexnet_jax.data import DataError
 from configs import common
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = ["common", "paper", "quickstart", "cifar10", "folder"]
+CONFIGS = ["common", "paper", "quickstart", "cifar10", "folder", "memorize"]
 
 
 def config_with(**changes):
@@ -107,6 +107,19 @@ def test_all_mistakes_at_once_in_words():
             {"data__batch_size": 10, "parallel__data": 4},
             "batch_size=10 does not divide over 4 devices; the nearest that do: 8 or",
         ),
+        (
+            {"data__batch_size": 120, "optim__accumulate_steps": 8}
+            | {"parallel__data": 2},
+            r"over 2 devices in --config.optim.accumulate_steps=8 parts; .* 112 or 128\.$",
+        ),
+        (
+            {"data__batch_size": 4, "optim__accumulate_steps": 8},
+            r"over 1 devices in .* the nearest that do: 8\.$",
+        ),
+        ({"optim__accumulate_steps": 0}, "steps=0 is out of range: at least 1"),
+        ({"summaries_every_steps": -1}, "steps=-1 is out of range: 0 or more"),
+        ({"stall_after_steps": -1}, "steps=-1 is out of range: 0 or more"),
+        ({"profile": -1}, "profile=-1 is out of range: 0 or more"),
         ({"parallel__data": 16}, r"Asked for 16 devices \(16 data x 1 column\), found"),
         ({"data__crop_size": 200}, "from images of 224 to 227 pixels; images of 200"),
         (

@@ -31,11 +31,11 @@ def narrow(dtype, **kwargs):
     )
 
 
-def batch():
+def batch(examples=BATCH):
     rng = np.random.default_rng(0)
     return {
-        "image": rng.integers(0, 256, (BATCH, SIZE, SIZE, 3), np.uint8),
-        "label": rng.integers(0, CLASSES, BATCH).astype(np.int32),
+        "image": rng.integers(0, 256, (examples, SIZE, SIZE, 3), np.uint8),
+        "label": rng.integers(0, CLASSES, examples).astype(np.int32),
     }
 
 
@@ -47,15 +47,21 @@ def statistics(dtype):
     )
 
 
-def make(mode, rows, columns, dtype, **kwargs):
+def make(mode, rows, columns, dtype, *, parts=1, examples=BATCH, **kwargs):
     """The compiled training step on a mesh, its first state and its batch."""
     model, tx = narrow(dtype, **kwargs), optim.make_optimizer(0.01)
     mesh = parallel.make_mesh(rows, columns)
     state = steps.init_state(model, tx, seed=0, crop_size=CROP, mesh=mesh, mode=mode)
     step = steps.make_train_step(
-        model, tx, augment.Augmentation(CROP), mesh=mesh, mode=mode, seed=0
+        model,
+        tx,
+        augment.Augmentation(CROP),
+        mesh=mesh,
+        mode=mode,
+        seed=0,
+        accumulate_steps=parts,
     )
-    args = (state, parallel.put_batch(batch(), mesh), statistics(dtype))
+    args = (state, parallel.put_batch(batch(examples), mesh), statistics(dtype))
     return step.lower(*args).compile(), *args
 
 
@@ -95,6 +101,64 @@ def test_batch_norm_sees_the_whole_batch():
     want = three_steps("data", 1, 1, normalization="batch")
     got = three_steps("columns", 2, 2, normalization="batch")
     assert_same_leaves(got[0][-1], want[0][-1], 1e-10)
+
+
+@pytest.mark.parametrize(
+    "mode, rows, columns", [("data", 1, 1), ("data", 2, 1), ("columns", 1, 2)]
+)
+def test_a_batch_in_four_parts_is_the_same_batch(mode, rows, columns):
+    """Other masks, crops or lighting in a part would move every parameter."""
+    more = {"examples": 8} if rows == 2 else {}  # else the acceptance test's own
+    whole = three_steps(mode, rows, columns, **more)
+    parts = three_steps(mode, rows, columns, parts=4, **more)
+    np.testing.assert_allclose(parts[2], whole[2], rtol=1e-10)
+    for got, want in zip(parts[0], whole[0], strict=True):
+        assert_same_leaves(got, want, 1e-10)
+    assert_same_leaves(parts[1], whole[1], 1e-10)
+
+
+def test_gradients_are_exchanged_once_however_many_parts():
+    whole = three_steps("data", 2, 1, examples=8)[3]
+    parts = three_steps("data", 2, 1, examples=8, parts=4)[3]
+    assert dict(parallel.collectives(whole)) == {"all-reduce": 18}
+    assert parallel.collectives(parts) == parallel.collectives(whole)
+    # The loop's body is a computation of its own: all that is sent is outside it.
+    entry = parts[parts.index("\nENTRY ") :]
+    assert parallel.collectives(entry) == parallel.collectives(parts)
+    # The other loops are the random numbers'.
+    assert parts.count(" while(") == whole.count(" while(") + 1
+
+
+def test_batch_norm_in_parts_passes_its_statistics_on():
+    """Two parts of two: the running mean moves twice, each time by a tenth."""
+    model = narrow(jnp.float32, normalization="batch")
+    tx, mesh = optim.make_optimizer(0.01), parallel.make_mesh(2, 1)
+    plain = augment.Augmentation(CROP, crop=False, flip=False, lighting=0.0)
+    kwargs = {"mesh": mesh, "mode": "data"}
+    state = steps.init_state(model, tx, seed=0, crop_size=CROP, **kwargs)
+    stats, examples = statistics(jnp.float32), batch()
+    images = augment.eval_images(
+        examples["image"], mean_image=stats.mean_image, crop_size=CROP
+    )
+    conv1 = jax.jit(lambda *args: model.apply(*args, method="features")["conv1"])(
+        {"params": state.params, "batch_stats": state.batch_stats}, images
+    )
+    # Each device holds two neighbours; a part is the first, or the second, of both.
+    first, second = conv1[::2].mean((0, 1, 2)), conv1[1::2].mean((0, 1, 2))
+    step = steps.make_train_step(model, tx, plain, seed=0, accumulate_steps=2, **kwargs)
+    state, _ = step(state, parallel.put_batch(examples, mesh), stats)
+    np.testing.assert_allclose(
+        state.batch_stats["norm1"]["mean"], 0.09 * first + 0.1 * second, rtol=1e-4
+    )
+
+
+def test_parts_take_less_memory():
+    def bytes_needed(parts):
+        step, *_ = make("data", 1, 1, jnp.float32, parts=parts, examples=8)
+        return step.memory_analysis().temp_size_in_bytes
+
+    # A quarter of the activations, and once more the gradients.
+    assert bytes_needed(4) < 0.5 * bytes_needed(1)
 
 
 @functools.cache

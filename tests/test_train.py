@@ -1,6 +1,8 @@
 """A run as a whole: it learns, stops, goes on exactly, and is read back."""
 
+import gzip
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import load, train
+from alexnet_jax import load, main, train
 from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.experiment import ConfigError
 from alexnet_jax.writers import read_metrics
@@ -254,7 +256,180 @@ def test_without_an_evaluation_split(folder, tmp_path):
     load(tmp_path)  # the newest checkpoint, as none has an error
 
 
+def test_summaries_change_nothing_and_are_written(finished, folder, tmp_path, capsys):
+    expected, plain = finished
+    config = small_config(folder, summaries_every_steps=5)
+    state = train.train_and_evaluate(config, tmp_path)
+    for a, b in zip(leaves(state), leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    summaries = records(tmp_path, "grad_norm/")
+    assert [row["step"] for row in summaries] == [0, 5, 10, 15, 20, 25, 30]
+    for row in summaries:
+        names = {name for name in row if name.startswith("grad_norm/")}
+        assert names == {f"grad_norm/{layer}" for layer in state.params}
+        assert all(row[name] > 0 for name in names)
+        assert 0 <= row["dead_relu/conv1"] <= 1
+    # The loss before any update; afterwards the training records have it.
+    assert [row["step"] for row in summaries if "train/loss" in row] == [0]
+    first = summaries[0]["train/loss"]
+    out = capsys.readouterr().out
+    assert f"loss at step 0: {first:.4f}" in out
+    assert f"step  0/34  epoch 0.00  train: loss {first:.4f}  dead relu: conv1 " in out
+    assert records(tmp_path, "lr") == records(plain, "lr")
+    (events,) = tmp_path.glob("events.out.tfevents.*")
+    assert b"grad_norm/conv1" in events.read_bytes()
+    assert b"dead_relu/conv1" in events.read_bytes()
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_a_resumed_run_has_each_summary_once(crash, folder, tmp_path, monkeypatch):
+    config = small_config(folder, summaries_every_steps=5, max_steps=18)
+    config.data.eval_split = ""
+    config.checkpoint.every_steps = 10
+    if crash:  # in step 11, so with the summary of step 10 written already
+        keep = train._Run._keep
+
+        def keep_or_crash(run, metrics):
+            if run.step == 11:
+                raise RuntimeError("killed")
+            keep(run, metrics)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train._Run, "_keep", keep_or_crash)
+            with pytest.raises(RuntimeError, match="killed"):
+                train.train_and_evaluate(config, tmp_path)
+        assert records(tmp_path, "grad_norm/")[-1]["step"] == 10
+    else:  # at the end of step 10, so before its summary
+        config.max_steps = 10
+        train.train_and_evaluate(config, tmp_path)
+        assert records(tmp_path, "grad_norm/")[-1]["step"] == 5
+        config.max_steps = 18
+    train.train_and_evaluate(config, tmp_path)
+    steps = [row["step"] for row in records(tmp_path, "grad_norm/")]
+    assert steps == [0, 5, 10, 15]
+
+
+def test_a_batch_in_parts_trains_the_same(finished, folder, tmp_path):
+    config = small_config(folder)
+    config.data.eval_split = ""
+    config.optim.accumulate_steps = 3
+    config.max_steps = 5
+    train.train_and_evaluate(config, tmp_path)
+    (whole,) = (r for r in records(finished[1], "train/") if r["step"] == 5)
+    (parts,) = records(tmp_path, "train/")
+    assert parts["train/loss"] == pytest.approx(whole["train/loss"], rel=1e-4)
+    assert parts["train/top1_error"] == pytest.approx(whole["train/top1_error"])
+
+
+def test_a_loss_that_stays_at_guessing_is_said_once(folder, tmp_path, capsys):
+    config = small_config(folder, stall_after_steps=9, max_steps=20)
+    config.data.eval_split = ""
+    config.model.init = "caffe"
+    config.optim.learning_rate = 1e-12
+    train.train_and_evaluate(config, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    (index,) = (i for i, line in enumerate(lines) if line.startswith("WARNING"))
+    # The first record from step 9 on is that of step 10.
+    assert lines[index - 1].startswith("step 10/20")
+    for words in (
+        "after 10 steps the loss is 1.0",
+        "ln(3) = 1.0986",
+        "--config.model.init=caffe",
+        "another --config.seed",
+        "--config.schedule.name=cosine --config.schedule.warmup_epochs=1",
+        "python -m alexnet_jax.prepare check",
+    ):
+        assert words in lines[index]
+    # It goes on training, and 0 keeps it quiet.
+    assert records(tmp_path, "train/")[-1]["step"] == 20
+    config.stall_after_steps = 0
+    train.train_and_evaluate(config, tmp_path / "quiet")
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_a_run_that_learns_is_not_warned_of(folder, tmp_path, capsys):
+    config = small_config(folder, stall_after_steps=20)
+    config.data.eval_split = ""
+    train.train_and_evaluate(config, tmp_path)
+    assert records(tmp_path, "train/")[-1]["train/loss"] < math.log(3) - 0.1
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def traced_steps(workdir):
+    """The numbers of the steps in a workdir's one trace."""
+    (path,) = workdir.glob("profile/plugins/profile/*/*.trace.json.gz")
+    assert path.with_name(path.name.replace("trace.json.gz", "xplane.pb")).exists()
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    steps = {e["args"]["step_num"] for e in events if e.get("name") == "train"}
+    return sorted(int(step) for step in steps)
+
+
+def test_a_few_steps_are_traced(finished, folder, tmp_path, monkeypatch, capsys):
+    config = small_config(folder, profile=2, max_steps=8)
+    config.data.eval_split = ""
+    train.train_and_evaluate(config, tmp_path / "whole")
+    assert traced_steps(tmp_path / "whole") == [3, 4]
+    out = capsys.readouterr().out
+    assert f"traced from step 3 on: {tmp_path / 'whole' / 'profile'}. Look" in out
+    _, plain = finished
+    assert records(tmp_path / "whole", "train/")[0] == records(plain, "train/")[0]
+    assert not (plain / "profile").exists()
+    # Stopped in the middle: closed, or the next one could not be started.
+    config = small_config(folder, profile=50)
+    config.data.eval_split = ""
+    with monkeypatch.context() as patch:
+        StopAt(patch, 5, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train.train_and_evaluate(config, tmp_path / "stopped")
+    assert traced_steps(tmp_path / "stopped") == [3, 4]
+    config = small_config(folder, profile=2, max_steps=3)
+    config.data.eval_split = ""
+    capsys.readouterr()
+    train.train_and_evaluate(config, tmp_path / "short")
+    assert "no trace: --config.profile begins 3 steps after" in capsys.readouterr().out
+    assert not (tmp_path / "short" / "profile").exists()
+
+
+def cache_folder(monkeypatch, platform, **environment):
+    """Where the command line would keep compiled programs on such a platform."""
+    chosen = {}
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(jax.config, "update", chosen.__setitem__)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    main._keep_compiled_programs()
+    return chosen.get("jax_compilation_cache_dir")
+
+
+def test_compiled_programs_are_kept_on_accelerators(monkeypatch, tmp_path):
+    expected = str(tmp_path / "x" / "alexnet_jax" / "jax")
+    xdg = {"XDG_CACHE_HOME": tmp_path / "x"}
+    with monkeypatch.context() as patch:
+        assert cache_folder(patch, "gpu", **xdg) == expected
+    with monkeypatch.context() as patch:
+        folder = cache_folder(patch, "gpu", XDG_CACHE_HOME="", HOME=tmp_path)
+        assert folder == str(tmp_path / ".cache" / "alexnet_jax" / "jax")
+    with monkeypatch.context() as patch:
+        assert cache_folder(patch, "cpu", **xdg) is None
+    # jax's own settings go first, and a place that cannot be written to is none.
+    for name, value in (
+        ("jax_compilation_cache_dir", str(tmp_path / "own")),
+        ("jax_enable_compilation_cache", False),
+    ):
+        before = getattr(jax.config, name)
+        jax.config.update(name, value)
+        try:
+            with monkeypatch.context() as patch:
+                assert cache_folder(patch, "gpu", **xdg) is None
+        finally:
+            jax.config.update(name, before)
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as patch:
+        assert cache_folder(patch, "gpu", XDG_CACHE_HOME=tmp_path / "file") is None
+
+
 def run_main(*args, cwd=ROOT, **env):
+    env = {"JAX_ENABLE_COMPILATION_CACHE": "0", **env}  # the user's stays as it is
     return subprocess.run(
         [sys.executable, "-m", "alexnet_jax.main", *args],
         cwd=cwd,

@@ -20,6 +20,7 @@ from alexnet_jax.writers import (
     JsonlWriter,
     MultiWriter,
     TensorBoardWriter,
+    last_step_with,
     make_writers,
     read_metrics,
 )
@@ -153,6 +154,19 @@ def test_resume_is_atomic(tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
+def test_the_last_record_of_a_kind(tmp_path):
+    path = tmp_path / METRICS_FILE
+    assert last_step_with(path, "eval/") == -1
+    _write_steps(path, [100])
+    assert last_step_with(path, "eval/") == -1
+    writer = JsonlWriter(path, 100)
+    for step in (200, 300):
+        writer.write(step, 1.0, EVAL)
+    writer.write(400, 2.0, TRAIN)
+    assert last_step_with(path, "eval/") == 300
+    assert last_step_with(path, "train/") == 400
+
+
 def test_no_file_no_records(tmp_path):
     path = tmp_path / METRICS_FILE
     JsonlWriter(path, 100).close()
@@ -241,6 +255,21 @@ def test_small_rates_nan_and_unknown_names(capsys):
     ConsoleWriter(10).write(10, 1.0, scalars)
     assert capsys.readouterr().out == (
         "step 10/10  epoch 1.00  train: loss nan  9.6 images/s  conv1: dead 0.25\n"
+    )
+
+
+def test_a_summary_is_a_line(capsys):
+    scalars = {
+        "dead_relu/conv1": 0.0,
+        "dead_relu/fc6": 0.1251,
+        "grad_norm/conv1": 0.00123,
+        "grad_norm/fc8": 12.3,
+        "train/loss": 2.3026,
+    }
+    ConsoleWriter(10).write(0, 0.0, scalars)
+    assert capsys.readouterr().out == (
+        "step  0/10  epoch 0.00  train: loss 2.3026  dead relu: conv1 0%  fc6 13%"
+        "  grad norm: conv1 1.2e-03  fc8 1.2e+01\n"
     )
 
 

@@ -1,0 +1,85 @@
+"""bfloat16: rounded where it computes, nowhere else, and it learns as well."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_parallel import CROP, batch, narrow, statistics
+
+from alexnet_jax import augment, optim, parallel, steps
+
+EXAMPLES, STEPS = 8, 15
+
+
+@functools.cache
+def memorise(dtype, columns):
+    """Trains on one batch without any noise: the losses, the last state, the first."""
+    model, tx = narrow(dtype, dropout=0.0), optim.make_optimizer(0.003)
+    mesh = parallel.make_mesh(1, columns)
+    plain = augment.Augmentation(CROP, crop=False, flip=False, lighting=0.0)
+    kwargs = {"mesh": mesh, "mode": "columns", "seed": 0}
+    state = steps.init_state(model, tx, crop_size=CROP, **kwargs)
+    step = steps.make_train_step(model, tx, plain, **kwargs)
+    on_device = parallel.put_batch(batch(EXAMPLES), mesh)
+    losses = []
+    for _ in range(STEPS):
+        state, scalars = step(state, on_device, statistics(jnp.float32))
+        assert scalars["loss"].dtype == jnp.float32
+        losses.append(float(scalars["loss"]))
+    return losses, state
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_bfloat16_step_keeps_everything_that_adds_up_in_float32(columns):
+    _, state = memorise("bfloat16", columns)
+    floats = [
+        leaf
+        for leaf in jax.tree.leaves(state)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    # Kernels and biases of eight layers, their velocities, and the learning rate.
+    assert len(floats) == 33
+    assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_bfloat16_learns_like_float32(columns):
+    exact, _ = memorise("float32", 1)
+    losses, _ = memorise("bfloat16", columns)
+    assert exact[0] > 2.2 and exact[-1] < 0.02 and losses[-1] < 0.02
+    # The curves go together all the way down (nats, the mean over the steps).
+    assert np.abs(np.subtract(exact, losses)).mean() < 0.05
+    assert losses != exact
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_bfloat16_logits_are_those_of_float32_but_for_rounding(columns):
+    _, state = memorise("float32", 1)
+    params = jax.device_get(state.params)
+    mesh = parallel.make_mesh(1, columns)
+    pictures = jnp.asarray(batch(EXAMPLES)["image"])
+    images = augment.eval_images(
+        pictures, mean_image=statistics(jnp.float32).mean_image, crop_size=CROP
+    )
+
+    def logits(dtype):
+        model = narrow(dtype, dropout=0.0)
+        local = model.local(mesh, "columns")
+        specs = parallel.param_specs(model.network, params, mesh, "columns")
+        apply = parallel.shard_map(
+            lambda params, images: local.apply({"params": params}, images),
+            mesh,
+            (specs, parallel.P()),
+            parallel.P(),
+        )
+        return jax.jit(apply)(params, images)
+
+    exact, rounded = logits("float32"), logits("bfloat16")
+    assert rounded.dtype == jnp.float32
+    error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    # Eight significant bits, so each rounding is off by at most 2^-9. Some thirty of
+    # them (weights, sums, biases and normalisations of eight layers), of either sign,
+    # come to sqrt(30) * 2^-9 = 0.011; none at all would be float32 in disguise.
+    assert 2**-12 < error < 2**-6
