@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from alexnet_jax.analysis import first_layer_filters, training_curves
+from alexnet_jax.analysis import compare_losses, first_layer_filters, training_curves
 from alexnet_jax.analysis.filters import _sheet
 
 
@@ -43,3 +43,16 @@ def test_curves_hold_the_records():
         "held out": [[1.0, 50.0]],
     }
     assert loss.lines[0].get_xydata().tolist() == [[1.0, 2.0], [2.0, 1.0]]
+
+
+def test_compared_runs_hold_their_records():
+    runs = {
+        "paper": [{"step": 0, "train/loss": 7.0}, {"step": 10, "train/loss": 6.9}],
+        "caffe": [{"step": 10, "train/loss": 5.0}, {"step": 10, "eval/loss": 6.0}],
+    }
+    [axes] = compare_losses(runs, chance=6.9).axes
+    paper, caffe, chance = axes.lines
+    assert paper.get_label() == "paper"
+    assert paper.get_xydata().tolist() == [[0, 7.0], [10, 6.9]]
+    assert caffe.get_xydata().tolist() == [[10, 5.0]]
+    assert set(chance.get_ydata()) == {6.9}

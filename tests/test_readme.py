@@ -66,6 +66,7 @@ def run_main(*args):
 MISTAKES = [
     ["--config.data.source=folder:PATH"],
     ["--config.data.source=folder:PATH"],
+    ["--config.data.source=imagenet2012_256", "--config.data.dir=DATA"],
     ["--config.model.widht=0.25"],
     ["--config.data.batch_size=127", "--cpu_devices=2"],
     ["--config.data.crop_size=200"],
@@ -89,18 +90,19 @@ def test_troubleshooting_messages(number, workdir, tmp_path):
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(
             tmp_path / "PATH" / "train" / "dog" / "1.png"
         )
-    if number == 6:
+    if number == 7:
         run = workdir
         config = "--config=configs/quickstart.py"
         args = [*args, "--cpu_devices=2", "--config.data.batch_size=4"]
     before = sorted(str(path) for path in tmp_path.rglob("*"))
-    args = [arg.replace("PATH", str(tmp_path / "PATH")) for arg in args]
+    places = {"PATH": tmp_path / "PATH", "DATA": tmp_path / "DATA", "WORKDIR": workdir}
+    for name in ("PATH", "DATA"):
+        args = [re.sub(f"(?<=[=:]){name}$", str(places[name]), arg) for arg in args]
     message = run_main(config, f"--workdir={run}", *args)
-    message = message.replace(str(tmp_path / "PATH"), "PATH").replace(
-        str(workdir), "WORKDIR"
-    )
+    for name, path in places.items():
+        message = message.replace(str(path), name)
     expected = said[number].replace(
-        "0.25 in", "0.0625 in" if number == 6 else "0.25 in"
+        "0.25 in", "0.0625 in" if number == 7 else "0.25 in"
     )
     # The advice ends with the literal word PATH as well.
     assert expected in message

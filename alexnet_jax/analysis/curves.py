@@ -1,11 +1,12 @@
 """Loss and error over the epochs, from the records of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
 _TRAIN, _EVAL = "#4477aa", "#cc3311"  # told apart by colour-blind readers as well
+_RUNS = (_TRAIN, "#ee7733", "#228833", "#aa3377", "#66ccee", "#bbbbbb")
 
 
 def training_curves(records: Sequence[dict[str, Any]]) -> Figure:
@@ -43,4 +44,32 @@ def training_curves(records: Sequence[dict[str, Any]]) -> Figure:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def compare_losses(
+    runs: Mapping[str, Sequence[dict[str, Any]]], *, chance: float | None = None
+) -> Figure:
+    """Draws the training losses of several runs over their steps.
+
+    Args:
+      runs: name -> records of `writers.read_metrics`; at most six.
+      chance: a loss to draw a line at, such as ln(classes).
+
+    Returns:
+      A matplotlib figure; losses in nats.
+    """
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for (name, records), color in zip(runs.items(), _RUNS, strict=False):
+        points = [(r["step"], r["train/loss"]) for r in records if "train/loss" in r]
+        axes.plot(*zip(*points, strict=True), color=color, label=name)
+    if chance is not None:
+        axes.axhline(chance, color="black", linewidth=0.8, linestyle="--")
+        axes.annotate("ln(classes)", (0, chance), (2, 3), textcoords="offset points")
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
-from alexnet_jax.data import images, sources, statistics
+from alexnet_jax.data import images, locks, sources, statistics
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.imagenet import originals as originals_lib
 from alexnet_jax.data.imagenet.classes import OFFICIAL_COUNTS, wnids
@@ -105,12 +105,10 @@ def prepare(
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Holds the folder; another process that prepares there is refused."""
-    import fcntl
-
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locks.held(folder / ".lock", wait=False))
         except BlockingIOError:
             raise DataError(
                 f"another process is preparing {folder}; wait for it, or end it and "

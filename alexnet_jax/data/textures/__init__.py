@@ -4,9 +4,9 @@ import contextlib
 import io
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
+from alexnet_jax.data import locks
 from alexnet_jax.data.textures.drawing import CLASS_NAMES, draw
 
 __all__ = ["CLASS_NAMES", "build", "draw"]
@@ -39,7 +39,9 @@ def build(data_dir: Path, *, tiny: bool = False) -> str:
     if (directory / "dataset_info.json").exists():
         return name
     data_dir.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(data_dir / ".textures.lock"):
+    # The processes of one run build once. Where there are no locks each one builds:
+    # tfds writes to a directory of its own and renames it.
+    with locks.held(data_dir / ".textures.lock", wait=True):
         if (directory / "dataset_info.json").exists():  # another process was faster
             return name
         print(f"Drawing the textures data set into {directory} ...", file=sys.stderr)
@@ -57,20 +59,3 @@ def build(data_dir: Path, *, tiny: bool = False) -> str:
         seconds = time.perf_counter() - started
         print(f"Textures are ready ({seconds:.0f} s).", file=sys.stderr)
     return name
-
-
-@contextlib.contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Lets the processes of one run build once; without fcntl each one builds.
-
-    That would be harmless: tfds writes to a directory of its own and renames it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with open(path, "w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
