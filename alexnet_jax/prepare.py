@@ -166,9 +166,7 @@ def _check() -> int:
 
 def _check_writable(folder: Path) -> None:
     """Before work of hours: `folder` can be made and written."""
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
+    existing = sources.existing_parent(folder)
     if not existing.is_dir():
         raise ValueError(f"cannot write to {folder}: {existing} is not a folder")
     if not os.access(existing, os.W_OK):

@@ -313,6 +313,13 @@ def tfds_data_dir(data_dir: str | None) -> Path:
     return Path(chosen).expanduser()
 
 
+def existing_parent(path: Path) -> Path:
+    """`path`, or the nearest folder above it that is there."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
 def example_message() -> Any:
     """The protocol buffer class of a tfds record; it is made at run time."""
     from tensorflow_datasets.proto import tf_example_pb2

@@ -125,8 +125,8 @@ def find(
       source: holds the two archives, or train/<wnid>/ and val/ (class folders, or the
         50,000 files as they are), or one of each; or a prepared tfds `imagenet2012`.
       progress: called with the number of pictures found since its last call.
-      cache: folder to keep the archives' tables of contents in: reading them anew
-        takes minutes to half an hour, as the disk is.
+      cache: where `keep_tables` may have kept the archives' tables of contents;
+        reading them anew takes minutes to half an hour, as the disk is.
 
     Raises:
       DataError, FileNotFoundError: a split is missing, an archive is cut off, a class
@@ -211,22 +211,35 @@ _LABELS = {wnid: label for label, wnid in enumerate(wnids())}
 def _archive(
     path: Path, split: str, progress: Progress, cache: Path | None
 ) -> Originals:
-    state = path.stat()
-    key = f"{path} {state.st_size} {state.st_mtime_ns}"
-    kept = cache and cache / f"{split}_table.npz"
+    kept = cache and cache / _TABLE.format(split)
     if kept and kept.exists():
         with np.load(kept) as file:
-            if str(file["key"]) == key:
+            if str(file["state"]) == _state(path):
                 columns = {name: file[name] for name in _COLUMNS}
                 return Originals(_about(path), "file", (str(path),), **columns)
     read = _train_archive if split == "train" else _validation_archive
-    table = read(path, progress)
-    if kept:
-        columns = {name: getattr(table, name) for name in _COLUMNS}
-        temporary = kept.with_name(f".{kept.name}")
-        np.savez(temporary, key=np.array(key), **columns)
-        os.replace(temporary, kept)
-    return table
+    return read(path, progress)
+
+
+def keep_tables(found: dict[str, Originals], cache: Path) -> None:
+    """Keeps the archives' tables of contents where `find` looks for them."""
+    for split, originals in found.items():
+        if originals.description != _about(Path(originals.places[0])):
+            continue  # folders and tfds data sets are read quickly
+        columns = {name: getattr(originals, name) for name in _COLUMNS}
+        temporary = cache / f".{_TABLE.format(split)}"
+        state = np.array(_state(Path(originals.places[0])))
+        np.savez(temporary, state=state, **columns)
+        os.replace(temporary, cache / _TABLE.format(split))
+
+
+_TABLE = "{}_table.npz"
+
+
+def _state(archive: Path) -> str:
+    """Changes when the file does."""
+    found = archive.stat()
+    return f"{archive} {found.st_size} {found.st_mtime_ns}"
 
 
 def _about(archive: Path) -> str:

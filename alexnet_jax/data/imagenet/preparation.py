@@ -82,22 +82,23 @@ def prepare(
         log(f"{directory} is there already. To make it anew, delete it first.")
         return directory
     unfinished = directory.with_name(f"{VERSION}.incomplete")
+    # All that can be checked first is, and nothing is made if it fails.
+    with bar("reading tables of contents", None, "pictures") as progress:
+        found = originals_lib.find(source, progress, cache=unfinished / "parts")
+    for split, originals in found.items():
+        log(_description(split, originals))
+    if verify:
+        _verify(source, bar)
+    shards = _shards(found, unfinished)
+    missing = [shard for shard in shards if not shard.is_done()]
+    _check_disk(data_dir, missing)
     with _alone(data_dir / NAME):
-        (unfinished / "parts").mkdir(parents=True, exist_ok=True)
-        splits = _find_originals(source, unfinished, bar)
-        for split, originals in splits.items():
-            log(_description(split, originals))
-        if verify:
-            _verify(source, bar)
-        shards = _shards(splits, unfinished)
-        missing = [shard for shard in shards if not shard.is_done()]
-        _check_disk(data_dir, missing)
+        _begin(unfinished, source, found)
         if len(missing) < len(shards):
-            log(
-                f"{len(shards) - len(missing)} of {len(shards)} shards are done already"
-            )
+            done = len(shards) - len(missing)
+            log(f"{done} of {len(shards)} shards are done already")
         _write_shards(shards, workers, max_unreadable, bar)
-        _finish(unfinished, splits, shards, workers, log, bar)
+        _finish(unfinished, shards, workers, log, bar)
         os.rename(unfinished, directory)
     return directory
 
@@ -120,20 +121,19 @@ def _alone(folder: Path) -> Iterator[None]:
 # What there is to do.
 
 
-def _find_originals(source: Path, unfinished: Path, bar: Bar) -> dict[str, Originals]:
-    """Both splits in the order of storage; refuses to go on with other pictures."""
-    with bar("reading tables of contents", None, "pictures") as progress:
-        found = originals_lib.find(source, progress, cache=unfinished / "parts")
-    ordered = {split: originals.shuffled() for split, originals in found.items()}
-    plan = {split: originals.fingerprint() for split, originals in ordered.items()}
-    path = unfinished / "parts" / "plan.json"
+def _begin(unfinished: Path, source: Path, found: dict[str, Originals]) -> None:
+    """Makes the directory; refuses one that was begun with other pictures."""
+    parts = unfinished / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    plan = {split: originals.fingerprint() for split, originals in found.items()}
+    path = parts / "plan.json"
     if path.exists() and json.loads(path.read_text()) != plan:
         raise DataError(
             f"{unfinished} was begun with other pictures than those of {source}. Give "
             "the --source that it was begun with, or delete that folder"
         )
     _write_text(path, json.dumps(plan))
-    return ordered
+    originals_lib.keep_tables(found, parts)
 
 
 def _description(split: str, originals: Originals) -> str:
@@ -158,7 +158,7 @@ def _verify(source: Path, bar: Bar) -> None:
 
 def _check_disk(data_dir: Path, missing: "list[Shard]") -> None:
     needed = sum(len(shard.originals) for shard in missing) * _BYTES_A_PICTURE
-    free = shutil.disk_usage(data_dir).free
+    free = shutil.disk_usage(sources.existing_parent(data_dir)).free
     if free < needed:
         raise DataError(
             f"{data_dir} has {free / 1e9:.1f} GB free; the pictures need "
@@ -186,15 +186,18 @@ class Shard:
         return self.path.parent / "parts" / f"{self.path.name}.json"
 
     def is_done(self) -> bool:
-        return self.result_path.exists() and self.path.exists()
+        if not (self.result_path.exists() and self.path.exists()):
+            return False
+        return self.path.stat().st_size == self.result()["bytes"]
 
     def result(self) -> dict[str, Any]:
         return json.loads(self.result_path.read_text())
 
 
-def _shards(splits: dict[str, Originals], unfinished: Path) -> list[Shard]:
+def _shards(found: dict[str, Originals], unfinished: Path) -> list[Shard]:
     shards = []
-    for split, originals in splits.items():
+    for split, originals in found.items():
+        originals = originals.shuffled()
         count = max(-(-len(originals) // _PICTURES_A_SHARD), _FEWEST_SHARDS)
         count = min(count, len(originals))
         for number, rows in enumerate(np.array_split(np.arange(len(originals)), count)):
@@ -336,7 +339,6 @@ def _write_text(path: Path, text: str) -> None:
 
 def _finish(
     unfinished: Path,
-    splits: dict[str, Originals],
     shards: list[Shard],
     workers: int,
     log: Callable[[str], object],
@@ -344,6 +346,7 @@ def _finish(
 ) -> None:
     """Description, statistics and record of the data set, all shards being there."""
     results = {shard: shard.result() for shard in shards}
+    source = {shard.split: shard.originals.description for shard in shards}
     _write_metadata(unfinished, shards)
     train = sources.TfdsSource(unfinished, "train", SIZE)
     with bar("mean image and colour PCA", train.num_examples, "pictures") as progress:
@@ -354,7 +357,7 @@ def _finish(
         log(f"{len(unreadable)} pictures were left out:\n{_reasons(unreadable)}")
     record = {
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "source": {split: splits[split].description for split in SPLITS},
+        "source": source,
         "pictures": {
             split: sum(results[s]["records"] for s in shards if s.split == split)
             for split in SPLITS
