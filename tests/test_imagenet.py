@@ -18,11 +18,14 @@ import simplejpeg
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from alexnet_jax import prepare
+from alexnet_jax import load, prepare
 from alexnet_jax.analysis import contact_sheet
 from alexnet_jax.data import DataError, check, open_source, sources, statistics
 from alexnet_jax.data.imagenet import class_words, classes, originals, preparation
 from alexnet_jax.data.imagenet import wnids as get_wnids
+from alexnet_jax.train import train_and_evaluate
+from alexnet_jax.writers import read_metrics
+from configs import paper
 
 REPOSITORY = Path(__file__).parents[1]
 WNIDS = get_wnids()[:3]
@@ -324,6 +327,24 @@ def test_a_second_start_has_nothing_to_do(archives, data_dir, capsys):
     assert run("imagenet", f"--source={archives}", f"--data_dir={data_dir}") == 0
     assert "is there already" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in data_dir.rglob("*record*")}
+
+
+def test_the_papers_config_trains_on_it_as_it_stands(data_dir, tmp_path, monkeypatch):
+    """But for its size: the source, the splits and the statistics are its own."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+    config = paper.get_config()
+    config.model.width, config.model.init = 1 / 16, "he"
+    config.data.batch_size, config.max_steps = 8, 2
+    train_and_evaluate(config, tmp_path)
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert last["eval/count"] == NUM_VALIDATION and last["step"] == 2
+    kept = statistics.load(tmp_path / "statistics.npz")
+    train = open_source("imagenet2012_256", "train")
+    stored = statistics.load(statistics.statistics_path(train))
+    np.testing.assert_array_equal(kept.mean_image, stored.mean_image)
+    model, variables, _ = load(tmp_path)
+    assert variables["params"]["fc8"]["bias"].shape == (1000,)
+    assert model.network.columns == 2
 
 
 # Faults.

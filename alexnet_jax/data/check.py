@@ -68,7 +68,8 @@ def examine(
     splits = [("train", train, labels[0])]
     if evaluation is not None:
         yield _same_classes(train, evaluation)
-        splits.append(("validation", evaluation, labels[1]))
+        name = "validation" if is_imagenet else "evaluation"
+        splits.append((name, evaluation, labels[1]))
     for split, source, of_split in splits:
         if is_imagenet:
             yield _official_count(split, len(of_split), partial)
@@ -204,8 +205,8 @@ def _statistics(train: Source, is_imagenet: bool, workers: int) -> Iterator[Find
     if path is None or not path.exists():
         yield Finding(
             "note",
-            "statistics: none beside the data; training computes them from 10,000 "
-            "pictures (python -m alexnet_jax.prepare statistics --source=... stores "
+            "statistics: none beside the data; training computes them from at most "
+            "10,000 pictures (python -m alexnet_jax.prepare statistics --source=... stores "
             "those of all)",
         )
         return
