@@ -4,7 +4,21 @@ model = alexnet_jax.create_model("paper")
 model, variables, preprocess = alexnet_jax.load("runs/quickstart")
 """
 
-from alexnet_jax.experiment import load, pipeline
-from alexnet_jax.model import AlexNet, create_model
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alexnet_jax.experiment import load, pipeline
+    from alexnet_jax.model import AlexNet, create_model
 
 __all__ = ["AlexNet", "create_model", "load", "pipeline"]
+
+_HOMES = {"AlexNet": "model", "create_model": "model"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: processes that only decode pictures need no JAX."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f"{__name__}.{_HOMES.get(name, 'experiment')}")
+    return getattr(home, name)

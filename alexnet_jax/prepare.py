@@ -33,7 +33,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from alexnet_jax.data import check, eval_batches, sources, statistics
+from alexnet_jax.data import eval_batches, sources, statistics
 from alexnet_jax.writers import progress_bar
 
 # Flags of its own, not absl's global ones: several command lines of this package
@@ -115,8 +115,7 @@ def _imagenet() -> int:
         raise ValueError("--source is missing: the folder with the ImageNet archives")
     data_dir = sources.tfds_data_dir(FLAGS.data_dir)
     _check_writable(data_dir)
-    started = time.monotonic()
-    directory = preparation.prepare(
+    preparation.prepare(
         Path(FLAGS.source).expanduser().absolute(),
         data_dir.absolute(),
         workers=FLAGS.workers,
@@ -125,17 +124,23 @@ def _imagenet() -> int:
         log=_say,
         bar=_bar,
     )
-    minutes = (time.monotonic() - started) / 60
-    _say(f"ready: {directory} ({minutes:.1f} min). Look at it before training:")
+    _say("look at it before training:")
     _say(f"  python -m alexnet_jax.prepare check --data_dir={data_dir}")
     return 0
 
 
 def _check() -> int:
     from alexnet_jax.analysis import contact_sheet
+    from alexnet_jax.data import check
 
     name = FLAGS.source or "imagenet2012_256"
     out = Path(FLAGS.out)
+    if out.suffix not in (".png", ".jpg", ".pdf") or not out.absolute().parent.is_dir():
+        raise ValueError(
+            f"--out={out} must be a .png, .jpg or .pdf file in a folder that exists"
+        )
+    if not FLAGS.split:
+        raise ValueError("--split is empty: which split is trained on?")
     _check_writable(out.absolute().parent)
     train, evaluation = (
         sources.open_source(
@@ -145,7 +150,7 @@ def _check() -> int:
         else None
         for split in (FLAGS.split, FLAGS.eval_split)
     )
-    assert train is not None
+    assert train is not None  # its split is named
     findings, labels = [], []
     for source in filter(None, (train, evaluation)):
         _say(source.description)
@@ -250,7 +255,7 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-_STOPPED = "prepare: stopped; the same command goes on"
+_STOPPED = "prepare: stopped; start the same command again"
 
 COMMANDS: dict[str, Callable[[], int]] = {
     "imagenet": _imagenet,

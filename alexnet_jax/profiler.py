@@ -65,7 +65,8 @@ class Profiler:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def close(self) -> None:
+        """Ends a trace that is under way; says so if there was none."""
         if self._running:
             self._stop()
         elif self._count and self._step < self._first:
@@ -73,3 +74,7 @@ class Profiler:
                 f"no trace: --config.profile begins {SKIPPED_STEPS} steps after the "
                 "start, and the run was over before"
             )
+        self._count = 0
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

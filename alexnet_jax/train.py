@@ -22,8 +22,10 @@ from alexnet_jax import experiment as experiment_lib
 from alexnet_jax import parallel
 from alexnet_jax.checkpoint import Checkpointer, CheckpointError, has_checkpoint
 from alexnet_jax.data import statistics as statistics_lib
+from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, wnids
 from alexnet_jax.evaluate import evaluate
 from alexnet_jax.experiment import Config, ConfigError, Experiment
+from alexnet_jax.model import INITS
 from alexnet_jax.optim import Plateau
 from alexnet_jax.profiler import Profiler
 from alexnet_jax.steps import TrainState
@@ -216,6 +218,11 @@ def _describe(experiment: Experiment) -> list[str]:
         f"devices {kind}: mode {experiment.mode}, {rows} data x {columns} column",
         f"training on {train.num_examples:,} pictures: {train.description}",
     ]
+    if train.class_names == wnids() and train.num_examples < OFFICIAL_COUNTS["train"]:
+        lines.append(
+            f"WARNING: ILSVRC-2012 has {OFFICIAL_COUNTS['train']:,} training pictures; "
+            "published error rates are of all of them"
+        )
     if experiment.eval_source is not None:
         lines.append(
             f"evaluating on {experiment.eval_source.num_examples:,} pictures: "
@@ -325,6 +332,7 @@ class _Run:
                 self._between_steps(batches.wait_seconds, stop)
                 if self.step >= total or stop.signal:
                     break
+        profiler.close()  # what follows is no training
         if stop.signal and self.step < total:
             self._stopped(stop.signal)
         self._save()  # before an evaluation that may fail
@@ -421,15 +429,17 @@ class _Run:
         if not after or self.step < after or not stalled or self.warned_of_stall:
             return
         self.warned_of_stall = True
+        inits = [init for init in INITS if init != self.config.model.init]
         self.writers.text(
             f"WARNING: after {self.step} steps the loss is {loss:.4f}, that of guessing "
-            f"(ln({classes}) = {guessing:.4f}): nothing is learnt. With biases of 1 and "
-            "small weights the network may never leave this plateau, and whether it "
-            "does depends on the seed (BVLC/caffe issues 401 and 2085). Start anew, in "
-            "another --workdir, with one of: --config.model.init=caffe (biases of 0.1 "
-            "instead of 1) or he; another --config.seed; a warm-up, "
-            "--config.schedule.name=cosine --config.schedule.warmup_epochs=1. Check "
-            "the data as well: python -m alexnet_jax.prepare check"
+            f"(ln({classes}) = {guessing:.4f}): nothing is learnt. A network that starts "
+            "with small weights may never leave this plateau, and whether it does "
+            "depends on the biases and the seed (BVLC/caffe issues 401 and 2085). Start "
+            "anew, in another --workdir, with one of: --config.model.init="
+            f"{' or '.join(inits)}; another --config.seed; a warm-up, "
+            "--config.schedule.name=cosine --config.schedule.warmup_epochs=1. Check the "
+            "data as well: python -m alexnet_jax.prepare check --source="
+            f"{self.config.data.source}"
         )
 
     def _summarize(self, batch: Any) -> None:

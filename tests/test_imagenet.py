@@ -1,5 +1,6 @@
 """From archives to `imagenet2012_256`: labels, pictures, order, faults; the checks."""
 
+import gzip
 import io
 import json
 import os
@@ -20,7 +21,14 @@ from PIL import Image
 
 from alexnet_jax import load, prepare
 from alexnet_jax.analysis import contact_sheet
-from alexnet_jax.data import DataError, check, open_source, sources, statistics
+from alexnet_jax.data import (
+    DataError,
+    check,
+    images,
+    open_source,
+    sources,
+    statistics,
+)
 from alexnet_jax.data.imagenet import class_words, classes, originals, preparation
 from alexnet_jax.data.imagenet import wnids as get_wnids
 from alexnet_jax.train import train_and_evaluate
@@ -219,22 +227,17 @@ def test_storage_is_shuffled_and_statistics_lie_beside(data_dir):
     assert left == {"1.0.0", ".lock"}
 
 
-def shard_records(found: originals.Originals, tmp_path: Path) -> list[tuple]:
-    """What a worker writes, without the processes."""
-    (tmp_path / "parts").mkdir(parents=True, exist_ok=True)
+def written(found: originals.Originals) -> list[tuple[str, tuple[int, bytes]]]:
+    """What a worker writes of them, without the processes: name, label, JPEG."""
     rows = []
     for index in range(len(found)):
-        example = sources.example_message().FromString(
-            preparation._record(found, index)
-        )
-        feature = example.features.feature
-        rows.append(
-            (
-                feature["file_name"].bytes_list.value[0].decode(),
-                feature["label"].int64_list.value[0],
-                feature["image"].bytes_list.value[0],
-            )
-        )
+        name, label, data = found.read(index)
+        picture = images.decode(data, 256, name)
+        record = preparation._record(name, label, picture)
+        feature = sources.example_message().FromString(record).features.feature
+        assert feature["file_name"].bytes_list.value == [name.encode()]
+        assert feature["label"].int64_list.value == [label]
+        rows.append((name, (label, feature["image"].bytes_list.value[0])))
     return rows
 
 
@@ -245,8 +248,8 @@ def test_class_folders_give_the_same_as_archives(data_dir, tmp_path, flat):
         list(records(data_dir, split).items()) for split in ("train", "validation")
     ]
     for split, expected in zip(("train", "validation"), archived, strict=True):
-        rows = shard_records(found[split].shuffled(), tmp_path)
-        assert [(n, (k, jpeg)) for n, k, jpeg in rows] == expected  # order too
+        [part] = found[split].divided(1)
+        assert written(part) == expected  # in the same order
 
 
 @pytest.mark.parametrize("kind", ["array_record", "tfrecord"])
@@ -254,14 +257,14 @@ def test_a_prepared_tfds_imagenet2012_gives_the_same(data_dir, tmp_path, kind):
     folder = write_tfds(tmp_path / "imagenet2012" / "5.1.0", kind)
     for source in (tmp_path, folder):
         found = originals.find(source)
-        rows = shard_records(found["train"].shuffled(), tmp_path)
-        assert {n: (k, jpeg) for n, k, jpeg in rows} == records(data_dir, "train")
+        assert dict(written(found["train"])) == records(data_dir, "train")
         assert len(found["validation"]) == NUM_VALIDATION
     shard = next(folder.glob("*train*"))
     shard.write_bytes(shard.read_bytes()[:-100])
-    if kind == "tfrecord":
-        with pytest.raises(DataError, match="is cut off at"):
-            originals.find(tmp_path)
+    originals._reader.cache_clear()
+    message = {"tfrecord": "is cut off at", "array_record": "cannot read record 0 of"}
+    with pytest.raises((DataError, OSError), match=message[kind]):
+        originals.find(tmp_path)["train"].read(0)
 
 
 def write_tfds(folder: Path, kind: str) -> Path:
@@ -322,11 +325,35 @@ def example(name: str, label_and_data: tuple[int, bytes]) -> bytes:
     return message.SerializeToString()
 
 
-def test_a_second_start_has_nothing_to_do(archives, data_dir, capsys):
+def test_a_second_start_has_nothing_to_do(archives, data_dir, tmp_path, capsys):
     before = {p: p.stat().st_mtime_ns for p in data_dir.rglob("*record*")}
+    (data_dir / "imagenet2012_256" / "1.0.0" / "parts").mkdir()  # killed at the end
     assert run("imagenet", f"--source={archives}", f"--data_dir={data_dir}") == 0
-    assert "is there already" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "is there already" in output and "train: 18 pictures" in output
+    assert "WARNING: ILSVRC-2012 has 1,281,167" in output
     assert before == {p: p.stat().st_mtime_ns for p in data_dir.rglob("*record*")}
+    assert not list(data_dir.rglob("parts"))
+    # Tried with a few pictures, then given the real ones: that is not "there".
+    assert run("imagenet", f"--source={tmp_path}", f"--data_dir={data_dir}") == 1
+    assert f"made of {archives}, not of {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_damaged_data_set_is_one_message_at_the_start(data_dir, tmp_path, capsys):
+    target = tmp_path / "imagenet2012_256"
+    shutil.copytree(data_dir / "imagenet2012_256", target)
+    [shard] = target.glob("1.0.0/*validation*")
+    whole = shard.read_bytes()
+    arguments = ("check", f"--data_dir={tmp_path}", f"--out={tmp_path / 'sheet.png'}")
+    shard.unlink()
+    assert run(*arguments) == 1
+    assert f"1 of 1 files of {target}" in capsys.readouterr().err
+    shard.write_bytes(whole[: len(whole) // 2])
+    assert run(*arguments) == 1
+    assert "is damaged" in capsys.readouterr().err
+    (target / "1.0.0" / "dataset_info.json").write_text("{")
+    assert run(*arguments) == 1
+    assert "dataset_info.json is damaged" in capsys.readouterr().err
 
 
 def test_the_papers_config_trains_on_it_as_it_stands(data_dir, tmp_path, monkeypatch):
@@ -365,7 +392,7 @@ def test_a_broken_picture_is_named_counted_and_limited(tmp_path, capsys):
         open_source("imagenet2012_256", "train", data_dir=str(tmp_path))
     assert run(*arguments, "--max_unreadable=2", "--workers=2") == 0
     output = capsys.readouterr().out
-    assert "shards are done already" in output and "2 pictures were left out" in output
+    assert "left out, 2 pictures" in output and f"cannot decode {name}" in output
     directory = tmp_path / "imagenet2012_256" / "1.0.0"
     record = json.loads((directory / "preparation.json").read_text())
     assert record["pictures"] == {
@@ -381,19 +408,19 @@ def test_a_broken_picture_is_named_counted_and_limited(tmp_path, capsys):
 
 def test_killed_and_started_again_it_makes_only_what_is_missing(tmp_path):
     rng = np.random.default_rng(0)
-    large = simplejpeg.encode_jpeg(rng.integers(0, 256, (1200, 1600, 3), np.uint8))
+    large = simplejpeg.encode_jpeg(rng.integers(0, 256, (600, 800, 3), np.uint8))
     train = {
         f"{wnid}_{i}.JPEG": (label, large)
         for label, wnid in enumerate(WNIDS)
-        for i in range(40)
+        for i in range(110)
     }
-    source = write_archives(tmp_path / "source", train)
+    source = write_archives(tmp_path / "source", train)  # five shards, and one
     unfinished = tmp_path / "imagenet2012_256" / "1.0.0.incomplete"
     command = [sys.executable, "-m", "alexnet_jax.prepare", "imagenet"]
     command += [f"--source={source}", f"--data_dir={tmp_path}", "--workers=1"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while len(done := list(unfinished.glob("parts/*record*.json"))) < 3:
+    while len(done := list(unfinished.glob("parts/*record*.json"))) < 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -414,19 +441,80 @@ def test_killed_and_started_again_it_makes_only_what_is_missing(tmp_path):
     assert not unfinished.exists() and not list(directory.glob(".*"))
 
 
-def test_other_pictures_are_not_mixed_in(archives, tmp_path, monkeypatch, capsys):
-    def interrupted(*_):
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Shards are written here, so that a test can see and spoil it."""
+    made = []
+
+    def write(shards, workers, max_unreadable, log, bar):
+        missing = [shard for shard in shards if not shard.is_done()]
+        for shard in missing:
+            preparation.write_shard(shard)
+            made.append(shard.path.name)
+        unreadable = [u for s in missing for u in s.result()["unreadable"]]
+        preparation._check_unreadable(unreadable, max_unreadable)
+
+    monkeypatch.setattr(preparation, "_write_shards", write)
+    return made
+
+
+def test_a_source_that_fails_for_a_moment_spoils_nothing(
+    tmp_path, in_this_process, monkeypatch, capsys
+):
+    source = write_archives(tmp_path / "source")
+    arguments = ("imagenet", f"--source={source}", f"--data_dir={tmp_path}")
+
+    def unplug(*_):
+        (source / "ILSVRC2012_img_train.tar").rename(source / "away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(originals, "keep_tables", unplug)  # after all the checks
+        assert run(*arguments, "--max_unreadable=1000") == 1
+    assert "cannot read n0" in capsys.readouterr().err
+    (source / "away").rename(source / "ILSVRC2012_img_train.tar")
+    assert run(*arguments, "--max_unreadable=0") == 0
+    assert set(records(tmp_path, "train")) == set(TRAIN)
+
+
+def test_a_mended_or_removed_picture_costs_one_shard(
+    tmp_path, in_this_process, monkeypatch, capsys
+):
+    monkeypatch.setattr(preparation, "_FEWEST_PICTURES", 4)  # 18 make four shards
+    source = write_folders(tmp_path / "source", flat=True)
+    first, second = sorted(TRAIN)[:2]
+    broken = source / "train" / WNIDS[0] / first
+    whole = broken.read_bytes()
+    broken.write_bytes(bytes(len(whole)))
+    arguments = ("imagenet", f"--source={source}", f"--data_dir={tmp_path}")
+    assert run(*arguments, "--max_unreadable=0") == 1
+    assert "1 picture cannot be read" in capsys.readouterr().err
+    assert len(in_this_process) == 6
+    broken.write_bytes(whole)
+    (source / "train" / WNIDS[0] / second).unlink()
+    assert run(*arguments, "--max_unreadable=0") == 0
+    assert len(in_this_process) <= 6 + 2
+    assert set(records(tmp_path, "train")) == set(TRAIN) - {second}
+
+
+def test_torn_bookkeeping_is_done_again(tmp_path, in_this_process, monkeypatch):
+    def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preparation, "_write_shards", interrupted)
-    arguments = ("imagenet", f"--data_dir={tmp_path}")
-    assert run(*arguments, f"--source={archives}") == 130
-    assert "the same command goes on" in capsys.readouterr().err
-    other = write_archives(
-        tmp_path / "other", dict(list(TRAIN.items())[:-1]), VALIDATION
-    )
-    assert run(*arguments, f"--source={other}") == 1
-    assert "was begun with other pictures" in capsys.readouterr().err
+    source = write_archives(tmp_path / "source")
+    arguments = ("imagenet", f"--source={source}", f"--data_dir={tmp_path}")
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "_finish", crash)
+        assert run(*arguments) == 130
+    parts = tmp_path / "imagenet2012_256" / "1.0.0.incomplete" / "parts"
+    for path in parts.iterdir():
+        path.write_bytes(path.read_bytes()[:10])
+    stale = parts.parent / "imagenet2012_256-train.array_record-00000-of-00077"
+    stale.touch()  # of another source
+    assert run(*arguments) == 0
+    assert len(in_this_process) == 4  # two shards, twice
+    assert set(records(tmp_path, "train")) == set(TRAIN)
+    names = {path.name for path in (tmp_path / "imagenet2012_256" / "1.0.0").iterdir()}
+    assert stale.name not in names and "parts" not in names
 
 
 def test_tables_of_contents_are_kept_until_the_archive_changes(tmp_path):
@@ -469,11 +557,25 @@ def _cut_in_a_picture(source: Path) -> None:
     _cut(source / "ILSVRC2012_img_train.tar", 30_000)
 
 
-def _cut_between_pictures(source: Path) -> None:
-    path = source / "ILSVRC2012_img_val.tar"
-    with tarfile.open(path) as archive:
+def _cut_between_pictures(source: Path, name="ILSVRC2012_img_val.tar") -> None:
+    with tarfile.open(source / name) as archive:
         last = archive.getmembers()[-1]
-    _cut(path, last.offset)
+    _cut(source / name, last.offset)
+
+
+def _cut_between_classes(source: Path) -> None:
+    _cut_between_pictures(source, "ILSVRC2012_img_train.tar")
+
+
+def _compressed(source: Path) -> None:
+    path = source / "ILSVRC2012_img_train.tar"
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+
+def _sorted_wrongly(source: Path) -> None:
+    inner = tar_of({f"{WNIDS[1]}_0.JPEG": file_of(0)})
+    whole = tar_of({f"{WNIDS[0]}.tar": inner})
+    (source / "ILSVRC2012_img_train.tar").write_bytes(whole)
 
 
 def _cut_in_a_class(source: Path) -> None:
@@ -528,12 +630,15 @@ def _a_link(source: Path) -> None:
     [
         (_cut_in_a_picture, "was the download cut off?"),
         (_cut_between_pictures, "was the download cut off?"),
+        (_cut_between_classes, "there is no end mark. It has"),
+        (_compressed, "is compressed; the official archive is not"),
+        (_sorted_wrongly, f"{WNIDS[1]}_0.JPEG in"),
         (_cut_in_a_class, f"archive {WNIDS[0]}.tar: unexpected end of data"),
         (_without_validation, "no validation split (ILSVRC2012_img_val.tar or val/"),
         (_not_an_archive, "the official archive 147,897,477,120"),
         (_flat_train, "expected archives of classes, such as n01440764.tar"),
         (_unknown_class, "none of the 1,000 classes of ILSVRC-2012"),
-        (_other_validation_names, "'1.jpg' is no validation picture"),
+        (_other_validation_names, "is no validation picture of ILSVRC-2012"),
         (_twice, f"holds {WNIDS[0]}_0.JPEG more than once"),
         (_a_link, "which is a link or a device"),
     ],
@@ -543,7 +648,7 @@ def test_wrong_archives_are_one_message(tmp_path, capsys, damage, message):
     damage(source)
     assert run("imagenet", f"--source={source}", f"--data_dir={tmp_path}") == 1
     error = capsys.readouterr().err
-    assert message in error and str(source) in error or message in error
+    assert message in error and str(source) in error
     assert not (tmp_path / "imagenet2012_256").exists()  # nothing was begun
 
 
@@ -563,6 +668,48 @@ def test_wrong_sources_are_one_message(tmp_path, capsys):
     (tmp_path / "val").mkdir()
     assert run("imagenet", f"--source={tmp_path}", f"--data_dir={tmp_path}") == 1
     assert "configs/folder.py" in capsys.readouterr().err
+
+
+def _loose_validation(source: Path) -> None:
+    (source / "val" / "ILSVRC2012_val_00000010.JPEG").write_bytes(file_of(0))
+
+
+def _half_a_download(source: Path) -> None:
+    (source / "train" / WNIDS[0] / "x.JPEG.part").touch()
+
+
+def _wrong_validation_folder(source: Path) -> None:
+    [path] = source.glob("val/*/ILSVRC2012_val_00000001.JPEG")
+    (source / "val" / WNIDS[0]).mkdir()
+    path.rename(source / "val" / WNIDS[0] / path.name)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (_loose_validation, "what to do with val/ILSVRC2012_val_00000010.JPEG"),
+        (_half_a_download, f"what to do with {WNIDS[0]}/x.JPEG.part"),
+        (
+            _wrong_validation_folder,
+            "is labelled n01440764 (tench), but it is of class n01751748 (sea snake)",
+        ),
+    ],
+)
+def test_wrong_folders_are_one_message(tmp_path, capsys, damage, message):
+    source = write_folders(tmp_path / "source", flat=False)
+    damage(source)
+    assert run("imagenet", f"--source={source}", f"--data_dir={tmp_path}") == 1
+    error = capsys.readouterr().err
+    assert message in " ".join(error.split()), error
+    assert not (tmp_path / "imagenet2012_256").exists()
+
+
+def test_kaggles_layout_is_known_and_the_target_stays_out_of_it(tmp_path, capsys):
+    source = write_folders(tmp_path / "k" / "ILSVRC" / "Data" / "CLS-LOC", flat=True)
+    assert len(originals.find(tmp_path / "k")["train"]) == len(TRAIN)
+    target = source / "train" / "data"
+    assert run("imagenet", f"--source={source}", f"--data_dir={target}") == 1
+    assert "lies among the pictures of" in capsys.readouterr().err
 
 
 def test_verify_compares_the_md5(archives, tmp_path, monkeypatch, capsys):
@@ -631,6 +778,11 @@ def test_what_is_wrong_is_found():
     found = findings(Labelled(np.sort(labels)))
     assert any("sorted by class" in text for text in found["note"])
     assert "WRONG" not in found  # training shuffles
+    few = findings(Labelled(np.sort(labels[:12])))
+    assert few["note"][:2] == [
+        "shuffling: too few pictures to tell",
+        "order of storage: too few pictures to tell",
+    ]
     [text, *_] = findings(Labelled(np.zeros(100, int)))["WRONG"]
     assert "every picture has the same label, a" in text
     [text] = findings(Labelled(rng.integers(0, 3, 300)))["WRONG"]
@@ -657,6 +809,8 @@ def test_imagenet_is_counted_and_its_order_checked():
     found = findings(whole, partial=True)
     assert "WRONG" not in found
     assert "0 is n01440764 (tench)" in found["ok"][0]
+    own = findings(Labelled(labels % 2, get_wnids()[:2]), partial=True)
+    assert "WRONG" not in own  # somebody's own folders, named by WNIDs
     swapped = (get_wnids()[1], get_wnids()[0], *get_wnids()[2:])
     wrong = findings(Labelled(shuffled, swapped), partial=True)["WRONG"]
     assert "class order" in wrong[0]
@@ -685,6 +839,13 @@ def test_check_command(data_dir, tmp_path, capsys):
     assert "no pictures of" in output  # 997 of the classes
     with Image.open(out) as picture:
         assert picture.format == "PNG" and picture.width > 1000
+    for arguments, message in (
+        (("check", f"--out={tmp_path}"), "must be a .png, .jpg or .pdf file"),
+        (("check", f"--out={tmp_path / 'no' / 'x.png'}"), "in a folder that exists"),
+        (("check", "--split="), "--split is empty"),
+    ):
+        assert run(*arguments, f"--data_dir={data_dir}") == 1
+        assert message in capsys.readouterr().err
 
 
 def test_contact_sheet_pairs_the_splits():

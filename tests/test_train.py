@@ -334,10 +334,10 @@ def test_a_loss_that_stays_at_guessing_is_said_once(folder, tmp_path, capsys):
     for words in (
         "after 10 steps the loss is 1.0",
         "ln(3) = 1.0986",
-        "--config.model.init=caffe",
+        "--config.model.init=paper or he",  # it has caffe
         "another --config.seed",
         "--config.schedule.name=cosine --config.schedule.warmup_epochs=1",
-        "python -m alexnet_jax.prepare check",
+        f"python -m alexnet_jax.prepare check --source={config.data.source}",
     ):
         assert words in lines[index]
     # It goes on training, and 0 keeps it quiet.

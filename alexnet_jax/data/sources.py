@@ -194,8 +194,15 @@ class TfdsSource:
 
     def __init__(self, directory: Path, split: str, image_size: int):
         import tensorflow_datasets as tfds
+        from google.protobuf import json_format
 
-        builder = tfds.builder_from_directory(directory)
+        try:
+            builder = tfds.builder_from_directory(directory)
+        except json_format.ParseError as error:
+            raise DataError(
+                f"{directory / 'dataset_info.json'} is damaged ({error}); delete the "
+                "directory and prepare the data set again"
+            ) from error
         self._image_key, self._label_key, classes = _image_and_label(builder.info)
         try:
             # Raw records: parsing the protocol buffer here takes half the time of
@@ -219,6 +226,15 @@ class TfdsSource:
                 f"{some(sorted(builder.info.splits))}; a slice is written "
                 "'train[:90%]'). Change --config.data.train_split or eval_split"
             ) from error
+        # Now, not when the first evaluation comes to it after hours.
+        files = {i.filename for i in builder.info.splits[split].file_instructions}
+        missing = sorted(name for name in files if not os.path.exists(name))
+        if missing:
+            raise DataError(
+                f"{len(missing)} of {len(files)} files of {directory} [{split}] are "
+                f"missing: {some([os.path.basename(name) for name in missing])}. "
+                "Bring them back, or delete the directory and prepare it again"
+            )
         self._parse = example_message().FromString
         self.num_examples = len(self._records)
         self.class_names = classes
@@ -246,7 +262,13 @@ class TfdsSource:
         """Label and picture file of an example."""
         # One record a call: for a list of them array_record starts a new pool
         # of up to 64 threads each time.
-        features = self._parse(self._records[index]).features.feature
+        try:
+            features = self._parse(self._records[index]).features.feature
+        except RuntimeError as error:  # array_record's
+            raise DataError(
+                f"{self._name(index)} is damaged: {error}. Delete the directory and "
+                "prepare the data set again"
+            ) from error
         label = features[self._label_key].int64_list.value[0]
         if not 0 <= label < self.num_classes:
             raise DataError(

@@ -9,6 +9,7 @@ from alexnet_jax.data.errors import DataError
 # Pictures in the official archives (Russakovsky et al. 2015, table 2).
 OFFICIAL_COUNTS = {"train": 1_281_167, "validation": 50_000}
 _VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
+_TRAIN_NAME = re.compile(r"(n\d{8})_\d+\.jpe?g", re.IGNORECASE)
 
 
 @functools.cache
@@ -53,10 +54,11 @@ def _validation_wnids() -> tuple[str, ...]:
     return labels
 
 
-def validation_wnid(file_name: str) -> str:
+def validation_wnid(file_name: str, where: str = "") -> str:
     """The class of ILSVRC2012_val_00000001.JPEG ... ILSVRC2012_val_00050000.JPEG.
 
     By the number in the name: archives that were packed again have another order.
+    (`where` it lies is for the message.)
 
     Raises:
       DataError: for any other name.
@@ -64,9 +66,27 @@ def validation_wnid(file_name: str) -> str:
     match = _VALIDATION_NAME.fullmatch(file_name)
     number = int(match[1]) if match else 0
     if not 1 <= number <= OFFICIAL_COUNTS["validation"]:
+        there = f" in {where}" if where else ""
         raise DataError(
-            f"{file_name!r} is no validation picture of ILSVRC-2012: expected "
+            f"{file_name!r}{there} is no validation picture of ILSVRC-2012: expected "
             "ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_00050000.JPEG, by whose "
             "number the label is found"
         )
     return _validation_wnids()[number - 1]
+
+
+def check_label(file_name: str, wnid: str, where: str) -> None:
+    """Compares a label with what an official file name says of it.
+
+    Raises:
+      DataError: they contradict each other. Other names say nothing.
+    """
+    named = _TRAIN_NAME.fullmatch(file_name)
+    told = named[1] if named else wnid
+    if _VALIDATION_NAME.fullmatch(file_name):
+        told = validation_wnid(file_name)
+    if told != wnid:
+        raise DataError(
+            f"{file_name} in {where} is labelled {wnid} ({words(wnid)}), but it is of "
+            f"class {told} ({words(told)}): the pictures were sorted wrongly"
+        )

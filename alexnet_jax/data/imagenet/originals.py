@@ -4,6 +4,7 @@ Nothing is unpacked. A split becomes a table, one row a picture, that says in wh
 file and at which bytes it lies; any process can then read any picture by itself.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,6 +15,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -21,6 +23,7 @@ from alexnet_jax.data import sources
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.imagenet.classes import (
     OFFICIAL_COUNTS,
+    check_label,
     validation_wnid,
     wnids,
 )
@@ -34,6 +37,7 @@ OFFICIAL_MD5 = {
     "validation": "29b22e2961454d5413ddabcf34fc5622",
 }
 _FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
+_KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
 _BLOCK = 512  # a tar archive's unit
 _COLUMNS = ("place", "name", "offset", "size", "label")
 _FROM_RECORD = -1  # a label that is known only when the record is read
@@ -74,45 +78,59 @@ class Originals:
             self, **{name: getattr(self, name)[indices] for name in _COLUMNS}
         )
 
-    def shuffled(self) -> "Originals":
-        """In the order of a hash of the names, so that any stretch is a fair sample.
+    def divided(self, count: int) -> "list[Originals]":
+        """In `count` parts, each a fair sample: by a hash of the names, in its order.
 
-        The order depends on the names alone: archives and folders give the same. The
-        records of a tfds data set are shuffled already and keep their order.
+        A picture's part depends on its name alone: archives and folders give the
+        same, and a picture more or less changes one part. The records of a tfds data
+        set are shuffled already and keep their order.
         """
         if self.kind != "file":
-            return self
-        hashes = [hashlib.blake2b(n, digest_size=8).digest() for n in self.name]
-        return self.take(np.argsort(np.array(hashes, "S8"), kind="stable"))
+            rows = np.array_split(np.arange(len(self)), count)
+            return [self.take(part) for part in rows]
+        digests = b"".join(
+            hashlib.blake2b(n, digest_size=8).digest() for n in self.name
+        )
+        hashes = np.frombuffer(digests, ">u8").astype(np.uint64)
+        order = np.argsort(hashes, kind="stable")
+        edges = [(part << 64) // count for part in range(1, count)]
+        cuts = np.searchsorted(hashes[order], np.array(edges, np.uint64))
+        return [self.take(part) for part in np.split(order, cuts)]
 
     def fingerprint(self) -> str:
         """A hash of what the pictures are, wherever they lie: names, sizes, labels."""
         digest = hashlib.blake2b(digest_size=16)
-        for column in (self.name, self.size, self.label):
-            digest.update(column.tobytes())
+        digest.update(b"/".join(self.name.tolist()))
+        digest.update(self.size.tobytes() + self.label.tobytes())
         return digest.hexdigest()
 
     def read(self, index: int) -> tuple[str, int, bytes]:
         """Name, label and file of a picture.
 
         Raises:
-          DataError: it cannot be read.
+          OSError: it cannot be read, whatever it may hold.
+          DataError: its label cannot be right.
         """
         place = self.places[self.place[index]]
         name, label = os.fsdecode(self.name[index]), int(self.label[index])
+        offset, size = int(self.offset[index]), int(self.size[index])
+        if self.kind == "array_record":
+            try:
+                record = _reader(place).read([offset])[0]
+            except RuntimeError as error:
+                raise OSError(
+                    f"cannot read record {offset} of {place}: {error}"
+                ) from error
+            return _from_example(record, name)
+        path = place if offset >= 0 else os.path.join(place, name)
         try:
-            if self.kind == "array_record":
-                record = _reader(place).read([int(self.offset[index])])[0]
-                return _from_example(record, name)
-            offset, size = int(self.offset[index]), int(self.size[index])
-            path = place if offset >= 0 else os.path.join(place, name)
             with open(path, "rb") as file:
                 file.seek(max(0, offset))
                 data = file.read(size)
         except OSError as error:
-            raise DataError(f"cannot read {name} of {place}: {error}") from error
+            raise OSError(f"cannot read {name} of {place}: {error.strerror}") from error
         if len(data) < size:
-            raise DataError(f"{name} of {place} ends after {len(data)} of {size} bytes")
+            raise OSError(f"{name} of {place} ends after {len(data)} of {size} bytes")
         return (name, label, data) if self.kind == "file" else _from_example(data, name)
 
 
@@ -135,6 +153,8 @@ def find(
     directory = _tfds_directory(source)
     if directory is not None:
         return {split: _tfds(directory, split) for split in SPLITS}
+    for inside in _KAGGLE:  # as Kaggle packs it
+        source = source / inside if (source / inside / "train").is_dir() else source
     found: dict[str, Callable[[], Originals]] = {}
     for split in SPLITS:
         archive = source / ARCHIVES[split]
@@ -155,7 +175,11 @@ def _nothing_found(source: Path, found: Any) -> str:
         visible = sorted(p.name for p in source.iterdir() if p.name[0] != ".")
         there = f"found there: {sources.some(visible)}"
     else:
-        there = "it does not exist" if not source.exists() else "it is not a folder"
+        there = (
+            "it is not a folder: give the one that holds both archives"
+            if source.exists()
+            else "it does not exist"
+        )
     missing = " and no ".join(
         f"{split} split ({ARCHIVES[split]} or {'/ or '.join(_FOLDERS[split])}/)"
         for split in SPLITS
@@ -212,11 +236,13 @@ def _archive(
     path: Path, split: str, progress: Progress, cache: Path | None
 ) -> Originals:
     kept = cache and cache / _TABLE.format(split)
-    if kept and kept.exists():
-        with np.load(kept) as file:
-            if str(file["state"]) == _state(path):
-                columns = {name: file[name] for name in _COLUMNS}
-                return Originals(_about(path), "file", (str(path),), **columns)
+    # One that was torn by a crash is as good as none.
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, BadZipFile):
+        if kept:
+            with open(kept, "rb") as raw, np.load(raw) as file:
+                if str(file["state"]) == _state(path):
+                    columns = {name: file[name] for name in _COLUMNS}
+                    return Originals(_about(path), "file", (str(path),), **columns)
     read = _train_archive if split == "train" else _validation_archive
     return read(path, progress)
 
@@ -249,32 +275,31 @@ def _about(archive: Path) -> str:
 def _train_archive(path: Path, progress: Progress) -> Originals:
     """An archive of a thousand archives, n01440764.tar ..."""
     rows = []
-    with open(path, "rb") as file:
-        for member in _members(path, 0, path.stat().st_size):
-            wnid, suffix = os.path.splitext(os.path.basename(member.name))
-            if suffix != ".tar":
-                raise DataError(
-                    f"{path} holds {member.name}; expected archives of classes, such "
-                    f"as {wnids()[0]}.tar"
-                )
-            label = _label(wnid, f"{member.name} in {path}")
-            inside = list(_members(path, member.offset_data, member.size, wnid))
-            rows += [(0, _name(m), m.offset_data, m.size, label) for m in inside]
-            progress(len(inside))
-        _check_end(file, path)
+    for member in _members(path, 0, path.stat().st_size):
+        wnid, suffix = os.path.splitext(os.path.basename(member.name))
+        if suffix != ".tar":
+            raise DataError(
+                f"{path} holds {member.name}; expected archives of classes, such "
+                f"as {wnids()[0]}.tar"
+            )
+        label = _label(wnid, f"{member.name} in {path}")
+        inside = list(_members(path, member.offset_data, member.size, wnid))
+        for picture in inside:
+            name = _name(picture)
+            check_label(os.fsdecode(name), wnid, f"{path}, archive {wnid}.tar")
+            rows.append((0, name, picture.offset_data, picture.size, label))
+        progress(len(inside))
     return _table(_about(path), [str(path)], rows)
 
 
 def _validation_archive(path: Path, progress: Progress) -> Originals:
     """The flat archive of the validation pictures; labels by their numbers."""
     rows = []
-    with open(path, "rb") as file:
-        for member in _members(path, 0, path.stat().st_size):
-            name = _name(member)
-            label = _LABELS[validation_wnid(os.fsdecode(name))]
-            rows.append((0, name, member.offset_data, member.size, label))
-            progress(1)
-        _check_end(file, path)
+    for member in _members(path, 0, path.stat().st_size):
+        name = _name(member)
+        label = _LABELS[validation_wnid(os.fsdecode(name), str(path))]
+        rows.append((0, name, member.offset_data, member.size, label))
+        progress(1)
     return _table(_about(path), [str(path)], rows)
 
 
@@ -283,12 +308,15 @@ def _members(
 ) -> Iterator[tarfile.TarInfo]:
     """The files of the archive that lies at these bytes; hidden ones are left out."""
     where = f"{path}, archive {inner}.tar" if inner else str(path)
+    end = start
     try:
         with open(path, "rb") as file:
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
-                    if member.offset_data + member.size > start + size:
+                    blocks = -(-member.size // _BLOCK) if member.isreg() else 0
+                    end = member.offset_data + blocks * _BLOCK
+                    if end > start + size:
                         raise tarfile.ReadError("unexpected end of data")
                     hidden = os.path.basename(member.name).startswith(".")
                     if member.isdir() or hidden:
@@ -299,20 +327,21 @@ def _members(
                             "device and not a picture; take the official archive"
                         )
                     yield member
+            # An archive ends in two blocks of zeros. Cut off between two files it
+            # would look whole but for that.
+            file.seek(end)
+            mark = file.read(min(2 * _BLOCK, start + size - end))
+            if mark != bytes(2 * _BLOCK):
+                raise tarfile.ReadError("there is no end mark")
     except tarfile.TarError as error:
         raise DataError(_cut_off(path, f"{where}: {error}")) from error
 
 
-def _check_end(file: Any, path: Path) -> None:
-    """An archive ends in zeros; without them its last files may be missing."""
-    file.seek(0, os.SEEK_END)
-    file.seek(max(0, file.tell() - 2 * _BLOCK))
-    if file.read() != bytes(2 * _BLOCK):
-        raise DataError(_cut_off(path, f"{path} has no end mark"))
-
-
 def _cut_off(path: Path, what: str) -> str:
-    official = next((OFFICIAL_BYTES[s] for s, a in ARCHIVES.items() if a == path.name))
+    official = next(OFFICIAL_BYTES[s] for s, a in ARCHIVES.items() if a == path.name)
+    with open(path, "rb") as file:
+        if file.read(2) == b"\x1f\x8b":
+            return f"{path} is compressed; the official archive is not: gunzip it"
     return (
         f"{what}. It has {path.stat().st_size:,} bytes, the official archive "
         f"{official:,}: was the download cut off? Go on with it (wget -c, curl -C -) or "
@@ -346,18 +375,38 @@ def _folder(folder: Path, split: str, progress: Progress) -> Originals:
     """Class folders, or the validation pictures side by side."""
     classes = sorted(entry.name for entry in sources.visible(folder) if entry.is_dir())
     flat = split == "validation" and not classes
+    if not flat:
+        _refuse_others([folder], ())
+    places = [folder] if flat else [folder / wnid for wnid in classes]
+    _refuse_others(places, sources.PICTURE_SUFFIXES)
     rows = []
-    for number, wnid in enumerate(["."] if flat else classes):
-        names = sources.picture_files(folder / wnid)
-        with os.scandir(folder / wnid) as entries:
+    for number, place in enumerate(places):
+        names = sources.picture_files(place)
+        with os.scandir(place) as entries:
             sizes = {entry.name: entry.stat().st_size for entry in entries}
         for name in names:
-            of_picture = validation_wnid(name) if flat else wnid
-            label = _label(of_picture, f"folder {folder / wnid}")
+            wnid = validation_wnid(name, str(place)) if flat else place.name
+            label = _label(wnid, f"folder {place}")
+            check_label(name, wnid, str(place))
             rows.append((number, os.fsencode(name), -1, sizes[name], label))
         progress(len(names))
-    places = [str(folder)] if flat else [str(folder / wnid) for wnid in classes]
-    return _table(f"folder {folder}", places, rows)
+    return _table(f"folder {folder}", [str(place) for place in places], rows)
+
+
+def _refuse_others(folders: list[Path], suffixes: tuple[str, ...]) -> None:
+    """Files that are not taken are named: no picture is left out without a word."""
+    others = [
+        os.path.relpath(entry.path, folders[0].parent)
+        for folder in folders
+        for entry in sources.visible(folder)
+        if not entry.is_dir() and not entry.name.lower().endswith(suffixes)
+    ]
+    if others:
+        raise DataError(
+            f"in {folders[0].parent} it is unclear what to do with {sources.some(others)}: "
+            "expected class folders, and in them pictures only "
+            f"({', '.join(sources.PICTURE_SUFFIXES)}). Unpack, move or remove them"
+        )
 
 
 # tfds.
@@ -393,7 +442,11 @@ def _tfds(directory: Path, split: str) -> Originals:
     files = [os.fspath(path) for path in info.splits[split].filepaths]
     if kind == "array_record":
         lengths = info.splits[split].shard_lengths
-        spans = [[(number, 0) for number in range(length)] for length in lengths]
+        sizes = [os.path.getsize(path) for path in files]  # tells data sets apart
+        spans = [
+            [(number, size) for number in range(length)]
+            for length, size in zip(lengths, sizes, strict=True)
+        ]
     elif kind == "tfrecord":
         spans = [_tfrecord_spans(Path(path)) for path in files]
     else:
@@ -439,4 +492,5 @@ def _from_example(record: bytes, name: str) -> tuple[str, int, bytes]:
         raise DataError(f"{name} has the label {label}, outside 0..{len(_LABELS) - 1}")
     if "file_name" in features:
         name = features["file_name"].bytes_list.value[0].decode()
+        check_label(name, wnids()[label], "the tfds data set")
     return name, label, features["image"].bytes_list.value[0]

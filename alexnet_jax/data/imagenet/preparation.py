@@ -20,6 +20,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import process
@@ -41,9 +42,10 @@ VERSION = "1.0.0"
 SIZE = 256
 RECORD_FILE = "preparation.json"
 _JPEG_QUALITY = 95
-_PICTURES_A_SHARD = 1250  # about 40 MB, and some ten seconds of work
-_FEWEST_SHARDS = 8  # a small set is spread over the cores as well
-_BYTES_A_PICTURE = 40_000  # 34,300 on average over 1,000 ImageNet pictures
+_PICTURES_A_SHARD = 1250  # about 43 MB, and some ten seconds of work
+# A small set is spread over the cores as well, but no shard may be empty.
+_FEWEST_SHARDS, _FEWEST_PICTURES = 8, 64
+_BYTES_A_PICTURE = 36_000  # 34,400 on average over 1,000 ImageNet pictures
 
 # Called with (what is done, in all, in what unit); gives a context that yields a
 # function to be called with how many more are done.
@@ -79,10 +81,11 @@ def prepare(
     """
     directory = data_dir / NAME / VERSION
     if (directory / "dataset_info.json").exists():
-        log(f"{directory} is there already. To make it anew, delete it first.")
-        return directory
+        return _found_already(directory, source, log)
+    started = time.monotonic()
     unfinished = directory.with_name(f"{VERSION}.incomplete")
     # All that can be checked first is, and nothing is made if it fails.
+    _check_apart(source, data_dir)
     with bar("reading tables of contents", None, "pictures") as progress:
         found = originals_lib.find(source, progress, cache=unfinished / "parts")
     for split, originals in found.items():
@@ -90,16 +93,33 @@ def prepare(
     if verify:
         _verify(source, bar)
     shards = _shards(found, unfinished)
-    missing = [shard for shard in shards if not shard.is_done()]
-    _check_disk(data_dir, missing)
+    _check_disk(data_dir, [shard for shard in shards if not shard.is_done()])
     with _alone(data_dir / NAME):
-        _begin(unfinished, source, found)
-        if len(missing) < len(shards):
-            done = len(shards) - len(missing)
-            log(f"{done} of {len(shards)} shards are done already")
-        _write_shards(shards, workers, max_unreadable, bar)
-        _finish(unfinished, shards, workers, log, bar)
+        if directory.exists():  # another process was faster
+            return _found_already(directory, source, log)
+        _begin(unfinished, found, shards)
+        _write_shards(shards, workers, max_unreadable, log, bar)
+        _finish(unfinished, source, shards, workers, log, bar)
         os.rename(unfinished, directory)
+        shutil.rmtree(directory / "parts")
+    log(f"{directory} is ready, after {(time.monotonic() - started) / 60:.1f} minutes")
+    return directory
+
+
+def _found_already(directory: Path, source: Path, log: Callable[[str], object]) -> Path:
+    """Says what is there; refuses to pass it off as made of another source."""
+    shutil.rmtree(directory / "parts", ignore_errors=True)  # of one killed at the end
+    for split in SPLITS:
+        found = sources.TfdsSource(directory, split, SIZE)
+        log(_count(split, found.num_examples, found.description))
+    record = directory / RECORD_FILE
+    made_of = json.loads(record.read_text())["source"] if record.exists() else "?"
+    if made_of != str(source):
+        raise DataError(
+            f"{directory} is there already, made of {made_of}, not of {source}; delete "
+            "it first, or give another --data_dir"
+        )
+    log("it is there already; to make it anew, delete it first")
     return directory
 
 
@@ -121,25 +141,41 @@ def _alone(folder: Path) -> Iterator[None]:
 # What there is to do.
 
 
-def _begin(unfinished: Path, source: Path, found: dict[str, Originals]) -> None:
-    """Makes the directory; refuses one that was begun with other pictures."""
+def _check_apart(source: Path, data_dir: Path) -> None:
+    for name in ("train", "val", "validation"):
+        if (source / name) in (data_dir, *data_dir.parents):
+            raise DataError(
+                f"--data_dir={data_dir} lies among the pictures of {source / name}; "
+                "give a folder outside of it"
+            )
+
+
+def _begin(
+    unfinished: Path, found: dict[str, Originals], shards: "list[Shard]"
+) -> None:
+    """Makes the directory; removes what an earlier start made of other pictures."""
     parts = unfinished / "parts"
     parts.mkdir(parents=True, exist_ok=True)
-    plan = {split: originals.fingerprint() for split, originals in found.items()}
-    path = parts / "plan.json"
-    if path.exists() and json.loads(path.read_text()) != plan:
-        raise DataError(
-            f"{unfinished} was begun with other pictures than those of {source}. Give "
-            "the --source that it was begun with, or delete that folder"
-        )
-    _write_text(path, json.dumps(plan))
+    planned = {shard.path.name for shard in shards}
+    for path in unfinished.glob("*.array_record-*"):
+        if path.name not in planned:
+            path.unlink()
     originals_lib.keep_tables(found, parts)
 
 
 def _description(split: str, originals: Originals) -> str:
-    line = f"{split}: {len(originals):,} pictures, {originals.description}"
+    lines = [_count(split, len(originals), originals.description)]
+    present = set(originals.label.tolist())
+    absent = [wnid for label, wnid in enumerate(wnids()) if label not in present]
+    if absent and originals.kind == "file":
+        lines.append(f"  WARNING: no pictures of {sources.some(absent)}")
+    return "\n".join(lines)
+
+
+def _count(split: str, count: int, description: str) -> str:
+    line = f"{split}: {count:,} pictures, {description}"
     official = OFFICIAL_COUNTS[split]
-    if len(originals) == official:
+    if count == official:
         return line
     return f"{line}\n  WARNING: ILSVRC-2012 has {official:,}; these are not all of it"
 
@@ -186,9 +222,15 @@ class Shard:
         return self.path.parent / "parts" / f"{self.path.name}.json"
 
     def is_done(self) -> bool:
-        if not (self.result_path.exists() and self.path.exists()):
+        """Whether it is there, whole, of these pictures, and all could be read."""
+        try:
+            result, size = self.result(), self.path.stat().st_size
+        except (OSError, ValueError):  # not made, or torn by a crash
             return False
-        return self.path.stat().st_size == self.result()["bytes"]
+        made_of = self.originals.fingerprint()
+        whole = (result["bytes"], result["made_of"]) == (size, made_of)
+        # A picture that could not be read may have been mended since.
+        return whole and not result["unreadable"]
 
     def result(self) -> dict[str, Any]:
         return json.loads(self.result_path.read_text())
@@ -197,46 +239,48 @@ class Shard:
 def _shards(found: dict[str, Originals], unfinished: Path) -> list[Shard]:
     shards = []
     for split, originals in found.items():
-        originals = originals.shuffled()
-        count = max(-(-len(originals) // _PICTURES_A_SHARD), _FEWEST_SHARDS)
-        count = min(count, len(originals))
-        for number, rows in enumerate(np.array_split(np.arange(len(originals)), count)):
+        count = min(_FEWEST_SHARDS, len(originals) // _FEWEST_PICTURES)
+        count = max(count, -(-len(originals) // _PICTURES_A_SHARD))
+        for number, part in enumerate(originals.divided(count)):
             name = f"{NAME}-{split}.array_record-{number:05d}-of-{count:05d}"
-            shards.append(Shard(unfinished / name, split, originals.take(rows)))
+            shards.append(Shard(unfinished / name, split, part))
     return shards
 
 
 def _write_shards(
-    shards: list[Shard], workers: int, max_unreadable: int, bar: Bar
+    shards: list[Shard],
+    workers: int,
+    max_unreadable: int,
+    log: Callable[[str], object],
+    bar: Bar,
 ) -> None:
     """Makes what is missing, in processes; every broken picture counts."""
-    done = [shard for shard in shards if shard.is_done()]
     missing = [shard for shard in shards if not shard.is_done()]
-    unreadable: list[list[str]] = []
-
-    def count(shard: Shard) -> None:
-        unreadable.extend(shard.result()["unreadable"])
-        if len(unreadable) > max_unreadable:
-            raise DataError(
-                f"{len(unreadable)} pictures cannot be read; --max_unreadable="
-                f"{max_unreadable} allows no more:\n{_reasons(unreadable)}"
-            )
-
-    for shard in done:
-        count(shard)
+    if len(missing) < len(shards):
+        log(f"{len(shards) - len(missing)} of {len(shards)} shards are done already")
+    if not missing:
+        return
     context = multiprocessing.get_context("spawn")  # no thread of ours is copied
     stopping = context.Event()
-    total = sum(len(shard.originals) for shard in shards)
-    with bar("preparing", total, "pictures") as progress:
-        progress(total - sum(len(shard.originals) for shard in missing))
+    unreadable: list[list[str]] = []
+    with bar(
+        "preparing", sum(len(s.originals) for s in shards), "pictures"
+    ) as progress:
+        left = sum(len(shard.originals) for shard in missing)
+        progress(sum(len(shard.originals) for shard in shards) - left)
         pool = futures.ProcessPoolExecutor(
-            min(workers, max(1, len(missing))), context, _begin_worker, (stopping,)
+            min(workers, len(missing)), context, _begin_worker, (stopping,)
         )
         try:
+            # Ctrl-C reaches every process of the terminal; the parent decides. What
+            # is blocked here stays so in the processes that are started here.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             pending = {pool.submit(write_shard, shard): shard for shard in missing}
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             for future in futures.as_completed(pending):
                 future.result()
-                count(pending[future])
+                unreadable += pending[future].result()["unreadable"]
+                _check_unreadable(unreadable, max_unreadable)
                 progress(len(pending[future].originals))
         except process.BrokenProcessPool as error:
             raise OSError(
@@ -244,8 +288,21 @@ def _write_shards(
                 "same command goes on, with fewer --workers if need be"
             ) from error
         finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             stopping.set()
             pool.shutdown(cancel_futures=True)
+
+
+def _check_unreadable(unreadable: list[list[str]], max_unreadable: int) -> None:
+    if len(unreadable) > max_unreadable:
+        raise DataError(
+            f"{_pictures(len(unreadable))} cannot be read; --max_unreadable="
+            f"{max_unreadable} allows no more:\n{_reasons(unreadable)}"
+        )
+
+
+def _pictures(count: int) -> str:
+    return f"{count:,} picture{'s' if count != 1 else ''}"
 
 
 def _reasons(unreadable: list[list[str]], limit: int = 20) -> str:
@@ -261,8 +318,6 @@ _stopping: Any = None  # in a worker: the event that asks it to end
 def _begin_worker(stopping: Any) -> None:
     global _stopping
     _stopping = stopping
-    # Ctrl-C reaches every process of the terminal; the parent decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -278,7 +333,8 @@ def write_shard(shard: Shard) -> None:
     """Writes one shard and what came of it; half a shard has another name.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: an original cannot be got at, or the shard cannot be written. (One
+        whose bytes are there and are no picture is counted instead.)
     """
     module: Any = importlib.import_module("array_record.python.array_record_module")
     temporary = shard.path.with_name(f".{shard.path.name}.tmp")
@@ -288,31 +344,34 @@ def write_shard(shard: Shard) -> None:
         writer = module.ArrayRecordWriter(str(temporary), "group_size:1")
         for index in range(len(shard.originals)):
             if _stopping is not None and _stopping.is_set():
-                temporary.unlink(missing_ok=True)
                 return
+            name, label, data = shard.originals.read(index)
             try:
-                record = _record(shard.originals, index)
+                picture = images.decode(data, SIZE, name)
             except DataError as error:
-                name = os.fsdecode(shard.originals.name[index])
                 unreadable.append([name, str(error)])
                 continue
-            writer.write(record)
+            writer.write(_record(name, label, picture))
             records += 1
         writer.close()
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, shard.path)
     except RuntimeError as error:  # array_record's
-        raise OSError(f"cannot write {temporary}: {error}") from error
-    result = {"records": records, "unreadable": unreadable}
-    result["bytes"] = shard.path.stat().st_size
+        raise OSError(f"cannot write {shard.path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    result = {
+        "records": records,
+        "bytes": shard.path.stat().st_size,
+        "made_of": shard.originals.fingerprint(),
+        "unreadable": unreadable,
+    }
     _write_text(shard.result_path, json.dumps(result))
 
 
-def _record(originals: Originals, index: int) -> bytes:
+def _record(name: str, label: int, picture: np.ndarray) -> bytes:
     """One picture as a tfds record."""
-    name, label, data = originals.read(index)
-    picture = images.decode(data, SIZE, name)
     jpeg = simplejpeg.encode_jpeg(
         picture, quality=_JPEG_QUALITY, colorsubsampling="420"
     )
@@ -339,6 +398,7 @@ def _write_text(path: Path, text: str) -> None:
 
 def _finish(
     unfinished: Path,
+    source: Path,
     shards: list[Shard],
     workers: int,
     log: Callable[[str], object],
@@ -346,18 +406,17 @@ def _finish(
 ) -> None:
     """Description, statistics and record of the data set, all shards being there."""
     results = {shard: shard.result() for shard in shards}
-    source = {shard.split: shard.originals.description for shard in shards}
+    unreadable = [pair for shard in shards for pair in results[shard]["unreadable"]]
+    if unreadable:
+        log(f"left out, {_pictures(len(unreadable))}:\n{_reasons(unreadable)}")
     _write_metadata(unfinished, shards)
     train = sources.TfdsSource(unfinished, "train", SIZE)
     with bar("mean image and colour PCA", train.num_examples, "pictures") as progress:
         found = statistics.compute(train, workers=workers, progress=progress)
     found.save(statistics.statistics_path(train))
-    unreadable = [pair for shard in shards for pair in results[shard]["unreadable"]]
-    if unreadable:
-        log(f"{len(unreadable)} pictures were left out:\n{_reasons(unreadable)}")
     record = {
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "source": source,
+        "source": str(source),
         "pictures": {
             split: sum(results[s]["records"] for s in shards if s.split == split)
             for split in SPLITS
@@ -367,7 +426,6 @@ def _finish(
         f"{SIZE}, JPEG of quality {_JPEG_QUALITY}, 4:2:0",
     }
     _write_text(unfinished / RECORD_FILE, json.dumps(record, indent=2) + "\n")
-    shutil.rmtree(unfinished / "parts")
 
 
 def _write_metadata(unfinished: Path, shards: list[Shard]) -> None:
