@@ -496,6 +496,24 @@ def test_a_mended_or_removed_picture_costs_one_shard(
     assert set(records(tmp_path, "train")) == set(TRAIN) - {second}
 
 
+def test_another_process_that_was_faster_is_noticed(
+    tmp_path, in_this_process, monkeypatch, capsys
+):
+    source, found = write_archives(tmp_path / "source"), originals.find
+    arguments = ("imagenet", f"--source={source}", f"--data_dir={tmp_path}")
+
+    def slow(*args, **kwargs):
+        monkeypatch.setattr(originals, "find", found)
+        assert run(*arguments) == 0  # the other one, from its start to its end
+        capsys.readouterr()
+        return found(*args, **kwargs)
+
+    monkeypatch.setattr(originals, "find", slow)
+    assert run(*arguments) == 0
+    assert "is there already" in capsys.readouterr().out
+    assert len(in_this_process) == 2 and not list(tmp_path.rglob("*.incomplete"))
+
+
 def test_torn_bookkeeping_is_done_again(tmp_path, in_this_process, monkeypatch):
     def crash(*_):
         raise KeyboardInterrupt
