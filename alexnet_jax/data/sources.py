@@ -216,7 +216,8 @@ class TfdsSource:
             file_format = builder.info.file_format
             raise DataError(
                 f"{directory} was prepared as {file_format and file_format.value}, "
-                "which cannot be read in random order; take another data_dir. "
+                "which cannot be read in random order. Prepare it again as "
+                "array_record, in another data_dir. "
                 f"{_how_to_prepare(':'.join(builder.info.full_name.rsplit('/', 1)))}"
             ) from None
         except (ValueError, AssertionError) as error:
