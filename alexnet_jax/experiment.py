@@ -94,19 +94,14 @@ class Experiment:
 
     def train_step(self) -> Callable[..., Any]:
         """The jitted (state, batch, statistics) -> (state, metrics)."""
-        return steps.make_train_step(
-            self.model,
-            self.tx,
-            self.augmentation,
-            mesh=self.mesh,
-            mode=self.mode,
-            seed=self.config.seed,
-            accumulate_steps=self.config.optim.accumulate_steps,
-        )
+        return self._step(steps.make_train_step)
 
     def summary_step(self) -> Callable[..., dict[str, jax.Array]]:
         """The jitted (state, batch, statistics) -> scalars."""
-        return steps.make_summary_step(
+        return self._step(steps.make_summary_step)
+
+    def _step(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        return make(
             self.model,
             self.tx,
             self.augmentation,
