@@ -745,6 +745,22 @@ def test_verify_compares_the_md5(archives, tmp_path, monkeypatch, capsys):
     assert originals.md5_problem("validation", path, read.append) is None
 
 
+def test_a_log_file_gets_lines_instead_of_a_bar(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(prepare.time, "monotonic", lambda: now)
+    with prepare._bar("preparing", 1000, "pictures") as update:
+        update(400)  # made by an earlier start: says nothing about the rate
+        for now in (30.0, 61.0, 100.0):
+            update(100)
+    with prepare._bar("reading", None, "pictures", every_seconds=0.0) as update:
+        now += 10.0
+        update(50)
+    assert capsys.readouterr().out.splitlines() == [
+        "preparing: 600 of 1,000 pictures, 3/s, 02:02 left",
+        "reading: 50 pictures, 5/s",
+    ]
+
+
 # The checks.
 
 
