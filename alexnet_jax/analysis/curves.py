@@ -66,7 +66,14 @@ def compare_losses(
         axes.plot(*zip(*points, strict=True), color=color, label=name)
     if chance is not None:
         axes.axhline(chance, color="black", linewidth=0.8, linestyle="--")
-        axes.annotate("ln(classes)", (0, chance), (2, 3), textcoords="offset points")
+        axes.annotate(
+            "ln(classes)",
+            (1.0, chance),
+            (0, 3),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            horizontalalignment="right",
+        )
     axes.set_xlabel("step")
     axes.set_ylabel("training loss (nats)")
     axes.grid(alpha=0.3)
