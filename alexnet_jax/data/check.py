@@ -75,8 +75,9 @@ def examine(
         if is_imagenet:
             yield _official_count(split, len(of_split), partial)
         yield from _histogram(split, source, of_split)
-    yield _shuffling(labels[0])
-    yield _order_of_storage(labels[0])
+    chance = _by_chance(labels[0])
+    yield _shuffling(labels[0], chance)
+    yield _order_of_storage(labels[0], chance)
     yield from _statistics(train, is_imagenet, workers)
 
 
@@ -180,7 +181,7 @@ def _by_chance(labels: np.ndarray) -> float:
     return label_entropy(_batches_of(rng.permutation(labels)))
 
 
-def _shuffling(labels: np.ndarray) -> Finding:
+def _shuffling(labels: np.ndarray, chance: float) -> Finding:
     """What training will see: the loader's first batches."""
     size = _batch_size(labels)
     if size < _FEWEST:
@@ -188,7 +189,6 @@ def _shuffling(labels: np.ndarray) -> Finding:
     order = train_order(len(labels), batch_size=size, seed=0)
     count = min(NUM_BATCHES, len(labels) // size)
     found = label_entropy(np.stack([labels[order[step]] for step in range(count)]))
-    chance = _by_chance(labels)
     text = (
         f"shuffling: the labels of the first {count} batches of {size} hold "
         f"{found:.2f} bits each, at random {chance:.2f}"
@@ -196,11 +196,11 @@ def _shuffling(labels: np.ndarray) -> Finding:
     return Finding("ok" if found > 0.9 * chance > 0 else "WRONG", text)
 
 
-def _order_of_storage(labels: np.ndarray) -> Finding:
+def _order_of_storage(labels: np.ndarray, chance: float) -> Finding:
     """Matters to readers that shuffle little, and to slices such as train[:10%]."""
     if _batch_size(labels) < _FEWEST:
         return Finding("note", "order of storage: too few pictures to tell")
-    found, chance = label_entropy(_batches_of(labels)), _by_chance(labels)
+    found = label_entropy(_batches_of(labels))
     if found > 0.9 * chance:
         return Finding("ok", f"order of storage: shuffled as well ({found:.2f} bits)")
     return Finding(

@@ -210,7 +210,8 @@ class Shard:
     """One file of the data set and the pictures that go into it.
 
     Beside it, in `parts/`, lies what came of it, written when the shard is whole:
-    {"records", "bytes", "unreadable": [[name, why], ...]}.
+    {"records", "bytes", "made_of": the originals' fingerprint, "unreadable": [[name,
+    why], ...]}.
     """
 
     path: Path
