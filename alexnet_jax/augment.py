@@ -27,6 +27,7 @@ IMAGENET_PCA_VECTORS = np.array(
         [0.39731118, 0.70119634, -0.59200296],
     ]
 )
+LIGHTING_FORMS = ("paper", "original")
 # Mean of ImageNet's mean image (same source), RGB, 0..255.
 IMAGENET_MEAN_255 = np.array([127.305, 119.715, 104.913])
 
@@ -45,6 +46,15 @@ class PixelStatistics:
     pca_vectors: jax.Array
 
 
+def imagenet_statistics(side: int) -> PixelStatistics:
+    """ImageNet's, with its mean colour for the mean image; pictures of side pixels."""
+    return PixelStatistics(
+        mean_image=jnp.full((side, side, 3), IMAGENET_MEAN_255),
+        pca_std_255=jnp.asarray(IMAGENET_PCA_STD_255),
+        pca_vectors=jnp.asarray(IMAGENET_PCA_VECTORS),
+    )
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """How training images are made of pictures.
@@ -53,12 +63,16 @@ class Augmentation:
       crop_size: side of the images, at most that of the pictures.
       crop, flip: whether to draw them; without `crop` the centre is taken.
       lighting: sigma of `pca_lighting`.
+      lighting_form: its form.
+      lighting_steps: light before this step only; None: always.
     """
 
     crop_size: int
     crop: bool = True
     flip: bool = True
     lighting: float = 0.1
+    lighting_form: str = "paper"
+    lighting_steps: int | None = None
 
 
 def example_keys(key: jax.Array, first_example: Any, count: int) -> jax.Array:
@@ -108,6 +122,7 @@ def pca_lighting(
     keys: jax.Array,
     *,
     sigma: float = 0.1,
+    form: str = "paper",
     std_255: Any = IMAGENET_PCA_STD_255,
     vectors: Any = IMAGENET_PCA_VECTORS,
 ) -> jax.Array:
@@ -121,11 +136,18 @@ def pca_lighting(
       images: float [B, H, W, 3], RGB, on the scale 0..255.
       keys: [B] random keys, one an image.
       sigma: 0.1 in the paper; 0 returns the images as they are.
+      form: "paper" adds; "original" then divides by 1 + sigma, as the original did
+        in training (and not in testing) without a word in the paper.
       std_255: [3] standard deviations along the components, in grey levels.
       vectors: [3, 3], components as columns, rows R, G, B.
 
+    Raises:
+      ValueError: for an unknown form.
+
     Source: Krizhevsky et al. 2012, section 4.1.
     """
+    if form not in LIGHTING_FORMS:
+        raise ValueError(f"form={form!r} must be one of {', '.join(LIGHTING_FORMS)}.")
     if sigma == 0:
         return images
     dtype = images.dtype
@@ -134,7 +156,8 @@ def pca_lighting(
     scale = jnp.asarray(std_255, dtype) * sigma
     # Written out: a matrix product may run in lower precision on a GPU.
     shift = ((z.astype(dtype) * scale)[:, None] * jnp.asarray(vectors, dtype)).sum(-1)
-    return images + shift[:, None, None, :]
+    lit = images + shift[:, None, None, :]
+    return lit / (1 + sigma) if form == "original" else lit
 
 
 def centre_crop(pictures: jax.Array, size: int) -> jax.Array:
@@ -151,6 +174,8 @@ def train_images(
     statistics: PixelStatistics,
     augmentation: Augmentation,
     dtype: Any = jnp.float32,
+    *,
+    step: Any = 0,
 ) -> jax.Array:
     """uint8 pictures -> augmented training images.
 
@@ -162,6 +187,7 @@ def train_images(
         from every crop, wherever it was cut, as the original did.
       augmentation: what to draw.
       dtype: of the result.
+      step: of the training, for `lighting_steps`.
 
     Returns:
       [B, crop_size, crop_size, 3], RGB, 0..255 minus the mean.
@@ -177,13 +203,18 @@ def train_images(
         pictures = centre_crop(pictures, size)
     if augmentation.flip:
         pictures = random_flip(pictures, flip_keys)
-    return pca_lighting(
-        _minus_mean(pictures, statistics.mean_image, size, dtype),
+    images = _minus_mean(pictures, statistics.mean_image, size, dtype)
+    lit = pca_lighting(
+        images,
         light_keys,
         sigma=augmentation.lighting,
+        form=augmentation.lighting_form,
         std_255=statistics.pca_std_255,
         vectors=statistics.pca_vectors,
     )
+    if augmentation.lighting_steps is None:
+        return lit
+    return jnp.where(step < augmentation.lighting_steps, lit, images)
 
 
 def eval_images(

@@ -1,8 +1,17 @@
-"""What a config builds, as a table: `main --mode=describe`."""
+"""What a config builds, as tables: `main --mode=describe`."""
 
-from alexnet_jax import experiment
+import collections
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from alexnet_jax import augment, communication, experiment, parallel, steps
 from alexnet_jax.experiment import Config
-from alexnet_jax.model import LayerSummary, summary
+from alexnet_jax.model import AlexNet, LayerSummary, summary
+from alexnet_jax.parallel import P
 
 
 def describe(config: Config) -> str:
@@ -20,6 +29,165 @@ def describe(config: Config) -> str:
     rows = summary(network, size)
     header = f"{network.network.name}, images of {size} x {size} x 3, {network.dtype}"
     return "\n".join([header, "", *table(rows)])
+
+
+@dataclass(frozen=True)
+class ModeSummary:
+    """A training step on a mesh, as it was compiled.
+
+    Attributes:
+      mode: of parallel.MODES; `data` x `column` devices.
+      exchanges: every array that devices exchange in a step.
+      memory_bytes: a device needs: its part of state, batch and statistics, and what
+        the step holds at its fullest, as the compiler has planned it.
+    """
+
+    mode: str
+    data: int
+    column: int
+    exchanges: list[communication.Exchange]
+    memory_bytes: int
+
+    def counts(self, phase: str) -> collections.Counter[str]:
+        """Arrays exchanged in one of communication.PHASES, by the kind of operation."""
+        return communication.counts(self._in(phase))
+
+    def sent_bytes(self, phase: str) -> int:
+        """What a device sends in that phase."""
+        return communication.sent_bytes(self._in(phase))
+
+    def _in(self, phase: str) -> list[communication.Exchange]:
+        return [e for e in self.exchanges if e.phase == phase]
+
+
+def meshes(
+    config: Config, network: AlexNet, devices: int
+) -> list[tuple[str, int, int]]:
+    """(mode, data, column): for each mode the mesh of that many devices, if it fits.
+
+    Of the config's own mode it is the config's own mesh.
+    """
+    table, batch = network.network, config.data.batch_size
+    shapes = {
+        "data": (devices, 1),
+        "columns": (devices // table.columns, table.columns),
+        "hybrid": (1, devices),
+    }
+    shapes[config.parallel.mode] = experiment.mesh_shape(config, table)
+    found = []
+    for mode, (data, column) in shapes.items():
+        own = mode == config.parallel.mode
+        whole = data * column == devices and (column > 1 or mode == "data")
+        if not own and (devices == 1 or not whole):
+            continue  # one device is the same in every mode
+        try:
+            parallel.check_mode(table, mode, column)
+        except ValueError:
+            continue
+        if batch % parallel.batch_shards(data, column, mode) == 0:
+            found.append((mode, data, column))
+    return found
+
+
+def summarize_mode(
+    config: Config, network: AlexNet, mode: str, data: int, column: int
+) -> ModeSummary:
+    """Compiles the training step of a config on a mesh; nothing is computed."""
+    mesh = parallel.make_mesh(data, column)
+    # An epoch's length moves the schedule only.
+    tx = experiment.make_optimizer(config, network, steps_per_epoch=1000.0)
+    augmentation = experiment.make_augmentation(config, steps_per_epoch=1000.0)
+    step = steps.make_train_step(
+        network,
+        tx,
+        augmentation,
+        mesh=mesh,
+        mode=mode,
+        seed=config.seed,
+        accumulate_steps=config.optim.accumulate_steps,
+        transform=config.parallel.transform if mode == "data" else "shard_map",
+    )
+    state = steps.abstract_state(
+        network, tx, crop_size=augmentation.crop_size, mesh=mesh, mode=mode
+    )
+    examples = NamedSharding(mesh, P(parallel.batch_axes(mesh, mode)))
+    whole = NamedSharding(mesh, P())
+    wide = jnp.promote_types(network.dtype, jnp.float32)
+    side, batch = config.data.image_size, config.data.batch_size
+    shape = jax.ShapeDtypeStruct
+    compiled = step.lower(
+        state,
+        {
+            "image": shape((batch, side, side, 3), jnp.uint8, sharding=examples),
+            "label": shape((batch,), jnp.int32, sharding=examples),
+        },
+        jax.tree.map(
+            lambda a: shape(a.shape, wide, sharding=whole),
+            jax.eval_shape(lambda: augment.imagenet_statistics(side)),
+        ),
+    ).compile()
+    return ModeSummary(
+        mode,
+        data,
+        column,
+        communication.exchanges(compiled.as_text()),
+        _memory_bytes(compiled),
+    )
+
+
+def _memory_bytes(compiled: jax.stages.Compiled) -> int:
+    plan = compiled.memory_analysis()
+    if plan is None:
+        return 0
+    # Results that take the place of arguments are counted once.
+    arguments = plan.argument_size_in_bytes - plan.alias_size_in_bytes
+    return arguments + plan.output_size_in_bytes + plan.temp_size_in_bytes
+
+
+def describe_modes(config: Config, log: Callable[[str], object] = print) -> str:
+    """What every mode that fits the devices there are sends and needs.
+
+    Args:
+      config: valid.
+      log: told what is being compiled; each mode takes as long as a run's start.
+    """
+    network = experiment.make_model(config, config.model.num_classes or None)
+    rows = []
+    for mode, data, column in meshes(config, network, jax.device_count()):
+        log(f"compiling mode {mode} on {data} data x {column} column ...")
+        rows.append(summarize_mode(config, network, mode, data, column))
+    batch, kind = config.data.batch_size, jax.devices()[0].platform
+    header = (
+        f"A training step of {batch} images on {jax.device_count()} x {kind}: what a "
+        "device sends and needs, from the compiled program"
+    )
+    return "\n".join([header, "", *mode_table(rows)])
+
+
+def mode_table(rows: list[ModeSummary]) -> list[str]:
+    """A line for each phase in which a mode exchanges anything, with a heading."""
+    cells = [("mode", "mesh", "phase", "arrays exchanged", "MB sent", "MB of memory")]
+    for row in rows:
+        mesh, memory = f"{row.data} x {row.column}", f"{row.memory_bytes / 1e6:,.0f}"
+        phases = [
+            (phase, communication.in_words(row.counts(phase)), row.sent_bytes(phase))
+            for phase in communication.PHASES
+            if row.counts(phase)
+        ]
+        first = (row.mode, mesh, memory)
+        for phase, exchanged, sent in phases or [("", "none", 0)]:
+            mode, mesh, memory = first
+            cells.append((mode, mesh, phase, exchanged, f"{sent / 1e6:,.2f}", memory))
+            first = ("", "", "")
+    widths = [max(len(row[i]) for row in cells) for i in range(6)]
+    lines = [
+        "  ".join(
+            f"{cell:>{width}}" if i >= 4 else f"{cell:<{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
 def table(rows: list[LayerSummary]) -> list[str]:

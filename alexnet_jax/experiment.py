@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from alexnet_jax import augment, model, optim, parallel, steps, variants
@@ -66,10 +67,7 @@ class Experiment:
     @property
     def augmentation(self) -> augment.Augmentation:
         """How training images are made of pictures."""
-        fields = self.config.augment
-        return augment.Augmentation(
-            self.crop_size, fields.crop, fields.flip, fields.lighting
-        )
+        return make_augmentation(self.config, self.steps_per_epoch)
 
     def init_state(self) -> steps.TrainState:
         """A new run's state."""
@@ -109,43 +107,57 @@ class Experiment:
             mode=self.mode,
             seed=self.config.seed,
             accumulate_steps=self.config.optim.accumulate_steps,
+            transform=self.config.parallel.transform,
         )
 
     def eval_step(self) -> Callable[..., Any]:
         """The jitted (params, batch_stats, batch, statistics) -> sums."""
         return steps.make_eval_step(
-            self.model, mesh=self.mesh, mode=self.mode, crop_size=self.crop_size
+            self.model,
+            mesh=self.mesh,
+            mode=self.mode,
+            crop_size=self.crop_size,
+            transform=self.config.parallel.transform,
         )
 
     def pixel_statistics(self) -> augment.PixelStatistics:
         """The statistics on every device of the mesh."""
         wide = jnp.promote_types(self.model.dtype, jnp.float32)
-        return jax.device_put(
-            augment.PixelStatistics(
-                mean_image=jnp.asarray(self.statistics.mean_image, wide),
-                pca_std_255=jnp.asarray(self.statistics.pca_std_255, wide),
-                pca_vectors=jnp.asarray(self.statistics.pca_vectors, wide),
-            ),
-            NamedSharding(self.mesh, PartitionSpec()),
-        )
+        names = ("mean_image", "pca_std_255", "pca_vectors")
+        arrays = {
+            name: np.asarray(getattr(self.statistics, name), wide) for name in names
+        }
+        return augment.PixelStatistics(**parallel.put_everywhere(arrays, self.mesh))
 
     def train_batches(self, start_step: int) -> data_lib.Batches:
-        """Host batches from `start_step` on."""
+        """This process's host batches from `start_step` on."""
         return data_lib.train_batches(
             self.train_source,
             batch_size=self.config.data.batch_size,
             seed=self.config.seed,
             start_step=start_step,
+            positions=self.positions(),
             workers=self.config.data.workers,
         )
 
     def eval_batches(self) -> data_lib.Batches:
-        """Host batches that hold every example of the evaluation split once."""
+        """This process's part of batches that hold every example of the split once."""
         assert self.eval_source is not None
         return data_lib.eval_batches(
             self.eval_source,
             batch_size=self.config.data.batch_size,
+            positions=self.positions(),
             workers=self.config.data.workers,
+        )
+
+    def positions(self) -> tuple[int, int]:
+        """(lo, hi): the part of each global batch that this process reads."""
+        return parallel.positions(self.mesh, self.mode, self.config.data.batch_size)
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """A host batch of this process -> its part of a batch on the devices."""
+        return parallel.put_batch(
+            batch, self.mesh, self.mode, self.config.data.batch_size
         )
 
 
@@ -166,6 +178,7 @@ def validate(config: Config) -> None:
             model.check_image_size(network, config.data.crop_size)
         except ValueError as error:
             problems.append(str(error))
+        problems += _layer_factor_problems(config, network)
         problems += _mesh_problems(config, network)
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
@@ -192,6 +205,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.crop_size": _AT_LEAST_1,
     "data.workers": _AT_LEAST_1,
     "augment.lighting": _AT_LEAST_0,
+    "augment.lighting_until_epoch": (lambda v: v == -1 or v >= 0, "-1 or at least 0"),
     "optim.learning_rate": _ABOVE_0,
     "optim.momentum": (lambda v: 0 <= v < 1, "0 to below 1"),
     "optim.weight_decay": _AT_LEAST_0,
@@ -215,7 +229,9 @@ _CHOICES = {
     "model.dtype": DTYPES,
     "optim.form": optim.FORMS,
     "schedule.name": optim.SCHEDULES,
+    "augment.lighting_form": augment.LIGHTING_FORMS,
     "parallel.mode": parallel.MODES,
+    "parallel.transform": parallel.TRANSFORMS,
 }
 
 
@@ -254,6 +270,27 @@ def _range_problems(config: Config) -> list[str]:
     return problems
 
 
+def _layer_factor_problems(config: Config, network: variants.Variant) -> list[str]:
+    """What is wrong with `schedule.layer_factors`: layers, order, values."""
+    names = [row.name for row in network.layers]
+    before: dict[str, float] = {}
+    for change in config.schedule.layer_factors:
+        try:
+            layer, epoch, factor = change
+            right = layer in names and epoch > before.get(layer, 0) and factor >= 0
+        except (TypeError, ValueError):
+            right = False
+        if not right:
+            problem = (
+                f"--config.schedule.layer_factors: {change!r} must be (layer, epoch, "
+                f"factor), the layer one of {', '.join(names)}, its epochs above 0 and "
+                "increasing, the factor 0 or more."
+            )
+            return [problem]
+        before[layer] = epoch
+    return []
+
+
 def _mesh_problems(config: Config, network: variants.Variant) -> list[str]:
     if config.parallel.mode not in parallel.MODES or config.data.batch_size < 1:
         return []  # said already
@@ -263,15 +300,29 @@ def _mesh_problems(config: Config, network: variants.Variant) -> list[str]:
         parallel.make_mesh(rows, columns)
     except ValueError as error:
         return [str(error)]
+    if config.parallel.transform == "pmap":
+        if config.parallel.mode != "data":
+            problem = (
+                "--config.parallel.transform=pmap splits nothing but the batch: it goes "
+                f"with --config.parallel.mode=data, not {config.parallel.mode}."
+            )
+            return [problem]
+        if jax.process_count() > 1:
+            problem = (
+                "--config.parallel.transform=pmap is for one process; "
+                f"{jax.process_count()} take shard_map."
+            )
+            return [problem]
     batch, parts = config.data.batch_size, max(1, config.optim.accumulate_steps)
-    step = rows * parts
+    devices = parallel.batch_shards(rows, columns, config.parallel.mode)
+    step = devices * parts
     if batch % step == 0:
         return []
     below, above = batch // step * step, -(-batch // step) * step
     nearest = " or ".join(str(size) for size in (below, above) if size > 0)
     each = "" if parts == 1 else f" in --config.optim.accumulate_steps={parts} parts"
     problem = (
-        f"--config.data.batch_size={batch} does not divide over {rows} devices{each}; "
+        f"--config.data.batch_size={batch} does not divide over {devices} devices{each}; "
         f"the nearest that do: {nearest}."
     )
     return [problem]
@@ -282,9 +333,13 @@ def mesh_shape(config: Config, network: variants.Variant) -> tuple[int, int]:
     devices = jax.device_count()
     data, column = config.parallel.data, config.parallel.column
     if column == -1:
-        split = config.parallel.mode == "columns"
-        split = split and devices >= network.columns * max(1, data)
-        column = network.columns if split else 1
+        match config.parallel.mode:
+            case "columns" if devices >= network.columns * max(1, data):
+                column = network.columns
+            case "hybrid":
+                column = max(1, devices // max(1, data))
+            case _:
+                column = 1
     if data == -1:
         data = max(1, devices // column)
     return data, column
@@ -333,7 +388,7 @@ def build(
     return Experiment(
         config=config,
         model=network,
-        tx=_make_optimizer(config, network, steps_per_epoch),
+        tx=make_optimizer(config, network, steps_per_epoch),
         mesh=parallel.make_mesh(rows, columns),
         mode=mode,
         train_source=train,
@@ -341,6 +396,20 @@ def build(
         statistics=statistics or _find_statistics(train, config.data.workers, log),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
+    )
+
+
+def make_augmentation(config: Config, steps_per_epoch: float) -> augment.Augmentation:
+    """How a config makes training images of pictures."""
+    fields = config.augment
+    until = fields.lighting_until_epoch
+    return augment.Augmentation(
+        config.data.crop_size,
+        fields.crop,
+        fields.flip,
+        fields.lighting,
+        fields.lighting_form,
+        None if until == -1 else round(until * steps_per_epoch),
     )
 
 
@@ -371,9 +440,10 @@ def _num_classes(config: Config, train: Source) -> int:
     return asked or train.num_classes
 
 
-def _make_optimizer(
+def make_optimizer(
     config: Config, network: model.AlexNet, steps_per_epoch: float
 ) -> optax.GradientTransformation:
+    """The update rule and the schedule of a config."""
     schedule = optim.make_schedule(
         config.schedule.name,
         config.optim.learning_rate,
@@ -391,10 +461,44 @@ def _make_optimizer(
         decay_bias=config.optim.decay_bias,
         form=config.optim.form,
         layer_weight_decay=network.network.layer_weight_decay,
+        bias_learning_rate=(
+            config.optim.bias_lr_mult * config.optim.learning_rate
+            if config.optim.constant_bias_lr
+            else None
+        ),
+        layer_factors=optim.make_layer_factors(
+            config.schedule.layer_factors, steps_per_epoch=steps_per_epoch
+        ),
     )
 
 
 def _find_statistics(
+    source: Source, workers: int, log: Callable[[str], object]
+) -> Statistics:
+    """The stored statistics of the data, else those of a sample.
+
+    Process 0 finds them for all: the same to the last bit, and read once.
+    """
+    if jax.process_count() == 1:
+        return _find_own_statistics(source, workers, log)
+    side = source.image_size
+    shapes = {"mean_image": (side, side, 3), "pca_std_255": (3,), "pca_vectors": (3, 3)}
+    found: dict[str, Any] = {
+        name: np.zeros(s, np.float32) for name, s in shapes.items()
+    }
+    found["num_examples"] = np.int32(0)
+    if jax.process_index() == 0:
+        own = _find_own_statistics(source, workers, log)
+        found = {name: np.asarray(getattr(own, name)) for name in found}
+        found["num_examples"] = np.int32(own.num_examples)
+    shared = jax.device_get(multihost_utils.broadcast_one_to_all(found))
+    count = int(shared.pop("num_examples"))
+    return Statistics(
+        **{k: np.asarray(v) for k, v in shared.items()}, num_examples=count
+    )
+
+
+def _find_own_statistics(
     source: Source, workers: int, log: Callable[[str], object]
 ) -> Statistics:
     path = source.statistics_path
@@ -421,7 +525,7 @@ def pipeline(config: Config, *, start_step: int = 0) -> Iterator[dict[str, Any]]
     def augmented(pictures: jax.Array, step: jax.Array) -> jax.Array:
         step_key = jax.random.fold_in(key, step)
         return augment.train_images(
-            pictures, step_key, 0, statistics, experiment.augmentation
+            pictures, step_key, 0, statistics, experiment.augmentation, step=step
         )
 
     with experiment.train_batches(start_step) as batches:

@@ -1,11 +1,10 @@
 """AlexNet: a thin flax.linen shell over `ops` that follows a layer table.
 
 `AlexNet` describes what ONE device computes. As made by `create_model` it is the
-whole network; `model.local(mesh, mode)` is the clone that runs inside `shard_map`,
-with its share of the features and the exchanges between the columns.
+whole network; `model.local(mesh, mode)` is the clone that runs on one device of a
+mesh, with its share of features and examples and the exchanges between devices.
 """
 
-import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -67,7 +66,12 @@ class AlexNet(nn.Module):
       fast: use the backend's fast operators; False keeps forward-mode derivatives.
       conv_shards, fc_shards: over how many devices of the axis "column" the
         convolutional and the fully connected layers are split (1: not).
-      data_axis: the mesh axis that batch statistics are summed over, or None.
+      batch_axes: the mesh axes that images are split over; empty for the whole
+        network. With "column" among them (mode `hybrid`) a device has its own
+        examples in the convolutional layers, and all of its row's in the fully
+        connected ones.
+      parts: a device's share of a batch comes in so many parts, one after the other:
+        the examples of neighbouring devices are so many times further apart.
     """
 
     network: Variant
@@ -76,7 +80,8 @@ class AlexNet(nn.Module):
     fast: bool = True
     conv_shards: int = 1
     fc_shards: int = 1
-    data_axis: str | None = None
+    batch_axes: tuple[str, ...] = ()
+    parts: int = 1
 
     def __call__(
         self,
@@ -108,30 +113,32 @@ class AlexNet(nn.Module):
         """Returns every layer's output by name, conv1 ... fc7 and logits.
 
         `conv1` is the layer's output after bias and activation, `norm1` after
-        normalisation, `pool1` after pooling. Inside `shard_map` they are this
-        device's features. Arguments and errors as for `__call__`.
+        normalisation, `pool1` after pooling. A table may have the activation later
+        (`original`: after pooling); then it is in `pool1`, not in `conv1`. On a device of a mesh they are its own
+        features, of the examples that it has there. Arguments and errors as for
+        `__call__`.
         """
         _check_images(self.network, images)
         x = images.astype(self.dtype)
+        own = first_example + jnp.arange(images.shape[0])
         found: dict[str, jax.Array] = {}
         for row in self.network.layers:
             name = "logits" if row is self.network.layers[-1] else row.name
             if isinstance(row, Conv):
                 x = self._conv(row, x, first=row is self.network.layers[0])
-                shards = self.conv_shards
+                place = _Place(self.conv_shards, self.batch_axes, own)
             else:
                 x = self._dense(row, x, last=name == "logits")
-                shards = self.fc_shards
+                place = self._dense_place(own)
             found[name] = x
-            for stage in row.then:
-                x = self._stage(stage, row.name, x, train, first_example, shards)
-                label = _feature_name(stage, row.name)
+            for stage, label in zip(row.then, feature_names(row), strict=True):
+                x = self._stage(stage, row.name, x, train, place)
                 if label:
                     found[label] = x
         return found
 
-    def local(self, mesh: Mesh, mode: str) -> "AlexNet":
-        """The clone that runs on one device of `mesh`, inside `shard_map`.
+    def local(self, mesh: Mesh, mode: str, parts: int = 1) -> "AlexNet":
+        """The clone that runs on one device of `mesh`; `parts` as the attribute.
 
         Raises:
           ValueError: when the network cannot run in that mode, and why.
@@ -139,8 +146,15 @@ class AlexNet(nn.Module):
         columns = mesh.shape[parallel.COLUMN]
         parallel.check_mode(self.network, mode, columns)
         return self.clone(
-            conv_shards=columns, fc_shards=columns, data_axis=parallel.DATA
+            conv_shards=columns if mode == "columns" else 1,
+            fc_shards=columns,
+            batch_axes=parallel.batch_axes(mesh, mode),
+            parts=parts,
         )
+
+    @property
+    def _trades_examples(self) -> bool:
+        return parallel.COLUMN in self.batch_axes
 
     def _conv(self, row: Conv, x: jax.Array, first: bool) -> jax.Array:
         columns = self.network.columns
@@ -168,21 +182,49 @@ class AlexNet(nn.Module):
         return x + bias
 
     def _dense(self, row: Dense, x: jax.Array, last: bool) -> jax.Array:
-        if x.ndim == 4:
-            x = parallel.gather_features(x, self._axis(self.conv_shards))
-            x = x.reshape(x.shape[0], -1)
-        elif not last:
+        axis = self._axis(self.fc_shards)
+        if last:
+            return self._classifier(row, x, axis)
+        columns = self.network.columns if row.sees == "own" else 1
+        # Columns of its own that this device computes; each reads only its own part.
+        own = max(1, columns // self.fc_shards)
+        if columns == 1 or self._trades_examples:
+            x = self._all_features(x, columns)
+            if columns > own:  # mode `hybrid`: all are here, some are needed
+                first = lax.axis_index(parallel.COLUMN) * columns // self.fc_shards
+                x = lax.dynamic_slice_in_dim(x, first, own, axis=1)
+        else:
+            x = _by_column(x, own)
+        kernel, bias = self._weights(row, x.shape[-1:], row.features // self.fc_shards)
+        if own == 1:
+            return x.reshape(x.shape[0], -1) @ kernel + bias
+        kernel = kernel.reshape(kernel.shape[0], own, -1)
+        return jnp.einsum("bgi,igo->bgo", x, kernel).reshape(x.shape[0], -1) + bias
+
+    def _all_features(self, x: jax.Array, columns: int) -> jax.Array:
+        """Every feature that a fully connected layer may read: [B, columns, inputs]."""
+        if x.ndim == 2:
             x = parallel.gather_features(x, self._axis(self.fc_shards))
-        if not last:
-            features = row.features // self.fc_shards
-            kernel, bias = self._weights(row, x.shape[-1:], features)
-            return x @ kernel + bias
-        # The classifier is split by its inputs, which are where they are needed
-        # already: one sum of the parts of the logits, and the bias added once.
+        elif self._trades_examples:
+            x = parallel.gather_examples(x, self._axis(self.fc_shards))
+        else:
+            x = parallel.gather_features(x, self._axis(self.conv_shards))
+        return _by_column(x, columns)
+
+    def _classifier(self, row: Dense, x: jax.Array, axis: str | None) -> jax.Array:
+        """The logits of this device's own examples.
+
+        Split by its inputs, which are where they are needed already: one sum of the
+        parts of the logits, and the bias added once.
+        """
+        if x.ndim == 4:  # no layer before it that was split
+            x = parallel.trade_examples(x.reshape(x.shape[0], -1), axis)
         kernel, bias = self._weights(row, x.shape[-1:], row.features)
         wide = jnp.promote_types(self.dtype, jnp.float32)
         parts = jnp.matmul(x, kernel, preferred_element_type=wide)
-        return parallel.sum_parts(parts, self._axis(self.fc_shards)) + bias
+        if self._trades_examples:
+            return parallel.sum_own_examples(parts, axis) + bias
+        return parallel.sum_parts(parts, axis) + bias
 
     def _weights(
         self, row: Conv | Dense, inputs: tuple[int, ...], features: int
@@ -199,14 +241,14 @@ class AlexNet(nn.Module):
         layer: str,
         x: jax.Array,
         train: bool,
-        first_example: int | jax.Array,
-        shards: int,
+        place: "_Place",
     ) -> jax.Array:
         match stage:
             case Activation(kind=kind):
                 return _ACTIVATIONS[kind](x)
             case Lrn():
-                groups = self.network.columns // shards if stage.per_column else 1
+                columns = self.network.columns // place.shards
+                groups = columns if stage.per_column else 1
                 return ops.local_response_norm(
                     x,
                     size=stage.size,
@@ -226,13 +268,15 @@ class AlexNet(nn.Module):
                     beta=stage.beta,
                 )
             case BatchNorm():
+                # Over the whole batch; flax hands the names on to `lax.pmean`.
+                axes: Any = None if self.is_initializing() else place.batch_axes
                 return nn.BatchNorm(
                     use_running_average=not train,
                     momentum=0.9,
                     dtype=self.dtype,
                     param_dtype=jnp.promote_types(self.dtype, jnp.float32),
-                    axis_name=None if self.is_initializing() else self.data_axis,
-                    name=_numbered("norm", layer),
+                    axis_name=axes or None,
+                    name=variants.stage_name("norm", layer),
                 )(x)
             case Pool():
                 pool = ops.max_pool if stage.kind == "max" else ops.avg_pool
@@ -240,15 +284,10 @@ class AlexNet(nn.Module):
                     x, window=stage.window, stride=stage.stride, ceil=stage.ceil
                 )
             case Dropout():
-                return self._dropout(stage, x, train, first_example, shards)
+                return self._dropout(stage, x, train, place)
 
     def _dropout(
-        self,
-        stage: Dropout,
-        x: jax.Array,
-        train: bool,
-        first_example: int | jax.Array,
-        shards: int,
+        self, stage: Dropout, x: jax.Array, train: bool, place: "_Place"
     ) -> jax.Array:
         if stage.rate == 0.0:
             return x
@@ -256,8 +295,8 @@ class AlexNet(nn.Module):
         if not train:
             return x * keep if stage.scale_at == "test" else x
         key = self.make_rng("dropout")
-        axis = self._axis(shards)
-        shape = (*x.shape[1:-1], x.shape[-1] * shards)
+        axis = self._axis(place.shards)
+        shape = (*x.shape[1:-1], x.shape[-1] * place.shards)
 
         def mask(example: jax.Array) -> jax.Array:
             # All units of the layer, of which a device keeps its own: the masks
@@ -270,11 +309,42 @@ class AlexNet(nn.Module):
             start = lax.axis_index(axis) * x.shape[-1]
             return lax.dynamic_slice_in_dim(drawn, start, x.shape[-1], axis=-1)
 
-        x = x * jax.vmap(mask)(first_example + jnp.arange(x.shape[0]))
+        x = x * jax.vmap(mask)(place.positions)
         return x if stage.scale_at == "test" else x / keep
 
     def _axis(self, shards: int) -> str | None:
         return parallel.COLUMN if shards > 1 else None
+
+    def _dense_place(self, own: jax.Array) -> "_Place":
+        """What a device has in the fully connected layers; `own`: its positions."""
+        if not self._trades_examples:
+            return _Place(self.fc_shards, self.batch_axes, own)
+        # Those of the devices of its row, one device after the other.
+        apart = len(own) * self.parts
+        others = jnp.arange(self.fc_shards) - lax.axis_index(parallel.COLUMN)
+        row = (own + apart * others[:, None]).reshape(-1)
+        return _Place(self.fc_shards, (parallel.DATA,), row)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a device has of a layer.
+
+    Attributes:
+      shards: one of so many equal parts of the features.
+      batch_axes: the mesh axes over which it has only a part of the batch.
+      positions: that part's positions in the global batch.
+    """
+
+    shards: int
+    batch_axes: tuple[str, ...]
+    positions: jax.Array
+
+
+def _by_column(x: jax.Array, columns: int) -> jax.Array:
+    """Features [B, ..., C] -> [B, columns, inputs of a column], in the same order."""
+    x = x.reshape(*x.shape[:-1], columns, x.shape[-1] // columns)
+    return jnp.moveaxis(x, -2, 1).reshape(x.shape[0], columns, -1)
 
 
 def create_model(
@@ -297,7 +367,8 @@ def create_model(
     """Makes a network: a named layer table, changed as asked.
 
     Args:
-      variant: "paper", "caffe", "caffenet", "one_tower", "one_gpu", "owt", "cifar".
+      variant: "paper", "original", "no_communication", "one_gpu", "caffe",
+        "caffenet", "one_tower", "owt" or "cifar", see `variants`.
       num_classes: units of the classifier; None: the table's own (1,000, or 10).
       width: factor on the features of every layer but the classifier.
       dtype: what is computed in: float32, bfloat16, or float64 (with x64 enabled).
@@ -431,18 +502,18 @@ def _grid(row: Conv, size: int) -> int:
     return 1 + (size + 2 * row.padding - row.kernel) // row.stride
 
 
-def _numbered(kind: str, layer: str) -> str:
-    number = re.search(r"\d+$", layer)
-    return f"{kind}{number[0] if number else '_' + layer}"
+def feature_names(row: Conv | Dense) -> list[str | None]:
+    """Under which name `features` has the output of each of a row's stages.
 
-
-def _feature_name(stage: Stage, layer: str) -> str | None:
-    match stage:
-        case Activation():
-            return layer
-        case Lrn() | WithinMapLrn() | BatchNorm():
-            return _numbered("norm", layer)
-        case Pool():
-            return _numbered("pool", layer)
-        case _:
-            return None
+    An activation belongs to what it is applied to; dropout has no name.
+    """
+    names: list[str | None] = []
+    name = row.name
+    for stage in row.then:
+        match stage:
+            case Lrn() | WithinMapLrn() | BatchNorm():
+                name = variants.stage_name("norm", row.name)
+            case Pool():
+                name = variants.stage_name("pool", row.name)
+        names.append(None if isinstance(stage, Dropout) else name)
+    return names

@@ -8,11 +8,12 @@ over some ten steps; torch's (and `optax.sgd`'s) form multiplies the velocity by
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 FORMS = ("paper", "torch")
@@ -28,6 +29,8 @@ def make_optimizer(
     decay_bias: bool = True,
     form: str = "paper",
     layer_weight_decay: Mapping[str, float] | None = None,
+    bias_learning_rate: float | None = None,
+    layer_factors: Mapping[str, optax.Schedule] | None = None,
 ) -> optax.GradientTransformation:
     """SGD with momentum and weight decay, as the paper has it.
 
@@ -41,6 +44,11 @@ def make_optimizer(
         does not say.
       form: "paper", the learning rate inside the velocity; "torch", outside.
       layer_weight_decay: weight decay of single layers, by name, instead.
+      bias_learning_rate: the biases' own rate, which no schedule lowers, instead of
+        `bias_lr_mult` (the original: 0.02 to the end).
+      layer_factors: for single layers, by name, a schedule of a factor on their rate
+        (see `make_layer_factors`). Biases with a rate of their own see only a factor
+        of 0, which freezes the layer.
 
     Returns:
       A transformation whose state has `hyperparams["learning_rate"]`: the rate of
@@ -54,9 +62,18 @@ def make_optimizer(
     by_layer = dict(layer_weight_decay or {})
 
     def build(learning_rate: Any) -> optax.GradientTransformation:
+        if bias_learning_rate is None:
+            rates = [
+                optax.scale_by_learning_rate(learning_rate),
+                optax.masked(optax.scale(bias_lr_mult), _is_bias),
+            ]
+        else:
+            rates = [
+                optax.masked(optax.scale_by_learning_rate(learning_rate), _is_weight),
+                optax.masked(optax.scale(-bias_learning_rate), _is_bias),
+            ]
         rate = optax.chain(
-            optax.scale_by_learning_rate(learning_rate),
-            optax.masked(optax.scale(bias_lr_mult), _is_bias),
+            *rates, *_factors(layer_factors or {}, bias_learning_rate is None)
         )
         velocity = optax.trace(decay=momentum)
         return optax.chain(
@@ -98,6 +115,59 @@ def _is_bias(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key == "bias", params
     )
+
+
+def _is_weight(params: Any) -> Any:
+    return jax.tree.map(lambda bias: not bias, _is_bias(params))
+
+
+def _factors(
+    by_layer: Mapping[str, optax.Schedule], with_biases: bool
+) -> list[optax.GradientTransformation]:
+    """The layers' factors; without biases these see only whether there is a 0."""
+
+    def of(layer: str, bias: bool) -> Callable[[Any], Any]:
+        return lambda params: jax.tree_util.tree_map_with_path(
+            lambda path, _: path[0].key == layer and (path[-1].key == "bias") == bias,
+            params,
+        )
+
+    def frozen_only(schedule: optax.Schedule) -> optax.Schedule:
+        return lambda count: jnp.where(jnp.asarray(schedule(count)) == 0, 0.0, 1.0)
+
+    transforms = []
+    for layer, factor in by_layer.items():
+        for_bias = factor if with_biases else frozen_only(factor)
+        transforms += [
+            optax.masked(optax.scale_by_schedule(factor), of(layer, bias=False)),
+            optax.masked(optax.scale_by_schedule(for_bias), of(layer, bias=True)),
+        ]
+    return transforms
+
+
+def make_layer_factors(
+    changes: Iterable[tuple[str, float, float]], *, steps_per_epoch: float
+) -> dict[str, optax.Schedule]:
+    """Schedules of factors on single layers' learning rates.
+
+    Args:
+      changes: (layer, epoch, factor), a layer's in increasing order: from that epoch
+        on the layer learns at `factor` times the rate of the others. The original
+        slowed conv1 down twelve epochs before the others, and froze it five epochs
+        later: ("conv1", 67, 0.1), ("conv1", 72, 0).
+      steps_per_epoch: may be a fraction.
+    """
+    by_layer: dict[str, list[tuple[int, float]]] = {}
+    for layer, epoch, factor in changes:
+        by_layer.setdefault(layer, []).append((round(epoch * steps_per_epoch), factor))
+    return {
+        layer: optax.join_schedules(
+            [optax.constant_schedule(1.0)]
+            + [optax.constant_schedule(factor) for _, factor in at],
+            [step for step, _ in at],
+        )
+        for layer, at in by_layer.items()
+    }
 
 
 def make_schedule(

@@ -1,31 +1,38 @@
 """Everything that knows of more than one device.
 
-One mesh of two axes, "data" and "column". Two modes:
+One mesh of two axes, "data" and "column". Three modes:
 
 - `data`: every device holds the whole network and its share of the batch; gradients
-  are averaged over "data".
+  are averaged over all devices.
 - `columns`: the paper's scheme (section 3.2). A device holds one column of every
   layer and, of the fully connected layers, one part of the units; the columns
   exchange features before conv3, fc6 and fc7, and add up their parts of the logits.
+- `hybrid`: Krizhevsky's "one weird trick" (arXiv:1404.5997, scheme a). Every device
+  holds all convolutional layers and its own examples there; the fully connected
+  layers are split over "column", whose devices exchange examples before fc6. Only
+  the gradients of the convolutional layers, 4% of the parameters, are averaged over
+  all devices.
+
+With both axes longer than 1, rows of such devices share the batch.
 
 Parameters are always the one full tree; `PartitionSpec`s say how it is split. A
 checkpoint therefore moves between any numbers of devices.
 """
 
-import collections
-import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from alexnet_jax.variants import Lrn, Variant
+from alexnet_jax.variants import Lrn, Variant, stage_name
 
 DATA = "data"
 COLUMN = "column"
-MODES = ("data", "columns")
+MODES = ("data", "columns", "hybrid")
+TRANSFORMS = ("shard_map", "pmap")
 
 P = PartitionSpec
 PyTree = Any
@@ -34,8 +41,11 @@ PyTree = Any
 def make_mesh(data: int, column: int = 1) -> Mesh:
     """A mesh of data x column devices, the first ones there are.
 
+    With several processes it has to be all of them: a process without a device of
+    the mesh would have nothing to do, and the others would wait for it.
+
     Raises:
-      ValueError: when there are fewer devices than that.
+      ValueError: when there are fewer devices than that, or a process is left out.
     """
     wanted, devices = data * column, jax.devices()
     if min(data, column) < 1:
@@ -43,20 +53,28 @@ def make_mesh(data: int, column: int = 1) -> Mesh:
             f"A mesh of {data} x {column} devices: both numbers must be at least 1 "
             "(--config.parallel.data, --config.parallel.column)."
         )
-    if wanted > len(devices):
-        kind = devices[0].platform
+    shape = f"{wanted} devices ({data} data x {column} column)"
+    processes = jax.process_count()
+    found = f"{len(devices)} ({devices[0].platform})"
+    if processes > 1 and wanted != len(devices):
         raise ValueError(
-            f"Asked for {wanted} devices ({data} data x {column} column), found "
-            f"{len(devices)} ({kind}); add --cpu_devices={wanted} for virtual ones on "
-            "the CPU, or ask for fewer with --config.parallel.data and "
+            f"Asked for {shape}, found {found} in {processes} processes, which have to "
+            "be used all; change --config.parallel.data and --config.parallel.column, "
+            "or the number of processes."
+        )
+    if wanted > len(devices):
+        raise ValueError(
+            f"Asked for {shape}, found {found}; add --cpu_devices={wanted} for virtual "
+            "ones on the CPU, or ask for fewer with --config.parallel.data and "
             "--config.parallel.column."
         )
     # Auto axes: the default, Explicit, refuses arrays that are not sharded already.
-    return jax.make_mesh(
-        (data, column),
+    # In the order of the processes, so that the devices of a row are neighbours and
+    # each process's examples follow one another.
+    return Mesh(
+        np.array(devices[:wanted]).reshape(data, column),
         (DATA, COLUMN),
         axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=devices[:wanted],
     )
 
 
@@ -71,13 +89,18 @@ def check_mode(network: Variant, mode: str, columns: int) -> None:
     if mode == "data":
         raise ValueError(
             f"--config.parallel.mode=data has no use for {columns} columns; set "
-            "--config.parallel.column=1, or --config.parallel.mode=columns."
+            "--config.parallel.column=1, or --config.parallel.mode=columns or hybrid."
         )
-    reason = _not_in_columns(network, columns)
+    if mode == "columns":
+        reason = _not_in_columns(network, columns)
+        instead = "--config.parallel.mode=data or hybrid, or variant 'paper'"
+    else:
+        reason = _not_in_hybrid(network, columns)
+        instead = "another --config.parallel.column, or --config.parallel.mode=data"
     if reason:
         raise ValueError(
             f"Variant {network.name!r} cannot be split over {columns} columns: "
-            f"{reason}. Take --config.parallel.mode=data, or variant 'paper'."
+            f"{reason}. Take {instead}."
         )
 
 
@@ -89,6 +112,27 @@ def _not_in_columns(network: Variant, columns: int) -> str:
     if len(network.denses) == 1:
         return "its classifier reads the feature maps themselves"
     return ""
+
+
+def _not_in_hybrid(network: Variant, columns: int) -> str:
+    for row in network.denses[:-1]:
+        if row.features % columns:
+            return f"the {row.features} units of {row.name} do not divide by {columns}"
+        groups = network.columns if row.sees == "own" else 1
+        if groups % columns and columns % groups:
+            return f"{row.name} has {groups} columns of its own"
+    return ""
+
+
+def batch_axes(mesh: Mesh, mode: str) -> tuple[str, ...]:
+    """The mesh axes that the batch is split over, where images enter the network."""
+    split = mode == "hybrid" and mesh.shape[COLUMN] > 1
+    return (DATA, COLUMN) if split else (DATA,)
+
+
+def batch_shards(data: int, column: int, mode: str) -> int:
+    """Into how many parts a mesh of data x column devices splits a batch."""
+    return data * column if mode == "hybrid" else data
 
 
 # Exchanges. `axis_name` None: not split, nothing to do.
@@ -110,22 +154,73 @@ def sum_parts(x: jax.Array, axis_name: str | None) -> jax.Array:
     return x if axis_name is None else lax.psum(x, axis_name)
 
 
+def gather_examples(x: jax.Array, axis_name: str | None) -> jax.Array:
+    """[B of this device, ...] -> [B of all, ...]; differentiated, a reduce-scatter."""
+    if axis_name is None:
+        return x
+    return lax.all_gather(x, axis_name, axis=0, tiled=True)
+
+
+def trade_examples(x: jax.Array, axis_name: str | None) -> jax.Array:
+    """[B of this device, F] -> [B of all, F of this device], by an all-to-all."""
+    if axis_name is None:
+        return x
+    return lax.all_to_all(x, axis_name, split_axis=1, concat_axis=0, tiled=True)
+
+
+def sum_own_examples(x: jax.Array, axis_name: str | None) -> jax.Array:
+    """The devices' parts [B of all, K] -> their sum for this device's own examples."""
+    if axis_name is None:
+        return x
+    return lax.psum_scatter(x, axis_name, scatter_dimension=0, tiled=True)
+
+
 def sum_shards(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     """The sum of what each device worked out from its shard of an array.
 
     `spec` says how that array is split; parts that every device holds count once.
     """
-    axes = tuple(axis for axis in spec if axis is not None)
+    axes = _axes(spec)
     return lax.psum(x, axes) if axes else x
 
 
-def vary(tree: PyTree, axis_name: str) -> PyTree:
-    """Marks replicated arrays as each device's own along `axis_name`.
+def vary(tree: PyTree, specs: PyTree, axes: tuple[str, ...]) -> PyTree:
+    """Marks arrays as each device's own along the `axes` they are not split over.
 
-    Differentiated, this is the sum of the gradients over that axis: the one place
-    where data-parallel gradients are reduced, in the parameters' own precision.
+    Without it `shard_map` would sum a gradient over these axes by itself, once for
+    each use of the array; `sum_gradients` does it once in all.
     """
-    return jax.tree.map(lambda a: lax.pcast(a, axis_name, to="varying"), tree)
+
+    def mark(a: jax.Array, spec: PartitionSpec) -> jax.Array:
+        others = replicated_axes(spec, axes)
+        return lax.pcast(a, others, to="varying") if others else a
+
+    return jax.tree.map(mark, tree, specs)
+
+
+def sum_gradients(grads: PyTree, specs: PyTree, axes: tuple[str, ...]) -> PyTree:
+    """Sums gradients over those of the `axes` that their arrays are not split over.
+
+    The one place where data-parallel gradients are reduced, in the parameters' own
+    precision. `shard_map` would refuse a step without it; under `pmap` such a step
+    trains on the gradient of device 0, and nothing warns.
+    """
+    leaves, tree = jax.tree.flatten(grads)
+    kinds = [replicated_axes(spec, axes) for spec in tree.flatten_up_to(specs)]
+    for kind in set(kinds) - {()}:  # one exchange for all leaves of a kind
+        at = [i for i, other in enumerate(kinds) if other == kind]
+        for i, total in zip(at, lax.psum([leaves[i] for i in at], kind), strict=True):
+            leaves[i] = total
+    return tree.unflatten(leaves)
+
+
+def replicated_axes(spec: PartitionSpec, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `axes` that an array of that spec is not split over."""
+    return tuple(axis for axis in axes if axis not in _axes(spec))
+
+
+def _axes(spec: PartitionSpec) -> tuple[str, ...]:
+    return tuple(axis for axis in spec if axis is not None)
 
 
 # How the parameters are split.
@@ -134,16 +229,21 @@ def vary(tree: PyTree, axis_name: str) -> PyTree:
 def param_specs(network: Variant, params: PyTree, mesh: Mesh, mode: str) -> PyTree:
     """The PartitionSpec of every leaf of `params` (or of `batch_stats`).
 
-    In mode "columns" a layer's features, its last axis, are split over "column";
-    the classifier is split by its inputs instead and its bias not at all.
+    In mode "columns" a layer's features, its last axis, are split over "column", in
+    mode "hybrid" only those of the fully connected layers; the classifier is split by
+    its inputs instead and its bias not at all.
     """
     if mode == "data" or mesh.shape[COLUMN] == 1:
         return jax.tree.map(lambda _: P(), params)
     classifier = network.layers[-1].name
+    rows = network.denses if mode == "hybrid" else network.layers
+    split = {row.name for row in rows} | {stage_name("norm", r.name) for r in rows}
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         if path[0].key == classifier:
             return P(COLUMN, None) if leaf.ndim == 2 else P()
+        if path[0].key not in split:
+            return P()
         return P(*[None] * (leaf.ndim - 1), COLUMN)
 
     return jax.tree_util.tree_map_with_path(spec, params)
@@ -158,58 +258,102 @@ def shardings(mesh: Mesh, specs: PyTree) -> PyTree:
     )
 
 
-def shard_map(
-    step: Callable[..., Any], mesh: Mesh, in_specs: PyTree, out_specs: PyTree
+def on_devices(
+    step: Callable[..., Any],
+    mesh: Mesh,
+    in_specs: tuple[PyTree, ...],
+    out_specs: PyTree,
+    transform: str = "shard_map",
 ) -> Callable[..., Any]:
-    """`jax.shard_map` with its type check on, always: it places the reductions."""
+    """`step`, what one device does, as a function of whole arrays; to be jitted.
+
+    Args:
+      step: is run on every device, with its shards of the arguments.
+      in_specs, out_specs: PartitionSpecs, a tree for each argument and for the result.
+      transform: "shard_map", with its type check on, always: a missing reduction is
+        an error. "pmap" for whatever is written for it; where nothing but the batch
+        is split (mode "data") it gives the same numbers.
+    """
+    if transform == "pmap":
+        return _pmap(step, mesh, in_specs)
     return jax.shard_map(
         step, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True
     )
 
 
-def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
-    """Host arrays [this process's examples, ...] -> arrays split over "data"."""
-    sharding = NamedSharding(mesh, P(DATA))
+def _pmap(
+    step: Callable[..., Any], mesh: Mesh, in_specs: tuple[PyTree, ...]
+) -> Callable[..., Any]:
+    """`jax.pmap` over the rows of the mesh; what is not split has no device axis."""
+    split = [spec == P((DATA,)) for spec in in_specs]
+    mapped = jax.pmap(
+        step,
+        axis_name=DATA,
+        in_axes=tuple(0 if yes else None for yes in split),
+        out_axes=None,  # the same on all devices: one of them, unstacked
+        devices=list(mesh.devices.flat),
+    )
+
+    def call(*args: PyTree) -> PyTree:
+        rows = mesh.shape[DATA]
+        stacked = (
+            jax.tree.map(lambda a: a.reshape(rows, -1, *a.shape[1:]), arg)
+            if yes
+            else arg
+            for arg, yes in zip(args, split, strict=True)
+        )
+        return mapped(*stacked)
+
+    return call
+
+
+def positions(mesh: Mesh, mode: str, batch_size: int) -> tuple[int, int]:
+    """(lo, hi): the positions of a global batch that this process's devices need.
+
+    The devices of one row that are columns need the same examples.
+    """
+    sharding = NamedSharding(mesh, P(batch_axes(mesh, mode)))
+    parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+    bounds = {part[0].indices(batch_size)[:2] for part in parts if part is not None}
+    return min(lo for lo, _ in bounds), max(hi for _, hi in bounds)
+
+
+def put_batch(batch: PyTree, mesh: Mesh, mode: str, batch_size: int) -> PyTree:
+    """Host arrays of the examples at `positions` -> arrays split over `batch_axes`."""
+    sharding = NamedSharding(mesh, P(batch_axes(mesh, mode)))
     return jax.tree.map(
-        lambda a: jax.make_array_from_process_local_data(sharding, a), batch
+        lambda a: jax.make_array_from_process_local_data(
+            sharding, a, (batch_size, *a.shape[1:])
+        ),
+        batch,
     )
 
 
-# What is sent.
+class Agreement:
+    """Numbers that all processes of a run get to know, without waiting for them.
 
-_COLLECTIVE = re.compile(
-    r"= (?P<shape>\S.*?) "
-    r"(?P<kind>all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)"
-    r"(?:-start)?\((?P<rest>.*)$"
-)
-
-
-def collectives(hlo: str) -> collections.Counter[str]:
-    """Counts the collective operations in a compiled program's text.
-
-    A group of one device sends nothing, though XLA may leave it in: not counted.
-
-    Args:
-      hlo: `jax.jit(f).lower(...).compile().as_text()`.
-
-    Returns:
-      For "all-gather", "all-reduce", ...: the number of arrays so exchanged (one
-      operation may carry several).
+    The devices exchange them beside the training steps, so that the answer can be
+    read some steps later: by every process after the same step.
     """
-    count: collections.Counter[str] = collections.Counter()
-    for line in hlo.splitlines():
-        match = _COLLECTIVE.search(line)
-        if match and _largest_group(match["rest"]) > 1:
-            count[match["kind"]] += max(1, len(re.findall(r"\[", match["shape"])))
-    return count
+
+    def __init__(self, mesh: Mesh):
+        self._split = NamedSharding(mesh, P((DATA, COLUMN)))
+        whole = NamedSharding(mesh, P())
+        self._largest = jax.jit(lambda a: a.max(axis=0), out_shardings=whole)
+
+    def largest(self, numbers: list[int]) -> jax.Array:
+        """The largest of each of the numbers that the processes give, on its way."""
+        here = len(self._split.addressable_devices)
+        rows = np.tile(np.asarray(numbers, np.int32), (here, 1))
+        shape = (self._split.mesh.size, len(numbers))
+        return self._largest(
+            jax.make_array_from_process_local_data(self._split, rows, shape)
+        )
 
 
-def _largest_group(attributes: str) -> int:
-    listed = re.search(r"replica_groups=\{(\{.*?\})\}", attributes)
-    if listed:
-        groups = re.findall(r"\{([\d,]*)\}", listed[1])
-        return max(len(group.split(",")) for group in groups)
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
-    if iota:
-        return int(iota[2])
-    return 2  # a form not known here: better counted than missed
+def put_everywhere(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Host arrays, the same in every process -> arrays whole on every device."""
+    sharding = NamedSharding(mesh, P())
+    return jax.tree.map(
+        lambda a: jax.make_array_from_process_local_data(sharding, a, a.shape), tree
+    )

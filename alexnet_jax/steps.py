@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from alexnet_jax import augment, metrics, parallel
-from alexnet_jax.model import AlexNet
+from alexnet_jax.model import AlexNet, feature_names
 from alexnet_jax.variants import Activation
 
 P = PartitionSpec
@@ -142,27 +142,31 @@ def make_train_step(
     mode: str,
     seed: int,
     accumulate_steps: int = 1,
+    transform: str = "shard_map",
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the jitted (state, batch, statistics) -> (state, metrics).
 
     `batch` is {"image": uint8 [B, S, S, 3], "label": int32 [B]}, B global and split
-    over "data"; the state is donated. The metrics are the batch's mean "loss", its
-    "top1_error", and the learning rate "lr" of the update.
+    over `parallel.batch_axes`; the state is donated. The metrics are the batch's mean
+    "loss", its "top1_error", and the learning rate "lr" of the update. `transform`
+    is `parallel.on_devices`'.
 
     With `accumulate_steps` n each device cuts its share of the batch into n equal
     parts that go through the network one after the other: the same one update, in
     less memory. Only batch normalisation tells a difference: its statistics are then
     of one part (of every device).
     """
-    through = _Pass(model.local(mesh, mode), augmentation, seed, accumulate_steps)
     specs = state_specs(
         model, tx, crop_size=augmentation.crop_size, mesh=mesh, mode=mode
     )
-    step = parallel.shard_map(
+    local = model.local(mesh, mode, accumulate_steps)
+    through = _Pass(local, augmentation, seed, accumulate_steps, specs.params)
+    step = parallel.on_devices(
         functools.partial(_device_train_step, through, tx),
         mesh,
-        (specs, P(parallel.DATA), P()),
+        (specs, P(through.batch_axes), P()),
         (specs, P()),
+        transform,
     )
     return jax.jit(step, donate_argnums=0)
 
@@ -174,9 +178,9 @@ def _device_train_step(
     batch: dict[str, jax.Array],
     statistics: augment.PixelStatistics,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One device's share of a training step, inside `shard_map`."""
+    """One device's share of a training step."""
     found = through.gradients(state, batch, statistics)
-    loss, right = lax.pmean((found.loss, found.right), parallel.DATA)
+    loss, right = lax.pmean((found.loss, found.right), through.batch_axes)
     opt_state: Any
     updates, opt_state = tx.update(found.grads, state.opt_state, state.params)
     new_state = TrainState(
@@ -193,7 +197,7 @@ class _Gradients(NamedTuple):
     """What a batch's way through the network and back gives.
 
     Attributes:
-      grads: of the mean loss over the global batch, summed over "data" already.
+      grads: of the mean loss over the global batch, summed over devices already.
       batch_stats: the running statistics afterwards.
       loss, right: means over this device's share of the batch.
       observed: what `observe` gave, each array stacked over the parts.
@@ -212,7 +216,8 @@ class _Pass:
 
     Attributes:
       model: the device's own, from `model.local`.
-      accumulate_steps: the number of parts, one after the other.
+      accumulate_steps: the number of parts, one after the other; the model's, too.
+      param_specs: how the parameters are split.
       observe: takes the features of a part, returns arrays to be kept.
     """
 
@@ -220,7 +225,12 @@ class _Pass:
     augmentation: augment.Augmentation
     seed: int
     accumulate_steps: int
+    param_specs: PyTree
     observe: Callable[[dict[str, jax.Array]], PyTree] = lambda features: ()
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        return self.model.batch_axes
 
     def gradients(
         self,
@@ -228,16 +238,15 @@ class _Pass:
         batch: dict[str, jax.Array],
         statistics: augment.PixelStatistics,
     ) -> _Gradients:
-        """Training's gradients at `state`, inside `shard_map`."""
+        """Training's gradients at `state`, on one device of a mesh."""
         count, share = self.accumulate_steps, batch["label"].shape[0]
-        first = lax.axis_index(parallel.DATA) * share
-        # From here on each device's own. The transpose of `vary` sums the devices'
-        # gradients: once, at the end, however many parts there are.
-        params, sum_over_data = jax.vjp(
-            lambda params: parallel.vary(params, parallel.DATA), state.params
-        )
+        axes, specs = self.batch_axes, self.param_specs
+        first = lax.axis_index(axes) * share
+        # From here on each device's own: its gradients are summed once, at the end,
+        # however many parts there are.
+        params = parallel.vary(state.params, specs, axes)
         state = dataclasses.replace(state, params=params)
-        scale = 1.0 / (lax.axis_size(parallel.DATA) * count)
+        scale = 1.0 / (lax.axis_size(axes) * count)
         if count == 1:
             grads, stats, seen = self._part(state, batch, first, statistics, scale)
             seen = jax.tree.map(lambda a: a[None], seen)
@@ -264,7 +273,7 @@ class _Pass:
                 (jnp.arange(count, dtype=jnp.int32), parts),
             )
         losses, right, observed = seen
-        (grads,) = sum_over_data(grads)
+        grads = parallel.sum_gradients(grads, specs, axes)
         return _Gradients(grads, stats, losses.mean(), right.mean(), observed)
 
     def _part(
@@ -287,6 +296,7 @@ class _Pass:
             statistics,
             self.augmentation,
             _wide(self.model.dtype),
+            step=state.step,
         )
         dropout_key = jax.random.fold_in(purpose_key(self.seed, DROPOUT), state.step)
 
@@ -324,6 +334,7 @@ def make_summary_step(
     mode: str,
     seed: int,
     accumulate_steps: int = 1,
+    transform: str = "shard_map",
 ) -> Callable[..., dict[str, jax.Array]]:
     """Returns the jitted (state, batch, statistics) -> scalars; changes nothing.
 
@@ -340,30 +351,35 @@ def make_summary_step(
     specs = state_specs(
         model, tx, crop_size=augmentation.crop_size, mesh=mesh, mode=mode
     )
-    units = {
-        row.name: row.features
-        for row in model.network.layers
-        if Activation("relu") in row.then
-    }
+    relu = Activation("relu")
+    rows = [row for row in model.network.layers if relu in row.then]
+    units = {row.name: row.features for row in rows}
+    # What the activation gives, which is not always the layer's own name.
+    outputs = {row.name: feature_names(row)[row.then.index(relu)] for row in rows}
 
     def alive(features: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Which units are not zero everywhere; not a number counts as alive."""
         return {
-            name: jnp.any(features[name] != 0, axis=range(features[name].ndim - 1))
-            for name in units
+            layer: jnp.any(features[name] != 0, axis=range(features[name].ndim - 1))
+            for layer, name in outputs.items()
+            if name
         }
 
     through = _Pass(
-        model.local(mesh, mode), augmentation, seed, accumulate_steps, alive
+        model.local(mesh, mode, accumulate_steps),
+        augmentation,
+        seed,
+        accumulate_steps,
+        specs.params,
+        alive,
     )
-    device_step = functools.partial(_device_summary_step, through, specs.params, units)
-    in_specs = (specs, P(parallel.DATA), P())
-    return jax.jit(parallel.shard_map(device_step, mesh, in_specs, P()))
+    device_step = functools.partial(_device_summary_step, through, units)
+    in_specs = (specs, P(through.batch_axes), P())
+    return jax.jit(parallel.on_devices(device_step, mesh, in_specs, P(), transform))
 
 
 def _device_summary_step(
     through: _Pass,
-    param_specs: PyTree,
     units: dict[str, int],
     state: TrainState,
     batch: dict[str, jax.Array],
@@ -371,7 +387,8 @@ def _device_summary_step(
 ) -> dict[str, jax.Array]:
     """One device's share of a summary; `units`: of each layer, over all devices."""
     found = through.gradients(state, batch, statistics)
-    scalars = {"train/loss": lax.pmean(found.loss, parallel.DATA)}
+    axes, param_specs = through.batch_axes, through.param_specs
+    scalars = {"train/loss": lax.pmean(found.loss, axes)}
     for layer, grads in found.grads.items():
         squares = [
             parallel.sum_shards(jnp.sum(jnp.square(grad)), param_specs[layer][name])
@@ -379,16 +396,22 @@ def _device_summary_step(
         ]
         scalars[f"grad_norm/{layer}"] = jnp.sqrt(sum(squares))
     for layer, parts in found.observed.items():
-        # Alive in any part, on any row of devices; a unit is split as its bias is.
-        alive = lax.pmax(parts.any(0).astype(jnp.int32), parallel.DATA)
+        # Alive in any part, for any device's examples; a unit is split as its bias is.
         spec = param_specs[layer]["bias"]
+        elsewhere = parallel.replicated_axes(spec, axes)
+        alive = lax.pmax(parts.any(0).astype(jnp.int32), elsewhere)
         dead = parallel.sum_shards(jnp.sum(1 - alive), spec)
         scalars[f"dead_relu/{layer}"] = dead / units[layer]
     return scalars
 
 
 def make_eval_step(
-    model: AlexNet, *, mesh: Mesh, mode: str, crop_size: int
+    model: AlexNet,
+    *,
+    mesh: Mesh,
+    mode: str,
+    crop_size: int,
+    transform: str = "shard_map",
 ) -> Callable[..., dict[str, jax.Array]]:
     """Returns the jitted (params, batch_stats, batch, statistics) -> sums.
 
@@ -413,13 +436,13 @@ def make_eval_step(
             {"params": params, "batch_stats": batch_stats}, images
         )
         sums = metrics.sums(logits, batch["label"], batch["mask"])
-        return lax.psum(sums, parallel.DATA)
+        return lax.psum(sums, local.batch_axes)
 
     specs = state_specs(
         model, optax.identity(), crop_size=crop_size, mesh=mesh, mode=mode
     )
-    in_specs = (specs.params, specs.batch_stats, P(parallel.DATA), P())
-    return jax.jit(parallel.shard_map(device_step, mesh, in_specs, P()))
+    in_specs = (specs.params, specs.batch_stats, P(local.batch_axes), P())
+    return jax.jit(parallel.on_devices(device_step, mesh, in_specs, P(), transform))
 
 
 def _wide(dtype: Any) -> Any:

@@ -6,13 +6,16 @@ it starts, and `then` what is done with its output, in this order. An ablation i
 change of rows (`customize`), never an `if` in the network.
 
 Sources: Krizhevsky, Sutskever and Hinton, "ImageNet classification with deep
-convolutional neural networks", NIPS 2012 ("the paper"); the `bvlc_alexnet` and
+convolutional neural networks", NIPS 2012 ("the paper"); the layer files of the
+original program, released by the Computer History Museum ("the original", with the
+number of the experiment); the `bvlc_alexnet` and
 `bvlc_reference_caffenet` definitions of Caffe; torchvision's AlexNet after
 Krizhevsky, "One weird trick for parallelizing convolutional neural networks",
 arXiv:1404.5997; the `layers-18pct.cfg` example of cuda-convnet.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -118,10 +121,11 @@ class Conv:
 
 @dataclass(frozen=True)
 class Dense:
-    """A fully connected layer, which sees everything. Fields as in `Conv`."""
+    """A fully connected layer. Fields as in `Conv`; the last row sees everything."""
 
     name: str
     features: int
+    sees: Literal["all", "own"] = "all"
     weight_std: float = 0.01
     bias: float = 0.0
     weight_decay: float | None = None
@@ -225,6 +229,46 @@ ONE_GPU = dataclasses.replace(
         if row.name in ("conv1", "conv2", "conv3", "conv4")
         else row
         for row in PAPER.layers
+    ),
+)
+
+# The original's experiment 145, whose logged errors are the paper's: what the paper
+# does not say. Layer 1 normalises before its units; alpha is divided by the window;
+# layer 2 is normalised once more, within each map; conv3 to conv5 start wider.
+_ORIGINAL_LRN = Lrn(alpha_mode="mean")
+_ORIGINAL_WITHIN_MAP = WithinMapLrn(size=5, k=1.0, alpha=1e-3, beta=0.75)
+_ORIGINAL_THEN = {
+    "conv1": (_ORIGINAL_LRN, OVERLAPPING, RELU),
+    "conv2": (RELU, _ORIGINAL_LRN, _ORIGINAL_WITHIN_MAP, OVERLAPPING),
+    "conv5": (OVERLAPPING, RELU),
+}
+ORIGINAL = dataclasses.replace(
+    PAPER,
+    name="original",
+    layers=tuple(
+        dataclasses.replace(
+            row,
+            weight_std=0.03 if row.name in ("conv3", "conv4", "conv5") else 0.01,
+            then=_ORIGINAL_THEN.get(row.name, row.then),
+        )
+        for row in PAPER.layers
+    ),
+)
+
+# Experiment 150: "like #145 but with no column communication". The columns meet in
+# the classifier only; wider conv2 and fc6 keep the number of parameters.
+_OWN_COLUMN = {
+    "conv2": {"features": 320},
+    "conv3": {"sees": "own"},
+    "fc6": {"features": 8192, "sees": "own"},
+    "fc7": {"sees": "own"},
+}
+NO_COMMUNICATION = dataclasses.replace(
+    ORIGINAL,
+    name="no_communication",
+    layers=tuple(
+        dataclasses.replace(row, **_OWN_COLUMN.get(row.name, {}))
+        for row in ORIGINAL.layers
     ),
 )
 
@@ -366,7 +410,17 @@ CIFAR = Variant(
 
 VARIANTS: dict[str, Variant] = {
     table.name: table
-    for table in (PAPER, ONE_GPU, CAFFE, CAFFENET, ONE_TOWER, OWT, CIFAR)
+    for table in (
+        PAPER,
+        ORIGINAL,
+        NO_COMMUNICATION,
+        ONE_GPU,
+        CAFFE,
+        CAFFENET,
+        ONE_TOWER,
+        OWT,
+        CIFAR,
+    )
 }
 
 StageT = TypeVar("StageT", Activation, Pool, Dropout)
@@ -441,6 +495,12 @@ def customize(
         )
     _check_columns(table)
     return table
+
+
+def stage_name(kind: str, layer: str) -> str:
+    """The name of what follows a layer: ("norm", "conv1") -> "norm1"."""
+    number = re.search(r"\d+$", layer)
+    return f"{kind}{number[0] if number else '_' + layer}"
 
 
 def get(name: str) -> Variant:

@@ -32,7 +32,8 @@ def get_config() -> Any:
     config.profile = 0
 
     config.model = model = ConfigDict()
-    # Layer table: paper, caffe, caffenet, one_tower, one_gpu, owt or cifar.
+    # Layer table: paper, original, no_communication, one_gpu, caffe, caffenet,
+    # one_tower, owt or cifar.
     model.variant = "paper"
     # Units of the classifier; 0: as many as the data set has classes.
     model.num_classes = 0
@@ -86,6 +87,10 @@ def get_config() -> Any:
     augment.flip = True
     # Standard deviation of the PCA colour noise; 0: none (paper, section 4.1: 0.1).
     augment.lighting = 0.1
+    # paper: added; original: and the image then divided by 1 + its deviation.
+    augment.lighting_form = "paper"
+    # No colour noise from this epoch on (the original: 67); -1: always.
+    augment.lighting_until_epoch = -1.0
 
     config.optim = optim = ConfigDict()
     # The learning rate itself: nothing scales it (paper, section 5: 0.01 at 128).
@@ -96,6 +101,9 @@ def get_config() -> Any:
     optim.weight_decay = 5e-4
     # Learning rate of the biases over that of the weights (Caffe: 2).
     optim.bias_lr_mult = 1.0
+    # The biases' rate stays bias_lr_mult * learning_rate whatever the schedule does (as
+    # the original's did).
+    optim.constant_bias_lr = False
     # Whether biases decay as well (the original and Caffe: no; the paper: not said).
     optim.decay_bias = True
     # paper: the learning rate inside the velocity; torch: outside.
@@ -115,17 +123,23 @@ def get_config() -> Any:
     schedule.max_drops = 3
     # fixed: epochs at which to drop (the original's run on ILSVRC-2012).
     schedule.drop_epochs = (25.0, 51.0, 79.0)
+    # Factors on single layers' rates, each (layer, from which epoch, factor); a factor
+    # of 0 freezes the layer.
+    schedule.layer_factors = ()
     # cosine: epochs of linear rise at the start.
     schedule.warmup_epochs = 0.0
 
     config.parallel = parallel = ConfigDict()
-    # data: every device the whole network; columns: the paper's scheme (3.2).
+    # data: every device the whole network; columns: the paper's scheme (3.2); hybrid:
+    # convolutions as data, fully connected layers split (arXiv:1404.5997).
     parallel.mode = "data"
     # Devices along the batch; -1: all that the columns leave.
     parallel.data = -1
     # Devices along the columns; -1: in mode columns one a column if there are as many
-    # devices, else 1.
+    # devices, in mode hybrid all there are, else 1.
     parallel.column = -1
+    # shard_map, or pmap (mode data only; the same numbers).
+    parallel.transform = "shard_map"
 
     config.checkpoint = checkpoint = ConfigDict()
     # Steps between two checkpoints; 0: off.

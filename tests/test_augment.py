@@ -141,3 +141,30 @@ def test_training_images_do_not_depend_on_how_the_batch_is_split():
     parts = [train(raw[:2], 0), train(raw[2:], 2)]
     np.testing.assert_array_equal(whole, jnp.concatenate(parts))
     assert not np.array_equal(whole, train(raw, 0, key=1))
+
+
+def test_the_originals_lighting_is_divided_and_ends():
+    """(x - mean + noise) / 1.1 in training, until it is switched off."""
+    stats, raw = statistics(), pictures()
+
+    def train(step, **fields):
+        augmentation = augment.Augmentation(4, crop=False, flip=False, **fields)
+        key = jax.random.key(0)
+        return np.asarray(
+            augment.train_images(raw, key, 0, stats, augmentation, step=step)
+        )
+
+    plain, lit = train(0, lighting=0.0), train(0)
+    original = {"lighting_form": "original", "lighting_steps": 5}
+    np.testing.assert_allclose(train(4, **original), lit / 1.1, rtol=1e-6)
+    np.testing.assert_array_equal(train(5, **original), plain)
+    np.testing.assert_array_equal(jax.jit(lambda s: train_at(s, raw, stats))(5), plain)
+    with pytest.raises(ValueError, match="paper, original"):
+        train(0, lighting_form="caffe")
+
+
+def train_at(step, raw, stats):
+    augmentation = augment.Augmentation(4, crop=False, flip=False, lighting_steps=5)
+    return augment.train_images(
+        raw, jax.random.key(0), 0, stats, augmentation, step=step
+    )

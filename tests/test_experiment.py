@@ -5,16 +5,19 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from alexnet_jax import experiment
+from alexnet_jax import experiment, variants
 from alexnet_jax.data import DataError
 from configs import common
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = ["common", "paper", "quickstart", "cifar10", "folder", "memorize"]
+CONFIGS = [
+    *("common", "paper", "original", "quickstart", "cifar10", "folder", "memorize"),
+]
 
 
 def config_with(**changes):
@@ -246,3 +249,84 @@ def test_pipeline_gives_what_training_sees(folder):
 def test_load_refuses_what_is_no_workdir(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not the workdir of a run"):
         experiment.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "mode, data, column, shape",
+    [
+        ("data", -1, -1, (8, 1)),
+        ("columns", -1, -1, (4, 2)),
+        ("columns", 8, -1, (8, 1)),
+        ("hybrid", -1, -1, (1, 8)),
+        ("hybrid", 2, -1, (2, 4)),
+        ("hybrid", -1, 2, (4, 2)),
+    ],
+)
+def test_meshes_of_eight_devices(mode, data, column, shape):
+    config = config_with(
+        parallel__mode=mode, parallel__data=data, parallel__column=column
+    )
+    assert experiment.mesh_shape(config, variants.get("paper")) == shape
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"parallel__mode": "hybrid", "parallel__data": -1, "data__batch_size": 12},
+         "batch_size=12 does not divide over 8 devices; the nearest that do: 8 or 16"),
+        ({"parallel__mode": "hybrid", "parallel__column": 3},
+         "4096 units of fc6 do not divide by 3"),
+        ({"parallel__mode": "columns", "parallel__transform": "pmap"},
+         "transform=pmap splits nothing but the batch"),
+        ({"parallel__transform": "vmap"}, "must be one of shard_map, pmap"),
+        ({"schedule__layer_factors": (("conv9", 1.0, 0.1),)},
+         r"layer_factors: .'conv9'.*the layer one of conv1, conv2"),
+        ({"schedule__layer_factors": (("conv1", 5.0, 0.1), ("conv1", 5.0, 0.0))},
+         "its epochs above 0 and increasing"),
+        ({"schedule__layer_factors": ("conv1", 5.0, 0.1)}, "must be .layer, epoch"),
+        ({"augment__lighting_form": "caffe"}, "must be one of paper, original"),
+        ({"augment__lighting_until_epoch": -2.0}, "-1 or at least 0"),
+    ],
+)  # fmt: skip
+def test_mistakes_about_devices_and_the_original(changes, words):
+    with pytest.raises(experiment.ConfigError, match=words):
+        experiment.validate(config_with(**changes))
+
+
+def test_the_originals_recipe_reaches_the_step():
+    config = importlib.import_module("configs.original").get_config()
+    augmentation = experiment.make_augmentation(config, steps_per_epoch=10_009.0)
+    assert augmentation.lighting_form == "original"
+    assert augmentation.lighting_steps == 67 * 10_009
+    model = experiment.make_model(config, 10)
+    tx = experiment.make_optimizer(config, model, steps_per_epoch=2.0)
+    layer = {"kernel": jnp.ones((1, 1)), "bias": jnp.ones(1)}
+    params = {"conv1": layer, "conv2": layer}
+    state = tx.init(params)
+    step = jax.jit(tx.update)
+    seen = {}
+    for count in range(2 * 91):
+        grads = jax.tree.map(jnp.ones_like, params)
+        before = state
+        _, state = step(grads, state, params)
+        if count in (0, 60, 120, 140, 150, 170):
+            # What this step adds to the velocity, over 1 + weight decay.
+            old, new = (
+                [leaf for leaf in jax.tree.leaves(s) if leaf.shape in ((1, 1), (1,))]
+                for s in (before, state)
+            )
+            seen[count] = [
+                float((n - 0.9 * o).squeeze()) for o, n in zip(old, new, strict=True)
+            ]
+    # bias and kernel of conv1, of conv2; epochs 0, 30, 60, 70, 75 and 85.
+    decayed = 1.0005
+    for count, conv1, conv2, conv1_bias in [
+        (0, 0.01, 0.01, 0.02),
+        (60, 0.001, 0.001, 0.02),
+        (120, 1e-4, 1e-4, 0.02),
+        (140, 1e-5, 1e-4, 0.02),
+        (150, 0.0, 1e-4, 0.0),
+        (170, 0.0, 1e-5, 0.0),
+    ]:
+        want = [-conv1_bias, -conv1 * decayed, -0.02, -conv2 * decayed]
+        np.testing.assert_allclose(seen[count], want, rtol=1e-3, atol=2e-7)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import variants
-from alexnet_jax.model import create_model
+from alexnet_jax import ops, variants
+from alexnet_jax.model import _Place, create_model
 
 CLASSES = 20
 
@@ -144,8 +144,9 @@ def test_dropout_keeps_the_expectation_and_the_scale_it_says(scale_at):
     stage = variants.Dropout(0.25, scale_at)
 
     def drop(x, train):
+        place = _Place(shards=1, batch_axes=(), positions=jnp.arange(64))
         return model.bind({}, rngs={"dropout": jax.random.key(1)})._dropout(
-            stage, x, train, 0, 1
+            stage, x, train, place
         )
 
     kept = 0.75
@@ -245,3 +246,67 @@ def test_wrong_images_are_refused_in_words():
     ]:
         with pytest.raises(ValueError, match=re.escape(words)):
             model.apply(variables, wrong)
+
+
+def original_features(variant):
+    model = create_model(variant, num_classes=CLASSES, width=1 / 8, init="he")
+    variables = random_variables(model, 224)
+    rng = np.random.default_rng(2)
+    images = jnp.asarray(rng.uniform(-120, 120, (2, 224, 224, 3)), jnp.float32)
+    apply = jax.jit(lambda v, x: model.apply(v, x, method="features"))
+    return variables["params"], images, apply(variables, images), apply
+
+
+def test_the_original_normalises_before_its_units_and_once_more_in_layer_two():
+    params, images, found, _ = original_features("original")
+    conv1 = ops.grouped_conv(
+        images,
+        jnp.asarray(params["conv1"]["kernel"]),
+        stride=4,
+        padding=((0, 3), (0, 3)),
+    )
+    conv1 += params["conv1"]["bias"]
+    np.testing.assert_allclose(found["conv1"], conv1, rtol=1e-4, atol=1e-3)
+    assert (np.asarray(found["conv1"]) < 0).any()
+    # alpha / 5, inside a column of 6 maps.
+    constants = {"size": 5, "k": 2.0, "beta": 0.75}
+    norm1 = ops.local_response_norm(conv1, alpha=2e-5, groups=2, **constants)
+    pool1 = jnp.maximum(ops.max_pool(norm1, window=3, stride=2), 0)
+    np.testing.assert_allclose(found["pool1"], pool1, rtol=1e-4, atol=1e-4)
+    across = ops.local_response_norm(found["conv2"], alpha=2e-5, groups=2, **constants)
+    norm2 = ops.within_map_response_norm(across, size=5, k=1.0, alpha=1e-3, beta=0.75)
+    np.testing.assert_allclose(found["norm2"], norm2, rtol=1e-4, atol=1e-5)
+    pooled = ops.max_pool(found["conv5"], window=3, stride=2)
+    np.testing.assert_allclose(found["pool5"], jnp.maximum(pooled, 0), rtol=1e-5)
+    # The activation is in what it was applied to; no layer loses its name.
+    assert {"conv1", "norm1", "pool1", "conv2", "conv5", "pool5", "fc7"} < set(found)
+
+
+def test_without_communication_a_column_does_not_see_the_other():
+    params, images, found, apply = original_features("no_communication")
+    kernel = np.array(params["conv1"]["kernel"])
+    kernel[..., 6:] += 0.1  # the second column's maps
+    changed = {**params, "conv1": {**params["conv1"], "kernel": kernel}}
+    other = apply({"params": changed}, images)
+    for name in found:
+        if name == "logits":
+            assert not np.allclose(found[name], other[name])
+            continue
+        a, b = np.asarray(found[name]), np.asarray(other[name])
+        half = a.shape[-1] // 2
+        np.testing.assert_array_equal(a[..., :half], b[..., :half], err_msg=name)
+        assert not np.array_equal(a[..., half:], b[..., half:]), name
+
+
+def test_a_fully_connected_layer_of_columns_is_one_matrix_a_column():
+    """fc6 of each column reads its own pooled maps, rows first."""
+    params, _, found, _ = original_features("no_communication")
+    pool5, fc6 = np.asarray(found["pool5"], np.float64), params["fc6"]
+    half, units = pool5.shape[-1] // 2, fc6["bias"].size // 2
+    columns = [
+        pool5[..., i * half : (i + 1) * half].reshape(2, -1)
+        @ fc6["kernel"][:, i * units : (i + 1) * units].astype(np.float64)
+        for i in range(2)
+    ]
+    expected = np.maximum(np.concatenate(columns, -1) + fc6["bias"], 0)
+    np.testing.assert_allclose(found["fc6"], expected, rtol=1e-4, atol=1e-3)

@@ -140,3 +140,75 @@ def test_plateau_survives_a_checkpoint():
     rule, _ = rule.after(0.5)
     rule, _ = rule.after(0.6)
     assert optim.Plateau(patience=2, **rule.progress()) == rule
+
+
+def test_the_originals_rates_equal_a_numpy_loop():
+    """Weights drop, conv1 earlier and then for good; biases go on at 0.02."""
+    # Steps for epochs: conv1 slows down at 3 and freezes at 6; all drop at 4.
+    factors = optim.make_layer_factors(
+        [("conv1", 1.5, 0.1), ("conv1", 3, 0.0)], steps_per_epoch=2.0
+    )
+    rng = np.random.default_rng(1)
+    grads = rng.normal(size=(12, 2, 2))
+    start = {"kernel": 0.3, "bias": 1.0}
+
+    def loop(layer, leaf, series):
+        v, w, path = 0.0, start[leaf], []
+        for step, g in enumerate(series):
+            lr = 0.02 if leaf == "bias" else 0.01 if step < DROP_AT else 0.001
+            if layer == "conv1" and leaf == "kernel" and step >= 3:
+                lr *= 0.1
+            if layer == "conv1" and step >= 6:
+                lr = 0.0
+            decay = 5e-4 if leaf == "kernel" else 0.0
+            v = 0.9 * v - decay * lr * w - lr * g
+            w += v
+            path.append(w)
+        return path
+
+    with jax.enable_x64(True):
+        tx = optim.make_optimizer(
+            optax.piecewise_constant_schedule(0.01, {DROP_AT: 0.1}),
+            decay_bias=False,
+            bias_learning_rate=0.02,
+            layer_factors=factors,
+        )
+        leaves = {leaf: jnp.array([value]) for leaf, value in start.items()}
+        path, _ = run(
+            tx,
+            {"conv1": leaves, "conv2": leaves},
+            [
+                {
+                    layer: {
+                        leaf: jnp.array([g[i, j]])
+                        for j, leaf in enumerate(("kernel", "bias"))
+                    }
+                    for i, layer in enumerate(("conv1", "conv2"))
+                }
+                for g in grads
+            ],
+        )
+    for i, layer in enumerate(("conv1", "conv2")):
+        for j, leaf in enumerate(("kernel", "bias")):
+            got = [float(p[layer][leaf][0]) for p in path]
+            want = loop(layer, leaf, grads[:, i, j])
+            np.testing.assert_allclose(got, want, rtol=1e-12, err_msg=f"{layer} {leaf}")
+
+
+def test_factors_of_layers_hold_for_biases_without_a_rate_of_their_own():
+    factors = optim.make_layer_factors([("fc8", 1, 10.0)], steps_per_epoch=1)
+    tx = optim.make_optimizer(
+        0.1, momentum=0.0, weight_decay=0.0, bias_lr_mult=2.0, layer_factors=factors
+    )
+    one = {"kernel": jnp.ones(1), "bias": jnp.ones(1)}
+    path, _ = run(tx, {"fc8": one, "fc7": one}, [{"fc8": one, "fc7": one}] * 2)
+    moved = {
+        layer: [
+            1 - path[0][layer][leaf][0],
+            path[0][layer][leaf][0] - path[1][layer][leaf][0],
+        ]
+        for layer in ("fc7", "fc8")
+        for leaf in ("bias",)
+    }
+    np.testing.assert_allclose(moved["fc7"], [0.2, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(moved["fc8"], [0.2, 2.0], rtol=1e-6)

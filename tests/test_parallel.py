@@ -12,22 +12,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import augment, metrics, optim, parallel, steps
+from alexnet_jax import augment, communication, metrics, optim, parallel, steps
 from alexnet_jax.model import create_model
 
 SIZE, CROP, BATCH, CLASSES = 226, 224, 4, 10
-MESHES = [
+FEW_DEVICES = [
     ("columns", 1, 1),
     ("data", 2, 1),
     ("columns", 1, 2),
+    ("hybrid", 1, 2),
     ("data", 4, 1),
     ("columns", 2, 2),
+    ("hybrid", 1, 4),
+    ("hybrid", 2, 2),
+]
+EIGHT_DEVICES = [
+    ("data", 8, 1),
+    ("columns", 4, 2),
+    ("hybrid", 1, 8),
+    ("hybrid", 2, 4),
+    ("hybrid", 4, 2),
+]
+MESHES = [
+    *FEW_DEVICES,
+    *(pytest.param(*m, marks=pytest.mark.slow) for m in EIGHT_DEVICES),
 ]
 
 
-def narrow(dtype, **kwargs):
+def narrow(dtype, *, variant="paper", **kwargs):
     return create_model(
-        "paper", num_classes=CLASSES, width=1 / 32, dtype=dtype, init="he", **kwargs
+        variant, num_classes=CLASSES, width=1 / 32, dtype=dtype, init="he", **kwargs
     )
 
 
@@ -39,6 +53,17 @@ def batch(examples=BATCH):
     }
 
 
+def examples_for(mode, rows, columns):
+    """Four, or one a device where there are more."""
+    return max(BATCH, parallel.batch_shards(rows, columns, mode))
+
+
+def on_one_device(mode, rows, columns, **kwargs):
+    """What `three_steps` has to be on that mesh."""
+    examples = examples_for(mode, rows, columns)
+    return three_steps("data", 1, 1, examples=examples, **kwargs)
+
+
 def statistics(dtype):
     return augment.PixelStatistics(
         jnp.full((SIZE, SIZE, 3), 120, dtype),
@@ -47,8 +72,19 @@ def statistics(dtype):
     )
 
 
-def make(mode, rows, columns, dtype, *, parts=1, examples=BATCH, **kwargs):
+def make(
+    mode,
+    rows,
+    columns,
+    dtype,
+    *,
+    parts=1,
+    examples=None,
+    transform="shard_map",
+    **kwargs,
+):
     """The compiled training step on a mesh, its first state and its batch."""
+    examples = examples or examples_for(mode, rows, columns)
     model, tx = narrow(dtype, **kwargs), optim.make_optimizer(0.01)
     mesh = parallel.make_mesh(rows, columns)
     state = steps.init_state(model, tx, seed=0, crop_size=CROP, mesh=mesh, mode=mode)
@@ -60,8 +96,10 @@ def make(mode, rows, columns, dtype, *, parts=1, examples=BATCH, **kwargs):
         mode=mode,
         seed=0,
         accumulate_steps=parts,
+        transform=transform,
     )
-    args = (state, parallel.put_batch(batch(examples), mesh), statistics(dtype))
+    on_device = parallel.put_batch(batch(examples), mesh, mode, examples)
+    args = (state, on_device, statistics(dtype))
     return step.lower(*args).compile(), *args
 
 
@@ -88,7 +126,9 @@ def assert_same_leaves(got, expected, tolerance):
 @pytest.mark.parametrize("mode, rows, columns", MESHES)
 def test_three_steps_are_those_of_one_device(mode, rows, columns):
     params, opt_state, losses, _ = three_steps(mode, rows, columns)
-    expected, expected_opt_state, expected_losses, _ = three_steps("data", 1, 1)
+    expected, expected_opt_state, expected_losses, _ = on_one_device(
+        mode, rows, columns
+    )
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-10)
     for got, want in zip(params, expected, strict=True):
         assert_same_leaves(got, want, 1e-10)
@@ -97,20 +137,77 @@ def test_three_steps_are_those_of_one_device(mode, rows, columns):
     assert losses[0] != losses[2]
 
 
-def test_batch_norm_sees_the_whole_batch():
-    want = three_steps("data", 1, 1, normalization="batch")
-    got = three_steps("columns", 2, 2, normalization="batch")
+@pytest.mark.parametrize(
+    "mode, rows, columns",
+    [
+        ("columns", 2, 2),
+        ("hybrid", 1, 4),
+        pytest.param("data", 2, 1, marks=pytest.mark.slow),
+        pytest.param("columns", 1, 2, marks=pytest.mark.slow),
+        pytest.param("hybrid", 2, 2, marks=pytest.mark.slow),
+        pytest.param("hybrid", 2, 4, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("variant", ["original", "no_communication"])
+def test_the_original_and_its_columns_apart_run_in_every_mode(
+    variant, mode, rows, columns
+):
+    want = on_one_device(mode, rows, columns, variant=variant)
+    got = three_steps(mode, rows, columns, variant=variant)
+    np.testing.assert_allclose(got[2], want[2], rtol=1e-10)
+    assert_same_leaves(got[0][-1], want[0][-1], 1e-10)
+    assert_same_leaves(got[1], want[1], 1e-10)
+
+
+@pytest.mark.parametrize("variant, columns", [("owt", 4), ("one_tower", 2)])
+def test_networks_of_one_column_run_as_hybrid(variant, columns):
+    """With dropout before fc6: on a device's own examples."""
+    want = on_one_device("hybrid", 1, columns, variant=variant)
+    got = three_steps("hybrid", 1, columns, variant=variant)
+    assert_same_leaves(got[0][-1], want[0][-1], 1e-10)
+
+
+@pytest.mark.parametrize("rows", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_pmap_is_the_same_step(rows):
+    want = on_one_device("data", rows, 1)
+    got = three_steps("data", rows, 1, transform="pmap")
+    np.testing.assert_allclose(got[2], want[2], rtol=1e-10)
+    assert_same_leaves(got[0][-1], want[0][-1], 1e-10)
+    assert_same_leaves(got[1], want[1], 1e-10)
+    assert dict(communication.collectives(got[3])) == {"all-reduce": 18}
+
+
+def test_a_missing_reduction_is_noticed(monkeypatch):
+    """Under pmap by the comparison above, since nothing else notices it there."""
+    want = on_one_device("data", 2, 1)
+    monkeypatch.setattr(parallel, "sum_gradients", lambda grads, *_: grads)
+    with jax.enable_x64(True):
+        step, *args = make("data", 2, 1, jnp.float64, transform="pmap")
+        state, _ = step(*args)
+    with pytest.raises(AssertionError):
+        assert_same_leaves(jax.device_get(state.params), want[0][0], 1e-3)
+    with pytest.raises(ValueError, match="out_specs"):
+        make("data", 2, 1, jnp.float32)
+
+
+@pytest.mark.parametrize("mode, rows, columns", [("columns", 2, 2), ("hybrid", 1, 2)])
+def test_batch_norm_sees_the_whole_batch(mode, rows, columns):
+    want = on_one_device(mode, rows, columns, normalization="batch")
+    got = three_steps(mode, rows, columns, normalization="batch")
     assert_same_leaves(got[0][-1], want[0][-1], 1e-10)
 
 
 @pytest.mark.parametrize(
-    "mode, rows, columns", [("data", 1, 1), ("data", 2, 1), ("columns", 1, 2)]
+    "mode, rows, columns, count",
+    [("data", 1, 1, 4), ("data", 2, 1, 4), ("columns", 1, 2, 4), ("hybrid", 2, 2, 2)],
 )
-def test_a_batch_in_four_parts_is_the_same_batch(mode, rows, columns):
+def test_a_batch_in_parts_is_the_same_batch(mode, rows, columns, count):
     """Other masks, crops or lighting in a part would move every parameter."""
-    more = {"examples": 8} if rows == 2 else {}  # else the acceptance test's own
+    # A part has at least one example on every device.
+    shards = parallel.batch_shards(rows, columns, mode)
+    more = {} if BATCH % (shards * count) == 0 else {"examples": shards * count}
     whole = three_steps(mode, rows, columns, **more)
-    parts = three_steps(mode, rows, columns, parts=4, **more)
+    parts = three_steps(mode, rows, columns, parts=count, **more)
     np.testing.assert_allclose(parts[2], whole[2], rtol=1e-10)
     for got, want in zip(parts[0], whole[0], strict=True):
         assert_same_leaves(got, want, 1e-10)
@@ -120,11 +217,11 @@ def test_a_batch_in_four_parts_is_the_same_batch(mode, rows, columns):
 def test_gradients_are_exchanged_once_however_many_parts():
     whole = three_steps("data", 2, 1, examples=8)[3]
     parts = three_steps("data", 2, 1, examples=8, parts=4)[3]
-    assert dict(parallel.collectives(whole)) == {"all-reduce": 18}
-    assert parallel.collectives(parts) == parallel.collectives(whole)
+    assert dict(communication.collectives(whole)) == {"all-reduce": 18}
+    assert communication.collectives(parts) == communication.collectives(whole)
     # The loop's body is a computation of its own: all that is sent is outside it.
     entry = parts[parts.index("\nENTRY ") :]
-    assert parallel.collectives(entry) == parallel.collectives(parts)
+    assert communication.collectives(entry) == communication.collectives(parts)
     # The other loops are the random numbers'.
     assert parts.count(" while(") == whole.count(" while(") + 1
 
@@ -136,7 +233,7 @@ def test_batch_norm_in_parts_passes_its_statistics_on():
     plain = augment.Augmentation(CROP, crop=False, flip=False, lighting=0.0)
     kwargs = {"mesh": mesh, "mode": "data"}
     state = steps.init_state(model, tx, seed=0, crop_size=CROP, **kwargs)
-    stats, examples = statistics(jnp.float32), batch()
+    stats, examples = statistics(jnp.float32), batch(4)
     images = augment.eval_images(
         examples["image"], mean_image=stats.mean_image, crop_size=CROP
     )
@@ -146,7 +243,7 @@ def test_batch_norm_in_parts_passes_its_statistics_on():
     # Each device holds two neighbours; a part is the first, or the second, of both.
     first, second = conv1[::2].mean((0, 1, 2)), conv1[1::2].mean((0, 1, 2))
     step = steps.make_train_step(model, tx, plain, seed=0, accumulate_steps=2, **kwargs)
-    state, _ = step(state, parallel.put_batch(examples, mesh), stats)
+    state, _ = step(state, parallel.put_batch(examples, mesh, "data", 4), stats)
     np.testing.assert_allclose(
         state.batch_stats["norm1"]["mean"], 0.09 * first + 0.1 * second, rtol=1e-4
     )
@@ -162,27 +259,28 @@ def test_parts_take_less_memory():
 
 
 @functools.cache
-def eval_logits_and_sums(mode, rows, columns):
+def eval_logits_and_sums(mode, rows, columns, examples):
     model = narrow(jnp.float32)
     mesh = parallel.make_mesh(rows, columns)
     state = steps.init_state(
         model, optim.make_optimizer(0.1), seed=3, crop_size=CROP, mesh=mesh, mode=mode
     )
     step = steps.make_eval_step(model, mesh=mesh, mode=mode, crop_size=CROP)
-    padded = batch() | {"mask": np.array([1] * 3 + [0], np.float32)}
+    padded = batch(examples) | {"mask": (np.arange(examples) < 3).astype(np.float32)}
     stats = statistics(jnp.float32)
-    device_batch = parallel.put_batch(padded, mesh)
+    device_batch = parallel.put_batch(padded, mesh, mode, examples)
     sums = step(state.params, state.batch_stats, device_batch, stats)
     images = augment.eval_images(
         padded["image"], mean_image=stats.mean_image, crop_size=CROP
     )
     local = model.local(mesh, mode)
     specs = parallel.param_specs(model.network, state.params, mesh, mode)
-    apply = parallel.shard_map(
+    examples = parallel.P(local.batch_axes)
+    apply = parallel.on_devices(
         lambda params, images: local.apply({"params": params}, images),
         mesh,
-        (specs, parallel.P(parallel.DATA)),
-        parallel.P(parallel.DATA),
+        (specs, examples),
+        examples,
     )
     logits = jax.device_get(jax.jit(apply)(state.params, images))
     return logits, jax.device_get(sums), padded
@@ -190,8 +288,9 @@ def eval_logits_and_sums(mode, rows, columns):
 
 @pytest.mark.parametrize("mode, rows, columns", MESHES)
 def test_float32_logits_and_masked_sums(mode, rows, columns):
-    expected, _, padded = eval_logits_and_sums("data", 1, 1)
-    logits, sums, _ = eval_logits_and_sums(mode, rows, columns)
+    examples = examples_for(mode, rows, columns)
+    expected, _, padded = eval_logits_and_sums("data", 1, 1, examples)
+    logits, sums, _ = eval_logits_and_sums(mode, rows, columns, examples)
     scale = np.abs(expected).max()
     np.testing.assert_allclose(logits / scale, expected / scale, atol=1e-5)
     by_hand = metrics.sums(expected, padded["label"], padded["mask"])
@@ -200,57 +299,109 @@ def test_float32_logits_and_masked_sums(mode, rows, columns):
     assert sums["top1"] == by_hand["top1"] and sums["top5"] == by_hand["top5"]
 
 
-@pytest.mark.parametrize(
-    "mode, rows, columns, expected",
-    [
-        # Gradients of 16 kernels and biases, the loss and the error.
-        ("data", 2, 1, {"all-reduce": 18}),
-        # The paper's: features before conv3, fc6 and fc7, their gradients back, and
-        # one sum of the logits.
-        ("columns", 1, 2, {"all-gather": 3, "all-reduce": 1, "reduce-scatter": 3}),
-        # Both: the rows average what each column owns.
-        ("columns", 2, 2, {"all-gather": 3, "all-reduce": 19, "reduce-scatter": 3}),
-        ("columns", 1, 1, {}),
-    ],
-)
-def test_collectives_are_pinned(mode, rows, columns, expected):
+# The exchanges of a training step. Gradients that are summed: 16 kernels and biases,
+# and with them go the loss and the error.
+FEATURES = {"all-gather": 3, "all-reduce": 1}
+FEATURES_BACK = {"reduce-scatter": 3}
+# One gather of examples before fc6, one of features before fc7; every device's parts
+# of the logits are summed where the example is at home. And all of it back.
+HYBRID = {"all-gather": 2, "reduce-scatter": 1}
+HYBRID_BACK = {"all-gather": 1, "reduce-scatter": 2}
+# Kernels and biases of five convolutions, fc8's bias; loss and error.
+CONVOLUTIONS = {"all-reduce": 13}
+EXCHANGES = {
+    ("columns", 1, 1): ({}, {}, {}),
+    ("data", 2, 1): ({}, {}, {"all-reduce": 18}),
+    ("data", 4, 1): ({}, {}, {"all-reduce": 18}),
+    ("data", 8, 1): ({}, {}, {"all-reduce": 18}),
+    ("columns", 1, 2): (FEATURES, FEATURES_BACK, {}),
+    # Rows of columns average what each column owns.
+    ("columns", 2, 2): (FEATURES, FEATURES_BACK, {"all-reduce": 18}),
+    ("columns", 4, 2): (FEATURES, FEATURES_BACK, {"all-reduce": 18}),
+    ("hybrid", 1, 2): (HYBRID, HYBRID_BACK, CONVOLUTIONS),
+    ("hybrid", 1, 4): (HYBRID, HYBRID_BACK, CONVOLUTIONS),
+    ("hybrid", 1, 8): (HYBRID, HYBRID_BACK, CONVOLUTIONS),
+    # Two rows also sum the parts of the fully connected layers' gradients.
+    ("hybrid", 2, 2): (HYBRID, HYBRID_BACK, {"all-reduce": 18}),
+    ("hybrid", 2, 4): (HYBRID, HYBRID_BACK, {"all-reduce": 18}),
+    ("hybrid", 4, 2): (HYBRID, HYBRID_BACK, {"all-reduce": 18}),
+}
+
+
+def by_phase(found, phase):
+    return [exchange for exchange in found if exchange.phase == phase]
+
+
+@pytest.mark.parametrize("mode, rows, columns", MESHES)
+def test_collectives_are_pinned(mode, rows, columns):
     *_, hlo = three_steps(mode, rows, columns)
-    assert dict(parallel.collectives(hlo)) == expected
+    found = communication.exchanges(hlo)
+    got = [dict(communication.counts(by_phase(found, p))) for p in communication.PHASES]
+    assert tuple(got) == EXCHANGES[mode, rows, columns]
+
+
+def test_columns_apart_exchange_nothing_but_logits():
+    *_, hlo = three_steps("columns", 2, 2, variant="no_communication")
+    found = communication.exchanges(hlo)
+    assert [e.shape for e in by_phase(found, "forward")] == [(BATCH // 2, CLASSES)]
+    assert not by_phase(found, "backward")
+
+
+@pytest.mark.parametrize("mode, rows, columns", MESHES)
+def test_nothing_gathers_images_kernels_or_optimiser_state(mode, rows, columns):
+    *_, hlo = three_steps(mode, rows, columns)
+    examples = examples_for(mode, rows, columns)
+    kernels = {leaf.shape for leaf in jax.tree.leaves(three_steps("data", 1, 1)[0][0])}
+    for exchange in communication.exchanges(hlo):
+        if exchange.kind == "all-gather":
+            assert exchange.shape not in kernels
+            # [examples, ..., features]: of a device's or a row's examples, after conv2.
+            assert exchange.shape[0] in (examples // rows, examples // rows // columns)
+            assert exchange.shape[1:-1] in ((13, 13), (6, 6), ())
 
 
 def test_what_the_columns_exchange_is_what_the_paper_exchanged():
     step, *_ = make("columns", 1, 2, jnp.float32)
-    gathered = [line for line in step.as_text().splitlines() if " all-gather(" in line]
-    # Full-width: 13 x 13 x 128, 6 x 6 x 128 and 2,048 values an image and direction;
-    # at a width of 1/32: 4 maps, 4 maps and 64 units a column, two columns.
-    shapes = ("[4,13,13,8]", "[4,6,6,8]", "[4,128]")
-    for shape in shapes:
-        assert sum(shape in line for line in gathered) == 1, shape
+    found = communication.exchanges(step.as_text())
+    # Full width: 13 x 13 x 128, 6 x 6 x 128 and 2,048 values an image and direction;
+    # at a width of 1/32 4 maps, 4 maps and 64 units a column.
+    sent = [e.sent_bytes / 4 / BATCH for e in found if e.kind == "all-gather"]
+    assert sorted(sent) == [64, 6 * 6 * 4, 13 * 13 * 4]
+    assert [e.shape for e in found if e.kind == "all-reduce"] == [(BATCH, CLASSES)]
+    back = [e.sent_bytes / 4 / BATCH for e in by_phase(found, "backward")]
+    assert sorted(back) == [64, 6 * 6 * 4, 13 * 13 * 4]
 
 
-def test_collectives_of_a_single_device_do_not_count():
-    text = """
-      %a = f32[8]{0} all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add
-      %b = (f32[8]{0}, f32[2,2]{1,0}) all-reduce(%x, %y), replica_groups={{0,1}}
-      %c = f32[8]{0} all-gather-start(%x), replica_groups=[1,2]<=[2], dimensions={0}
-    """
-    assert parallel.collectives(text) == {"all-reduce": 2, "all-gather": 1}
-
-
-def test_optimiser_state_is_split_like_the_parameters():
-    model, tx = narrow(jnp.float32), optim.make_optimizer(0.01)
-    mesh = parallel.make_mesh(1, 2)
-    state = steps.init_state(
-        model, tx, seed=0, crop_size=CROP, mesh=mesh, mode="columns"
-    )
-    kernels = [
-        leaf
-        for leaf in jax.tree.leaves((state.params, state.opt_state))
-        if leaf.ndim > 1
-    ]
-    assert len(kernels) == 16  # eight kernels and their velocities
-    for leaf in kernels:
-        assert {s.data.size for s in leaf.addressable_shards} == {leaf.size // 2}
+@pytest.mark.parametrize(
+    "mode, rows, columns, split",
+    [("columns", 1, 2, 16), ("columns", 2, 2, 16), ("hybrid", 1, 4, 6)],
+)
+def test_optimiser_state_is_split_like_the_parameters(mode, rows, columns, split):
+    """Of eight kernels and their velocities; a third of them are fully connected."""
+    step, state, *args = make(mode, rows, columns, jnp.float32)
+    for _ in range(2):  # as it is made, and as a step leaves it
+        params = jax.tree.leaves(state.params)
+        (velocities,) = (
+            leaf
+            for leaf in [jax.tree.leaves(state.opt_state)]
+            if len(leaf) > len(params)
+        )
+        matching = [leaf for leaf in velocities if leaf.ndim > 1]
+        kernels = [leaf for leaf in params if leaf.ndim > 1]
+        assert len(matching) == len(kernels) == 8
+        for kernel, velocity in zip(kernels, matching, strict=True):
+            assert velocity.shape == kernel.shape
+            assert velocity.sharding.is_equivalent_to(kernel.sharding, kernel.ndim)
+        sizes = [
+            {shard.data.size for shard in leaf.addressable_shards}
+            == {leaf.size // columns}
+            for leaf in [*kernels, *matching]
+        ]
+        assert sum(sizes) == split
+        # No device holds what belongs to another one.
+        used = [leaf.sharding.device_set for leaf in jax.tree.leaves(state)]
+        assert all(len(devices) == rows * columns for devices in used)
+        state, _ = step(state, *args)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +419,14 @@ def test_variants_without_columns_say_why(variant, words):
     model = create_model(variant)
     with pytest.raises(ValueError, match=f"'{variant}' cannot be split.*{words}"):
         model.local(parallel.make_mesh(1, 2), "columns")
-    assert model.local(parallel.make_mesh(2, 1), "data").conv_shards == 1
+    for rows, columns, mode in ((2, 1, "data"), (1, 2, "hybrid")):
+        local = model.local(parallel.make_mesh(rows, columns), mode)
+        assert (local.conv_shards, local.fc_shards) == (1, columns)
+
+
+def test_units_that_do_not_divide_are_named():
+    with pytest.raises(ValueError, match="4096 units of fc6 do not divide by 3"):
+        create_model().local(parallel.make_mesh(1, 3), "hybrid")
 
 
 def test_meshes_that_cannot_be_made_are_named():
@@ -278,5 +436,5 @@ def test_meshes_that_cannot_be_made_are_named():
         parallel.make_mesh(0, 2)
     with pytest.raises(ValueError, match="no use for 2 columns"):
         create_model().local(parallel.make_mesh(1, 2), "data")
-    with pytest.raises(ValueError, match="must be one of data, columns"):
+    with pytest.raises(ValueError, match="must be one of data, columns, hybrid"):
         create_model().local(parallel.make_mesh(1, 2), "rows")

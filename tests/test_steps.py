@@ -22,7 +22,7 @@ def memorise(dtype, columns):
     kwargs = {"mesh": mesh, "mode": "columns", "seed": 0}
     state = steps.init_state(model, tx, crop_size=CROP, **kwargs)
     step = steps.make_train_step(model, tx, plain, **kwargs)
-    on_device = parallel.put_batch(batch(EXAMPLES), mesh)
+    on_device = parallel.put_batch(batch(EXAMPLES), mesh, "columns", EXAMPLES)
     losses = []
     for _ in range(STEPS):
         state, scalars = step(state, on_device, statistics(jnp.float32))
@@ -68,7 +68,7 @@ def test_bfloat16_logits_are_those_of_float32_but_for_rounding(columns):
         model = narrow(dtype, dropout=0.0)
         local = model.local(mesh, "columns")
         specs = parallel.param_specs(model.network, params, mesh, "columns")
-        apply = parallel.shard_map(
+        apply = parallel.on_devices(
             lambda params, images: local.apply({"params": params}, images),
             mesh,
             (specs, parallel.P()),

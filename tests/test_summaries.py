@@ -43,7 +43,11 @@ def summary(mode, rows, columns, parts=1):
     )
     state = state_with_dead_units(model, tx, mesh, mode)
     return jax.device_get(
-        step(state, parallel.put_batch(batch(), mesh), statistics(jnp.float64))
+        step(
+            state,
+            parallel.put_batch(batch(), mesh, mode, BATCH),
+            statistics(jnp.float64),
+        )
     )
 
 
@@ -91,7 +95,7 @@ def by_hand():
 
 @pytest.mark.parametrize(
     "mode, rows, columns, parts",
-    [("data", 1, 1, 1), ("data", 2, 1, 2), ("columns", 1, 2, 1)],
+    [("data", 1, 1, 1), ("data", 2, 1, 2), ("columns", 1, 2, 1), ("hybrid", 2, 2, 2)],
 )
 def test_summaries_are_those_of_plain_jax_on_the_whole_batch(
     mode, rows, columns, parts

@@ -14,6 +14,9 @@ from alexnet_jax.model import create_model, summary
 # 1,135,256,096, `one_gpu` 59,798,312: sums of kernel sizes, done by hand.
 COUNTS = {
     "paper": (60_965_224, 724_406_816),
+    "original": (60_965_224, 724_406_816),
+    # conv2 320 of 48, conv3 384 of 160, fc6 8,192 of 4,608, fc7 4,096 of 4,096.
+    "no_communication": (60_714_408, 724_323_872),
     "caffe": (60_965_224, 724_406_816),
     "caffenet": (60_965_224, 724_406_816),
     "one_tower": (62_378_344, 1_135_256_096),
@@ -198,3 +201,34 @@ def test_inits():
         assert (he[name]["bias"] == 0).all(), name
     with pytest.raises(ValueError, match="paper, caffe, he"):
         create_model(init="xavier")
+
+
+def test_the_original_is_experiment_145():
+    """layers-145.cfg and layer-params-145.cfg, line by line."""
+    table = variants.get("original")
+    rows = {row.name: row for row in table.layers}
+    stds = [row.weight_std for row in table.layers]
+    assert stds == [0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01]
+    assert [row.bias for row in table.layers] == [0, 1, 0, 1, 1, 1, 1, 0]
+    lrn = variants.Lrn(5, k=2.0, alpha=1e-4, beta=0.75, alpha_mode="mean")
+    pool, relu = variants.Pool(3, 2), variants.Activation("relu")
+    assert lrn.per_column
+    assert rows["conv1"].then == (lrn, pool, relu)
+    within = variants.WithinMapLrn(5, k=1.0, alpha=1e-3, beta=0.75)
+    assert rows["conv2"].then == (relu, lrn, within, pool)
+    assert rows["conv5"].then == (pool, relu)
+    assert rows["conv1"].padding == "ceil" and rows["conv1"].sees == "all"
+    for name in ("fc6", "fc7"):
+        assert rows[name].then == (relu, variants.Dropout(0.5, "test"))
+    sees = [row.sees for row in table.layers]
+    assert sees == ["all", "own", "all", "own", "own", "all", "all", "all"]
+
+
+def test_without_communication_the_columns_meet_in_the_classifier():
+    """layers-150.cfg: 160 maps and 4,096 units a column."""
+    table = variants.get("no_communication")
+    sees = [row.sees for row in table.layers[1:]]
+    assert sees == ["own"] * 6 + ["all"]
+    features = [row.features for row in table.layers]
+    assert features == [96, 320, 384, 384, 256, 8192, 4096, 1000]
+    assert table.stages == variants.get("original").stages
