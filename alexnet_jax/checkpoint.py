@@ -21,10 +21,11 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
@@ -54,8 +55,10 @@ class Checkpointer:
     top-1 error. An older step is deleted only after the new one has its manifest, so
     at every moment, a kill included, at least one whole step is on the disk.
 
-    Only process 0 writes the manifest and deletes; every process calls every method
-    and checks the sums for itself, on a file system that all of them see.
+    Every process calls every method, on a file system that all of them see, and writes
+    and reads its own parts of the arrays. Process 0 alone checks the sums, writes the
+    manifest and deletes; the others take its word for what is there, since a network
+    file system may show them an older state.
 
     Args:
       directory: a local or mounted folder; a relative one is made absolute here, once.
@@ -137,17 +140,17 @@ class Checkpointer:
             raise CheckpointError(f"{self.directory} was opened read-only.")
         step = int(step)
         metadata = _json_values(metadata)
-        if step in self.all_steps():
-            if not self._known_problem(step):
-                self._add_error(step, top1_error)
-                return
+        if self._agreed(self._is_whole, step):
+            self._add_error(step, top1_error)
+            return
+        if self._agreed(lambda: step in self.all_steps()):
             # Left by a kill, or spoilt since: training has passed this step again.
-            self._remove(step)
-        whole = self._known_whole_steps()
-        if whole and step < whole[-1]:
+            self._remove([step])
+        newest = self._agreed(lambda: max(self._known_whole_steps(), default=-1))
+        if step < newest:
             raise CheckpointError(
                 f"refusing to save step {step}: {self.directory} already holds step "
-                f"{whole[-1]}, and a later start would resume from that one. Use a new "
+                f"{newest}, and a later start would resume from that one. Use a new "
                 "workdir, or delete the newer checkpoints."
             )
         self._manager.save(
@@ -167,29 +170,48 @@ class Checkpointer:
 
     def _add_error(self, step: int, top1_error: float | None) -> None:
         """Adds the error of an evaluation that came after the step was saved."""
-        manifest = _read_manifest(self._folder(step))
-        if _finite(top1_error) is None or manifest["top1_error"] is not None:
+        if _finite(top1_error) is None:
             return
         if jax.process_index() == 0:
-            _write_manifest(self._folder(step), manifest["files"], top1_error)
+            manifest = _read_manifest(self._folder(step))
+            if manifest["top1_error"] is None:
+                _write_manifest(self._folder(step), manifest["files"], top1_error)
         _wait_for_all(f"error {step}")
 
     def _remove_old_steps(self) -> None:
         """Deletes all but the newest `keep` whole steps and the best one."""
-        kept = self._known_whole_steps()[-self._keep :]
-        best = self._best(self._known_whole_steps())
-        for step in self.all_steps():
+        old = []
+        if jax.process_index() == 0:
+            kept = self._known_whole_steps()[-self._keep :]
+            best = self._best(self._known_whole_steps(), default=-1)
             # Broken steps go too, but not those ahead of the newest whole one: the
             # run will pass them again, and until then they may be looked into.
-            if step not in kept and step != best and step < kept[-1]:
-                self._remove(step)
+            old = [
+                step
+                for step in self.all_steps()
+                if step not in kept and step != best and step < kept[-1]
+            ]
+        if self._agreed(lambda: len(old)):
+            self._remove(old)
 
-    def _remove(self, step: int) -> None:
+    def _remove(self, steps: Sequence[int]) -> None:
+        """Process 0 deletes the folders of `steps`; the others wait for it."""
         if jax.process_index() == 0:
-            shutil.rmtree(self._folder(step))
-        _wait_for_all(f"removed {step}")
-        self._problems.pop(step, None)
+            for step in steps:
+                shutil.rmtree(self._folder(step))
+                self._problems.pop(step, None)
+        _wait_for_all("removed")
         self._manager.reload()  # Orbax keeps its own list of steps
+
+    def _agreed(self, number: Callable[..., int], *args: Any) -> int:
+        """What process 0 finds; a whole number, or a bool as one."""
+        if jax.process_count() == 1:
+            return number(*args)
+        own = number(*args) if jax.process_index() == 0 else 0
+        return int(multihost_utils.broadcast_one_to_all(np.int32(own)))
+
+    def _is_whole(self, step: int) -> bool:
+        return step in self.all_steps() and not self._known_problem(step)
 
     # What is there.
 
@@ -202,19 +224,34 @@ class Checkpointer:
 
         Checks the sums, newest step first, and warns about each step passed over.
         """
+        step = self._agreed(self._latest_whole_step)
+        return None if step < 0 else step
+
+    def _latest_whole_step(self) -> int:
         for step in reversed(self.all_steps()):
             problem = self._check(step)
             if not problem:
                 return step
             logging.warning("Checkpoint of step %d passed over: %s.", step, problem)
-        return None
+        return -1
 
     def best_step(self) -> int | None:
         """The whole step with the lowest top-1 error; the newer one on a tie.
 
         None when no whole step has an error.
         """
-        return self._best(self._known_whole_steps())
+        step = self._agreed(lambda: self._best(self._known_whole_steps(), default=-1))
+        return None if step < 0 else step
+
+    def is_best(self, error: float) -> bool:
+        """Whether no whole step has as low a top-1 error."""
+
+        def better() -> bool:
+            best = self._best(self._known_whole_steps(), default=-1)
+            known = None if best < 0 else self.top1_error(best)
+            return known is None or error < known
+
+        return bool(self._agreed(better))
 
     def top1_error(self, step: int) -> float | None:
         """The error in [0, 1] that `step` was saved with, None if there was none."""
@@ -227,6 +264,9 @@ class Checkpointer:
           CheckpointError: if there is no such step or it is not whole.
         """
         self._checked_manifest(step)
+        return self._read_metadata(step)
+
+    def _read_metadata(self, step: int) -> dict[str, Any]:
         restored = self._manager.restore(
             step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
         )
@@ -252,13 +292,13 @@ class Checkpointer:
           CheckpointError: if there are checkpoints but none is whole, if `step` is
             missing or not whole, or if the checkpoint holds another network.
         """
-        if step is None and not self.all_steps():
+        if step is None and not self._agreed(lambda: bool(self.all_steps())):
             return None
         step = self._choose(step)
         _require_shardings(abstract_state)
         self._require_same_leaves(step, abstract_state, self._saved_tree(step))
         state = self._restore_arrays(step, abstract_state, partial=False)
-        return state, self.metadata(step)
+        return state, self._read_metadata(step)
 
     def restore_params(
         self,
@@ -307,18 +347,38 @@ class Checkpointer:
                 f"the checkpoint of step {step} in {self.directory} holds none of "
                 f"{tuple(parts)}; it holds {tuple(saved)}."
             )
-        return self._restore_arrays(step, target, partial=True), self.metadata(step)
+        arrays = self._restore_arrays(step, target, partial=True)
+        return arrays, self._read_metadata(step)
 
     def _choose(self, step: int | None) -> int:
         """The step to restore, whole; raises `CheckpointError` when there is none."""
+        errors = []
+
+        def choice() -> int:
+            try:
+                return self._choose_here(step)
+            except CheckpointError as error:
+                errors.append(error)
+                return -1
+
+        chosen = self._agreed(choice)
+        if errors:
+            raise errors[0]
+        if chosen < 0:
+            raise CheckpointError(
+                f"there is nothing to restore in {self.directory}; process 0 says why."
+            )
+        return chosen
+
+    def _choose_here(self, step: int | None) -> int:
         if step is not None:
             self._checked_manifest(step, again=True)
             return step
         steps = self.all_steps()
         if not steps:
             raise CheckpointError(f"there is no checkpoint in {self.directory}.")
-        whole = self.latest_whole_step()
-        if whole is None:
+        whole = self._latest_whole_step()
+        if whole < 0:
             reasons = "; ".join(f"step {s}: {self._problems[s]}" for s in steps)
             raise CheckpointError(
                 f"none of the checkpoints in {self.directory} is whole ({reasons}). "
@@ -383,10 +443,10 @@ class Checkpointer:
             )
         return _read_manifest(self._folder(step))
 
-    def _best(self, steps: Sequence[int]) -> int | None:
+    def _best(self, steps: Sequence[int], default: int) -> int:
         errors = {s: _read_manifest(self._folder(s))["top1_error"] for s in steps}
         rated = [(error, -s) for s, error in errors.items() if error is not None]
-        return -min(rated)[1] if rated else None
+        return -min(rated)[1] if rated else default
 
 
 # The manifest.

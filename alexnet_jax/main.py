@@ -1,5 +1,7 @@
 """Train, evaluate or describe a network from the command line.
 
+One process, or one of several: see launch/README.md.
+
 python -m alexnet_jax.main --config=configs/paper.py --workdir=DIR
 python -m alexnet_jax.main --config=configs/paper.py --workdir=DIR --mode=eval
 python -m alexnet_jax.main --config=configs/paper.py --mode=describe
@@ -16,10 +18,11 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from alexnet_jax import train
+from alexnet_jax import distributed, train
 from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.data import DataError
-from alexnet_jax.describe import describe
+from alexnet_jax.describe import describe, describe_modes
+from alexnet_jax.distributed import DistributedError
 from alexnet_jax.experiment import ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -37,11 +40,34 @@ _CPU_DEVICES = flags.DEFINE_integer(
     "Run on that many virtual devices of the CPU, whatever else there is.",
     lower_bound=1,
 )
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    list(distributed.MODES),
+    "Whether this is one of several processes; auto: if the flags below say so, or the "
+    "environment is of several SLURM or Open MPI tasks.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, for all the same."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes there are.", lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this one is, from 0.", lower_bound=0
+)
+_LOCAL_DEVICE_IDS = flags.DEFINE_list(
+    "local_device_ids", None, "Numbers of the GPUs of this process, such as 0,1."
+)
+_CONNECT_SECONDS = flags.DEFINE_integer(
+    "connect_seconds", 180, "How long to wait for the other processes.", lower_bound=1
+)
 # What a user can mend is said in words; anything else keeps its traceback.
 _USER_ERRORS = (
     ConfigError,
     DataError,
     CheckpointError,
+    DistributedError,
     OSError,
     FloatingPointError,
 )
@@ -65,14 +91,43 @@ def main(argv: Sequence[str]) -> None:
         # Before jax starts; afterwards it has no effect.
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
+    _connect()
     if _MODE.value != "describe":
         _keep_compiled_programs()
     if _MODE.value == "describe":
-        print(describe(_CONFIG.value))
+        _describe(_CONFIG.value)
     elif _MODE.value == "eval":
         train.evaluate_workdir(_CONFIG.value, workdir)
     else:
         train.train_and_evaluate(_CONFIG.value, workdir)
+
+
+def _describe(config: Any) -> None:
+    """Prints the layers at once, then what has to be compiled first."""
+
+    def say(line: str, file: Any = sys.stdout) -> None:
+        if jax.process_index() == 0:
+            print(line, file=file, flush=True)
+
+    say(describe(config) + "\n")
+    say(describe_modes(config, lambda line: say(line, sys.stderr)))
+
+
+def _connect() -> None:
+    """Finds the other processes, before jax looks for devices."""
+    ids = _LOCAL_DEVICE_IDS.value
+    if ids is not None and not all(i.isdigit() for i in ids):
+        raise DistributedError(
+            f"--local_device_ids={','.join(ids)} must be numbers, such as 0,1."
+        )
+    distributed.start(
+        _DISTRIBUTED.value,
+        coordinator_address=_COORDINATOR.value,
+        num_processes=_NUM_PROCESSES.value,
+        process_id=_PROCESS_ID.value,
+        local_device_ids=None if ids is None else [int(i) for i in ids],
+        connect_seconds=_CONNECT_SECONDS.value,
+    )
 
 
 def _keep_compiled_programs() -> None:
@@ -121,9 +176,15 @@ def run() -> None:
     try:
         app.run(main, flags_parser=_parse)
     except _USER_ERRORS as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        distributed.leave(f"error: {error}", 1)
+    except KeyboardInterrupt as stopped:
+        if stopped.args:  # by a checkpointed stop, which all processes agreed on
+            sys.exit(130)
+        distributed.leave("", 130)
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        distributed.leave(distributed.describe_failure(error), 1)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """train_and_evaluate(config, workdir): the whole of a run."""
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -12,14 +13,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alexnet_jax import distributed, parallel
 from alexnet_jax import experiment as experiment_lib
-from alexnet_jax import parallel
 from alexnet_jax.checkpoint import Checkpointer, CheckpointError, has_checkpoint
 from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, wnids
@@ -34,6 +35,12 @@ from alexnet_jax.writers import METRICS_FILE, MultiWriter, last_step_with, make_
 # Steps that may be under way on the devices before the host waits for one: enough
 # to keep them busy, few enough to bound memory.
 STEPS_IN_FLIGHT = 2
+# Windows has no SIGUSR1.
+STOP_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1")
+    if hasattr(signal, name)
+]
 # A loss as near to ln(classes), in nats, is that of guessing.
 STALL_MARGIN = 0.02
 
@@ -57,8 +64,8 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
       ConfigError: for a config that is wrong, or a workdir of another network.
       FloatingPointError: when the loss is no longer finite; the last good checkpoint
         stays.
-      KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once a checkpoint has
-        been written.
+      KeyboardInterrupt, SystemExit: after Ctrl-C, or SIGTERM or SIGUSR1 (exit status
+        143 or 138), once a checkpoint has been written.
     """
     path = Path(workdir).absolute()
     differences, experiment = _prepare(config, path)
@@ -134,7 +141,8 @@ def evaluate_workdir(config: Config, workdir: str | os.PathLike[str]) -> dict[st
     record: dict[str, Any] = {"step": step} | {
         f"eval/{name}": value for name, value in errors.items()
     }
-    print(json.dumps(record), flush=True)
+    if jax.process_index() == 0:
+        print(json.dumps(record), flush=True)
     return record
 
 
@@ -147,7 +155,12 @@ def _prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
         differences = _compare_with_workdir(config, workdir)
         stored = workdir / experiment_lib.STATISTICS_FILE
         statistics = statistics_lib.load(stored) if stored.exists() else None
-    return differences, experiment_lib.build(config, statistics=statistics)
+    experiment = experiment_lib.build(config, statistics=statistics)
+    if jax.process_count() > 1:  # each says where it is; the rest is process 0's
+        low, high = experiment.positions()
+        part = f"examples {low} to {high - 1} of each batch"
+        print(distributed.banner(f"{_mesh(experiment)}, {part}"), flush=True)
+    return differences, experiment
 
 
 def _evaluate(
@@ -158,7 +171,7 @@ def _evaluate(
     with experiment.eval_batches() as batches:
         return evaluate(
             eval_batch,
-            (parallel.put_batch(batch, experiment.mesh) for batch in batches),
+            (experiment.put(batch) for batch in batches),
             expected_count=experiment.eval_source.num_examples,
         )
 
@@ -209,13 +222,14 @@ def _describe(experiment: Experiment) -> list[str]:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     device = mesh.devices.flat[0]
     classes, size = network.layers[-1].features, experiment.crop_size
-    rows, columns = mesh.shape[parallel.DATA], mesh.shape[parallel.COLUMN]
     kind = f"{mesh.size} x {device.device_kind} ({device.platform})"
+    if jax.process_count() > 1:
+        kind += f" in {jax.process_count()} processes"
     train = experiment.train_source
     about = f"{parameters:,} parameters, {classes} classes, images of {size} pixels"
     lines = [
         f"network {network.name}: {about}",
-        f"devices {kind}: mode {experiment.mode}, {rows} data x {columns} column",
+        f"devices {kind}: {_mesh(experiment)}",
         f"training on {train.num_examples:,} pictures: {train.description}",
     ]
     if train.class_names == wnids() and train.num_examples < OFFICIAL_COUNTS["train"]:
@@ -229,6 +243,13 @@ def _describe(experiment: Experiment) -> list[str]:
             f"{experiment.eval_source.description}"
         )
     return lines
+
+
+def _mesh(experiment: Experiment) -> str:
+    mesh, transform = experiment.mesh, experiment.config.parallel.transform
+    rows, columns = mesh.shape[parallel.DATA], mesh.shape[parallel.COLUMN]
+    by = "" if transform == "shard_map" else f" by {transform}"
+    return f"mode {experiment.mode}{by}, {rows} data x {columns} column"
 
 
 @jax.jit
@@ -245,7 +266,9 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Within, Ctrl-C and SIGTERM only ask; a second Ctrl-C ends at once.
+    """Within, Ctrl-C, SIGTERM and SIGUSR1 only ask; a second Ctrl-C ends at once.
+
+    SIGUSR1 is what SLURM is told to send before a job's time is up.
 
     Signals reach the main thread alone; elsewhere nothing is changed.
     """
@@ -259,12 +282,19 @@ def stop_signals() -> Iterator[Stop]:
             raise KeyboardInterrupt
         stop.signal = number
 
-    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, ask) for n in STOP_SIGNALS}
     try:
         yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class _Asked(NamedTuple):
+    """What the processes of a run are to do: stop, for which signal (0: none); save."""
+
+    stop_signal: int
+    save: bool
 
 
 class _Run:
@@ -302,6 +332,10 @@ class _Run:
         self.recent: list[dict[str, jax.Array]] = []  # metrics since the last record
         self.saved_step = self.evaluated_step = -1
         self.saved_at = time.monotonic()
+        # One process knows at once whether it was asked to stop; several agree.
+        several = jax.process_count() > 1
+        self.agreement = parallel.Agreement(experiment.mesh) if several else None
+        self.votes: collections.deque[jax.Array] = collections.deque()
         self._restart_clock(0.0)
 
     # The loop.
@@ -326,15 +360,17 @@ class _Run:
                     self.state, metrics = train_step(self.state, batch, self.statistics)
                 self.step += 1
                 self._keep(metrics)
-                if self.step < total and not stop.signal:
+                asked = self._agree(stop)
+                last = self.step >= total or asked.stop_signal != 0
+                if not last:
                     # Decoded and sent while the devices compute.
                     batch = self._put(next(batches))
-                self._between_steps(batches.wait_seconds, stop)
-                if self.step >= total or stop.signal:
+                self._between_steps(batches.wait_seconds, last, asked.save)
+                if last:
                     break
         profiler.close()  # what follows is no training
-        if stop.signal and self.step < total:
-            self._stopped(stop.signal)
+        if asked.stop_signal and self.step < total:
+            self._stopped(asked.stop_signal)
         self._save()  # before an evaluation that may fail
         if self.evaluated_step != self.step:
             self._save(self._evaluate())
@@ -351,21 +387,34 @@ class _Run:
             self.recent[-1 - STEPS_IN_FLIGHT]["loss"].block_until_ready()
         self.writers.progress(self.step)
 
-    def _between_steps(self, waited: float, stop: Stop) -> None:
-        config = self.config
-        last = self.step >= self.experiment.total_steps or stop.signal
-        if last or self.step % config.log_every_steps == 0:
+    def _agree(self, stop: Stop) -> "_Asked":
+        """What is asked of all processes after this step.
+
+        One process's clock and signals are its own. What several of them want is
+        known to all of them STEPS_IN_FLIGHT steps later, and after the same step.
+        """
+        by_time = self.config.checkpoint.every_minutes
+        minutes = (time.monotonic() - self.saved_at) / 60
+        wanted = _Asked(stop.signal or 0, bool(by_time) and minutes >= by_time)
+        if self.agreement is None:
+            return wanted
+        self.votes.append(self.agreement.largest([*wanted]))
+        if len(self.votes) <= STEPS_IN_FLIGHT:
+            return _Asked(0, False)
+        number, save = jax.device_get(self.votes.popleft())
+        # Votes from before a checkpoint do not ask for another one.
+        fresh = self.step - self.saved_step > STEPS_IN_FLIGHT
+        return _Asked(int(number), bool(save) and fresh)
+
+    def _between_steps(self, waited: float, last: bool, save: bool) -> None:
+        if last or self.step % self.config.log_every_steps == 0:
             self._log(waited)
         if self._evaluation_is_due():
             error = self._evaluate()
-            best = self.checkpointer.best_step()
-            known = None if best is None else self.checkpointer.top1_error(best)
-            if error is not None and (known is None or error < known):
+            if error is not None and self.checkpointer.is_best(error):
                 self._save(error)
-        minutes = (time.monotonic() - self.saved_at) / 60
-        by_step = config.checkpoint.every_steps
-        by_time = config.checkpoint.every_minutes
-        if (by_step and self.step % by_step == 0) or (by_time and minutes >= by_time):
+        by_step = self.config.checkpoint.every_steps
+        if save or (by_step and self.step % by_step == 0):
             self._save()
 
     def _evaluation_is_due(self) -> bool:
@@ -503,7 +552,8 @@ class _Run:
     def _scale_learning_rate(self, factor: float) -> None:
         opt_state: Any = self.state.opt_state
         rate = opt_state.hyperparams["learning_rate"]
-        new = jax.device_put(np.asarray(rate * factor, rate.dtype), rate.sharding)
+        new = np.asarray(jax.device_get(rate) * factor, rate.dtype)
+        new = parallel.put_everywhere(new, self.experiment.mesh)
         hyperparams = {**opt_state.hyperparams, "learning_rate": new}
         opt_state = opt_state._replace(hyperparams=hyperparams)
         self.state = dataclasses.replace(self.state, opt_state=opt_state)
@@ -537,13 +587,13 @@ class _Run:
             "command goes on from here"
         )
         if number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("checkpoint written")
         raise SystemExit(128 + number)
 
     # Devices.
 
     def _put(self, batch: Any) -> Any:
-        return parallel.put_batch(batch, self.experiment.mesh)
+        return self.experiment.put(batch)
 
     def _compile(self, what: str, step: Any, args: tuple[Any, ...]) -> Any:
         self.writers.text(f"compiling the {what} step ...")

@@ -1,0 +1,340 @@
+"""Several processes: how they find one another, and how they part.
+
+`jax.distributed` does the work. Here is what it leaves to its caller: whether there is
+a cluster at all, which GPUs are this process's own, and errors in words instead of an
+abort inside XLA.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+from jax._src import distributed as jax_distributed
+
+MODES = ("auto", "on", "off")
+# A process that has not been heard of for so long is dead, and the run with it.
+HEARTBEAT_SECONDS = 40
+# How long a process that has ended waits for the others to end.
+SHUTDOWN_SECONDS = 60
+# Process 0 keeps the connections of all; it leaves last, so that a mistake that all
+# make is said by all.
+LEAVE_SECONDS = 2.0
+
+
+class DistributedError(RuntimeError):
+    """Processes that cannot run together; the message says what to do."""
+
+
+def start(
+    mode: str = "auto",
+    *,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    local_device_ids: Sequence[int] | None = None,
+    connect_seconds: int = 180,
+) -> bool:
+    """Connects this process with the others of its run; before anything else of jax.
+
+    Args:
+      mode: "off": this process is alone. "on": there are others, named by the
+        arguments or by the environment of SLURM or Open MPI. "auto": on if any
+        argument is given, or the environment is of a job of several tasks.
+      coordinator_address: HOST:PORT of process 0, for all processes the same.
+      num_processes, process_id: how many there are, and which one this is, from 0.
+      local_device_ids: numbers of the GPUs that are this process's own; else SLURM
+        and Open MPI give each process of a node an equal share, and without them it
+        has all that it sees.
+      connect_seconds: how long to wait for the others.
+
+    Returns:
+      Whether there are others.
+
+    Raises:
+      DistributedError: for arguments that do not fit together, a port that is taken,
+        or two processes with one GPU. When the others do not come in time the
+        process ends with exit status 1 and a message: XLA can only abort.
+    """
+    given = {
+        "coordinator_address": coordinator_address,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    found = _tasks(os.environ)
+    if not _wanted(mode, given, found):
+        return False
+    _check_arguments(given, found)
+    if coordinator_address and process_id == 0:
+        _check_port_is_free(coordinator_address)
+    # SIGTERM is the trainer's to answer; the service would swallow it.
+    jax.config.update("jax_enable_preemption_service", False)
+    giving_up = threading.Timer(connect_seconds, _give_up, (given, connect_seconds))
+    giving_up.daemon = True
+    giving_up.start()
+    try:
+        jax.distributed.initialize(
+            **given,
+            local_device_ids=local_device_ids,
+            # XLA's own end of patience is an abort with a stack trace.
+            initialization_timeout=connect_seconds + 60,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise DistributedError(f"the processes could not be connected: {error}") from (
+            error
+        )
+    finally:
+        giving_up.cancel()
+    settings: Any = jax.config
+    if settings.jax_platforms != "cpu":
+        _settle_gpus(local_device_ids, found)
+    return True
+
+
+def _wanted(mode: str, given: Mapping[str, Any], found: "_Tasks | None") -> bool:
+    if mode not in MODES:
+        raise DistributedError(
+            f"--distributed={mode} must be one of {', '.join(MODES)}."
+        )
+    some = [name for name, value in given.items() if value is not None]
+    if mode == "off" and some:
+        raise DistributedError(
+            f"--distributed=off and --{some[0]} contradict each other."
+        )
+    if mode == "auto":
+        return bool(some) or (found is not None and found.count > 1)
+    return mode == "on"
+
+
+def _check_arguments(given: Mapping[str, Any], found: "_Tasks | None") -> None:
+    missing = [name for name, value in given.items() if value is None]
+    if missing and not (found and len(missing) == len(given)):
+        raise DistributedError(
+            "several processes need --coordinator_address=HOST:PORT, --num_processes=N "
+            f"and --process_id=I, or a task of SLURM (srun); missing: "
+            f"{', '.join('--' + name for name in missing)}."
+        )
+    if missing:
+        return
+    address, count, this = given.values()
+    if not re.fullmatch(r".+:\d+", address):
+        raise DistributedError(
+            f"--coordinator_address={address} must be HOST:PORT of process 0."
+        )
+    if not 0 <= this < count:
+        raise DistributedError(
+            f"--process_id={this} must be 0 to {count - 1} with --num_processes={count}."
+        )
+
+
+class _Tasks:
+    """The tasks of this job as their launcher's environment has them.
+
+    Attributes:
+      count: of the job; `on_node` of them on this node, this one the `local_id`-th.
+    """
+
+    def __init__(self, count: int, on_node: int | None, local_id: int):
+        self.count = count
+        self.on_node = on_node
+        self.local_id = local_id
+
+
+def _tasks(environ: Mapping[str, str]) -> _Tasks | None:
+    """What SLURM or Open MPI say, in the way that `jax.distributed` reads it."""
+    # Only within srun; the batch script itself has no step.
+    if "SLURM_STEP_NODELIST" in environ and "SLURM_LOCALID" in environ:
+        per_node = list(_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", "")))
+        node = int(environ.get("SLURM_NODEID", 0))
+        return _Tasks(
+            int(environ["SLURM_NTASKS"]),
+            per_node[node] if node < len(per_node) else None,
+            int(environ["SLURM_LOCALID"]),
+        )
+    if "OMPI_MCA_orte_hnp_uri" in environ:
+        return _Tasks(
+            int(environ["OMPI_COMM_WORLD_SIZE"]),
+            int(environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 0)) or None,
+            int(environ["OMPI_COMM_WORLD_LOCAL_RANK"]),
+        )
+    return None
+
+
+def _per_node(text: str) -> Iterator[int]:
+    """SLURM's "4(x2),1" -> 4, 4, 1."""
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        yield from [int(count)] * int(times or 1)
+
+
+def _check_port_is_free(address: str) -> None:
+    port = int(address.rpartition(":")[2])
+    try:
+        # On every address, as the coordinator will.
+        socket.create_server(("", port)).close()
+    except (OSError, OverflowError) as error:
+        raise DistributedError(
+            f"process 0 cannot listen on port {port} of --coordinator_address="
+            f"{address} ({error}); is another run using it? Take another port, for all "
+            "processes the same."
+        ) from error
+
+
+def _give_up(given: Mapping[str, Any], seconds: int) -> None:
+    """Ends the process with the reason why it is still alone."""
+    state = jax_distributed.global_state
+    address = given["coordinator_address"] or state.coordinator_address
+    this, count = state.process_id, given["num_processes"] or "all"
+    if this == 0:
+        reason = f"not all of {count} processes came within {seconds} seconds"
+    else:
+        reason = _why_unreachable(str(address), seconds)
+    message = (
+        f"error: process {this}: {reason}. Are all processes started, with the same "
+        "--coordinator_address and --num_processes, and no firewall between them? "
+        "--connect_seconds changes how long they wait."
+    )
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _why_unreachable(address: str, seconds: int) -> str:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        return (
+            f"the coordinator {address} (process 0) could not be reached within "
+            f"{seconds} seconds ({error.strerror or error})"
+        )
+    return (
+        f"the coordinator {address} answers, but not all processes came within "
+        f"{seconds} seconds"
+    )
+
+
+# GPUs.
+
+
+def _settle_gpus(asked: Sequence[int] | None, found: _Tasks | None) -> None:
+    """Takes this process's share of its node's GPUs; an error if it is not its own."""
+    gpus = visible_gpus(os.environ)
+    if gpus is None:  # no nvidia-smi: jax's own choice, unchecked
+        return
+    if asked is None and found is not None:
+        asked = share_of_gpus(len(gpus), found.on_node, found.local_id)
+        # jax would take the GPU number `local_id`, whatever the job was given.
+        chosen = "all" if asked is None else ",".join(map(str, asked))
+        jax.config.update("jax_cuda_visible_devices", chosen)
+    own = gpus if asked is None else [gpus[i] for i in asked if i < len(gpus)]
+    state: Any = jax_distributed.global_state
+    prefix = "alexnet_jax/gpus/"
+    state.client.key_value_set(f"{prefix}{state.process_id}", json.dumps(own))
+    state.client.wait_at_barrier("alexnet_jax/gpus", 60_000)
+    owners: dict[str, int] = {}
+    for key, value in sorted(state.client.key_value_dir_get(prefix)):
+        process = int(key.rpartition("/")[2])
+        for gpu in json.loads(value):
+            other = owners.setdefault(gpu, process)
+            if other != process:
+                raise DistributedError(
+                    f"processes {min(other, process)} and {max(other, process)} are "
+                    f"both on {gpu}. Give each its own: under SLURM as many "
+                    "--ntasks-per-node as GPUs, elsewhere --local_device_ids or "
+                    "CUDA_VISIBLE_DEVICES."
+                )
+
+
+def share_of_gpus(gpus: int, tasks: int | None, local_id: int) -> list[int] | None:
+    """The numbers of the GPUs that are this task's among those it sees; None: all.
+
+    Raises:
+      DistributedError: when `gpus` do not divide over `tasks`.
+    """
+    # One GPU is what a launcher shows that binds GPUs to tasks by itself.
+    if tasks is None or tasks == 1 or gpus <= 1:
+        return None
+    if gpus % tasks:
+        raise DistributedError(
+            f"{tasks} processes on this node and {gpus} GPUs: as many processes as "
+            "GPUs, or one (--ntasks-per-node)."
+        )
+    each = gpus // tasks
+    return list(range(local_id * each, (local_id + 1) * each))
+
+
+def visible_gpus(environ: Mapping[str, str]) -> list[str] | None:
+    """The UUIDs of the GPUs that CUDA shows this process; None without nvidia-smi."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return None
+    there = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return there
+    gpus = []
+    for entry in filter(None, (part.strip() for part in chosen.split(","))):
+        if not entry.isdigit():
+            known = [uuid for uuid in there if uuid.startswith(entry)]
+            gpus += known or [entry]  # a part of a GPU (MIG) has a name of its own
+        elif int(entry) < len(there):
+            gpus.append(there[int(entry)])
+        else:
+            break  # CUDA, too, stops at the first number that is not there
+    return gpus
+
+
+# What is said, and leaving.
+
+
+def banner(devices_in_words: str) -> str:
+    """The line with which each of several processes begins."""
+    here, everywhere = jax.local_device_count(), jax.device_count()
+    return (
+        f"process {jax.process_index()} of {jax.process_count()} on "
+        f"{socket.gethostname()}: {here} of {everywhere} devices; {devices_in_words}"
+    )
+
+
+def leave(message: str, status: int) -> NoReturn:
+    """Ends the process with a message; one of several does not wait for the others.
+
+    They are not coming: most wait for this one, in an exchange or at the end.
+    """
+    if not jax.distributed.is_initialized():
+        sys.exit(message or status)
+    this = jax_distributed.global_state.process_id
+    if message:
+        print(f"process {this}: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if this == 0:
+        time.sleep(LEAVE_SECONDS)
+    os._exit(status)
+
+
+def describe_failure(error: BaseException) -> str:
+    """A message for an error that is nobody's mistake in this process, or its trace."""
+    text = str(error)
+    lost = re.search(
+        r"Gloo|NCCL|coordination|heartbeat|Connection (closed|reset)", text
+    )
+    if not lost:
+        return "".join(traceback.format_exception(error)).rstrip()
+    return (
+        f"error: another process is gone ({text.splitlines()[0][:200]}); its own "
+        "output says why. The same command goes on from the last checkpoint."
+    )

@@ -1,0 +1,160 @@
+"""Several processes on one machine: a rehearsal of a cluster, or a process a GPU.
+
+    python launch/multiprocess.py -n 2 -- --config=configs/paper.py --workdir=DIR ...
+
+starts `python -m alexnet_jax.main ...` twice and connects the two over this machine's
+own network. On the CPU (the default) a process has one device, or as many as
+--cpu_devices among the arguments says; `--gpus=K` gives each process K of the GPUs
+instead. Every line of output begins with the number of its process.
+
+When one process fails or is killed, the others are ended within seconds and the exit
+status is its own; the same command goes on from the last checkpoint. Ctrl-C, SIGTERM
+and SIGUSR1 are handed on: all processes write a checkpoint together and end.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+POLL_SECONDS = 0.1
+# What the others get to end by themselves, once one has failed.
+GRACE_SECONDS = 10.0
+HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Starts the processes and waits for them; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-n", type=int, required=True, help="number of processes")
+    parser.add_argument(
+        "--gpus", type=int, default=0, help="GPUs for each process; 0: on the CPU"
+    )
+    parser.add_argument("arguments", nargs="+", help="those of alexnet_jax.main")
+    options = parser.parse_args(argv)
+    if options.n < 1 or options.gpus < 0:
+        parser.error("-n must be at least 1 and --gpus at least 0")
+    port = free_port()
+    processes = [
+        start(options.arguments, index, options.n, port, options.gpus)
+        for index in range(options.n)
+    ]
+    readers = [
+        threading.Thread(target=relay, args=(process, index))
+        for index, process in enumerate(processes)
+    ]
+    for reader in readers:
+        reader.start()
+    for number in HANDED_ON:
+        signal.signal(number, lambda number, _: hand_on(processes, number))
+    status = wait(processes)
+    for reader in readers:
+        reader.join()
+    return status
+
+
+def start(
+    arguments: Sequence[str], index: int, count: int, port: int, gpus: int
+) -> subprocess.Popen[str]:
+    """Process number `index` of `count`, in a process group of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "alexnet_jax.main",
+        *arguments,
+        "--distributed=on",
+        f"--coordinator_address=127.0.0.1:{port}",
+        f"--num_processes={count}",
+        f"--process_id={index}",
+    ]
+    if gpus:
+        own = range(index * gpus, (index + 1) * gpus)
+        command.append(f"--local_device_ids={','.join(map(str, own))}")
+    elif not any(argument.startswith("--cpu_devices") for argument in arguments):
+        command.append("--cpu_devices=1")
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        # A Ctrl-C at the terminal comes here only, and is handed on once.
+        start_new_session=True,
+    )
+
+
+def relay(process: subprocess.Popen[str], index: int) -> None:
+    """Prints a process's lines with its number before each."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(f"[{index}] {line}", end="", flush=True)
+
+
+def hand_on(processes: Sequence[subprocess.Popen[str]], number: int) -> None:
+    """Sends a signal to those that still run."""
+    for process in processes:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+
+
+def wait(processes: Sequence[subprocess.Popen[str]]) -> int:
+    """Until all have ended; when one fails, ends the others. The first bad status."""
+    failed = None
+    while any(process.poll() is None for process in processes):
+        time.sleep(POLL_SECONDS)
+        ended = [(i, p.returncode) for i, p in enumerate(processes) if p.poll()]
+        if ended and failed is None:
+            failed = ended[0]
+            end_others(processes, *failed)
+    # All may have failed between two looks.
+    bad = [process.returncode for process in processes if process.returncode]
+    status = failed[1] if failed else next(iter(bad), 0)
+    return 128 - status if status < 0 else status
+
+
+def end_others(
+    processes: Sequence[subprocess.Popen[str]], index: int, status: int
+) -> None:
+    """Waits a little for processes that lost one, then kills them."""
+    end = time.monotonic() + GRACE_SECONDS
+    while any(p.poll() is None for p in processes) and time.monotonic() < end:
+        time.sleep(POLL_SECONDS)
+    left = [i for i, p in enumerate(processes) if p.poll() is None]
+    how = f"ended with status {status}"
+    if status < 0:
+        how = f"was killed by {signal.Signals(-status).name}"
+    if left:
+        how += f"; ended process {', '.join(map(str, left))} too"
+    # 128 and more: by a signal, after which nothing has to be mended.
+    hint = "The same command goes on from the last checkpoint."
+    if 0 < status < 128:
+        hint = "Its own lines above say why."
+    print(
+        f"multiprocess.py: process {index} {how}. {hint}", file=sys.stderr, flush=True
+    )
+    hand_on(processes, signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
