@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two processes, a test file at a time: compiling, most of the work, uses one core.
 PARALLEL := --numprocesses=2 --dist=loadfile
 
-.PHONY: quickstart test test-all lint clean
+.PHONY: quickstart test test-slow test-all lint clean
 
 quickstart: .venv/.installed  ## train a narrowed AlexNet in two columns, no download
 	$(BIN)/python -m alexnet_jax.main --config=configs/quickstart.py \
@@ -14,8 +14,11 @@ quickstart: .venv/.installed  ## train a narrowed AlexNet in two columns, no dow
 test: .venv/.dev  ## the tests, in less than five minutes on two cores
 	$(BIN)/python -m pytest $(PARALLEL)
 
-test-all: .venv/.dev  ## the same, with the programs compiled as users run them
-	ALEXNET_TEST_OPTIMIZED=1 $(BIN)/python -m pytest $(PARALLEL)
+test-slow: .venv/.dev  ## the others: eight devices, killed processes, SLURM
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
+
+test-all: .venv/.dev  ## all of them, with the programs compiled as users run them
+	ALEXNET_TEST_OPTIMIZED=1 $(BIN)/python -m pytest $(PARALLEL) -m ""
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -85,6 +85,8 @@ def start(
         jax.distributed.initialize(
             **given,
             local_device_ids=local_device_ids,
+            # Where all is said jax need not ask, as it would ask Kubernetes' server.
+            cluster_detection_method="deactivate" if coordinator_address else None,
             # XLA's own end of patience is an abort with a stack trace.
             initialization_timeout=connect_seconds + 60,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,

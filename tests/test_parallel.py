@@ -159,7 +159,10 @@ def test_the_original_and_its_columns_apart_run_in_every_mode(
     assert_same_leaves(got[1], want[1], 1e-10)
 
 
-@pytest.mark.parametrize("variant, columns", [("owt", 4), ("one_tower", 2)])
+@pytest.mark.parametrize(
+    "variant, columns",
+    [("owt", 4), pytest.param("one_tower", 2, marks=pytest.mark.slow)],
+)
 def test_networks_of_one_column_run_as_hybrid(variant, columns):
     """With dropout before fc6: on a device's own examples."""
     want = on_one_device("hybrid", 1, columns, variant=variant)
@@ -190,7 +193,10 @@ def test_a_missing_reduction_is_noticed(monkeypatch):
         make("data", 2, 1, jnp.float32)
 
 
-@pytest.mark.parametrize("mode, rows, columns", [("columns", 2, 2), ("hybrid", 1, 2)])
+@pytest.mark.parametrize(
+    "mode, rows, columns",
+    [pytest.param("columns", 2, 2, marks=pytest.mark.slow), ("hybrid", 2, 2)],
+)
 def test_batch_norm_sees_the_whole_batch(mode, rows, columns):
     want = on_one_device(mode, rows, columns, normalization="batch")
     got = three_steps(mode, rows, columns, normalization="batch")
@@ -199,7 +205,13 @@ def test_batch_norm_sees_the_whole_batch(mode, rows, columns):
 
 @pytest.mark.parametrize(
     "mode, rows, columns, count",
-    [("data", 1, 1, 4), ("data", 2, 1, 4), ("columns", 1, 2, 4), ("hybrid", 2, 2, 2)],
+    [
+        ("data", 1, 1, 4),
+        ("data", 2, 1, 2),
+        ("columns", 1, 2, 4),
+        ("hybrid", 1, 2, 2),
+        pytest.param("hybrid", 2, 2, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_batch_in_parts_is_the_same_batch(mode, rows, columns, count):
     """Other masks, crops or lighting in a part would move every parameter."""
@@ -215,8 +227,8 @@ def test_a_batch_in_parts_is_the_same_batch(mode, rows, columns, count):
 
 
 def test_gradients_are_exchanged_once_however_many_parts():
-    whole = three_steps("data", 2, 1, examples=8)[3]
-    parts = three_steps("data", 2, 1, examples=8, parts=4)[3]
+    whole = three_steps("data", 2, 1)[3]
+    parts = three_steps("data", 2, 1, parts=2)[3]
     assert dict(communication.collectives(whole)) == {"all-reduce": 18}
     assert communication.collectives(parts) == communication.collectives(whole)
     # The loop's body is a computation of its own: all that is sent is outside it.
@@ -286,7 +298,14 @@ def eval_logits_and_sums(mode, rows, columns, examples):
     return logits, jax.device_get(sums), padded
 
 
-@pytest.mark.parametrize("mode, rows, columns", MESHES)
+FLOAT32 = [("data", 2, 1), ("columns", 1, 2), ("columns", 2, 2), ("hybrid", 1, 4)]
+OTHERS = [mesh for mesh in (*FEW_DEVICES, *EIGHT_DEVICES) if mesh not in FLOAT32]
+
+
+@pytest.mark.parametrize(
+    "mode, rows, columns",
+    [*FLOAT32, *(pytest.param(*m, marks=pytest.mark.slow) for m in OTHERS)],
+)
 def test_float32_logits_and_masked_sums(mode, rows, columns):
     examples = examples_for(mode, rows, columns)
     expected, _, padded = eval_logits_and_sums("data", 1, 1, examples)
@@ -374,7 +393,11 @@ def test_what_the_columns_exchange_is_what_the_paper_exchanged():
 
 @pytest.mark.parametrize(
     "mode, rows, columns, split",
-    [("columns", 1, 2, 16), ("columns", 2, 2, 16), ("hybrid", 1, 4, 6)],
+    [
+        pytest.param("columns", 1, 2, 16, marks=pytest.mark.slow),
+        ("columns", 2, 2, 16),
+        ("hybrid", 1, 4, 6),
+    ],
 )
 def test_optimiser_state_is_split_like_the_parameters(mode, rows, columns, split):
     """Of eight kernels and their velocities; a third of them are fully connected."""
@@ -438,3 +461,19 @@ def test_meshes_that_cannot_be_made_are_named():
         create_model().local(parallel.make_mesh(1, 2), "data")
     with pytest.raises(ValueError, match="must be one of data, columns, hybrid"):
         create_model().local(parallel.make_mesh(1, 2), "rows")
+
+
+def test_every_device_has_its_part_of_the_batch():
+    """All of one process, here; tests/test_distributed.py has several."""
+    for mode, rows, columns in FEW_DEVICES:
+        mesh = parallel.make_mesh(rows, columns)
+        assert parallel.positions(mesh, mode, BATCH) == (0, BATCH)
+        shards = parallel.batch_shards(rows, columns, mode)
+        labels = parallel.put_batch(batch(), mesh, mode, BATCH)["label"]
+        assert {s.data.shape for s in labels.addressable_shards} == {(BATCH // shards,)}
+        np.testing.assert_array_equal(labels, batch()["label"])
+
+
+def test_processes_agree_on_the_largest_number():
+    agreement = parallel.Agreement(parallel.make_mesh(2, 2))
+    np.testing.assert_array_equal(agreement.largest([0, 15, 1]), [0, 15, 1])

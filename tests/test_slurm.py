@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 NODE = ROOT / "tests" / "slurm_node.sh"
 LAUNCH = ROOT / "launch" / "slurm.sbatch"

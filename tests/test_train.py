@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,67 @@ def test_ten_steps_and_ten_more_are_twenty(make_config, folder, tmp_path, capsys
         rows = records(tmp_path / "parts", prefix)
         wanted = records(tmp_path / "whole", prefix)
         assert [row for row in rows if row["step"] != 10 or row in wanted] == wanted
+
+
+@pytest.fixture
+def float64():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+def float64_config(folder, mode, data, column):
+    config = columns_config(folder)
+    config.model.dtype = "float64"
+    config.data.batch_size = 8
+    config.data.eval_split = ""
+    config.log_every_steps = 1
+    config.max_steps = 10
+    config.checkpoint.every_steps = 5
+    config.parallel.mode = mode
+    config.parallel.data, config.parallel.column = data, column
+    return config
+
+
+@pytest.fixture(scope="module")
+def ten_steps_on_two_devices(folder, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("two") / "columns"
+    jax.config.update("jax_enable_x64", True)
+    train.train_and_evaluate(float64_config(folder, "columns", 1, 2), workdir)
+    jax.config.update("jax_enable_x64", False)
+    return workdir
+
+
+@pytest.mark.parametrize(
+    "mode, data, column",
+    [
+        ("data", 1, 1),
+        ("hybrid", 2, 2),
+        pytest.param("columns", 2, 2, marks=pytest.mark.slow),
+        pytest.param("data", 4, 1, marks=pytest.mark.slow),
+        pytest.param("hybrid", 1, 8, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_goes_on_on_other_devices(
+    mode, data, column, folder, tmp_path, ten_steps_on_two_devices, float64
+):
+    """Stopped on two after five steps: the next five losses are the same."""
+
+    def losses(workdir):
+        return [row["train/loss"] for row in read_metrics(workdir / "metrics.jsonl")]
+
+    moved = tmp_path / "moved"
+    shutil.copytree(ten_steps_on_two_devices, moved)
+    shutil.rmtree(moved / "checkpoints" / "10")
+    config = float64_config(folder, mode, data, column)
+    state = train.train_and_evaluate(config, moved)
+    rows = read_metrics(moved / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    np.testing.assert_allclose(
+        losses(moved), losses(ten_steps_on_two_devices), rtol=1e-8
+    )
+    devices = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)}
+    assert devices == {data * column}
 
 
 class StopAt:

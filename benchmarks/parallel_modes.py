@@ -1,0 +1,215 @@
+"""What each parallel mode sends, compiled for 2 to 1,024 devices, and what it costs.
+
+    python -m benchmarks.parallel_modes --out=benchmarks/results/parallel_modes
+
+compiles the full-width paper network's training step on that many virtual devices of the
+CPU (nothing is computed; some minutes), reads bytes and memory from the programs into
+DIR/modes.json, and writes DIR/tables.md: those bytes over stated bandwidths. With
+`--tables_only` the tables are made of a modes.json that is there.
+
+The times in the tables are arithmetic, not measurements: bytes over the bandwidth of
+the slowest link that a group of devices has to use, exchanges not hidden behind
+computing, no latency.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Of one device; a step of 2 devices then has 256 images, of 1,024 131,072.
+IMAGES = 128
+SIZES = [2**n for n in range(1, 11)]
+FLOPS_AN_IMAGE = 6 * 724_406_816  # forward once, backward twice; 2 for each MAC
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A cluster on paper.
+
+    Attributes:
+      node: devices that are connected at `inside` bytes a second each way; to other
+        nodes a device has `across`.
+      images_per_second: that one device trains by itself.
+    """
+
+    name: str
+    node: int
+    inside: float
+    across: float
+    images_per_second: float
+
+
+# NVIDIA's data sheets: NVLink of an H100, 900 GB/s both ways together; InfiniBand NDR,
+# 400 Gb/s a GPU. 100 TFLOP/s is a tenth of its dense bfloat16 peak, and not measured.
+H100 = Machine("H100, nodes of 8", 8, 450e9, 50e9, 100e12 / FLOPS_AN_IMAGE)
+# The same cards where nodes have one and talk over 25 Gb/s Ethernet.
+ETHERNET = Machine(
+    "H100, 25 Gb/s Ethernet", 1, 450e9, 25e9 / 8, 100e12 / FLOPS_AN_IMAGE
+)
+# arXiv:1404.5997's machine: PCI Express 2.0 x16 has 8 GB/s each way, of which cards got
+# some 6; one K20 took 98.05 hours for 90 epochs of 1.28 million images.
+K20 = Machine("K20, PCI Express 2.0", 8, 6e9, 6e9, 90 * 1_281_167 / 98.05 / 3600)
+# Its table: hours for 90 epochs at 128 images a device, and the speed-up.
+ONE_WEIRD_TRICK = {2: (50.24, 1.95), 4: (26.20, 3.74), 8: (15.68, 6.25)}
+
+
+def shapes(devices: int) -> list[tuple[str, int, int]]:
+    """The meshes that are compared: (mode, data, column)."""
+    found = [("data", devices, 1), ("columns", devices // 2, 2), ("hybrid", 1, devices)]
+    if devices > 8:
+        found.append(("hybrid", devices // 8, 8))
+    return found
+
+
+def measure() -> list[dict[str, Any]]:
+    """Compiles every mode on every number of devices."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", max(SIZES))
+    from alexnet_jax import communication, describe, experiment
+    from configs import common
+
+    rows = []
+    for devices in SIZES:
+        for mode, data, column in shapes(devices):
+            config = common.get_config()
+            config.parallel.mode = mode
+            config.data.batch_size = IMAGES * devices
+            network = experiment.make_model(config, None)
+            found = describe.summarize_mode(config, network, mode, data, column)
+            row = {
+                "devices": devices,
+                "mode": mode,
+                "data": data,
+                "column": column,
+                "memory_bytes": found.memory_bytes,
+            }
+            for phase in communication.PHASES:
+                row[f"{phase}_counts"] = dict(found.counts(phase))
+                row[f"{phase}_bytes"] = found.sent_bytes(phase)
+            rows.append(row)
+            print(f"{mode} on {data} x {column}: {row}", file=sys.stderr, flush=True)
+    return rows
+
+
+def seconds(row: dict[str, Any], machine: Machine) -> float:
+    """What a step's exchanges take: features within a row, gradients over all rows."""
+
+    def bandwidth(devices: int) -> float:
+        return machine.inside if devices <= machine.node else machine.across
+
+    features = row["forward_bytes"] + row["backward_bytes"]
+    return features / bandwidth(row["column"]) + row["gradients_bytes"] / bandwidth(
+        row["devices"]
+    )
+
+
+def efficiency(row: dict[str, Any], machine: Machine) -> float:
+    """Computing's share of a step."""
+    compute = IMAGES / machine.images_per_second
+    return compute / (compute + seconds(row, machine))
+
+
+def table_of_bytes(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| devices | mode | data x column | features MB | gradients MB | memory MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        features = (row["forward_bytes"] + row["backward_bytes"]) / 1e6
+        lines.append(
+            f"| {row['devices']:,} | {row['mode']} | {row['data']} x {row['column']} | "
+            f"{features:,.1f} | {row['gradients_bytes'] / 1e6:,.1f} | "
+            f"{row['memory_bytes'] / 1e6:,.0f} |"
+        )
+    return lines
+
+
+def table_of_winners(rows: list[dict[str, Any]], machine: Machine) -> list[str]:
+    """Share of the step that is computing, a column a mode; the best in bold."""
+    kinds = ["data", "columns", "hybrid 1 x n", "hybrid n/8 x 8"]
+    lines = [
+        f"| devices | {' | '.join(kinds)} |",
+        "|---" * 5 + "|",
+    ]
+    for devices in SIZES:
+        shares = {}
+        for row in rows:
+            if row["devices"] == devices:
+                kind = row["mode"]
+                if kind == "hybrid":
+                    kind += " 1 x n" if row["data"] == 1 else " n/8 x 8"
+                shares[kind] = efficiency(row, machine), seconds(row, machine)
+        best = max(share for share, _ in shares.values())
+        cells = []
+        for kind in kinds:
+            if kind not in shares:
+                cells.append("")
+                continue
+            share, took = shares[kind]
+            text = f"{share:.0%} ({_time(took)})"
+            cells.append(f"**{text}**" if share == best else text)
+        lines.append(f"| {devices:,} | {' | '.join(cells)} |")
+    return lines
+
+
+def table_beside_one_weird_trick(rows: list[dict[str, Any]]) -> list[str]:
+    heads = ["K20s", "data", "columns", "hybrid", "published: hours", "speed-up"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for devices, (hours, published) in ONE_WEIRD_TRICK.items():
+        cells = []
+        for mode in ("data", "columns", "hybrid"):
+            (row,) = (r for r in rows if r["devices"] == devices and r["mode"] == mode)
+            cells.append(f"{devices * efficiency(row, K20):.2f}")
+        lines.append(f"| {devices} | {' | '.join(cells)} | {hours} | {published} |")
+    return lines
+
+
+def _time(value: float) -> str:
+    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.1f} s"
+
+
+def tables(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Every table in Markdown, by name."""
+    return {
+        "bytes": "\n".join(table_of_bytes(rows)),
+        "h100": "\n".join(table_of_winners(rows, H100)),
+        "ethernet": "\n".join(table_of_winners(rows, ETHERNET)),
+        "one weird trick": "\n".join(table_beside_one_weird_trick(rows)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--tables_only", action="store_true", help="compile nothing")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "modes.json"
+    if not options.tables_only:
+        rows = measure()
+        import jax
+
+        found = {
+            "date": time.strftime("%Y-%m-%d"),
+            "command": "python -m benchmarks.parallel_modes --out=DIR",
+            "machine": f"{platform.machine()}, virtual CPU devices",
+            "versions": {"python": platform.python_version(), "jax": jax.__version__},
+            "images_a_device": IMAGES,
+            "rows": rows,
+        }
+        file.write_text(json.dumps(found, indent=1) + "\n")
+    rows = json.loads(file.read_text())["rows"]
+    text = "\n\n".join(f"{name}\n\n{body}" for name, body in tables(rows).items())
+    (options.out / "tables.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

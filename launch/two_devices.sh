@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# The paper's network on two devices, a column on each (section 3.2):
+#
+#     launch/two_devices.sh --workdir=runs/paper --config.data.dir=DATA
+#
+# on two GPUs, where there are two; with fewer, or with CPU=1 in the environment, on two
+# virtual devices of the CPU: the same program, exchanges and numbers, for a rehearsal.
+# Arguments are those of alexnet_jax.main; --config defaults to configs/paper.py. One
+# process drives both devices; for a process each see launch/multiprocess.py.
+set -euo pipefail
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
+if ! command -v "$python" >/dev/null; then
+    echo "error: no $python; run make quickstart or make test once, or set PYTHON." >&2
+    exit 1
+fi
+
+gpus=0
+if [ -z "${CPU:-}" ] && command -v nvidia-smi >/dev/null; then
+    gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+fi
+devices=()
+if [ "$gpus" -lt 2 ]; then
+    echo "two virtual devices of the CPU (GPUs here: $gpus)"
+    devices=(--cpu_devices=2)
+elif [ -z "${CUDA_VISIBLE_DEVICES:-}" ]; then
+    export CUDA_VISIBLE_DEVICES=0,1
+fi
+
+# --config comes before the fields that it is changed in.
+config=--config=$root/configs/paper.py
+others=()
+for argument; do
+    case $argument in
+    --config=*) config=$argument ;;
+    *) others+=("$argument") ;;
+    esac
+done
+# The package and configs/ are found from any folder.
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+exec "$python" -m alexnet_jax.main "$config" \
+    --config.parallel.mode=columns --config.parallel.data=1 --config.parallel.column=2 \
+    "${devices[@]}" "${others[@]}"
