@@ -4,8 +4,9 @@
 
 compiles the full-width paper network's training step on that many virtual devices of the
 CPU (nothing is computed; some minutes), reads bytes and memory from the programs into
-DIR/modes.json, and writes DIR/tables.md: those bytes over stated bandwidths. With
-`--tables_only` the tables are made of a modes.json that is there.
+DIR/modes.json, and prints the tables of docs/parallelism.md: those bytes, and what they
+take at stated bandwidths. With `--tables_only` nothing is compiled and DIR/modes.json
+is read.
 
 The times in the tables are arithmetic, not measurements: bytes over the bandwidth of
 the slowest link that a group of devices has to use, exchanges not hidden behind
@@ -206,9 +207,8 @@ def main() -> None:
         }
         file.write_text(json.dumps(found, indent=1) + "\n")
     rows = json.loads(file.read_text())["rows"]
-    text = "\n\n".join(f"{name}\n\n{body}" for name, body in tables(rows).items())
-    (options.out / "tables.md").write_text(text + "\n")
-    print(text)
+    for name, table in tables(rows).items():
+        print(f"{name}\n\n{table}\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from alexnet_jax import augment, communication, metrics, optim, parallel, steps
@@ -81,11 +82,12 @@ def make(
     parts=1,
     examples=None,
     transform="shard_map",
+    tx=None,
     **kwargs,
 ):
     """The compiled training step on a mesh, its first state and its batch."""
     examples = examples or examples_for(mode, rows, columns)
-    model, tx = narrow(dtype, **kwargs), optim.make_optimizer(0.01)
+    model, tx = narrow(dtype, **kwargs), tx or optim.make_optimizer(0.01)
     mesh = parallel.make_mesh(rows, columns)
     state = steps.init_state(model, tx, seed=0, crop_size=CROP, mesh=mesh, mode=mode)
     step = steps.make_train_step(
@@ -401,16 +403,16 @@ def test_what_the_columns_exchange_is_what_the_paper_exchanged():
 )
 def test_optimiser_state_is_split_like_the_parameters(mode, rows, columns, split):
     """Of eight kernels and their velocities; a third of them are fully connected."""
-    step, state, *args = make(mode, rows, columns, jnp.float32)
+    factors = optim.make_layer_factors([("conv1", 1, 0.0)], steps_per_epoch=1)
+    original = optim.make_optimizer(
+        optax.constant_schedule(0.01), bias_learning_rate=0.02, layer_factors=factors
+    )
+    step, state, *args = make(mode, rows, columns, jnp.float32, tx=original)
     for _ in range(2):  # as it is made, and as a step leaves it
-        params = jax.tree.leaves(state.params)
-        (velocities,) = (
-            leaf
-            for leaf in [jax.tree.leaves(state.opt_state)]
-            if len(leaf) > len(params)
+        kernels, matching = (
+            [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim > 1]
+            for tree in (state.params, state.opt_state)
         )
-        matching = [leaf for leaf in velocities if leaf.ndim > 1]
-        kernels = [leaf for leaf in params if leaf.ndim > 1]
         assert len(matching) == len(kernels) == 8
         for kernel, velocity in zip(kernels, matching, strict=True):
             assert velocity.shape == kernel.shape

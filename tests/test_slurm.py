@@ -84,7 +84,9 @@ def provide_slurm():
                 timeout=600,
                 check=False,
             )
-            assert done.returncode == 0, done.stdout + done.stderr
+            if done.returncode:
+                why = (done.stderr or done.stdout).strip().splitlines()[-1]
+                pytest.skip(f"SLURM could not be installed: {command}: {why}")
     if missing := missing_programs():
         pytest.skip(
             f"no {', '.join(missing)}: install Debian's packages slurm-wlm and munge, "

@@ -567,7 +567,8 @@ def test_missing_config_and_workdir_are_said():
 
 def test_describe_from_any_folder(tmp_path):
     config = ROOT / "configs" / "paper.py"
-    done = run_main(f"--config={config}", "--mode=describe", cwd=tmp_path)
+    quickly = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = run_main(f"--config={config}", "--mode=describe", cwd=tmp_path, **quickly)
     assert done.returncode == 0, done.stderr
     assert "conv1   55 x 55 x 96      34,944    105,415,200" in done.stdout
     assert "total" in done.stdout
