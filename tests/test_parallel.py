@@ -14,30 +14,35 @@ import optax
 import pytest
 
 from alexnet_jax import augment, communication, metrics, optim, parallel, steps
+from alexnet_jax.communication import PHASES
 from alexnet_jax.model import create_model
 
 SIZE, CROP, BATCH, CLASSES = 226, 224, 4, 10
-FEW_DEVICES = [
-    ("columns", 1, 1),
+QUICK = [
     ("data", 2, 1),
     ("columns", 1, 2),
     ("hybrid", 1, 2),
-    ("data", 4, 1),
     ("columns", 2, 2),
-    ("hybrid", 1, 4),
     ("hybrid", 2, 2),
 ]
-EIGHT_DEVICES = [
+# The others of up to eight devices; `make test` leaves them out.
+OTHERS = [
+    ("columns", 1, 1),
+    ("data", 4, 1),
+    ("hybrid", 1, 4),
     ("data", 8, 1),
     ("columns", 4, 2),
     ("hybrid", 1, 8),
     ("hybrid", 2, 4),
     ("hybrid", 4, 2),
 ]
-MESHES = [
-    *FEW_DEVICES,
-    *(pytest.param(*m, marks=pytest.mark.slow) for m in EIGHT_DEVICES),
-]
+
+
+def slowly(*arguments):
+    return pytest.param(*arguments, marks=pytest.mark.slow)
+
+
+MESHES = [*QUICK, *(slowly(*mesh) for mesh in OTHERS)]
 
 
 def narrow(dtype, *, variant="paper", **kwargs):
@@ -139,18 +144,22 @@ def test_three_steps_are_those_of_one_device(mode, rows, columns):
     assert losses[0] != losses[2]
 
 
+ABLATED = ("original", "no_communication")
+
+
 @pytest.mark.parametrize(
-    "mode, rows, columns",
+    "variant, mode, rows, columns",
     [
-        ("columns", 2, 2),
-        ("hybrid", 1, 4),
-        pytest.param("data", 2, 1, marks=pytest.mark.slow),
-        pytest.param("columns", 1, 2, marks=pytest.mark.slow),
-        pytest.param("hybrid", 2, 2, marks=pytest.mark.slow),
-        pytest.param("hybrid", 2, 4, marks=pytest.mark.slow),
+        ("original", "columns", 2, 2),
+        ("no_communication", "hybrid", 1, 4),
+        slowly("original", "hybrid", 1, 4),
+        slowly("no_communication", "columns", 2, 2),
+        *(slowly(name, "data", 2, 1) for name in ABLATED),
+        *(slowly(name, "columns", 1, 2) for name in ABLATED),
+        *(slowly(name, "hybrid", 2, 2) for name in ABLATED),
+        *(slowly(name, "hybrid", 2, 4) for name in ABLATED),
     ],
 )
-@pytest.mark.parametrize("variant", ["original", "no_communication"])
 def test_the_original_and_its_columns_apart_run_in_every_mode(
     variant, mode, rows, columns
 ):
@@ -161,10 +170,8 @@ def test_the_original_and_its_columns_apart_run_in_every_mode(
     assert_same_leaves(got[1], want[1], 1e-10)
 
 
-@pytest.mark.parametrize(
-    "variant, columns",
-    [("owt", 4), pytest.param("one_tower", 2, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant, columns", [("owt", 4), ("one_tower", 2)])
 def test_networks_of_one_column_run_as_hybrid(variant, columns):
     """With dropout before fc6: on a device's own examples."""
     want = on_one_device("hybrid", 1, columns, variant=variant)
@@ -172,7 +179,35 @@ def test_networks_of_one_column_run_as_hybrid(variant, columns):
     assert_same_leaves(got[0][-1], want[0][-1], 1e-10)
 
 
-@pytest.mark.parametrize("rows", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_classifier_of_feature_maps_trades_examples_for_features():
+    """CIFAR-10's net has no other fully connected layer: one all-to-all before it."""
+    tx, side = optim.make_optimizer(1e-3), 32
+    model = create_model("cifar", dtype="float64", init="he")
+    examples = batch(8)
+    examples["image"] = examples["image"][:, :side, :side]
+    stats = jax.tree.map(np.asarray, augment.imagenet_statistics(side))
+
+    def step_on(mode, rows, columns):
+        mesh = parallel.make_mesh(rows, columns)
+        kwargs = {"mesh": mesh, "mode": mode, "seed": 0}
+        state = steps.init_state(model, tx, crop_size=side, **kwargs)
+        step = steps.make_train_step(model, tx, augment.Augmentation(side), **kwargs)
+        args = (state, parallel.put_batch(examples, mesh, mode, 8), stats)
+        compiled = step.lower(*args).compile()
+        return compiled(*args)[0].params, communication.exchanges(compiled.as_text())
+
+    with jax.enable_x64(True):
+        want, _ = step_on("data", 1, 1)
+        got, found = step_on("hybrid", 2, 4)
+    assert_same_leaves(jax.device_get(got), jax.device_get(want), 1e-10)
+    kinds = [dict(communication.counts(by_phase(found, p))) for p in PHASES[:2]]
+    assert kinds == [
+        {"all-to-all": 1, "reduce-scatter": 1},
+        {"all-to-all": 1, "all-gather": 1},
+    ]
+
+
+@pytest.mark.parametrize("rows", [2, slowly(8)])
 def test_pmap_is_the_same_step(rows):
     want = on_one_device("data", rows, 1)
     got = three_steps("data", rows, 1, transform="pmap")
@@ -197,7 +232,7 @@ def test_a_missing_reduction_is_noticed(monkeypatch):
 
 @pytest.mark.parametrize(
     "mode, rows, columns",
-    [pytest.param("columns", 2, 2, marks=pytest.mark.slow), ("hybrid", 2, 2)],
+    [slowly("columns", 2, 2), ("hybrid", 2, 2)],
 )
 def test_batch_norm_sees_the_whole_batch(mode, rows, columns):
     want = on_one_device(mode, rows, columns, normalization="batch")
@@ -212,7 +247,7 @@ def test_batch_norm_sees_the_whole_batch(mode, rows, columns):
         ("data", 2, 1, 2),
         ("columns", 1, 2, 4),
         ("hybrid", 1, 2, 2),
-        pytest.param("hybrid", 2, 2, 2, marks=pytest.mark.slow),
+        slowly("hybrid", 2, 2, 2),
     ],
 )
 def test_a_batch_in_parts_is_the_same_batch(mode, rows, columns, count):
@@ -300,13 +335,14 @@ def eval_logits_and_sums(mode, rows, columns, examples):
     return logits, jax.device_get(sums), padded
 
 
-FLOAT32 = [("data", 2, 1), ("columns", 1, 2), ("columns", 2, 2), ("hybrid", 1, 4)]
-OTHERS = [mesh for mesh in (*FEW_DEVICES, *EIGHT_DEVICES) if mesh not in FLOAT32]
-
-
 @pytest.mark.parametrize(
     "mode, rows, columns",
-    [*FLOAT32, *(pytest.param(*m, marks=pytest.mark.slow) for m in OTHERS)],
+    [
+        ("columns", 2, 2),
+        ("hybrid", 2, 2),
+        *(slowly(*mesh) for mesh in QUICK if mesh[1:] != (2, 2)),
+        *(slowly(*mesh) for mesh in OTHERS),
+    ],
 )
 def test_float32_logits_and_masked_sums(mode, rows, columns):
     examples = examples_for(mode, rows, columns)
@@ -357,7 +393,7 @@ def by_phase(found, phase):
 def test_collectives_are_pinned(mode, rows, columns):
     *_, hlo = three_steps(mode, rows, columns)
     found = communication.exchanges(hlo)
-    got = [dict(communication.counts(by_phase(found, p))) for p in communication.PHASES]
+    got = [dict(communication.counts(by_phase(found, p))) for p in PHASES]
     assert tuple(got) == EXCHANGES[mode, rows, columns]
 
 
@@ -396,7 +432,7 @@ def test_what_the_columns_exchange_is_what_the_paper_exchanged():
 @pytest.mark.parametrize(
     "mode, rows, columns, split",
     [
-        pytest.param("columns", 1, 2, 16, marks=pytest.mark.slow),
+        slowly("columns", 1, 2, 16),
         ("columns", 2, 2, 16),
         ("hybrid", 1, 4, 6),
     ],
@@ -467,7 +503,7 @@ def test_meshes_that_cannot_be_made_are_named():
 
 def test_every_device_has_its_part_of_the_batch():
     """All of one process, here; tests/test_distributed.py has several."""
-    for mode, rows, columns in FEW_DEVICES:
+    for mode, rows, columns in QUICK:
         mesh = parallel.make_mesh(rows, columns)
         assert parallel.positions(mesh, mode, BATCH) == (0, BATCH)
         shards = parallel.batch_shards(rows, columns, mode)

@@ -171,7 +171,7 @@ def ten_steps_on_two_devices(folder, tmp_path_factory):
     "mode, data, column",
     [
         ("data", 1, 1),
-        ("hybrid", 2, 2),
+        pytest.param("hybrid", 2, 2, marks=pytest.mark.slow),
         pytest.param("columns", 2, 2, marks=pytest.mark.slow),
         pytest.param("data", 4, 1, marks=pytest.mark.slow),
         pytest.param("hybrid", 1, 8, marks=pytest.mark.slow),
