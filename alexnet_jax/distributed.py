@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import jax
@@ -140,6 +141,7 @@ def _check_arguments(given: Mapping[str, Any], found: "_Tasks | None") -> None:
         )
 
 
+@dataclass(frozen=True)
 class _Tasks:
     """The tasks of this job as their launcher's environment has them.
 
@@ -147,10 +149,9 @@ class _Tasks:
       count: of the job; `on_node` of them on this node, this one the `local_id`-th.
     """
 
-    def __init__(self, count: int, on_node: int | None, local_id: int):
-        self.count = count
-        self.on_node = on_node
-        self.local_id = local_id
+    count: int
+    on_node: int | None
+    local_id: int
 
 
 def _tasks(environ: Mapping[str, str]) -> _Tasks | None:

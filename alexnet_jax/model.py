@@ -114,9 +114,9 @@ class AlexNet(nn.Module):
 
         `conv1` is the layer's output after bias and activation, `norm1` after
         normalisation, `pool1` after pooling. A table may have the activation later
-        (`original`: after pooling); then it is in `pool1`, not in `conv1`. On a device of a mesh they are its own
-        features, of the examples that it has there. Arguments and errors as for
-        `__call__`.
+        (`original`: after pooling); then it is in `pool1`, not in `conv1`. On a device
+        of a mesh they are its own features, of the examples that it has there.
+        Arguments and errors as for `__call__`.
         """
         _check_images(self.network, images)
         x = images.astype(self.dtype)
@@ -182,9 +182,8 @@ class AlexNet(nn.Module):
         return x + bias
 
     def _dense(self, row: Dense, x: jax.Array, last: bool) -> jax.Array:
-        axis = self._axis(self.fc_shards)
         if last:
-            return self._classifier(row, x, axis)
+            return self._classifier(row, x)
         columns = self.network.columns if row.sees == "own" else 1
         # Columns of its own that this device computes; each reads only its own part.
         own = max(1, columns // self.fc_shards)
@@ -211,12 +210,13 @@ class AlexNet(nn.Module):
             x = parallel.gather_features(x, self._axis(self.conv_shards))
         return _by_column(x, columns)
 
-    def _classifier(self, row: Dense, x: jax.Array, axis: str | None) -> jax.Array:
+    def _classifier(self, row: Dense, x: jax.Array) -> jax.Array:
         """The logits of this device's own examples.
 
         Split by its inputs, which are where they are needed already: one sum of the
         parts of the logits, and the bias added once.
         """
+        axis = self._axis(self.fc_shards)
         if x.ndim == 4:  # no layer before it that was split
             x = parallel.trade_examples(x.reshape(x.shape[0], -1), axis)
         kernel, bias = self._weights(row, x.shape[-1:], row.features)

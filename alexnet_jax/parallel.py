@@ -47,7 +47,10 @@ def make_mesh(data: int, column: int = 1) -> Mesh:
     Raises:
       ValueError: when there are fewer devices than that, or a process is left out.
     """
-    wanted, devices = data * column, jax.devices()
+    # In the order of the processes, so that the devices of a row are neighbours and
+    # each process's examples follow one another.
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    wanted = data * column
     if min(data, column) < 1:
         raise ValueError(
             f"A mesh of {data} x {column} devices: both numbers must be at least 1 "
@@ -69,8 +72,6 @@ def make_mesh(data: int, column: int = 1) -> Mesh:
             "--config.parallel.column."
         )
     # Auto axes: the default, Explicit, refuses arrays that are not sharded already.
-    # In the order of the processes, so that the devices of a row are neighbours and
-    # each process's examples follow one another.
     return Mesh(
         np.array(devices[:wanted]).reshape(data, column),
         (DATA, COLUMN),
@@ -207,7 +208,10 @@ def sum_gradients(grads: PyTree, specs: PyTree, axes: tuple[str, ...]) -> PyTree
     """
     leaves, tree = jax.tree.flatten(grads)
     kinds = [replicated_axes(spec, axes) for spec in tree.flatten_up_to(specs)]
-    for kind in set(kinds) - {()}:  # one exchange for all leaves of a kind
+    # One exchange for all leaves of a kind, in an order that all processes have.
+    for kind in dict.fromkeys(kinds):
+        if not kind:
+            continue
         at = [i for i, other in enumerate(kinds) if other == kind]
         for i, total in zip(at, lax.psum([leaves[i] for i in at], kind), strict=True):
             leaves[i] = total
