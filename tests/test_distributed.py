@@ -6,6 +6,7 @@ The processes are real, on this machine, connected by gloo.
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -118,17 +119,36 @@ def assert_same_scalars(got, want):
     )
 
 
+def of_training(rows, last_step):
+    """Without evaluations: a run that stops has one more."""
+    return [row for row in rows if "train/" in row[1] and row[0] <= last_step]
+
+
 @pytest.fixture(scope="module")
 def alone(config_file, tmp_path_factory):
+    """Twelve steps of one process on two devices."""
     workdir = tmp_path_factory.mktemp("alone")
-    run_alone(config_file, workdir, 2)
-    return workdir
+    run_alone(config_file, workdir, 2, "--config.max_steps=12")
+    return scalars(workdir)
 
 
-def test_two_processes_are_one(config_file, alone, tmp_path):
-    out = run_together(config_file, tmp_path, 2)
-    assert_same_scalars(scalars(tmp_path), scalars(alone))
-    assert len(scalars(tmp_path)) >= 8 * 2 + 2 * 4
+@pytest.fixture(scope="module")
+def together(config_file, tmp_path_factory):
+    """Eight steps of two processes with a device each: workdir and output."""
+    workdir = tmp_path_factory.mktemp("together")
+    return workdir, run_together(config_file, workdir, 2)
+
+
+def test_two_processes_are_one(alone, together):
+    workdir, out = together
+    got, want = scalars(workdir), of_training(alone, 8)
+    assert_same_scalars(of_training(got, 8), want)
+    assert len(want) == 2 * 8
+    evaluations = [row for row in alone if "eval/" in row[1] and row[0] <= 8]
+    assert_same_scalars(
+        [r for r in got if r[:2] in [e[:2] for e in evaluations]], evaluations
+    )
+    assert len(evaluations) == 4
     host = socket.gethostname()
     for index in range(2):
         banner = f"[{index}] process {index} of 2 on {host}: 1 of 2 devices; mode "
@@ -136,25 +156,21 @@ def test_two_processes_are_one(config_file, alone, tmp_path):
         what = "columns, 1 data x 2 column, examples 0 to 5 of each batch"
         assert banner + what in out
     # Process 0 alone writes and speaks.
-    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
+    assert len(list(workdir.glob("events.out.tfevents.*"))) == 1
     assert not re.search(r"^\[1\] (step|checkpoint|compil)", out, re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_what_two_processes_wrote_one_reads(config_file, alone, tmp_path):
-    run_together(config_file, tmp_path, 2)
-    out = run_alone(config_file, tmp_path, 1, "--config.max_steps=10")
+def test_what_two_processes_wrote_one_reads_and_the_other_way_round(
+    config_file, alone, together, tmp_path
+):
+    workdir = tmp_path / "moved"
+    shutil.copytree(together[0], workdir)
+    out = run_alone(config_file, workdir, 1, "--config.max_steps=10")
     assert "resuming from step 8" in out
-    longer = tmp_path / "longer"
-    run_alone(config_file, longer, 2, "--config.max_steps=10")
-    # Without evaluations: the run that stopped had one more.
-    got, want = (
-        [row for row in scalars(w) if "eval" not in row[1]] for w in (tmp_path, longer)
-    )
-    assert_same_scalars(got, want)
-    # And two go on from what one wrote.
-    run_together(config_file, tmp_path, 2, "--config.max_steps=12")
-    assert scalars(tmp_path)[-1][0] == 12
+    out = run_together(config_file, workdir, 2, "--config.max_steps=12")
+    assert "resuming from step 10" in out
+    assert_same_scalars(of_training(scalars(workdir), 12), of_training(alone, 12))
 
 
 @pytest.mark.slow
@@ -165,8 +181,7 @@ def test_two_processes_are_one_in_the_other_modes(
     mode, parts, config_file, alone, tmp_path
 ):
     out = run_together(config_file, tmp_path, 2, f"--config.parallel.mode={mode}")
-    want = [row for row in scalars(alone) if row[0] <= 8]
-    assert_same_scalars(scalars(tmp_path), want)
+    assert_same_scalars(of_training(scalars(tmp_path), 8), of_training(alone, 8))
     for index, part in enumerate(parts):  # each row reads its own part
         assert re.search(rf"\[{index}\] process {index} .*examples {part} of each", out)
 
@@ -174,7 +189,7 @@ def test_two_processes_are_one_in_the_other_modes(
 @pytest.mark.slow
 def test_four_processes_in_rows_of_columns(config_file, alone, tmp_path):
     out = run_together(config_file, tmp_path, 4)
-    assert_same_scalars(scalars(tmp_path), [r for r in scalars(alone) if r[0] <= 8])
+    assert_same_scalars(of_training(scalars(tmp_path), 8), of_training(alone, 8))
     parts = re.findall(r"process (\d) of 4 .*examples (\d to \d)", out)
     expected = {"0": "0 to 2", "1": "0 to 2", "2": "3 to 5", "3": "3 to 5"}
     assert dict(parts) == expected

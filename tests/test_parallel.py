@@ -155,9 +155,7 @@ ABLATED = ("original", "no_communication")
         slowly("original", "hybrid", 1, 4),
         slowly("no_communication", "columns", 2, 2),
         *(slowly(name, "data", 2, 1) for name in ABLATED),
-        *(slowly(name, "columns", 1, 2) for name in ABLATED),
         *(slowly(name, "hybrid", 2, 2) for name in ABLATED),
-        *(slowly(name, "hybrid", 2, 4) for name in ABLATED),
     ],
 )
 def test_the_original_and_its_columns_apart_run_in_every_mode(
