@@ -303,6 +303,35 @@ def visible_gpus(environ: Mapping[str, str]) -> list[str] | None:
 # What is said, and leaving.
 
 
+def require_same(flags: Mapping[str, Any]) -> None:
+    """Compares a run's flags with process 0's; does nothing where there is only one.
+
+    Processes that do different things wait for each other forever, or train a network
+    that nobody asked for.
+
+    Raises:
+      DistributedError: naming the flags that differ, with both values.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    state: Any = jax_distributed.global_state
+    key, mine = "alexnet_jax/flags", json.dumps(flags)
+    if state.process_id == 0:
+        state.client.key_value_set(key, mine)
+        return
+    first = json.loads(state.client.blocking_key_value_get(key, 60_000))
+    own = json.loads(mine)
+    different = [
+        f"--{name}={own.get(name)} (process 0: {first.get(name)})"
+        for name in sorted({*own, *first})
+        if own.get(name) != first.get(name)
+    ]
+    if different:
+        raise DistributedError(
+            f"not all processes were started alike: {', '.join(different)}."
+        )
+
+
 def banner(devices_in_words: str) -> str:
     """The line with which each of several processes begins."""
     here, everywhere = jax.local_device_count(), jax.device_count()

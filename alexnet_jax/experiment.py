@@ -602,3 +602,14 @@ def write_config(workdir: Path, config: Config) -> None:
 def as_json(config: Config) -> dict[str, Any]:
     """The config as plain JSON values (tuples become lists)."""
     return json.loads(config.to_json())
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data": {"dir": ""}} -> {"data.dir": ""}."""
+    fields: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            fields |= flat(value, f"{prefix}{key}.")
+        else:
+            fields[prefix + key] = value
+    return fields

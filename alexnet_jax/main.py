@@ -18,7 +18,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from alexnet_jax import distributed, train
+from alexnet_jax import distributed, experiment, train
 from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.data import DataError
 from alexnet_jax.describe import describe, describe_modes
@@ -92,6 +92,8 @@ def main(argv: Sequence[str]) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
     _connect()
+    fields = experiment.flat(experiment.as_json(_CONFIG.value), "config.")
+    distributed.require_same({"mode": _MODE.value, "workdir": workdir} | fields)
     if _MODE.value != "describe":
         _keep_compiled_programs()
     if _MODE.value == "describe":

@@ -185,7 +185,8 @@ def _compare_with_workdir(config: Config, workdir: Path) -> list[str]:
     saved = experiment_lib.read_config(workdir)
     if saved is None:
         return []
-    old, new = _flat(saved), _flat(experiment_lib.as_json(config))
+    old = experiment_lib.flat(saved)
+    new = experiment_lib.flat(experiment_lib.as_json(config))
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     lines = [
         f"  --config.{key}: {old.get(key)} in the workdir, now {new.get(key)}"
@@ -203,16 +204,6 @@ def _compare_with_workdir(config: Config, workdir: Path) -> list[str]:
             + "\nTake a new --workdir, or the config that this one was made with."
         )
     return ["the config differs from this workdir's:", *lines] if lines else []
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _describe(experiment: Experiment) -> list[str]:

@@ -511,3 +511,30 @@ def test_under_slurm_each_process_takes_its_share(three_gpus, monkeypatch):
     chosen, stored = settle(monkeypatch, {}, this=1, tasks=alone)
     assert chosen == "all"
     assert len(json.loads(stored["alexnet_jax/gpus/1"])) == 3
+
+
+def test_processes_that_were_started_differently_are_told(config_file, tmp_path):
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            main_command(
+                *(config_file, tmp_path / "run", "--cpu_devices=1"),
+                f"--coordinator_address=127.0.0.1:{port}",
+                *("--num_processes=2", f"--process_id={index}"),
+                f"--config.seed={index}",
+            ),
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    outputs = [process.communicate(timeout=90)[0] for process in processes]
+    assert all(process.returncode for process in processes)
+    words = (
+        "error: not all processes were started alike: --config.seed=1 (process 0: 0)."
+    )
+    assert f"process 1: {words}" in outputs[1]
+    assert LOST.search(outputs[0])
+    assert not (tmp_path / "run" / "config.json").exists()
