@@ -569,7 +569,13 @@ def _normalized(table: Variant, kind: NormalizationKind) -> Variant:
         if kind == "none":
             then = tuple(s for s in then if not isinstance(s, NORMS))
         elif kind == "batch" and row.name in places:
-            then = tuple(BatchNorm() if isinstance(s, NORMS) else s for s in then)
+            # One in a row, where the first was: the original's layer 2 has two.
+            first = next(i for i, s in enumerate(then) if isinstance(s, NORMS))
+            then = (
+                *then[:first],
+                BatchNorm(),
+                *(s for s in then[first:] if not isinstance(s, NORMS)),
+            )
         elif not places and row.name in ("conv1", "conv2"):
             new = PAPER_LRN if kind == "lrn" else BatchNorm()
             at = 1 + next(i for i, s in enumerate(then) if isinstance(s, Activation))

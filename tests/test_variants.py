@@ -94,6 +94,11 @@ def test_normalization_overrides():
     assert stages("paper", normalization="none") == stages("paper", lrn=False)
     batch = stages("paper", normalization="batch")
     assert count(variants.BatchNorm, batch) == 2 and not count(variants.Lrn, batch)
+    # Layer 2 of the original normalises twice; one batch norm takes their place.
+    relu, pool = variants.RELU, variants.OVERLAPPING
+    rows = variants.customize(variants.get("original"), normalization="batch").layers
+    assert rows[0].then == (variants.BatchNorm(), pool, relu)
+    assert rows[1].then == (relu, variants.BatchNorm(), pool)
     # A table without any gets the paper's, after the activations of conv1 and conv2.
     first = variants.customize(variants.get("owt"), lrn=True).layers[0].then
     assert first == (variants.RELU, variants.PAPER_LRN, variants.OVERLAPPING)
