@@ -62,10 +62,12 @@ class ModeSummary:
 
 def meshes(
     config: Config, network: AlexNet, devices: int
-) -> list[tuple[str, int, int]]:
-    """(mode, data, column): for each mode the mesh of that many devices, if it fits.
+) -> tuple[list[tuple[str, int, int]], list[str]]:
+    """For each mode the mesh of that many devices, if it fits, and why others do not.
 
-    Of the config's own mode it is the config's own mesh.
+    Returns:
+      (mode, data, column) for each that fits, the config's own mesh of its own mode;
+      and a line for each that does not.
     """
     table, batch = network.network, config.data.batch_size
     shapes = {
@@ -74,19 +76,26 @@ def meshes(
         "hybrid": (1, devices),
     }
     shapes[config.parallel.mode] = experiment.mesh_shape(config, table)
-    found = []
+    found, left_out = [], []
     for mode, (data, column) in shapes.items():
-        own = mode == config.parallel.mode
-        whole = data * column == devices and (column > 1 or mode == "data")
-        if not own and (devices == 1 or not whole):
-            continue  # one device is the same in every mode
+        if mode != config.parallel.mode:
+            if devices == 1:
+                continue  # the same in every mode
+            if data * column != devices or (mode == "columns" and column == 1):
+                columns = f"{table.columns} column{'s' if table.columns > 1 else ''}"
+                left_out.append(f"{mode}: {devices} devices, {columns}")
+                continue
         try:
             parallel.check_mode(table, mode, column)
-        except ValueError:
+        except ValueError as error:
+            left_out.append(f"{mode}: {error}")
             continue
-        if batch % parallel.batch_shards(data, column, mode) == 0:
+        shards = parallel.batch_shards(data, column, mode)
+        if batch % shards:
+            left_out.append(f"{mode}: {batch} images do not divide by {shards}")
+        else:
             found.append((mode, data, column))
-    return found
+    return found, left_out
 
 
 def summarize_mode(
@@ -153,7 +162,8 @@ def describe_modes(config: Config, log: Callable[[str], object] = print) -> str:
     """
     network = experiment.make_model(config, config.model.num_classes or None)
     rows = []
-    for mode, data, column in meshes(config, network, jax.device_count()):
+    fitting, left_out = meshes(config, network, jax.device_count())
+    for mode, data, column in fitting:
         log(f"compiling mode {mode} on {data} data x {column} column ...")
         rows.append(summarize_mode(config, network, mode, data, column))
     batch, kind = config.data.batch_size, jax.devices()[0].platform
@@ -161,7 +171,8 @@ def describe_modes(config: Config, log: Callable[[str], object] = print) -> str:
         f"A training step of {batch} images on {jax.device_count()} x {kind}: what a "
         "device sends and needs, from the compiled program"
     )
-    return "\n".join([header, "", *mode_table(rows)])
+    reasons = ["", *(f"not {line}" for line in left_out)] if left_out else []
+    return "\n".join([header, "", *mode_table(rows), *reasons])
 
 
 def mode_table(rows: list[ModeSummary]) -> list[str]:

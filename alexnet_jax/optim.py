@@ -48,7 +48,7 @@ def make_optimizer(
         `bias_lr_mult` (the original: 0.02 to the end).
       layer_factors: for single layers, by name, a schedule of a factor on their rate
         (see `make_layer_factors`). Biases with a rate of their own see only a factor
-        of 0, which freezes the layer.
+        of 0, which freezes the layer at once, whatever its velocity.
 
     Returns:
       A transformation whose state has `hyperparams["learning_rate"]`: the rate of
@@ -72,13 +72,13 @@ def make_optimizer(
                 optax.masked(optax.scale_by_learning_rate(learning_rate), _is_weight),
                 optax.masked(optax.scale(-bias_learning_rate), _is_bias),
             ]
-        rate = optax.chain(
-            *rates, *_factors(layer_factors or {}, bias_learning_rate is None)
-        )
+        factors = layer_factors or {}
+        rate = optax.chain(*rates, *_factors(factors, bias_learning_rate is None))
         velocity = optax.trace(decay=momentum)
         return optax.chain(
             _decayed_weights(weight_decay, by_layer, decay_bias),
             *((rate, velocity) if form == "paper" else (velocity, rate)),
+            *_freezes(factors),
         )
 
     return optax.inject_hyperparams(build)(learning_rate=learning_rate)
@@ -124,25 +124,42 @@ def _is_weight(params: Any) -> Any:
 def _factors(
     by_layer: Mapping[str, optax.Schedule], with_biases: bool
 ) -> list[optax.GradientTransformation]:
-    """The layers' factors; without biases these see only whether there is a 0."""
+    """The layers' factors on their rates."""
 
-    def of(layer: str, bias: bool) -> Callable[[Any], Any]:
+    def of(layer: str) -> Callable[[Any], Any]:
         return lambda params: jax.tree_util.tree_map_with_path(
-            lambda path, _: path[0].key == layer and (path[-1].key == "bias") == bias,
+            lambda path, _: (
+                path[0].key == layer and (with_biases or path[-1].key != "bias")
+            ),
             params,
         )
 
-    def frozen_only(schedule: optax.Schedule) -> optax.Schedule:
-        return lambda count: jnp.where(jnp.asarray(schedule(count)) == 0, 0.0, 1.0)
+    return [
+        optax.masked(optax.scale_by_schedule(factor), of(layer))
+        for layer, factor in by_layer.items()
+    ]
 
-    transforms = []
-    for layer, factor in by_layer.items():
-        for_bias = factor if with_biases else frozen_only(factor)
-        transforms += [
-            optax.masked(optax.scale_by_schedule(factor), of(layer, bias=False)),
-            optax.masked(optax.scale_by_schedule(for_bias), of(layer, bias=True)),
-        ]
-    return transforms
+
+def _freezes(
+    by_layer: Mapping[str, optax.Schedule],
+) -> list[optax.GradientTransformation]:
+    """Where a layer's factor is 0 nothing moves it, not even its old velocity.
+
+    So it was in the original, whose update was skipped at a rate of 0.
+    """
+
+    def moves(factor: optax.Schedule) -> optax.Schedule:
+        return lambda count: jnp.where(jnp.asarray(factor(count)) == 0, 0.0, 1.0)
+
+    def of(layer: str) -> Callable[[Any], Any]:
+        return lambda params: jax.tree_util.tree_map_with_path(
+            lambda path, _: path[0].key == layer, params
+        )
+
+    return [
+        optax.masked(optax.scale_by_schedule(moves(factor)), of(layer))
+        for layer, factor in by_layer.items()
+    ]
 
 
 def make_layer_factors(

@@ -45,7 +45,8 @@ def make_mesh(data: int, column: int = 1) -> Mesh:
     the mesh would have nothing to do, and the others would wait for it.
 
     Raises:
-      ValueError: when there are fewer devices than that, or a process is left out.
+      ValueError: when there are fewer devices than that, some are left over, or the
+        processes have unequal numbers of them.
     """
     # In the order of the processes, so that the devices of a row are neighbours and
     # each process's examples follow one another.
@@ -58,6 +59,12 @@ def make_mesh(data: int, column: int = 1) -> Mesh:
         )
     shape = f"{wanted} devices ({data} data x {column} column)"
     processes = jax.process_count()
+    each = [sum(d.process_index == i for d in devices) for i in range(processes)]
+    if len(set(each)) > 1:
+        raise ValueError(
+            f"The processes have {', '.join(map(str, each))} devices; all of them need "
+            "as many."
+        )
     found = f"{len(devices)} ({devices[0].platform})"
     if processes > 1 and wanted != len(devices):
         raise ValueError(

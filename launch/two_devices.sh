@@ -9,7 +9,7 @@
 # process drives both devices; for a process each see launch/multiprocess.py.
 set -euo pipefail
 
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(cd "$(dirname "$(readlink -f "$0")")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 if ! command -v "$python" >/dev/null; then
     echo "error: no $python; run make quickstart or make test once, or set PYTHON." >&2
@@ -31,12 +31,19 @@ fi
 # --config comes before the fields that it is changed in.
 config=--config=$root/configs/paper.py
 others=()
-for argument; do
-    case $argument in
-    --config=*) config=$argument ;;
-    *) others+=("$argument") ;;
+while [ $# -gt 0 ]; do
+    case $1 in
+    --config) config=--config=${2:-} && shift ;;
+    --config=*) config=$1 ;;
+    *) others+=("$1") ;;
     esac
+    shift
 done
+# configs/NAME.py of the repository, wherever this is called from; NAME.py:ARGUMENT too.
+file=${config#--config=}
+if [ ! -e "${file%%:*}" ] && [ -e "$root/${file%%:*}" ]; then
+    config=--config=$root/$file
+fi
 # The package and configs/ are found from any folder.
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 exec "$python" -m alexnet_jax.main "$config" \

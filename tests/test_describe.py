@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from alexnet_jax import communication, describe, experiment
+from alexnet_jax.parallel import MODES
 from configs import common
 
 FULL_IMAGE_VALUES = {"conv3": 13 * 13 * 128, "fc6": 6 * 6 * 128, "fc7": 2048}
@@ -41,7 +42,18 @@ def test_the_modes_that_fit(devices, batch, variant, expected, monkeypatch):
     if devices in (1, 3):
         config.parallel.data, config.parallel.column = devices, 1
     config.data.batch_size = batch
-    assert describe.meshes(config, network_of(config), devices) == expected
+    found, left_out = describe.meshes(config, network_of(config), devices)
+    assert found == expected
+    named = {line.partition(":")[0] for line in left_out} | {mode for mode, *_ in found}
+    assert named == set(MODES) or devices == 1
+
+
+def test_what_does_not_fit_is_said(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 3)
+    config = config_on("columns", 1, 2)
+    _, left_out = describe.meshes(config, network_of(config), 3)
+    assert left_out[0] == "data: 128 images do not divide by 3"
+    assert "4096 units of fc6 do not divide by 3" in left_out[1]
 
 
 def test_the_paper_in_two_columns_at_full_width():

@@ -308,7 +308,7 @@ def test_the_originals_recipe_reaches_the_step():
     for count in range(2 * 91):
         grads = jax.tree.map(jnp.ones_like, params)
         before = state
-        _, state = step(grads, state, params)
+        updates, state = step(grads, state, params)
         if count in (0, 60, 120, 140, 150, 170):
             # What this step adds to the velocity, over 1 + weight decay.
             old, new = (
@@ -318,6 +318,8 @@ def test_the_originals_recipe_reaches_the_step():
             seen[count] = [
                 float((n - 0.9 * o).squeeze()) for o, n in zip(old, new, strict=True)
             ]
+            moved = [bool(u.any()) for u in jax.tree.leaves(updates["conv1"])]
+            assert moved == [count < 144] * 2  # frozen at epoch 72, bias and all
     # bias and kernel of conv1, of conv2; epochs 0, 30, 60, 70, 75 and 85.
     decayed = 1.0005
     for count, conv1, conv2, conv1_bias in [
@@ -325,8 +327,8 @@ def test_the_originals_recipe_reaches_the_step():
         (60, 0.001, 0.001, 0.02),
         (120, 1e-4, 1e-4, 0.02),
         (140, 1e-5, 1e-4, 0.02),
-        (150, 0.0, 1e-4, 0.0),
-        (170, 0.0, 1e-5, 0.0),
+        (150, 0.0, 1e-4, 0.02),
+        (170, 0.0, 1e-5, 0.02),
     ]:
         want = [-conv1_bias, -conv1 * decayed, -0.02, -conv2 * decayed]
         np.testing.assert_allclose(seen[count], want, rtol=1e-3, atol=2e-7)

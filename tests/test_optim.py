@@ -158,11 +158,10 @@ def test_the_originals_rates_equal_a_numpy_loop():
             lr = 0.02 if leaf == "bias" else 0.01 if step < DROP_AT else 0.001
             if layer == "conv1" and leaf == "kernel" and step >= 3:
                 lr *= 0.1
-            if layer == "conv1" and step >= 6:
-                lr = 0.0
             decay = 5e-4 if leaf == "kernel" else 0.0
             v = 0.9 * v - decay * lr * w - lr * g
-            w += v
+            if layer != "conv1" or step < 6:  # frozen: no velocity moves it either
+                w += v
             path.append(w)
         return path
 
