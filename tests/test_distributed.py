@@ -95,6 +95,25 @@ def launch(config_file, workdir, count, *more):
     )
 
 
+def start_by_hand(config_file, workdir, *flags_of_each):
+    """The processes of a run, without the launcher."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            main_command(
+                *(config_file, workdir, "--cpu_devices=1", *flags),
+                f"--coordinator_address=127.0.0.1:{port}",
+                *(f"--num_processes={len(flags_of_each)}", f"--process_id={index}"),
+            ),
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index, flags in enumerate(flags_of_each)
+    ]
+
+
 def run_together(config_file, workdir, count, *more):
     process = launch(config_file, workdir, count, *more)
     out, _ = process.communicate(timeout=120)
@@ -259,21 +278,7 @@ def test_a_killed_process_ends_the_run_and_the_same_command_resumes(
 @pytest.mark.slow
 def test_a_frozen_process_is_found_by_its_missing_heartbeat(config_file, tmp_path):
     """A machine that is gone closes no connection. No launcher here that could tell."""
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            main_command(
-                *(config_file, tmp_path, *LONG, "--cpu_devices=1"),
-                f"--coordinator_address=127.0.0.1:{port}",
-                *("--num_processes=2", f"--process_id={index}"),
-            ),
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(2)
-    ]
+    processes = start_by_hand(config_file, tmp_path, LONG, LONG)
     try:
         wait_for(processes[0], "checkpoint of step 10")
         processes[1].send_signal(signal.SIGSTOP)
@@ -514,22 +519,10 @@ def test_under_slurm_each_process_takes_its_share(three_gpus, monkeypatch):
 
 
 def test_processes_that_were_started_differently_are_told(config_file, tmp_path):
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            main_command(
-                *(config_file, tmp_path / "run", "--cpu_devices=1"),
-                f"--coordinator_address=127.0.0.1:{port}",
-                *("--num_processes=2", f"--process_id={index}"),
-                f"--config.seed={index}",
-            ),
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(2)
-    ]
+    workdir = tmp_path / "run"
+    processes = start_by_hand(
+        config_file, workdir, ["--config.seed=0"], ["--config.seed=1"]
+    )
     outputs = [process.communicate(timeout=90)[0] for process in processes]
     assert all(process.returncode for process in processes)
     words = (
@@ -537,4 +530,4 @@ def test_processes_that_were_started_differently_are_told(config_file, tmp_path)
     )
     assert f"process 1: {words}" in outputs[1]
     assert LOST.search(outputs[0])
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (workdir / "config.json").exists()
