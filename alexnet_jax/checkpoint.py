@@ -140,7 +140,7 @@ class Checkpointer:
             raise CheckpointError(f"{self.directory} was opened read-only.")
         step = int(step)
         metadata = _json_values(metadata)
-        if self._agreed(self._is_whole, step):
+        if self._agreed(lambda: self._is_whole(step)):
             self._add_error(step, top1_error)
             return
         if self._agreed(lambda: step in self.all_steps()):
@@ -183,7 +183,7 @@ class Checkpointer:
         old = []
         if jax.process_index() == 0:
             kept = self._known_whole_steps()[-self._keep :]
-            best = self._best(self._known_whole_steps(), default=-1)
+            best = self._best(self._known_whole_steps())
             # Broken steps go too, but not those ahead of the newest whole one: the
             # run will pass them again, and until then they may be looked into.
             old = [
@@ -203,11 +203,11 @@ class Checkpointer:
         _wait_for_all("removed")
         self._manager.reload()  # Orbax keeps its own list of steps
 
-    def _agreed(self, number: Callable[..., int], *args: Any) -> int:
+    def _agreed(self, number: Callable[[], int]) -> int:
         """What process 0 finds; a whole number, or a bool as one."""
         if jax.process_count() == 1:
-            return number(*args)
-        own = number(*args) if jax.process_index() == 0 else 0
+            return number()
+        own = number() if jax.process_index() == 0 else 0
         return int(multihost_utils.broadcast_one_to_all(np.int32(own)))
 
     def _is_whole(self, step: int) -> bool:
@@ -240,14 +240,14 @@ class Checkpointer:
 
         None when no whole step has an error.
         """
-        step = self._agreed(lambda: self._best(self._known_whole_steps(), default=-1))
+        step = self._agreed(lambda: self._best(self._known_whole_steps()))
         return None if step < 0 else step
 
     def is_best(self, error: float) -> bool:
         """Whether no whole step has as low a top-1 error."""
 
         def better() -> bool:
-            best = self._best(self._known_whole_steps(), default=-1)
+            best = self._best(self._known_whole_steps())
             known = None if best < 0 else self.top1_error(best)
             return known is None or error < known
 
@@ -443,10 +443,11 @@ class Checkpointer:
             )
         return _read_manifest(self._folder(step))
 
-    def _best(self, steps: Sequence[int], default: int) -> int:
+    def _best(self, steps: Sequence[int]) -> int:
+        """The one with the lowest error; -1 if none of them has an error."""
         errors = {s: _read_manifest(self._folder(s))["top1_error"] for s in steps}
         rated = [(error, -s) for s, error in errors.items() if error is not None]
-        return -min(rated)[1] if rated else default
+        return -min(rated)[1] if rated else -1
 
 
 # The manifest.

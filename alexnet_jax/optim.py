@@ -151,15 +151,7 @@ def _freezes(
     def moves(factor: optax.Schedule) -> optax.Schedule:
         return lambda count: jnp.where(jnp.asarray(factor(count)) == 0, 0.0, 1.0)
 
-    def of(layer: str) -> Callable[[Any], Any]:
-        return lambda params: jax.tree_util.tree_map_with_path(
-            lambda path, _: path[0].key == layer, params
-        )
-
-    return [
-        optax.masked(optax.scale_by_schedule(moves(factor)), of(layer))
-        for layer, factor in by_layer.items()
-    ]
+    return _factors({layer: moves(f) for layer, f in by_layer.items()}, True)
 
 
 def make_layer_factors(

@@ -68,10 +68,8 @@ def main_command(config_file, workdir, *more):
     ]
 
 
-def run_alone(config_file, workdir, devices, *more):
-    """One process on so many devices."""
-    command = main_command(config_file, workdir, f"--cpu_devices={devices}", *more)
-    done = subprocess.run(
+def run(command):
+    return subprocess.run(
         command,
         env=ENVIRONMENT,
         capture_output=True,
@@ -79,6 +77,11 @@ def run_alone(config_file, workdir, devices, *more):
         timeout=120,
         check=False,
     )
+
+
+def run_alone(config_file, workdir, devices, *more):
+    """One process on so many devices."""
+    done = run(main_command(config_file, workdir, f"--cpu_devices={devices}", *more))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -342,14 +345,7 @@ def test_a_process_that_stays_alone_says_so_in_time(
         *("--num_processes=2", f"--process_id={index}", "--connect_seconds=2"),
         "--cpu_devices=1",
     )
-    done = subprocess.run(
-        command,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run(command)
     assert done.returncode == 1
     message = done.stderr.strip().splitlines()[-1]
     assert re.match(rf"error: process {index}: .*{words}", message)
