@@ -1,0 +1,281 @@
+"""How every benchmark measures: candidates side by side in one run, beside ceilings.
+
+Each benchmark is `python -m benchmarks.NAME --out=DIR [--short]` and leaves
+DIR/NAME.{json,md,png}. What is compared is called in turn, so that whatever else the
+machine does falls on all candidates alike, and the machine's own limits are measured
+in the same run. Needs no torch; where it is installed, the ceilings are the better of
+JAX's and torch's.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
+# Sides of the square matrices of `gemm_rate`, and bytes of `copy_bandwidth`'s array:
+# far beyond the caches, and a second or less a call.
+_GEMM_SIDE = {"cpu": 3072, "gpu": 8192}
+_COPY_BYTES = {"cpu": 2**28, "gpu": 2**31}
+
+
+def command_line(doc: str) -> argparse.ArgumentParser:
+    """A parser with the two options of every benchmark.
+
+    To be called before JAX starts: on a GPU JAX would reserve three quarters of the
+    memory, and torch has to fit beside it.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--short", action="store_true", help="few rounds: does it run?")
+    return parser
+
+
+def alternate(
+    candidates: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Calls the candidates in turn and times every call.
+
+    Args:
+      candidates: by name; a call returns only when its work is done (asynchronous
+        devices waited for).
+      rounds: each calls every candidate once, in the opposite order of the round
+        before, so that none always comes after the same other one.
+      warmup: untimed calls of each candidate before the first round.
+
+    Returns:
+      Seconds of each call, by name, in the order of the rounds.
+    """
+    for _ in range(warmup):
+        for call in candidates.values():
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for i in range(rounds):
+        names = list(candidates)
+        for name in names[::-1] if i % 2 else names:
+            start = time.perf_counter()
+            candidates[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(
+    seconds: Mapping[str, Sequence[float]], ours: str, peer: str
+) -> dict[str, float]:
+    """How many times as fast `ours` is as `peer`: of each round, then over rounds.
+
+    Returns:
+      "median", "min" and "max" of the rounds' peer / ours; above 1, ours is faster.
+    """
+    found = [p / o for o, p in zip(seconds[ours], seconds[peer], strict=True)]
+    return {
+        "median": statistics.median(found),
+        "min": min(found),
+        "max": max(found),
+    }
+
+
+def gemm_rate(dtype: str = "float32", *, repeats: int = 5) -> float:
+    """The rate of a large square matrix product, the better of JAX's and torch's.
+
+    Args:
+      dtype: "float32", "bfloat16", or "tensorfloat32", which on a GPU is float32
+        whose products are rounded to 10 bits (a CPU has no such thing).
+      repeats: timed calls; the fastest counts.
+
+    Returns:
+      Floating-point operations a second, 2 for each multiply-add.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    platform_name = jax.default_backend()
+    side = _GEMM_SIDE[platform_name]
+    stored = "float32" if dtype == "tensorfloat32" else dtype
+    precision = {"float32": "highest", "tensorfloat32": "tensorfloat32"}.get(dtype)
+    a = jax.random.normal(jax.random.key(0), (side, side), jnp.dtype(stored))
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision))
+    calls = [lambda: product(a, a).block_until_ready()]
+    if torch := _torch_on(platform_name):
+        torch.backends.cuda.matmul.allow_tf32 = dtype == "tensorfloat32"
+        b = torch.randn(side, side, device=_device(platform_name))
+        b = b.to(getattr(torch, stored))
+        calls.append(lambda: _finished(torch, b @ b))
+    return 2 * side**3 / min(_fastest(call, repeats) for call in calls)
+
+
+def copy_bandwidth(*, repeats: int = 5) -> float:
+    """Bytes a second, read and written, of copying a large array.
+
+    The best of JAX, torch and NumPy; one that writes over an array of its own needs
+    no new memory, which on a CPU counts.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    platform_name = jax.default_backend()
+    count = _COPY_BYTES[platform_name] // 4
+    x = jnp.ones(count, jnp.float32)
+    scale = jax.jit(lambda x: 2.0 * x)
+    calls = [lambda: scale(x).block_until_ready()]
+    if platform_name == "cpu":
+        source, target = np.ones(count, np.float32), np.empty(count, np.float32)
+        calls.append(lambda: np.copyto(target, source))
+    if torch := _torch_on(platform_name):
+        a = torch.ones(count, device=_device(platform_name))
+        b = torch.empty_like(a)
+        calls.append(lambda: _finished(torch, b.copy_(a)))
+    return 2 * 4 * count / min(_fastest(call, repeats) for call in calls)
+
+
+def _fastest(call: Callable[[], Any], repeats: int) -> float:
+    return min(alternate({"": call}, rounds=repeats)[""])
+
+
+def _torch_on(platform_name: str) -> Any:
+    """torch if it is installed and has that kind of device, else None."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch if platform_name == "cpu" or torch.cuda.is_available() else None
+
+
+def _device(platform_name: str) -> str:
+    return "cuda" if platform_name == "gpu" else platform_name
+
+
+def _finished(torch: Any, value: Any) -> Any:
+    if value.is_cuda:
+        torch.cuda.synchronize()
+    return value
+
+
+def machine() -> dict[str, Any]:
+    """What a result has to say about where it was measured, and by which command."""
+    found: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": _command(),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        ),
+    }
+    if (jax := sys.modules.get("jax")) and jax.default_backend() != "cpu":
+        found["gpu"] = jax.devices()[0].device_kind
+    found["versions"] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found["versions"][package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _command() -> str:
+    """The command line, without this machine's paths."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    words, out_is_next = [], False
+    for word in sys.argv[1:]:
+        name, equals, value = word.rpartition("=")
+        if out_is_next or name == "--out":
+            word = f"{name}{equals}DIR"
+        elif os.sep in value:
+            word = f"{name}{equals}PATH"
+        words.append(word)
+        out_is_next = word == "--out"
+    return " ".join(["python -m", spec.name if spec else "benchmarks", *words])
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
+    return names[0].strip() if names else platform.machine()
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells as a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def write_result(
+    out: Path,
+    name: str,
+    record: dict[str, Any],
+    *,
+    table: str,
+    figure: Figure | None = None,
+) -> None:
+    """Writes out/name.json (with `machine`), .md and .png, and prints the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    about = machine()
+    text = json.dumps({"machine": about, **record}, indent=1)
+    (out / f"{name}.json").write_text(text + "\n")
+    versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
+    place = f"{about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB"
+    if "gpu" in about:
+        place = f"{about['gpu']}; {place}"
+    page = (
+        f"# {name} ({about['date']})\n\n    {about['command']}\n\n{place}; {versions}\n"
+        f"\n{table}\n"
+    )
+    (out / f"{name}.md").write_text(page)
+    if figure is not None:
+        figure.savefig(out / f"{name}.png", dpi=110)
+    print(page)
+
+
+def bar_chart(
+    rates: Mapping[str, Sequence[float]],
+    *,
+    title: str,
+    unit: str,
+    ceiling: float | None = None,
+    ceiling_name: str = "ceiling",
+    axes: Axes | None = None,
+) -> Figure:
+    """Horizontal bars, the first candidate on top, with the spread over the rounds.
+
+    Args:
+      rates: samples by name; a bar is their median, its whiskers least and most.
+      title, unit: of the chart and of the rates.
+      ceiling: a dashed line at this rate.
+      ceiling_name: what the line is.
+      axes: to draw into; without, a figure of its own.
+    """
+    if axes is None:
+        size = (8, 1.2 + 0.4 * len(rates))
+        axes = Figure(figsize=size, layout="constrained").subplots()
+    medians = [statistics.median(samples) for samples in rates.values()]
+    below = [m - min(s) for m, s in zip(medians, rates.values(), strict=True)]
+    above = [max(s) - m for m, s in zip(medians, rates.values(), strict=True)]
+    colours = ["C0" if name.startswith("ours") else "0.6" for name in rates]
+    axes.barh(list(rates), medians, xerr=[below, above], color=colours, capsize=3)
+    for i, median in enumerate(medians):
+        axes.text(0, i, f" {median:,.3g}", va="center", color="white")
+    if ceiling is not None:
+        axes.axvline(ceiling, color="C3", linestyle="--", label=ceiling_name)
+        axes.legend(loc="lower right")
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+    axes.set_title(title)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return figure
