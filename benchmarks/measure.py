@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,41 @@ _GEMM_SIDE = {"cpu": 3072, "gpu": 8192}
 _COPY_BYTES = {"cpu": 2**28, "gpu": 2**31}
 
 
-def command_line(doc: str) -> argparse.ArgumentParser:
+@dataclass(frozen=True)
+class Setting:
+    """What a network is measured at.
+
+    Attributes:
+      batch: images in a step.
+      precision: "float32", "tensorfloat32" or "bfloat16", as in `gemm_rate`; with
+        bfloat16 the parameters stay float32.
+      width: factor on the features of every layer but the classifier.
+      steps: so many steps, one after the other, are one timed call; a GPU is waited
+        for at the end of the call only.
+    """
+
+    batch: int = 128
+    precision: str = "float32"
+    width: float = 1.0
+    steps: int = 1
+
+    def __str__(self) -> str:
+        width = f", width {self.width:g}" if self.width != 1 else ""
+        return f"{self.precision}, batch {self.batch:,}{width}"
+
+    def images_per_second(self, seconds: Sequence[float]) -> list[float]:
+        """The rates of timed calls."""
+        return [self.batch * self.steps / s for s in seconds]
+
+
+def command_line(doc: str | None) -> argparse.ArgumentParser:
     """A parser with the two options of every benchmark.
 
     To be called before JAX starts: on a GPU JAX would reserve three quarters of the
     memory, and torch has to fit beside it.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--short", action="store_true", help="few rounds: does it run?")
     return parser
@@ -269,10 +297,10 @@ def bar_chart(
     colours = ["C0" if name.startswith("ours") else "0.6" for name in rates]
     axes.barh(list(rates), medians, xerr=[below, above], color=colours, capsize=3)
     for i, median in enumerate(medians):
-        axes.text(0, i, f" {median:,.3g}", va="center", color="white")
+        axes.text(0, i, f" {median:,.4g}", va="center")
     if ceiling is not None:
         axes.axvline(ceiling, color="C3", linestyle="--", label=ceiling_name)
-        axes.legend(loc="lower right")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1))
     axes.invert_yaxis()
     axes.set_xlabel(unit)
     axes.set_title(title)

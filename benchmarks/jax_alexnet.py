@@ -1,0 +1,136 @@
+"""Ours, as the benchmarks call it: the training step and the classifier of a run."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alexnet_jax import augment, create_model, optim, parallel, steps
+from alexnet_jax.model import AlexNet
+from benchmarks.measure import Setting
+
+CROP = 224
+
+
+class Step(NamedTuple):
+    """A training step and its arguments.
+
+    Attributes:
+      function: jitted (state, batch, statistics) -> (state, metrics), the state given
+        away; to be traced inside `precision`.
+    """
+
+    function: Any
+    state: steps.TrainState
+    batch: dict[str, jax.Array]
+    statistics: augment.PixelStatistics
+
+
+def precision(setting: Setting) -> contextlib.AbstractContextManager[Any]:
+    """How a GPU multiplies float32 numbers in what is traced inside."""
+    levels = {"float32": "highest", "tensorfloat32": "tensorfloat32"}
+    if jax.default_backend() == "cpu" or setting.precision not in levels:
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision(levels[setting.precision])
+
+
+def network(setting: Setting) -> AlexNet:
+    """The paper's network."""
+    wide = "bfloat16" if setting.precision == "bfloat16" else "float32"
+    # The start does not matter here, but the model warns of a narrow "paper" one.
+    init = "paper" if setting.width >= 1 else "he"
+    return create_model("paper", width=setting.width, dtype=jnp.dtype(wide), init=init)
+
+
+def pictures(batch: int, side: int) -> jax.Array:
+    """uint8 [batch, side, side, 3], random."""
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.integers(0, 256, (batch, side, side, 3), dtype=np.uint8))
+
+
+def training_step(
+    setting: Setting, augmentation: augment.Augmentation | None = None
+) -> Step:
+    """The step of `alexnet_jax.train` on one device, with a batch to put through it.
+
+    Args:
+      setting: batch, precision, width.
+      augmentation: of 256 x 256 pictures; None takes 224 x 224 ones as they are, less
+        their mean, which is all that the peer does.
+    """
+    model, mesh = network(setting), parallel.make_mesh(1, 1)
+    side = CROP if augmentation is None else 256
+    augmentation = augmentation or augment.Augmentation(
+        crop_size=CROP, crop=False, flip=False, lighting=0.0
+    )
+    tx = optim.make_optimizer(0.01)
+    labels = np.random.default_rng(1).integers(0, 1000, setting.batch)
+    return Step(
+        steps.make_train_step(model, tx, augmentation, mesh=mesh, mode="data", seed=0),
+        steps.init_state(model, tx, seed=0, crop_size=CROP, mesh=mesh, mode="data"),
+        {
+            "image": pictures(setting.batch, side),
+            "label": jnp.asarray(labels, jnp.int32),
+        },
+        augment.imagenet_statistics(side),
+    )
+
+
+class Trainer:
+    """A call makes `setting.steps` updates and returns the last loss, as the peer's.
+
+    Attributes:
+      memory_bytes: what the step needs at its fullest, as the compiler has planned.
+    """
+
+    def __init__(
+        self, setting: Setting, augmentation: augment.Augmentation | None = None
+    ):
+        step = training_step(setting, augmentation)
+        self._setting = setting
+        self._state, self._arguments = step.state, (step.batch, step.statistics)
+        with precision(setting):
+            self._step = step.function.lower(*step[1:]).compile()
+        plan = self._step.memory_analysis()
+        # Results that take the place of arguments are counted once.
+        self.memory_bytes = (
+            plan.argument_size_in_bytes
+            + plan.output_size_in_bytes
+            + plan.temp_size_in_bytes
+            - plan.alias_size_in_bytes
+        )
+
+    def __call__(self) -> float:
+        metrics: Any = {}
+        for _ in range(self._setting.steps):
+            self._state, metrics = self._step(self._state, *self._arguments)
+        jax.block_until_ready(self._state)
+        return float(metrics["loss"])
+
+
+def classifier(setting: Setting) -> Callable[[], jax.Array]:
+    """Returns a call that classifies the batch `setting.steps` times: the logits."""
+    model = network(setting)
+    images = pictures(setting.batch, CROP)
+    mean = augment.imagenet_statistics(CROP).mean_image
+    example = jnp.zeros((1, CROP, CROP, 3), jnp.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), example)
+
+    @jax.jit
+    def logits_of(variables: Any, pictures: jax.Array, mean: jax.Array) -> Any:
+        images = augment.eval_images(pictures, mean_image=mean, crop_size=CROP)
+        return model.apply(variables, images)
+
+    with precision(setting):
+        compiled = logits_of.lower(variables, images, mean).compile()
+
+    def call() -> jax.Array:
+        logits = images
+        for _ in range(setting.steps):
+            logits = compiled(variables, images, mean)
+        return jax.block_until_ready(logits)
+
+    return call

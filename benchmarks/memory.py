@@ -1,0 +1,98 @@
+"""The peak memory of a training step, ours and the peer's, got the same way.
+
+On a CPU each side runs in a fresh process: the peak of the resident memory during a
+step, after one that compiled it, less what the process had before the network was
+made. On a GPU the peer's is `torch.cuda.max_memory_allocated` of a step. Ours also has
+the compiler's plan, which on a GPU is the number to put beside it.
+"""
+
+import concurrent.futures
+import multiprocessing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Setting
+
+PLAN = "ours, the compiler's plan"
+RESIDENT = "growth of the process's peak resident memory"
+ALLOCATED = "torch.cuda.max_memory_allocated"
+
+
+def of_training(
+    setting: Setting, ours: Any, form: Any, peer: Callable[[], Any] | None
+) -> dict[str, float]:
+    """Bytes at the fullest of a step, by how they were got.
+
+    Args:
+      setting: of the step.
+      ours: the `jax_alexnet.Trainer`.
+      form, peer: the peer's form, for a process of its own, and its call; None
+        without torch.
+    """
+    import jax
+
+    found = {PLAN: float(ours.memory_bytes)}
+    if jax.default_backend() == "cpu":
+        found[f"ours, {RESIDENT}"] = _in_fresh_process(setting, None)
+        if form is not None:
+            found[f"{form.name}, {RESIDENT}"] = _in_fresh_process(setting, form)
+    elif peer is not None:
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        peer()
+        found[f"{form.name}, {ALLOCATED}"] = float(torch.cuda.max_memory_allocated())
+    return {name: size for name, size in found.items() if size}
+
+
+def rows(
+    found: dict[str, float], setting: str
+) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Header and cells of a table."""
+    header = [f"peak memory of a training step, {setting}", "GB"]
+    return header, [[name, f"{size / 1e9:.2f}"] for name, size in found.items()]
+
+
+def _in_fresh_process(setting: Setting, form: Any) -> float:
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_growth, setting, form).result()
+
+
+def _growth(setting: Setting, form: Any) -> float:
+    """Of ours without a form; 0 where the system does not tell."""
+    if form is None:
+        import jax.numpy as jnp
+
+        from benchmarks import jax_alexnet
+
+        jnp.zeros(()).block_until_ready()  # the runtime itself is not counted
+
+        def build() -> Callable[[], float]:
+            return jax_alexnet.Trainer(setting)
+
+    else:
+        from benchmarks import torch_alexnet
+
+        def build() -> Callable[[], float]:
+            return torch_alexnet.trainer(setting, form)
+
+    before = _status("VmRSS")
+    call = build()
+    call()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+    except OSError:
+        return 0.0
+    call()
+    return max(0.0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> float:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    (line,) = (line for line in lines if line.startswith(f"{field}:"))
+    return 1024.0 * int(line.split()[1])

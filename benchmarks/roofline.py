@@ -1,0 +1,83 @@
+"""Operations and bytes of the network's parts: what the machine's limits would allow.
+
+A part takes at least operations / (rate of matrix products) and at least bytes /
+(bandwidth of copying), whichever is more; the sum over the parts is the roofline. The
+bytes are each part's own arrays, read or written once; bias, activation, dropout and
+casts are taken to be free (fused into their neighbours).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from alexnet_jax.model import AlexNet, LayerSummary, summary
+
+# An update reads weight, velocity and gradient and writes weight and velocity.
+_UPDATE_ARRAYS = 5
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations, 2 for each multiply-add, and bytes of one part."""
+
+    name: str
+    flops: float
+    bytes: float
+
+    def seconds(self, flop_rate: float, bandwidth: float) -> float:
+        """What the machine allows at best."""
+        return max(self.flops / flop_rate, self.bytes / bandwidth)
+
+
+def seconds(costs: Sequence[Cost], flop_rate: float, bandwidth: float) -> float:
+    """The roofline of parts that run one after the other."""
+    return sum(cost.seconds(flop_rate, bandwidth) for cost in costs)
+
+
+def flops(costs: Sequence[Cost]) -> float:
+    """Operations of all parts together."""
+    return sum(cost.flops for cost in costs)
+
+
+def inference(model: AlexNet, batch: int) -> list[Cost]:
+    """The parts of classifying `batch` images, named "conv1 forward" and so on."""
+    return [part for parts in _layers(model, batch) for part in parts[:1]]
+
+
+def training(model: AlexNet, batch: int) -> list[Cost]:
+    """The parts of a training step; conv1 needs no gradient of its pictures."""
+    parts = [part for parts in _layers(model, batch) for part in parts]
+    parameters = sum(row.parameters for row in summary(model))
+    return [*parts, Cost("update", 0, _UPDATE_ARRAYS * _FLOAT32 * parameters)]
+
+
+def _layers(model: AlexNet, batch: int) -> list[list[Cost]]:
+    """Of each layer: the forward pass first, then its gradients."""
+    size = model.network.crop_size
+    before = (size, size, 3)
+    found = []
+    for row in summary(model):
+        found.append(_parts(row, before, batch, model.dtype.itemsize))
+        before = row.shape
+    del found[0][1]  # the input gradient of the pictures
+    return found
+
+
+def _parts(
+    row: LayerSummary, before: tuple[int, ...], batch: int, itemsize: int
+) -> list[Cost]:
+    read = batch * math.prod(before) * itemsize
+    written = batch * math.prod(row.shape) * itemsize
+    if not row.multiply_adds:
+        # Normalisation and pooling go back from their input and the gradient of
+        # their output to the gradient of their input.
+        return [
+            Cost(f"{row.name} forward", 0, read + written),
+            Cost(f"{row.name} backward", 0, 2 * read + written),
+        ]
+    work = 2 * batch * row.multiply_adds
+    kernel = _FLOAT32 * row.parameters
+    moved = read + written + kernel
+    names = ("forward", "input gradient", "kernel gradient")
+    return [Cost(f"{row.name} {name}", work, moved) for name in names]

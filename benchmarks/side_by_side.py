@@ -1,0 +1,286 @@
+"""Ours against the peer's best form: what `train_step` and `inference` share.
+
+A quick pass over the peer's forms (`torch_alexnet.Form`) picks its fastest, which then
+takes turns with ours. Without torch only ours is measured.
+"""
+
+import argparse
+import gc
+import importlib.util
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from matplotlib.figure import Figure
+
+from benchmarks import jax_alexnet, measure, memory, roofline
+from benchmarks.measure import Setting
+
+ROUNDS = {"short": 2, "long": 7}
+SELECTION_CALLS = 2
+PRECISIONS = ("bfloat16", "float32", "tensorfloat32")
+# A timed call on a GPU is about so many images, some tens of milliseconds.
+_IMAGES_A_CALL = 4096
+
+Call = Callable[[], Any]
+
+
+def settings(
+    on_gpu: bool,
+    short: bool,
+    batches: Sequence[int] = (),
+    precisions: Sequence[str] = (),
+) -> list[Setting]:
+    """What is measured where nothing, or only a part, is asked for."""
+    batches = batches or ((128, 1024) if on_gpu else (32 if short else 128,))
+    precisions = precisions or (PRECISIONS if on_gpu else ("float32",))
+    found = [
+        Setting(batch, name, steps=max(1, _IMAGES_A_CALL // batch) if on_gpu else 1)
+        for name in precisions
+        for batch in batches
+    ]
+    return found[:1] if short else found
+
+
+def forms(on_gpu: bool, short: bool) -> list[Any]:
+    """The peer's forms; `short` leaves one of eager and one of torch.compile."""
+    from benchmarks.torch_alexnet import LRNS, Form
+
+    if short:
+        return [Form("library", "", True), Form("roots", "default", True)]
+    if on_gpu:
+        # Every form is compiled for every setting, and minutes are few.
+        return [
+            Form("library", "", True),
+            Form("library", "default", True),
+            Form("slices", "default", True),
+            Form("slices", "default", False),
+            Form("slices", "reduce-overhead", True),
+        ]
+    return [
+        Form(lrn, mode, channels_last)
+        for lrn in LRNS
+        for mode in ("", "default")
+        for channels_last in (False, True)
+    ]
+
+
+def select(
+    builders: dict[str, Callable[[], Call]], calls: int = SELECTION_CALLS
+) -> tuple[str, Call | None, dict[str, list[float] | str]]:
+    """Builds the candidates one after the other and keeps the fastest.
+
+    One that fails is left out with its error: not every form runs everywhere.
+
+    Returns:
+      The fastest one's name ("" if there is none) and call, and of each candidate
+      the seconds of its calls or its error.
+    """
+    tried: dict[str, list[float] | str] = {}
+    best_name, best, least = "", None, float("inf")
+    for name, build in builders.items():
+        print(f"trying {name} ...", file=sys.stderr, flush=True)
+        try:
+            call = build()
+            seconds = measure.alternate({name: call}, rounds=calls, warmup=2)[name]
+        except (RuntimeError, ValueError, TypeError, ImportError) as error:
+            tried[name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+            continue
+        tried[name] = seconds
+        if min(seconds) < least:
+            best_name, best, least = name, call, min(seconds)
+        del call
+        gc.collect()  # a network that lost frees its memory before the next is made
+    return best_name, best, tried
+
+
+def compare(
+    ours: Call, peers: dict[str, Callable[[], Call]], setting: Setting, rounds: int
+) -> tuple[dict[str, Any], Call | None]:
+    """Picks the peer's best, then alternates it with ours.
+
+    Returns:
+      The record: every form's selection, the best one's name, seconds and rates of
+      both, and the ratio; and the best peer's call.
+    """
+    name, peer, tried = select(peers)
+    candidates = {"ours": ours} | ({"torch": peer} if peer else {})
+    seconds = measure.alternate(candidates, rounds=rounds)
+    record: dict[str, Any] = {
+        "batch": setting.batch,
+        "precision": setting.precision,
+        "steps_a_call": setting.steps,
+        "selection_seconds": tried,
+        "peer": name,
+        "seconds": seconds,
+        "images_per_second": {
+            who: setting.images_per_second(s) for who, s in seconds.items()
+        },
+    }
+    if peer:
+        record["ratio"] = measure.ratio(seconds, "ours", "torch")
+    return record, peer
+
+
+def add_limits(
+    record: dict[str, Any],
+    costs: Sequence[roofline.Cost],
+    flop_rate: float,
+    bandwidth: float,
+) -> None:
+    """Adds what the machine's limits allow, and each side's share of it."""
+    at_best = roofline.seconds(costs, flop_rate, bandwidth)
+    record |= {
+        "flops": roofline.flops(costs),
+        "gemm_flops_per_second": flop_rate,
+        "copy_bytes_per_second": bandwidth,
+        "gemm_images_per_second": record["batch"] * flop_rate / roofline.flops(costs),
+        "roofline_images_per_second": record["batch"] / at_best,
+    }
+    for limit in ("gemm", "roofline"):
+        record[f"{limit}_share"] = {
+            who: statistics.median(rates) / record[f"{limit}_images_per_second"]
+            for who, rates in record["images_per_second"].items()
+        }
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Every setting's rates and shares, then the forms that the peer was chosen from."""
+    header = ["setting", "", "images/s (least to most)", "GEMM rate", "roofline"]
+    header += ["ours / torch"]
+    rows, notes = [], []
+    for record in records:
+        setting = f"{record['precision']}, batch {record['batch']:,}"
+        for who, rates in record["images_per_second"].items():
+            name = who if who == "ours" else record["peer"]
+            middle, least, most = statistics.median(rates), min(rates), max(rates)
+            shares = [f"{record[f'{limit}_share'][who]:.0%}" for limit in LIMITS]
+            rate = f"{middle:,.1f} ({least:,.1f} to {most:,.1f})"
+            rows.append([setting, name, rate, *shares, ""])
+        if found := record.get("ratio"):
+            spread = f"({found['min']:.2f} to {found['max']:.2f})"
+            rows[-2][-1] = f"**{found['median']:.2f}** {spread}"
+        notes += _notes(record, setting)
+    return "\n\n".join([measure.markdown_table(header, rows), *notes])
+
+
+LIMITS = ("gemm", "roofline")
+
+
+def _notes(record: dict[str, Any], setting: str) -> list[str]:
+    limits = (
+        f"{setting}: GEMM {record['gemm_flops_per_second'] / 1e9:,.0f} GFLOP/s and "
+        f"copying {record['copy_bytes_per_second'] / 1e9:,.1f} GB/s allow "
+        f"{record['gemm_images_per_second']:,.1f} images/s by operations alone, "
+        f"{record['roofline_images_per_second']:,.1f} by the roofline of every layer."
+    )
+    notes = [limits]
+    if tried := record["selection_seconds"]:
+        images = record["batch"] * record["steps_a_call"]
+        rows = [
+            [name, s if isinstance(s, str) else f"{images / min(s):,.1f}"]
+            for name, s in tried.items()
+        ]
+        notes.append(
+            measure.markdown_table([f"candidates, {setting}", "best images/s"], rows)
+        )
+    if found := record.get("memory"):
+        notes.append(measure.markdown_table(*memory.rows(found, setting)))
+    return notes
+
+
+def chart(records: Sequence[dict[str, Any]], title: str) -> Figure:
+    """A panel of bars for each setting, the roofline as a line."""
+    bars = [_bars(record) for record in records]
+    heights = [1.2 + 0.35 * len(rates) for rates in bars]
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+    panels = figure.subplots(
+        len(bars), squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    for record, rates, axes in zip(records, bars, panels[:, 0], strict=True):
+        measure.bar_chart(
+            rates,
+            title=f"{title}, {record['precision']}, batch {record['batch']:,}",
+            unit="images/s",
+            ceiling=record["roofline_images_per_second"],
+            ceiling_name="roofline",
+            axes=axes,
+        )
+    return figure
+
+
+def _bars(record: dict[str, Any]) -> dict[str, list[float]]:
+    images = record["batch"] * record["steps_a_call"]
+    rates = {
+        who if who == "ours" else f"best: {record['peer']}": values
+        for who, values in record["images_per_second"].items()
+    }
+    for name, seconds in record["selection_seconds"].items():
+        if not isinstance(seconds, str) and name != record["peer"]:
+            rates[name] = [images / s for s in seconds]
+    return rates
+
+
+def options(doc: str | None) -> argparse.Namespace:
+    """The command line of `train_step` and `inference`."""
+    parser = measure.command_line(doc)
+    parser.add_argument("--batch", type=int, nargs="+", default=[], help="images")
+    parser.add_argument(
+        "--precision", nargs="+", default=[], choices=PRECISIONS, help="on a GPU: all"
+    )
+    return parser.parse_args()
+
+
+def run(name: str, doc: str | None) -> None:
+    """The benchmark `name`, "train_step" or "inference"."""
+    chosen, training = options(doc), name == "train_step"
+    on_gpu = jax.default_backend() != "cpu"
+    device = "cuda" if on_gpu else "cpu"
+    peers: list[Any] = []
+    if importlib.util.find_spec("torch"):
+        peers = forms(on_gpu, chosen.short)
+    rounds = ROUNDS["short" if chosen.short else "long"]
+    records: list[dict[str, Any]] = []
+    bandwidth = measure.copy_bandwidth()
+    for setting in settings(on_gpu, chosen.short, chosen.batch, chosen.precision):
+        ours = jax_alexnet.Trainer(setting) if training else None
+        builders = {
+            form.name: _builder(training, setting, form, device) for form in peers
+        }
+        record, peer = compare(
+            ours or jax_alexnet.classifier(setting), builders, setting, rounds
+        )
+        model = jax_alexnet.network(setting)
+        costs = (roofline.training if training else roofline.inference)(
+            model, setting.batch
+        )
+        add_limits(record, costs, measure.gemm_rate(setting.precision), bandwidth)
+        if ours:
+            form = next((f for f in peers if f.name == record["peer"]), None)
+            record["memory"] = memory.of_training(setting, ours, form, peer)
+        records.append(record)
+        # After every setting: what is measured stays if the time runs out.
+        _write(chosen.out, name, records)
+
+
+def _builder(
+    training: bool, setting: Setting, form: Any, device: str
+) -> Callable[[], Call]:
+    from benchmarks import torch_alexnet
+
+    make = torch_alexnet.trainer if training else torch_alexnet.classifier
+    return lambda: make(setting, form, device)
+
+
+def _write(out: Path, name: str, records: list[dict[str, Any]]) -> None:
+    title = {"train_step": "Training", "inference": "Classifying"}[name]
+    measure.write_result(
+        out,
+        name,
+        {"settings": records},
+        table=table(records),
+        figure=chart(records, title),
+    )
