@@ -3,12 +3,15 @@
 import io
 import itertools
 import os
+import resource
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import grain
+import jax
 import numpy as np
 import pytest
 import simplejpeg
@@ -25,7 +28,7 @@ from alexnet_jax.data import (
     statistics,
     train_batches,
 )
-from alexnet_jax.data.loader import train_order
+from alexnet_jax.data.loader import TrainOrder
 
 SIZE = 16
 REPOSITORY = Path(__file__).parents[1]
@@ -319,6 +322,20 @@ def test_missing_tfds_dataset_says_where_and_how(tmp_path, monkeypatch):
     assert command in message
 
 
+def test_a_data_set_of_more_files_than_may_be_open(tmp_path, monkeypatch):
+    open_source("textures/tiny", "train", data_dir=str(tmp_path))
+    raised = []
+    monkeypatch.setattr(
+        resource, "setrlimit", lambda kind, limits: raised.append(limits)
+    )
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 4096))
+    open_source("textures/tiny", "train", data_dir=str(tmp_path))
+    assert raised == [(1025, 4096)]  # it has one file
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (32, 64))
+    with pytest.raises(ValueError, match=r"has 1 files.*may open 64.*ulimit"):
+        open_source("textures/tiny", "train", data_dir=str(tmp_path))
+
+
 # Loader.
 
 
@@ -341,8 +358,19 @@ def test_order_is_a_function_of_seed_and_step():
     for epoch in epochs:
         assert sorted(epoch) == list(range(10))
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    other = train_order(10, batch_size=4, seed=8)
+    other = TrainOrder(10, batch_size=4, seed=8)
     assert (np.stack([other[s] for s in range(10)]) != expected).any()
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+@pytest.mark.parametrize("count", [1, 10, 1_281_167])
+def test_order_is_grains(count, seed):
+    order = TrainOrder(count, batch_size=7, seed=seed)
+    whole = grain.MapDataset.range(count).seed(seed).shuffle().repeat().batch(7)
+    last = count // 7  # its batch goes over the end of the epoch
+    for step in (0, 1, last, last + 1):
+        np.testing.assert_array_equal(order[step], whole[step])
+    np.testing.assert_array_equal(order.examples(9, 12), whole[1][2:5])
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -361,6 +389,24 @@ def test_train_batches_are_fresh_and_right():
         np.testing.assert_array_equal(batch["image"][:, 1, 0, 2], batch["label"])
     for a, b in itertools.pairwise(seen):
         assert not np.shares_memory(a["image"], b["image"])
+
+
+def test_memory_of_batches_is_used_again_but_never_while_something_looks_at_it():
+    with train_batches(NumberedSource(50), batch_size=8, seed=0, prefetch=2) as batches:
+        # A view of a view, JAX's arrays (which share the memory on CPU), whole batches.
+        views = [next(batches)["image"][2:][:1] for _ in range(4)]
+        arrays = [jax.device_put(next(batches)["image"]) for _ in range(4)]
+        kept = [next(batches) for _ in range(4)]
+        places = {next(batches)["image"].ctypes.data for _ in range(50)}
+    order = TrainOrder(50, batch_size=8, seed=0)
+    for step, view in enumerate(views):
+        assert (view == order[step][2]).all()
+    for step, array in enumerate(arrays, 4):
+        np.testing.assert_array_equal(array[:, 0, 0, 0], order[step])
+    for step, batch in enumerate(kept, 8):
+        np.testing.assert_array_equal(batch["image"][:, 1, 1, 1], order[step])
+    assert len(places) <= 4  # two read ahead, one handed out, one being taken
+    assert all(place % 64 == 0 for place in places)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 10, 64])

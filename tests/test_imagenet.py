@@ -829,7 +829,7 @@ def test_unshuffled_batches_are_found(monkeypatch):
     def in_order(count, *, batch_size, seed):
         return np.arange(count // batch_size * batch_size).reshape(-1, batch_size)
 
-    monkeypatch.setattr(check, "train_order", in_order)
+    monkeypatch.setattr(check, "TrainOrder", in_order)
     [text] = findings(Labelled(np.sort(np.arange(1000) % 4)))["WRONG"]
     assert "shuffling" in text
 

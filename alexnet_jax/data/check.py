@@ -16,7 +16,7 @@ from alexnet_jax.augment import (
 from alexnet_jax.data import statistics
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, wnids, words
-from alexnet_jax.data.loader import train_order
+from alexnet_jax.data.loader import TrainOrder
 from alexnet_jax.data.sources import Source, check_same_classes, some
 
 BATCH_SIZE, NUM_BATCHES = 128, 100
@@ -186,7 +186,7 @@ def _shuffling(labels: np.ndarray, chance: float) -> Finding:
     size = _batch_size(labels)
     if size < _FEWEST:
         return Finding("note", "shuffling: too few pictures to tell")
-    order = train_order(len(labels), batch_size=size, seed=0)
+    order = TrainOrder(len(labels), batch_size=size, seed=0)
     count = min(NUM_BATCHES, len(labels) // size)
     found = label_entropy(np.stack([labels[order[step]] for step in range(count)]))
     text = (

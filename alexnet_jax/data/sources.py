@@ -24,6 +24,7 @@ HOW_TO_GET_IMAGENET = (
     '(all tasks)", 6.3 GB; put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, '
     "packed as they are, into one folder"
 )
+_OTHER_FILES = 64  # that a process has open besides the data
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
@@ -236,6 +237,7 @@ class TfdsSource:
                 f"missing: {some([os.path.basename(name) for name in missing])}. "
                 "Bring them back, or delete the directory and prepare it again"
             )
+        _allow_open_files(len(files), f"{directory} [{split}]")
         self._parse = example_message().FromString
         self.num_examples = len(self._records)
         self.class_names = classes
@@ -266,6 +268,8 @@ class TfdsSource:
         try:
             features = self._parse(self._records[index]).features.feature
         except RuntimeError as error:  # array_record's
+            if "open() failed" in str(error):
+                raise DataError(f"cannot read {self._name(index)}: {error}") from error
             raise DataError(
                 f"{self._name(index)} is damaged: {error}. Delete the directory and "
                 "prepare the data set again"
@@ -334,6 +338,31 @@ def tfds_data_dir(data_dir: str | None) -> Path:
     """The directory of tfds data sets: `data_dir`, else what tfds itself takes."""
     chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return Path(chosen).expanduser()
+
+
+def _allow_open_files(count: int, what: str) -> None:
+    """Raises the soft limit of open files by `count`, at most to the hard one.
+
+    array_record keeps every file open that was read from; ImageNet's training split
+    has 1,025, and many machines allow 1,024 unless asked.
+
+    Raises:
+      DataError: `count` files can never be open at once.
+    """
+    try:
+        import resource
+    except ImportError:  # not Unix
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
+    if wanted < count + _OTHER_FILES:
+        raise DataError(
+            f"{what} has {count:,} files, which training keeps open all at once, and "
+            f"a process may open {hard:,} here (ulimit -Hn): have that limit raised"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def existing_parent(path: Path) -> Path:

@@ -42,7 +42,7 @@ VERSION = "1.0.0"
 SIZE = 256
 RECORD_FILE = "preparation.json"
 _JPEG_QUALITY = 95
-_PICTURES_A_SHARD = 1250  # about 43 MB, and some ten seconds of work
+PICTURES_A_SHARD = 1250  # about 43 MB, and some ten seconds of work
 # A small set is spread over the cores as well, but no shard may be empty.
 _FEWEST_SHARDS, _FEWEST_PICTURES = 8, 64
 _BYTES_A_PICTURE = 36_000  # 34,400 on average over 1,000 ImageNet pictures
@@ -241,11 +241,17 @@ def _shards(found: dict[str, Originals], unfinished: Path) -> list[Shard]:
     shards = []
     for split, originals in found.items():
         count = min(_FEWEST_SHARDS, len(originals) // _FEWEST_PICTURES)
-        count = max(count, -(-len(originals) // _PICTURES_A_SHARD))
+        count = max(count, -(-len(originals) // PICTURES_A_SHARD))
         for number, part in enumerate(originals.divided(count)):
-            name = f"{NAME}-{split}.array_record-{number:05d}-of-{count:05d}"
-            shards.append(Shard(unfinished / name, split, part))
+            shards.append(
+                Shard(unfinished / shard_name(split, number, count), split, part)
+            )
     return shards
+
+
+def shard_name(split: str, number: int, count: int) -> str:
+    """tfds's name for one of `count` files of a split."""
+    return f"{NAME}-{split}.array_record-{number:05d}-of-{count:05d}"
 
 
 def _write_shards(
@@ -410,7 +416,7 @@ def _finish(
     unreadable = [pair for shard in shards for pair in results[shard]["unreadable"]]
     if unreadable:
         log(f"left out, {_pictures(len(unreadable))}:\n{_reasons(unreadable)}")
-    _write_metadata(unfinished, shards)
+    write_metadata(unfinished, shards)
     train = sources.TfdsSource(unfinished, "train", SIZE)
     with bar("mean image and colour PCA", train.num_examples, "pictures") as progress:
         found = statistics.compute(train, workers=workers, progress=progress)
@@ -429,7 +435,8 @@ def _finish(
     _write_text(unfinished / RECORD_FILE, json.dumps(record, indent=2) + "\n")
 
 
-def _write_metadata(unfinished: Path, shards: list[Shard]) -> None:
+def write_metadata(unfinished: Path, shards: list[Shard]) -> None:
+    """Writes the description by which tfds opens the shards as a data set."""
     import tensorflow_datasets as tfds
     from etils import epath
 
