@@ -4,7 +4,10 @@ BIN := .venv/bin
 # Two processes, a test file at a time: compiling, most of the work, uses one core.
 PARALLEL := --numprocesses=2 --dist=loadfile
 
-.PHONY: quickstart test test-slow test-all lint clean
+# Each is `python -m benchmarks.NAME`; without --short they are what is published.
+BENCHMARKS := train_step inference operators growth start_up
+
+.PHONY: quickstart test test-slow test-all lint bench clean
 
 quickstart: .venv/.installed  ## train a narrowed AlexNet in two columns, no download
 	$(BIN)/python -m alexnet_jax.main --config=configs/quickstart.py \
@@ -25,6 +28,11 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+bench: .venv/.bench  ## every benchmark beside PyTorch, short form, into build/benchmarks
+	for name in $(BENCHMARKS); do \
+		$(BIN)/python -m benchmarks.$$name --short --out=build/benchmarks || exit 1; \
+	done
+
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
 
@@ -39,4 +47,9 @@ clean:
 
 .venv/.dev: .venv/.installed
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+# The peer. On a GPU machine: `pip install torch==2.13.0` by hand, with its CUDA.
+.venv/.bench: .venv/.dev
+	$(BIN)/python -m pip install --quiet "torch==2.13.0"
 	@touch $@

@@ -1,6 +1,7 @@
-"""The classification of a batch, ours against PyTorch's best form, beside the machine's limits.
+"""Classification of a batch, ours against PyTorch's best form and the machine's limits.
 
-    python -m benchmarks.inference --out=DIR [--short] [--batch N ...] [--precision NAME ...]
+    python -m benchmarks.inference --out=DIR [--short] [--batch N ...]
+        [--precision NAME ...]
 
 The "paper" network with response normalisation, from uint8 pictures of 224 x 224 less
 their mean to logits. On a CPU float32 at batch 128; on a GPU bfloat16, float32 and

@@ -8,8 +8,10 @@ JAX's and torch's.
 """
 
 import argparse
+import concurrent.futures
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -189,6 +191,16 @@ def _finished(torch: Any, value: Any) -> Any:
     if value.is_cuda:
         torch.cuda.synchronize()
     return value
+
+
+def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    """A module-level function's result, from a process that has done nothing yet.
+
+    The process imports the function's module, and the one that runs as `__main__`.
+    """
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
 
 
 def machine() -> dict[str, Any]:

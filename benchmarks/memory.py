@@ -6,12 +6,11 @@ made. On a GPU the peer's is `torch.cuda.max_memory_allocated` of a step. Ours a
 the compiler's plan, which on a GPU is the number to put beside it.
 """
 
-import concurrent.futures
-import multiprocessing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import measure
 from benchmarks.measure import Setting
 
 PLAN = "ours, the compiler's plan"
@@ -34,9 +33,11 @@ def of_training(
 
     found = {PLAN: float(ours.memory_bytes)}
     if jax.default_backend() == "cpu":
-        found[f"ours, {RESIDENT}"] = _in_fresh_process(setting, None)
+        found[f"ours, {RESIDENT}"] = measure.in_fresh_process(_growth, setting, None)
         if form is not None:
-            found[f"{form.name}, {RESIDENT}"] = _in_fresh_process(setting, form)
+            found[f"{form.name}, {RESIDENT}"] = measure.in_fresh_process(
+                _growth, setting, form
+            )
     elif peer is not None:
         import torch
 
@@ -52,12 +53,6 @@ def rows(
     """Header and cells of a table."""
     header = [f"peak memory of a training step, {setting}", "GB"]
     return header, [[name, f"{size / 1e9:.2f}"] for name, size in found.items()]
-
-
-def _in_fresh_process(setting: Setting, form: Any) -> float:
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_growth, setting, form).result()
 
 
 def _growth(setting: Setting, form: Any) -> float:

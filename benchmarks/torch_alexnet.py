@@ -52,8 +52,12 @@ class Form:
         """`function`, by torch.compile if the form has it."""
         if not self.compile:
             return function
+        # All forms and settings share a function's code, which torch compiles at most
+        # eight times before it goes on in eager, silently.
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         # Shapes never change here; told so, torch cannot trade speed for generality.
-        return torch.compile(function, mode=self.compile, dynamic=False)
+        return torch.compile(function, mode=self.compile, dynamic=False, fullgraph=True)
 
 
 def local_response_norm(x: torch.Tensor, form: str) -> torch.Tensor:

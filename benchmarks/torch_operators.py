@@ -1,0 +1,170 @@
+"""The operators of `operators` in torch, eager, in both memory formats."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from alexnet_jax.model import AlexNet, summary
+from benchmarks.measure import Setting
+from benchmarks.operators import Layer, convolutions
+from benchmarks.torch_alexnet import (
+    LRNS,
+    local_response_norm,
+    paper_network,
+    use_precision,
+)
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+Builder = Callable[[], Callable[[], Any]]
+
+
+def operators(
+    model: AlexNet, setting: Setting, device: str
+) -> Iterator[tuple[str, str, Builder]]:
+    """(operator, "torch FORMAT", builder of its call), named as in `roofline`."""
+    use_precision(setting.precision)
+    dtype = torch.bfloat16 if setting.precision == "bfloat16" else torch.float32
+    for format_name, form in FORMATS.items():
+        make = _Maker(setting.batch, dtype, device, form)
+        who = f"torch {format_name}"
+        for layer in convolutions(model):
+            yield from ((name, who, build) for name, build in make.conv(layer))
+        before: tuple[int, ...] = ()
+        for row in summary(model):
+            if row.name.startswith("pool"):
+                for name, build in make.through(row.name, before, _pool):
+                    yield name, who, build
+            if row.name.startswith("norm"):
+                for lrn in LRNS:
+                    found = make.through(row.name, before, _lrn(lrn))
+                    yield from ((n, f"{who} LRN {lrn}", build) for n, build in found)
+            if row.name.startswith("fc") and format_name == "contiguous":
+                for name, build in make.dense(row.name, before, row.shape[0]):
+                    yield name, who, build
+            before = row.shape
+    yield "update", "torch fused", lambda: _update(device)
+
+
+class _Maker:
+    """Builders of the calls of one memory format."""
+
+    def __init__(
+        self, batch: int, dtype: torch.dtype, device: str, form: torch.memory_format
+    ):
+        self.batch, self.dtype, self.device, self.form = batch, dtype, device, form
+
+    def random(self, *shape: int) -> torch.Tensor:
+        x = torch.randn(*shape, device=self.device).to(self.dtype)
+        return x.contiguous(memory_format=self.form) if len(shape) == 4 else x
+
+    def images(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """[B, C, H, W] of a shape H, W, C."""
+        height, width, channels = shape
+        return self.random(self.batch, channels, height, width)
+
+    def conv(self, layer: Layer) -> Iterator[tuple[str, Builder]]:
+        (top, bottom), (left, right) = layer.padding
+        # torch pads both sides alike; conv1's right and bottom are a step before.
+        same = (top, left) == (bottom, right)
+        padding, stride = (top if same else 0), layer.stride
+        kh, kw, cin, cout = layer.kernel
+
+        def padded(x: torch.Tensor) -> torch.Tensor:
+            return x if same else F.pad(x, (left, right, top, bottom))
+
+        def convolve(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+            return F.conv2d(padded(x), kernel, None, stride, padding, 1, layer.groups)
+
+        def forward() -> Callable[[], Any]:
+            x, kernel = self.images(layer.shape), self.random(cout, cin, kh, kw)
+            return self.call(lambda: convolve(x, kernel))
+
+        def backward(mask: list[bool]) -> Callable[[], Any]:
+            x, kernel = self.images(layer.shape), self.random(cout, cin, kh, kw)
+            g, x = torch.randn_like(convolve(x, kernel)), padded(x)
+            both = ([stride] * 2, [padding] * 2, [1, 1], False, [0, 0], layer.groups)
+            function = torch.ops.aten.convolution_backward
+            return self.call(lambda: function(g, x, kernel, None, *both, mask))
+
+        yield f"{layer.name} forward", forward
+        if layer.name != "conv1":
+            yield (
+                f"{layer.name} input gradient",
+                lambda: backward([True, False, False]),
+            )
+        yield f"{layer.name} kernel gradient", lambda: backward([False, True, False])
+
+    def through(
+        self, name: str, shape: tuple[int, ...], function: Callable[..., Any]
+    ) -> Iterator[tuple[str, Builder]]:
+        def backward() -> Callable[[], Any]:
+            x = self.images(shape).requires_grad_()
+            y = function(x)
+            g = torch.randn_like(y)
+            return self.call(
+                lambda: torch.autograd.grad(y, x, g, retain_graph=True), grad=True
+            )
+
+        def forward() -> Callable[[], Any]:
+            x = self.images(shape)
+            return self.call(lambda: function(x))
+
+        yield f"{name} forward", forward
+        yield f"{name} backward", backward
+
+    def dense(
+        self, name: str, shape: tuple[int, ...], features: int
+    ) -> Iterator[tuple[str, Builder]]:
+        n = torch.Size(shape).numel()
+
+        def product(a: tuple[int, int], b: tuple[int, int], order: str) -> Builder:
+            def build() -> Callable[[], Any]:
+                left, right = self.random(*a), self.random(*b)
+                left = left.T if order[0] == "T" else left
+                right = right.T if order[1] == "T" else right
+                return self.call(lambda: left @ right)
+
+            return build
+
+        x, kernel, g = (self.batch, n), (features, n), (self.batch, features)
+        yield f"{name} forward", product(x, kernel, "NT")
+        yield f"{name} input gradient", product(g, kernel, "NN")
+        yield f"{name} kernel gradient", product(g, x, "TN")
+
+    def call(self, function: Callable[[], Any], grad: bool = False) -> Callable:
+        """A call that waits for the device."""
+
+        def finished() -> None:
+            with torch.set_grad_enabled(grad):
+                function()
+            if self.device != "cpu":
+                torch.cuda.synchronize()
+
+        return finished
+
+
+def _pool(x: torch.Tensor) -> torch.Tensor:
+    return F.max_pool2d(x, 3, 2)
+
+
+def _lrn(form: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: local_response_norm(x, form)
+
+
+def _update(device: str) -> Callable[[], None]:
+    network = paper_network().to(device)
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True
+    )
+
+    def call() -> None:
+        optimizer.step()
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return call
