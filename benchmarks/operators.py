@@ -392,7 +392,9 @@ def main() -> None:
         seconds = measured(builders, rounds)
         by_form = grouped(model, setting.batch, rounds)
     augmented = augmentation(setting, rounds)
-    costs = roofline.training(model, setting.batch)
+    costs = roofline.training(
+        model, setting.batch, kernel_itemsize=model.dtype.itemsize
+    )
     found = rows(costs, seconds, flop_rate, bandwidth)
     measure.write_result(
         chosen.out,

@@ -42,30 +42,41 @@ def flops(costs: Sequence[Cost]) -> float:
 
 def inference(model: AlexNet, batch: int) -> list[Cost]:
     """The parts of classifying `batch` images, named "conv1 forward" and so on."""
-    return [part for parts in _layers(model, batch) for part in parts[:1]]
+    return [part for parts in _layers(model, batch, _FLOAT32) for part in parts[:1]]
 
 
-def training(model: AlexNet, batch: int) -> list[Cost]:
-    """The parts of a training step; conv1 needs no gradient of its pictures."""
-    parts = [part for parts in _layers(model, batch) for part in parts]
+def training(
+    model: AlexNet, batch: int, *, kernel_itemsize: int = _FLOAT32
+) -> list[Cost]:
+    """The parts of a training step; conv1 needs no gradient of its pictures.
+
+    `kernel_itemsize`: bytes of a weight where a layer reads it, and of its gradient;
+    the network's are float32 whatever it computes in.
+    """
+    layers = _layers(model, batch, kernel_itemsize)
+    parts = [part for parts in layers for part in parts]
     parameters = sum(row.parameters for row in summary(model))
     return [*parts, Cost("update", 0, _UPDATE_ARRAYS * _FLOAT32 * parameters)]
 
 
-def _layers(model: AlexNet, batch: int) -> list[list[Cost]]:
+def _layers(model: AlexNet, batch: int, kernel_itemsize: int) -> list[list[Cost]]:
     """Of each layer: the forward pass first, then its gradients."""
     size = model.network.crop_size
     before = (size, size, 3)
     found = []
     for row in summary(model):
-        found.append(_parts(row, before, batch, model.dtype.itemsize))
+        found.append(_parts(row, before, batch, model.dtype.itemsize, kernel_itemsize))
         before = row.shape
     del found[0][1]  # the input gradient of the pictures
     return found
 
 
 def _parts(
-    row: LayerSummary, before: tuple[int, ...], batch: int, itemsize: int
+    row: LayerSummary,
+    before: tuple[int, ...],
+    batch: int,
+    itemsize: int,
+    kernel_itemsize: int,
 ) -> list[Cost]:
     read = batch * math.prod(before) * itemsize
     written = batch * math.prod(row.shape) * itemsize
@@ -77,7 +88,6 @@ def _parts(
             Cost(f"{row.name} backward", 0, 2 * read + written),
         ]
     work = 2 * batch * row.multiply_adds
-    kernel = _FLOAT32 * row.parameters
-    moved = read + written + kernel
+    moved = read + written + kernel_itemsize * row.parameters
     names = ("forward", "input gradient", "kernel gradient")
     return [Cost(f"{row.name} {name}", work, moved) for name in names]
