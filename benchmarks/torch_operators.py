@@ -100,9 +100,15 @@ class _Maker:
     def through(
         self, name: str, shape: tuple[int, ...], function: Callable[..., Any]
     ) -> Iterator[tuple[str, Builder]]:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            # As in the network; a part of torch's own LRN has no bfloat16 on a CPU.
+            bfloat16 = self.dtype is torch.bfloat16
+            with torch.autocast(self.device, torch.bfloat16, enabled=bfloat16):
+                return function(x)
+
         def backward() -> Callable[[], Any]:
             x = self.images(shape).requires_grad_()
-            y = function(x)
+            y = run(x)
             g = torch.randn_like(y)
             return self.call(
                 lambda: torch.autograd.grad(y, x, g, retain_graph=True), grad=True
@@ -110,7 +116,7 @@ class _Maker:
 
         def forward() -> Callable[[], Any]:
             x = self.images(shape)
-            return self.call(lambda: function(x))
+            return self.call(lambda: run(x))
 
         yield f"{name} forward", forward
         yield f"{name} backward", backward
