@@ -22,8 +22,10 @@ import numpy as np
 from alexnet_jax import distributed, parallel
 from alexnet_jax import experiment as experiment_lib
 from alexnet_jax.checkpoint import Checkpointer, CheckpointError, has_checkpoint
+from alexnet_jax.data import Batches
 from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, wnids
+from alexnet_jax.data.loader import Batch
 from alexnet_jax.evaluate import evaluate
 from alexnet_jax.experiment import Config, ConfigError, Experiment
 from alexnet_jax.model import INITS
@@ -35,6 +37,8 @@ from alexnet_jax.writers import METRICS_FILE, MultiWriter, last_step_with, make_
 # Steps that may be under way on the devices before the host waits for one: enough
 # to keep them busy, few enough to bound memory.
 STEPS_IN_FLIGHT = 2
+# How exactly it is known when they had nothing left to do.
+POLL_SECONDS = 0.005
 # Windows has no SIGUSR1.
 STOP_SIGNALS = [
     getattr(signal, name)
@@ -281,6 +285,22 @@ def stop_signals() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
+def next_batch(batches: Batches, computing: Any) -> Batch:
+    """The next batch, waited for.
+
+    The wait counts (`Batches.wait_seconds`, `data_wait_frac`) only from when the devices
+    have nothing left to do: the host runs ahead of them, and a loader that is a little
+    too slow would otherwise seem to cost all of the time.
+
+    Args:
+      batches: where it comes from.
+      computing: a result, an array, of the last step that was given to the devices.
+    """
+    while not (batches.wait(POLL_SECONDS) or computing.is_ready()):
+        pass
+    return next(batches)
+
+
 class _Asked(NamedTuple):
     """What the processes of a run are to do: stop, for which signal (0: none); save."""
 
@@ -355,7 +375,7 @@ class _Run:
                 last = self.step >= total or asked.stop_signal != 0
                 if not last:
                     # Decoded and sent while the devices compute.
-                    batch = self._put(next(batches))
+                    batch = self._put(next_batch(batches, metrics["loss"]))
                 self._between_steps(batches.wait_seconds, last, asked.save)
                 if last:
                     break

@@ -1,6 +1,7 @@
 """A run as a whole: it learns, stops, goes on exactly, and is read back."""
 
 import gzip
+import itertools
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -17,6 +19,8 @@ import pytest
 
 from alexnet_jax import load, main, train
 from alexnet_jax.checkpoint import CheckpointError
+from alexnet_jax.data import train_batches
+from alexnet_jax.data.sources import FakeSource, FolderSource
 from alexnet_jax.experiment import ConfigError
 from alexnet_jax.writers import read_metrics
 from configs import common
@@ -596,3 +600,37 @@ def test_bfloat16_trains(folder, tmp_path):
     config.max_steps = 3
     state = train.train_and_evaluate(config, tmp_path)
     assert state.params["conv1"]["kernel"].dtype == jnp.float32
+
+
+def test_waiting_for_data_is_told_from_computing(folder, tmp_path, monkeypatch):
+    calls = itertools.count()
+
+    def fetch(source, indices, images, labels):
+        if next(calls) >= 20:
+            time.sleep(0.1)
+        images[...], labels[...] = 100, indices % CLASSES
+
+    monkeypatch.setattr(FolderSource, "fetch", fetch)
+    config = small_config(folder, max_steps=30, eval_every_epochs=0.0)
+    config.data.workers = 1  # a call a batch, and up to four of them ahead
+    train.train_and_evaluate(config, tmp_path)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    waited = {r["step"]: r["data_wait_frac"] for r in rows if "data_wait_frac" in r}
+    assert waited[10] < 0.2 and waited[30] > 0.5
+
+
+@pytest.mark.parametrize(("busy", "least", "most"), [(0.2, 0.1, 0.3), (9.0, 0.0, 0.1)])
+def test_waiting_counts_from_when_the_devices_are_idle(busy, least, most):
+    class Slow(FakeSource):
+        def fetch(self, indices, images, labels):
+            time.sleep(0.4)
+
+    class Computing:  # on a device, until it is ready
+        end = time.monotonic() + busy
+
+        def is_ready(self):
+            return time.monotonic() >= self.end
+
+    with train_batches(Slow(image_size=2), batch_size=1, seed=0, workers=1) as batches:
+        train.next_batch(batches, Computing())
+        assert least <= batches.wait_seconds < most

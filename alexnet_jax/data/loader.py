@@ -118,8 +118,7 @@ class Batches(Iterator[Batch]):
     Attributes:
       step: number of the batch that `next` gives.
       num_batches: batches from step 0 to the end; None for endless training.
-      wait_seconds: total time `next` was blocked; its share of the wall time is
-        the `data_wait_frac` of the logs.
+      wait_seconds: total time `next` was blocked.
     """
 
     def __init__(
@@ -184,6 +183,14 @@ class Batches(Iterator[Batch]):
         self.step += 1
         self.wait_seconds += time.perf_counter() - started
         return batch
+
+    def wait(self, timeout: float) -> bool:
+        """Whether `next` has its batch, after waiting at most `timeout` seconds."""
+        if self._pool is None or self.step == self.num_batches:
+            return True  # it raises at once
+        self._submit(self._prefetch)
+        _, parts = self._pending[0]
+        return not futures.wait(parts, timeout).not_done
 
     def _submit(self, count: int) -> None:
         """Keeps `count` batches in the making, each cut into `workers` parts."""

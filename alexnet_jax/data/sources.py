@@ -251,17 +251,17 @@ class TfdsSource:
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
         """See `Source.labels_of`."""
-        return np.array([self._record(index)[0] for index in indices.tolist()], "i4")
+        return np.array([self.record(index)[0] for index in indices.tolist()], "i4")
 
     def fetch(
         self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
     ) -> None:
         """See `Source.fetch`."""
         for i, index in enumerate(indices.tolist()):
-            labels[i], data = self._record(index)
+            labels[i], data = self.record(index)
             images_lib.decode(data, self.image_size, self._name(index), images[i])
 
-    def _record(self, index: int) -> tuple[int, bytes]:
+    def record(self, index: int) -> tuple[int, bytes]:
         """Label and picture file of an example."""
         # One record a call: for a list of them array_record starts a new pool
         # of up to 64 threads each time.

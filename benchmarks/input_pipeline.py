@@ -1,0 +1,293 @@
+"""The loader, beside the bare JPEG decoder and a PyTorch DataLoader with Pillow.
+
+    python -m benchmarks.input_pipeline --out=DIR [--short] [--workers N]
+        [--pictures=FOLDER] [--memory_records N]
+
+Records of 256 x 256 JPEGs in array_record, as `prepare imagenet` writes them: one file
+of 1,250 under 1,025 names, so that everything depends on ImageNet's number of records
+but the bytes come from the page cache. The decoder alone decodes JPEGs that lie in
+memory into one array; the peer has the same JPEGs in memory and makes the same batches
+of uint8 tensors. Then, in a process of its own, the memory over many batches; and the
+time from the start of a process to its first batch.
+"""
+
+import argparse
+import importlib.metadata
+import io
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from alexnet_jax.data import sources
+from alexnet_jax.data.imagenet import preparation
+from alexnet_jax.data.loader import Batches, TrainOrder
+from benchmarks import measure, pictures
+
+BATCH_SIZE = 128
+SHUFFLED, IN_ORDER = "ours, shuffled", "ours, in order"
+BARE = "decoder alone, 1 thread"
+UNDECODED = "ours, records not decoded, 1 thread"
+TORCH = "torch DataLoader, Pillow"
+PACKAGES = ("simplejpeg", "array_record", "tensorflow-datasets", "grain", "pillow")
+FILES = 1025  # of ImageNet's training split
+
+Examples = Callable[[int, int], np.ndarray]
+
+# What a script of a user's does first.
+_FIRST_BATCH = """
+import sys
+from alexnet_jax.data import open_source, train_batches
+source = open_source("imagenet2012_256", "train", data_dir=sys.argv[1])
+with train_batches(source, batch_size=128, seed=0, workers=int(sys.argv[2])) as batches:
+    next(batches)
+    print("there")
+"""
+
+
+def main() -> None:
+    parser = measure.command_line(__doc__)
+    add = parser.add_argument
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="of each")
+    add("--pictures", type=Path, help=pictures.PICTURES_HELP)
+    add("--memory_records", type=int, help="to read, watching the memory")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        found = pictures.source(options.pictures, scratch)
+        source = pictures.records(found, scratch, files=FILES)
+        record = _measured(source, scratch, options)
+    measure.write_result(
+        options.out,
+        "input_pipeline",
+        record,
+        table=_table(record),
+        figure=_figure(record),
+    )
+
+
+def _measured(
+    source: sources.TfdsSource, data_dir: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    workers, short = options.workers, options.short
+    watched = options.memory_records or (10_000 if short else 100_000)
+    jpegs = [source.record(index)[1] for index in range(preparation.PICTURES_A_SHARD)]
+    candidates = _candidates(source, jpegs, workers, short)
+    seconds = measure.alternate(
+        {name: call for name, (_, call) in candidates.items()}, rounds=2 if short else 5
+    )
+    each = {
+        name: [s / candidates[name][0] for s in found]
+        for name, found in seconds.items()
+    }
+    ratios = {
+        "of the decoder's rate times the cores": _times(
+            measure.ratio(each, SHUFFLED, BARE), 1 / workers
+        ),
+        "of the decoder's rate in as many threads": measure.ratio(
+            each, SHUFFLED, _bare_in_threads(workers)
+        ),
+        "shuffled against in order": measure.ratio(each, SHUFFLED, IN_ORDER),
+    }
+    if TORCH in each:
+        ratios["times torch's DataLoader"] = measure.ratio(each, SHUFFLED, TORCH)
+    return {
+        "workers": workers,
+        "records": source.num_examples,
+        "bytes_a_picture": statistics.mean(len(jpeg) for jpeg in jpegs),
+        "pictures": "given" if options.pictures else "drawn",
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "pictures_a_second": {k: [1 / s for s in v] for k, v in each.items()},
+        "ratios": ratios,
+        "first_batch_seconds": [
+            _first_batch_seconds(data_dir, workers) for _ in range(1 if short else 5)
+        ],
+        "memory": measure.in_fresh_process(_memory, data_dir, watched, workers),
+    }
+
+
+def _times(values: Mapping[str, float], factor: float) -> dict[str, float]:
+    return {name: value * factor for name, value in values.items()}
+
+
+def _bare_in_threads(workers: int) -> str:
+    return f"decoder alone, {workers} threads"
+
+
+def _candidates(
+    source: sources.TfdsSource, jpegs: Sequence[bytes], workers: int, short: bool
+) -> dict[str, tuple[int, Callable[[], object]]]:
+    """By name: how many pictures a call makes, and the call."""
+    count = BATCH_SIZE * (4 if short else 40) * workers
+    part = count // workers // 2
+    order = TrainOrder(source.num_examples, batch_size=BATCH_SIZE, seed=0)
+    found: dict[str, tuple[int, Callable[[], object]]] = {
+        BARE: (part, lambda: _decode(jpegs, part)),
+        _bare_in_threads(workers): (
+            part * workers,
+            lambda: _in_threads(workers, lambda: _decode(jpegs, part)),
+        ),
+        SHUFFLED: (count, lambda: _read(source, order.examples, count, workers)),
+        IN_ORDER: (count, lambda: _read(source, np.arange, count, workers)),
+        UNDECODED: (
+            count,
+            lambda: [len(source.record(i)) for i in order.examples(0, count).tolist()],
+        ),
+    }
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return found
+    loader = _torch_loader(jpegs, count // 2, workers)
+    found[TORCH] = (count // 2, lambda: [None for _ in loader])
+    return found
+
+
+def _decode(jpegs: Sequence[bytes], count: int) -> None:
+    out = np.empty((preparation.SIZE, preparation.SIZE, 3), np.uint8)
+    for i in range(count):
+        simplejpeg.decode_jpeg(jpegs[i % len(jpegs)], buffer=out)
+
+
+def _in_threads(workers: int, work: Callable[[], object]) -> None:
+    threads = [threading.Thread(target=work) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _read(source: sources.Source, examples: Examples, count: int, workers: int) -> None:
+    """`count` pictures in batches, from the start of the threads to their end."""
+    for _ in _batches(source, examples, count, workers):
+        pass
+
+
+def _batches(
+    source: sources.Source, examples: Examples, count: int, workers: int
+) -> Batches:
+    return Batches(
+        source,
+        examples,
+        batch_size=BATCH_SIZE,
+        positions=None,
+        start_step=0,
+        num_examples=count,
+        workers=workers,
+        prefetch=4,
+        with_mask=False,
+    )
+
+
+def _torch_loader(jpegs: Sequence[bytes], count: int, workers: int) -> Any:
+    """The peer's batches; its processes start once and stay."""
+    import torch
+
+    class InMemory(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return count
+
+        def __getitem__(self, index: int) -> tuple[Any, int]:
+            with Image.open(io.BytesIO(jpegs[index % len(jpegs)])) as picture:
+                assert picture.mode == "RGB"  # convert() would copy it once more
+                return torch.from_numpy(np.array(picture)), index
+
+    return torch.utils.data.DataLoader(
+        InMemory(),
+        batch_size=BATCH_SIZE,
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=True,
+        prefetch_factor=4,
+    )
+
+
+def _first_batch_seconds(data_dir: Path, workers: int) -> float:
+    started = time.perf_counter()
+    command = [sys.executable, "-c", _FIRST_BATCH, str(data_dir), str(workers)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        return time.perf_counter() - started
+
+
+def _memory(data_dir: Path, count: int, workers: int) -> dict[str, Any]:
+    """Resident memory while `count` shuffled records are read, a hundred samples."""
+    source = sources.open_source("imagenet2012_256", "train", data_dir=str(data_dir))
+    order = TrainOrder(source.num_examples, batch_size=BATCH_SIZE, seed=0)
+    steps = count // BATCH_SIZE
+    records, mib = [], []
+    started = time.perf_counter()
+    with _batches(source, order.examples, steps * BATCH_SIZE, workers) as batches:
+        for step, _ in enumerate(batches, 1):
+            if step % max(1, steps // 100) == 0:
+                records.append(step * BATCH_SIZE)
+                mib.append(_resident_mib())
+    seconds = time.perf_counter() - started
+    return {"records": records, "mib": mib, "seconds": seconds}
+
+
+def _resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _table(record: dict[str, Any]) -> str:
+    rows = []
+    for name, rates in record["pictures_a_second"].items():
+        spread = f"{min(rates):,.0f} to {max(rates):,.0f}"
+        rows.append([name, f"{statistics.median(rates):,.0f}", spread])
+    found = [measure.markdown_table(["", "pictures/s", "spread"], rows)]
+    rows = [
+        [name, f"{r['median']:.2f}", f"{r['min']:.2f} to {r['max']:.2f}"]
+        for name, r in record["ratios"].items()
+    ]
+    found.append(measure.markdown_table(["ours, shuffled", "ratio", "spread"], rows))
+    memory, first = record["memory"], record["first_batch_seconds"]
+    late = memory["mib"][len(memory["mib"]) // 10 :]
+    found.append(
+        f"{record['workers']} workers each; {record['records']:,} records of "
+        f"{record['bytes_a_picture']:,.0f} bytes ({record['pictures']} pictures), from "
+        f"the page cache. First batch {statistics.median(first):.2f} s after the start "
+        f"of the process ({min(first):.2f} to {max(first):.2f}). Memory while "
+        f"{memory['records'][-1]:,} records are read, after the first tenth of them: "
+        f"{min(late):,.0f} to {max(late):,.0f} MiB."
+    )
+    return "\n\n".join(found)
+
+
+def _figure(record: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    above, below = figure.subplots(2, height_ratios=(3, 2))
+    rates = {k: v for k, v in record["pictures_a_second"].items() if k != UNDECODED}
+    workers = record["workers"]
+    measure.bar_chart(
+        rates,
+        title=f"Decoding 256 x 256 JPEG records, {workers} workers",
+        unit="pictures a second",
+        ceiling=statistics.median(rates[BARE]) * workers,
+        ceiling_name=f"{workers} times the decoder alone",
+        axes=above,
+    )
+    memory = record["memory"]
+    below.plot(memory["records"], memory["mib"])
+    below.set_ylim(bottom=0)
+    below.set_title("Memory of the process that reads")
+    below.set_xlabel("records read")
+    below.set_ylabel("MiB")
+    below.xaxis.set_major_formatter("{x:,.0f}")
+    return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Pictures for the benchmarks of the input side: ImageNet's where they are, else drawn.
+
+A source is what `prepare imagenet` takes. Records are made of it by the same code as
+ImageNet's, and may stand under as many names as ImageNet has files: then everything
+that depends on the number of records (opening, shuffling, memory) is as with
+ImageNet, but the bytes come from the page cache.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from alexnet_jax.data import sources
+from alexnet_jax.data.imagenet import originals, preparation, wnids
+from alexnet_jax.data.textures import CLASS_NAMES, draw
+
+PICTURES_HELP = (
+    "folder that `prepare imagenet` takes (archives or class folders); without it the "
+    "embedded textures are drawn, enlarged to ImageNet's usual 500 x 375"
+)
+_DRAWN = 400
+
+
+def source(folder: Path | None, scratch: Path) -> Path:
+    """`folder`, or a folder in `scratch` with drawn pictures in class folders."""
+    if folder is not None:
+        return folder
+    made = scratch / "drawn"
+    for split, name in (("train", "train"), ("validation", "val")):
+        for i in range(_DRAWN if split == "train" else 10):
+            label = i % len(CLASS_NAMES)
+            picture = Image.fromarray(draw(label, np.random.default_rng(i)))
+            enlarged = picture.resize((500, 500), Image.Resampling.BICUBIC)
+            pixels = np.asarray(enlarged.crop((0, 0, 500, 375)))
+            wnid = wnids()[label]
+            path = made / name / wnid / f"{wnid}_{i}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(simplejpeg.encode_jpeg(pixels, quality=90))
+    return made
+
+
+def records(pictures: Path, data_dir: Path, *, files: int = 1) -> sources.TfdsSource:
+    """A tfds data set of 256 x 256 JPEG records: one file, under `files` names.
+
+    The file holds 1,250 pictures, as ImageNet's do; fewer pictures come again.
+    1,025 names make 1,281,250 records.
+    """
+    found = originals.find(pictures)["train"]
+    part = found.take(np.resize(np.arange(len(found)), preparation.PICTURES_A_SHARD))
+    directory = data_dir / preparation.NAME / preparation.VERSION
+    (directory / "parts").mkdir(parents=True)
+    shards = []
+    for split, count in (("train", files), ("validation", 1)):
+        for i in range(count):
+            name = preparation.shard_name(split, i, count)
+            shards.append(preparation.Shard(directory / name, split, part))
+    preparation.write_shard(shards[0])
+    for shard in shards[1:]:
+        os.link(shards[0].path, shard.path)
+        os.link(shards[0].result_path, shard.result_path)
+    preparation.write_metadata(directory, shards)
+    return sources.TfdsSource(directory, "train", preparation.SIZE)
