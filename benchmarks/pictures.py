@@ -63,3 +63,26 @@ def records(pictures: Path, data_dir: Path, *, files: int = 1) -> sources.TfdsSo
         os.link(shards[0].result_path, shard.result_path)
     preparation.write_metadata(directory, shards)
     return sources.TfdsSource(directory, "train", preparation.SIZE)
+
+
+def repeated(folder: Path, scratch: Path, *, train: int, validation: int) -> Path:
+    """Class folders of so many pictures: those of `folder`, under several names."""
+    made = scratch / "repeated"
+    counts = {"train": (train, "train"), "validation": (validation, "val")}
+    for split, found in originals.find(folder).items():
+        count, name = counts[split]
+        first: list[Path] = []
+        for i in range(count):
+            if i < len(found):
+                _, label, data = found.read(i)
+                wnid = wnids()[label]
+            else:
+                wnid = first[i % len(found)].parent.name
+            path = made / name / wnid / f"{wnid}_{i}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if i < len(found):
+                path.write_bytes(data)
+                first.append(path)
+            else:
+                os.link(first[i % len(found)], path)
+    return made

@@ -533,6 +533,13 @@ def test_statistics_of_a_subset_are_spread(folder):
     np.testing.assert_allclose(result.mean_image, expected, rtol=1e-6)
 
 
+def test_statistics_are_exact():
+    images = np.random.default_rng(0).integers(0, 256, (3, 41, 40, 3), np.uint8)
+    images[0] = 255  # the largest sums
+    pixels = images.reshape(-1, 3).astype(np.int64)
+    np.testing.assert_array_equal(statistics._products(images), pixels.T @ pixels)
+
+
 def test_statistics_of_grey_pictures():
     class Grey(NumberedSource):
         def fetch(self, indices, images, labels):

@@ -347,8 +347,8 @@ def write_shard(shard: Shard) -> None:
     temporary = shard.path.with_name(f".{shard.path.name}.tmp")
     records, unreadable = 0, []
     try:
-        # One record a block: training reads them in random order.
-        writer = module.ArrayRecordWriter(str(temporary), "group_size:1")
+        # One record a block: training reads them in random order. JPEGs do not shrink.
+        writer = module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         for index in range(len(shard.originals)):
             if _stopping is not None and _stopping.is_set():
                 return
@@ -377,14 +377,18 @@ def write_shard(shard: Shard) -> None:
     _write_text(shard.result_path, json.dumps(result))
 
 
-def _record(name: str, label: int, picture: np.ndarray) -> bytes:
-    """One picture as a tfds record."""
-    jpeg = simplejpeg.encode_jpeg(
+def encode(picture: np.ndarray) -> bytes:
+    """uint8 [S, S, 3] as the JPEG that is stored."""
+    return simplejpeg.encode_jpeg(
         picture, quality=_JPEG_QUALITY, colorsubsampling="420"
     )
+
+
+def _record(name: str, label: int, picture: np.ndarray) -> bytes:
+    """One picture as a tfds record."""
     example = sources.example_message()()
     feature = example.features.feature
-    feature["image"].bytes_list.value.append(jpeg)
+    feature["image"].bytes_list.value.append(encode(picture))
     feature["label"].int64_list.value.append(label)
     feature["file_name"].bytes_list.value.append(name.encode())
     # The same bytes for the same picture: a map has no order of its own.

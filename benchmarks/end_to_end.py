@@ -1,0 +1,236 @@
+"""Training with real pictures, beside the step alone and the loader alone.
+
+    python -m benchmarks.end_to_end --out=DIR [--short] [--pictures=FOLDER]
+        [--width W ...] [--batch N] [--workers N]
+
+The network of `configs/paper.py`, at several widths; records of 256 x 256 JPEGs as in
+`input_pipeline`, and the loop of `alexnet_jax.train`: decode ahead, put on the device,
+step. No more than the slower of step and loader can be had. On a CPU both compute on
+the same cores, and without waste the times of an image add up: 1/(1/step + 1/loader).
+The step alone is given the same batch again and again.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from matplotlib.figure import Figure
+
+from alexnet_jax import experiment as experiment_lib
+from alexnet_jax import train
+from alexnet_jax.data import sources
+from alexnet_jax.data import statistics as statistics_lib
+from alexnet_jax.data.loader import Batches, TrainOrder
+from alexnet_jax.experiment import Experiment
+from benchmarks import input_pipeline, measure, pictures
+from configs import paper
+
+STEP, LOADER, TOGETHER = "step alone", "loader alone", "ours, end to end"
+SECONDS_A_CALL = 2.5
+
+
+def main() -> None:
+    parser = measure.command_line(__doc__)
+    on_gpu = jax.default_backend() == "gpu"
+    add = parser.add_argument
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    add("--pictures", type=Path, help=pictures.PICTURES_HELP)
+    widths = [1.0] if on_gpu else [1.0, 0.125, 0.03125]
+    add("--width", type=float, nargs="+", default=widths, help="of the network")
+    add("--batch", type=int, default=512 if on_gpu else 64)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        found = pictures.source(options.pictures, scratch)
+        source = pictures.records(found, scratch, files=input_pipeline.FILES)
+        few = statistics_lib.compute(source, max_examples=500, workers=options.workers)
+        runs = []
+        for width in options.width[-1:] if options.short else options.width:
+            config = _config(scratch, width, options, on_gpu)
+            experiment = experiment_lib.build(config, statistics=few)
+            runs.append({"width": width, **_measured(experiment, options.short)})
+    record = {
+        "batch": options.batch,
+        "workers": options.workers,
+        "same_cores": not on_gpu,
+        "dtype": "bfloat16" if on_gpu else "float32",
+        "runs": runs,
+    }
+    measure.write_result(
+        options.out,
+        "end_to_end",
+        record,
+        table=_table(record),
+        figure=_figure(record),
+    )
+
+
+def _config(
+    data_dir: Path, width: float, options: argparse.Namespace, on_gpu: bool
+) -> Any:
+    config = paper.get_config()
+    config.data.source, config.data.dir = "imagenet2012_256", str(data_dir)
+    config.data.eval_split = ""
+    config.data.batch_size, config.data.workers = options.batch, options.workers
+    config.model.width, config.model.init = width, "he"
+    config.model.dtype = "bfloat16" if on_gpu else "float32"
+    config.parallel.data = 1
+    return config
+
+
+class _Training:
+    """A network and its state, to be called for a number of steps."""
+
+    def __init__(self, experiment: Experiment):
+        self.experiment = experiment
+        self.size = experiment.config.data.batch_size
+        self.statistics = experiment.pixel_statistics()
+        self.state = experiment.init_state()
+        with self.batches(1) as batches:
+            self.batch = experiment.put(next(batches))
+        args = (self.state, self.batch, self.statistics)
+        self.step = experiment.train_step().lower(*args).compile()
+        self.waited = self.seconds = 0.0
+
+    def batches(self, count: int) -> Batches:
+        """`count` shuffled batches, from the start of the threads to their end."""
+        source: sources.Source = self.experiment.train_source
+        order = TrainOrder(source.num_examples, batch_size=self.size, seed=0)
+        return Batches(
+            source,
+            order.examples,
+            batch_size=self.size,
+            positions=None,
+            start_step=0,
+            num_examples=count * self.size,
+            workers=self.experiment.config.data.workers,
+            prefetch=4,
+            with_mask=False,
+        )
+
+    def alone(self, count: int) -> None:
+        """Steps with one batch that lies on the device."""
+        pending: deque[Any] = deque()
+        for _ in range(count):
+            self._submit(pending, self.batch)
+        jax.block_until_ready(list(pending))
+
+    def load(self, count: int) -> None:
+        """Batches to the device, nothing computed."""
+        with self.batches(count) as batches:
+            for batch in batches:
+                jax.block_until_ready(self.experiment.put(batch))
+
+    def together(self, count: int) -> None:
+        """What `train.train_and_evaluate` does between two records."""
+        started = time.perf_counter()
+        pending: deque[Any] = deque()
+        with self.batches(count) as batches:
+            batch = self.experiment.put(next(batches))
+            for _ in range(count - 1):
+                loss = self._submit(pending, batch)
+                batch = self.experiment.put(train.next_batch(batches, loss))
+            self._submit(pending, batch)
+            jax.block_until_ready(list(pending))
+            self.waited += batches.wait_seconds
+        self.seconds += time.perf_counter() - started
+
+    def _submit(self, pending: deque[Any], batch: Any) -> jax.Array:
+        self.state, metrics = self.step(self.state, batch, self.statistics)
+        pending.append(metrics["loss"])
+        if len(pending) > train.STEPS_IN_FLIGHT:
+            pending.popleft().block_until_ready()
+        return metrics["loss"]
+
+
+def _measured(experiment: Experiment, short: bool) -> dict[str, Any]:
+    training = _Training(experiment)
+    work: dict[str, Callable[[int], None]] = {
+        STEP: training.alone,
+        LOADER: training.load,
+        TOGETHER: training.together,
+    }
+    training.alone(1)
+    counts = {
+        name: _count(call, 0.3 if short else SECONDS_A_CALL)
+        for name, call in work.items()
+    }
+    training.waited = training.seconds = 0.0
+    seconds = measure.alternate(
+        {name: lambda n=name: work[n](counts[n]) for name in work},
+        rounds=2 if short else 5,
+        warmup=0,
+    )
+    rates = {
+        name: [counts[name] * training.size / s for s in seconds[name]] for name in work
+    }
+    rounds = list(zip(*(rates[name] for name in work), strict=True))
+    return {
+        "images_a_second": rates,
+        "steps_a_call": counts,
+        "of_the_slower": [e / min(s, load) for s, load, e in rounds],
+        "of_both_on_the_same_cores": [e * (1 / s + 1 / load) for s, load, e in rounds],
+        "data_wait_frac": training.waited / training.seconds,
+    }
+
+
+def _count(call: Callable[[int], None], seconds: float) -> int:
+    """About so many steps take `seconds`, from two that are timed."""
+    started = time.perf_counter()
+    call(2)
+    return max(2, round(2 * seconds / (time.perf_counter() - started)))
+
+
+def _table(record: dict[str, Any]) -> str:
+    header = ["width", STEP, LOADER, TOGETHER, "of the slower", "waiting for data"]
+    if record["same_cores"]:
+        header.insert(5, "of 1/(1/step + 1/loader)")
+    rows = []
+    for run in record["runs"]:
+        row = [f"{run['width']:g}"]
+        row += [f"{statistics.median(v):,.1f}" for v in run["images_a_second"].values()]
+        row.append(_spread(run["of_the_slower"]))
+        if record["same_cores"]:
+            row.append(_spread(run["of_both_on_the_same_cores"]))
+        rows.append([*row, f"{run['data_wait_frac']:.1%}"])
+    table = measure.markdown_table(header, rows)
+    return (
+        f"{table}\n\nImages a second, batch {record['batch']}, {record['dtype']}, "
+        f"{record['workers']} decoding threads; ratios are medians over the rounds "
+        "(least to most)."
+    )
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def _figure(record: dict[str, Any]) -> Figure:
+    runs = record["runs"]
+    figure = Figure(figsize=(8, 1.5 + 1.6 * len(runs)), layout="constrained")
+    grid = figure.subplots(len(runs), squeeze=False)
+    for axes, run in zip(grid[:, 0], runs, strict=True):
+        rates = run["images_a_second"]
+        step, loader = (statistics.median(rates[name]) for name in (STEP, LOADER))
+        same = record["same_cores"]
+        limit = 1 / (1 / step + 1 / loader) if same else min(step, loader)
+        measure.bar_chart(
+            rates,
+            title=f"Width {run['width']:g}",
+            unit="images a second",
+            ceiling=limit,
+            ceiling_name="both on the same cores" if same else "the slower of the two",
+            axes=axes,
+        )
+    return figure
+
+
+if __name__ == "__main__":
+    main()
