@@ -5,6 +5,7 @@ whole network; `model.local(mesh, mode)` is the clone that runs on one device of
 mesh, with its share of features and examples and the exchanges between devices.
 """
 
+import functools
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -179,7 +180,7 @@ class AlexNet(nn.Module):
             groups=groups,
             fast=self.fast,
         )
-        return x + bias
+        return ops.add_bias(x, bias, fast=self.fast)
 
     def _dense(self, row: Dense, x: jax.Array, last: bool) -> jax.Array:
         if last:
@@ -279,7 +280,9 @@ class AlexNet(nn.Module):
                     name=variants.stage_name("norm", layer),
                 )(x)
             case Pool():
-                pool = ops.max_pool if stage.kind == "max" else ops.avg_pool
+                pool = ops.avg_pool
+                if stage.kind == "max":
+                    pool = functools.partial(ops.max_pool, fast=self.fast)
                 return pool(
                     x, window=stage.window, stride=stage.stride, ceil=stage.ceil
                 )
@@ -323,7 +326,8 @@ class AlexNet(nn.Module):
         apart = len(own) * self.parts
         others = jnp.arange(self.fc_shards) - lax.axis_index(parallel.COLUMN)
         row = (own + apart * others[:, None]).reshape(-1)
-        return _Place(self.fc_shards, (parallel.DATA,), row)
+        axes = tuple(axis for axis in self.batch_axes if axis != parallel.COLUMN)
+        return _Place(self.fc_shards, axes, row)
 
 
 @dataclass(frozen=True)

@@ -133,9 +133,12 @@ def _not_in_hybrid(network: Variant, columns: int) -> str:
 
 
 def batch_axes(mesh: Mesh, mode: str) -> tuple[str, ...]:
-    """The mesh axes that the batch is split over, where images enter the network."""
-    split = mode == "hybrid" and mesh.shape[COLUMN] > 1
-    return (DATA, COLUMN) if split else (DATA,)
+    """The mesh axes that the batch is split over, where images enter the network.
+
+    Axes of one device are not among them: XLA would copy all gradients in a sum of one.
+    """
+    axes = (DATA, COLUMN) if mode == "hybrid" else (DATA,)
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
 
 
 def batch_shards(data: int, column: int, mode: str) -> int:
@@ -283,9 +286,10 @@ def on_devices(
       in_specs, out_specs: PartitionSpecs, a tree for each argument and for the result.
       transform: "shard_map", with its type check on, always: a missing reduction is
         an error. "pmap" for whatever is written for it; where nothing but the batch
-        is split (mode "data") it gives the same numbers.
+        is split (mode "data") it gives the same numbers. Over one row there is
+        nothing to map.
     """
-    if transform == "pmap":
+    if transform == "pmap" and mesh.shape[DATA] > 1:
         return _pmap(step, mesh, in_specs)
     return jax.shard_map(
         step, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True

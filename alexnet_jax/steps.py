@@ -17,7 +17,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from alexnet_jax import augment, metrics, parallel
+from alexnet_jax import augment, metrics, ops, parallel
 from alexnet_jax.model import AlexNet, feature_names
 from alexnet_jax.variants import Activation
 
@@ -168,7 +168,7 @@ def make_train_step(
         (specs, P()),
         transform,
     )
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=ops.compiler_options())
 
 
 def _device_train_step(
@@ -375,7 +375,8 @@ def make_summary_step(
     )
     device_step = functools.partial(_device_summary_step, through, units)
     in_specs = (specs, P(through.batch_axes), P())
-    return jax.jit(parallel.on_devices(device_step, mesh, in_specs, P(), transform))
+    step = parallel.on_devices(device_step, mesh, in_specs, P(), transform)
+    return jax.jit(step, compiler_options=ops.compiler_options())
 
 
 def _device_summary_step(
@@ -399,7 +400,9 @@ def _device_summary_step(
         # Alive in any part, for any device's examples; a unit is split as its bias is.
         spec = param_specs[layer]["bias"]
         elsewhere = parallel.replicated_axes(spec, axes)
-        alive = lax.pmax(parts.any(0).astype(jnp.int32), elsewhere)
+        alive = parts.any(0).astype(jnp.int32)
+        if elsewhere:
+            alive = lax.pmax(alive, elsewhere)
         dead = parallel.sum_shards(jnp.sum(1 - alive), spec)
         scalars[f"dead_relu/{layer}"] = dead / units[layer]
     return scalars
@@ -442,7 +445,8 @@ def make_eval_step(
         model, optax.identity(), crop_size=crop_size, mesh=mesh, mode=mode
     )
     in_specs = (specs.params, specs.batch_stats, P(local.batch_axes), P())
-    return jax.jit(parallel.on_devices(device_step, mesh, in_specs, P(), transform))
+    step = parallel.on_devices(device_step, mesh, in_specs, P(), transform)
+    return jax.jit(step, compiler_options=ops.compiler_options())
 
 
 def _wide(dtype: Any) -> Any:

@@ -6,7 +6,10 @@ backend where there is one; `fast=False` is always the plain form, which support
 forward mode and second derivatives too.
 """
 
+import functools
+import logging
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,9 @@ import jax.numpy as jnp
 from alexnet_jax.ops import cpu, reference
 
 __all__ = [
+    "add_bias",
     "avg_pool",
+    "compiler_options",
     "grouped_conv",
     "local_response_norm",
     "max_pool",
@@ -23,8 +28,59 @@ __all__ = [
 
 
 def _implementation(fast: bool):
-    """The module whose `conv` and `local_response_norm` are used: chosen only here."""
+    """The module whose operators are used: chosen only here."""
     return cpu if fast and jax.default_backend() == "cpu" else reference
+
+
+def compiler_options() -> dict[str, Any]:
+    """What XLA should be told, for the fast operators to be fast.
+
+    Returns:
+      For `jax.jit(model.apply, compiler_options=...)`. On a CPU how convolutions are
+      computed (a third faster with jaxlib 0.10); {} on other backends, and with a
+      jaxlib that does not know the options. The training and evaluation steps have
+      them already.
+    """
+    return dict(_known_options(jax.default_backend()))
+
+
+@functools.cache
+def _known_options(backend: str) -> dict[str, Any]:
+    options = cpu.COMPILER_OPTIONS if backend == "cpu" else {}
+    try:
+        jax.jit(lambda: jnp.zeros(()), compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        logging.getLogger(__name__).warning(
+            "XLA does not know %s (%s): convolutions may be slower",
+            ", ".join(options),
+            error,
+        )
+        return {}
+    return options
+
+
+def add_bias(x: jax.Array, bias: jax.Array, *, fast: bool = True) -> jax.Array:
+    """Adds a bias to every position: [..., C] + [C].
+
+    Args:
+      x: floating-point [..., C].
+      bias: [C]; used in x's dtype.
+      fast: False for the plain form (forward mode, second derivatives).
+
+    Returns:
+      An array of x's shape and dtype.
+
+    Raises:
+      ValueError: for a bias of another shape.
+      TypeError: for an integer x.
+    """
+    _check_floating("add_bias", x)
+    if bias.shape != x.shape[-1:]:
+        raise ValueError(
+            f"add_bias: bias has shape {bias.shape}, expected {x.shape[-1:]}: one "
+            f"number a channel of x{x.shape}"
+        )
+    return _implementation(fast).add_bias(x, bias.astype(x.dtype))
 
 
 def local_response_norm(
@@ -189,11 +245,12 @@ def max_pool(
     window: int | Sequence[int] = 3,
     stride: int | Sequence[int] = 2,
     ceil: bool = False,
+    fast: bool = True,
 ) -> jax.Array:
     """Max pooling; the default windows overlap (Krizhevsky et al. 2012, section 3.4).
 
-    Plain autodiff, deterministic, no select-and-scatter. Of tied values the first in
-    row-major order takes the whole gradient, as in lax and torch; NaN propagates.
+    Deterministic, no select-and-scatter. Of tied values the first in row-major order
+    takes the whole gradient, as in lax and torch; NaN propagates.
 
     Args:
       x: [B, H, W, C] of any real dtype.
@@ -202,6 +259,7 @@ def max_pool(
       ceil: False keeps the windows that lie wholly inside. True adds, right and
         bottom, the last window that hangs over the edge and sees only what is inside
         (cuda-convnet's CIFAR-10 nets).
+      fast: False for the plain form (forward mode, second derivatives).
 
     Returns:
       [B, H', W', C] in x's dtype, H' = (H - window) / stride + 1 rounded down (up).
@@ -211,7 +269,8 @@ def max_pool(
         without `ceil` a window larger than the picture.
     """
     sizes, steps = _check_pool("max_pool", x, window, stride, ceil)
-    return reference.max_pool(x, window=sizes, stride=steps, ceil=ceil)
+    pool = _implementation(fast).max_pool
+    return pool(x, window=sizes, stride=steps, ceil=ceil)
 
 
 def avg_pool(

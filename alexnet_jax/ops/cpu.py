@@ -6,9 +6,11 @@ form, `fast=False`. Arguments are checked in `alexnet_jax.ops`, not here.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from alexnet_jax.ops import reference
@@ -18,6 +20,15 @@ from alexnet_jax.ops.reference import Pads
 # channels and the whole picture is the window. From about 64 examples that takes twice
 # as long an example on the 13x13 layers; 8, 16 and 32 at a time are equally fast.
 _EXAMPLES_AT_A_TIME = 16
+
+
+# Convolutions by Eigen instead of YNNPACK, which in jaxlib 0.10 gives less than 128
+# output channels to one thread; matrix products stay with YNNPACK. The wider vectors
+# are for LRN and pooling.
+COMPILER_OPTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+    "xla_cpu_prefer_vector_width": 512,
+}
 
 
 def conv(
@@ -77,44 +88,163 @@ _conv = jax.custom_vjp(_conv_value, nondiff_argnums=(2, 3))
 _conv.defvjp(_conv_forward, _conv_backward)
 
 
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x[..., C] + bias[C]; the bias's gradient is a matrix product."""
+    return _add_bias(*_align_varying(x, bias))
+
+
+def _add_bias_forward(x, bias):
+    return x + bias, None
+
+
+def _add_bias_backward(_, g):
+    # XLA sums large arrays in a tree of windows, at a tenth of the speed. One row of
+    # ones would do; eight take the blocked product, which also rounds less.
+    rows = g.reshape(-1, g.shape[-1]).astype(jnp.promote_types(g.dtype, jnp.float32))
+    sums = jnp.ones((8, rows.shape[0]), rows.dtype) @ rows
+    return g, sums[0].astype(g.dtype)
+
+
+_add_bias = jax.custom_vjp(jnp.add)
+_add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
 def local_response_norm(
     x: jax.Array, *, size: int, k: float, alpha: float, beta: float, groups: int
 ) -> jax.Array:
     """LRN across channels; `alpha` multiplies the plain sum of squares."""
     a = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    a = a.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
-    y = _lrn(a, size, k, alpha, beta)
-    return y.reshape(x.shape).astype(x.dtype)
+    return _lrn(a, size, k, alpha, beta, groups).astype(x.dtype)
 
 
-def _lrn_value(a, size, k, alpha, beta) -> jax.Array:
-    return a * _inverse_power(_lrn_base(a, size, k, alpha), beta)
+def _lrn_value(a, size, k, alpha, beta, groups) -> jax.Array:
+    return a / _power(k + alpha * _window_sum(jnp.square(a), size, groups), beta)
 
 
-def _lrn_base(a, size, k, alpha):
-    return k + alpha * reference.window_sum(jnp.square(a), size, axis=-1)
-
-
-def _lrn_forward(a, size, k, alpha, beta):
+def _lrn_forward(a, size, k, alpha, beta, groups):
     # The base is as quick to compute again as to load, so only `a` is kept.
-    return _lrn_value(a, size, k, alpha, beta), a
+    return _lrn_value(a, size, k, alpha, beta, groups), a
 
 
-def _lrn_backward(size, k, alpha, beta, a, g):
-    base = _lrn_base(a, size, k, alpha)
-    scaled = g * _inverse_power(base, beta)
+def _lrn_backward(size, k, alpha, beta, groups, a, g):
+    base = k + alpha * _stored_window_sum(jnp.square(a), size, groups)
+    scaled = g / _power(base, beta)
     # The window is centred, so "all i whose window holds j" is j's own window.
-    shared = reference.window_sum(scaled * a / base, size, axis=-1)
+    shared = _stored_window_sum(scaled * a / base, size, groups)
     return (scaled - 2 * alpha * beta * a * shared,)
 
 
-def _inverse_power(base, beta):
-    """base ** -beta, by two roots for the usual beta of 0.75."""
+def _window_sum(a: jax.Array, size: int, groups: int) -> jax.Array:
+    """Sums of `size` neighbouring channels inside their group, fused into one loop.
+
+    In a's own shape: an axis for the groups would make XLA compute an index for
+    every element, and the loop over channels would not be vectorised.
+    """
+    width = a.shape[-1] // groups
+    place = np.arange(a.shape[-1]) % width
+    total = a
+    for distance in range(1, min(size // 2, width - 1) + 1):
+        for shift in (distance, -distance):
+            pads = [(0, 0, 0)] * (a.ndim - 1) + [(-shift, shift, 0)]
+            shifted = lax.pad(a, a.dtype.type(0), pads)
+            inside = (place + shift >= 0) & (place + shift < width)
+            total += jnp.where(inside, shifted, 0)
+    return total
+
+
+def _stored_window_sum(a: jax.Array, size: int, groups: int) -> jax.Array:
+    """The same, as an operation whose input and output XLA stores.
+
+    The backward pass reads these sums several times, and its compiler would rather
+    store every shifted array of `_window_sum` than one sum.
+    """
+    rows = a.reshape(-1, a.shape[-1] // groups)
+    sides = ((0, 0), (size // 2, size // 2))
+    sums = lax.reduce_window(
+        rows, rows.dtype.type(0), lax.add, (1, size), (1, 1), sides
+    )
+    return sums.reshape(a.shape)
+
+
+def _power(base: jax.Array, beta: float) -> jax.Array:
+    """base ** beta, by two roots for the usual beta of 0.75.
+
+    What is divided by it XLA takes for costly, and so computes and stores it once. A
+    product it would compute anew in every operation that reads it: nine times an
+    element in a pooling layer.
+    """
     if beta == 0.75:
-        root = lax.rsqrt(base)
+        root = jnp.sqrt(base)
         return root * jnp.sqrt(root)
-    return base**-beta
+    return base**beta
 
 
-_lrn = jax.custom_vjp(_lrn_value, nondiff_argnums=(1, 2, 3, 4))
+_lrn = jax.custom_vjp(_lrn_value, nondiff_argnums=(1, 2, 3, 4, 5))
 _lrn.defvjp(_lrn_forward, _lrn_backward)
+
+
+def max_pool(
+    x: jax.Array, *, window: tuple[int, int], stride: tuple[int, int], ceil: bool
+) -> jax.Array:
+    """The maximum, with a gradient that remembers who won."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return reference.max_pool(x, window=window, stride=stride, ceil=ceil)
+    return _max_pool(x, window, stride, ceil, x.shape)
+
+
+def _max_pool_value(x, window, stride, ceil, shape) -> jax.Array:
+    return reference.max_pool(x, window=window, stride=stride, ceil=ceil)
+
+
+def _max_pool_forward(x, window, stride, ceil, shape):
+    # Of each window its winner's place, a byte along the columns and one along the
+    # rows: smaller than the picture, which need not be kept then.
+    x, columns = reference.max_along(x, window[1], stride[1], axis=2, ceil=ceil)
+    _, rows = reference.max_along(x, window[0], stride[0], axis=1, ceil=ceil)
+    # The same maximum, as an operation whose output XLA stores: others it repeats in
+    # all that reads them, and the next layer's kernel gradient reads sixteen times.
+    count = rows.shape[1]
+    overhang = max((count - 1) * stride[0] + window[0] - shape[1], 0)
+    x = lax.reduce_window(
+        x,
+        x.dtype.type(-np.inf),
+        reference.larger,
+        (1, window[0], 1, 1),
+        (1, stride[0], 1, 1),
+        ((0, 0), (0, overhang), (0, 0), (0, 0)),
+    )
+    return lax.slice_in_dim(x, 0, count, axis=1), (rows, columns)
+
+
+def _max_pool_backward(window, stride, ceil, shape, places, g):
+    for axis, place in zip((1, 2), places, strict=True):
+        g = _to_winners(g, place, window[axis - 1], stride[axis - 1], axis, shape[axis])
+    return (g,)
+
+
+def _to_winners(g, place, window: int, stride: int, axis: int, length: int):
+    """Windows' gradients along `axis`, given to the elements that won.
+
+    Element q * stride + t is at place t + j * stride of window q - j, for every j
+    that the window has room for.
+    """
+    rows = -(-length // stride)
+    shape = [1] * (g.ndim + 1)
+    shape[axis + 1] = stride
+    t = np.arange(stride).reshape(shape)
+    total: Any = 0
+    for j in range(-(-window // stride)):
+        pads = [(0, 0, 0)] * g.ndim
+        pads[axis] = (j, rows - j - g.shape[axis], 0)  # negative: cut off
+        shifted, at = (
+            jnp.expand_dims(lax.pad(a, a.dtype.type(0), pads), axis + 1)
+            for a in (g, place)
+        )
+        won = at == jnp.asarray(t + j * stride, place.dtype)
+        total += jnp.where(won, shifted, 0)
+    total = total.reshape(*g.shape[:axis], rows * stride, *g.shape[axis + 1 :])
+    return lax.slice_in_dim(total, 0, length, axis=axis)
+
+
+_max_pool = jax.custom_vjp(_max_pool_value, nondiff_argnums=(1, 2, 3, 4))
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)

@@ -14,6 +14,11 @@ from jax import lax
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x[..., C] + bias[C]."""
+    return x + bias
+
+
 def local_response_norm(
     x: jax.Array, *, size: int, k: float, alpha: float, beta: float, groups: int
 ) -> jax.Array:
@@ -72,16 +77,32 @@ def max_pool(
     (select-and-scatter) is slow on a CPU, and XLA refuses it on a GPU when asked for
     deterministic operations.
     """
-    lowest = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else _smallest(x.dtype)
     for axis in (2, 1):
-        first, *others = _window_slices(
-            x, window[axis - 1], stride[axis - 1], axis=axis, ceil=ceil, fill=lowest
-        )
-        x = first
-        for other in others:
-            # A NaN in `x` stays; one in `other` fails `x >= other` and is taken.
-            x = jnp.where((x >= other) | jnp.isnan(x), x, other)
+        x, _ = max_along(x, window[axis - 1], stride[axis - 1], axis=axis, ceil=ceil)
     return x
+
+
+def max_along(
+    x: jax.Array, window: int, stride: int, *, axis: int, ceil: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The maxima of the windows along one axis, and the place of each in its window."""
+    lowest = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else _smallest(x.dtype)
+    x, *others = _window_slices(x, window, stride, axis=axis, ceil=ceil, fill=lowest)
+    place = jnp.zeros(x.shape, np.min_scalar_type(window))
+    for i, other in enumerate(others, start=1):
+        place = jnp.where(_stays(x, other), place, jnp.asarray(i, place.dtype))
+        x = larger(x, other)
+    return x, place
+
+
+def larger(x: jax.Array, other: jax.Array) -> jax.Array:
+    """The maximum of two, the first if they are equal; NaN if one is."""
+    return jnp.where(_stays(x, other), x, other)
+
+
+def _stays(x: jax.Array, other: jax.Array) -> jax.Array:
+    # A NaN in `x` stays; one in `other` fails `x >= other` and is taken.
+    return (x >= other) | jnp.isnan(x)
 
 
 def avg_pool(
