@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from alexnet_jax import ops, variants
@@ -233,6 +234,48 @@ def test_jit_grad_and_forward_mode():
     step = 1e-2
     ahead, behind = (apply(images * (1 + s)) for s in (step, -step))
     np.testing.assert_allclose(tangent, (ahead - behind) / (2 * step), rtol=0.05)
+
+
+@pytest.mark.slow
+def test_plain_network_has_gradients_of_each_example_and_second_derivatives():
+    with jax.enable_x64(True):
+        model = narrow(fast=False, dtype=jnp.float64)
+        images = jnp.asarray(images_like(), jnp.float64)
+        params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+
+        def loss(params, images):
+            logits = model.apply({"params": params}, images)
+            return jnp.mean(jax.nn.logsumexp(logits, -1))
+
+        def derivatives(params, direction):
+            slope = jax.grad(loss)
+            each = jax.vmap(lambda image: slope(params, image[None]))(images)
+            whole, hessian_times = jax.jvp(
+                lambda params: slope(params, images), (params,), (direction,)
+            )
+            return each, whole, hessian_times
+
+        keys = iter(jax.random.split(jax.random.key(1), 99))
+        direction = jax.tree.map(
+            lambda w: jax.random.normal(next(keys), w.shape, w.dtype) * jnp.std(w),
+            params,
+        )
+        each, whole, hessian_times = jax.jit(derivatives)(params, direction)
+        mean = jax.tree.map(lambda leaf: leaf.mean(0), each)
+        assert relative_error(mean, whole) < 1e-10
+        step, slope = 1e-6, jax.jit(jax.grad(loss))
+        ahead, behind = (
+            slope(optax.tree.add_scale(params, s, direction), images)
+            for s in (step, -step)
+        )
+        difference = jax.tree.map(lambda a, b: (a - b) / (2 * step), ahead, behind)
+        assert relative_error(hessian_times, difference) < 1e-4
+
+
+def relative_error(tree, other):
+    """||a - b|| / ||b|| over all leaves."""
+    gap = optax.tree.norm(optax.tree.sub(tree, other))
+    return float(gap / optax.tree.norm(other))
 
 
 def test_wrong_images_are_refused_in_words():
