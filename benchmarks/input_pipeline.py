@@ -273,7 +273,7 @@ def _figure(record: dict[str, Any]) -> Figure:
     workers = record["workers"]
     measure.bar_chart(
         rates,
-        title=f"Decoding 256 x 256 JPEG records, {workers} workers",
+        title=f"Records of 256 x 256 JPEGs, {workers} workers",
         unit="pictures a second",
         ceiling=statistics.median(rates[BARE]) * workers,
         ceiling_name=f"{workers} times the decoder alone",
@@ -281,7 +281,7 @@ def _figure(record: dict[str, Any]) -> Figure:
     )
     memory = record["memory"]
     below.plot(memory["records"], memory["mib"])
-    below.set_ylim(bottom=0)
+    below.set_ylim(0, 1.3 * max(memory["mib"]))
     below.set_title("Memory of the process that reads")
     below.set_xlabel("records read")
     below.set_ylabel("MiB")

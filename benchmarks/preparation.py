@@ -3,18 +3,21 @@
     python -m benchmarks.preparation --out=DIR [--short] [--pictures=FOLDER]
         [--workers N ...]
 
-The whole command (finding the originals, starting processes, writing and syncing the
-records, the mean image and the colour PCA), by 1 and by 2 processes, on 4,000 pictures
-in class folders (those of FOLDER under several names); against the same library calls
-on pictures in memory, in one process. From its rate follows how long ImageNet takes on
+The command by 1 and by 2 processes, on 400 and on 4,000 pictures in class folders (those
+of FOLDER under several names): the difference is 3,600 pictures without the start of
+processes. Against the same library calls on pictures in memory, in one process. The
+records are the command's first part; the mean image and the colour PCA, for which every
+record is decoded again, its second. From the whole follows how long ImageNet takes on
 more cores; that is arithmetic, and the disk has to keep up.
 """
 
 import argparse
 import contextlib
+import functools
 import io
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,8 @@ from alexnet_jax.data import images
 from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, originals, preparation
 from benchmarks import measure, pictures
 
-ALONE = "decode, resize, encode"
+ALONE, AGAIN = "decode, resize, encode", "and decode again"
+RECORDS, WHOLE = "records", "with statistics"
 CORES = 16
 
 
@@ -47,55 +51,82 @@ def main() -> None:
 
 
 def _measured(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
-    train, validation = (300, 20) if options.short else (3800, 200)
+    sizes = (40, 400) if options.short else (400, 4000)
     found = pictures.source(options.pictures, scratch)
-    source = pictures.repeated(found, scratch, train=train, validation=validation)
-    table = originals.find(source)["train"]
+    few, many = (
+        pictures.repeated(
+            found, scratch / str(size), train=size - size // 20, validation=size // 20
+        )
+        for size in sizes
+    )
+    table = originals.find(many)["train"]
     in_memory = [table.read(i) for i in range(min(400, len(table)))]
-    total = train + validation
-    candidates: dict[str, tuple[int, Callable[[], object]]] = {
-        ALONE: (len(in_memory), lambda: [_make(*picture) for picture in in_memory])
+    stages: dict[str, list[float]] = {}
+    candidates: dict[str, Callable[[], object]] = {
+        ALONE: lambda: [_make(*picture) for picture in in_memory],
+        AGAIN: lambda: [_make_and_decode(*picture) for picture in in_memory],
     }
     for workers in options.workers:
-        candidates[_name(workers)] = (
-            total,
-            lambda workers=workers: _prepare(source, workers),
-        )
-    seconds = measure.alternate(
-        {name: call for name, (_, call) in candidates.items()},
-        rounds=1 if options.short else 3,
-        warmup=0,
-    )
-    each = {k: [s / candidates[k][0] for s in v] for k, v in seconds.items()}
-    rates = {k: [1 / s for s in v] for k, v in each.items()}
+        for source in (few, many):
+            name = f"{workers} {source}"
+            stages[name] = []
+            candidates[name] = functools.partial(
+                _prepare, source, workers, stages[name]
+            )
+    seconds = measure.alternate(candidates, rounds=1 if options.short else 3, warmup=0)
+    rates = {n: [len(in_memory) / s for s in seconds[n]] for n in (ALONE, AGAIN)}
+    for workers in options.workers:
+        for part, spent in ((RECORDS, stages), (WHOLE, seconds)):
+            names = (f"{workers} {few}", f"{workers} {many}")
+            rates[_name(workers, part)] = [
+                (sizes[1] - sizes[0]) / (large - small)
+                for small, large in zip(*(spent[n] for n in names), strict=True)
+            ]
     most = max(options.workers)
-    a_core = statistics.median(rates[_name(most)]) / most
+    a_core = statistics.median(rates[_name(most, WHOLE)]) / most
     size = statistics.mean(len(data) for _, _, data in in_memory)
     return {
-        "pictures": total,
+        "pictures": sizes,
         "bytes_a_picture": size,
         "pictures_a_second": rates,
-        "a_core_of_alone": {
-            workers: [
+        "a_process_of_alone": {
+            _name(workers, part): [
                 rate / workers / alone
-                for rate, alone in zip(rates[_name(workers)], rates[ALONE], strict=True)
+                for rate, alone in zip(
+                    rates[_name(workers, part)], rates[ALONE], strict=True
+                )
             ]
             for workers in options.workers
+            for part in (RECORDS, WHOLE)
         },
+        "most_workers": most,
         "computed_hours": sum(OFFICIAL_COUNTS.values()) / a_core / CORES / 3600,
         "computed_megabytes_a_second": CORES * a_core * size / 1e6,
     }
 
 
-def _name(workers: int) -> str:
-    return f"ours, {workers} process{'es' if workers > 1 else ''}"
+def _name(workers: int, part: str) -> str:
+    return f"ours, {workers} process{'es' if workers > 1 else ''}, {part}"
 
 
 def _make(name: str, label: int, data: bytes) -> bytes:
     return preparation.encode(images.decode(data, preparation.SIZE, name))
 
 
-def _prepare(source: Path, workers: int) -> None:
+def _make_and_decode(name: str, label: int, data: bytes) -> None:
+    images.decode(_make(name, label, data), preparation.SIZE, name)
+
+
+def _prepare(source: Path, workers: int, records_seconds: list[float]) -> None:
+    """The command; how long it makes records is added to a list."""
+
+    @contextlib.contextmanager
+    def bar(what: str, total: int | None, unit: str) -> Iterator[Any]:
+        started = time.perf_counter()
+        yield lambda count: None
+        if what == "preparing":
+            records_seconds.append(time.perf_counter() - started)
+
     with tempfile.TemporaryDirectory(dir=source.parent) as folder:
         preparation.prepare(
             source,
@@ -104,17 +135,12 @@ def _prepare(source: Path, workers: int) -> None:
             max_unreadable=0,
             verify=False,
             log=io.StringIO().write,
-            bar=_no_bar,
+            bar=bar,
         )
 
 
-@contextlib.contextmanager
-def _no_bar(what: str, total: int | None, unit: str) -> Iterator[Any]:
-    yield lambda count: None
-
-
 def _table(record: dict[str, Any]) -> str:
-    shares = {_name(w): values for w, values in record["a_core_of_alone"].items()}
+    shares = record["a_process_of_alone"]
     rows = []
     for name, rates in record["pictures_a_second"].items():
         row = [name, f"{statistics.median(rates):,.0f}"]
@@ -128,7 +154,7 @@ def _table(record: dict[str, Any]) -> str:
         rows.append(row)
     header = ["", "pictures/s", "spread", "a process, of alone"]
     return (
-        f"{measure.markdown_table(header, rows)}\n\n{record['pictures']:,} pictures of "
+        f"{measure.markdown_table(header, rows)}\n\nPictures of "
         f"{record['bytes_a_picture'] / 1000:,.0f} kB. Computed, not measured: all of "
         f"ImageNet on {CORES} cores at this rate takes "
         f"{60 * record['computed_hours']:.1f} minutes "
@@ -139,10 +165,10 @@ def _table(record: dict[str, Any]) -> str:
 
 def _figure(record: dict[str, Any]) -> Figure:
     rates = record["pictures_a_second"]
-    most = max(record["a_core_of_alone"])
+    most = record["most_workers"]
     return measure.bar_chart(
         rates,
-        title="prepare imagenet, the whole command",
+        title="prepare imagenet",
         unit="pictures a second",
         ceiling=most * statistics.median(rates[ALONE]),
         ceiling_name=f"{most} times decode, resize, encode",

@@ -4,7 +4,6 @@ One pass over the pictures, exact sums, memory independent of their number.
 """
 
 import dataclasses
-import itertools
 import os
 import tempfile
 import threading
@@ -158,21 +157,24 @@ def compute(
 def _products(images: np.ndarray) -> np.ndarray:
     """RGB times RGB, summed over all pixels: float64 [3, 3], exact.
 
-    In float32, which is twice as fast, over runs of 256 pixels: 256 * 255**2 is below
-    2**24, so that these sums are exact too.
+    In float32, where 256 products of two bytes still have an exact sum: the values of
+    a picture, RGBRGB..., lie in 256 rows, and are multiplied by themselves, by the next
+    value and by the one after that. Products with the next pixel's values are dropped.
     """
-    run = 256
-    count = images.shape[1] * images.shape[2]
-    runs = np.zeros((3, -(-count // run), run), np.float32)
-    pixels = runs.reshape(3, -1)[:, :count]
-    products = np.zeros((3, 3))
+    rows = 256
+    count = images[0].size
+    columns = 3 * -(-count // (3 * rows))
+    values = np.zeros(rows * columns + 2, np.float32)
+    sums = np.zeros((3, columns))
     for image in images:
-        pixels[...] = image.reshape(-1, 3).T
-        for c, d in itertools.combinations_with_replacement(range(3), 2):
+        values[:count] = image.reshape(-1)
+        for lag in range(3):
+            a, b = values[: rows * columns], values[lag : rows * columns + lag]
             # Not a matrix product: BLAS threads would fight the caller's.
-            sums = np.einsum("rp,rp->r", runs[c], runs[d])
-            products[c, d] += sums.sum(dtype=np.float64)
-    return products + np.triu(products, 1).T
+            a, b = a.reshape(rows, columns), b.reshape(rows, columns)
+            sums[lag] += np.einsum("rc,rc->c", a, b)
+    (rr, gg, bb), (rg, gb, _), (rb, _, _) = sums.reshape(3, -1, 3).sum(axis=1)
+    return np.array([[rr, rg, rb], [rg, gg, gb], [rb, gb, bb]])
 
 
 def _summary(total: np.ndarray, products: np.ndarray, count: int) -> Statistics:
