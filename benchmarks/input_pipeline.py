@@ -273,16 +273,17 @@ def _figure(record: dict[str, Any]) -> Figure:
     workers = record["workers"]
     measure.bar_chart(
         rates,
-        title=f"Records of 256 x 256 JPEGs, {workers} workers",
+        title="",
         unit="pictures a second",
         ceiling=statistics.median(rates[BARE]) * workers,
         ceiling_name=f"{workers} times the decoder alone",
         axes=above,
     )
+    above.set_title(f"Records of 256 x 256 JPEGs, {workers} workers", loc="left")
     memory = record["memory"]
     below.plot(memory["records"], memory["mib"])
     below.set_ylim(0, 1.3 * max(memory["mib"]))
-    below.set_title("Memory of the process that reads")
+    below.set_title("Memory of the process that reads", loc="left")
     below.set_xlabel("records read")
     below.set_ylabel("MiB")
     below.xaxis.set_major_formatter("{x:,.0f}")
