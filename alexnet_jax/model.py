@@ -125,16 +125,24 @@ class AlexNet(nn.Module):
         found: dict[str, jax.Array] = {}
         for row in self.network.layers:
             name = "logits" if row is self.network.layers[-1] else row.name
+            without_bias = bias = None
             if isinstance(row, Conv):
-                x = self._conv(row, x, first=row is self.network.layers[0])
+                first = row is self.network.layers[0]
+                without_bias, bias = self._conv(row, x, first)
+                x = ops.add_bias(without_bias, bias, fast=self.fast)
                 place = _Place(self.conv_shards, self.batch_axes, own)
             else:
                 x = self._dense(row, x, last=name == "logits")
                 place = self._dense_place(own)
             found[name] = x
-            for stage, label in zip(row.then, feature_names(row), strict=True):
-                x = self._stage(stage, row.name, x, train, place)
-                if label:
+            for i, stage in enumerate(row.then):
+                if isinstance(stage, Lrn) and row.then[:i] == (Activation("relu"),):
+                    # Bias and relu once more: the operator has them in its own loop,
+                    # and jit drops those that nobody reads.
+                    x = self._lrn(stage, place, without_bias, bias, relu=True)
+                else:
+                    x = self._stage(stage, row.name, x, train, place)
+                if label := feature_names(row)[i]:
                     found[label] = x
         return found
 
@@ -157,7 +165,10 @@ class AlexNet(nn.Module):
     def _trades_examples(self) -> bool:
         return parallel.COLUMN in self.batch_axes
 
-    def _conv(self, row: Conv, x: jax.Array, first: bool) -> jax.Array:
+    def _conv(
+        self, row: Conv, x: jax.Array, first: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """The convolution of x, and the bias that belongs to it."""
         columns = self.network.columns
         if row.sees == "own" and not first:
             groups = columns // self.conv_shards
@@ -180,7 +191,7 @@ class AlexNet(nn.Module):
             groups=groups,
             fast=self.fast,
         )
-        return ops.add_bias(x, bias, fast=self.fast)
+        return x, bias
 
     def _dense(self, row: Dense, x: jax.Array, last: bool) -> jax.Array:
         if last:
@@ -248,18 +259,7 @@ class AlexNet(nn.Module):
             case Activation(kind=kind):
                 return _ACTIVATIONS[kind](x)
             case Lrn():
-                columns = self.network.columns // place.shards
-                groups = columns if stage.per_column else 1
-                return ops.local_response_norm(
-                    x,
-                    size=stage.size,
-                    k=stage.k,
-                    alpha=stage.alpha,
-                    beta=stage.beta,
-                    groups=groups,
-                    alpha_mode=stage.alpha_mode,
-                    fast=self.fast,
-                )
+                return self._lrn(stage, place, x)
             case WithinMapLrn():
                 return ops.within_map_response_norm(
                     x,
@@ -288,6 +288,28 @@ class AlexNet(nn.Module):
                 )
             case Dropout():
                 return self._dropout(stage, x, train, place)
+
+    def _lrn(
+        self,
+        stage: Lrn,
+        place: "_Place",
+        x: jax.Array,
+        bias: jax.Array | None = None,
+        relu: bool = False,
+    ) -> jax.Array:
+        columns = self.network.columns // place.shards
+        return ops.local_response_norm(
+            x,
+            bias,
+            relu=relu,
+            size=stage.size,
+            k=stage.k,
+            alpha=stage.alpha,
+            beta=stage.beta,
+            groups=columns if stage.per_column else 1,
+            alpha_mode=stage.alpha_mode,
+            fast=self.fast,
+        )
 
     def _dropout(
         self, stage: Dropout, x: jax.Array, train: bool, place: "_Place"

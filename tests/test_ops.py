@@ -401,6 +401,27 @@ def test_max_pool_gradient_has_no_select_and_scatter():
     assert name not in lowered_text(gradient(ops.max_pool), x)
 
 
+@BOTH
+def test_lrn_of_a_layer_is_lrn_of_its_activations(fast):
+    """relu(x + bias) first, or in the same loop; gradients of both, in float64."""
+    with jax.enable_x64(True):
+        x, bias = jnp.asarray(normal(2, 5, 4, 12, seed=16)), jnp.asarray(normal(12))
+        weights = jnp.asarray(normal(*x.shape, seed=17))
+        lrn = functools.partial(ops.local_response_norm, alpha=0.3, groups=3)
+
+        def before(x, bias):
+            return jnp.sum(weights * lrn(jax.nn.relu(x + bias), fast=False))
+
+        def inside(x, bias):
+            return jnp.sum(weights * lrn(x, bias, relu=True, fast=fast))
+
+        wants, gots = (
+            jax.jit(jax.value_and_grad(f, (0, 1)))(x, bias) for f in (before, inside)
+        )
+        for got, want in zip(*map(jax.tree.leaves, (gots, wants)), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+
+
 # ----------------------------------------------------------------------------- bias
 
 
@@ -459,6 +480,11 @@ def apply(name, x, fast):
         return ops.grouped_conv(x, kernel, **arguments, fast=fast)
     if name == "lrn":
         return ops.local_response_norm(x, alpha=0.3, groups=2, fast=fast)
+    if name == "lrn_of_layer":
+        bias = jnp.asarray(normal(4), jnp.bfloat16).astype(x.dtype)
+        return ops.local_response_norm(
+            x, bias, relu=True, alpha=0.3, groups=2, fast=fast
+        )
     if name == "within_map":
         return ops.within_map_response_norm(x, alpha=3.0)
     if name == "avg_pool":
@@ -469,7 +495,7 @@ def apply(name, x, fast):
     return ops.max_pool(x, fast=fast)
 
 
-TWO_FORMS = ["lrn", *CONVS, "max_pool", "bias"]
+TWO_FORMS = ["lrn", "lrn_of_layer", *CONVS, "max_pool", "bias"]
 NAMES = [*TWO_FORMS, "within_map", "avg_pool"]
 NAME_AND_FAST = pytest.mark.parametrize(
     "name, fast",
@@ -563,8 +589,10 @@ def test_kernel_gradient_of_each_example_under_vmap(fast):
 def small_net(params, x, fast):
     """Every op once, conv1 strided and conv2 in groups."""
     x = ops.grouped_conv(x, params["conv1"], stride=2, padding=1, fast=fast)
-    x = ops.add_bias(x, params["bias1"], fast=fast)
-    x = ops.local_response_norm(x, alpha=0.1, groups=2, fast=fast)
+    x = ops.local_response_norm(
+        x, params["bias1"], relu=True, alpha=0.1, groups=2, fast=fast
+    )
+    x = ops.add_bias(x, params["bias2"], fast=fast)
     x = ops.max_pool(x, fast=fast)
     x = ops.grouped_conv(x, params["conv2"], padding=1, groups=2, fast=fast)
     x = ops.within_map_response_norm(x, alpha=1.0)
@@ -583,6 +611,7 @@ def test_gradients_under_shard_map_equal_one_device(check_vma, fast):
         params = {
             "conv1": jnp.asarray(normal(3, 3, 3, 8)),
             "bias1": jnp.asarray(normal(8)),
+            "bias2": jnp.asarray(normal(8)),
             "conv2": jnp.asarray(normal(3, 3, 4, 6)),
         }
         x = jnp.asarray(normal(4, 17, 17, 3))
@@ -710,6 +739,10 @@ MISTAKES = {
         "avg_pool: stride is 0, expected",
     ),
     "pool_rank": (lambda: ops.max_pool(X[0]), r"got shape \(6, 6, 4\)"),
+    "lrn_bias": (
+        lambda: ops.local_response_norm(X, jnp.ones(3)),
+        r"local_response_norm: bias has shape \(3,\), expected \(4,\)",
+    ),
     "bias": (
         lambda: ops.add_bias(X, jnp.ones(3)),
         r"add_bias: bias has shape \(3,\), expected \(4,\)",

@@ -6,6 +6,7 @@ form, `fast=False`. Arguments are checked in `alexnet_jax.ops`, not here.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -98,11 +99,17 @@ def _add_bias_forward(x, bias):
 
 
 def _add_bias_backward(_, g):
-    # XLA sums large arrays in a tree of windows, at a tenth of the speed. One row of
-    # ones would do; eight take the blocked product, which also rounds less.
+    return g, _sum_positions(g)
+
+
+def _sum_positions(g: jax.Array) -> jax.Array:
+    """[..., C] -> [C]. XLA would sum in a tree of windows, at a tenth of the speed.
+
+    One row of ones would do; eight take the blocked product, which rounds less.
+    """
     rows = g.reshape(-1, g.shape[-1]).astype(jnp.promote_types(g.dtype, jnp.float32))
     sums = jnp.ones((8, rows.shape[0]), rows.dtype) @ rows
-    return g, sums[0].astype(g.dtype)
+    return sums[0].astype(g.dtype)
 
 
 _add_bias = jax.custom_vjp(jnp.add)
@@ -110,53 +117,76 @@ _add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 def local_response_norm(
-    x: jax.Array, *, size: int, k: float, alpha: float, beta: float, groups: int
+    x: jax.Array,
+    bias: jax.Array | None,
+    *,
+    relu: bool,
+    size: int,
+    k: float,
+    alpha: float,
+    beta: float,
+    groups: int,
 ) -> jax.Array:
     """LRN across channels; `alpha` multiplies the plain sum of squares."""
-    a = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return _lrn(a, size, k, alpha, beta, groups).astype(x.dtype)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    terms = (x.astype(wide),)
+    if bias is not None:
+        terms = _align_varying(x.astype(wide), bias.astype(wide))
+    return _lrn(terms, relu, size, k, alpha, beta, groups).astype(x.dtype)
 
 
-def _lrn_value(a, size, k, alpha, beta, groups) -> jax.Array:
-    return a / _power(k + alpha * _window_sum(jnp.square(a), size, groups), beta)
+def _activations(terms: Sequence[jax.Array], relu: bool) -> jax.Array:
+    total = sum(terms[1:], terms[0])
+    return jnp.maximum(total, 0) if relu else total
 
 
-def _lrn_forward(a, size, k, alpha, beta, groups):
-    # The base is as quick to compute again as to load, so only `a` is kept.
-    return _lrn_value(a, size, k, alpha, beta, groups), a
+def _lrn_value(terms, relu, size, k, alpha, beta, groups) -> jax.Array:
+    """One loop over `terms`, the array and its bias: what XLA can vectorise.
+
+    So the neighbours are shifts of the terms, not of the activations, which would be
+    computed behind a branch; and their own shape is kept, since an axis for the
+    groups would need an index computed for every element.
+    """
+    a = _activations(terms, relu)
+    width = a.shape[-1] // groups
+    place = np.arange(a.shape[-1]) % width
+    total = jnp.square(a)
+    for distance in range(1, min(size // 2, width - 1) + 1):
+        for shift in (distance, -distance):
+            shifted = _activations([_shift(term, shift) for term in terms], relu)
+            inside = (place + shift >= 0) & (place + shift < width)
+            total += jnp.where(inside, jnp.square(shifted), 0)
+    return a / _power(k + alpha * total, beta)
 
 
-def _lrn_backward(size, k, alpha, beta, groups, a, g):
+def _shift(a: jax.Array, channels: int) -> jax.Array:
+    """a[..., c + channels] at c, 0 where there is none."""
+    pads = [(0, 0, 0)] * (a.ndim - 1) + [(-channels, channels, 0)]
+    return lax.pad(a, a.dtype.type(0), pads)
+
+
+def _lrn_forward(terms, relu, size, k, alpha, beta, groups):
+    # The base is as quick to compute again as to load, so it is not kept.
+    return _lrn_value(terms, relu, size, k, alpha, beta, groups), terms
+
+
+def _lrn_backward(relu, size, k, alpha, beta, groups, terms, g):
+    a = _activations(terms, relu)
     base = k + alpha * _stored_window_sum(jnp.square(a), size, groups)
     scaled = g / _power(base, beta)
     # The window is centred, so "all i whose window holds j" is j's own window.
     shared = _stored_window_sum(scaled * a / base, size, groups)
-    return (scaled - 2 * alpha * beta * a * shared,)
-
-
-def _window_sum(a: jax.Array, size: int, groups: int) -> jax.Array:
-    """Sums of `size` neighbouring channels inside their group, fused into one loop.
-
-    In a's own shape: an axis for the groups would make XLA compute an index for
-    every element, and the loop over channels would not be vectorised.
-    """
-    width = a.shape[-1] // groups
-    place = np.arange(a.shape[-1]) % width
-    total = a
-    for distance in range(1, min(size // 2, width - 1) + 1):
-        for shift in (distance, -distance):
-            pads = [(0, 0, 0)] * (a.ndim - 1) + [(-shift, shift, 0)]
-            shifted = lax.pad(a, a.dtype.type(0), pads)
-            inside = (place + shift >= 0) & (place + shift < width)
-            total += jnp.where(inside, shifted, 0)
-    return total
+    da = scaled - 2 * alpha * beta * a * shared
+    if relu:
+        da = jnp.where(a > 0, da, 0)
+    return ((da, *(_sum_positions(da) for _ in terms[1:])),)
 
 
 def _stored_window_sum(a: jax.Array, size: int, groups: int) -> jax.Array:
-    """The same, as an operation whose input and output XLA stores.
+    """Sums of `size` neighbouring channels inside their group.
 
-    The backward pass reads these sums several times, and its compiler would rather
-    store every shifted array of `_window_sum` than one sum.
+    The backward pass reads them several times: as an operation whose input and output
+    XLA stores, instead of every shifted array.
     """
     rows = a.reshape(-1, a.shape[-1] // groups)
     sides = ((0, 0), (size // 2, size // 2))
@@ -179,7 +209,7 @@ def _power(base: jax.Array, beta: float) -> jax.Array:
     return base**beta
 
 
-_lrn = jax.custom_vjp(_lrn_value, nondiff_argnums=(1, 2, 3, 4, 5))
+_lrn = jax.custom_vjp(_lrn_value, nondiff_argnums=(1, 2, 3, 4, 5, 6))
 _lrn.defvjp(_lrn_forward, _lrn_backward)
 
 

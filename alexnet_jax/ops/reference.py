@@ -20,10 +20,22 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def local_response_norm(
-    x: jax.Array, *, size: int, k: float, alpha: float, beta: float, groups: int
+    x: jax.Array,
+    bias: jax.Array | None,
+    *,
+    relu: bool,
+    size: int,
+    k: float,
+    alpha: float,
+    beta: float,
+    groups: int,
 ) -> jax.Array:
     """LRN across channels; `alpha` multiplies the plain sum of squares."""
     a = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if bias is not None:
+        a = a + bias.astype(a.dtype)
+    if relu:
+        a = jax.nn.relu(a)
     a = a.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
     total = window_sum(jnp.square(a), size, axis=-1)
     return (a / (k + alpha * total) ** beta).reshape(x.shape).astype(x.dtype)
