@@ -5,7 +5,8 @@ BIN := .venv/bin
 PARALLEL := --numprocesses=2 --dist=loadfile
 
 # Each is `python -m benchmarks.NAME`; without --short they are what is published.
-BENCHMARKS := train_step inference operators growth start_up
+BENCHMARKS := train_step inference operators growth start_up \
+	input_pipeline end_to_end preparation
 
 .PHONY: quickstart test test-slow test-all lint bench clean
 

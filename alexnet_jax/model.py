@@ -125,21 +125,21 @@ class AlexNet(nn.Module):
         found: dict[str, jax.Array] = {}
         for row in self.network.layers:
             name = "logits" if row is self.network.layers[-1] else row.name
-            without_bias = bias = None
+            terms: tuple[jax.Array, ...] = ()
             if isinstance(row, Conv):
-                first = row is self.network.layers[0]
-                without_bias, bias = self._conv(row, x, first)
-                x = ops.add_bias(without_bias, bias, fast=self.fast)
+                terms = self._conv(row, x, first=row is self.network.layers[0])
+                x = ops.add_bias(*terms, fast=self.fast)
                 place = _Place(self.conv_shards, self.batch_axes, own)
             else:
                 x = self._dense(row, x, last=name == "logits")
                 place = self._dense_place(own)
             found[name] = x
             for i, stage in enumerate(row.then):
-                if isinstance(stage, Lrn) and row.then[:i] == (Activation("relu"),):
+                after_relu = row.then[:i] == (Activation("relu"),)
+                if isinstance(stage, Lrn) and terms and after_relu:
                     # Bias and relu once more: the operator has them in its own loop,
                     # and jit drops those that nobody reads.
-                    x = self._lrn(stage, place, without_bias, bias, relu=True)
+                    x = self._lrn(stage, place, *terms, relu=True)
                 else:
                     x = self._stage(stage, row.name, x, train, place)
                 if label := feature_names(row)[i]:

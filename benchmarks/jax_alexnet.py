@@ -1,6 +1,7 @@
 """Ours, as the benchmarks call it: the training step and the classifier of a run."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import augment, create_model, optim, parallel, steps
+from alexnet_jax import augment, create_model, ops, optim, parallel, steps
 from alexnet_jax.model import AlexNet
 from benchmarks.measure import Setting
 
@@ -119,7 +120,7 @@ def classifier(setting: Setting) -> Callable[[], jax.Array]:
     example = jnp.zeros((1, CROP, CROP, 3), jnp.float32)
     variables = jax.jit(model.init)(jax.random.key(0), example)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=ops.compiler_options())
     def logits_of(variables: Any, pictures: jax.Array, mean: jax.Array) -> Any:
         images = augment.eval_images(pictures, mean_image=mean, crop_size=CROP)
         return model.apply(variables, images)

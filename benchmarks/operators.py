@@ -76,9 +76,14 @@ def random(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     return jnp.asarray(rng.standard_normal(shape, dtype=np.float32), dtype)
 
 
+def _jit(function: Callable[..., Any], **options: Any) -> Any:
+    """jit as the training step has it."""
+    return jax.jit(function, compiler_options=ops.compiler_options(), **options)
+
+
 def _call(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
     """A compiled call that waits for its result."""
-    compiled = jax.jit(function).lower(*args).compile()
+    compiled = _jit(function).lower(*args).compile()
     return lambda: jax.block_until_ready(compiled(*args))
 
 
@@ -93,7 +98,7 @@ def _gradient(
 
         return jax.vjp(of_one, args[wrt])
 
-    y, backward = jax.jit(forward)(*args)
+    y, backward = _jit(forward)(*args)
     return _call(lambda backward, g: backward(g), backward, y)
 
 
@@ -110,8 +115,9 @@ def ours(model: AlexNet, batch: int, fast: bool) -> Iterator[tuple[str, Callable
         yield from _convolution(layer, conv, batch, model.dtype)
     before: tuple[int, ...] = ()
     lrn = partial(ops.local_response_norm, groups=COLUMNS, fast=fast)
+    pool = partial(ops.max_pool, fast=fast)
     for row in summary(model):
-        function = {"norm": lrn, "pool": ops.max_pool}.get(row.name[:4])
+        function = {"norm": lrn, "pool": pool}.get(row.name[:4])
         if function is not None:
             x = partial(random, (batch, *before), model.dtype)
             yield f"{row.name} forward", lambda f=function, x=x: _call(f, x())
@@ -156,7 +162,7 @@ def _update(model: AlexNet) -> Callable[[], Any]:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    compiled = jax.jit(update, donate_argnums=(0, 1))
+    compiled = _jit(update, donate_argnums=(0, 1))
     held = [params, state]
 
     def call() -> None:
@@ -186,8 +192,8 @@ def candidates(
     for name, build in ours(model, setting.batch, fast=True):
         found[name] = {"ours": build}
     for name, build in ours(model, setting.batch, fast=False):
-        # There is one form only of matrix products, pooling and the update.
-        if name.startswith(("conv", "norm")):
+        # There is one form only of matrix products and the update.
+        if name.startswith(("conv", "norm", "pool")):
             found[name]["plain"] = build
     if importlib.util.find_spec("torch"):
         from benchmarks import torch_operators

@@ -148,3 +148,14 @@ def test_bytes_of_the_results_are_those_of_the_arithmetic():
             c = row["column"]
             values = 9_216 + 4_096 // c * c + 1_000
             assert row["forward_bytes"] == (c - 1) * images * 4 * values
+
+
+def test_tables_of_performance_are_of_the_results():
+    """docs/performance.md shows every table of the results as it was written."""
+    text = (ROOT / "docs" / "performance.md").read_text()
+    tables = sorted((ROOT / "benchmarks" / "results" / "performance").glob("*.md"))
+    assert len(tables) == 8
+    for path in tables:
+        assert json.loads(path.with_suffix(".json").read_text()), path
+        rows = [row for row in path.read_text().splitlines() if row.startswith("|")]
+        assert rows and all(row in text for row in rows), path
