@@ -514,6 +514,7 @@ def test_under_slurm_each_process_takes_its_share(three_gpus, monkeypatch):
     assert len(json.loads(stored["alexnet_jax/gpus/1"])) == 3
 
 
+@pytest.mark.slow
 def test_processes_that_were_started_differently_are_told(config_file, tmp_path):
     workdir = tmp_path / "run"
     processes = start_by_hand(

@@ -369,6 +369,14 @@ def test_max_pool_breaks_ties_as_lax_does(levels, window, stride):
     np.testing.assert_array_equal(our_vjp(weights)[0], their_vjp(weights)[0])
 
 
+def test_max_pool_gradient_with_a_stride_beyond_a_byte():
+    """Elements between windows get nothing, however far from a window they are."""
+    x = jnp.arange(2 * 600, dtype=jnp.float32).reshape(1, 2, 600, 1)
+    gradient = jax.grad(lambda x: jnp.sum(ops.max_pool(x, window=2, stride=(1, 300))))
+    won = np.flatnonzero(np.asarray(gradient(x)))
+    assert won.tolist() == [601, 901]
+
+
 def test_max_pool_propagates_nan_from_every_place_of_the_window():
     for place in np.ndindex(3, 3):
         x = jnp.zeros((1, 5, 5, 1)).at[0, place[0], place[1], 0].set(jnp.nan)

@@ -151,8 +151,7 @@ ABLATED = ("original", "no_communication")
     "variant, mode, rows, columns",
     [
         ("original", "columns", 2, 2),
-        ("no_communication", "hybrid", 1, 4),
-        slowly("original", "hybrid", 1, 4),
+        *(slowly(name, "hybrid", 1, 4) for name in ABLATED),
         slowly("no_communication", "columns", 2, 2),
         *(slowly(name, "data", 2, 1) for name in ABLATED),
         *(slowly(name, "hybrid", 2, 2) for name in ABLATED),

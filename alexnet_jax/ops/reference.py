@@ -97,10 +97,13 @@ def max_pool(
 def max_along(
     x: jax.Array, window: int, stride: int, *, axis: int, ceil: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """The maxima of the windows along one axis, and the place of each in its window."""
+    """The maxima of the windows along one axis, and the place of each in its window.
+
+    Places have a dtype that can also count to the end of the stride behind the window.
+    """
     lowest = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else _smallest(x.dtype)
     x, *others = _window_slices(x, window, stride, axis=axis, ceil=ceil, fill=lowest)
-    place = jnp.zeros(x.shape, np.min_scalar_type(window))
+    place = jnp.zeros(x.shape, np.min_scalar_type(window + stride))
     for i, other in enumerate(others, start=1):
         place = jnp.where(_stays(x, other), place, jnp.asarray(i, place.dtype))
         x = larger(x, other)
