@@ -155,6 +155,9 @@ def make_train_step(
     parts that go through the network one after the other: the same one update, in
     less memory. Only batch normalisation tells a difference: its statistics are then
     of one part (of every device).
+
+    On a CPU the step has compiler options (`ops.compiler_options`), which JAX takes at
+    the top only: inside another jit, scan or grad use `step.__wrapped__`.
     """
     specs = state_specs(
         model, tx, crop_size=augmentation.crop_size, mesh=mesh, mode=mode

@@ -37,8 +37,9 @@ from alexnet_jax.writers import METRICS_FILE, MultiWriter, last_step_with, make_
 # Steps that may be under way on the devices before the host waits for one: enough
 # to keep them busy, few enough to bound memory.
 STEPS_IN_FLIGHT = 2
-# How exactly it is known when they had nothing left to do.
-POLL_SECONDS = 0.005
+# How exactly it is known when they had nothing left to do: to this share of the time
+# that the host has waited, but no more often than so many seconds.
+POLL_SHARE, POLL_SECONDS = 0.05, 0.0002
 # Windows has no SIGUSR1.
 STOP_SIGNALS = [
     getattr(signal, name)
@@ -296,8 +297,11 @@ def next_batch(batches: Batches, computing: Any) -> Batch:
       batches: where it comes from.
       computing: a result, an array, of the last step that was given to the devices.
     """
-    while not (batches.wait(POLL_SECONDS) or computing.is_ready()):
-        pass
+    started = time.perf_counter()
+    while not computing.is_ready():
+        waited = time.perf_counter() - started
+        if batches.wait(max(POLL_SECONDS, POLL_SHARE * waited)):
+            break
     return next(batches)
 
 

@@ -619,18 +619,37 @@ def test_waiting_for_data_is_told_from_computing(folder, tmp_path, monkeypatch):
     assert waited[10] < 0.2 and waited[30] > 0.5
 
 
-@pytest.mark.parametrize(("busy", "least", "most"), [(0.2, 0.1, 0.3), (9.0, 0.0, 0.1)])
-def test_waiting_counts_from_when_the_devices_are_idle(busy, least, most):
+def loader_and_devices(fetch_seconds, busy_seconds):
+    """A source that takes so long a batch, and results ready after so long a step."""
+
     class Slow(FakeSource):
         def fetch(self, indices, images, labels):
-            time.sleep(0.4)
+            time.sleep(fetch_seconds)
 
     class Computing:  # on a device, until it is ready
-        end = time.monotonic() + busy
+        def __init__(self):
+            self.end = time.monotonic() + busy_seconds
 
         def is_ready(self):
             return time.monotonic() >= self.end
 
-    with train_batches(Slow(image_size=2), batch_size=1, seed=0, workers=1) as batches:
-        train.next_batch(batches, Computing())
+    return Slow(image_size=2), Computing
+
+
+@pytest.mark.parametrize(("busy", "least", "most"), [(0.2, 0.1, 0.3), (9.0, 0.0, 0.1)])
+def test_waiting_counts_from_when_the_devices_are_idle(busy, least, most):
+    source, computing = loader_and_devices(0.4, busy)
+    with train_batches(source, batch_size=1, seed=0, workers=1) as batches:
+        train.next_batch(batches, computing())
         assert least <= batches.wait_seconds < most
+
+
+def test_waiting_counts_in_steps_of_a_millisecond():
+    source, computing = loader_and_devices(0.005, 0.0005)
+    with train_batches(source, batch_size=1, seed=0, workers=1, prefetch=1) as batches:
+        next(batches)
+        started, before = time.perf_counter(), batches.wait_seconds
+        for _ in range(50):
+            train.next_batch(batches, computing())
+        share = (batches.wait_seconds - before) / (time.perf_counter() - started)
+        assert share > 0.5

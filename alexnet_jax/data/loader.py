@@ -69,9 +69,10 @@ class _BatchMemory:
     into it takes. The arrays begin at multiples of 64 bytes: others JAX copies on CPU.
     """
 
-    def __init__(self, shape: tuple[int, ...]):
+    def __init__(self, shape: tuple[int, ...], most: int):
         self._shape = shape
-        self._free: collections.deque[np.ndarray] = collections.deque()
+        # A caller may have kept many batches: only so much is held for the next ones.
+        self._free: collections.deque[np.ndarray] = collections.deque(maxlen=most)
 
     def take(self) -> np.ndarray:
         """uint8 [*shape], contents undefined."""
@@ -148,7 +149,8 @@ class Batches(Iterator[Batch]):
         self._batch_size = batch_size
         self._end = math.inf if num_examples is None else num_examples
         side = source.image_size
-        self._memory = _BatchMemory((self._high - self._low, side, side, 3))
+        shape = (self._high - self._low, side, side, 3)
+        self._memory = _BatchMemory(shape, most=prefetch + 2)
         self._workers = workers
         self._prefetch = prefetch
         self._with_mask = with_mask
