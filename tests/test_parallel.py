@@ -176,6 +176,7 @@ def test_networks_of_one_column_run_as_hybrid(variant, columns):
     assert_same_leaves(got[0][-1], want[0][-1], 1e-10)
 
 
+@pytest.mark.slow
 def test_a_classifier_of_feature_maps_trades_examples_for_features():
     """CIFAR-10's net has no other fully connected layer: one all-to-all before it."""
     tx, side = optim.make_optimizer(1e-3), 32
@@ -295,6 +296,7 @@ def test_batch_norm_in_parts_passes_its_statistics_on():
     )
 
 
+@pytest.mark.slow
 def test_parts_take_less_memory():
     def bytes_needed(parts):
         step, *_ = make("data", 1, 1, jnp.float32, parts=parts, examples=8)

@@ -375,6 +375,7 @@ def test_a_resumed_run_has_each_summary_once(crash, folder, tmp_path, monkeypatc
     assert steps == [0, 5, 10, 15]
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_trains_the_same(finished, folder, tmp_path):
     config = small_config(folder)
     config.data.eval_split = ""
@@ -430,6 +431,7 @@ def traced_steps(workdir):
     return sorted(int(step) for step in steps)
 
 
+@pytest.mark.slow
 def test_a_few_steps_are_traced(finished, folder, tmp_path, monkeypatch, capsys):
     config = small_config(folder, profile=2, max_steps=8)
     config.data.eval_split = ""

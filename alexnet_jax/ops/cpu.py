@@ -238,7 +238,7 @@ def _max_pool_forward(x, window, stride, ceil, shape):
     x, columns = reference.max_along(x, window[1], stride[1], axis=2, ceil=ceil)
     _, rows = reference.max_along(x, window[0], stride[0], axis=1, ceil=ceil)
     # The same maximum, as an operation whose output XLA stores: others it repeats in
-    # all that reads them, and the next layer's kernel gradient reads sixteen times.
+    # all that reads them, such as each part of the next layer's kernel gradient.
     count = rows.shape[1]
     overhang = max((count - 1) * stride[0] + window[0] - shape[1], 0)
     x = lax.reduce_window(
