@@ -140,11 +140,15 @@ def summarize_mode(
         data,
         column,
         communication.exchanges(compiled.as_text()),
-        _memory_bytes(compiled),
+        memory_bytes(compiled),
     )
 
 
-def _memory_bytes(compiled: jax.stages.Compiled) -> int:
+def memory_bytes(compiled: jax.stages.Compiled) -> int:
+    """What a program needs at its fullest on a device, as the compiler has planned.
+
+    0 where the backend does not tell.
+    """
     plan = compiled.memory_analysis()
     if plan is None:
         return 0

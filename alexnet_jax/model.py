@@ -134,7 +134,8 @@ class AlexNet(nn.Module):
                 x = self._dense(row, x, last=name == "logits")
                 place = self._dense_place(own)
             found[name] = x
-            for i, stage in enumerate(row.then):
+            labels = feature_names(row)
+            for i, (stage, label) in enumerate(zip(row.then, labels, strict=True)):
                 after_relu = row.then[:i] == (Activation("relu"),)
                 if isinstance(stage, Lrn) and terms and after_relu:
                     # Bias and relu once more: the operator has them in its own loop,
@@ -142,7 +143,7 @@ class AlexNet(nn.Module):
                     x = self._lrn(stage, place, *terms, relu=True)
                 else:
                     x = self._stage(stage, row.name, x, train, place)
-                if label := feature_names(row)[i]:
+                if label:
                     found[label] = x
         return found
 
@@ -176,18 +177,13 @@ class AlexNet(nn.Module):
             groups = 1
             if not first:
                 x = parallel.gather_features(x, self._axis(self.conv_shards))
-        if row.padding == "ceil":
-            extra = (row.kernel - x.shape[1]) % row.stride
-            padding = ((0, extra), (0, extra))
-        else:
-            padding = ((row.padding, row.padding), (row.padding, row.padding))
         shape = (row.kernel, row.kernel, x.shape[-1] // groups)
         kernel, bias = self._weights(row, shape, row.features // self.conv_shards)
         x = ops.grouped_conv(
             x,
             kernel,
             stride=row.stride,
-            padding=padding,
+            padding=row.pads(x.shape[1]),
             groups=groups,
             fast=self.fast,
         )
@@ -523,9 +519,8 @@ def check_image_size(network: Variant, size: int) -> None:
 def _grid(row: Conv, size: int) -> int:
     if size < row.kernel:
         return 0
-    if row.padding == "ceil":
-        return 1 + -(-(size - row.kernel) // row.stride)
-    return 1 + (size + 2 * row.padding - row.kernel) // row.stride
+    _, sides = row.pads(size)
+    return 1 + (size + sum(sides) - row.kernel) // row.stride
 
 
 def feature_names(row: Conv | Dense) -> list[str | None]:

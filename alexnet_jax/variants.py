@@ -118,6 +118,14 @@ class Conv:
     weight_decay: float | None = None
     then: tuple[Stage, ...] = (Activation(),)
 
+    def pads(self, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """((top, bottom), (left, right)) of inputs of size x size."""
+        if self.padding == "ceil":
+            sides = (0, (self.kernel - size) % self.stride)
+        else:
+            sides = (self.padding, self.padding)
+        return sides, sides
+
 
 @dataclass(frozen=True)
 class Dense:

@@ -29,7 +29,7 @@ from alexnet_jax.data import sources
 from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.loader import Batches, TrainOrder
 from alexnet_jax.experiment import Experiment
-from benchmarks import input_pipeline, measure, pictures
+from benchmarks import measure, pictures
 from configs import paper
 
 STEP, LOADER, TOGETHER = "step alone", "loader alone", "ours, end to end"
@@ -48,8 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        found = pictures.source(options.pictures, scratch)
-        source = pictures.records(found, scratch, files=input_pipeline.FILES)
+        source = pictures.records(options.pictures, scratch)
         few = statistics_lib.compute(source, max_examples=500, workers=options.workers)
         runs = []
         for width in options.width[-1:] if options.short else options.width:
@@ -103,16 +102,12 @@ class _Training:
         """`count` shuffled batches, from the start of the threads to their end."""
         source: sources.Source = self.experiment.train_source
         order = TrainOrder(source.num_examples, batch_size=self.size, seed=0)
-        return Batches(
+        return pictures.batches(
             source,
             order.examples,
+            count=count * self.size,
             batch_size=self.size,
-            positions=None,
-            start_step=0,
-            num_examples=count * self.size,
             workers=self.experiment.config.data.workers,
-            prefetch=4,
-            with_mask=False,
         )
 
     def alone(self, count: int) -> None:
@@ -196,9 +191,9 @@ def _table(record: dict[str, Any]) -> str:
     for run in record["runs"]:
         row = [f"{run['width']:g}"]
         row += [f"{statistics.median(v):,.1f}" for v in run["images_a_second"].values()]
-        row.append(_spread(run["of_the_slower"]))
+        row.append(measure.spread(run["of_the_slower"], ".3f"))
         if record["same_cores"]:
-            row.append(_spread(run["of_both_on_the_same_cores"]))
+            row.append(measure.spread(run["of_both_on_the_same_cores"], ".3f"))
         rows.append([*row, f"{run['data_wait_frac']:.1%}"])
     table = measure.markdown_table(header, rows)
     return (
@@ -206,10 +201,6 @@ def _table(record: dict[str, Any]) -> str:
         f"{record['workers']} decoding threads; ratios are medians over the rounds "
         "(least to most)."
     )
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def _figure(record: dict[str, Any]) -> Figure:
@@ -227,13 +218,12 @@ def _figure(record: dict[str, Any]) -> Figure:
             title += f" (loader alone: {loader:,.0f})"
         measure.bar_chart(
             rates,
-            title="",
+            title=title,
             unit="images a second",
             ceiling=limit,
             ceiling_name="both on the same cores" if same else "the slower of the two",
             axes=axes,
         )
-        axes.set_title(title, loc="left")
     return figure
 
 

@@ -33,7 +33,7 @@ from PIL import Image
 from alexnet_jax.data import sources
 from alexnet_jax.data.imagenet import preparation
 from alexnet_jax.data.loader import Batches, TrainOrder
-from benchmarks import measure, pictures
+from benchmarks import measure, memory, pictures
 
 BATCH_SIZE = 128
 SHUFFLED, IN_ORDER = "ours, shuffled", "ours, in order"
@@ -41,7 +41,6 @@ BARE = "decoder alone, 1 thread"
 UNDECODED = "ours, records not decoded, 1 thread"
 TORCH = "torch DataLoader, Pillow"
 PACKAGES = ("simplejpeg", "array_record", "tensorflow-datasets", "grain", "pillow")
-FILES = 1025  # of ImageNet's training split
 
 Examples = Callable[[int, int], np.ndarray]
 
@@ -65,8 +64,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        found = pictures.source(options.pictures, scratch)
-        source = pictures.records(found, scratch, files=FILES)
+        source = pictures.records(options.pictures, scratch)
         record = _measured(source, scratch, options)
     measure.write_result(
         options.out,
@@ -177,16 +175,8 @@ def _read(source: sources.Source, examples: Examples, count: int, workers: int) 
 def _batches(
     source: sources.Source, examples: Examples, count: int, workers: int
 ) -> Batches:
-    return Batches(
-        source,
-        examples,
-        batch_size=BATCH_SIZE,
-        positions=None,
-        start_step=0,
-        num_examples=count,
-        workers=workers,
-        prefetch=4,
-        with_mask=False,
+    return pictures.batches(
+        source, examples, count=count, batch_size=BATCH_SIZE, workers=workers
     )
 
 
@@ -232,14 +222,9 @@ def _memory(data_dir: Path, count: int, workers: int) -> dict[str, Any]:
         for step, _ in enumerate(batches, 1):
             if step % max(1, steps // 100) == 0:
                 records.append(step * BATCH_SIZE)
-                mib.append(_resident_mib())
+                mib.append(memory.status_bytes("VmRSS") / 2**20)
     seconds = time.perf_counter() - started
     return {"records": records, "mib": mib, "seconds": seconds}
-
-
-def _resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def _table(record: dict[str, Any]) -> str:
@@ -253,14 +238,14 @@ def _table(record: dict[str, Any]) -> str:
         for name, r in record["ratios"].items()
     ]
     found.append(measure.markdown_table(["ours, shuffled", "ratio", "spread"], rows))
-    memory, first = record["memory"], record["first_batch_seconds"]
-    late = memory["mib"][len(memory["mib"]) // 10 :]
+    watched, first = record["memory"], record["first_batch_seconds"]
+    late = watched["mib"][len(watched["mib"]) // 10 :]
     found.append(
         f"{record['workers']} workers each; {record['records']:,} records of "
         f"{record['bytes_a_picture']:,.0f} bytes ({record['pictures']} pictures), from "
         f"the page cache. First batch {statistics.median(first):.2f} s after the start "
         f"of the process ({min(first):.2f} to {max(first):.2f}). Memory while "
-        f"{memory['records'][-1]:,} records are read, after the first tenth of them: "
+        f"{watched['records'][-1]:,} records are read, after the first tenth of them: "
         f"{min(late):,.0f} to {max(late):,.0f} MiB."
     )
     return "\n\n".join(found)
@@ -273,16 +258,15 @@ def _figure(record: dict[str, Any]) -> Figure:
     workers = record["workers"]
     measure.bar_chart(
         rates,
-        title="",
+        title=f"Records of 256 x 256 JPEGs, {workers} workers",
         unit="pictures a second",
         ceiling=statistics.median(rates[BARE]) * workers,
         ceiling_name=f"{workers} times the decoder alone",
         axes=above,
     )
-    above.set_title(f"Records of 256 x 256 JPEGs, {workers} workers", loc="left")
-    memory = record["memory"]
-    below.plot(memory["records"], memory["mib"])
-    below.set_ylim(0, 1.3 * max(memory["mib"]))
+    watched = record["memory"]
+    below.plot(watched["records"], watched["mib"])
+    below.set_ylim(0, 1.3 * max(watched["mib"]))
     below.set_title("Memory of the process that reads", loc="left")
     below.set_xlabel("records read")
     below.set_ylabel("MiB")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import augment, create_model, ops, optim, parallel, steps
+from alexnet_jax import augment, create_model, describe, ops, optim, parallel, steps
 from alexnet_jax.model import AlexNet
 from benchmarks.measure import Setting
 
@@ -95,14 +95,7 @@ class Trainer:
         self._state, self._arguments = step.state, (step.batch, step.statistics)
         with precision(setting):
             self._step = step.function.lower(*step[1:]).compile()
-        plan = self._step.memory_analysis()
-        # Results that take the place of arguments are counted once.
-        self.memory_bytes = (
-            plan.argument_size_in_bytes
-            + plan.output_size_in_bytes
-            + plan.temp_size_in_bytes
-            - plan.alias_size_in_bytes
-        )
+        self.memory_bytes = describe.memory_bytes(self._step)
 
     def __call__(self) -> float:
         metrics: Any = {}

@@ -17,7 +17,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,13 @@ def ratio(
         "min": min(found),
         "max": max(found),
     }
+
+
+def spread(values: Iterable[float], form: str) -> str:
+    """The text "median (least to most)", each number in the format `form`."""
+    found = list(values)
+    middle, least, most = statistics.median(found), min(found), max(found)
+    return f"{middle:{form}} ({least:{form}} to {most:{form}})"
 
 
 def gemm_rate(dtype: str = "float32", *, repeats: int = 5) -> float:
@@ -315,7 +322,7 @@ def bar_chart(
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1))
     axes.invert_yaxis()
     axes.set_xlabel(unit)
-    axes.set_title(title)
+    axes.set_title(title, loc="left")  # the legend is on the right
     figure = axes.get_figure(root=True)
     assert figure is not None
     return figure

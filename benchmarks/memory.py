@@ -73,7 +73,7 @@ def _growth(setting: Setting, form: Any) -> float:
         def build() -> Callable[[], float]:
             return torch_alexnet.trainer(setting, form)
 
-    before = _status("VmRSS")
+    before = status_bytes("VmRSS")
     call = build()
     call()
     try:
@@ -81,10 +81,11 @@ def _growth(setting: Setting, form: Any) -> float:
     except OSError:
         return 0.0
     call()
-    return max(0.0, _status("VmHWM") - before)
+    return max(0.0, status_bytes("VmHWM") - before)
 
 
-def _status(field: str) -> float:
+def status_bytes(field: str) -> float:
+    """A size of this process from /proc, such as "VmRSS"; 0 where there is none."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -27,7 +27,6 @@ from matplotlib.figure import Figure
 
 from alexnet_jax import augment, ops, optim
 from alexnet_jax.model import AlexNet, summary
-from alexnet_jax.variants import Conv
 from benchmarks import jax_alexnet, measure, roofline
 from benchmarks.measure import Setting
 
@@ -56,19 +55,11 @@ def convolutions(model: AlexNet) -> list[Layer]:
     for row in model.network.convs:
         groups = COLUMNS if row.sees == "own" else 1
         kernel = (row.kernel, row.kernel, before[2] // groups, row.features)
-        padding = _padding(row, before[0])
-        found.append(Layer(row.name, before, kernel, row.stride, padding, groups))
+        pads = row.pads(before[0])
+        found.append(Layer(row.name, before, kernel, row.stride, pads, groups))
         pooled = row.name.replace("conv", "pool")
         before = shapes.get(pooled, shapes[row.name])
     return found
-
-
-def _padding(row: Conv, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    if row.padding == "ceil":
-        sides = (0, (row.kernel - size) % row.stride)
-    else:
-        sides = (row.padding, row.padding)
-    return sides, sides
 
 
 def random(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -251,7 +242,7 @@ def table(found: list[dict[str, Any]], flop_rate: float, bandwidth: float) -> st
                 f"{times['plain'] * 1e3:,.2f}" if "plain" in times else "",
                 f"{times[row['peer']] * 1e3:,.2f}" if row["peer"] else "",
                 row["peer"].removeprefix("torch "),
-                _spread(row["ratio"]) if row["peer"] else "",
+                measure.spread(row["ratio"].values(), ".2f") if row["peer"] else "",
             ]
         )
     total = {who: _total(found, who) * 1e3 for who in ("ours", "plain", "torch")}
@@ -264,10 +255,6 @@ def table(found: list[dict[str, Any]], flop_rate: float, bandwidth: float) -> st
         ]
     )
     return measure.markdown_table(header, cells)
-
-
-def _spread(found: dict[str, float]) -> str:
-    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
 
 
 def _total(found: list[dict[str, Any]], who: str) -> float:

@@ -7,6 +7,7 @@ ImageNet, but the bytes come from the page cache.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 from alexnet_jax.data import sources
 from alexnet_jax.data.imagenet import originals, preparation, wnids
+from alexnet_jax.data.loader import Batches
 from alexnet_jax.data.textures import CLASS_NAMES, draw
 
 PICTURES_HELP = (
@@ -22,6 +24,7 @@ PICTURES_HELP = (
     "embedded textures are drawn, enlarged to ImageNet's usual 500 x 375"
 )
 _DRAWN = 400
+_FILES = 1025  # of ImageNet's training split
 
 
 def source(folder: Path | None, scratch: Path) -> Path:
@@ -42,18 +45,18 @@ def source(folder: Path | None, scratch: Path) -> Path:
     return made
 
 
-def records(pictures: Path, data_dir: Path, *, files: int = 1) -> sources.TfdsSource:
-    """A tfds data set of 256 x 256 JPEG records: one file, under `files` names.
+def records(folder: Path | None, data_dir: Path) -> sources.TfdsSource:
+    """A tfds data set of 256 x 256 JPEG records: one file, under 1,025 names.
 
-    The file holds 1,250 pictures, as ImageNet's do; fewer pictures come again.
-    1,025 names make 1,281,250 records.
+    The file holds 1,250 pictures of `source(folder, data_dir)`, as ImageNet's do; fewer
+    come again. The names make 1,281,250 records.
     """
-    found = originals.find(pictures)["train"]
+    found = originals.find(source(folder, data_dir))["train"]
     part = found.take(np.resize(np.arange(len(found)), preparation.PICTURES_A_SHARD))
     directory = data_dir / preparation.NAME / preparation.VERSION
     (directory / "parts").mkdir(parents=True)
     shards = []
-    for split, count in (("train", files), ("validation", 1)):
+    for split, count in (("train", _FILES), ("validation", 1)):
         for i in range(count):
             name = preparation.shard_name(split, i, count)
             shards.append(preparation.Shard(directory / name, split, part))
@@ -63,6 +66,28 @@ def records(pictures: Path, data_dir: Path, *, files: int = 1) -> sources.TfdsSo
         os.link(shards[0].result_path, shard.result_path)
     preparation.write_metadata(directory, shards)
     return sources.TfdsSource(directory, "train", preparation.SIZE)
+
+
+def batches(
+    source: sources.Source,
+    examples: Callable[[int, int], np.ndarray],
+    *,
+    count: int,
+    batch_size: int,
+    workers: int,
+) -> Batches:
+    """The first `count` examples in their order, as training reads them."""
+    return Batches(
+        source,
+        examples,
+        batch_size=batch_size,
+        positions=None,
+        start_step=0,
+        num_examples=count,
+        workers=workers,
+        prefetch=4,
+        with_mask=False,
+    )
 
 
 def repeated(folder: Path, scratch: Path, *, train: int, validation: int) -> Path:

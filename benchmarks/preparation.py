@@ -149,7 +149,11 @@ def _table(record: dict[str, Any]) -> str:
         spread = f"{min(rates):,.0f} to {max(rates):,.0f}"
         row = [name, f"{statistics.median(rates):,.0f}", spread]
         rows.append(
-            row + [_spread(shares[k]) if shares else "" for k in (ALONE, AGAIN)]
+            row
+            + [
+                measure.spread(shares[k], ".2f") if shares else ""
+                for k in (ALONE, AGAIN)
+            ]
         )
     header = ["", "pictures/s", "spread", "a process, of row 1", "of row 2"]
     return (
@@ -162,22 +166,16 @@ def _table(record: dict[str, Any]) -> str:
     )
 
 
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
 def _figure(record: dict[str, Any]) -> Figure:
     rates = record["pictures_a_second"]
     most = record["most_workers"]
-    figure = measure.bar_chart(
+    return measure.bar_chart(
         rates,
-        title="",
+        title="prepare imagenet",
         unit="pictures a second",
         ceiling=most * statistics.median(rates[ALONE]),
         ceiling_name=f"{most} times the first",
     )
-    figure.axes[0].set_title("prepare imagenet", loc="left")
-    return figure
 
 
 if __name__ == "__main__":

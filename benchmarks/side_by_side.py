@@ -167,9 +167,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         setting = f"{record['precision']}, batch {record['batch']:,}"
         for who, rates in record["images_per_second"].items():
             name = who if who == "ours" else record["peer"]
-            middle, least, most = statistics.median(rates), min(rates), max(rates)
             shares = [f"{record[f'{limit}_share'][who]:.0%}" for limit in LIMITS]
-            rate = f"{middle:,.1f} ({least:,.1f} to {most:,.1f})"
+            rate = measure.spread(rates, ",.1f")
             rows.append([setting, name, rate, *shares, ""])
         if found := record.get("ratio"):
             spread = f"({found['min']:.2f} to {found['max']:.2f})"

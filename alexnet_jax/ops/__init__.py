@@ -46,7 +46,9 @@ def compiler_options() -> dict[str, Any]:
 
 @functools.cache
 def _known_options(backend: str) -> dict[str, Any]:
-    options = cpu.COMPILER_OPTIONS if backend == "cpu" else {}
+    if backend != "cpu":
+        return {}
+    options = cpu.COMPILER_OPTIONS
     try:
         jax.jit(lambda: jnp.zeros(()), compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError as error:

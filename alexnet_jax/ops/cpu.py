@@ -239,8 +239,7 @@ def _max_pool_forward(x, window, stride, ceil, shape):
     _, rows = reference.max_along(x, window[0], stride[0], axis=1, ceil=ceil)
     # The same maximum, as an operation whose output XLA stores: others it repeats in
     # all that reads them, such as each part of the next layer's kernel gradient.
-    count = rows.shape[1]
-    overhang = max((count - 1) * stride[0] + window[0] - shape[1], 0)
+    overhang = max((rows.shape[1] - 1) * stride[0] + window[0] - shape[1], 0)
     x = lax.reduce_window(
         x,
         x.dtype.type(-np.inf),
@@ -249,7 +248,7 @@ def _max_pool_forward(x, window, stride, ceil, shape):
         (1, stride[0], 1, 1),
         ((0, 0), (0, overhang), (0, 0), (0, 0)),
     )
-    return lax.slice_in_dim(x, 0, count, axis=1), (rows, columns)
+    return x, (rows, columns)
 
 
 def _max_pool_backward(window, stride, ceil, shape, places, g):
