@@ -263,6 +263,7 @@ class AlexNet(nn.Module):
                     k=stage.k,
                     alpha=stage.alpha,
                     beta=stage.beta,
+                    fast=self.fast,
                 )
             case BatchNorm():
                 # Over the whole batch; flax hands the names on to `lax.pmean`.

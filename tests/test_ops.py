@@ -214,11 +214,12 @@ def test_lrn_mean_mode_equals_torch(fast):
     np.testing.assert_allclose(got, want.numpy(), rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [1, 3, 5])
-def test_within_map_norm_equals_the_loop(size):
+@BOTH
+@pytest.mark.parametrize("size, beta", [(1, 0.75), (3, 0.75), (5, 0.6)])
+def test_within_map_norm_equals_the_loop(size, beta, fast):
     x = normal(1, 5, 4, 2, seed=2, scale=2.0)
-    case = {"size": size, "k": 1.0, "alpha": 3.0, "beta": 0.75}
-    op = functools.partial(ops.within_map_response_norm, **case)
+    case = {"size": size, "k": 1.0, "alpha": 3.0, "beta": beta}
+    op = functools.partial(ops.within_map_response_norm, **case, fast=fast)
     check_by_differences(op, functools.partial(loop_within_map, **case), x)
 
 
@@ -496,7 +497,7 @@ def apply(name, x, fast):
             x, bias, relu=True, alpha=0.3, groups=2, fast=fast
         )
     if name == "within_map":
-        return ops.within_map_response_norm(x, alpha=3.0)
+        return ops.within_map_response_norm(x, alpha=3.0, fast=fast)
     if name == "avg_pool":
         return ops.avg_pool(x, window=3, stride=2, ceil=True)
     if name == "bias":
@@ -505,8 +506,8 @@ def apply(name, x, fast):
     return ops.max_pool(x, fast=fast)
 
 
-TWO_FORMS = ["lrn", "lrn_of_layer", *CONVS, "max_pool", "bias"]
-NAMES = [*TWO_FORMS, "within_map", "avg_pool"]
+TWO_FORMS = ["lrn", "lrn_of_layer", "within_map", *CONVS, "max_pool", "bias"]
+NAMES = [*TWO_FORMS, "avg_pool"]
 NAME_AND_FAST = pytest.mark.parametrize(
     "name, fast",
     [(name, False) for name in NAMES] + [(name, True) for name in TWO_FORMS],
@@ -605,7 +606,7 @@ def small_net(params, x, fast):
     x = ops.add_bias(x, params["bias2"], fast=fast)
     x = ops.max_pool(x, fast=fast)
     x = ops.grouped_conv(x, params["conv2"], padding=1, groups=2, fast=fast)
-    x = ops.within_map_response_norm(x, alpha=1.0)
+    x = ops.within_map_response_norm(x, alpha=1.0, fast=fast)
     return jnp.sin(ops.avg_pool(x, window=3, stride=2, ceil=True))
 
 

@@ -151,6 +151,7 @@ def within_map_response_norm(
     k: float = 1.0,
     alpha: float = 5e-5,
     beta: float = 0.75,
+    fast: bool = True,
 ) -> jax.Array:
     """Response normalisation over the neighbouring pixels of the same map.
 
@@ -163,7 +164,8 @@ def within_map_response_norm(
       size: side of the window in pixels, odd and positive.
       k: added to the sum; positive.
       alpha: weight of the sum of squares before the division by size**2.
-      beta: the power.
+      beta: the power; 0.75 is the fastest.
+      fast: False for the plain form (forward mode, second derivatives).
 
     Returns:
       An array of x's shape and dtype.
@@ -175,7 +177,7 @@ def within_map_response_norm(
     _check_rank("within_map_response_norm", "x[B,H,W,C]", x, 4)
     _check_floating("within_map_response_norm", x)
     _check_odd("within_map_response_norm", size)
-    return reference.within_map_response_norm(
+    return _implementation(fast).within_map_response_norm(
         x, size=size, k=k, alpha=alpha / size**2, beta=beta
     )
 

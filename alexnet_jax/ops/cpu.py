@@ -219,6 +219,48 @@ _lrn = jax.custom_vjp(_lrn_value, nondiff_argnums=(1, 2, 3, 4, 5, 6))
 _lrn.defvjp(_lrn_forward, _lrn_backward)
 
 
+def within_map_response_norm(
+    x: jax.Array, *, size: int, k: float, alpha: float, beta: float
+) -> jax.Array:
+    """LRN over `size` x `size` pixels of one map; `alpha` multiplies the plain sum."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return _within_map(x.astype(wide), size, k, alpha, beta).astype(x.dtype)
+
+
+def _within_map_value(a, size, k, alpha, beta) -> jax.Array:
+    return a / _power(k + alpha * _stored_area_sum(jnp.square(a), size), beta)
+
+
+def _within_map_forward(a, size, k, alpha, beta):
+    base = k + alpha * _stored_area_sum(jnp.square(a), size)
+    return a / _power(base, beta), (a, base)
+
+
+def _within_map_backward(size, k, alpha, beta, residuals, g):
+    a, base = residuals
+    scaled = g / _power(base, beta)
+    # As across channels: the pixels whose window holds a pixel are its own window.
+    shared = _stored_area_sum(scaled * a / base, size)
+    return (scaled - 2 * alpha * beta * a * shared,)
+
+
+def _stored_area_sum(a: jax.Array, size: int) -> jax.Array:
+    """Sums of size x size pixels of a map, a side after the other."""
+    for axis in (2, 1):
+        window = [1] * a.ndim
+        window[axis] = size
+        sides = [(0, 0)] * a.ndim
+        sides[axis] = (size // 2, size // 2)
+        a = lax.reduce_window(
+            a, a.dtype.type(0), lax.add, window, (1,) * a.ndim, sides
+        )
+    return a
+
+
+_within_map = jax.custom_vjp(_within_map_value, nondiff_argnums=(1, 2, 3, 4))
+_within_map.defvjp(_within_map_forward, _within_map_backward)
+
+
 def max_pool(
     x: jax.Array, *, window: tuple[int, int], stride: tuple[int, int], ceil: bool
 ) -> jax.Array:
