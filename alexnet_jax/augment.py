@@ -28,6 +28,7 @@ IMAGENET_PCA_VECTORS = np.array(
     ]
 )
 LIGHTING_FORMS = ("paper", "original")
+VIEW_COUNTS = (1, 9, 10)
 # Mean of ImageNet's mean image (same source), RGB, 0..255.
 IMAGENET_MEAN_255 = np.array([127.305, 119.715, 104.913])
 
@@ -226,6 +227,30 @@ def eval_images(
 ) -> jax.Array:
     """uint8 pictures [B, S, S, 3] -> their centre crops minus the mean's centre."""
     return _minus_mean(centre_crop(pictures, crop_size), mean_image, crop_size, dtype)
+
+
+def several_views(pictures: jax.Array, count: int, size: int) -> jax.Array:
+    """Pictures [B, S, S, 3] -> several views of each [V, B, size, size, 3], same dtype.
+
+    Args:
+      count: 1, the centre; 9, cuda-convnet2's views of CIFAR-10, the three by three
+        offsets 0, half and all of the margin; 10, the paper's (section 4.1), the centre
+        and the four corners, and then the five mirrored. The centre is view 0.
+
+    Raises:
+      ValueError: for another count.
+    """
+    if count not in VIEW_COUNTS:
+        raise ValueError(f"count={count} must be one of {VIEW_COUNTS}.")
+    margin = pictures.shape[1] - size
+    middle = margin // 2
+    places = [(middle, middle)]
+    sides = {1: (), 9: (0, middle, margin), 10: (0, margin)}[count]
+    places += [(y, x) for y in sides for x in sides if (y, x) != (middle, middle)]
+    views = [pictures[:, y : y + size, x : x + size] for y, x in places]
+    if count == 10:
+        views += [view[:, :, ::-1] for view in views]
+    return jnp.stack(views)
 
 
 def _minus_mean(

@@ -15,13 +15,15 @@ def evaluate(
     """Adds up `eval_step` over padded and masked batches.
 
     Args:
-      eval_step: batch -> the sums of `metrics.sums` over its real examples.
+      eval_step: batch -> the sums of `metrics.sums` over its real examples, and
+        perhaps those of several views, under "views_...".
       batches: device batches, the last one padded.
       expected_count: the size of the split.
 
     Returns:
       {"loss", "top1_error", "top5_error", "count"}: mean loss in nats, errors in
-      [0, 1], number of examples.
+      [0, 1], number of examples; and of several views "views_loss",
+      "views_top1_error", "views_top5_error".
 
     Raises:
       RuntimeError: if the number counted is not `expected_count`.
@@ -44,9 +46,10 @@ def evaluate(
         raise RuntimeError(
             f"The evaluation counted {count} examples; the split has {expected_count}."
         )
-    return {
-        "loss": totals["loss"] / count,
-        "top1_error": 1.0 - totals["top1"] / count,
-        "top5_error": 1.0 - totals["top5"] / count,
-        "count": count,
-    }
+    found: dict[str, float] = {}
+    for views in ("", "views_"):
+        if f"{views}count" in totals:
+            found[f"{views}loss"] = totals[f"{views}loss"] / count
+            found[f"{views}top1_error"] = 1.0 - totals[f"{views}top1"] / count
+            found[f"{views}top5_error"] = 1.0 - totals[f"{views}top5"] / count
+    return found | {"count": count}

@@ -110,13 +110,14 @@ class Experiment:
             transform=self.config.parallel.transform,
         )
 
-    def eval_step(self) -> Callable[..., Any]:
+    def eval_step(self, views: int = 1) -> Callable[..., Any]:
         """The jitted (params, batch_stats, batch, statistics) -> sums."""
         return steps.make_eval_step(
             self.model,
             mesh=self.mesh,
             mode=self.mode,
             crop_size=self.crop_size,
+            views=views,
             transform=self.config.parallel.transform,
         )
 
@@ -196,6 +197,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_steps": (lambda v: v >= -1, "-1 (off) or more"),
     "log_every_steps": _AT_LEAST_1,
     "eval_every_epochs": _AT_LEAST_0,
+    "stop_at_train_error": (lambda v: 0 <= v < 1, "0 (off) to below 1"),
     "summaries_every_steps": _AT_LEAST_0,
     "stall_after_steps": _AT_LEAST_0,
     "profile": _AT_LEAST_0,
@@ -225,7 +227,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "checkpoint.every_minutes": _AT_LEAST_0,
     "checkpoint.keep": _AT_LEAST_1,
 }
-_CHOICES = {
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "eval_views": augment.VIEW_COUNTS,
     "model.dtype": DTYPES,
     "optim.form": optim.FORMS,
     "schedule.name": optim.SCHEDULES,
@@ -249,7 +252,8 @@ def _range_problems(config: Config) -> list[str]:
         if not holds(_field(config, path))
     ]
     problems += [
-        f"--config.{path}={_field(config, path)!r} must be one of {', '.join(choices)}."
+        f"--config.{path}={_field(config, path)!r} must be one of "
+        f"{', '.join(map(str, choices))}."
         for path, choices in _CHOICES.items()
         if _field(config, path) not in choices
     ]

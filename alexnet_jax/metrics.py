@@ -25,6 +25,16 @@ def in_top_k(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     return before.sum(-1) < k
 
 
+def log_mean_probabilities(logits: jax.Array) -> jax.Array:
+    """[V, B, K] logits of V views -> [B, K] logarithms of the mean probabilities.
+
+    The paper averages "the predictions made by the network's softmax layer" (4.1).
+    """
+    wide = jnp.promote_types(logits.dtype, jnp.float32)
+    log_probabilities = jax.nn.log_softmax(logits.astype(wide), axis=-1)
+    return jax.nn.logsumexp(log_probabilities, axis=0) - jnp.log(logits.shape[0])
+
+
 def sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
     """Sums over the examples whose mask is 1: loss, top1, top5 (right ones), count.
 

@@ -24,6 +24,8 @@ from alexnet_jax.variants import (
     Conv,
     Dense,
     Dropout,
+    Layer,
+    Local,
     Lrn,
     NormalizationKind,
     Pool,
@@ -40,20 +42,26 @@ _ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid
 
 
 class _Weights(nn.Module):
-    """The kernel and bias of one layer, in `dtype`."""
+    """The kernel and bias of one layer, in `dtype`.
+
+    `places`: for how many places, (down, across), there is a kernel and a bias each.
+    """
 
     shape: tuple[int, ...]
     kernel_init: nn.initializers.Initializer
     bias: float
     dtype: Any
+    places: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self) -> tuple[jax.Array, jax.Array]:
         # bfloat16 computes with float32 weights; float64 has float64 ones.
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        kernel = self.param("kernel", self.kernel_init, self.shape, param_dtype)
+        shape = (*self.places, *self.shape)
+        kernel = self.param("kernel", self.kernel_init, shape, param_dtype)
         constant = nn.initializers.constant(self.bias)
-        bias = self.param("bias", constant, self.shape[-1:], param_dtype)
+        shape = (*self.places, self.shape[-1])
+        bias = self.param("bias", constant, shape, param_dtype)
         return kernel.astype(self.dtype), bias.astype(self.dtype)
 
 
@@ -129,9 +137,12 @@ class AlexNet(nn.Module):
             if isinstance(row, Conv):
                 terms = self._conv(row, x, first=row is self.network.layers[0])
                 x = ops.add_bias(*terms, fast=self.fast)
-                place = _Place(self.conv_shards, self.batch_axes, own)
+            elif isinstance(row, Local):
+                x = self._local(row, x)
             else:
                 x = self._dense(row, x, last=name == "logits")
+            place = _Place(self.conv_shards, self.batch_axes, own)
+            if isinstance(row, Dense):
                 place = self._dense_place(own)
             found[name] = x
             labels = feature_names(row)
@@ -189,6 +200,12 @@ class AlexNet(nn.Module):
         )
         return x, bias
 
+    def _local(self, row: Local, x: jax.Array) -> jax.Array:
+        side = x.shape[1] + 2 * row.padding - row.kernel + 1
+        shape = (row.kernel, row.kernel, x.shape[-1])
+        kernel, bias = self._weights(row, shape, row.features, (side, side))
+        return ops.local_conv(x, kernel, padding=row.padding) + bias
+
     def _dense(self, row: Dense, x: jax.Array, last: bool) -> jax.Array:
         if last:
             return self._classifier(row, x)
@@ -235,12 +252,15 @@ class AlexNet(nn.Module):
         return parallel.sum_parts(parts, axis) + bias
 
     def _weights(
-        self, row: Conv | Dense, inputs: tuple[int, ...], features: int
+        self,
+        row: Layer,
+        inputs: tuple[int, ...],
+        features: int,
+        places: tuple[int, ...] = (),
     ) -> tuple[jax.Array, jax.Array]:
         kernel_init, bias = _initializers(self.network, row, self.init_name)
-        module = _Weights(
-            (*inputs, features), kernel_init, bias, self.dtype, name=row.name
-        )
+        shape = (*inputs, features)
+        module = _Weights(shape, kernel_init, bias, self.dtype, places, name=row.name)
         return module()
 
     def _stage(
@@ -381,17 +401,20 @@ def create_model(
     lrn: bool | None = None,
     pool_window: int | None = None,
     pool_stride: int | None = None,
+    pool_kind: variants.PoolKind | None = None,
     activation: variants.ActivationKind | None = None,
     columns: int | None = None,
     dropout: float | None = None,
     normalization: NormalizationKind | None = None,
+    norm_layers: Iterable[str] | None = None,
+    norm_place: variants.Place | None = None,
     skip: Iterable[str] | None = None,
 ) -> AlexNet:
     """Makes a network: a named layer table, changed as asked.
 
     Args:
-      variant: "paper", "original", "no_communication", "one_gpu", "caffe",
-        "caffenet", "one_tower", "owt" or "cifar", see `variants`.
+      variant: the name of a table of `variants.VARIANTS`: "paper", "original", "owt",
+        "cifar", ...
       num_classes: units of the classifier; None: the table's own (1,000, or 10).
       width: factor on the features of every layer but the classifier.
       dtype: what is computed in: float32, bfloat16, or float64 (with x64 enabled).
@@ -402,8 +425,9 @@ def create_model(
         pixels of 0..255, the classifier from N(0, 0.01), biases 0. Narrowed
         networks need "he": with the others they do not leave ln(classes).
       fast: the backend's fast operators; False keeps forward-mode derivatives.
-      lrn, pool_window, pool_stride, activation, columns, dropout, normalization,
-        skip: the ablations, see `variants.customize`. None: as in the table.
+      lrn, pool_window, pool_stride, pool_kind, activation, columns, dropout,
+        normalization, norm_layers, norm_place, skip: the ablations, see
+        `variants.customize`. None: as in the table.
 
     Raises:
       ValueError: for a name that does not exist or a value out of range.
@@ -422,8 +446,11 @@ def create_model(
         width=width,
         lrn=lrn,
         normalization=normalization,
+        norm_layers=norm_layers,
+        norm_place=norm_place,
         pool_window=pool_window,
         pool_stride=pool_stride,
+        pool_kind=pool_kind,
         activation=activation,
         columns=columns,
         dropout=dropout,
@@ -459,6 +486,7 @@ def summary(model: AlexNet, image_size: int | None = None) -> list[LayerSummary]
         return found, variables["params"]
 
     shapes, params = jax.eval_shape(trace, key, images)
+    shared = {row.name for row in model.network.convs}  # one kernel for all places
     lines = []
     for name in names:
         feature = shapes[name]
@@ -466,20 +494,25 @@ def summary(model: AlexNet, image_size: int | None = None) -> list[LayerSummary]
         weights = params.get(layer, {})
         count = sum(leaf.size for leaf in weights.values())
         shape = feature.shape[1:]
-        positions = shape[0] * shape[1] if len(shape) == 3 else 1
-        kernel = weights["kernel"].size if "kernel" in weights else 0
-        lines.append(LayerSummary(layer, shape, count, kernel * positions))
+        products = weights["kernel"].size if "kernel" in weights else 0
+        if layer in shared:
+            products *= shape[0] * shape[1]
+        lines.append(LayerSummary(layer, shape, count, products))
     return lines
 
 
 def _initializers(
-    network: Variant, row: Conv | Dense, init: str
+    network: Variant, row: Layer, init: str
 ) -> tuple[nn.initializers.Initializer, float]:
     last = row is network.layers[-1]
     if init == "he" and not last:
         # Fan-in; the pixels that the first layer reads are not of unit variance.
         gain = PIXEL_STD_255**-2 if row is network.layers[0] else 1.0
-        return nn.initializers.variance_scaling(2.0 * gain, "fan_in", "normal"), 0.0
+        places = (0, 1) if isinstance(row, Local) else ()
+        he = nn.initializers.variance_scaling(
+            2.0 * gain, "fan_in", "normal", batch_axis=places
+        )
+        return he, 0.0
     if init == "he":
         return nn.initializers.normal(0.01), 0.0
     if init == "caffe":
@@ -524,7 +557,7 @@ def _grid(row: Conv, size: int) -> int:
     return 1 + (size + sum(sides) - row.kernel) // row.stride
 
 
-def feature_names(row: Conv | Dense) -> list[str | None]:
+def feature_names(row: Layer) -> list[str | None]:
     """Under which name `features` has the output of each of a row's stages.
 
     An activation belongs to what it is applied to; dropout has no name.

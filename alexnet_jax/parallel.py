@@ -27,7 +27,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from alexnet_jax.variants import Lrn, Variant, stage_name
+from alexnet_jax.variants import Local, Lrn, Variant, stage_name
 
 DATA = "data"
 COLUMN = "column"
@@ -117,6 +117,8 @@ def _not_in_columns(network: Variant, columns: int) -> str:
         return f"it has {network.columns} column{'s' if network.columns > 1 else ''}"
     if any(isinstance(s, Lrn) and not s.per_column for s in network.stages):
         return "its local response normalisation looks across the columns"
+    if any(isinstance(row, Local) for row in network.layers):
+        return "its locally connected layers see all features"
     if len(network.denses) == 1:
         return "its classifier reads the feature maps themselves"
     return ""

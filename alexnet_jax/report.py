@@ -45,6 +45,9 @@ def report(workdir: Path) -> list[str]:
             f"held-out errors: top-1 {top1:.2f}%, top-5 {top5:.2f}% "
             f"({last['eval/count']:.0f} pictures, step {last['step']})"
         )
+        if "eval/views_loss" in last:
+            top1, top5 = (100 * last[f"eval/views_{k}_error"] for k in ("top1", "top5"))
+            lines.append(f"over several views: top-1 {top1:.2f}%, top-5 {top5:.2f}%")
     lines.append(f"first-layer filters: {filters}")
     lines.append(f"training curves:     {curves}")
     return lines

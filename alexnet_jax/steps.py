@@ -417,12 +417,15 @@ def make_eval_step(
     mesh: Mesh,
     mode: str,
     crop_size: int,
+    views: int = 1,
     transform: str = "shard_map",
 ) -> Callable[..., dict[str, jax.Array]]:
     """Returns the jitted (params, batch_stats, batch, statistics) -> sums.
 
     `batch` also has a "mask" [B], 1 for real examples and 0 for padding; the sums
-    over the whole batch are those of `metrics.sums`. The centre view is taken.
+    over the whole batch are those of `metrics.sums`, of the centre view. With more
+    `views` (`augment.several_views`) the same sums come again under "views_...", of the
+    probabilities averaged over the views, as in section 4.1 of the paper.
     """
     local = model.local(mesh, mode)
 
@@ -432,16 +435,26 @@ def make_eval_step(
         batch: dict[str, jax.Array],
         statistics: augment.PixelStatistics,
     ) -> dict[str, jax.Array]:
-        images = augment.eval_images(
-            batch["image"],
-            mean_image=statistics.mean_image,
-            crop_size=crop_size,
-            dtype=_wide(model.dtype),
-        )
-        logits: Any = local.apply(
-            {"params": params, "batch_stats": batch_stats}, images
-        )
-        sums = metrics.sums(logits, batch["label"], batch["mask"])
+        variables = {"params": params, "batch_stats": batch_stats}
+        labels, mask = batch["label"], batch["mask"]
+
+        def logits_of(view: jax.Array) -> Any:
+            images = augment.eval_images(
+                view,
+                mean_image=statistics.mean_image,
+                crop_size=crop_size,
+                dtype=_wide(model.dtype),
+            )
+            return local.apply(variables, images)
+
+        # One view after the other, in the memory of one.
+        pictures = augment.several_views(batch["image"], views, crop_size)
+        logits = lax.map(logits_of, pictures)
+        sums = metrics.sums(logits[0], labels, mask)
+        if views > 1:
+            averaged = metrics.log_mean_probabilities(logits)
+            several = metrics.sums(averaged, labels, mask)
+            sums |= {f"views_{name}": value for name, value in several.items()}
         return lax.psum(sums, local.batch_axes)
 
     specs = state_specs(

@@ -137,7 +137,8 @@ def evaluate_workdir(config: Config, workdir: str | os.PathLike[str]) -> dict[st
             step=step,
             abstract={"params": target.params, "batch_stats": target.batch_stats},
         )
-    eval_step, statistics = experiment.eval_step(), experiment.pixel_statistics()
+    eval_step = experiment.eval_step(config.eval_views)
+    statistics = experiment.pixel_statistics()
     batch_stats = variables.get("batch_stats", {})
     errors = _evaluate(
         experiment,
@@ -338,7 +339,7 @@ class _Run:
             **host.get("plateau", {}),
         )
         self._follow_learning_rate(host)
-        self.eval_step: Any = None
+        self.eval_steps: dict[int, Any] = {}  # compiled, by the number of views
         self.summary_step: Any = None
         # A summary comes between a step's checkpoint and the next step: the run that
         # stopped there may have written it already.
@@ -346,6 +347,12 @@ class _Run:
         self.warned_of_stall = False
         self.recent: list[dict[str, jax.Array]] = []  # metrics since the last record
         self.saved_step = self.evaluated_step = -1
+        # Whether the training error came down to `stop_at_train_error`, which ends a run.
+        target = self.config.stop_at_train_error
+        reached = host.get("target_reached", False)
+        self.target_reached = (
+            reached and target == host["config"]["stop_at_train_error"]
+        )
         self.saved_at = time.monotonic()
         # One process knows at once whether it was asked to stop; several agree.
         several = jax.process_count() > 1
@@ -353,12 +360,16 @@ class _Run:
         self.votes: collections.deque[jax.Array] = collections.deque()
         self._restart_clock(0.0)
 
+    @property
+    def _ended(self) -> bool:
+        return self.step >= self.experiment.total_steps or self.target_reached
+
     # The loop.
 
     def train(self, stop: Stop, profiler: Profiler) -> None:
         """Steps until the end, or until asked to stop; then a checkpoint."""
         total = self.experiment.total_steps
-        if self.step >= total:
+        if self._ended:
             self.writers.text(f"nothing to do: the run ended at step {self.step}")
             return
         with self.experiment.train_batches(self.step) as batches:
@@ -381,14 +392,14 @@ class _Run:
                     # Decoded and sent while the devices compute.
                     batch = self._put(next_batch(batches, metrics["loss"]))
                 self._between_steps(batches.wait_seconds, last, asked.save)
-                if last:
+                if last or self.target_reached:
                     break
         profiler.close()  # what follows is no training
-        if asked.stop_signal and self.step < total:
+        if asked.stop_signal and not self._ended:
             self._stopped(asked.stop_signal)
         self._save()  # before an evaluation that may fail
         if self.evaluated_step != self.step:
-            self._save(self._evaluate())
+            self._save(self._evaluate(self.config.eval_views))
 
     def _keep(self, metrics: dict[str, jax.Array]) -> None:
         if self.step == 1:
@@ -425,7 +436,7 @@ class _Run:
         if last or self.step % self.config.log_every_steps == 0:
             self._log(waited)
         if self._evaluation_is_due():
-            error = self._evaluate()
+            error = self._evaluate(self.config.eval_views if self._ended else 1)
             if error is not None and self.checkpointer.is_best(error):
                 self._save(error)
         by_step = self.config.checkpoint.every_steps
@@ -482,6 +493,8 @@ class _Run:
         )
         self._restart_clock(waited)
         self._warn_of_stall(float(losses.mean()))
+        error = float(np.mean([m["top1_error"] for m in recent]))
+        self.target_reached = error <= self.config.stop_at_train_error > 0
 
     def _warn_of_stall(self, loss: float) -> None:
         """Once, if from `stall_after_steps` on the network is still guessing."""
@@ -528,13 +541,15 @@ class _Run:
 
     # Evaluations and checkpoints.
 
-    def _evaluate(self) -> float | None:
-        """Evaluates, writes, applies the plateau rule; returns the top-1 error."""
+    def _evaluate(self, views: int = 1) -> float | None:
+        """Evaluates, writes, applies the plateau rule; returns the centre's error."""
         self.evaluated_step = self.step
         if self.experiment.eval_source is None:
             return None
         with self._off_the_clock():
-            errors = _evaluate(self.experiment, self._eval_batch)
+            errors = _evaluate(
+                self.experiment, lambda batch: self._eval_batch(batch, views)
+            )
         self._write({f"eval/{name}": value for name, value in errors.items()})
         # The evaluation at the end of a run that is cut short by max_steps is not one
         # of the rule's: the run may go on as if it had never stopped.
@@ -546,12 +561,12 @@ class _Run:
                 self._scale_learning_rate(factor)
         return errors["top1_error"]
 
-    def _eval_batch(self, batch: Any) -> Any:
+    def _eval_batch(self, batch: Any, views: int) -> Any:
         args = (self.state.params, self.state.batch_stats, batch, self.statistics)
-        if self.eval_step is None:
-            step = self.experiment.eval_step()
-            self.eval_step = self._compile("evaluation", step, args)
-        return self.eval_step(*args)
+        if views not in self.eval_steps:
+            step = self.experiment.eval_step(views)
+            self.eval_steps[views] = self._compile("evaluation", step, args)
+        return self.eval_steps[views](*args)
 
     def _follow_learning_rate(self, host: dict[str, Any]) -> None:
         """A new learning rate in the config changes the one in the checkpoint.
@@ -587,6 +602,7 @@ class _Run:
                 metadata={
                     "config": experiment_lib.as_json(self.config),
                     "plateau": self.plateau.progress(),
+                    "target_reached": self.target_reached,
                     "versions": {"jax": jax.__version__},
                 },
                 top1_error=top1_error,

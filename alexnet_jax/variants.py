@@ -11,7 +11,9 @@ original program, released by the Computer History Museum ("the original", with 
 number of the experiment); the `bvlc_alexnet` and
 `bvlc_reference_caffenet` definitions of Caffe; torchvision's AlexNet after
 Krizhevsky, "One weird trick for parallelizing convolutional neural networks",
-arXiv:1404.5997; the `layers-18pct.cfg` example of cuda-convnet.
+arXiv:1404.5997; the example files of cuda-convnet and cuda-convnet2 for CIFAR-10
+(`layers-18pct.cfg`, `layers-conv-local-13pct.cfg`, `layers-cifar10-11pct.cfg`); Zeiler
+and Fergus, "Visualizing and understanding convolutional networks", ECCV 2014.
 """
 
 import dataclasses
@@ -24,6 +26,10 @@ ActivationKind = Literal["relu", "tanh", "sigmoid"]
 ACTIVATIONS: tuple[ActivationKind, ...] = ("relu", "tanh", "sigmoid")
 NormalizationKind = Literal["lrn", "batch", "none"]
 NORMALIZATIONS: tuple[NormalizationKind, ...] = ("lrn", "batch", "none")
+PoolKind = Literal["max", "avg"]
+POOL_KINDS: tuple[PoolKind, ...] = ("max", "avg")
+Place = Literal["before", "after"]
+PLACES: tuple[Place, ...] = ("before", "after")
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class Pool:
 
     window: int = 3
     stride: int = 2
-    kind: Literal["max", "avg"] = "max"
+    kind: PoolKind = "max"
     ceil: bool = False
 
 
@@ -128,6 +134,28 @@ class Conv:
 
 
 @dataclass(frozen=True)
+class Local:
+    """A locally connected layer: a convolution of stride 1 with unshared weights.
+
+    Every place has its own kernel and its own bias, and sees all features of the layer
+    before. Fields as in `Conv`.
+    """
+
+    name: str
+    features: int
+    kernel: int
+    padding: int = 0
+    weight_std: float = 0.01
+    bias: float = 0.0
+    weight_decay: float | None = None
+    then: tuple[Stage, ...] = (Activation(),)
+
+    def pads(self, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """((top, bottom), (left, right)), whatever the size."""
+        return (self.padding, self.padding), (self.padding, self.padding)
+
+
+@dataclass(frozen=True)
 class Dense:
     """A fully connected layer. Fields as in `Conv`; the last row sees everything."""
 
@@ -138,6 +166,9 @@ class Dense:
     bias: float = 0.0
     weight_decay: float | None = None
     then: tuple[Stage, ...] = (Activation(),)
+
+
+Layer = Conv | Local | Dense
 
 
 @dataclass(frozen=True)
@@ -152,7 +183,7 @@ class Variant:
     columns: int
     grid: int
     crop_size: int
-    layers: tuple[Conv | Dense, ...]
+    layers: tuple[Layer, ...]
 
     @property
     def convs(self) -> tuple[Conv, ...]:
@@ -277,6 +308,18 @@ NO_COMMUNICATION = dataclasses.replace(
     layers=tuple(
         dataclasses.replace(row, **_OWN_COLUMN.get(row.name, {}))
         for row in ORIGINAL.layers
+    ),
+)
+
+# Experiment 146, the paper's "1 CNN*": "an extra sixth convolutional layer over the
+# last pooling layer" (section 6.1).
+SIX_CONV = dataclasses.replace(
+    ORIGINAL,
+    name="six_conv",
+    layers=(
+        *ORIGINAL.layers[:5],
+        Conv("conv6", 256, kernel=3, padding=1, weight_std=0.03, bias=1.0),
+        *ORIGINAL.layers[5:],
     ),
 )
 
@@ -416,18 +459,98 @@ CIFAR = Variant(
     ),
 )
 
+# Zeiler and Fergus's net of 2013: smaller windows and a smaller stride in conv1. Their
+# grids (110, 55, 26, 13, 6) come from pooling that rounds up.
+_ZFNET_MAX = Pool(window=3, stride=2, ceil=True)
+_ZFNET_LRN = Lrn(per_column=False)
+ZFNET = Variant(
+    "zfnet",
+    columns=1,
+    grid=110,
+    crop_size=224,
+    layers=(
+        Conv(
+            "conv1",
+            96,
+            kernel=7,
+            stride=2,
+            padding=1,
+            then=(RELU, _ZFNET_MAX, _ZFNET_LRN),
+        ),
+        Conv("conv2", 256, kernel=5, stride=2, then=(RELU, _ZFNET_MAX, _ZFNET_LRN)),
+        Conv("conv3", 384, kernel=3, padding=1),
+        Conv("conv4", 384, kernel=3, padding=1),
+        Conv("conv5", 256, kernel=3, padding=1, then=(RELU, OVERLAPPING)),
+        Dense("fc6", 4096, then=(RELU, PAPER_DROPOUT)),
+        Dense("fc7", 4096, then=(RELU, PAPER_DROPOUT)),
+        Dense("fc8", 1000, then=()),
+    ),
+)
+
+# cuda-convnet2's "11%" CIFAR-10 net: two convolutions, two locally connected layers,
+# random 24 x 24 crops.
+_CIFAR_11_LRN = Lrn(size=9, k=1.0, alpha=1e-3, alpha_mode="mean")
+CIFAR_11 = Variant(
+    "cifar_11",
+    columns=1,
+    grid=24,
+    crop_size=24,
+    layers=(
+        Conv(
+            "conv1",
+            64,
+            kernel=5,
+            padding=2,
+            weight_std=1e-4,
+            weight_decay=0.0,
+            then=(RELU, _CIFAR_MAX, _CIFAR_11_LRN),
+        ),
+        Conv(
+            "conv2",
+            64,
+            kernel=5,
+            padding=2,
+            weight_decay=0.0,
+            then=(RELU, _CIFAR_11_LRN, _CIFAR_MAX),
+        ),
+        Local("local3", 64, kernel=3, padding=1, weight_std=0.04, weight_decay=0.004),
+        Local("local4", 32, kernel=3, padding=1, weight_std=0.04, weight_decay=0.004),
+        Dense("fc10", 10, weight_decay=0.01, then=()),
+    ),
+)
+
+# cuda-convnet's "13%" net: without normalisation, local3 half as wide.
+_CIFAR_13 = {
+    "conv1": {"then": (RELU, _CIFAR_MAX)},
+    "conv2": {"then": (RELU, _CIFAR_MAX)},
+    "local3": {"features": 32},
+    "fc10": {"weight_decay": 0.004},
+}
+CIFAR_13 = dataclasses.replace(
+    CIFAR_11,
+    name="cifar_13",
+    layers=tuple(
+        dataclasses.replace(row, **_CIFAR_13.get(row.name, {}))
+        for row in CIFAR_11.layers
+    ),
+)
+
 VARIANTS: dict[str, Variant] = {
     table.name: table
     for table in (
         PAPER,
         ORIGINAL,
         NO_COMMUNICATION,
+        SIX_CONV,
         ONE_GPU,
         CAFFE,
         CAFFENET,
         ONE_TOWER,
         OWT,
+        ZFNET,
         CIFAR,
+        CIFAR_13,
+        CIFAR_11,
     )
 }
 
@@ -441,8 +564,11 @@ def customize(
     width: float = 1.0,
     lrn: bool | None = None,
     normalization: NormalizationKind | None = None,
+    norm_layers: Iterable[str] | None = None,
+    norm_place: Place | None = None,
     pool_window: int | None = None,
     pool_stride: int | None = None,
+    pool_kind: PoolKind | None = None,
     activation: ActivationKind | None = None,
     columns: int | None = None,
     dropout: float | None = None,
@@ -458,12 +584,16 @@ def customize(
       normalization: "lrn", "batch" or "none". A table that normalises keeps its
         places (and, for "lrn", its constants); one that does not gets the paper's
         LRN or batch norm after the activations of conv1 and conv2.
+      norm_layers: the only layers that stay normalised, of those that are.
+      norm_place: "before" or "after" the activation of their layer. A norm that has to
+        change sides moves right next to it; one that is there already stays.
       pool_window, pool_stride: of every pooling layer. The paper's ablation of
         overlapping pooling is `pool_window=2`.
+      pool_kind: "max" or "avg", of every pooling layer.
       activation: "relu", "tanh" or "sigmoid", for every unit.
       columns: number of columns; 1 lets every layer see everything.
       dropout: the rate wherever the table drops, 0 <= rate < 1.
-      skip: names of convolutional layers to take out, with their normalisation but
+      skip: names of convolutional (or local) layers to take out, with their normalisation but
         not their pooling. The first one sets the grid and cannot be skipped.
 
     Raises:
@@ -486,12 +616,21 @@ def customize(
         table = _classifying(table, _positive("num_classes", num_classes))
     if normalization is not None:
         table = _normalized(table, normalization)
+    if norm_layers is not None:
+        table = _normalized_only_in(table, tuple(norm_layers))
+    if norm_place is not None:
+        table = _norms_moved(table, norm_place)
     for field, pixels in (("window", pool_window), ("stride", pool_stride)):
         if pixels is not None:
             change = {field: _positive(f"pool_{field}", pixels)}
             table = _map_stages(
                 table, Pool, lambda s, change=change: dataclasses.replace(s, **change)
             )
+    if pool_kind is not None:
+        _one_of("pool_kind", pool_kind, POOL_KINDS)
+        table = _map_stages(
+            table, Pool, lambda s: dataclasses.replace(s, kind=pool_kind)
+        )
     if activation is not None:
         _one_of("activation", activation, ACTIVATIONS)
         table = _map_stages(table, Activation, lambda _: Activation(activation))
@@ -531,9 +670,7 @@ def _one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{what}={value!r} must be one of {', '.join(choices)}.")
 
 
-def _map_layers(
-    table: Variant, change: Callable[[Conv | Dense], Conv | Dense]
-) -> Variant:
+def _map_layers(table: Variant, change: Callable[[Layer], Layer]) -> Variant:
     return dataclasses.replace(table, layers=tuple(map(change, table.layers)))
 
 
@@ -554,7 +691,7 @@ def _scaled(table: Variant, width: float) -> Variant:
         raise ValueError(f"width={width} must be above 0; 0.25 is a quarter.")
     columns = table.columns  # every column keeps the same number of features
 
-    def scale(row: Conv | Dense) -> Conv | Dense:
+    def scale(row: Layer) -> Layer:
         if row is table.layers[-1]:
             return row
         features = columns * max(1, round(row.features * width / columns))
@@ -572,7 +709,7 @@ def _normalized(table: Variant, kind: NormalizationKind) -> Variant:
     _one_of("normalization", kind, NORMALIZATIONS)
     places = {row.name for row in table.layers if any(_norms(row))}
 
-    def change(row: Conv | Dense) -> Conv | Dense:
+    def change(row: Layer) -> Layer:
         then = row.then
         if kind == "none":
             then = tuple(s for s in then if not isinstance(s, NORMS))
@@ -593,19 +730,63 @@ def _normalized(table: Variant, kind: NormalizationKind) -> Variant:
     return _map_layers(table, change)
 
 
-def _norms(row: Conv | Dense) -> list[Stage]:
+def _norms(row: Layer) -> list[Stage]:
     return [s for s in row.then if isinstance(s, NORMS)]
 
 
+def _normalized_only_in(table: Variant, names: tuple[str, ...]) -> Variant:
+    normalized = [row.name for row in table.layers if _norms(row)]
+    for name in names:
+        if name not in normalized:
+            raise ValueError(
+                f"norm_layers={list(names)!r}: {name!r} of variant {table.name!r} is "
+                f"not normalised; these are: {', '.join(normalized) or 'none'}."
+            )
+
+    def change(row: Layer) -> Layer:
+        if row.name in names:
+            return row
+        rest = tuple(s for s in row.then if not isinstance(s, NORMS))
+        return dataclasses.replace(row, then=rest)
+
+    return _map_layers(table, change)
+
+
+def _norms_moved(table: Variant, place: Place) -> Variant:
+    """With every norm on that side of its layer's activation."""
+    _one_of("norm_place", place, PLACES)
+
+    def change(row: Layer) -> Layer:
+        units = [i for i, s in enumerate(row.then) if isinstance(s, Activation)]
+        if not units:
+            return row
+        before, unit, after = (
+            row.then[: units[0]],
+            row.then[units[0]],
+            row.then[units[0] + 1 :],
+        )
+        if place == "before":
+            moved = tuple(s for s in after if isinstance(s, NORMS))
+            after = tuple(s for s in after if not isinstance(s, NORMS))
+            then = (*before, *moved, unit, *after)
+        else:
+            moved = tuple(s for s in before if isinstance(s, NORMS))
+            before = tuple(s for s in before if not isinstance(s, NORMS))
+            then = (*before, unit, *moved, *after)
+        return dataclasses.replace(row, then=then)
+
+    return _map_layers(table, change)
+
+
 def _without(table: Variant, names: tuple[str, ...]) -> Variant:
-    can_go = [row.name for row in table.convs[1:]]
+    can_go = [row.name for row in table.layers[1:] if not isinstance(row, Dense)]
     for name in names:
         if name not in can_go:
             raise ValueError(
                 f"skip={list(names)!r}: {name!r} cannot be left out of variant "
                 f"{table.name!r}; these can: {', '.join(can_go)}."
             )
-    rows: list[Conv | Dense] = []
+    rows: list[Layer] = []
     for row in table.layers:
         if row.name in names:
             # The pooling stays with the layer before, so that the grid is kept.

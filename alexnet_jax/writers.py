@@ -4,7 +4,8 @@ Process 0 writes; on the others `make_writers(..., enabled=False)` gives the sam
 interface and does nothing, so that the training loop has no special case.
 
 Names of the scalars: `train/loss`, `train/top1_error`, `lr`, `images_per_sec`,
-`data_wait_frac`; `eval/loss`, `eval/top1_error`, `eval/top5_error`, `eval/count`.
+`data_wait_frac`; `eval/loss`, `eval/top1_error`, `eval/top5_error`, `eval/count`,
+and at the end of a run with several views `eval/views_...` of their average.
 In summaries, `grad_norm/<layer>` and `dead_relu/<layer>` (see `steps`).
 Errors and fractions are in [0, 1]. `eta_seconds` is shown on the console and stored
 nowhere.
@@ -311,6 +312,9 @@ _FORMATS = {
     "loss": lambda v: f"loss {v:.4f}",
     "top1_error": lambda v: f"top-1 error {100 * v:.2f}%",
     "top5_error": lambda v: f"top-5 error {100 * v:.2f}%",
+    "views_loss": lambda v: f"several views: loss {v:.4f}",
+    "views_top1_error": lambda v: f"top-1 error {100 * v:.2f}%",
+    "views_top5_error": lambda v: f"top-5 error {100 * v:.2f}%",
     "count": lambda v: f"on {v:.0f} images",
     "lr": lambda v: f"lr {v:.4g}",
     "images_per_sec": lambda v: f"{v:.1f} images/s" if v < 100 else f"{v:.0f} images/s",

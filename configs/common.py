@@ -22,6 +22,12 @@ def get_config() -> Any:
     config.log_every_steps = 100
     # Epochs between two evaluations; there is one more at the end. 0: only that one.
     config.eval_every_epochs = 1.0
+    # Views that the evaluation at the end, and --mode=eval, averages over as well: 10
+    # (paper, section 4.1), 9 (cuda-convnet2's of CIFAR-10), or 1: the centre view only.
+    config.eval_views = 1
+    # End the run when the mean training error since the last line of the log is no
+    # higher than this (paper, figure 1: 0.25); 0: off.
+    config.stop_at_train_error = 0.0
     # Steps between two summaries, each layer's gradient norm and its share of units
     # that are zero for the whole batch; 0: off. One costs about a step.
     config.summaries_every_steps = 0
@@ -32,8 +38,8 @@ def get_config() -> Any:
     config.profile = 0
 
     config.model = model = ConfigDict()
-    # Layer table: paper, original, no_communication, one_gpu, caffe, caffenet,
-    # one_tower, owt or cifar.
+    # Layer table: paper, original, no_communication, six_conv, one_gpu, caffe, caffenet,
+    # one_tower, owt, zfnet, cifar, cifar_13 or cifar_11.
     model.variant = "paper"
     # Units of the classifier; 0: as many as the data set has classes.
     model.num_classes = 0
@@ -51,6 +57,8 @@ def get_config() -> Any:
     overrides.pool_window = config_dict.placeholder(int)
     # Stride of every pooling layer in pixels.
     overrides.pool_stride = config_dict.placeholder(int)
+    # max or avg, of every pooling layer.
+    overrides.pool_kind = config_dict.placeholder(str)
     # Units: relu, tanh or sigmoid (paper, section 3.1).
     overrides.activation = config_dict.placeholder(str)
     # Number of columns the kernels are divided into (paper, section 3.2).
@@ -59,6 +67,10 @@ def get_config() -> Any:
     overrides.dropout = config_dict.placeholder(float)
     # lrn, batch (Ioffe and Szegedy 2015) or none.
     overrides.normalization = config_dict.placeholder(str)
+    # The only layers that stay normalised, such as ("conv1",).
+    overrides.norm_layers = config_dict.placeholder(tuple)
+    # Normalisation before or after the layer's units.
+    overrides.norm_place = config_dict.placeholder(str)
     # Convolutional layers to leave out, such as ("conv3",).
     overrides.skip = config_dict.placeholder(tuple)
 

@@ -112,6 +112,34 @@ def test_eval_images_are_the_centre_minus_the_centre_of_the_mean():
     np.testing.assert_array_equal(whole, raw[:, 1:6, 1:6])
 
 
+@pytest.mark.parametrize("count", augment.VIEW_COUNTS)
+def test_views_of_a_picture(count):
+    """3 x 3 places of cuda-convnet2's test, five places and their mirrors of the paper."""
+    raw = pictures()
+    views = augment.several_views(raw, count, 4)
+
+    def view(top, left):
+        return np.asarray(raw)[:, top : top + 4, left : left + 4]
+
+    places = {1: [(2, 2)], 9: list(np.ndindex(3, 3)), 10: [(2, 2)]}[count]
+    if count == 9:
+        places = [(2 * top, 2 * left) for top, left in places]
+    if count == 10:
+        places += [(0, 0), (0, 4), (4, 0), (4, 4)]
+    expected = [view(*place) for place in places]
+    if count == 10:
+        expected += [v[:, :, ::-1] for v in expected]
+    assert len(views) == count
+    for one in expected:  # each of them once, in whatever order
+        assert sum(np.array_equal(one, v) for v in views) == 1
+    np.testing.assert_array_equal(views[0], view(2, 2))
+
+
+def test_other_numbers_of_views_are_refused():
+    with pytest.raises(ValueError, match="count=5 must be one of"):
+        augment.several_views(pictures(), 5, 4)
+
+
 def test_without_augmentation_training_sees_the_same():
     stats, raw = statistics(), pictures()
     images = augment.train_images(

@@ -17,6 +17,7 @@ from configs import common
 ROOT = Path(__file__).parent.parent
 CONFIGS = [
     *("common", "paper", "original", "quickstart", "cifar10", "folder", "memorize"),
+    *("cifar10_11", "cifar10_13"),
 ]
 
 

@@ -39,3 +39,14 @@ def test_sums_leave_padding_out():
 
 def test_few_classes_are_always_in_the_top_five():
     assert metrics.in_top_k(jnp.zeros((3, 3)), jnp.arange(3), 5).all()
+
+
+def test_probabilities_are_averaged_not_logits():
+    logits = np.random.default_rng(0).normal(0, 3, (4, 5, 6))
+    exponentials = np.exp(logits)
+    probabilities = exponentials / exponentials.sum(-1, keepdims=True)
+    got = metrics.log_mean_probabilities(jnp.asarray(logits, jnp.float32))
+    np.testing.assert_allclose(got, np.log(probabilities.mean(0)), rtol=1e-4)
+    assert metrics.log_mean_probabilities(jnp.zeros((2, 3, 4), jnp.bfloat16)).dtype == (
+        jnp.float32
+    )

@@ -225,6 +225,46 @@ def test_within_map_norm_equals_the_loop(size, beta, fast):
 
 # ------------------------------------------------------------------ convolution
 
+
+def loop_local_conv(x, kernel, padding):
+    padded = np.pad(x, ((0, 0), *padding, (0, 0)))
+    rows, columns, kh, kw, _, features = kernel.shape
+    y = np.zeros((x.shape[0], rows, columns, features))
+    for b, h, w, o in np.ndindex(y.shape):
+        y[b, h, w, o] = np.sum(padded[b, h : h + kh, w : w + kw] * kernel[h, w, ..., o])
+    return y
+
+
+def test_local_conv_equals_the_loop_and_lax():
+    x, kernel = normal(2, 5, 4, 3, seed=3), normal(4, 5, 3, 2, 3, 4, seed=4)
+    padding = ((1, 0), (1, 1))
+    check_by_differences(
+        lambda x: ops.local_conv(x, jnp.asarray(kernel, x.dtype), padding=padding),
+        lambda x: loop_local_conv(x, kernel, padding),
+        x,
+    )
+    rows, columns, *window, features = kernel.shape
+    with jax.enable_x64(True):
+        # lax has the channels of a window first.
+        flat = np.moveaxis(kernel, 4, 2).reshape(rows, columns, -1, features)
+        lax_conv = functools.partial(
+            lax.conv_general_dilated_local,
+            window_strides=(1, 1),
+            padding=padding,
+            filter_shape=window[:2],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        g = jnp.asarray(normal(2, rows, columns, features, seed=5))
+        theirs, back = jax.vjp(lambda k: lax_conv(jnp.asarray(x), k), jnp.asarray(flat))
+        ours, our_back = jax.vjp(
+            lambda k: ops.local_conv(jnp.asarray(x), k, padding=padding),
+            jnp.asarray(kernel),
+        )
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+        gradient = np.moveaxis(our_back(g)[0], 4, 2).reshape(flat.shape)
+        np.testing.assert_allclose(gradient, back(g)[0], rtol=1e-12)
+
+
 ONE = ((1, 1), (1, 1))
 CONV_CASES = {
     # name: x, kernel, stride, padding, groups
@@ -496,6 +536,10 @@ def apply(name, x, fast):
         return ops.local_response_norm(
             x, bias, relu=True, alpha=0.3, groups=2, fast=fast
         )
+    if name == "local":
+        rows, columns = x.shape[1:3]
+        kernel = jnp.asarray(normal(rows - 1, columns, 2, 3, 4, 2), jnp.bfloat16)
+        return ops.local_conv(x, kernel, padding=((0, 0), (1, 1)))
     if name == "within_map":
         return ops.within_map_response_norm(x, alpha=3.0, fast=fast)
     if name == "avg_pool":
@@ -507,7 +551,7 @@ def apply(name, x, fast):
 
 
 TWO_FORMS = ["lrn", "lrn_of_layer", "within_map", *CONVS, "max_pool", "bias"]
-NAMES = [*TWO_FORMS, "avg_pool"]
+NAMES = [*TWO_FORMS, "avg_pool", "local"]
 NAME_AND_FAST = pytest.mark.parametrize(
     "name, fast",
     [(name, False) for name in NAMES] + [(name, True) for name in TWO_FORMS],
@@ -750,6 +794,14 @@ MISTAKES = {
         "avg_pool: stride is 0, expected",
     ),
     "pool_rank": (lambda: ops.max_pool(X[0]), r"got shape \(6, 6, 4\)"),
+    "local_places": (
+        lambda: ops.local_conv(X, jnp.ones((6, 6, 3, 3, 4, 2))),
+        r"is for \(6, 6\) places and 4 channels, expected \(4, 4\) and 4",
+    ),
+    "local_channels": (
+        lambda: ops.local_conv(X, jnp.ones((6, 6, 3, 3, 3, 2)), padding=1),
+        r"is for \(6, 6\) places and 3 channels, expected \(6, 6\) and 4",
+    ),
     "lrn_bias": (
         lambda: ops.local_response_norm(X, jnp.ones(3)),
         r"local_response_norm: bias has shape \(3,\), expected \(4,\)",
@@ -775,6 +827,7 @@ def test_mistakes_are_named(name):
         ops.within_map_response_norm,
         functools.partial(ops.avg_pool, window=2, stride=2),
         lambda x: ops.grouped_conv(x, KERNEL, groups=2),
+        lambda x: ops.local_conv(x, jnp.ones((6, 6, 1, 1, 4, 2))),
     ],
 )
 def test_integers_are_refused(call):

@@ -177,10 +177,11 @@ def test_networks_of_one_column_run_as_hybrid(variant, columns):
 
 
 @pytest.mark.slow
-def test_a_classifier_of_feature_maps_trades_examples_for_features():
-    """CIFAR-10's net has no other fully connected layer: one all-to-all before it."""
-    tx, side = optim.make_optimizer(1e-3), 32
-    model = create_model("cifar", dtype="float64", init="he")
+@pytest.mark.parametrize("variant, side", [("cifar", 32), ("cifar_11", 24)])
+def test_a_classifier_of_feature_maps_trades_examples_for_features(variant, side):
+    """CIFAR-10's nets have no other fully connected layer: one all-to-all before it."""
+    tx = optim.make_optimizer(1e-3)
+    model = create_model(variant, dtype="float64", init="he")
     examples = batch(8)
     examples["image"] = examples["image"][:, :side, :side]
     stats = jax.tree.map(np.asarray, augment.imagenet_statistics(side))
@@ -203,6 +204,39 @@ def test_a_classifier_of_feature_maps_trades_examples_for_features():
         {"all-to-all": 1, "reduce-scatter": 1},
         {"all-to-all": 1, "all-gather": 1},
     ]
+
+
+@pytest.mark.parametrize(
+    "mode, rows, columns",
+    [("data", 1, 1), slowly("data", 4, 1), slowly("hybrid", 2, 2)],
+)
+def test_several_views_are_averaged(mode, rows, columns):
+    """The sums of the centre, and of probabilities averaged over ten views."""
+    model = create_model("cifar_11", init="he", width=1 / 8)
+    size, crop, examples = 28, 24, 4
+    kwargs = {"mesh": parallel.make_mesh(rows, columns), "mode": mode}
+    tx = optim.make_optimizer(0.1)
+    state = steps.init_state(model, tx, seed=0, crop_size=crop, **kwargs)
+    step = steps.make_eval_step(model, crop_size=crop, views=10, **kwargs)
+    padded = batch(examples) | {"mask": np.array([1, 1, 1, 0], np.float32)}
+    padded["image"] = padded["image"][:, :size, :size]
+    stats = augment.imagenet_statistics(size)
+    on_device = parallel.put_batch(padded, kwargs["mesh"], mode, examples)
+    sums = step(state.params, state.batch_stats, on_device, stats)
+    views = [
+        augment.eval_images(view, mean_image=stats.mean_image, crop_size=crop)
+        for view in augment.several_views(padded["image"], 10, crop)
+    ]
+    params = jax.device_get(state.params)
+    logits = [np.asarray(model.apply({"params": params}, view)) for view in views]
+    mean = np.mean([jax.nn.softmax(z) for z in logits], axis=0)
+    labels, mask = padded["label"], padded["mask"]
+    own = np.log(mean[np.arange(examples), labels])
+    assert sums["count"] == sums["views_count"] == 3
+    np.testing.assert_allclose(sums["views_loss"], -own[:3].sum(), rtol=1e-5)
+    assert sums["views_top1"] == np.sum((mean.argmax(-1) == labels) * mask)
+    centre = metrics.sums(jnp.asarray(logits[0]), labels, jnp.asarray(mask))
+    np.testing.assert_allclose(sums["loss"], centre["loss"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [2, slowly(8)])
@@ -473,6 +507,7 @@ def test_optimiser_state_is_split_like_the_parameters(mode, rows, columns, split
         ("one_gpu", "it has 1 column"),
         ("owt", "it has 1 column"),
         ("cifar", "it has 1 column"),
+        ("zfnet", "it has 1 column"),
     ],
 )
 def test_variants_without_columns_say_why(variant, words):

@@ -120,6 +120,27 @@ def test_a_run_learns_and_leaves_its_records(finished):
     assert (workdir / "statistics.npz").exists()
 
 
+def test_a_run_ends_at_its_training_error_and_tests_several_views(
+    folder, tmp_path, capsys
+):
+    config = small_config(
+        folder, stop_at_train_error=0.02, eval_views=10, eval_every_epochs=0.0
+    )
+    config.log_every_steps = 2
+    state = train.train_and_evaluate(config, tmp_path)
+    rows = records(tmp_path, "train/")
+    errors = [row["train/top1_error"] for row in rows]
+    assert errors[-1] <= 0.02 < min(errors[:-1])
+    assert int(state.step) == rows[-1]["step"] < 8 * PICTURES // 6
+    (evaluation,) = records(tmp_path, "eval/")
+    assert {"eval/views_top1_error", "eval/top1_error"} <= set(evaluation)
+    capsys.readouterr()
+    train.train_and_evaluate(config, tmp_path)  # the same again has nothing to do
+    assert "nothing to do: the run ended at step" in capsys.readouterr().out
+    config.stop_at_train_error = 0.0  # another end: it goes on
+    assert int(train.train_and_evaluate(config, tmp_path).step) > int(state.step)
+
+
 @pytest.mark.parametrize("make_config", [small_config, columns_config])
 def test_ten_steps_and_ten_more_are_twenty(make_config, folder, tmp_path, capsys):
     whole = make_config(folder)

@@ -17,12 +17,17 @@ COUNTS = {
     "original": (60_965_224, 724_406_816),
     # conv2 320 of 48, conv3 384 of 160, fc6 8,192 of 4,608, fc7 4,096 of 4,096.
     "no_communication": (60_714_408, 724_323_872),
+    "six_conv": (61_555_304, 745_640_480),  # and 256 kernels of 3 x 3 x 256 at 6 x 6
     "caffe": (60_965_224, 724_406_816),
     "caffenet": (60_965_224, 724_406_816),
     "one_tower": (62_378_344, 1_135_256_096),
     "one_gpu": (59_798_312, 391_514_384),
     "owt": (61_100_840, 714_188_480),
+    "zfnet": (62_357_608, 1_168_032_896),
     "cifar": (89_578, 12_298_240),
+    # local3 36 places of 3 x 3 x 64 x 64 (x 32) and as many biases, local4 x 32.
+    "cifar_11": (2_112_970, 19_512_576),
+    "cifar_13": (1_116_490, 18_517_248),
 }
 PAPER_LAYERS = {
     "conv1": ((55, 55, 96), 34_944, 105_415_200),
@@ -110,6 +115,39 @@ def test_normalization_overrides():
         stages("paper", normalization="group")
 
 
+def test_where_normalisation_stays_and_on_which_side_of_the_units():
+    relu, lrn, pool = variants.RELU, variants.PAPER_LRN, variants.OVERLAPPING
+
+    def first_two(name="paper", **overrides):
+        table = variants.customize(variants.get(name), **overrides)
+        return [row.then for row in table.layers[:2]]
+
+    with_lrn, without = (relu, lrn, pool), (relu, pool)
+    assert first_two(norm_layers=("conv1",)) == [with_lrn, without]
+    assert first_two(norm_layers=()) == [without, without]
+    assert first_two(norm_place="before") == [(lrn, relu, pool)] * 2
+    assert first_two(norm_place="after") == [with_lrn] * 2
+    batch = variants.BatchNorm()
+    before = first_two(normalization="batch", norm_place="before")
+    assert before == [(batch, relu, pool)] * 2
+    # The original's layer 1 has its units last, its layer 2 two normalisations.
+    first, second = first_two("original")
+    assert first_two("original", norm_place="after") == [(pool, relu, first[0]), second]
+    moved = (*second[1:3], relu, pool)
+    assert first_two("original", norm_place="before") == [first, moved]
+    for bad, words in (
+        (
+            {"norm_layers": ("conv3",)},
+            "'conv3' of variant 'paper' is not normalised; .*",
+        ),
+        ({"norm_layers": ("conv1",), "lrn": False}, "these are: none"),
+        ({"norm_place": "over"}, "norm_place='over' must be one of before, after"),
+        ({"pool_kind": "median"}, "pool_kind='median' must be one of max, avg"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            first_two(**bad)
+
+
 def test_pooling_activation_and_dropout_overrides():
     pools = [s for s in stages("paper", pool_window=2) if isinstance(s, variants.Pool)]
     assert [(p.window, p.stride) for p in pools] == [(2, 2)] * 3
@@ -117,6 +155,10 @@ def test_pooling_activation_and_dropout_overrides():
     assert [rows[f"pool{i}"][0] for i in (1, 2, 5)] == [27, 13, 6]
     pools = [s for s in stages("paper", pool_stride=3) if isinstance(s, variants.Pool)]
     assert [(p.window, p.stride) for p in pools] == [(3, 3)] * 3
+    pools = [
+        s for s in stages("paper", pool_kind="avg") if isinstance(s, variants.Pool)
+    ]
+    assert pools == [variants.Pool(3, 2, "avg")] * 3
     tanh = [s for s in stages("owt", activation="tanh")]
     assert count(variants.Activation, tanh) == 7
     assert all(s.kind == "tanh" for s in tanh if isinstance(s, variants.Activation))
@@ -175,6 +217,39 @@ def test_cifar_grids_round_up():
     assert rows["fc10"] == (10,)
     decay = variants.get("cifar").layer_weight_decay
     assert decay == {"conv1": 0.004, "conv2": 0.004, "conv3": 0.004, "fc10": 1.0}
+
+
+def test_zfnets_grids():
+    rows = {r.name: r.shape[0] for r in summary(create_model("zfnet"))}
+    names = ("conv1", "pool1", "conv2", "pool2", "conv5", "pool5")
+    assert [rows[name] for name in names] == [110, 55, 26, 13, 13, 6]
+
+
+def test_locally_connected_nets():
+    """layers-cifar10-11pct.cfg and layers-conv-local-13pct.cfg, line by line."""
+    eleven, thirteen = variants.get("cifar_11"), variants.get("cifar_13")
+    assert [row.features for row in eleven.layers] == [64, 64, 64, 32, 10]
+    assert [row.features for row in thirteen.layers] == [64, 64, 32, 32, 10]
+    stds = [1e-4, 0.01, 0.04, 0.04, 0.01]
+    for table, decay in ((eleven, 0.01), (thirteen, 0.004)):
+        assert [row.weight_std for row in table.layers] == stds
+        decays = [row.weight_decay for row in table.layers]
+        assert decays == [0, 0, 0.004, 0.004, decay]
+        assert not any(row.bias for row in table.layers)
+    lrn = variants.Lrn(9, 1.0, 1e-3, 0.75, "mean")
+    pool, relu = variants.Pool(3, 2, "max", ceil=True), variants.RELU
+    assert [r.then for r in eleven.layers[:2]] == [(relu, pool, lrn), (relu, lrn, pool)]
+    assert [r.then for r in thirteen.layers[:2]] == [(relu, pool)] * 2
+    model = create_model("cifar_11", init="he")
+    key, images = jax.random.key(0), jnp.zeros((1, 24, 24, 3))
+    params = jax.jit(model.init)(key, images)["params"]
+    local = params["local3"]
+    assert local["kernel"].shape == (6, 6, 3, 3, 64, 64)
+    assert local["bias"].shape == (6, 6, 64)
+    assert jnp.std(local["kernel"]) == pytest.approx((2 / 576) ** 0.5, rel=0.02)
+    skipped = create_model("cifar_11", skip=["local3"])
+    rows = {r.name: r.parameters for r in summary(skipped)}
+    assert "local3" not in rows and rows["local4"] == 36 * (9 * 64 + 1) * 32
 
 
 def test_inits():

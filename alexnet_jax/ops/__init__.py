@@ -21,6 +21,7 @@ __all__ = [
     "avg_pool",
     "compiler_options",
     "grouped_conv",
+    "local_conv",
     "local_response_norm",
     "max_pool",
     "within_map_response_norm",
@@ -245,6 +246,45 @@ def grouped_conv(
     return jnp.concatenate(
         [conv(a, w, stride=steps, padding=pads) for a, w in parts], axis=-1
     )
+
+
+def local_conv(
+    x: jax.Array, kernel: jax.Array, *, padding: int | Sequence[Sequence[int]] = 0
+) -> jax.Array:
+    """A locally connected layer: a convolution whose kernels differ from place to place.
+
+    cuda-convnet's "local" layers, of which its best CIFAR-10 nets have two. As many
+    matrix products as there are places; differentiable in every way.
+
+    Args:
+      x: floating-point inputs [B, H, W, Cin].
+      kernel: [H', W', kh, kw, Cin, Cout], one kernel a place; used in x's dtype.
+      padding: zeros around the input, one number or ((top, bottom), (left, right)).
+
+    Returns:
+      [B, H', W', Cout] in x's dtype, H' = H + top + bottom - kh + 1.
+
+    Raises:
+      ValueError: for a kernel of another number of places or of channels.
+      TypeError: for integer inputs.
+    """
+    _check_rank("local_conv", "x[B,H,W,Cin]", x, 4)
+    _check_rank("local_conv", "kernel[H',W',kh,kw,Cin,Cout]", kernel, 6)
+    _check_floating("local_conv", x)
+    pads = _pads(padding)
+    places = tuple(
+        length + sum(sides) - size + 1
+        for length, sides, size in zip(
+            x.shape[1:3], pads, kernel.shape[2:4], strict=True
+        )
+    )
+    if kernel.shape[:2] != places or kernel.shape[4] != x.shape[-1]:
+        raise ValueError(
+            f"local_conv: kernel {kernel.shape} is for {kernel.shape[:2]} places and "
+            f"{kernel.shape[4]} channels, expected {places} and {x.shape[-1]}: x is "
+            f"{x.shape}, padding {pads}"
+        )
+    return reference.local_conv(x, kernel.astype(x.dtype), padding=pads)
 
 
 def max_pool(

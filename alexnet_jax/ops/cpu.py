@@ -251,9 +251,7 @@ def _stored_area_sum(a: jax.Array, size: int) -> jax.Array:
         window[axis] = size
         sides = [(0, 0)] * a.ndim
         sides[axis] = (size // 2, size // 2)
-        a = lax.reduce_window(
-            a, a.dtype.type(0), lax.add, window, (1,) * a.ndim, sides
-        )
+        a = lax.reduce_window(a, a.dtype.type(0), lax.add, window, (1,) * a.ndim, sides)
     return a
 
 

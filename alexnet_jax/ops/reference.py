@@ -79,6 +79,26 @@ def conv(
     )
 
 
+def local_conv(x: jax.Array, kernel: jax.Array, *, padding: Pads) -> jax.Array:
+    """Unshared weights: a matrix product a place, its window's values in a row."""
+    rows, columns, height, width, inputs, features = kernel.shape
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    windows = jnp.concatenate(
+        [
+            x[:, top : top + rows, left : left + columns]
+            for top in range(height)
+            for left in range(width)
+        ],
+        axis=-1,
+    )
+    return jnp.einsum(
+        "bhwi,hwio->bhwo",
+        windows,
+        kernel.reshape(rows, columns, height * width * inputs, features),
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    ).astype(x.dtype)
+
+
 def max_pool(
     x: jax.Array, *, window: tuple[int, int], stride: tuple[int, int], ceil: bool
 ) -> jax.Array:
