@@ -5,8 +5,10 @@ its own key, made of the step's key and the picture's position in the global bat
 the same whatever the number of devices (`first_example`).
 
 Source: Krizhevsky et al. 2012, section 4.1; the original's `convdata_jpeg.py`.
+Resized crops: Szegedy et al. 2015; torchvision's `RandomResizedCrop`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,8 @@ IMAGENET_PCA_VECTORS = np.array(
 )
 LIGHTING_FORMS = ("paper", "original")
 VIEW_COUNTS = (1, 9, 10)
+# Width over height of a resized crop, and how often one is drawn for one that fits.
+CROP_RATIOS, CROP_TRIES = (3 / 4, 4 / 3), 10
 # Mean of ImageNet's mean image (same source), RGB, 0..255.
 IMAGENET_MEAN_255 = np.array([127.305, 119.715, 104.913])
 
@@ -66,6 +70,7 @@ class Augmentation:
       lighting: sigma of `pca_lighting`.
       lighting_form: its form.
       lighting_steps: light before this step only; None: always.
+      min_area: below 1 the crops are those of `random_resized_crop`.
     """
 
     crop_size: int
@@ -74,6 +79,7 @@ class Augmentation:
     lighting: float = 0.1
     lighting_form: str = "paper"
     lighting_steps: int | None = None
+    min_area: float = 1.0
 
 
 def example_keys(key: jax.Array, first_example: Any, count: int) -> jax.Array:
@@ -106,6 +112,99 @@ def random_crop(pictures: jax.Array, keys: jax.Array, size: int) -> jax.Array:
         )
 
     return jax.vmap(crop)(pictures, keys)
+
+
+def random_boxes(keys: jax.Array, side: int, min_area: float) -> jax.Array:
+    """Draws a box in a side x side picture for each key, as torchvision does.
+
+    Its share of the picture's area is uniform in [min_area, 1], the logarithm of its
+    width over height in `CROP_RATIOS`; drawn up to ten times until it fits, all at
+    once here, the first that fits is taken, and the whole picture if none does. Sides
+    and corners are whole pixels, every place that there is as likely.
+
+    Returns:
+      int32 [B, 4]: top, left, height, width.
+    """
+    low, high = (math.log(ratio) for ratio in CROP_RATIOS)
+
+    def box(key: jax.Array) -> jax.Array:
+        area_key, ratio_key, place_key = jax.random.split(key, 3)
+        # In float32 whatever is computed in later, so that the boxes are the same.
+        draws = (CROP_TRIES,)
+        share = jax.random.uniform(area_key, draws, jnp.float32, min_area, 1.0)
+        ratio = jnp.exp(jax.random.uniform(ratio_key, draws, jnp.float32, low, high))
+        sides = jnp.stack([jnp.sqrt(share / ratio), jnp.sqrt(share * ratio)], axis=-1)
+        sides = jnp.round(side * sides).astype(jnp.int32)
+        fits = jnp.all((sides >= 1) & (sides <= side), axis=-1)
+        first = jnp.where(jnp.any(fits), sides[jnp.argmax(fits)], jnp.int32(side))
+        corner = jax.random.randint(place_key, (2,), 0, side - first + 1, jnp.int32)
+        return jnp.concatenate([corner, first])
+
+    return jax.vmap(box)(keys)
+
+
+def resize_boxes(
+    pictures: jax.Array, boxes: jax.Array, size: int, dtype: Any = jnp.float32
+) -> jax.Array:
+    """Resizes a box of each picture to size x size, bilinearly and antialiased.
+
+    Where a box is enlarged this is bilinear interpolation between pixel centres;
+    where it is reduced, the triangle is widened to the pixels it stands for.
+
+    Args:
+      pictures: [B, S, S, C].
+      boxes: int [B, 4]: top, left, height, width, in pixels, within the picture.
+      size: of the result.
+      dtype: of the result, a float.
+
+    Returns:
+      [B, size, size, C], within the range of the pictures and not rounded.
+    """
+
+    def resize(picture: jax.Array, box: jax.Array) -> jax.Array:
+        corner, sides = box[:2].astype(dtype), box[2:].astype(dtype)
+        scale = size / sides
+        return jax.image.scale_and_translate(
+            picture.astype(dtype),
+            (size, size, picture.shape[-1]),
+            (0, 1),
+            scale,
+            -corner * scale,
+            "linear",
+        )
+
+    return jax.vmap(resize)(pictures, boxes)
+
+
+def random_resized_crop(
+    pictures: jax.Array,
+    keys: jax.Array,
+    size: int,
+    *,
+    min_area: float,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """Cuts a box of random area, shape and place out of each, resized to size x size.
+
+    Differs from torchvision's `RandomResizedCrop` in two things: a pixel at the edge of
+    a box is interpolated with its neighbours outside of the box, where there are any
+    (there the box is cut out first), and the result is not rounded to grey levels.
+
+    Args:
+      pictures: [B, S, S, 3] of any dtype; S need not be as large as `size`.
+      keys: [B] random keys, one a picture.
+      size: of the result.
+      min_area: the smallest share of a picture's area, above 0, at most 1; 0.08 in
+        Szegedy et al. 2015.
+      dtype: of the result, a float.
+
+    Returns:
+      [B, size, size, 3] of `dtype`.
+
+    Source: Szegedy et al. 2015, "Going deeper with convolutions", section 6.
+    """
+    boxes = random_boxes(keys, pictures.shape[1], min_area)
+    return resize_boxes(pictures, boxes, size, dtype)
 
 
 def random_flip(pictures: jax.Array, keys: jax.Array) -> jax.Array:
@@ -198,7 +297,15 @@ def train_images(
     crop_keys, flip_keys, light_keys = jnp.moveaxis(
         jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0
     )
-    if augmentation.crop and size < pictures.shape[1]:
+    if augmentation.crop and augmentation.min_area < 1:
+        pictures = random_resized_crop(
+            pictures,
+            crop_keys,
+            size,
+            min_area=augmentation.min_area,
+            dtype=jnp.promote_types(dtype, jnp.float32),
+        )
+    elif augmentation.crop and size < pictures.shape[1]:
         pictures = random_crop(pictures, crop_keys, size)
     else:
         pictures = centre_crop(pictures, size)

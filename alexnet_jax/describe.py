@@ -114,6 +114,7 @@ def summarize_mode(
         mode=mode,
         seed=config.seed,
         accumulate_steps=config.optim.accumulate_steps,
+        label_smoothing=config.optim.label_smoothing,
         transform=config.parallel.transform if mode == "data" else "shard_map",
     )
     state = steps.abstract_state(

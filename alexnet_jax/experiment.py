@@ -32,6 +32,8 @@ Config = Any
 CONFIG_FILE = "config.json"
 STATISTICS_FILE = "statistics.npz"
 CHECKPOINTS = "checkpoints"
+# main's exit status when the loss is no longer finite: for a sweep a result like others.
+DIVERGED = 3
 DTYPES = ("float32", "bfloat16", "float64")
 # Pictures that the mean image is computed from when no full statistics are stored:
 # its standard error is then below one grey level.
@@ -107,6 +109,7 @@ class Experiment:
             mode=self.mode,
             seed=self.config.seed,
             accumulate_steps=self.config.optim.accumulate_steps,
+            label_smoothing=self.config.optim.label_smoothing,
             transform=self.config.parallel.transform,
         )
 
@@ -206,6 +209,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.image_size": _AT_LEAST_1,
     "data.crop_size": _AT_LEAST_1,
     "data.workers": _AT_LEAST_1,
+    "augment.min_area": (lambda v: 0 < v <= 1, "above 0, at most 1"),
     "augment.lighting": _AT_LEAST_0,
     "augment.lighting_until_epoch": (lambda v: v == -1 or v >= 0, "-1 or at least 0"),
     "optim.learning_rate": _ABOVE_0,
@@ -213,6 +217,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.weight_decay": _AT_LEAST_0,
     "optim.bias_lr_mult": _AT_LEAST_0,
     "optim.accumulate_steps": _AT_LEAST_1,
+    "optim.label_smoothing": (lambda v: 0 <= v < 1, "0 (none) to below 1"),
+    "optim.trust_coefficient": (lambda v: 0 <= v < math.inf, "0 (off) or more"),
     "schedule.factor": (lambda v: 0 < v <= 1, "above 0, at most 1"),
     "schedule.patience": _AT_LEAST_1,
     "schedule.max_drops": _AT_LEAST_0,
@@ -221,6 +227,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "above 0 and increasing",
     ),
     "schedule.warmup_epochs": _AT_LEAST_0,
+    "schedule.power": _ABOVE_0,
     "parallel.data": (lambda v: v == -1 or v >= 1, "-1 (all there are) or at least 1"),
     "parallel.column": (lambda v: v == -1 or v >= 1, "-1 (choose) or at least 1"),
     "checkpoint.every_steps": _AT_LEAST_0,
@@ -267,6 +274,11 @@ def _range_problems(config: Config) -> list[str]:
             f"--config.schedule.warmup_epochs={config.schedule.warmup_epochs} must be "
             f"below --config.num_epochs={config.num_epochs}."
         )
+    if config.augment.min_area < 1 and not config.augment.crop:
+        problems.append(
+            f"--config.augment.min_area={config.augment.min_area} is of random crops; "
+            "set --config.augment.crop=True, or --config.augment.min_area=1.0."
+        )
     if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         problems.append(
             "--config.model.dtype=float64 needs JAX_ENABLE_X64=1 in the environment."
@@ -281,13 +293,14 @@ def _layer_factor_problems(config: Config, network: variants.Variant) -> list[st
     for change in config.schedule.layer_factors:
         try:
             layer, epoch, factor = change
-            right = layer in names and epoch > before.get(layer, 0) and factor >= 0
+            right = layer in names and epoch > before.get(layer, -1)
+            right = right and epoch >= 0 and factor >= 0
         except (TypeError, ValueError):
             right = False
         if not right:
             problem = (
                 f"--config.schedule.layer_factors: {change!r} must be (layer, epoch, "
-                f"factor), the layer one of {', '.join(names)}, its epochs above 0 and "
+                f"factor), the layer one of {', '.join(names)}, its epochs 0 or more and "
                 "increasing, the factor 0 or more."
             )
             return [problem]
@@ -304,6 +317,14 @@ def _mesh_problems(config: Config, network: variants.Variant) -> list[str]:
         parallel.make_mesh(rows, columns)
     except ValueError as error:
         return [str(error)]
+    if config.optim.trust_coefficient > 0 and columns > 1:
+        problem = (
+            f"--config.optim.trust_coefficient={config.optim.trust_coefficient} is of "
+            f"the norms of whole layers, which --config.parallel.mode="
+            f"{config.parallel.mode} splits over {columns} columns; set "
+            "--config.parallel.mode=data or --config.parallel.column=1."
+        )
+        return [problem]
     if config.parallel.transform == "pmap":
         if config.parallel.mode != "data":
             problem = (
@@ -414,6 +435,7 @@ def make_augmentation(config: Config, steps_per_epoch: float) -> augment.Augment
         fields.lighting,
         fields.lighting_form,
         None if until == -1 else round(until * steps_per_epoch),
+        fields.min_area,
     )
 
 
@@ -456,6 +478,7 @@ def make_optimizer(
         drop_epochs=tuple(config.schedule.drop_epochs),
         factor=config.schedule.factor,
         warmup_epochs=config.schedule.warmup_epochs,
+        power=config.schedule.power,
     )
     return optim.make_optimizer(
         schedule,
@@ -464,7 +487,11 @@ def make_optimizer(
         bias_lr_mult=config.optim.bias_lr_mult,
         decay_bias=config.optim.decay_bias,
         form=config.optim.form,
-        layer_weight_decay=network.network.layer_weight_decay,
+        layer_weight_decay=(
+            network.network.layer_weight_decay
+            if config.optim.layer_weight_decay
+            else None
+        ),
         bias_learning_rate=(
             config.optim.bias_lr_mult * config.optim.learning_rate
             if config.optim.constant_bias_lr
@@ -473,6 +500,7 @@ def make_optimizer(
         layer_factors=optim.make_layer_factors(
             config.schedule.layer_factors, steps_per_epoch=steps_per_epoch
         ),
+        trust_coefficient=config.optim.trust_coefficient or None,
     )
 
 

@@ -5,10 +5,21 @@ import jax.numpy as jnp
 import optax
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """[B, K] logits and int [B] labels -> [B] losses in nats, at least float32."""
-    wide = jnp.promote_types(logits.dtype, jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(wide), labels)
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, smoothing: float = 0.0
+) -> jax.Array:
+    """[B, K] logits and int [B] labels -> [B] losses in nats, at least float32.
+
+    With `smoothing` the target is (1 - smoothing) of the label and an equal share of
+    the rest for every class, the label among them, as `optax.smooth_labels` has it
+    (Szegedy et al. 2016, section 7): without the [B, K] targets themselves.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if smoothing == 0:
+        return loss
+    uniform = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
+    return (1 - smoothing) * loss + smoothing * uniform
 
 
 def in_top_k(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:

@@ -3,6 +3,7 @@
 Krizhevsky et al. 2012, section 5: v <- 0.9 v - 0.0005 lr w - lr g; w <- w + v. The
 learning rate is inside the velocity, so after a drop the old, larger steps fade out
 over some ten steps; torch's (and `optax.sgd`'s) form multiplies the velocity by it.
+For batches of thousands: LARS, You, Gitman and Ginsburg 2017, arXiv:1708.03888.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 FORMS = ("paper", "torch")
-SCHEDULES = ("constant", "plateau", "fixed", "cosine")
+SCHEDULES = ("constant", "plateau", "fixed", "cosine", "polynomial")
 
 
 def make_optimizer(
@@ -31,6 +32,7 @@ def make_optimizer(
     layer_weight_decay: Mapping[str, float] | None = None,
     bias_learning_rate: float | None = None,
     layer_factors: Mapping[str, optax.Schedule] | None = None,
+    trust_coefficient: float | None = None,
 ) -> optax.GradientTransformation:
     """SGD with momentum and weight decay, as the paper has it.
 
@@ -40,8 +42,8 @@ def make_optimizer(
       weight_decay: factor on the weights in the gradient, 0.0005 in the paper.
       bias_lr_mult: the biases' learning rate over the weights' (1 in the paper's
         text, 2 in Caffe and at the original's start).
-      decay_bias: whether biases decay too; the original and Caffe do not, the paper
-        does not say.
+      decay_bias: whether biases, and batch normalisation's scales, decay too; the
+        original's and Caffe's biases do not, the paper does not say.
       form: "paper", the learning rate inside the velocity; "torch", outside.
       layer_weight_decay: weight decay of single layers, by name, instead.
       bias_learning_rate: the biases' own rate, which no schedule lowers, instead of
@@ -49,6 +51,11 @@ def make_optimizer(
       layer_factors: for single layers, by name, a schedule of a factor on their rate
         (see `make_layer_factors`). Biases with a rate of their own see only a factor
         of 0, which freezes the layer at once, whatever its velocity.
+      trust_coefficient: LARS: each kernel's gradient (weight decay included) is
+        scaled to this share of the kernel's own norm, so that only the product with
+        the learning rate counts; 0.001 is `optax.lars`'s and NVCaffe's. Biases and
+        batch normalisation's parameters take the plain rate. The norms are of
+        whole kernels: not for parameters that are split over devices. None: off.
 
     Returns:
       A transformation whose state has `hyperparams["learning_rate"]`: the rate of
@@ -77,6 +84,7 @@ def make_optimizer(
         velocity = optax.trace(decay=momentum)
         return optax.chain(
             _decayed_weights(weight_decay, by_layer, decay_bias),
+            *_trust(trust_coefficient),
             *((rate, velocity) if form == "paper" else (velocity, rate)),
             *_freezes(factors),
         )
@@ -90,7 +98,7 @@ def _decayed_weights(
     """g + weight_decay * w, with the factor of the leaf's layer."""
 
     def decays(path: tuple[Any, ...]) -> bool:
-        return decay_bias or path[-1].key != "bias"
+        return decay_bias or path[-1].key not in ("bias", "scale")
 
     def others(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
@@ -109,6 +117,23 @@ def _decayed_weights(
             for layer, factor in by_layer.items()
         ),
     )
+
+
+def _trust(coefficient: float | None) -> list[optax.GradientTransformation]:
+    """LARS: u * coefficient * |w| / |u| for every kernel w, u = g + weight_decay * w.
+
+    |u| as in `optax.lars`; You et al. have |g| + weight_decay * |w|.
+    """
+    if coefficient is None:
+        return []
+
+    def is_kernel(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: path[-1].key == "kernel", params
+        )
+
+    ratio = optax.scale_by_trust_ratio(trust_coefficient=coefficient)
+    return [optax.masked(ratio, is_kernel)]
 
 
 def _is_bias(params: Any) -> Any:
@@ -188,6 +213,7 @@ def make_schedule(
     drop_epochs: tuple[float, ...] = (),
     factor: float = 0.1,
     warmup_epochs: float = 0.0,
+    power: float = 2.0,
 ) -> optax.ScalarOrSchedule:
     """The learning rate as a function of the step, or as a number.
 
@@ -195,7 +221,8 @@ def make_schedule(
       name: "constant" and "plateau" (see `Plateau`) give the number itself; "fixed"
         multiplies by `factor` at each of `drop_epochs` (the original dropped after
         epochs 25, 51 and 79 of 91); "cosine" falls to 0 at `num_epochs`, after a
-        linear rise over `warmup_epochs`.
+        linear rise over `warmup_epochs`; "polynomial" as well, as (1 - t)^power, t
+        from 0 after the rise to 1 at the end (You et al. 2017: power 2).
       steps_per_epoch: may be a fraction.
 
     Raises:
@@ -206,13 +233,21 @@ def make_schedule(
     if name == "fixed":
         drops = {round(epoch * steps_per_epoch): factor for epoch in drop_epochs}
         return optax.piecewise_constant_schedule(learning_rate, drops)
+    rise = round(warmup_epochs * steps_per_epoch)
+    end = max(1, round(num_epochs * steps_per_epoch))
     if name == "cosine":
         return optax.warmup_cosine_decay_schedule(
             init_value=0.0 if warmup_epochs else learning_rate,
             peak_value=learning_rate,
-            warmup_steps=round(warmup_epochs * steps_per_epoch),
-            decay_steps=max(1, round(num_epochs * steps_per_epoch)),
+            warmup_steps=rise,
+            decay_steps=end,
         )
+    if name == "polynomial":
+        fall = optax.polynomial_schedule(learning_rate, 0.0, power, max(1, end - rise))
+        if not rise:
+            return fall
+        warmup = optax.linear_schedule(0.0, learning_rate, rise)
+        return optax.join_schedules([warmup, fall], [rise])
     raise ValueError(f"schedule {name!r} must be one of {', '.join(SCHEDULES)}.")
 
 

@@ -142,13 +142,15 @@ def make_train_step(
     mode: str,
     seed: int,
     accumulate_steps: int = 1,
+    label_smoothing: float = 0.0,
     transform: str = "shard_map",
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the jitted (state, batch, statistics) -> (state, metrics).
 
     `batch` is {"image": uint8 [B, S, S, 3], "label": int32 [B]}, B global and split
     over `parallel.batch_axes`; the state is donated. The metrics are the batch's mean
-    "loss", its "top1_error", and the learning rate "lr" of the update. `transform`
+    "loss", its "top1_error", and the learning rate "lr" of the update. The loss is
+    against labels smoothed by `label_smoothing` (`metrics.cross_entropy`). `transform`
     is `parallel.on_devices`'.
 
     With `accumulate_steps` n each device cuts its share of the batch into n equal
@@ -163,7 +165,9 @@ def make_train_step(
         model, tx, crop_size=augmentation.crop_size, mesh=mesh, mode=mode
     )
     local = model.local(mesh, mode, accumulate_steps)
-    through = _Pass(local, augmentation, seed, accumulate_steps, specs.params)
+    through = _Pass(
+        local, augmentation, seed, accumulate_steps, label_smoothing, specs.params
+    )
     step = parallel.on_devices(
         functools.partial(_device_train_step, through, tx),
         mesh,
@@ -220,6 +224,7 @@ class _Pass:
     Attributes:
       model: the device's own, from `model.local`.
       accumulate_steps: the number of parts, one after the other; the model's, too.
+      label_smoothing: of the loss, see `metrics.cross_entropy`.
       param_specs: how the parameters are split.
       observe: takes the features of a part, returns arrays to be kept.
     """
@@ -228,6 +233,7 @@ class _Pass:
     augmentation: augment.Augmentation
     seed: int
     accumulate_steps: int
+    label_smoothing: float
     param_specs: PyTree
     observe: Callable[[dict[str, jax.Array]], PyTree] = lambda features: ()
 
@@ -314,7 +320,8 @@ class _Pass:
                 method="features",
             )
             labels, logits = batch["label"], features["logits"]
-            loss = jnp.mean(metrics.cross_entropy(logits, labels))
+            losses = metrics.cross_entropy(logits, labels, self.label_smoothing)
+            loss = jnp.mean(losses)
             right = jnp.mean(metrics.in_top_k(logits, labels, 1), dtype=loss.dtype)
             return scale * loss, (changed, (loss, right, self.observe(features)))
 
@@ -337,6 +344,7 @@ def make_summary_step(
     mode: str,
     seed: int,
     accumulate_steps: int = 1,
+    label_smoothing: float = 0.0,
     transform: str = "shard_map",
 ) -> Callable[..., dict[str, jax.Array]]:
     """Returns the jitted (state, batch, statistics) -> scalars; changes nothing.
@@ -373,6 +381,7 @@ def make_summary_step(
         augmentation,
         seed,
         accumulate_steps,
+        label_smoothing,
         specs.params,
         alive,
     )

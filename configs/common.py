@@ -95,6 +95,9 @@ def get_config() -> Any:
     config.augment = augment = ConfigDict()
     # Crops at random places in training; else the centre (paper, section 4.1).
     augment.crop = True
+    # Smallest share of a picture's area that a crop has before it is resized to
+    # crop_size (Szegedy et al. 2015: 0.08); 1: crops of crop_size, not resized.
+    augment.min_area = 1.0
     # Mirror every other training picture, by chance (paper, section 4.1).
     augment.flip = True
     # Standard deviation of the PCA colour noise; 0: none (paper, section 4.1: 0.1).
@@ -111,21 +114,31 @@ def get_config() -> Any:
     optim.momentum = 0.9
     # Factor on the weights in the gradient (paper, section 5).
     optim.weight_decay = 5e-4
+    # Whether layers that have a weight decay of their own in the table (the CIFAR-10 nets')
+    # take that instead.
+    optim.layer_weight_decay = True
     # Learning rate of the biases over that of the weights (Caffe: 2).
     optim.bias_lr_mult = 1.0
     # The biases' rate stays bias_lr_mult * learning_rate whatever the schedule does (as
     # the original's did).
     optim.constant_bias_lr = False
-    # Whether biases decay as well (the original and Caffe: no; the paper: not said).
+    # Whether biases, and batch normalisation's scales, decay as well (the original's
+    # and Caffe's biases: no; the paper: not said).
     optim.decay_bias = True
     # paper: the learning rate inside the velocity; torch: outside.
     optim.form = "paper"
     # Parts that each device's share of a batch goes through the network in, one after
     # the other: the same run in less memory. 1: all at once.
     optim.accumulate_steps = 1
+    # Share of the training target spread evenly over all classes; 0: none (Szegedy et
+    # al. 2016: 0.1).
+    optim.label_smoothing = 0.0
+    # LARS: a kernel's gradient is scaled to this share of the kernel's own norm; 0: off
+    # (NVCaffe: 0.001). Not for kernels split over columns.
+    optim.trust_coefficient = 0.0
 
     config.schedule = schedule = ConfigDict()
-    # plateau (paper, section 5), fixed, cosine or constant.
+    # plateau (paper, section 5), fixed, cosine, polynomial or constant.
     schedule.name = "plateau"
     # plateau and fixed: what the learning rate is multiplied by at a drop.
     schedule.factor = 0.1
@@ -138,8 +151,11 @@ def get_config() -> Any:
     # Factors on single layers' rates, each (layer, from which epoch, factor); a factor
     # of 0 freezes the layer.
     schedule.layer_factors = ()
-    # cosine: epochs of linear rise at the start.
+    # cosine and polynomial: epochs of linear rise at the start.
     schedule.warmup_epochs = 0.0
+    # polynomial: the power of 1 - t, t from 0 after the rise to 1 at the end of the run
+    # (You et al. 2017: 2).
+    schedule.power = 2.0
 
     config.parallel = parallel = ConfigDict()
     # data: every device the whole network; columns: the paper's scheme (3.2); hybrid:

@@ -41,6 +41,137 @@ def test_the_paper_has_33_by_33_places(keys):
     np.testing.assert_array_equal(tops, np.arange(33))
 
 
+@pytest.mark.parametrize("min_area", [0.08, 0.5, 0.9])
+def test_boxes_are_those_of_torchvision(keys, min_area):
+    """Areas, shapes and places against torchvision's loop of ten tries."""
+    side = 256
+    boxes = np.asarray(
+        jax.jit(augment.random_boxes, static_argnums=(1, 2))(keys, side, min_area)
+    )
+    assert boxes.dtype == np.int32
+    corner, sides = boxes[:, :2], boxes[:, 2:]
+    assert (corner >= 0).all() and (sides >= 1).all() and (corner + sides <= side).all()
+    shares, ratios = sides.prod(1) / side**2, sides[:, 1] / sides[:, 0]
+    assert min_area - 0.01 < shares.min() < min_area + 0.01
+    assert 0.73 < ratios.min() and ratios.max() < 1.37
+    expected = torchvision_boxes(np.random.default_rng(0), side, min_area, COUNT)
+    assert abs(shares.max() - expected[:, 2:].prod(1).max() / side**2) < 0.01
+    whole = (sides == side).all(1).mean(), (expected[:, 2:] == side).all(1).mean()
+    assert abs(whole[0] - whole[1]) < 0.015
+    for found, other in (
+        (shares, expected[:, 2:].prod(1) / side**2),
+        (np.log(ratios), np.log(expected[:, 3] / expected[:, 2])),
+        (corner[:, 0], expected[:, 0]),
+        (corner[:, 1], expected[:, 1]),
+    ):
+        spread = other.std() / np.sqrt(COUNT / 2)
+        assert abs(found.mean() - other.mean()) < 4 * spread
+        places = np.quantile(other, np.linspace(0.1, 0.9, 9))
+        ranks = [(found <= place).mean() - (other <= place).mean() for place in places]
+        assert np.abs(ranks).max() < 0.02
+
+
+def torchvision_boxes(rng, side, min_area, count):
+    """`RandomResizedCrop.get_params` of a square picture, a box at a time."""
+    boxes = []
+    for _ in range(count):
+        for _ in range(10):
+            area = side * side * rng.uniform(min_area, 1.0)
+            ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+            width = round(np.sqrt(area * ratio))
+            height = round(np.sqrt(area / ratio))
+            if 0 < width <= side and 0 < height <= side:
+                break
+        else:
+            width = height = side
+        top = rng.integers(0, side - height + 1)
+        left = rng.integers(0, side - width + 1)
+        boxes.append((top, left, height, width))
+    return np.array(boxes)
+
+
+def test_at_area_one_the_whole_picture_is_taken(keys):
+    boxes = augment.random_boxes(keys[:50], 32, 1.0)
+    assert (np.asarray(boxes) == [0, 0, 32, 32]).mean() > 0.95
+    raw = pictures(5, 32)
+    whole = jnp.tile(jnp.array([0, 0, 32, 32]), (5, 1))
+    same = augment.resize_boxes(raw, whole, 32)
+    assert same.dtype == jnp.float32
+    np.testing.assert_allclose(same, raw, atol=1e-3)
+
+
+def test_boxes_of_the_size_are_cut_out_as_they_are():
+    raw, size = pictures(3, 12), 5
+    corners = [(0, 0), (7, 7), (3, 6)]
+    boxes = jnp.array([(top, left, size, size) for top, left in corners])
+    for found, picture, (top, left) in zip(
+        augment.resize_boxes(raw, boxes, size), raw, corners, strict=True
+    ):
+        cut = picture[top : top + size, left : left + size]
+        np.testing.assert_allclose(found, cut, atol=1e-3)
+
+
+@pytest.mark.parametrize("box", [(2, 3, 4, 5), (0, 0, 12, 12), (1, 2, 11, 7)])
+def test_resizing_equals_a_numpy_loop(box):
+    """Bilinear where it enlarges (4 x 5 to 6), a wider triangle where it reduces."""
+    raw, size = pictures(1, 12), 6
+    top, left, height, width = box
+
+    def weights(corner, side):
+        """[size, 12]: what each pixel of a row gives to each pixel of the result."""
+        table = np.zeros((size, 12))
+        reach = max(1.0, side / size)
+        for i in range(size):
+            centre = corner + (i + 0.5) * side / size - 0.5
+            for j in range(12):
+                table[i, j] = max(0.0, 1 - abs(centre - j) / reach)
+        return table / table.sum(1, keepdims=True)
+
+    expected = np.zeros((size, size, 3))
+    rows, columns = weights(top, height), weights(left, width)
+    for y, x in np.ndindex(size, size):
+        for j, i in np.ndindex(12, 12):
+            expected[y, x] += rows[y, j] * columns[x, i] * np.asarray(raw)[0, j, i]
+    found = augment.resize_boxes(raw, jnp.array([box]), size)
+    np.testing.assert_allclose(found[0], expected, atol=2e-3)
+
+
+def test_resized_crops_do_not_depend_on_how_the_batch_is_split():
+    stats, raw = statistics(16), pictures(4, 16)
+    augmentation = augment.Augmentation(8, flip=False, lighting=0.0, min_area=0.1)
+
+    @jax.jit
+    def train(raw, first):
+        return augment.train_images(raw, jax.random.key(0), first, stats, augmentation)
+
+    whole = train(raw, 0)
+    assert whole.shape == (4, 8, 8, 3) and whole.dtype == jnp.float32
+    parts = jnp.concatenate([train(raw[:2], 0), train(raw[2:], 2)])
+    np.testing.assert_allclose(whole, parts, atol=1e-3)
+    # Less the centre of the mean image, and otherwise within the pictures' range.
+    images = whole + augment.centre_crop(stats.mean_image, 8)
+    assert -0.01 < images.min() < 60 and 195 < images.max() < 255.01
+
+
+def test_resized_crops_keep_the_width_that_is_asked_for():
+    keys = augment.example_keys(jax.random.key(0), 0, 2)
+
+    def crop(dtype):
+        crop = jax.jit(
+            lambda raw: augment.random_resized_crop(
+                raw, keys, 12, min_area=0.3, dtype=dtype
+            )
+        )
+        return crop(pictures(2, 8))  # larger than the pictures: they are enlarged
+
+    narrow = crop(jnp.float32)
+    assert narrow.shape == (2, 12, 12, 3)
+    with jax.enable_x64(True):
+        wide = crop(jnp.float64)
+    assert (narrow.dtype, wide.dtype) == (jnp.float32, jnp.float64)
+    np.testing.assert_allclose(wide, narrow, atol=1e-3)
+
+
 def test_half_are_mirrored_left_to_right(keys):
     picture = jnp.array([[1, 2, 3]], jnp.uint8)[None, :, :, None].repeat(3, -1)
     flipped = jax.jit(augment.random_flip)(

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from alexnet_jax import experiment, variants
+from alexnet_jax import augment, experiment, steps, variants
 from alexnet_jax.data import DataError
 from configs import common
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = [
     *("common", "paper", "original", "quickstart", "cifar10", "folder", "memorize"),
-    *("cifar10_11", "cifar10_13"),
+    *("cifar10_11", "cifar10_13", "caffe", "caffenet", "owt", "large_batch"),
 ]
 
 
@@ -133,6 +133,17 @@ def test_all_mistakes_at_once_in_words():
         ),
         ({"schedule__drop_epochs": (3.0, 2.0)}, "above 0 and increasing"),
         ({"schedule__warmup_epochs": 100.0}, "must be below --config.num_epochs=90"),
+        ({"optim__label_smoothing": 1.0}, "=1.0 is out of range: 0 .none. to below 1"),
+        ({"optim__trust_coefficient": -0.1}, "out of range: 0 .off. or more"),
+        ({"schedule__power": 0.0}, "power=0.0 is out of range: above 0"),
+        (
+            {"augment__min_area": 0.0},
+            "min_area=0.0 is out of range: above 0, at most 1",
+        ),
+        (
+            {"augment__min_area": 0.5, "augment__crop": False},
+            "min_area=0.5 is of random crops; set --config.augment.crop=True",
+        ),
         ({"model__dtype": "float64"}, "needs JAX_ENABLE_X64=1"),
         ({"model__overrides__dropout": 2.0}, "dropout=2.0 is not a rate"),
         ({"model__init": "xavier"}, "init='xavier' must be one of paper, caffe, he"),
@@ -247,6 +258,44 @@ def test_pipeline_gives_what_training_sees(folder):
         assert min(spread) < 1e-3 < max(spread)
 
 
+def test_tables_own_weight_decay_can_be_left_out():
+    config = importlib.import_module("configs.cifar10").get_config()
+    model = experiment.make_model(config, 10)
+    params = {"fc10": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+
+    def shrink(own):
+        config.optim.layer_weight_decay = own
+        tx = experiment.make_optimizer(config, model, steps_per_epoch=1.0)
+        grads = jax.tree.map(jnp.zeros_like, params)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return float(updates["fc10"]["kernel"][0, 0])
+
+    # fc10's own decay is 1, the optimiser's 0.0005; the rate 0.001.
+    assert shrink(own=True) == pytest.approx(-1e-3)
+    assert shrink(own=False) == pytest.approx(-5e-7)
+
+
+def test_pipeline_gives_resized_crops(folder):
+    config = small(folder, data__batch_size=4, data__crop_size=32)
+    config.augment.update({"min_area": 0.3, "flip": False, "lighting": 0.0})
+    batches = experiment.pipeline(config)
+    batch = next(batches)
+    batches.close()
+    built = experiment.build(config, log=lambda line: None)
+    with built.train_batches(0) as host:
+        raw = next(host)
+
+    @jax.jit
+    def crops(pictures):
+        key = jax.random.fold_in(steps.purpose_key(config.seed, steps.AUGMENT), 0)
+        keys = augment.example_keys(key, 0, 4)
+        first = jax.vmap(lambda key: jax.random.split(key, 3)[0])(keys)
+        return augment.random_resized_crop(pictures, first, 32, min_area=0.3)
+
+    expected = crops(raw["image"]) - built.statistics.mean_image
+    np.testing.assert_allclose(batch["image"], expected, atol=1e-3)
+
+
 def test_load_refuses_what_is_no_workdir(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not the workdir of a run"):
         experiment.load(tmp_path)
@@ -279,11 +328,16 @@ def test_meshes_of_eight_devices(mode, data, column, shape):
          "4096 units of fc6 do not divide by 3"),
         ({"parallel__mode": "columns", "parallel__transform": "pmap"},
          "transform=pmap splits nothing but the batch"),
+        ({"optim__trust_coefficient": 0.001, "parallel__mode": "columns",
+          "parallel__column": 2},
+         "whole layers, which --config.parallel.mode=columns splits over 2 columns"),
+        ({"optim__trust_coefficient": 0.001, "parallel__mode": "hybrid",
+          "parallel__column": 4, "parallel__data": 2}, "hybrid splits over 4 columns"),
         ({"parallel__transform": "vmap"}, "must be one of shard_map, pmap"),
         ({"schedule__layer_factors": (("conv9", 1.0, 0.1),)},
          r"layer_factors: .'conv9'.*the layer one of conv1, conv2"),
         ({"schedule__layer_factors": (("conv1", 5.0, 0.1), ("conv1", 5.0, 0.0))},
-         "its epochs above 0 and increasing"),
+         "its epochs 0 or more and increasing"),
         ({"schedule__layer_factors": ("conv1", 5.0, 0.1)}, "must be .layer, epoch"),
         ({"augment__lighting_form": "caffe"}, "must be one of paper, original"),
         ({"augment__lighting_until_epoch": -2.0}, "-1 or at least 0"),

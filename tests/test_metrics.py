@@ -1,7 +1,9 @@
 """Top-k and masked sums, by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from alexnet_jax import metrics
 
@@ -50,3 +52,32 @@ def test_probabilities_are_averaged_not_logits():
     assert metrics.log_mean_probabilities(jnp.zeros((2, 3, 4), jnp.bfloat16)).dtype == (
         jnp.float32
     )
+
+
+def test_smoothed_cross_entropy_is_that_of_smoothed_targets():
+    """Against a loop over the classes, and optax's targets of [B, K]."""
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=(5, 7)) * 4).astype(np.float32)
+    logits[4] = 0.0  # a network that guesses
+    labels = rng.integers(0, 7, 5).astype(np.int32)
+
+    @jax.jit
+    def losses(logits, labels):
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, 7), 0.1)
+        return (
+            metrics.cross_entropy(logits, labels, 0.1),
+            optax.softmax_cross_entropy(logits, targets),
+            metrics.cross_entropy(logits, labels),
+            metrics.cross_entropy(logits, labels, 0.0),
+        )
+
+    smoothed, expected, plain, zero = losses(logits, labels)
+    np.testing.assert_allclose(smoothed, expected, rtol=1e-5)
+    np.testing.assert_array_equal(zero, plain)
+    np.testing.assert_allclose(smoothed[4], np.log(7), rtol=1e-6)
+    for i, row in enumerate(logits.astype(np.float64)):
+        log_probabilities = row - np.log(np.exp(row).sum())
+        targets = 0.9 * (np.arange(7) == labels[i]) + 0.1 / 7
+        np.testing.assert_allclose(
+            smoothed[i], -(targets * log_probabilities).sum(), rtol=1e-5
+        )

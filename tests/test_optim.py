@@ -118,7 +118,9 @@ def test_cosine_schedule_rises_and_falls():
 def test_other_schedules():
     for name in ("constant", "plateau"):
         assert optim.make_schedule(name, 0.1, steps_per_epoch=1, num_epochs=1) == 0.1
-    with pytest.raises(ValueError, match="constant, plateau, fixed, cosine"):
+    with pytest.raises(
+        ValueError, match="constant, plateau, fixed, cosine, polynomial"
+    ):
         optim.make_schedule("step", 0.1, steps_per_epoch=1, num_epochs=1)
     with pytest.raises(ValueError, match="paper, torch"):
         optim.make_optimizer(0.1, form="keras")
@@ -211,3 +213,104 @@ def test_factors_of_layers_hold_for_biases_without_a_rate_of_their_own():
     }
     np.testing.assert_allclose(moved["fc7"], [0.2, 0.2], rtol=1e-6)
     np.testing.assert_allclose(moved["fc8"], [0.2, 2.0], rtol=1e-6)
+
+
+def network(rng):
+    """Numbers like the parameters of a convolution, batch norm and a classifier."""
+    shapes = {
+        "conv1": {"kernel": (3, 3, 2, 4), "bias": (4,)},
+        "norm1": {"scale": (4,), "bias": (4,)},
+        "fc8": {"kernel": (4, 3), "bias": (3,)},
+    }
+    return {
+        layer: {name: jnp.asarray(rng.normal(size=s)) for name, s in leaves.items()}
+        for layer, leaves in shapes.items()
+    }
+
+
+def only_kernels(params):
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def test_lars_is_optax_lars_with_the_same_masks():
+    rng = np.random.default_rng(2)
+    with jax.enable_x64(True):
+        params, grads = network(rng), [network(rng) for _ in range(6)]
+        schedule = optim.make_schedule(
+            "polynomial", 0.5, steps_per_epoch=1, num_epochs=7, warmup_epochs=2
+        )
+        ours = optim.make_optimizer(
+            schedule, decay_bias=False, weight_decay=0.01, trust_coefficient=0.02
+        )
+        theirs = optax.lars(
+            schedule,
+            weight_decay=0.01,
+            weight_decay_mask=only_kernels,
+            trust_coefficient=0.02,
+            trust_ratio_mask=only_kernels,
+        )
+        found, expected = run(ours, params, grads)[0], run(theirs, params, grads)[0]
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, expected
+        )
+
+
+def test_lars_moves_a_kernel_by_its_own_norm_and_biases_by_the_rate():
+    rng = np.random.default_rng(3)
+    params, grads = network(rng), network(rng)
+
+    def moved(grads, weight_decay):
+        tx = optim.make_optimizer(
+            0.5, momentum=0.0, weight_decay=weight_decay, trust_coefficient=0.1
+        )
+        update = jax.jit(lambda grads: tx.update(grads, tx.init(params), params)[0])
+        return update(grads)
+
+    norm = np.linalg.norm
+    for layer, leaves in moved(grads, 5e-4).items():
+        for name, update in leaves.items():
+            w, g = (np.asarray(tree[layer][name]) for tree in (params, grads))
+            u = g + 5e-4 * w
+            ratio = 0.1 * norm(w) / norm(u) if name == "kernel" else 1.0
+            np.testing.assert_allclose(update, -0.5 * ratio * u, rtol=1e-5)
+    # The size of the loss, and with it of the gradients, does not count.
+    larger = jax.tree.map(lambda g: 100 * g, grads)
+    one, other = (moved(g, 0.0)["fc8"]["kernel"] for g in (grads, larger))
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decay_bias", [True, False])
+def test_without_decay_of_biases_only_kernels_decay(decay_bias):
+    params = network(np.random.default_rng(5))
+    tx = optim.make_optimizer(
+        1.0, momentum=0.0, weight_decay=0.5, decay_bias=decay_bias
+    )
+    (decayed,), _ = run(tx, params, [jax.tree.map(jnp.zeros_like, params)])
+    for layer, leaves in params.items():
+        for name, leaf in leaves.items():
+            factor = 0.5 if decay_bias or name == "kernel" else 1.0
+            np.testing.assert_allclose(decayed[layer][name], factor * leaf, rtol=1e-6)
+
+
+@pytest.mark.parametrize("power, warmup", [(2.0, 2.0), (2.0, 0.0), (1.0, 0.5)])
+def test_polynomial_schedule_equals_a_loop(power, warmup):
+    schedule = optim.make_schedule(
+        "polynomial",
+        0.2,
+        steps_per_epoch=10,
+        num_epochs=12,
+        warmup_epochs=warmup,
+        power=power,
+    )
+    rise, end = round(10 * warmup), 120
+    for step in (0, 1, 4, 5, 19, 20, 21, 60, 119, 120, 130):
+        t = min(1.0, (step - rise) / (end - rise))
+        rate = 0.2 * step / rise if step < rise else 0.2 * (1 - t) ** power
+        assert float(schedule(step)) == pytest.approx(rate, rel=1e-5, abs=1e-8), step
+
+
+def test_a_factor_from_epoch_0_holds_from_the_first_step():
+    (factor,) = optim.make_layer_factors(
+        [("conv1", 0, 0.25), ("conv1", 3, 0.5)], steps_per_epoch=2.0
+    ).values()
+    assert [float(factor(step)) for step in (0, 1, 5, 6)] == [0.25, 0.25, 0.25, 0.5]

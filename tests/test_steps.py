@@ -1,4 +1,7 @@
-"""bfloat16: rounded where it computes, nowhere else, and it learns as well."""
+"""bfloat16: rounded where it computes, nowhere else, and it learns as well.
+
+Label smoothing: in the loss of training, not in that of the evaluation.
+"""
 
 import functools
 
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 from test_parallel import CROP, batch, narrow, statistics
 
-from alexnet_jax import augment, optim, parallel, steps
+from alexnet_jax import augment, metrics, optim, parallel, steps
 
 EXAMPLES, STEPS = 8, 15
 
@@ -83,3 +86,34 @@ def test_bfloat16_logits_are_those_of_float32_but_for_rounding(columns):
     # them (weights, sums, biases and normalisations of eight layers), of either sign,
     # come to sqrt(30) * 2^-9 = 0.011; none at all would be float32 in disguise.
     assert 2**-12 < error < 2**-6
+
+
+def test_labels_are_smoothed_in_training_only():
+    model, tx = narrow("float32", dropout=0.0), optim.make_optimizer(0.003)
+    mesh = parallel.make_mesh(1, 1)
+    plain = augment.Augmentation(CROP, crop=False, flip=False, lighting=0.0)
+    kwargs = {"mesh": mesh, "mode": "data"}
+    stats, raw = statistics(jnp.float32), batch(EXAMPLES)
+    state = steps.init_state(model, tx, crop_size=CROP, seed=0, **kwargs)
+    params = jax.device_get(state.params)
+    images = augment.eval_images(
+        jnp.asarray(raw["image"]), mean_image=stats.mean_image, crop_size=CROP
+    )
+    # On logits that are far from uniform, so that smoothing shows.
+    params["fc8"]["kernel"] = 30 * params["fc8"]["kernel"]
+    logits = jax.jit(model.apply)({"params": params}, images)
+    hard, smoothed = (
+        float(metrics.cross_entropy(logits, raw["label"], smoothing).mean())
+        for smoothing in (0.0, 0.3)
+    )
+    assert abs(hard - smoothed) > 0.01
+    evaluate = steps.make_eval_step(model, crop_size=CROP, **kwargs)
+    masked = raw | {"mask": np.ones(EXAMPLES, np.float32)}
+    sums = evaluate(params, {}, masked, stats)
+    assert float(sums["loss"]) / EXAMPLES == pytest.approx(hard, rel=1e-4)
+    train = steps.make_train_step(
+        model, tx, plain, seed=0, label_smoothing=0.3, **kwargs
+    )
+    state = state.replace(params=jax.device_put(params, state.step.sharding))
+    _, scalars = train(state, raw, stats)
+    assert float(scalars["loss"]) == pytest.approx(smoothed, rel=1e-4)
