@@ -69,7 +69,6 @@ _USER_ERRORS = (
     CheckpointError,
     DistributedError,
     OSError,
-    FloatingPointError,
 )
 
 
@@ -171,12 +170,14 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def run() -> None:
-    """The command: exit status 1 and one message for what the user can mend."""
+    """The command: exit status 1 (or 3) and one message for what the user can mend."""
     logging.set_verbosity(logging.WARNING)  # jax's and orbax's chatter
     # The files of configs/ import one another, wherever the command is started.
     sys.path.append(str(Path(__file__).parent.parent))
     try:
         app.run(main, flags_parser=_parse)
+    except FloatingPointError as error:
+        distributed.leave(f"error: {error}", experiment.DIVERGED)
     except _USER_ERRORS as error:
         distributed.leave(f"error: {error}", 1)
     except KeyboardInterrupt as stopped:

@@ -9,11 +9,9 @@ JAX's and torch's.
 
 import argparse
 import concurrent.futures
-import importlib.metadata
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
@@ -25,7 +23,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
+from alexnet_jax import records
+
+markdown_table = records.markdown_table
+
 # Sides of the square matrices of `gemm_rate`, and bytes of `copy_bandwidth`'s array:
 # far beyond the caches, and a second or less a call.
 _GEMM_SIDE = {"cpu": 3072, "gpu": 8192}
@@ -212,54 +213,12 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
 
 def machine() -> dict[str, Any]:
     """What a result has to say about where it was measured, and by which command."""
-    found: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "command": _command(),
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(
-            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        ),
-    }
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"python -m {spec.name if spec else 'benchmarks'}"
+    found = records.machine(f"{program} {records.without_paths(sys.argv[1:])}")
     if (jax := sys.modules.get("jax")) and jax.default_backend() != "cpu":
         found["gpu"] = jax.devices()[0].device_kind
-    found["versions"] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found["versions"][package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
-
-
-def _command() -> str:
-    """The command line, without this machine's paths."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    words, out_is_next = [], False
-    for word in sys.argv[1:]:
-        name, equals, value = word.rpartition("=")
-        if out_is_next or name == "--out":
-            word = f"{name}{equals}DIR"
-        elif os.sep in value:
-            word = f"{name}{equals}PATH"
-        words.append(word)
-        out_is_next = word == "--out"
-    return " ".join(["python -m", spec.name if spec else "benchmarks", *words])
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
-    return names[0].strip() if names else platform.machine()
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells as a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def write_result(
@@ -275,13 +234,9 @@ def write_result(
     about = machine()
     text = json.dumps({"machine": about, **record}, indent=1)
     (out / f"{name}.json").write_text(text + "\n")
-    versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
-    place = f"{about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB"
-    if "gpu" in about:
-        place = f"{about['gpu']}; {place}"
     page = (
-        f"# {name} ({about['date']})\n\n    {about['command']}\n\n{place}; {versions}\n"
-        f"\n{table}\n"
+        f"# {name} ({about['date']})\n\n    {about['command']}\n\n"
+        f"{records.in_words(about)}\n\n{table}\n"
     )
     (out / f"{name}.md").write_text(page)
     if figure is not None:

@@ -1,0 +1,101 @@
+"""What a sweep came to: its rows beside the published ones, or the paper's figure 1."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from alexnet_jax.sweeps import Estimate, Line, Sweep
+
+_OURS, _PAPER = "#4477aa", "#cc3311"  # told apart by colour-blind readers as well
+_RUNS = (_OURS, "#ee7733", "#228833", "#aa3377", "#66ccee", "#bbbbbb")
+_STYLES = ("-", "--", ":")
+
+
+def sweep_results(sweep: Sweep, lines: Sequence[Line]) -> Figure:
+    """Draws each row's metric, and its effect with the published one beside it.
+
+    Args:
+      sweep: of a `FinalError`.
+      lines: of `sweeps.summarize`.
+
+    Returns:
+      A matplotlib figure: on the left every run as a light dot, the mean and the
+      standard deviation over seeds; on the right the effect and its standard error.
+    """
+    size = (8.0, 1.3 + 0.42 * len(lines))
+    figure = Figure(figsize=size, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for y, line in enumerate(lines):
+        values = [value.value for value in line.values.values()]
+        left.plot(values, [y] * len(values), "o", color=_OURS, alpha=0.3, markersize=4)
+        _draw(left, y, line.value)
+        _draw(right, y, line.effect)
+        if line.paper is not None and line.paper.effect is not None:
+            published = {"color": _PAPER, "fillstyle": "none", "zorder": 3}
+            right.plot(line.paper.effect, y, "D", **published)
+    left.set_yticks(range(len(lines)), [line.title for line in lines])
+    left.set_ylim(len(lines) - 0.5, -0.5)  # the first row on top
+    left.set_xlabel(str(sweep.metric))
+    ratio = sweep.compare == "ratio"
+    words = f"row over {sweep.baseline!r}" if ratio else f"row minus {sweep.baseline!r}"
+    right.set_xlabel(words if ratio else f"{words} (points)")
+    right.axvline(1.0 if ratio else 0.0, color="black", linewidth=0.8)
+    right.plot([], [], "o", color=_OURS, label="here")
+    right.plot([], [], "D", color=_PAPER, fillstyle="none", label="published")
+    figure.legend(
+        *right.get_legend_handles_labels(),
+        frameon=False,
+        ncols=2,
+        loc="outside upper right",
+    )
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _draw(axes: Axes, y: int, estimate: Estimate) -> None:
+    """A point with its error bar."""
+    if estimate.mean is not None:
+        axes.errorbar(
+            estimate.mean, y, xerr=estimate.spread, fmt="o", color=_OURS, capsize=3
+        )
+
+
+def error_curves(
+    rows: Mapping[str, Sequence[Sequence[dict[str, Any]]]], target: float
+) -> Figure:
+    """Draws training errors over the epochs, as the paper's figure 1.
+
+    Args:
+      rows: row -> records of `writers.read_metrics` of each of its runs; at most 18.
+      target: the error in [0, 1] that is drawn as a dashed line.
+
+    Returns:
+      A matplotlib figure; errors in %.
+    """
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, runs) in enumerate(rows.items()):
+        color, style = _RUNS[i % len(_RUNS)], _STYLES[i // len(_RUNS)]
+        for j, records in enumerate(runs):
+            key = "train/top1_error"
+            points = [(r["epoch"], 100 * r[key]) for r in records if key in r]
+            if points:
+                label = name if j == 0 else None
+                alpha = 1.0 if j == 0 else 0.4
+                axes.plot(*zip(*points, strict=True), style, color=color, alpha=alpha)
+                axes.plot([], [], style, color=color, label=label)
+    axes.axhline(100 * target, color="black", linewidth=0.8, linestyle="--")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("training error (%)")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if rows:
+        axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure

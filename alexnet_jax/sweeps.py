@@ -1,0 +1,643 @@
+"""Sweeps: what is run, and what its results say beside the published figures.
+
+A sweep is a file of configs/sweeps/ with `get_sweep()`; launch/sweep.py runs it. Here is
+what it consists of and the arithmetic of its summary: no processes, no drawing.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import re
+import runpy
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from absl import flags
+from ml_collections import config_flags
+
+from alexnet_jax import experiment
+from alexnet_jax.experiment import Config
+
+ROOT = Path(__file__).parent.parent
+COMPARISONS = ("difference", "ratio")
+# How far ours may be from the paper's before the verdict is that it differs.
+STANDARD_ERRORS = 2.0
+
+
+class SweepError(ValueError):
+    """What is wrong with a sweep or with what was asked of it, in words."""
+
+
+# What a sweep consists of.
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What was published about a row.
+
+    Attributes:
+      value: in the sweep's metric (errors in per cent), None: not published.
+      effect: row minus baseline, or row over baseline, as the sweep compares; None:
+        not published.
+      measured_on: the data, and the views if they are known.
+      source: where it stands.
+      at_least: the effect is "over" so much.
+    """
+
+    value: float | None = None
+    effect: float | None = None
+    measured_on: str = ""
+    source: str = ""
+    at_least: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting that is run with every seed.
+
+    Attributes:
+      name: unique in its sweep.
+      overrides: config field -> value, such as {"model.overrides.lrn": False}.
+      paper: what was published about it.
+      config: another config file than the sweep's.
+      search: one config field and its candidates. All are run with the first seed; the
+        best by the sweep's metric with the others.
+    """
+
+    name: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    paper: Paper | None = None
+    config: str | None = None
+    search: Mapping[str, Sequence[Any]] | None = None
+
+    def candidates(self) -> Sequence[Any]:
+        """The values that are searched; (None,) without a search."""
+        return (None,) if self.search is None else next(iter(self.search.values()))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A run's value of a metric.
+
+    Attributes:
+      value: in the metric's unit.
+      censored: the run ended before the value was known; it is above `value`.
+      tie: what tells censored runs apart, the lower the better.
+    """
+
+    value: float
+    censored: bool = False
+    tie: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{'>' if self.censored else ''}{self.value:.2f}"
+
+
+@dataclass(frozen=True)
+class FinalError:
+    """An error of the last evaluation, in per cent; lower is better."""
+
+    key: str = "eval/top1_error"
+
+    def __str__(self) -> str:
+        return f"{self.key} (%)"
+
+    def measure(self, records: Sequence[Mapping[str, Any]]) -> Measurement | None:
+        """The last record's that has it; None: there is none."""
+        values = [record[self.key] for record in records if self.key in record]
+        return Measurement(100 * values[-1]) if values else None
+
+
+@dataclass(frozen=True)
+class EpochsTo:
+    """Epochs until the training error, a mean between two records, was so low."""
+
+    target: float = 0.25
+    key: str = "train/top1_error"
+
+    def __str__(self) -> str:
+        return f"epochs to {100 * self.target:g}% training error"
+
+    def measure(self, records: Sequence[Mapping[str, Any]]) -> Measurement | None:
+        """The epoch of the first such record; without one, censored at the last."""
+        found = [record for record in records if self.key in record]
+        if not found:
+            return None
+        for record in found:
+            if record[self.key] <= self.target:
+                return Measurement(record["epoch"])
+        last = found[-1]
+        return Measurement(last["epoch"], censored=True, tie=last[self.key])
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Rows that are trained alike but for what they change.
+
+    Attributes:
+      about: a sentence: what is asked.
+      config: file of configs/, ":ARGUMENT" and all, for rows without their own.
+      rows: unique names.
+      baseline: the row that the others are compared with.
+      measured_on: the data that it runs on, unless it is told others.
+      overrides: config field -> value, for all rows; a row's own win.
+      metric: what a run is judged by.
+      compare: with the baseline, by "difference" or by "ratio".
+      seeds: of the runs, unless others are asked for.
+    """
+
+    about: str
+    config: str
+    rows: Sequence[Row]
+    baseline: str
+    measured_on: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    metric: FinalError | EpochsTo = FinalError()
+    compare: Literal["difference", "ratio"] = "difference"
+    seeds: Sequence[int] = (0,)
+
+    def __post_init__(self) -> None:
+        names = [row.name for row in self.rows]
+        folders = [slug(name) for name in names]
+        if len(set(folders)) < len(folders):
+            raise SweepError(f"rows {', '.join(names)}: two would share a folder.")
+        if self.baseline not in names:
+            raise SweepError(
+                f"baseline={self.baseline!r} must be a row: {', '.join(names)}."
+            )
+        if self.compare not in COMPARISONS:
+            raise SweepError(
+                f"compare={self.compare!r} must be {' or '.join(COMPARISONS)}."
+            )
+        for row in self.rows:
+            if row.search is not None and (
+                len(row.search) != 1 or not row.candidates()
+            ):
+                raise SweepError(
+                    f"row {row.name!r}: search={row.search!r} must be one field and "
+                    'its candidates, such as {"optim.learning_rate": (1e-3, 3e-3)}.'
+                )
+
+
+def load(path: str | os.PathLike[str]) -> Sweep:
+    """The sweep of a file; "FILE:ARGUMENT" is get_sweep(ARGUMENT), as of configs.
+
+    Raises:
+      SweepError: if there is no such file, or no sweep in it.
+    """
+    path, colon, argument = os.fspath(path).partition(":")
+    if not Path(path).is_file():
+        shipped = sorted(file.name for file in (ROOT / "configs/sweeps").glob("*.py"))
+        raise SweepError(
+            f"{path}: there is no such file in {Path.cwd()}; configs/sweeps/ has "
+            f"{', '.join(shipped)}."
+        )
+    try:
+        get_sweep = runpy.run_path(path)["get_sweep"]
+        sweep = get_sweep(argument) if colon else get_sweep()
+    except Exception as error:
+        raise SweepError(
+            f"{path} could not be read ({type(error).__name__}: {error}). It must "
+            "define get_sweep(), which returns a sweeps.Sweep."
+        ) from error
+    if not isinstance(sweep, Sweep):
+        raise SweepError(f"{path}: get_sweep() must return a sweeps.Sweep.")
+    return sweep
+
+
+# Its runs.
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: a row's, with a seed and perhaps a candidate of its search."""
+
+    row: str
+    candidate: Any
+    seed: int
+    config: str
+    overrides: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Where it is below the sweep's runs/."""
+        value = "" if self.candidate is None else f"-{slug(as_text(self.candidate))}"
+        return f"{slug(self.row)}{value}/seed_{self.seed}"
+
+    def flags(self) -> list[str]:
+        """What main is told, but for the workdir."""
+        fields = [f"--config.{k}={as_text(v)}" for k, v in self.overrides.items()]
+        return [f"--config={self.config}", *fields]
+
+    def fields(self) -> dict[str, Any]:
+        """Every field of its config as a workdir's config.json has it."""
+        config = set_fields(load_config(self.config), self.overrides, "")
+        return experiment.flat(experiment.as_json(config))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep with the seeds and the settings that were asked for.
+
+    Attributes:
+      settings: config field -> text as on the command line; they win over the sweep.
+    """
+
+    name: str
+    sweep: Sweep
+    seeds: Sequence[int]
+    settings: Mapping[str, str] = field(default_factory=dict)
+    _made: dict[Any, Run] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for row in self.sweep.rows:
+            for name in self.settings:
+                if name in {*row.overrides, *(row.search or ())}:
+                    raise SweepError(
+                        f"--set {name}={self.settings[name]}: the rows of sweep "
+                        f"{self.name!r} differ in it (row {row.name!r}); change it in "
+                        "the sweep's file."
+                    )
+            for candidate in row.candidates():
+                self.run(row, self.seeds[0], candidate)  # raises what is wrong
+
+    def run(self, row: Row, seed: int, candidate: Any = None) -> Run:
+        """A row's run.
+
+        Raises:
+          SweepError: for an override or a setting that its config does not take.
+        """
+        key = (row.name, seed, as_text(candidate))
+        if key not in self._made:  # a config and its flags take a while
+            self._made[key] = self._make(row, seed, candidate)
+        return self._made[key]
+
+    def _make(self, row: Row, seed: int, candidate: Any) -> Run:
+        file = _config_path(row.config or self.sweep.config)
+        where = f"sweep {self.name!r}, row {row.name!r}: "
+        overrides = {**self.sweep.overrides, **row.overrides}
+        if row.search is not None:
+            overrides[next(iter(row.search))] = candidate
+        config = set_fields(load_config(file), overrides, where)
+        if "seed" in {*overrides, *self.settings}:
+            raise SweepError(f"{where}seed is not set so; give --seeds=0,1,2.")
+        parse_fields(config, self.settings, "--set ")
+        overrides |= {name: _get(config, name) for name in self.settings}
+        return Run(row.name, candidate, seed, file, overrides | {"seed": seed})
+
+    def runs(self, results: Mapping[str, Measurement | None]) -> list[Run]:
+        """The runs that are known to be needed.
+
+        Args:
+          results: of the runs that have ended, by name; None for a broken one. Only
+            when all candidates of a search have one are its further seeds known.
+        """
+        found = []
+        for row in self.sweep.rows:
+            first = [self.run(row, self.seeds[0], c) for c in row.candidates()]
+            found += first
+            if row.search is None or all(run.name in results for run in first):
+                chosen = best(first, results)
+                if chosen is not None:
+                    seeds = self.seeds[1:]
+                    found += [self.run(row, s, chosen.candidate) for s in seeds]
+        return found
+
+    def is_beaten(
+        self, run: Run, epoch: float, results: Mapping[str, Measurement | None]
+    ) -> bool:
+        """Whether a candidate that is at `epoch` has lost to one that was there sooner.
+
+        Only where epochs are what counts; then the rest of its run changes nothing.
+        """
+        if run.candidate is None or not isinstance(self.sweep.metric, EpochsTo):
+            return False
+        row = next(row for row in self.sweep.rows if row.name == run.row)
+        others = (self.run(row, run.seed, c).name for c in row.candidates())
+        reached = (results.get(name) for name in others if name != run.name)
+        return run.seed == self.seeds[0] and any(
+            other is not None and not other.censored and other.value < epoch
+            for other in reached
+        )
+
+
+def best(runs: Sequence[Run], results: Mapping[str, Measurement | None]) -> Run | None:
+    """The run with the lowest result; a censored one only if there is no other.
+
+    The single run of a row without a search; None if all candidates are broken.
+    """
+    if len(runs) == 1:
+        return runs[0]
+    ranked = [
+        (result.censored, result.tie if result.censored else result.value, i)
+        for i, run in enumerate(runs)
+        if (result := results.get(run.name)) is not None
+    ]
+    return runs[min(ranked)[2]] if ranked else None
+
+
+def slug(text: str) -> str:
+    """Letters, digits, dots and dashes of a text, the rest as "_": part of a path."""
+    return re.sub(r"[^\w.\-]+", "_", text).strip("_")
+
+
+# Its configs.
+
+
+def load_config(file: str) -> Config:
+    """The config of a file of configs/, such as "configs/cifar10.py:3"."""
+    path, _, argument = _config_path(file).partition(":")
+    get_config = runpy.run_path(path)["get_config"]
+    return get_config(argument) if argument else get_config()
+
+
+def _config_path(file: str) -> str:
+    """As given if it is there, else in the repository."""
+    path, colon, argument = file.partition(":")
+    if not Path(path).is_file():
+        path = str(ROOT / path)
+    if not Path(path).is_file():
+        raise SweepError(f"config {file!r}: there is no such file.")
+    return f"{path}{colon}{argument}"
+
+
+def set_fields(config: Config, overrides: Mapping[str, Any], where: str) -> Config:
+    """Changes fields of a config, in place, exactly as main would from `Run.flags`.
+
+    Raises:
+      SweepError: beginning with `where`, for a field that there is not, or a value
+        that is of another type or cannot be written on a command line.
+    """
+    texts = {name: as_text(value) for name, value in overrides.items()}
+    parse_fields(config, texts, where)
+    for name, value in overrides.items():
+        found = _get(config, name)
+        same_kind = isinstance(found, bool) == isinstance(value, bool)
+        if found != value or not same_kind:
+            raise SweepError(
+                f"{where}{name}={value!r} must be of type {type(found).__name__}."
+            )
+    return config
+
+
+def parse_fields(config: Config, texts: Mapping[str, str], where: str) -> None:
+    """Changes fields of a config, in place, by main's own flags.
+
+    Raises:
+      SweepError: as `set_fields`.
+    """
+    if not texts:
+        return
+    known = experiment.flat(config.to_dict())
+    for name in texts:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise SweepError(f"{where}{name}: the config has no such field{hint}")
+    argv = ["sweep", *(f"--config.{name}={text}" for name, text in texts.items())]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except (flags.Error, TypeError, ValueError) as error:
+        words = " ".join(str(error).split()).replace("flag --config.", "")
+        raise SweepError(f"{where}{words}") from error
+
+
+def as_text(value: Any) -> str:
+    """A value as main's command line takes it."""
+    return value if isinstance(value, str) else repr(value)
+
+
+def _get(config: Config, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = value[part]
+    return value
+
+
+# Its summary.
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds.
+
+    Attributes:
+      mean: None: nothing to take the mean of.
+      spread: over several seeds, the sample standard deviation of values or the
+        standard error of an effect; else None.
+      bound: "" if the mean is one; ">" or "<" if censored runs make it a bound.
+      count: seeds.
+    """
+
+    mean: float | None = None
+    spread: float | None = None
+    bound: str = ""
+    count: int = 0
+
+    def words(self, form: str) -> str:
+        """Such as "40.66 ± 0.12"; form: "+.2f"."""
+        if self.mean is None:
+            return ""
+        spread = "" if self.spread is None else f" ± {self.spread:.2f}"
+        return f"{self.bound}{self.mean:{form}}{spread}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the summary.
+
+    Attributes:
+      candidate: what its search chose, None without one.
+      values: by seed, of the runs that have ended well.
+      value: their mean and sample standard deviation.
+      effect: against the baseline, and its standard error (see `compare`).
+      paper: what was published.
+      verdict: see `verdict`.
+      tried: of a search, what each candidate came to with the first seed; None where
+        its run is broken or not there yet.
+    """
+
+    name: str
+    candidate: Any
+    values: Mapping[int, Measurement]
+    value: Estimate
+    effect: Estimate
+    paper: Paper | None
+    verdict: str
+    tried: Mapping[str, Measurement | None] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The row, with what its search has chosen."""
+        chosen = "" if self.candidate is None else f" ({as_text(self.candidate)})"
+        return f"{self.name}{chosen}"
+
+
+def summarize(plan: Plan, results: Mapping[str, Measurement | None]) -> list[Line]:
+    """A line a row, from the results of the runs by name."""
+    lines = [_line(plan, row, results) for row in plan.sweep.rows]
+    baseline = next(line for line in lines if line.name == plan.sweep.baseline)
+    finished = []
+    for line in lines:
+        if line is not baseline:
+            effect = compare(line.values, baseline.values, plan.sweep.compare)
+            words = verdict(effect, line.paper)
+            line = dataclasses.replace(line, effect=effect, verdict=words)
+        finished.append(line)
+    return finished
+
+
+def _line(plan: Plan, row: Row, results: Mapping[str, Measurement | None]) -> Line:
+    runs = [plan.run(row, plan.seeds[0], c) for c in row.candidates()]
+    chosen = best(runs, results)
+    candidate = None if chosen is None else chosen.candidate
+    values = {}
+    if chosen is not None:
+        for seed in plan.seeds:
+            result = results.get(plan.run(row, seed, candidate).name)
+            if result is not None:
+                values[seed] = result
+    tried = {}
+    if row.search is not None:
+        tried = {as_text(run.candidate): results.get(run.name) for run in runs}
+    return Line(
+        name=row.name,
+        candidate=candidate,
+        values=values,
+        value=mean_of_values(list(values.values())),
+        effect=Estimate(),
+        paper=row.paper,
+        verdict="",
+        tried=tried,
+    )
+
+
+def mean_of_values(values: Sequence[Measurement]) -> Estimate:
+    """Mean and sample standard deviation; a lower bound if any is censored."""
+    if not values:
+        return Estimate()
+    numbers = [value.value for value in values]
+    censored = any(value.censored for value in values)
+    several = len(numbers) > 1 and not censored
+    return Estimate(
+        mean=statistics.fmean(numbers),
+        spread=statistics.stdev(numbers) if several else None,
+        bound=">" if censored else "",
+        count=len(numbers),
+    )
+
+
+def compare(
+    row: Mapping[int, Measurement],
+    baseline: Mapping[int, Measurement],
+    by: Literal["difference", "ratio"],
+) -> Estimate:
+    """A row against the baseline: the mean over the seeds that both have.
+
+    Seeds are paired: of each the difference row - baseline, or the ratio row / baseline;
+    then their mean, and its standard error, their sample standard deviation over
+    sqrt(seeds). Censored runs make it a bound (row: ">", baseline: "<"), without an
+    error; both at once leave nothing known.
+    """
+    seeds = [seed for seed in row if seed in baseline]
+    above = any(row[seed].censored for seed in seeds)
+    below = any(baseline[seed].censored for seed in seeds)
+    if not seeds or (above and below):
+        return Estimate()
+    pairs = [(row[seed].value, baseline[seed].value) for seed in seeds]
+    if by == "ratio":
+        effects = [ours / base if base else math.nan for ours, base in pairs]
+    else:
+        effects = [ours - base for ours, base in pairs]
+    error = None
+    if len(effects) > 1 and not above and not below:
+        error = statistics.stdev(effects) / math.sqrt(len(effects))
+    bound = ">" if above else "<" if below else ""
+    return Estimate(statistics.fmean(effects), error, bound, len(effects))
+
+
+def verdict(effect: Estimate, paper: Paper | None) -> str:
+    """What an effect says about the published one.
+
+    "agrees within the noise" if they are no further apart than two standard errors of
+    ours (for "over x": if ours is no further below x), else "differs"; "one seed: no
+    noise known"; "" if nothing was published, or ours is unknown or only a bound. Two
+    seeds know little of their noise, and the published figure's own is not known.
+    """
+    unknown = effect.mean is None or effect.bound
+    if paper is None or paper.effect is None or unknown:
+        return ""
+    if effect.spread is None or effect.mean is None:
+        return "one seed: no noise known"
+    short = paper.effect - effect.mean
+    distance = short if paper.at_least else abs(short)
+    if distance <= STANDARD_ERRORS * effect.spread:
+        return "agrees within the noise"
+    return "differs"
+
+
+def summary_table(
+    plan: Plan, lines: Sequence[Line]
+) -> tuple[list[str], list[list[str]]]:
+    """The header and a line of cells a row."""
+    sweep = plan.sweep
+    form = ".2f" if sweep.compare == "ratio" else "+.2f"
+    word = "over" if sweep.compare == "ratio" else "minus"
+    header = ["row", "seeds", str(sweep.metric), f"{word} {sweep.baseline}"]
+    header += ["published", f"{word} its baseline", "verdict"]
+    rows = []
+    for line in lines:
+        value = effect = ""
+        if line.paper is not None and line.paper.value is not None:
+            value = f"{line.paper.value:g}"
+        if line.paper is not None and line.paper.effect is not None:
+            over = "over " if line.paper.at_least else ""
+            effect = f"{over}{line.paper.effect:{form}}"
+        ours = [line.value.words(".2f"), line.effect.words(form)]
+        rows.append(
+            [line.title, str(line.value.count), *ours, value, effect, line.verdict]
+        )
+    return header, rows
+
+
+def search_table(
+    plan: Plan, lines: Sequence[Line]
+) -> tuple[list[str], list[list[str]]]:
+    """The header, and each candidate's result with the first seed."""
+    rows = []
+    for line in lines:
+        for candidate, result in line.tried.items():
+            words = "none" if result is None else str(result)
+            chosen = line.candidate is not None and candidate == as_text(line.candidate)
+            rows.append([line.name, candidate, f"**{words}**" if chosen else words])
+    searches = (row.search for row in plan.sweep.rows if row.search is not None)
+    names = sorted({name for search in searches for name in search})
+    return ["row", ", ".join(names), str(plan.sweep.metric)], rows
+
+
+def published(sweep: Sweep) -> list[str]:
+    """Where the published figures come from, a sentence for each source."""
+    found: dict[str, list[str]] = {}
+    for row in sweep.rows:
+        if row.paper is not None:
+            source = f"{row.paper.measured_on} ({row.paper.source})"
+            found.setdefault(source, []).append(row.name)
+    return [f"Published on {where}: {', '.join(r)}." for where, r in found.items()]
+
+
+def differences(run: Run, stored: Path) -> list[str]:
+    """How a workdir's config.json differs from what a run asks for now."""
+    old, new = experiment.flat(json.loads(stored.read_text())), run.fields()
+    missing = "nothing"
+    return [
+        f"{name}: {old.get(name, missing)} there, {new.get(name, missing)} asked for"
+        for name in sorted({*old, *new})
+        if old.get(name, missing) != new.get(name, missing)
+    ]

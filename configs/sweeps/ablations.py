@@ -1,0 +1,125 @@
+"""Every ablation of the paper and of the original experiments, a row each.
+
+    python launch/sweep.py configs/sweeps/ablations.py --out=DIR --seeds=0,1,2 \
+        --set data.dir=DATA
+
+on a prepared `imagenet2012_256`, or on any folder of pictures (`--set
+data.source=folder:PATH --set data.eval_split=val`). 25 networks of 90 epochs are weeks
+on one GPU: `paper_table.py`, `layers.py`, `lrn.py` and `overlap.py` are parts of it. Rows
+combine by putting their overrides together.
+
+Figures are top-1 errors in per cent over ten views on ILSVRC-2012's validation pictures,
+where nothing else is said; those of "experiment N" are in the logs of the original program
+(github.com/computerhistory/AlexNet-Source-Code). Its baseline is experiment 145 with
+40.66%, the paper's own network; a figure's effect is its difference from the run that its
+source compares it with.
+"""
+
+from alexnet_jax.sweeps import FinalError, Paper, Row, Sweep
+
+VALIDATION = "ILSVRC-2012 validation, ten views"
+TEST_2010 = "ILSVRC-2010 test, ten views"
+BASELINE = "paper"
+
+
+def _experiment(number, value, effect, measured_on=VALIDATION):
+    source = f"original program, experiment {number}"
+    return Paper(value, effect, measured_on, source)
+
+
+def _columns(overrides):
+    """Networks of one column cannot be split into columns."""
+    return overrides | {"parallel.mode": "data"}
+
+
+ROWS = {
+    row.name: row
+    for row in (
+        Row(BASELINE, paper=_experiment(145, 40.66, None)),
+        # Section 3.1: tanh and sigmoid units.
+        Row("tanh units", {"model.overrides.activation": "tanh"}),
+        Row("sigmoid units", {"model.overrides.activation": "sigmoid"}),
+        # Section 3.2: one GPU with half the kernels; columns that do not talk.
+        Row(
+            "one GPU",
+            _columns({"model.variant": "one_gpu"}),
+            _experiment("145-half", 39.17, 1.7, TEST_2010),
+        ),
+        Row(
+            "one column, whole",
+            _columns({"model.overrides.columns": 1}),
+        ),
+        Row(
+            "no column communication",
+            _columns({"model.variant": "no_communication"}),
+            _experiment(150, 41.83, 1.17),
+        ),
+        # Section 3.3: local response normalisation, and where it stands.
+        Row(
+            "no LRN",
+            {"model.overrides.lrn": False},
+            Paper(42.03, 1.4, VALIDATION, "section 3.3; its experiment 148"),
+        ),
+        Row("LRN before ReLU", {"model.overrides.norm_place": "before"}),
+        Row("LRN after conv1 only", {"model.overrides.norm_layers": ("conv1",)}),
+        Row("original", {"model.variant": "original"}, _experiment(145, 40.66, None)),
+        Row(
+            "original, LRN before ReLU",
+            {"model.variant": "original", "model.overrides.norm_place": "before"},
+            _experiment(166, 41.10, 0.44),
+        ),
+        Row(
+            "original, LRN after conv1 only",
+            {"model.variant": "original", "model.overrides.norm_layers": ("conv1",)},
+            # Against experiment 170, which has the same learning rates.
+            _experiment(167, 40.49, -0.04),
+        ),
+        Row("batch norm", {"model.overrides.normalization": "batch"}),
+        # Section 3.4: pooling.
+        Row(
+            "no overlap",
+            {"model.overrides.pool_window": 2},
+            Paper(41.06, 0.4, VALIDATION, "section 3.4; its experiment 147"),
+        ),
+        Row("average pooling", {"model.overrides.pool_kind": "avg"}),
+        # Section 4: augmentation and dropout.
+        Row(
+            "no crops, no mirror images", {"augment.crop": False, "augment.flip": False}
+        ),
+        Row(
+            "no colour lighting",
+            {"augment.lighting": 0.0},
+            Paper(None, 1.0, VALIDATION, "section 4.1: over 1%", at_least=True),
+        ),
+        Row("no dropout", {"model.overrides.dropout": 0.0}),
+        # Section 7: "removing any of the middle layers" costs about 2%.
+        *(
+            Row(
+                f"without {layer}",
+                {"model.overrides.skip": (layer,)},
+                Paper(None, 2.0, VALIDATION, "section 7: about 2%"),
+            )
+            for layer in ("conv2", "conv3", "conv4", "conv5")
+        ),
+        # Section 6.1, without its pre-training on the whole of ImageNet; and the
+        # network that followed.
+        Row("six convolutions", {"model.variant": "six_conv"}),
+        Row("ZFNet", _columns({"model.variant": "zfnet"})),
+    )
+}
+
+
+def rows(*names):
+    """The baseline and those rows."""
+    return tuple(ROWS[name] for name in (BASELINE, *names))
+
+
+def get_sweep():
+    return Sweep(
+        about="What each of the paper's choices gives.",
+        config="configs/paper.py",
+        rows=tuple(ROWS.values()),
+        baseline=BASELINE,
+        measured_on=VALIDATION,
+        metric=FinalError("eval/views_top1_error"),
+    )

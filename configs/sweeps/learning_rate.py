@@ -1,0 +1,31 @@
+"""Which learning rate to take for your own pictures.
+
+    python launch/sweep.py configs/sweeps/learning_rate.py --out=runs/learning_rate \
+        --set data.source=folder:PATH num_epochs=10.0
+
+A row a rate, of configs/quickstart.py's narrowed network; without --set on its embedded
+pictures, a run in some minutes on two CPU cores. A rate at which the loss is no longer
+finite is reported as broken, and the others go on.
+
+The paper takes 0.01 at full width and batches of 128 (section 5).
+"""
+
+from alexnet_jax.sweeps import Row, Sweep
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+
+
+def get_sweep():
+    return Sweep(
+        about="Which learning rate ends with the lowest error?",
+        config="configs/quickstart.py",
+        # Both columns on one device: as many as there are share the batch.
+        overrides={
+            "parallel.mode": "data",
+            "parallel.data": -1,
+            "parallel.column": -1,
+        },
+        rows=tuple(Row(f"{rate:g}", {"optim.learning_rate": rate}) for rate in RATES),
+        baseline="0.001",
+        measured_on="the pictures of configs/quickstart.py, centre view",
+    )

@@ -1,0 +1,100 @@
+"""The paper's ablations: each row builds what it says, and trains a step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax import augment, experiment, parallel, steps, sweeps, variants
+from alexnet_jax.model import summary
+from configs.sweeps import ablations
+
+PAPER = (60_965_224, 724_406_816)
+# Parameters and multiply-adds of an image, by hand from those of the paper's layers.
+COUNTS = {
+    "one GPU": (59_798_312, 391_514_384),
+    "one column, whole": (62_378_344, 1_135_256_096),
+    "no column communication": (60_714_408, 724_323_872),
+    # A scale and a shift for each of 96 + 256 maps.
+    "batch norm": (60_965_224 + 2 * (96 + 256), 724_406_816),
+    # conv3 reads conv1's 96 maps, pooled twice.
+    "without conv2": (
+        60_965_224 - 307_456 - 9 * 160 * 384,
+        724_406_816 - 223_948_800 - 169 * 9 * 160 * 384,
+    ),
+    # conv4 reads conv2's 128 maps a column instead of 192.
+    "without conv3": (
+        60_965_224 - 885_120 - 9 * 64 * 384,
+        724_406_816 - 149_520_384 - 169 * 9 * 64 * 384,
+    ),
+    "without conv4": (60_965_224 - 663_936, 724_406_816 - 112_140_288),
+    # fc6 reads conv4's 384 maps instead of 256.
+    "without conv5": (
+        60_965_224 - 442_624 + 36 * 128 * 4096,
+        724_406_816 - 74_760_192 + 36 * 128 * 4096,
+    ),
+    "six convolutions": (60_965_224 + 590_080, 724_406_816 + 36 * 589_824),
+    "ZFNet": (62_357_608, 1_168_032_896),
+}
+PLAN = sweeps.Plan("ablations", ablations.get_sweep(), seeds=(0,))
+
+
+def config_of(name, **more):
+    run = PLAN.run(ablations.ROWS[name], seed=0)
+    config = sweeps.load_config(run.config)
+    return sweeps.set_fields(config, {**run.overrides, **more}, f"{name}: ")
+
+
+@pytest.mark.parametrize("name", ablations.ROWS)
+def test_geometry_and_parameters(name):
+    config = config_of(name)
+    experiment.validate(config)
+    rows = summary(experiment.make_model(config, 1000), config.data.crop_size)
+    found = sum(r.parameters for r in rows), sum(r.multiply_adds for r in rows)
+    assert found == COUNTS.get(name, PAPER)
+    shapes = {row.name: row.shape for row in rows}
+    pooled = [shape for shape in shapes.values() if len(shape) == 3][-1]
+    assert pooled == (6, 6, 384 if name == "without conv5" else 256)
+    assert [shapes[fc] for fc in ("fc7", "fc8")] == [(4096,), (1000,)]
+
+
+def test_every_row_is_another_training():
+    """Two rows that build the same would say nothing."""
+    seen = {}
+    for name in ablations.ROWS:
+        config = config_of(name)
+        network = experiment.make_model(config, 1000).network
+        said = network.layers, network.columns, repr(config.augment)
+        assert seen.setdefault(said, name) == name
+
+
+def test_every_imagenet_table_is_a_row_or_the_recipe_of_a_config():
+    tables = {config_of(name).model.variant for name in ablations.ROWS}
+    others = {"caffe", "caffenet", "one_tower", "owt", "cifar", "cifar_13", "cifar_11"}
+    assert tables | others == set(variants.VARIANTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ablations.ROWS)
+def test_each_trains_a_step(name):
+    narrow = {"model.width": 1 / 32, "model.init": "he", "parallel.mode": "data"}
+    config = config_of(name, **narrow)
+    model = experiment.make_model(config, 10)
+    kwargs = {"mesh": parallel.make_mesh(1), "mode": "data", "seed": 0}
+    tx = experiment.make_optimizer(config, model, steps_per_epoch=10.0)
+    crop = config.data.crop_size
+    state = steps.init_state(model, tx, crop_size=crop, **kwargs)
+    before = jax.device_get(state.params)
+    augmentation = experiment.make_augmentation(config, 10.0)
+    step = steps.make_train_step(model, tx, augmentation, **kwargs)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": jnp.asarray(rng.integers(0, 256, (2, 226, 226, 3), np.uint8)),
+        "label": jnp.array([3, 7]),
+    }
+    state, scalars = step(state, batch, augment.imagenet_statistics(226))
+    assert np.isfinite(scalars["loss"])
+    for layer, weights in jax.device_get(state.params).items():
+        moved = np.abs(weights["kernel" if "kernel" in weights else "scale"])
+        old = before[layer]["kernel" if "kernel" in before[layer] else "scale"]
+        assert np.isfinite(moved).all() and (moved != np.abs(old)).any(), layer
