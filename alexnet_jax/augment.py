@@ -342,7 +342,8 @@ def several_views(pictures: jax.Array, count: int, size: int) -> jax.Array:
     Args:
       count: 1, the centre; 9, cuda-convnet2's views of CIFAR-10, the three by three
         offsets 0, half and all of the margin; 10, the paper's (section 4.1), the centre
-        and the four corners, and then the five mirrored. The centre is view 0.
+        and the four corners, and then the five mirrored. The centre is view 0. Where
+        pictures are hardly larger than `size` some are the same.
 
     Raises:
       ValueError: for another count.
@@ -351,9 +352,11 @@ def several_views(pictures: jax.Array, count: int, size: int) -> jax.Array:
         raise ValueError(f"count={count} must be one of {VIEW_COUNTS}.")
     margin = pictures.shape[1] - size
     middle = margin // 2
-    places = [(middle, middle)]
     sides = {1: (), 9: (0, middle, margin), 10: (0, margin)}[count]
-    places += [(y, x) for y in sides for x in sides if (y, x) != (middle, middle)]
+    places = [(y, x) for y in sides for x in sides]
+    if count == 9:
+        places.pop(4)
+    places.insert(0, (middle, middle))
     views = [pictures[:, y : y + size, x : x + size] for y, x in places]
     if count == 10:
         views += [view[:, :, ::-1] for view in views]

@@ -347,7 +347,9 @@ def leave(message: str, status: int) -> NoReturn:
     They are not coming: most wait for this one, in an exchange or at the end.
     """
     if not jax.distributed.is_initialized():
-        sys.exit(message or status)
+        if message:
+            print(message, file=sys.stderr)
+        sys.exit(status)
     this = jax_distributed.global_state.process_id
     if message:
         print(f"process {this}: {message}", file=sys.stderr)

@@ -121,6 +121,7 @@ class Experiment:
             mode=self.mode,
             crop_size=self.crop_size,
             views=views,
+            parts=self.config.optim.accumulate_steps,
             transform=self.config.parallel.transform,
         )
 
@@ -165,8 +166,11 @@ class Experiment:
         )
 
 
-def validate(config: Config) -> None:
+def validate(config: Config, *, devices: bool = True) -> None:
     """Checks everything that can be checked without the data.
+
+    Args:
+      devices: whether to look for devices, and check what is asked of them.
 
     Raises:
       ConfigError: naming every field that is wrong, what it holds and what it may.
@@ -183,7 +187,8 @@ def validate(config: Config) -> None:
         except ValueError as error:
             problems.append(str(error))
         problems += _layer_factor_problems(config, network)
-        problems += _mesh_problems(config, network)
+        if devices:
+            problems += _mesh_problems(config, network)
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         count = f"{len(problems)} mistake{'s' if len(problems) > 1 else ''}"

@@ -54,9 +54,12 @@ def without_paths(arguments: Sequence[str]) -> str:
         name, equals, value = word.rpartition("=")
         if out_is_next or name == "--out":
             word = f"{name}{equals}DIR"
-        elif os.sep in value and (os.path.isabs(value) or not (root / value).is_file()):
-            kind, colon, _ = value.partition(":")
-            word = f"{name}{equals}{kind + colon if colon else ''}PATH"
+        elif os.sep in value and (
+            os.path.isabs(value) or not (root / value.partition(":")[0]).is_file()
+        ):
+            kind, colon, _ = value.partition(":")  # such as folder:PATH
+            kind = kind + colon if colon and os.sep not in kind else ""
+            word = f"{name}{equals}{kind}PATH"
         words.append(word)
         out_is_next = word == "--out"
     return " ".join(words)

@@ -427,6 +427,7 @@ def make_eval_step(
     mode: str,
     crop_size: int,
     views: int = 1,
+    parts: int = 1,
     transform: str = "shard_map",
 ) -> Callable[..., dict[str, jax.Array]]:
     """Returns the jitted (params, batch_stats, batch, statistics) -> sums.
@@ -434,7 +435,8 @@ def make_eval_step(
     `batch` also has a "mask" [B], 1 for real examples and 0 for padding; the sums
     over the whole batch are those of `metrics.sums`, of the centre view. With more
     `views` (`augment.several_views`) the same sums come again under "views_...", of the
-    probabilities averaged over the views, as in section 4.1 of the paper.
+    probabilities averaged over the views, as in section 4.1 of the paper. Each device's
+    share of the batch goes through the network in `parts`, one after the other.
     """
     local = model.local(mesh, mode)
 
@@ -456,9 +458,11 @@ def make_eval_step(
             )
             return local.apply(variables, images)
 
-        # One view after the other, in the memory of one.
+        # One view and one part after the other, in the memory of one.
         pictures = augment.several_views(batch["image"], views, crop_size)
-        logits = lax.map(logits_of, pictures)
+        shape = (views * parts, -1, *pictures.shape[2:])
+        logits = lax.map(logits_of, pictures.reshape(shape))
+        logits = logits.reshape(views, -1, logits.shape[-1])
         sums = metrics.sums(logits[0], labels, mask)
         if views > 1:
             averaged = metrics.log_mean_probabilities(logits)

@@ -6,6 +6,7 @@ what it consists of and the arithmetic of its summary: no processes, no drawing.
 
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import os
@@ -67,6 +68,7 @@ class Row:
       config: another config file than the sweep's.
       search: one config field and its candidates. All are run with the first seed; the
         best by the sweep's metric with the others.
+      baseline: another row to compare with than the sweep's.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Row:
     paper: Paper | None = None
     config: str | None = None
     search: Mapping[str, Sequence[Any]] | None = None
+    baseline: str | None = None
 
     def candidates(self) -> Sequence[Any]:
         """The values that are searched; (None,) without a search."""
@@ -124,12 +127,18 @@ class EpochsTo:
         return f"epochs to {100 * self.target:g}% training error"
 
     def measure(self, records: Sequence[Mapping[str, Any]]) -> Measurement | None:
-        """The epoch of the first such record; without one, censored at the last."""
+        """The epoch of the first such record; without one, censored at the last.
+
+        Records of fewer steps than the others do not count: where a run was stopped, and
+        where it went on.
+        """
         found = [record for record in records if self.key in record]
         if not found:
             return None
-        for record in found:
-            if record[self.key] <= self.target:
+        steps = [0, *(record["step"] for record in found)]
+        windows = [after - before for before, after in itertools.pairwise(steps)]
+        for record, window in zip(found, windows, strict=True):
+            if window == max(windows) and record[self.key] <= self.target:
                 return Measurement(record["epoch"])
         last = found[-1]
         return Measurement(last["epoch"], censored=True, tie=last[self.key])
@@ -163,13 +172,16 @@ class Sweep:
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]
-        folders = [slug(name) for name in names]
-        if len(set(folders)) < len(folders):
-            raise SweepError(f"rows {', '.join(names)}: two would share a folder.")
-        if self.baseline not in names:
-            raise SweepError(
-                f"baseline={self.baseline!r} must be a row: {', '.join(names)}."
-            )
+        if len(set(names)) < len(names):
+            raise SweepError(f"rows {', '.join(names)}: two have the same name.")
+        for name in names:
+            if not slug(name).strip("."):
+                raise SweepError(f"row {name!r}: a name needs letters or digits.")
+        for baseline in (self.baseline, *(row.baseline for row in self.rows)):
+            if baseline is not None and baseline not in names:
+                raise SweepError(
+                    f"baseline={baseline!r} must be a row: {', '.join(names)}."
+                )
         if self.compare not in COMPARISONS:
             raise SweepError(
                 f"compare={self.compare!r} must be {' or '.join(COMPARISONS)}."
@@ -263,8 +275,37 @@ class Plan:
                         f"{self.name!r} differ in it (row {row.name!r}); change it in "
                         "the sweep's file."
                     )
+        folders: dict[str, str] = {}
+        for row in self.sweep.rows:
             for candidate in row.candidates():
-                self.run(row, self.seeds[0], candidate)  # raises what is wrong
+                run = self.run(row, self.seeds[0], candidate)
+                self._check(run)
+                if folders.setdefault(run.name, row.name) != row.name:
+                    raise SweepError(
+                        f"rows {folders[run.name]!r} and {row.name!r} would share the "
+                        f"folder {run.name}; give one another name."
+                    )
+            if len({self.run(row, 0, c).name for c in row.candidates()}) < len(
+                row.candidates()
+            ):
+                raise SweepError(f"row {row.name!r}: two candidates share a folder.")
+
+    def _check(self, run: Run) -> None:
+        """Raises SweepError for a config that main would refuse, devices aside."""
+        config = set_fields(load_config(run.config), run.overrides, "")
+        try:
+            experiment.validate(config, devices=False)
+        except experiment.ConfigError as error:
+            raise SweepError(f"row {run.row!r}: {error}") from error
+        key = getattr(self.sweep.metric, "key", "")
+        if key.startswith("eval/") and not config.data.eval_split:
+            raise SweepError(
+                f"sweep {self.name!r} compares {key}, and data.eval_split is empty."
+            )
+        if key.startswith("eval/views_") and config.eval_views == 1:
+            raise SweepError(
+                f"sweep {self.name!r} compares {key}: eval_views must not be 1."
+            )
 
     def run(self, row: Row, seed: int, candidate: Any = None) -> Run:
         """A row's run.
@@ -352,8 +393,13 @@ def slug(text: str) -> str:
 def load_config(file: str) -> Config:
     """The config of a file of configs/, such as "configs/cifar10.py:3"."""
     path, _, argument = _config_path(file).partition(":")
-    get_config = runpy.run_path(path)["get_config"]
-    return get_config(argument) if argument else get_config()
+    try:
+        get_config = runpy.run_path(path)["get_config"]
+        return get_config(argument) if argument else get_config()
+    except Exception as error:
+        raise SweepError(
+            f"config {file!r} could not be read ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _config_path(file: str) -> str:
@@ -485,9 +531,11 @@ def summarize(plan: Plan, results: Mapping[str, Measurement | None]) -> list[Lin
     lines = [_line(plan, row, results) for row in plan.sweep.rows]
     baseline = next(line for line in lines if line.name == plan.sweep.baseline)
     finished = []
-    for line in lines:
-        if line is not baseline:
-            effect = compare(line.values, baseline.values, plan.sweep.compare)
+    by_name = {line.name: line for line in lines}
+    for row, line in zip(plan.sweep.rows, lines, strict=True):
+        base = by_name[row.baseline] if row.baseline else baseline
+        if line is not base:
+            effect = compare(line.values, base.values, plan.sweep.compare)
             words = verdict(effect, line.paper)
             line = dataclasses.replace(line, effect=effect, verdict=words)
         finished.append(line)
@@ -593,14 +641,17 @@ def summary_table(
     header = ["row", "seeds", str(sweep.metric), f"{word} {sweep.baseline}"]
     header += ["published", f"{word} its baseline", "verdict"]
     rows = []
-    for line in lines:
+    for row, line in zip(sweep.rows, lines, strict=True):
         value = effect = ""
         if line.paper is not None and line.paper.value is not None:
             value = f"{line.paper.value:g}"
         if line.paper is not None and line.paper.effect is not None:
             over = "over " if line.paper.at_least else ""
             effect = f"{over}{line.paper.effect:{form}}"
-        ours = [line.value.words(".2f"), line.effect.words(form)]
+        own = line.effect.words(form)
+        if row.baseline and own:
+            own += f" ({word} {row.baseline})"
+        ours = [line.value.words(".2f"), own]
         rows.append(
             [line.title, str(line.value.count), *ours, value, effect, line.verdict]
         )
@@ -627,7 +678,8 @@ def published(sweep: Sweep) -> list[str]:
     found: dict[str, list[str]] = {}
     for row in sweep.rows:
         if row.paper is not None:
-            source = f"{row.paper.measured_on} ({row.paper.source})"
+            about = (row.paper.measured_on, row.paper.source)
+            source = f"{about[0]} ({about[1]})" if all(about) else "".join(about)
             found.setdefault(source, []).append(row.name)
     return [f"Published on {where}: {', '.join(r)}." for where, r in found.items()]
 

@@ -347,6 +347,7 @@ class _Run:
         self.warned_of_stall = False
         self.recent: list[dict[str, jax.Array]] = []  # metrics since the last record
         self.saved_step = self.evaluated_step = -1
+        self.evaluated_error: float | None = None
         # Whether the training error came down to `stop_at_train_error`, which ends a run.
         target = self.config.stop_at_train_error
         reached = host.get("target_reached", False)
@@ -371,6 +372,9 @@ class _Run:
         total = self.experiment.total_steps
         if self._ended:
             self.writers.text(f"nothing to do: the run ended at step {self.step}")
+            # Unless it was killed between the last checkpoint and the evaluation of it.
+            if self.checkpointer.top1_error(self.step) is None:
+                self._save(self._evaluate(self.config.eval_views))
             return
         with self.experiment.train_batches(self.step) as batches:
             batch = self._put(next(batches))
@@ -399,7 +403,8 @@ class _Run:
             self._stopped(asked.stop_signal)
         self._save()  # before an evaluation that may fail
         if self.evaluated_step != self.step:
-            self._save(self._evaluate(self.config.eval_views))
+            self._evaluate(self.config.eval_views)
+        self._save(self.evaluated_error)
 
     def _keep(self, metrics: dict[str, jax.Array]) -> None:
         if self.step == 1:
@@ -493,8 +498,10 @@ class _Run:
         )
         self._restart_clock(waited)
         self._warn_of_stall(float(losses.mean()))
-        error = float(np.mean([m["top1_error"] for m in recent]))
-        self.target_reached = error <= self.config.stop_at_train_error > 0
+        # After a stop or a start a line of the log may be of a few steps only.
+        if len(recent) == self.config.log_every_steps:
+            error = float(np.mean([m["top1_error"] for m in recent]))
+            self.target_reached = error <= self.config.stop_at_train_error > 0
 
     def _warn_of_stall(self, loss: float) -> None:
         """Once, if from `stall_after_steps` on the network is still guessing."""
@@ -543,7 +550,7 @@ class _Run:
 
     def _evaluate(self, views: int = 1) -> float | None:
         """Evaluates, writes, applies the plateau rule; returns the centre's error."""
-        self.evaluated_step = self.step
+        self.evaluated_step, self.evaluated_error = self.step, None
         if self.experiment.eval_source is None:
             return None
         with self._off_the_clock():
@@ -559,7 +566,8 @@ class _Run:
                 patience = self.plateau.patience
                 self.writers.text(f"no better error in {patience} evaluations")
                 self._scale_learning_rate(factor)
-        return errors["top1_error"]
+        self.evaluated_error = errors["top1_error"]
+        return self.evaluated_error
 
     def _eval_batch(self, batch: Any, views: int) -> Any:
         args = (self.state.params, self.state.batch_stats, batch, self.statistics)

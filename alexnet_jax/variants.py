@@ -607,7 +607,7 @@ def customize(
             )
         normalization = "lrn" if lrn else "none"
     if skip:
-        table = _without(table, tuple(skip))
+        table = _without(table, _names(skip))
     if columns is not None:
         table = dataclasses.replace(table, columns=_positive("columns", columns))
     if width != 1.0:
@@ -617,7 +617,7 @@ def customize(
     if normalization is not None:
         table = _normalized(table, normalization)
     if norm_layers is not None:
-        table = _normalized_only_in(table, tuple(norm_layers))
+        table = _normalized_only_in(table, _names(norm_layers))
     if norm_place is not None:
         table = _norms_moved(table, norm_place)
     for field, pixels in (("window", pool_window), ("stride", pool_stride)):
@@ -657,6 +657,10 @@ def get(name: str) -> Variant:
             f"There is no variant {name!r}; the variants are {', '.join(VARIANTS)}."
         )
     return VARIANTS[name]
+
+
+def _names(layers: Iterable[str]) -> tuple[str, ...]:
+    return (layers,) if isinstance(layers, str) else tuple(layers)
 
 
 def _positive(what: str, value: int) -> int:
@@ -789,7 +793,8 @@ def _without(table: Variant, names: tuple[str, ...]) -> Variant:
     rows: list[Layer] = []
     for row in table.layers:
         if row.name in names:
-            # The pooling stays with the layer before, so that the grid is kept.
+            # The pooling stays with the layer before, so that the grid is kept (but for
+            # a stride of the layer's own, as zfnet's conv2 has).
             kept = tuple(s for s in row.then if isinstance(s, Pool | Dropout))
             rows[-1] = dataclasses.replace(rows[-1], then=(*rows[-1].then, *kept))
         else:

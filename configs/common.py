@@ -25,8 +25,8 @@ def get_config() -> Any:
     # Views that the evaluation at the end, and --mode=eval, averages over as well: 10
     # (paper, section 4.1), 9 (cuda-convnet2's of CIFAR-10), or 1: the centre view only.
     config.eval_views = 1
-    # End the run when the mean training error since the last line of the log is no
-    # higher than this (paper, figure 1: 0.25); 0: off.
+    # End the run when the mean training error over log_every_steps is no higher than
+    # this (paper, figure 1: 0.25); 0: off.
     config.stop_at_train_error = 0.0
     # Steps between two summaries, each layer's gradient norm and its share of units
     # that are zero for the whole batch; 0: off. One costs about a step.

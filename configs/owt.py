@@ -16,12 +16,13 @@ has it. This code's own choice: He's start, and a warm-up of five epochs (Goyal 
 
 That learning rate belongs to pixels divided by their standard deviation, 74.4. Here
 pixels are 0..255 minus the mean, so conv1's kernel is that much smaller (`init="he"`)
-and its gradient that much larger: a rate divided by 74.4 squared makes the same of it.
+and its gradient that much larger: a rate divided by 74.4 squared gives the kernel the
+same steps (conv1's bias and its weight decay, which did not need it, are slowed as well).
 Without that, the loss of step 7 was not a number (benchmarks/results).
 
 Expected on the 50,000 validation pictures of ILSVRC-2012, not run here: top-1 error
 about 40% on the centre view; 60.1% right is reported of a training with these constants,
-by a source that we have not seen ourselves. torchvision's own weights for this network:
+by a source that was not checked. torchvision's own weights for this network:
 43.48%, and top-5 20.93%.
 """
 

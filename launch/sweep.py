@@ -119,7 +119,10 @@ def _sweep(options: argparse.Namespace) -> int:
     if options.dry_run:
         launcher.show_commands()
         return 0
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SweepError(f"--out={options.out}: {error.strerror}.") from error
     with _alone(options.out) as lock:
         interrupted = launcher.work(lock)
         write_summary(plan, launcher, options.out)
@@ -135,11 +138,17 @@ def make_plan(options: argparse.Namespace) -> Plan:
     seeds = sweep.seeds
     if options.seeds is not None:
         words = options.seeds.split(",")
-        seeds = tuple(int(word) for word in words if word.isdigit())
+        seeds = tuple(int(word) for word in words if word.isdecimal())
         if len(set(seeds)) < len(words):
             raise SweepError(
                 f"--seeds={options.seeds} must be different numbers, such as 0,1,2."
             )
+        if max(seeds) >= 2**32:
+            raise SweepError(f"--seeds={options.seeds}: they must be below 2**32.")
+    try:
+        shlex.split(options.slurm or "")
+    except ValueError as error:
+        raise SweepError(f"--slurm={options.slurm}: {error}.") from error
     if options.jobs < 1:
         raise SweepError(f"--jobs={options.jobs} must be at least 1.")
     settings = {}
@@ -206,7 +215,13 @@ class Launcher:
                 "ones, take a new --out, or remove that folder."
             )
         if finished:
-            status = json.loads((job.folder / STATUS).read_text())
+            try:
+                status = json.loads((job.folder / STATUS).read_text())
+            except ValueError as error:
+                raise SweepError(
+                    f"{job.folder / STATUS} is damaged ({error}); remove it, and the "
+                    "run is looked at again."
+                ) from error
             job.state, job.error = status["state"], status.get("error", "")
             job.beaten = status.get("beaten", False)
         elif (job.folder / SUBMITTED).exists() and _is_queued(job):
@@ -323,8 +338,9 @@ class Launcher:
     def _end(self, job: Job, status: int, *, stopped: bool) -> None:
         if status == 0 or job.beaten:
             job.state = "finished"
-            self._write_status(job)
             self._finish(job)
+            if job.state == "finished":
+                self._write_status(job)
         elif status == DIVERGED:
             job.state, self.results[job.run.name] = "diverged", None
             job.error = _last_words(job, status)
@@ -591,7 +607,6 @@ def _record(
     for name, job in launcher.jobs.items():
         result, status = launcher.results.get(name), job.folder / STATUS
         runs[name] = {
-            "state": job.state,
             "overrides": {
                 name: value
                 for name, value in job.run.overrides.items()
@@ -599,6 +614,7 @@ def _record(
             },
             "result": result and dataclasses.asdict(result),
             **(json.loads(status.read_text()) if status.exists() else {}),
+            "state": job.state,
         }
         if job.error:
             runs[name]["error"] = job.error

@@ -141,6 +141,41 @@ def test_a_run_ends_at_its_training_error_and_tests_several_views(
     assert int(train.train_and_evaluate(config, tmp_path).step) > int(state.step)
 
 
+def test_a_last_evaluation_that_was_lost_is_made_up_for(
+    folder, tmp_path, capsys, monkeypatch
+):
+    config = small_config(folder, max_steps=3, eval_every_epochs=0.0)
+
+    def killed(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_evaluate", killed)
+        with pytest.raises(MemoryError):
+            train.train_and_evaluate(config, tmp_path)
+    assert not records(tmp_path, "eval/")
+    train.train_and_evaluate(config, tmp_path)
+    assert len(records(tmp_path, "eval/")) == 1
+    train.train_and_evaluate(config, tmp_path)
+    assert len(records(tmp_path, "eval/")) == 1
+    assert capsys.readouterr().out.count("nothing to do") == 2
+
+
+def test_a_line_of_a_few_steps_does_not_end_a_run(folder, tmp_path):
+    """The error counts when a line of the log is of all its steps."""
+    config = small_config(folder, max_steps=3, stop_at_train_error=0.99)
+    config.log_every_steps = 2
+    assert int(train.train_and_evaluate(config, tmp_path).step) == 2
+    half = small_config(folder, max_steps=1, stop_at_train_error=0.99)
+    half.log_every_steps = 2
+    state = train.train_and_evaluate(half, tmp_path / "half")
+    assert int(state.step) == 1
+    half.max_steps = 2  # its line has one step: no end, whatever its error
+    assert int(train.train_and_evaluate(half, tmp_path / "half").step) == 2
+    half.max_steps = 3
+    assert int(train.train_and_evaluate(half, tmp_path / "half").step) == 3
+
+
 @pytest.mark.parametrize("make_config", [small_config, columns_config])
 def test_ten_steps_and_ten_more_are_twenty(make_config, folder, tmp_path, capsys):
     whole = make_config(folder)

@@ -1,10 +1,10 @@
-"""Every ablation of the paper and of the original experiments, a row each.
+"""The ablations of the paper and of the original's experiments, a row each.
 
     python launch/sweep.py configs/sweeps/ablations.py --out=DIR --seeds=0,1,2 \
         --set data.dir=DATA
 
 on a prepared `imagenet2012_256`, or on any folder of pictures (`--set
-data.source=folder:PATH --set data.eval_split=val`). 25 networks of 90 epochs are weeks
+data.source=folder:PATH --set data.eval_split=val`). 24 networks of 90 epochs are weeks
 on one GPU: `paper_table.py`, `layers.py`, `lrn.py` and `overlap.py` are parts of it. Rows
 combine by putting their overrides together.
 
@@ -53,6 +53,7 @@ ROWS = {
             "no column communication",
             _columns({"model.variant": "no_communication"}),
             _experiment(150, 41.83, 1.17),
+            baseline="original",
         ),
         # Section 3.3: local response normalisation, and where it stands.
         Row(
@@ -67,12 +68,14 @@ ROWS = {
             "original, LRN before ReLU",
             {"model.variant": "original", "model.overrides.norm_place": "before"},
             _experiment(166, 41.10, 0.44),
+            baseline="original",
         ),
         Row(
             "original, LRN after conv1 only",
             {"model.variant": "original", "model.overrides.norm_layers": ("conv1",)},
             # Against experiment 170, which has the same learning rates.
             _experiment(167, 40.49, -0.04),
+            baseline="original",
         ),
         Row("batch norm", {"model.overrides.normalization": "batch"}),
         # Section 3.4: pooling.
@@ -103,7 +106,7 @@ ROWS = {
         ),
         # Section 6.1, without its pre-training on the whole of ImageNet; and the
         # network that followed.
-        Row("six convolutions", {"model.variant": "six_conv"}),
+        Row("six convolutions", {"model.variant": "six_conv"}, baseline="original"),
         Row("ZFNet", _columns({"model.variant": "zfnet"})),
     )
 }

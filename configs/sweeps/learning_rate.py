@@ -5,7 +5,7 @@
 
 A row a rate, of configs/quickstart.py's narrowed network; without --set on its embedded
 pictures, a run in some minutes on two CPU cores. A rate at which the loss is no longer
-finite is reported as broken, and the others go on.
+finite is reported as diverged, and the others go on.
 
 The paper takes 0.01 at full width and batches of 128 (section 5).
 """
