@@ -5,7 +5,7 @@
 
 You, Gitman and Ginsburg 2017, arXiv:1708.03888 (LARS), and You et al. 2017,
 arXiv:1709.05011 (batches of 32K; 100 epochs of AlexNet in 11 minutes on 1,024 CPUs).
-Constants: `models/alexnet_bn/solver_32k.prototxt` and `train_val2.prototxt` of
+Constants: `models/alexnet_bn/solver_32k.prototxt` and its `train_val2_fp16.prototxt` of
 github.com/borisgin/nvcaffe, by an author of the former: 100 epochs; polynomial of power
 2; momentum 0.9; weight decay 0.0005; crops of 227, mirror images, no colour noise; fc6
 and fc7 from N(0, 0.005) with biases of 0.1. There the warm-up is ten epochs, from a
@@ -15,11 +15,13 @@ There the learning rate is 32 and the trust coefficient 0.001. Kernels see the p
 only, 0.032; here it is 2.56 times 0.0125, because 2.56 is also what the parameters
 without a trust ratio take: 0.01 at 128 examples, times 256. Batch normalisation is
 after conv1 to conv4 there and has no parameters; here it takes the places of the
-paper's response normalisation, after conv1 and conv2.
+paper's response normalisation, after conv1 and conv2. Not as there either: the biases'
+starts in the convolutions and fc8 (0.01 there), and pixels (divided by 256 there).
 
-A batch is 6.4 GB of pictures, on the host and over the devices together; each device
-takes its share in 32 parts. Batch normalisation's statistics are of a part on all
-devices: 1,024 pictures, on any number of them.
+A batch is 6.4 GB of pictures; the devices hold one together, and the host, which decodes
+ahead, up to six. Each device takes its share in 32 parts, in evaluations too. Batch
+normalisation's statistics are of a part on all devices: 1,024 pictures, on any number
+of them.
 
 Expected on the 50,000 validation pictures of ILSVRC-2012, not run here: top-1 error
 about 41% on the centre view (58.6% right is what arXiv:1709.05011 is quoted with).

@@ -141,6 +141,7 @@ def test_a_run_ends_at_its_training_error_and_tests_several_views(
     assert int(train.train_and_evaluate(config, tmp_path).step) > int(state.step)
 
 
+@pytest.mark.slow
 def test_a_last_evaluation_that_was_lost_is_made_up_for(
     folder, tmp_path, capsys, monkeypatch
 ):
@@ -161,6 +162,7 @@ def test_a_last_evaluation_that_was_lost_is_made_up_for(
     assert capsys.readouterr().out.count("nothing to do") == 2
 
 
+@pytest.mark.slow
 def test_a_line_of_a_few_steps_does_not_end_a_run(folder, tmp_path):
     """The error counts when a line of the log is of all its steps."""
     config = small_config(folder, max_steps=3, stop_at_train_error=0.99)
@@ -274,7 +276,11 @@ class StopAt:
 
 
 @pytest.mark.parametrize(
-    "number, error", [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+    "number, error",
+    [
+        (signal.SIGTERM, SystemExit),
+        pytest.param(signal.SIGINT, KeyboardInterrupt, marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_run_goes_on_where_it_was(
     number, error, finished, folder, tmp_path, monkeypatch, capsys
@@ -403,7 +409,7 @@ def test_summaries_change_nothing_and_are_written(finished, folder, tmp_path, ca
     assert b"dead_relu/conv1" in events.read_bytes()
 
 
-@pytest.mark.parametrize("crash", [False, True])
+@pytest.mark.parametrize("crash", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_resumed_run_has_each_summary_once(crash, folder, tmp_path, monkeypatch):
     config = small_config(folder, summaries_every_steps=5, max_steps=18)
     config.data.eval_split = ""
