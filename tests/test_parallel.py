@@ -177,11 +177,10 @@ def test_networks_of_one_column_run_as_hybrid(variant, columns):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant, side", [("cifar", 32), ("cifar_11", 24)])
-def test_a_classifier_of_feature_maps_trades_examples_for_features(variant, side):
+def test_a_classifier_of_feature_maps_trades_examples_for_features():
     """CIFAR-10's nets have no other fully connected layer: one all-to-all before it."""
-    tx = optim.make_optimizer(1e-3)
-    model = create_model(variant, dtype="float64", init="he")
+    tx, side = optim.make_optimizer(1e-3), 24
+    model = create_model("cifar_11", dtype="float64", init="he")
     examples = batch(8)
     examples["image"] = examples["image"][:, :side, :side]
     stats = jax.tree.map(np.asarray, augment.imagenet_statistics(side))
