@@ -529,11 +529,10 @@ class Line:
 def summarize(plan: Plan, results: Mapping[str, Measurement | None]) -> list[Line]:
     """A line a row, from the results of the runs by name."""
     lines = [_line(plan, row, results) for row in plan.sweep.rows]
-    baseline = next(line for line in lines if line.name == plan.sweep.baseline)
     finished = []
     by_name = {line.name: line for line in lines}
     for row, line in zip(plan.sweep.rows, lines, strict=True):
-        base = by_name[row.baseline] if row.baseline else baseline
+        base = by_name[row.baseline or plan.sweep.baseline]
         if line is not base:
             effect = compare(line.values, base.values, plan.sweep.compare)
             words = verdict(effect, line.paper)

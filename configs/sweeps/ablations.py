@@ -20,6 +20,13 @@ from alexnet_jax.sweeps import FinalError, Paper, Row, Sweep
 VALIDATION = "ILSVRC-2012 validation, ten views"
 TEST_2010 = "ILSVRC-2010 test, ten views"
 BASELINE = "paper"
+# For sweeps of configs/quickstart.py: both columns on one device, and as many devices as
+# there are share the batch.
+ON_WHOLE_DEVICES = {
+    "parallel.mode": "data",
+    "parallel.data": -1,
+    "parallel.column": -1,
+}
 
 
 def _experiment(number, value, effect, measured_on=VALIDATION):

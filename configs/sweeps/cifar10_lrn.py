@@ -4,7 +4,8 @@
         --seeds=0,1,2 --set data.source=folder:PATH
 
 CIFAR-10 in a folder, as for configs/cifar10_11.py. Each run is 26 epochs, a twentieth of
-cuda-convnet2's; `configs/sweeps/cifar10_lrn.py:520` is its whole length.
+cuda-convnet2's; `configs/sweeps/cifar10_lrn.py:520` is its whole length (the 13% network's
+own was 160).
 
 The paper: a four-layer network has a test error of 13% without and 11% with it. These are
 cuda-convnet's networks of those names, which differ in more than the normalisation: the

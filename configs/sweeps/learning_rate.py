@@ -11,6 +11,7 @@ The paper takes 0.01 at full width and batches of 128 (section 5).
 """
 
 from alexnet_jax.sweeps import Row, Sweep
+from configs.sweeps import ablations
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
@@ -19,12 +20,7 @@ def get_sweep():
     return Sweep(
         about="Which learning rate ends with the lowest error?",
         config="configs/quickstart.py",
-        # Both columns on one device: as many as there are share the batch.
-        overrides={
-            "parallel.mode": "data",
-            "parallel.data": -1,
-            "parallel.column": -1,
-        },
+        overrides=ablations.ON_WHOLE_DEVICES,
         rows=tuple(Row(f"{rate:g}", {"optim.learning_rate": rate}) for rate in RATES),
         baseline="0.001",
         measured_on="the pictures of configs/quickstart.py, centre view",

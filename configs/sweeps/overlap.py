@@ -18,12 +18,7 @@ def get_sweep():
     return Sweep(
         about="Does overlapping pooling make the network better?",
         config="configs/quickstart.py",
-        # Both columns on one device: as many as there are share the batch.
-        overrides={
-            "parallel.mode": "data",
-            "parallel.data": -1,
-            "parallel.column": -1,
-        },
+        overrides=ablations.ON_WHOLE_DEVICES,
         rows=ablations.rows("no overlap"),
         baseline=ablations.BASELINE,
         measured_on="the pictures of configs/quickstart.py, centre view",

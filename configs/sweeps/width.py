@@ -11,6 +11,7 @@ some ten times as long. The paper has no such experiment.
 """
 
 from alexnet_jax.sweeps import Row, Sweep
+from configs.sweeps import ablations
 
 WIDTHS = (0.25, 0.5, 1.0)
 
@@ -19,13 +20,7 @@ def get_sweep():
     return Sweep(
         about="How much worse is a narrower network?",
         config="configs/quickstart.py",
-        # Both columns on one device: as many as there are share the batch.
-        overrides={
-            "model.init": "he",
-            "parallel.mode": "data",
-            "parallel.data": -1,
-            "parallel.column": -1,
-        },
+        overrides={"model.init": "he", **ablations.ON_WHOLE_DEVICES},
         rows=tuple(Row(f"width {w:g}", {"model.width": w}) for w in WIDTHS),
         baseline="width 1",
         measured_on="the pictures of configs/quickstart.py, centre view",
