@@ -37,7 +37,8 @@ def versions() -> dict[str, str]:
 
 def in_words(about: dict[str, Any]) -> str:
     """The machine and the versions of `machine` in one line."""
-    place = f"{about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB"
+    cores = "1 core" if about["cores"] == 1 else f"{about['cores']} cores"
+    place = f"{about['cpu']}, {cores}, {about['memory_gib']} GiB"
     if "gpu" in about:
         place = f"{about['gpu']}; {place}"
     return f"{place}; {', '.join(f'{k} {v}' for k, v in about['versions'].items())}"

@@ -535,7 +535,7 @@ def summarize(plan: Plan, results: Mapping[str, Measurement | None]) -> list[Lin
         base = by_name[row.baseline or plan.sweep.baseline]
         if line is not base:
             effect = compare(line.values, base.values, plan.sweep.compare)
-            words = verdict(effect, line.paper)
+            words = verdict(effect, line.paper, plan.sweep.compare)
             line = dataclasses.replace(line, effect=effect, verdict=words)
         finished.append(line)
     return finished
@@ -610,13 +610,16 @@ def compare(
     return Estimate(statistics.fmean(effects), error, bound, len(effects))
 
 
-def verdict(effect: Estimate, paper: Paper | None) -> str:
+def verdict(
+    effect: Estimate, paper: Paper | None, by: Literal["difference", "ratio"]
+) -> str:
     """What an effect says about the published one.
 
     "agrees within the noise" if they are no further apart than two standard errors of
-    ours (for "over x": if ours is no further below x), else "differs"; "one seed: no
-    noise known"; "" if nothing was published, or ours is unknown or only a bound. Two
-    seeds know little of their noise, and the published figure's own is not known.
+    ours (for "over x": if ours is no further below x), with "; so would no effect" if
+    that is no further away either; else "differs"; "one seed: no noise known"; "" if
+    nothing was published, or ours is unknown or only a bound. Two seeds know little of
+    their noise, and the published figure's own is not known.
     """
     unknown = effect.mean is None or effect.bound
     if paper is None or paper.effect is None or unknown:
@@ -625,9 +628,12 @@ def verdict(effect: Estimate, paper: Paper | None) -> str:
         return "one seed: no noise known"
     short = paper.effect - effect.mean
     distance = short if paper.at_least else abs(short)
-    if distance <= STANDARD_ERRORS * effect.spread:
-        return "agrees within the noise"
-    return "differs"
+    noise = STANDARD_ERRORS * effect.spread
+    if distance > noise:
+        return "differs"
+    none = 1.0 if by == "ratio" else 0.0
+    tells = abs(effect.mean - none) > noise
+    return "agrees within the noise" + ("" if tells else "; so would no effect")
 
 
 def summary_table(

@@ -527,7 +527,8 @@ def write_summary(plan: Plan, launcher: Launcher, out: Path) -> None:
 
 _NOISE = (
     "Mean ± sample standard deviation over seeds; against the baseline paired by seed, ± "
-    f"its standard error. It agrees if it is within {sweeps.STANDARD_ERRORS:g} of these."
+    f"its standard error. It agrees if it is within {sweeps.STANDARD_ERRORS:g} of these; "
+    "where no effect is within them too, that says little."
 )
 
 
@@ -537,7 +538,7 @@ def _page(
     """The summary in Markdown."""
     sweep = plan.sweep
     source = plan.settings.get("data.source")
-    data = sweep.measured_on if source is None else "what data.source names"
+    data = sweep.measured_on if source is None else "what `data.source` names"
     parts = [
         f"# {plan.name} ({about['date']})",
         sweep.about,

@@ -278,7 +278,7 @@ def test_censored_runs_make_bounds():
     assert above.words(".1f") == ">6.0"
     assert sweeps.compare(values(10.0), never, "difference").words("+.0f") == "<-50"
     assert sweeps.compare(never, never, "ratio") == Estimate()
-    assert sweeps.verdict(above, Paper(effect=6.0)) == ""
+    assert sweeps.verdict(above, Paper(effect=6.0), "ratio") == ""
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,17 @@ def test_censored_runs_make_bounds():
     ],
 )
 def test_the_verdict(effect, paper, words):
-    assert sweeps.verdict(effect, paper) == words
+    assert sweeps.verdict(effect, paper, "difference") == words
+
+
+def test_noise_that_hides_the_effect_is_said():
+    words = "agrees within the noise; so would no effect"
+    noisy = Estimate(1.0, 0.6, "", 3)
+    assert sweeps.verdict(noisy, Paper(effect=1.4), "difference") == words
+    assert sweeps.verdict(noisy, Paper(effect=1.4), "ratio") == words
+    above = Estimate(2.5, 0.6, "", 3)
+    assert sweeps.verdict(above, Paper(effect=3.0), "ratio") == words.partition(";")[0]
+    assert sweeps.verdict(above, Paper(effect=-3.0), "ratio") == "differs"
 
 
 def test_the_table_and_the_figures(tmp_path):
