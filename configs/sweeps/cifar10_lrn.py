@@ -13,21 +13,24 @@ second row is the 11% network with nothing but its normalisation taken out, a fa
 ablation, the third the 13% network as it was published.
 """
 
+import dataclasses
+
 from alexnet_jax.sweeps import FinalError, Paper, Row, Sweep
 
-WHERE = {
-    "measured_on": "CIFAR-10's test split, several views",
-    "source": "the paper, section 3.3",
-}
+PAPER = Paper(
+    value=11.0,
+    measured_on="CIFAR-10's test split, several views",
+    source="the paper, section 3.3",
+)
 
 
 def get_sweep(num_epochs="26"):
-    without = Paper(value=13.0, effect=2.0, **WHERE)
+    without = dataclasses.replace(PAPER, value=13.0, effect=2.0)
     return Sweep(
         about="Does response normalisation make a network for CIFAR-10 better?",
         config=f"configs/cifar10_11.py:{num_epochs}",
         rows=(
-            Row("with LRN", paper=Paper(value=11.0, **WHERE)),
+            Row("with LRN", paper=PAPER),
             Row("without LRN", {"model.overrides.lrn": False}, paper=without),
             Row(
                 'the "13%" network',
