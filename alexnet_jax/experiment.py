@@ -125,6 +125,17 @@ class Experiment:
             transform=self.config.parallel.transform,
         )
 
+    def predict_step(self, views: int = 1) -> Callable[..., Any]:
+        """The jitted (params, batch_stats, batch, statistics) -> predictions."""
+        return steps.make_predict_step(
+            self.model,
+            mesh=self.mesh,
+            mode=self.mode,
+            crop_size=self.crop_size,
+            views=views,
+            parts=self.config.optim.accumulate_steps,
+        )
+
     def pixel_statistics(self) -> augment.PixelStatistics:
         """The statistics on every device of the mesh."""
         wide = jnp.promote_types(self.model.dtype, jnp.float32)

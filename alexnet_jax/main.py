@@ -3,7 +3,7 @@
 One process, or one of several: see launch/README.md.
 
 python -m alexnet_jax.main --config=configs/paper.py --workdir=DIR
-python -m alexnet_jax.main --config=configs/paper.py --workdir=DIR --mode=eval
+python -m alexnet_jax.main --config=configs/paper.py --workdir=DIR,DIR --mode=eval
 python -m alexnet_jax.main --config=configs/paper.py --mode=describe
 """
 
@@ -18,18 +18,27 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from alexnet_jax import distributed, experiment, train
+from alexnet_jax import distributed, experiment, protocol, train
 from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.data import DataError
 from alexnet_jax.describe import describe, describe_modes
 from alexnet_jax.distributed import DistributedError
+from alexnet_jax.evaluate import PredictionsError
 from alexnet_jax.experiment import ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="A file of configs/, such as configs/paper.py."
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; the same folder again goes on with it."
+    "workdir",
+    None,
+    "Folder of the run; the same folder again goes on with it. With --mode=eval also "
+    "DIR@STEP, or several that are averaged, DIR,DIR@STEP,FILE.npz.",
+)
+_PREDICTIONS = flags.DEFINE_string(
+    "predictions",
+    None,
+    "With --mode=eval: an .npz that is written with the predictions.",
 )
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "eval", "describe"], "What to do with it."
@@ -68,6 +77,7 @@ _USER_ERRORS = (
     DataError,
     CheckpointError,
     DistributedError,
+    PredictionsError,
     OSError,
 )
 
@@ -86,6 +96,8 @@ def main(argv: Sequence[str]) -> None:
     workdir = _WORKDIR.value or ""
     if _MODE.value != "describe" and not workdir:
         raise ConfigError("--workdir=DIR is missing: the folder that keeps the run.")
+    if _MODE.value != "eval" and _PREDICTIONS.value is not None:
+        raise ConfigError("--predictions=FILE.npz goes with --mode=eval.")
     if _CPU_DEVICES.value:
         # Before jax starts; afterwards it has no effect.
         jax.config.update("jax_platforms", "cpu")
@@ -98,7 +110,8 @@ def main(argv: Sequence[str]) -> None:
     if _MODE.value == "describe":
         _describe(_CONFIG.value)
     elif _MODE.value == "eval":
-        train.evaluate_workdir(_CONFIG.value, workdir)
+        members = [protocol.Member.parse(name) for name in workdir.split(",")]
+        protocol.evaluate_runs(_CONFIG.value, members, save_to=_PREDICTIONS.value)
     else:
         train.train_and_evaluate(_CONFIG.value, workdir)
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alexnet_jax import augment, metrics, ops, parallel
 from alexnet_jax.model import AlexNet, feature_names
@@ -447,22 +447,10 @@ def make_eval_step(
         statistics: augment.PixelStatistics,
     ) -> dict[str, jax.Array]:
         variables = {"params": params, "batch_stats": batch_stats}
+        logits = _logits_of_views(
+            local, variables, batch["image"], statistics, crop_size, views, parts
+        )
         labels, mask = batch["label"], batch["mask"]
-
-        def logits_of(view: jax.Array) -> Any:
-            images = augment.eval_images(
-                view,
-                mean_image=statistics.mean_image,
-                crop_size=crop_size,
-                dtype=_wide(model.dtype),
-            )
-            return local.apply(variables, images)
-
-        # One view and one part after the other, in the memory of one.
-        pictures = augment.several_views(batch["image"], views, crop_size)
-        shape = (views * parts, -1, *pictures.shape[2:])
-        logits = lax.map(logits_of, pictures.reshape(shape))
-        logits = logits.reshape(views, -1, logits.shape[-1])
         sums = metrics.sums(logits[0], labels, mask)
         if views > 1:
             averaged = metrics.log_mean_probabilities(logits)
@@ -470,12 +458,89 @@ def make_eval_step(
             sums |= {f"views_{name}": value for name, value in several.items()}
         return lax.psum(sums, local.batch_axes)
 
+    in_specs = _eval_specs(model, mesh, mode, crop_size)
+    step = parallel.on_devices(device_step, mesh, in_specs, P(), transform)
+    return jax.jit(step, compiler_options=ops.compiler_options())
+
+
+def make_predict_step(
+    model: AlexNet,
+    *,
+    mesh: Mesh,
+    mode: str,
+    crop_size: int,
+    views: int = 1,
+    parts: int = 1,
+) -> Callable[..., dict[str, jax.Array]]:
+    """Returns the jitted (params, batch_stats, batch, statistics) -> predictions.
+
+    They are logarithms of probabilities, [B, K], whole on every device: "centre", and
+    with more `views` "views", of the probabilities averaged over them. Arguments as of
+    `make_eval_step`, whose sums are of the same numbers.
+    """
+    local = model.local(mesh, mode)
+
+    def device_step(
+        params: PyTree,
+        batch_stats: PyTree,
+        batch: dict[str, jax.Array],
+        statistics: augment.PixelStatistics,
+    ) -> dict[str, jax.Array]:
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits = _logits_of_views(
+            local, variables, batch["image"], statistics, crop_size, views, parts
+        )
+        found = {"centre": metrics.log_mean_probabilities(logits[:1])}
+        if views > 1:
+            found["views"] = metrics.log_mean_probabilities(logits)
+        return found
+
+    in_specs = _eval_specs(model, mesh, mode, crop_size)
+    step = parallel.on_devices(device_step, mesh, in_specs, P(local.batch_axes))
+    return jax.jit(
+        step,
+        out_shardings=NamedSharding(mesh, P()),
+        compiler_options=ops.compiler_options(),
+    )
+
+
+def _eval_specs(
+    model: AlexNet, mesh: Mesh, mode: str, crop_size: int
+) -> tuple[PyTree, ...]:
+    """Of params, batch_stats, batch and statistics."""
     specs = state_specs(
         model, optax.identity(), crop_size=crop_size, mesh=mesh, mode=mode
     )
-    in_specs = (specs.params, specs.batch_stats, P(local.batch_axes), P())
-    step = parallel.on_devices(device_step, mesh, in_specs, P(), transform)
-    return jax.jit(step, compiler_options=ops.compiler_options())
+    axes = parallel.batch_axes(mesh, mode)
+    return specs.params, specs.batch_stats, P(axes), P()
+
+
+def _logits_of_views(
+    local: AlexNet,
+    variables: PyTree,
+    pictures: jax.Array,
+    statistics: augment.PixelStatistics,
+    crop_size: int,
+    views: int,
+    parts: int,
+) -> jax.Array:
+    """A device's pictures [B, S, S, 3] -> logits [V, B, K].
+
+    One view and one part after the other, in the memory of one.
+    """
+
+    def logits_of(view: jax.Array) -> Any:
+        images = augment.eval_images(
+            view,
+            mean_image=statistics.mean_image,
+            crop_size=crop_size,
+            dtype=_wide(local.dtype),
+        )
+        return local.apply(variables, images)
+
+    cut = augment.several_views(pictures, views, crop_size)
+    logits = lax.map(logits_of, cut.reshape((views * parts, -1, *cut.shape[2:])))
+    return logits.reshape(views, -1, logits.shape[-1])
 
 
 def _wide(dtype: Any) -> Any:

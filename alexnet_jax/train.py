@@ -3,13 +3,12 @@
 import collections
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,7 +20,7 @@ import numpy as np
 
 from alexnet_jax import distributed, parallel
 from alexnet_jax import experiment as experiment_lib
-from alexnet_jax.checkpoint import Checkpointer, CheckpointError, has_checkpoint
+from alexnet_jax.checkpoint import Checkpointer, has_checkpoint
 from alexnet_jax.data import Batches
 from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, wnids
@@ -73,7 +72,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
         143 or 138), once a checkpoint has been written.
     """
     path = Path(workdir).absolute()
-    differences, experiment = _prepare(config, path)
+    differences, experiment = prepare(config, path)
     path.mkdir(parents=True, exist_ok=True)
     with Checkpointer(
         path / experiment_lib.CHECKPOINTS, keep=config.checkpoint.keep
@@ -112,48 +111,12 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
             return run.state
 
 
-def evaluate_workdir(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Evaluates a run's best checkpoint (without evaluations, its newest).
-
-    Prints and returns one record: "step" and the metrics of `evaluate.evaluate`.
+def prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
+    """The config's differences from the workdir's, in lines, and the experiment.
 
     Raises:
-      CheckpointError: when there is no checkpoint; else as `train_and_evaluate`.
+      ConfigError: for a config that is wrong, or a workdir of another network.
     """
-    path = Path(workdir).absolute()
-    if not has_checkpoint(path / experiment_lib.CHECKPOINTS):
-        raise CheckpointError(
-            f"There is no checkpoint in {path / experiment_lib.CHECKPOINTS}; train "
-            "first (--mode=train), or give the --workdir of a run."
-        )
-    if not config.data.eval_split:
-        raise ConfigError("--config.data.eval_split is empty: nothing to evaluate on.")
-    _, experiment = _prepare(config, path)
-    target = experiment.abstract_state()
-    with Checkpointer(path / experiment_lib.CHECKPOINTS, read_only=True) as saved:
-        step = saved.best_step()
-        step = saved.latest_whole_step() if step is None else step
-        variables, _ = saved.restore_params(
-            step=step,
-            abstract={"params": target.params, "batch_stats": target.batch_stats},
-        )
-    eval_step = experiment.eval_step(config.eval_views)
-    statistics = experiment.pixel_statistics()
-    batch_stats = variables.get("batch_stats", {})
-    errors = _evaluate(
-        experiment,
-        lambda batch: eval_step(variables["params"], batch_stats, batch, statistics),
-    )
-    record: dict[str, Any] = {"step": step} | {
-        f"eval/{name}": value for name, value in errors.items()
-    }
-    if jax.process_index() == 0:
-        print(json.dumps(record), flush=True)
-    return record
-
-
-def _prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
-    """The config's differences from the workdir's, and the experiment."""
     experiment_lib.validate(config)
     differences, statistics = [], None
     # What a run without a checkpoint left behind may be of other data.
@@ -167,19 +130,6 @@ def _prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
         part = f"examples {low} to {high - 1} of each batch"
         print(distributed.banner(f"{_mesh(experiment)}, {part}"), flush=True)
     return differences, experiment
-
-
-def _evaluate(
-    experiment: Experiment, eval_batch: Callable[[Any], Any]
-) -> dict[str, float]:
-    """`evaluate` over the evaluation split; `eval_batch` takes a device batch."""
-    assert experiment.eval_source is not None
-    with experiment.eval_batches() as batches:
-        return evaluate(
-            eval_batch,
-            (experiment.put(batch) for batch in batches),
-            expected_count=experiment.eval_source.num_examples,
-        )
 
 
 def _compare_with_workdir(config: Config, workdir: Path) -> list[str]:
@@ -551,11 +501,14 @@ class _Run:
     def _evaluate(self, views: int = 1) -> float | None:
         """Evaluates, writes, applies the plateau rule; returns the centre's error."""
         self.evaluated_step, self.evaluated_error = self.step, None
-        if self.experiment.eval_source is None:
+        experiment = self.experiment
+        if experiment.eval_source is None:
             return None
-        with self._off_the_clock():
-            errors = _evaluate(
-                self.experiment, lambda batch: self._eval_batch(batch, views)
+        with self._off_the_clock(), experiment.eval_batches() as batches:
+            errors = evaluate(
+                lambda batch: self._eval_batch(batch, views),
+                (experiment.put(batch) for batch in batches),
+                expected_count=experiment.eval_source.num_examples,
             )
         self._write({f"eval/{name}": value for name, value in errors.items()})
         # The evaluation at the end of a run that is cut short by max_steps is not one

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from alexnet_jax import load, main, train
-from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.data import train_batches
 from alexnet_jax.data.sources import FakeSource, FolderSource
 from alexnet_jax.experiment import ConfigError
@@ -331,21 +330,6 @@ def test_another_network_is_refused_in_its_workdir(finished, folder):
     assert (workdir / "config.json").read_text() == before
 
 
-def test_evaluation_of_a_workdir(finished, folder, tmp_path, capsys):
-    _, workdir = finished
-    best = min(records(workdir, "eval/"), key=lambda r: r["eval/top1_error"])
-    config = small_config(folder)
-    config.data.batch_size = 7
-    config.parallel.data = 7
-    record = train.evaluate_workdir(config, workdir)
-    assert record["eval/count"] == PICTURES
-    assert record["eval/top1_error"] == best["eval/top1_error"]
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record
-    with pytest.raises(CheckpointError, match="There is no checkpoint in"):
-        train.evaluate_workdir(config, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 def test_load_gives_model_variables_and_preprocess(finished, folder):
     _, workdir = finished
     model, variables, preprocess = load(workdir)
@@ -376,8 +360,6 @@ def test_without_an_evaluation_split(folder, tmp_path):
     config.max_steps = 7
     assert int(train.train_and_evaluate(config, tmp_path).step) == 7
     assert not records(tmp_path, "eval/")
-    with pytest.raises(ConfigError, match="eval_split is empty"):
-        train.evaluate_workdir(config, tmp_path)
     load(tmp_path)  # the newest checkpoint, as none has an error
 
 

@@ -1,0 +1,246 @@
+"""The test protocol on trained runs: one network, or several averaged (paper, table 2).
+
+Views and the averaging of their probabilities are those of section 4.1.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from alexnet_jax import experiment as experiment_lib
+from alexnet_jax import train
+from alexnet_jax.checkpoint import Checkpointer, CheckpointError, has_checkpoint
+from alexnet_jax.data.imagenet import words
+from alexnet_jax.evaluate import (
+    Predictions,
+    average,
+    class_errors,
+    errors,
+    load_predictions,
+    predict,
+    worst_confusions,
+)
+from alexnet_jax.experiment import Config, ConfigError, Experiment
+
+# Classes and confusions that are shown.
+WORST = 10
+# What a network's own config says of it; the rest is that of the command.
+_NETWORK = ("model", "data.image_size", "data.crop_size")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A network to be tested: a checkpoint, or predictions that it once made.
+
+    Attributes:
+      path: the workdir of a run, or an .npz.
+      step: which checkpoint; "best" (without evaluations the newest), or "latest".
+    """
+
+    path: Path
+    step: int | str = "best"
+
+    @property
+    def is_file(self) -> bool:
+        return self.path.suffix == ".npz"
+
+    @classmethod
+    def parse(cls, text: str) -> "Member":
+        """DIR, DIR@STEP, DIR@best, DIR@latest or FILE.npz.
+
+        Raises:
+          CheckpointError: for another word after the "@".
+        """
+        folder, at, step = text.rpartition("@")
+        if not at or Path(text).exists():
+            return cls(Path(text))
+        if step not in ("best", "latest") and not step.isdecimal():
+            raise CheckpointError(
+                f"{text}: after the @ comes a step, best or latest; {step!r} is none."
+            )
+        return cls(Path(folder), int(step) if step.isdecimal() else step)
+
+
+def evaluate_runs(
+    config: Config,
+    members: Sequence[Member],
+    *,
+    save_to: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Tests networks on the evaluation split, and several together as an ensemble.
+
+    Prints errors, the worst classes and confusions, and as the last line the record
+    that it returns.
+
+    Args:
+      config: says which data, how many views and which devices. Of one member also the
+        network, which has to be the workdir's; of several each keeps its own.
+      members: at least one.
+      save_to: an .npz for the predictions, averaged over the members.
+
+    Returns:
+      {"step", "eval/loss", "eval/top1_error", ...} as in metrics.jsonl; of several the
+      ensemble's, without "step", and under "members" each one's own with its "name".
+
+    Raises:
+      CheckpointError: when there is no such checkpoint.
+      PredictionsError: for a file without predictions, or of other pictures.
+      ConfigError, DataError: as `train.train_and_evaluate`.
+    """
+    if not config.data.eval_split:
+        raise ConfigError("--config.data.eval_split is empty: nothing to evaluate on.")
+    if save_to is not None and Path(save_to).suffix != ".npz":
+        raise ConfigError(f"--predictions={save_to} must be a file FILE.npz.")
+    for member in members:  # all of them, before the first is computed
+        if not member.is_file:
+            _require_checkpoint(member)
+    found, records = [], []
+    for member in members:
+        step = None
+        if member.is_file:
+            predictions = load_predictions(member.path)
+        else:
+            own = config if len(members) == 1 else _of_its_own(config, member.path)
+            step, predictions = _predictions(own, member)
+        found.append(predictions)
+        at = {} if step is None else {"step": step}
+        records.append({"name": str(member.path)} | at | _metrics(predictions))
+        if len(members) > 1:
+            _say(f"{member.path}: {_in_words(records[-1], predictions.num_views)}")
+    together = average(found)
+    record: dict[str, Any] = records[0] | {}
+    del record["name"]
+    if len(members) > 1:
+        record = _metrics(together) | {"members": records}
+    if save_to is not None and jax.process_index() == 0:
+        together.save(save_to)
+        _say(f"predictions saved: {save_to}")
+    who = f"{len(members)} networks averaged: " if len(members) > 1 else ""
+    _say(f"{who}{_in_words(record, together.num_views)}")
+    for line in describe_mistakes(together):
+        _say(line)
+    _say(json.dumps(record))
+    return record
+
+
+def describe_mistakes(predictions: Predictions, most: int = WORST) -> list[str]:
+    """The classes with the highest error and the most frequent confusions, in lines."""
+    worst = [c for c in class_errors(predictions)[:most] if c.top1_error > 0]
+    confusions = worst_confusions(predictions, most)
+    if not worst:
+        return ["no picture is classified wrongly"]
+    names = {name: words(name) for name in predictions.class_names}
+    shown = [c.name for c in worst] + [n for c in confusions for n in c[:2]]
+    width = max(len(names[name]) for name in shown)
+    where = _views_in_words(predictions.num_views)
+    lines = [f"classes with the highest error ({where}):"]
+    for name, count, top1, top5 in worst:
+        rates = f"top-1 {100 * top1:5.1f}%  top-5 {100 * top5:5.1f}%"
+        lines.append(f"  {names[name]:<{width}}  {rates}  of {count} pictures")
+    lines.append("most frequent confusions:")
+    for label, predicted, count, share in confusions:
+        pair = f"{names[label]:<{width}}  taken for {names[predicted]:<{width}}"
+        lines.append(f"  {pair}  {count} times, {100 * share:.1f}% of its pictures")
+    return lines
+
+
+def _require_checkpoint(member: Member) -> None:
+    if not has_checkpoint(member.path / experiment_lib.CHECKPOINTS):
+        raise CheckpointError(
+            f"There is no checkpoint in {member.path / experiment_lib.CHECKPOINTS}; "
+            "train first (--mode=train), or give the --workdir of a run."
+        )
+
+
+def _of_its_own(config: Config, workdir: Path) -> Config:
+    """The config with the network that the workdir was trained with."""
+    saved = experiment_lib.read_config(workdir)
+    if saved is None:
+        raise CheckpointError(
+            f"{workdir} has no {experiment_lib.CONFIG_FILE} that says which network it "
+            "holds; test it by itself, with its --config."
+        )
+    own: Config = ConfigDict(config.to_dict())
+    fields = experiment_lib.flat(saved)
+    with own.ignore_type():
+        own.update_from_flattened_dict(
+            {name: value for name, value in fields.items() if name.startswith(_NETWORK)}
+        )
+    return own
+
+
+def _predictions(config: Config, member: Member) -> tuple[int, Predictions]:
+    """A checkpoint's step, and what its network says about the evaluation split."""
+    workdir = member.path.absolute()
+    _, experiment = train.prepare(config, workdir)
+    step, variables = _restore(experiment, workdir, member.step)
+    predict_step = experiment.predict_step(config.eval_views)
+    statistics = experiment.pixel_statistics()
+    batch_stats = variables.get("batch_stats", {})
+    source = experiment.eval_source
+    assert source is not None
+    with experiment.eval_batches() as batches:
+        logs = predict(
+            lambda batch: predict_step(
+                variables["params"], batch_stats, batch, statistics
+            ),
+            (experiment.put(batch) for batch in batches),
+            expected_count=source.num_examples,
+        )
+    return step, Predictions(
+        centre=logs["centre"],
+        views=logs.get("views"),
+        num_views=config.eval_views,
+        labels=source.labels_of(np.arange(source.num_examples)),
+        class_names=source.class_names,
+        split=source.description,
+    )
+
+
+def _restore(
+    experiment: Experiment, workdir: Path, which: int | str
+) -> tuple[int, dict[str, Any]]:
+    target = experiment.abstract_state()
+    with Checkpointer(workdir / experiment_lib.CHECKPOINTS, read_only=True) as saved:
+        step = which if isinstance(which, int) else None
+        if which == "best":
+            step = saved.best_step()
+        step = saved.latest_whole_step() if step is None else step
+        variables, _ = saved.restore_params(
+            step=step,
+            abstract={"params": target.params, "batch_stats": target.batch_stats},
+        )
+    assert step is not None  # else there was no checkpoint to restore
+    return step, variables
+
+
+def _metrics(predictions: Predictions) -> dict[str, Any]:
+    return {f"eval/{name}": value for name, value in errors(predictions).items()}
+
+
+def _views_in_words(count: int) -> str:
+    return "centre view" if count == 1 else f"{count} views"
+
+
+def _in_words(record: dict[str, Any], num_views: int) -> str:
+    """Such as "step 10: top-1 error 40.66%, top-5 error 18.21% (10 views); ..."."""
+    parts = []
+    for prefix, count in (("eval/views_", num_views), ("eval/", 1)):
+        if f"{prefix}loss" in record:
+            top1, top5 = (100 * record[f"{prefix}top{k}_error"] for k in (1, 5))
+            where = _views_in_words(count)
+            parts.append(f"top-1 error {top1:.2f}%, top-5 error {top5:.2f}% ({where})")
+    step = f"step {record['step']}: " if "step" in record else ""
+    return f"{step}{'; '.join(parts)}; {record['eval/count']} pictures"
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)

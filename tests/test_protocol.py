@@ -1,0 +1,127 @@
+"""The test protocol on real, small runs: any checkpoint, several views, ensembles."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_train import PICTURES, columns_config, folder, records, small_config  # noqa: F401
+
+from alexnet_jax import evaluate, load, protocol, train
+from alexnet_jax.checkpoint import CheckpointError
+from alexnet_jax.evaluate import PredictionsError
+from alexnet_jax.experiment import ConfigError
+from alexnet_jax.protocol import Member
+
+
+def short(folder):  # noqa: F811
+    """Far from learnt: there is something to be confused."""
+    config = small_config(folder)
+    config.optim.learning_rate = 1e-6
+    config.num_epochs = 2.0
+    config.eval_views = 10
+    return config
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory):  # noqa: F811
+    """Two networks of one kind, with two checkpoints each, and their config."""
+    root = tmp_path_factory.mktemp("runs")
+    config = short(folder)
+    for seed in (0, 1):
+        config.seed = seed
+        train.train_and_evaluate(config, root / f"seed_{seed}")
+    return root, config
+
+
+def test_evaluation_of_a_workdir_on_more_devices(runs, tmp_path, capsys):
+    root, config = runs
+    best = min(records(root / "seed_1", "eval/"), key=lambda r: r["eval/top1_error"])
+    config = config.copy_and_resolve_references()
+    config.data.batch_size = config.parallel.data = 7
+    record = protocol.evaluate_runs(config, [Member(root / "seed_1")])
+    assert record["eval/count"] == PICTURES
+    for name in ("eval/top1_error", "eval/top5_error"):
+        assert record[name] == pytest.approx(best[name])
+    assert record["eval/loss"] == pytest.approx(best["eval/loss"], rel=1e-5)
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1]) == record
+    wrong = f"{100 * record['eval/top1_error']:.2f}%"
+    assert lines[0].startswith(f"step {record['step']}: top-1 error ")
+    assert f"top-1 error {wrong}, top-5 error 0.00% (centre view)" in lines[0]
+    assert any(line.endswith(f" of {PICTURES // 3} pictures") for line in lines), lines
+    with pytest.raises(CheckpointError, match="There is no checkpoint in"):
+        protocol.evaluate_runs(config, [Member(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_any_checkpoint_can_be_named(runs):
+    root, config = runs
+    by_step = {r["step"]: r["eval/loss"] for r in records(root / "seed_0", "eval/")}
+    assert len(by_step) == 2
+    for step, loss in by_step.items():
+        member = Member.parse(f"{root}/seed_0@{step}")
+        found = protocol.evaluate_runs(config, [member])
+        assert found["step"] == step
+        assert found["eval/loss"] == pytest.approx(loss, rel=1e-5)
+    latest = protocol.evaluate_runs(config, [Member.parse(f"{root}/seed_0@latest")])
+    # Its ten views as well are those that training has measured.
+    last = records(root / "seed_0", "eval/views_")[-1]
+    assert latest == pytest.approx({k: last[k] for k in latest}, rel=1e-5)
+    assert latest["step"] == max(by_step) and "eval/views_top5_error" in latest
+    with pytest.raises(CheckpointError, match="step 3"):
+        protocol.evaluate_runs(config, [Member.parse(f"{root}/seed_0@3")])
+    with pytest.raises(CheckpointError, match="a step, best or latest; 'last' is none"):
+        Member.parse(f"{root}/seed_0@last")
+    (root / "odd@last").mkdir()
+    assert Member.parse(f"{root}/odd@last").path == root / "odd@last"
+
+
+def test_an_ensemble_is_the_mean_of_its_members_probabilities(
+    runs,
+    folder,  # noqa: F811
+    tmp_path,
+    capsys,
+):
+    root, config = runs
+    names = [f"{root}/seed_0", f"{root}/seed_1"]
+    path = tmp_path / "both.npz"
+    members = [Member.parse(name) for name in names]
+    record = protocol.evaluate_runs(config, members, save_to=path)
+    assert [member["name"] for member in record["members"]] == names
+    # By another way: the networks as a notebook has them.
+    pictures = sorted(folder.glob("test/*/*.png"))
+    total = 0.0
+    for name in names:
+        model, variables, preprocess = load(name)
+        total += jax.nn.softmax(model.apply(variables, preprocess(pictures)))
+    saved = evaluate.load_predictions(path)
+    assert [saved.class_names[k] for k in saved.labels] == [
+        picture.parent.name for picture in pictures
+    ]
+    np.testing.assert_allclose(np.exp(saved.centre), total / 2, rtol=1e-4)
+    wrong = np.mean(np.argmax(total, -1) != saved.labels)
+    assert record["eval/top1_error"] == pytest.approx(wrong)
+    assert "2 networks averaged: top-1 error" in capsys.readouterr().out
+    # What was saved counts as a network of its own.
+    alone = protocol.evaluate_runs(config, [Member.parse(str(path))])
+    assert alone == {k: v for k, v in record.items() if k != "members"}
+    with pytest.raises(ConfigError, match="must be a file FILE.npz"):
+        protocol.evaluate_runs(config, members, save_to=tmp_path / "p.txt")
+    with pytest.raises(PredictionsError, match="no such file"):
+        protocol.evaluate_runs(config, [Member(tmp_path / "q.npz"), *members])
+
+
+def test_other_networks_share_an_ensemble(runs, folder, tmp_path):  # noqa: F811
+    """In columns on two devices, another input size, and ten views of each."""
+    root, config = runs
+    other = columns_config(folder)
+    other.max_steps = 3
+    train.train_and_evaluate(other, tmp_path)
+    record = protocol.evaluate_runs(config, [Member(root / "seed_0"), Member(tmp_path)])
+    both = record["members"]
+    alone = protocol.evaluate_runs(other, [Member(tmp_path)])
+    assert both[1]["eval/loss"] == pytest.approx(alone["eval/loss"], rel=1e-5)
+    # A mean of probabilities is never as bad as the mean of the losses (Jensen).
+    mean = sum(member["eval/views_loss"] for member in both) / 2
+    assert record["eval/views_loss"] < mean
