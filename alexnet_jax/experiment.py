@@ -5,7 +5,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ Config = Any
 
 CONFIG_FILE = "config.json"
 STATISTICS_FILE = "statistics.npz"
+CLASSES_FILE = "classes.json"
 CHECKPOINTS = "checkpoints"
 # main's exit status when the loss is no longer finite: for a sweep a result like others.
 DIVERGED = 3
@@ -642,9 +643,36 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
 
 def write_config(workdir: Path, config: Config) -> None:
     """Stores the config in its workdir, at once or not at all."""
-    temporary = workdir / f".{CONFIG_FILE}.tmp"
-    temporary.write_text(json.dumps(as_json(config), indent=2) + "\n")
-    os.replace(temporary, workdir / CONFIG_FILE)
+    _write_json(workdir / CONFIG_FILE, as_json(config))
+
+
+def read_class_names(workdir: Path) -> list[str] | None:
+    """The names by label that a workdir was trained with; None if it does not say.
+
+    Raises:
+      ConfigError: if the file holds something else.
+    """
+    path = workdir / CLASSES_FILE
+    try:
+        names = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise ConfigError(f"{path} must hold a list of class names.")
+    return names
+
+
+def write_class_names(workdir: Path, names: Sequence[str]) -> None:
+    """Stores what the labels mean, at once or not at all."""
+    _write_json(workdir / CLASSES_FILE, list(names))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
 
 
 def as_json(config: Config) -> dict[str, Any]:

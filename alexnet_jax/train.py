@@ -3,12 +3,13 @@
 import collections
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -57,9 +58,9 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
 
     Args:
       config: see `configs/common.py`.
-      workdir: folder for `config.json`, `metrics.jsonl`, `statistics.npz`,
-        `checkpoints/`, `profile/` and TensorBoard's event files; made if it does
-        not exist.
+      workdir: folder for `config.json`, `classes.json` (the names by label),
+        `metrics.jsonl`, `statistics.npz`, `checkpoints/`, `profile/` and TensorBoard's
+        event files; made if it does not exist.
 
     Returns:
       The final state.
@@ -81,6 +82,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
         state, host = restored or (experiment.init_state(), {})
         if jax.process_index() == 0:
             experiment.statistics.save(path / experiment_lib.STATISTICS_FILE)
+            experiment_lib.write_class_names(path, experiment.train_source.class_names)
             experiment_lib.write_config(path, config)
         with make_writers(
             path,
@@ -125,6 +127,8 @@ def prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
         stored = workdir / experiment_lib.STATISTICS_FILE
         statistics = statistics_lib.load(stored) if stored.exists() else None
     experiment = experiment_lib.build(config, statistics=statistics)
+    if has_checkpoint(workdir / experiment_lib.CHECKPOINTS):
+        _require_same_classes(experiment.train_source.class_names, workdir)
     if jax.process_count() > 1:  # each says where it is; the rest is process 0's
         low, high = experiment.positions()
         part = f"examples {low} to {high - 1} of each batch"
@@ -160,6 +164,20 @@ def _compare_with_workdir(config: Config, workdir: Path) -> list[str]:
             + "\nTake a new --workdir, or the config that this one was made with."
         )
     return ["the config differs from this workdir's:", *lines] if lines else []
+
+
+def _require_same_classes(names: Sequence[str], workdir: Path) -> None:
+    """Raises ConfigError if the labels mean something else than in the workdir."""
+    old = experiment_lib.read_class_names(workdir)
+    if old is None or old == list(names):
+        return
+    pairs = itertools.zip_longest(old, names, fillvalue="none")
+    label, (was, now) = next((k, p) for k, p in enumerate(pairs) if p[0] != p[1])
+    raise ConfigError(
+        f"{workdir} was trained on other classes: {len(old)} of them, label {label} was "
+        f"{was!r}; here are {len(names)}, and label {label} is {now!r}. Take a new "
+        "--workdir, or the pictures that it was trained on."
+    )
 
 
 def _describe(experiment: Experiment) -> list[str]:

@@ -1,0 +1,124 @@
+"""What is in a picture, from the command line and as a figure."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from test_train import CLASSES, folder, small_config  # noqa: F401
+
+from alexnet_jax import load, predict, train
+from alexnet_jax.analysis import best_labels
+from alexnet_jax.experiment import ConfigError
+
+NAMES = ["blue", "green", "red"]
+
+
+@pytest.fixture(scope="module")
+def workdir(folder, tmp_path_factory):  # noqa: F811
+    workdir = tmp_path_factory.mktemp("run")
+    train.train_and_evaluate(small_config(folder, num_epochs=4.0), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def pictures(folder):  # noqa: F811
+    return [str(path) for path in sorted(folder.glob("test/*/*.png"))]
+
+
+def test_text_names_the_best_labels(workdir, pictures, capsys):
+    assert predict.main([f"--workdir={workdir}", *pictures, "--top=2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[::3] == pictures
+    assert [line.split()[1] for line in lines[1::3]] == [
+        path.split("/")[-2] for path in pictures
+    ]
+    assert all(re.fullmatch(r" *\d+\.\d\d%  \w+", line) for line in lines[1::3])
+
+
+def test_json_holds_the_networks_probabilities(workdir, pictures, monkeypatch, capsys):
+    monkeypatch.setattr(predict, "BATCH", 4)  # several batches, the last one not full
+    arguments = [f"--workdir={workdir}", "--format=json", *pictures[:6]]
+    assert predict.main(arguments) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    model, variables, preprocess = load(workdir)
+    logits = model.apply(variables, preprocess(pictures[:6]))
+    want = np.asarray(jax.nn.softmax(logits))
+    assert [item["file"] for item in found] == pictures[:6]
+    for item, row in zip(found, want, strict=True):
+        labels = [label["label"] for label in item["labels"]]
+        assert labels == np.argsort(-row).tolist()  # all three: fewer than five
+        for label in item["labels"]:
+            assert label["name"] == label["words"] == NAMES[label["label"]]
+            assert label["probability"] == pytest.approx(row[label["label"]], rel=1e-4)
+
+
+def test_a_picture_that_cannot_be_read_does_not_stop_the_others(
+    workdir, pictures, tmp_path, capsys
+):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8 torn")
+    missing = tmp_path / "missing.jpg"
+    figure = tmp_path / "new" / "figure.png"
+    arguments = [str(broken), pictures[0], str(missing), f"--figure={figure}"]
+    assert predict.main([f"--workdir={workdir}", *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == pictures[0]
+    first, second = err.splitlines()
+    assert f"cannot decode {broken}" in first and str(missing) in second
+    assert Image.open(figure).size[0] > 100
+    assert predict.main([f"--workdir={workdir}", str(missing)]) == 1
+
+
+def test_wrong_arguments_are_one_message(workdir, pictures, tmp_path, capsys):
+    assert predict.main([f"--workdir={tmp_path}", pictures[0]]) == 1
+    assert "is not the workdir of a run" in capsys.readouterr().err
+    assert predict.main([f"--workdir={workdir}", "--step=3", pictures[0]]) == 1
+    assert "step 3" in capsys.readouterr().err
+    for wrong in ([], ["--top=0", pictures[0]]):
+        with pytest.raises(SystemExit):
+            predict.main([f"--workdir={workdir}", *wrong])
+    assert "--top=0 must be at least 1" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_without_names_are_numbered(workdir, tmp_path):
+    assert predict.class_names(workdir, CLASSES + 1) == [*NAMES, "class 3"]
+    assert predict.class_names(tmp_path, 2) == ["class 0", "class 1"]
+    (tmp_path / "classes.json").write_text('{"a": 1}')
+    with pytest.raises(ConfigError, match="must hold a list of class names"):
+        predict.class_names(tmp_path, 2)
+    (tmp_path / "classes.json").write_text("[")
+    with pytest.raises(ConfigError, match="is damaged"):
+        predict.class_names(tmp_path, 2)
+
+
+def test_pictures_of_other_classes_are_refused(workdir, folder, tmp_path):  # noqa: F811
+    """The same number of them: shapes alone would not tell."""
+    other = tmp_path / "pictures"
+    for split in ("train", "test"):
+        for name in ("blue", "gold", "red"):
+            (other / split / name).mkdir(parents=True)
+            first = next((folder / split / name.replace("gold", "green")).iterdir())
+            Image.open(first).save(other / split / name / "0.png")
+    config = small_config(other, num_epochs=5.0)
+    with pytest.raises(ConfigError, match="label 1 was 'green'; .* label 1 is 'gold'"):
+        train.train_and_evaluate(config, workdir)
+
+
+def test_bars_are_the_probabilities():
+    chances = np.array([[0.1, 0.7, 0.2], [0.5, 0.3, 0.2]])
+    pictures = np.zeros((2, 8, 8, 3), np.uint8)
+    figure = best_labels(pictures, chances, ["a", "b", "c" * 40], labels=[2, 0])
+    first, second, *below = figure.axes
+    assert (first.get_title(), second.get_title()) == ("c" * 27 + "…", "a")
+    widths = [[bar.get_width() for bar in axes.patches] for axes in below]
+    assert widths == [[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]]
+    texts = [text.get_text() for text in below[0].texts]
+    assert texts == ["b  70%", "c" * 21 + "…  20%", "a  10%"]
+    # The correct one stands out.
+    colors = [[bar.get_facecolor() for bar in axes.patches] for axes in below]
+    assert colors[0][0] == colors[0][2] != colors[0][1]
+    assert colors[1][0] == colors[0][1]
