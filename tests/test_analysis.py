@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from alexnet_jax.analysis import compare_losses, first_layer_filters, training_curves
+from alexnet_jax.analysis import (
+    compare_losses,
+    feature_maps,
+    filter_statistics,
+    filter_statistics_by_column,
+    first_layer_filters,
+    nearest_pictures,
+    training_curves,
+)
 from alexnet_jax.analysis.filters import _sheet
 
 
@@ -56,3 +64,81 @@ def test_compared_runs_hold_their_records():
     assert paper.get_xydata().tolist() == [[0, 7.0], [10, 6.9]]
     assert caffe.get_xydata().tolist() == [[10, 5.0]]
     assert set(chance.get_ydata()) == {6.9}
+
+
+def gratings(*angles):
+    """Grey gratings [11, 11, 3, n] whose edges run at these angles, in degrees."""
+    x, y = np.meshgrid(np.arange(11.0), -np.arange(11.0))  # y grows upwards
+    across = [np.radians(angle + 90) for angle in angles]
+    waves = [np.sin(0.9 * (np.cos(a) * x + np.sin(a) * y)) for a in across]
+    return np.stack([np.stack([wave] * 3, -1) for wave in waves], -1)
+
+
+def test_orientations_are_those_of_gratings():
+    found = filter_statistics(gratings(0, 30, 45, 90, 135, 170))
+    want = np.radians([0, 30, 45, 90, 135, 170])
+    apart = np.abs(found.orientation - want)
+    np.testing.assert_array_less(np.minimum(apart, np.pi - apart), np.radians(3))
+    assert (found.coherence > 0.9).all() and (found.colour < 1e-12).all()
+
+
+def test_colour_is_the_share_of_what_grey_does_not_explain():
+    grey = np.ones((3, 3))
+    kernels = [
+        np.stack([grey, -grey, 0 * grey], -1),  # red against green: all colour
+        np.stack([grey, 0 * grey, 0 * grey], -1),  # 1 - 3 (1/3)^2 = 2/3
+        np.stack([grey, grey, grey], -1),
+        np.zeros((3, 3, 3)),
+    ]
+    found = filter_statistics(np.stack(kernels, -1))
+    np.testing.assert_allclose(found.colour[:3], [1, 2 / 3, 0], atol=1e-12)
+    assert np.isfinite(found.coherence).all() and found.coherence.max() == 0
+    x, y = np.meshgrid(np.arange(11.0) - 5, np.arange(11.0) - 5)
+    spot = np.exp(-(x**2 + y**2) / 8)[..., None, None] * np.ones((1, 1, 3, 1))
+    assert filter_statistics(spot).coherence[0] < 1e-6
+
+
+def test_statistics_are_drawn_a_column_apart():
+    kernel = np.concatenate(
+        [gratings(*range(0, 180, 15)), np.ones((11, 11, 3, 12))], -1
+    )
+    kernel[:, :, 1:, 12:] = 0
+    left, right = filter_statistics_by_column(kernel, columns=2).axes
+    labels = [text.get_text() for text in left.get_legend().get_texts()]
+    assert labels == ["column 1: median 0% colour", "column 2: median 67% colour"]
+    heights = [bar.get_height() for bar in right.patches]
+    assert sum(heights[:8]) == 12 and sum(heights[8:]) == 0
+
+
+def test_feature_maps_are_the_strongest_of_each_layer():
+    picture = np.zeros((32, 32, 3), np.uint8)
+    conv = np.zeros((1, 4, 4, 3))
+    conv[0, ..., 1], conv[0, ..., 2] = 2.0, np.arange(16).reshape(4, 4)
+    features = {"conv1": conv, "fc6": np.ones((1, 10))}
+    shown, maps = feature_maps(picture, features, most=2).axes
+    assert shown.images[0].get_array().shape == (32, 32, 3)
+    assert maps.get_ylabel() == "conv1\n4×4×3\n35% zero"  # 17 of 48
+    strip = np.asarray(maps.images[0].get_array())
+    assert strip.shape == (4 * 13, 2 * 4 * 13 + 3)  # each value 13 pixels wide and high
+    np.testing.assert_allclose(strip[6::13, 6:52:13], np.arange(16).reshape(4, 4) / 15)
+    assert (strip[:, 52:55] == 1).all() and (strip[:, 55:] == 0).all()  # gap, constant
+    with pytest.raises(ValueError, match="none of fc6 has maps"):
+        feature_maps(picture, {"fc6": features["fc6"]})
+    with pytest.raises(ValueError, match="conv1 is of 2 pictures"):
+        feature_maps(picture, {"conv1": np.zeros((2, 4, 4, 3))})
+
+
+def test_neighbours_stand_beside_their_query():
+    rng = np.random.default_rng(0)
+    queries = rng.integers(0, 255, (2, 8, 8, 3), np.uint8)
+    found = rng.integers(0, 255, (2, 3, 8, 8, 3), np.uint8)
+    titles = [["a", "b", "c"], ["d", "e", "f"]]
+    figure = nearest_pictures(
+        queries, found, found[:, ::-1], found_titles=titles, query_titles=["q", "r"]
+    )
+    assert len(figure.axes) == 2 * (1 + 3 + 3)
+    shown = [np.asarray(axes.images[0].get_array()) for axes in figure.axes]
+    want = [*queries, *found.reshape(6, 8, 8, 3), *found[:, ::-1].reshape(6, 8, 8, 3)]
+    np.testing.assert_array_equal(shown, want)
+    assert [axes.get_title() for axes in figure.axes[:8]] == [*"qrabcdef"]
+    assert len(nearest_pictures(queries, found).axes) == 2 * (1 + 3)

@@ -1,12 +1,15 @@
 """The first layer's kernels as pictures, a panel a column (paper, figure 3)."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Larger than this, kernels need no more pixels to be seen.
 _INCHES_A_KERNEL = 0.55
+_COLUMNS = ("#4477aa", "#cc3311", "#228833", "#ee7733")
 
 
 def first_layer_filters(kernel: Any, *, columns: int = 1) -> Figure:
@@ -46,6 +49,93 @@ def first_layer_filters(kernel: Any, *, columns: int = 1) -> Figure:
         title = f"conv1, column {column + 1} of {columns}" if columns > 1 else "conv1"
         panel.set_title(f"{title}: {each} kernels", fontsize=9, loc="left")
         panel.axis("off")
+    return figure
+
+
+@dataclass(frozen=True)
+class FilterStatistics:
+    """What the first layer's kernels look for, [features] each.
+
+    Attributes:
+      colour: in [0, 1], the share of a kernel's energy (the sum of its squared weights)
+        that is in differences between the colours: 0, its three colours are alike and
+        it sees grey only; 1, grey tells it nothing.
+      orientation: in [0, pi), radians, of the edges it answers to, 0 for horizontal and
+        pi / 2 for vertical ones: across the main axis of the structure tensor of its
+        brightness, the mean of the colours (Bigun and Granlund 1987); pi / 4 rises to
+        the right.
+      coherence: in [0, 1], how much of the brightness changes along one axis only: 1
+        for a grating, 0 for a spot.
+    """
+
+    colour: np.ndarray
+    orientation: np.ndarray
+    coherence: np.ndarray
+
+
+def filter_statistics(kernel: Any) -> FilterStatistics:
+    """Colour and orientation of each kernel [kh, kw, 3, features].
+
+    "The kernels on GPU 1 are largely color-agnostic, while the kernels on GPU 2 are
+    largely color-specific" (the paper, section 6.1).
+    """
+    weights = np.asarray(kernel, np.float64)
+    grey = weights.mean(axis=2)
+    energy = (weights**2).sum((0, 1, 2))
+    of_grey = weights.shape[2] * (grey**2).sum((0, 1))
+    colour = 1.0 - of_grey / np.maximum(energy, 1e-300)
+    down, along = np.gradient(grey, axis=(0, 1))
+    up = -down
+    xx, yy, xy = (along**2).sum((0, 1)), (up**2).sum((0, 1)), (along * up).sum((0, 1))
+    # The gradient's axis; an edge runs across it.
+    gradient = 0.5 * np.arctan2(2 * xy, xx - yy)
+    strength = np.hypot(2 * xy, xx - yy)
+    return FilterStatistics(
+        colour=np.clip(colour, 0.0, 1.0),
+        orientation=(gradient + np.pi / 2) % np.pi,
+        coherence=strength / np.maximum(xx + yy, 1e-300),
+    )
+
+
+def filter_statistics_by_column(kernel: Any, *, columns: int = 1) -> Figure:
+    """Draws each column's kernels by colour, coherence and orientation.
+
+    Args:
+      kernel: [kh, kw, 3, features], the first layer's.
+      columns: as of `first_layer_filters`.
+
+    Returns:
+      A matplotlib figure: on the left each kernel's share of colour and its coherence,
+      with the columns' medians; on the right the orientations of the kernels that have
+      one (coherence above a half), as a rose.
+    """
+    found = filter_statistics(kernel)
+    each = len(found.colour) // columns
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    left = figure.add_subplot(1, 2, 1)
+    right: Any = figure.add_subplot(1, 2, 2, projection="polar")
+    edges = np.linspace(0, np.pi, 9)
+    for column in range(columns):
+        part = slice(column * each, (column + 1) * each)
+        colour, coherence = found.colour[part], found.coherence[part]
+        style = {"color": _COLUMNS[column % len(_COLUMNS)], "alpha": 0.6}
+        median = f"column {column + 1}: median {np.median(colour):.0%} colour"
+        left.plot(colour, coherence, "o", markersize=4, label=median, **style)
+        oriented = found.orientation[part][coherence > 0.5]
+        count, _ = np.histogram(oriented, edges)
+        width = (edges[1] - edges[0]) / columns
+        right.bar(edges[:-1] + (column + 0.5) * width, count, width, **style)
+    left.set_xlabel("share of colour")
+    left.set_ylabel("coherence of orientation")
+    left.set_xlim(0, 1)
+    left.set_ylim(0, 1)
+    left.legend(frameon=False, fontsize=8)
+    left.grid(alpha=0.3)
+    left.spines[["top", "right"]].set_visible(False)
+    right.set_thetalim(0, np.pi)
+    right.set_title("kernels by orientation of their edges", fontsize=9)
+    right.tick_params(labelsize=7)
+    right.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     return figure
 
 
