@@ -23,7 +23,7 @@ from absl import logging
 from alexnet_jax import ops
 from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.data.imagenet import words
-from alexnet_jax.data.images import load_picture
+from alexnet_jax.data.images import load_picture, short_names
 from alexnet_jax.experiment import ConfigError, load, read_class_names, read_config
 
 # Pictures that go through the network at once.
@@ -129,7 +129,7 @@ def _draw(found: Sequence[Prediction], names: Sequence[str], path: Path) -> None
         np.stack([prediction.picture for prediction in found]),
         np.stack([prediction.probabilities for prediction in found]),
         names,
-        titles=[Path(prediction.path).name for prediction in found],
+        titles=short_names([prediction.path for prediction in found]),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -21,12 +21,11 @@ python -m alexnet_jax.prepare statistics --source=folder:PATH [--data_dir=DIR]
     Computes the mean image and the colour PCA and stores them beside the data.
 """
 
-import contextlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ from absl import flags
 from tqdm import tqdm
 
 from alexnet_jax.data import eval_batches, sources, statistics
-from alexnet_jax.writers import progress_bar
+from alexnet_jax.writers import progress
 
 # Flags of its own, not absl's global ones: several command lines of this package
 # may be imported into one process and use the same names.
@@ -74,40 +73,6 @@ def _define_flags() -> None:
 _define_flags()
 
 
-@contextlib.contextmanager
-def _bar(
-    what: str, total: int | None, unit: str, *, every_seconds: float = 60.0
-) -> Iterator[Callable[[int], object]]:
-    """A progress bar on a terminal; in a log file a line a minute."""
-    if sys.stderr.isatty():
-        with progress_bar(
-            sys.stderr, desc=what, total=total, unit=f" {unit}", unit_scale=True
-        ) as bar:
-            yield bar.update
-        return
-    started = said = time.monotonic()
-    done = first = 0  # a first call may tell what an earlier start had done
-
-    def update(more: int) -> None:
-        nonlocal done, first, said
-        done += more
-        now = time.monotonic()
-        if now - started < 1:
-            first = done
-        if now - said >= every_seconds:
-            said = now
-            rate = max((done - first) / (now - started), 1e-9)
-            rest = "" if total is None else f" of {total:,}"
-            left = (
-                ""
-                if total is None
-                else f", {tqdm.format_interval(round((total - done) / rate))} left"
-            )
-            print(f"{what}: {done:,}{rest} {unit}, {rate:,.0f}/s{left}", flush=True)
-
-    yield update
-
-
 def _imagenet() -> int:
     from alexnet_jax.data.imagenet import preparation
 
@@ -122,7 +87,7 @@ def _imagenet() -> int:
         max_unreadable=FLAGS.max_unreadable,
         verify=FLAGS.verify,
         log=_say,
-        bar=_bar,
+        bar=progress,
     )
     _say("look at it before training:")
     _say(f"  python -m alexnet_jax.prepare check --data_dir={data_dir}")
@@ -154,8 +119,8 @@ def _check() -> int:
     findings, labels = [], []
     for source in filter(None, (train, evaluation)):
         _say(source.description)
-        with _bar("reading labels", source.num_examples, "records") as progress:
-            labels.append(check.read_labels(source, progress))
+        with progress("reading labels", source.num_examples, "records") as bar:
+            labels.append(check.read_labels(source, bar))
     for finding in check.examine(
         train, evaluation, labels, partial=FLAGS.partial, workers=FLAGS.workers
     ):
@@ -230,12 +195,12 @@ def _statistics() -> int:
     count = min(source.num_examples, FLAGS.max_examples or source.num_examples)
     print(f"{source.description}: {count:,} of {source.num_examples:,} pictures")
     started = time.perf_counter()
-    with _bar("mean image and colour PCA", count, "pictures") as progress:
+    with progress("mean image and colour PCA", count, "pictures") as bar:
         result = statistics.compute(
             source,
             max_examples=FLAGS.max_examples,
             workers=FLAGS.workers,
-            progress=progress,
+            progress=bar,
         )
     result.save(path)
     seconds = time.perf_counter() - started

@@ -17,7 +17,8 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, Self, TextIO
 
 import numpy as np
@@ -245,6 +246,42 @@ def progress_bar(stream: TextIO, **options: Any) -> Any:
         {"dynamic_ncols": True} if has_width else {"ncols": 80, "nrows": 24}
     )
     return tqdm(file=stream, leave=False, **width, **options)
+
+
+@contextlib.contextmanager
+def progress(
+    what: str, total: int | None, unit: str, *, every_seconds: float = 60.0
+) -> Iterator[Callable[[int], object]]:
+    """A progress bar on a terminal; in a log file a line a minute."""
+    if sys.stderr.isatty():
+        with progress_bar(
+            sys.stderr, desc=what, total=total, unit=f" {unit}", unit_scale=True
+        ) as bar:
+            yield bar.update
+        return
+    from tqdm import tqdm
+
+    started = said = time.monotonic()
+    done = first = 0  # a first call may tell what an earlier start had done
+
+    def update(more: int) -> None:
+        nonlocal done, first, said
+        done += more
+        now = time.monotonic()
+        if now - started < 1:
+            first = done
+        if now - said >= every_seconds:
+            said = now
+            rate = max((done - first) / (now - started), 1e-9)
+            rest = "" if total is None else f" of {total:,}"
+            left = (
+                ""
+                if total is None
+                else f", {tqdm.format_interval(round((total - done) / rate))} left"
+            )
+            print(f"{what}: {done:,}{rest} {unit}, {rate:,.0f}/s{left}", flush=True)
+
+    yield update
 
 
 class ConsoleWriter:

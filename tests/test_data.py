@@ -649,3 +649,9 @@ def test_nothing_imports_tensorflow(folder, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout == "fine\n"
     assert "Exception" not in result.stderr
+
+
+def test_files_of_the_same_name_are_told_apart():
+    assert images.short_names(["a/1.png", "b/2.png"]) == ["1.png", "2.png"]
+    assert images.short_names(["x/a/1.png", "b/1.png"]) == ["a/1.png", "b/1.png"]
+    assert images.short_names([]) == []

@@ -19,7 +19,7 @@ import simplejpeg
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from alexnet_jax import load, prepare
+from alexnet_jax import load, prepare, writers
 from alexnet_jax.analysis import contact_sheet
 from alexnet_jax.data import (
     DataError,
@@ -747,12 +747,12 @@ def test_verify_compares_the_md5(archives, tmp_path, monkeypatch, capsys):
 
 def test_a_log_file_gets_lines_instead_of_a_bar(monkeypatch, capsys):
     now = 0.0
-    monkeypatch.setattr(prepare.time, "monotonic", lambda: now)
-    with prepare._bar("preparing", 1000, "pictures") as update:
+    monkeypatch.setattr(writers.time, "monotonic", lambda: now)
+    with writers.progress("preparing", 1000, "pictures") as update:
         update(400)  # made by an earlier start: says nothing about the rate
         for now in (30.0, 61.0, 100.0):
             update(100)
-    with prepare._bar("reading", None, "pictures", every_seconds=0.0) as update:
+    with writers.progress("reading", None, "pictures", every_seconds=0.0) as update:
         now += 10.0
         update(50)
     assert capsys.readouterr().out.splitlines() == [

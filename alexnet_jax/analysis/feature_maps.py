@@ -18,7 +18,8 @@ def feature_maps(
     Args:
       picture: uint8 [S, S, 3], what the network has seen.
       features: of `model.apply(variables, image, method="features")`, name ->
-        [1, H, W, C] or [H, W, C]; layers without H and W (fc6 and on) are left out.
+        [1, H, W, C] or [H, W, C], drawn in this order (of a function under `jax.jit`
+        it is that of the alphabet); layers without H and W (fc6 and on) are left out.
       most: maps a layer: those of the largest mean activation, the strongest first.
 
     Returns:

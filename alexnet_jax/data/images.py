@@ -9,6 +9,8 @@ applied: the published ImageNet numbers were obtained without it.
 
 import io
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -130,6 +132,15 @@ def load_picture(
             )
         picture = Image.fromarray(picture)
     return np.array(resize_to_square(_to_rgb(picture), size))
+
+
+def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
+    """The files' names; with their folders' where several have the same."""
+    parts = [Path(path).parts for path in paths]
+    names = [part[-1] for part in parts]
+    if len(set(names)) == len(names):
+        return names
+    return ["/".join(part[-2:]) for part in parts]
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

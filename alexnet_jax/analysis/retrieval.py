@@ -1,0 +1,199 @@
+"""Pictures that a network finds alike: an index of features, searched exactly.
+
+"If two images produce feature activation vectors with a small Euclidean separation, we
+can say that the higher levels of the neural network consider them to be similar" (the
+paper, section 6.1).
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from alexnet_jax.data.images import resize_to_square
+
+# Rows of an index that are compared with the queries at once.
+BLOCK = 16384
+# Queries that go over the index together.
+QUERIES = 256
+# Side of the pictures whose pixels are compared.
+PIXELS = 32
+# So many more than asked for are compared once more, by their differences.
+_MORE = 16
+
+
+class RetrievalError(ValueError):
+    """What is wrong with an index or a query, in words."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """Features of every picture of a split, in its order.
+
+    Attributes:
+      features: float32 [N, D].
+      pixels: uint8 [N, P], each picture shrunk to `PIXELS` x `PIXELS` x 3, flat.
+      labels: int [N].
+      class_names: by label.
+      probe: float32 [D], the features of a grey picture: another network has others.
+      layer: what the features are of, such as "fc7".
+      source, split: of `data.open_source`, to find the pictures again.
+    """
+
+    features: np.ndarray
+    pixels: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    probe: np.ndarray
+    layer: str
+    source: str
+    split: str
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes an .npz, whole or not at all, for `load_index` and NumPy."""
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.tmp")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, **vars(self))
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def load_index(path: str | os.PathLike[str]) -> Index:
+    """Reads what `Index.save` has written; never through pickle.
+
+    Raises:
+      RetrievalError: if there is no such file, or something else in it.
+    """
+    names = [field.name for field in dataclasses.fields(Index)]
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in names if name in file}
+    except FileNotFoundError as error:
+        raise RetrievalError(f"{path}: there is no such file.") from error
+    except Exception as error:  # zipfile's, zlib's and NumPy's own are many
+        raise RetrievalError(f"{path} is no .npz that can be read: {error}") from error
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise RetrievalError(f"{path} is no index: it has no {', '.join(missing)}.")
+    class_names = tuple(str(name) for name in found["class_names"].ravel())
+    count, width = (*found["features"].shape, 0, 0)[:2]
+    numbers = {
+        "features": (np.dtype(np.float32), (count, width)),
+        "pixels": (np.dtype(np.uint8), (count, 3 * PIXELS**2)),
+        "labels": (np.dtype(np.int32), (count,)),
+        "probe": (np.dtype(np.float32), (width,)),
+    }
+    for name, (dtype, shape) in numbers.items():
+        if found[name].dtype != dtype or found[name].shape != shape or 0 in shape:
+            raise RetrievalError(
+                f"{path}: {name} is {found[name].dtype} {found[name].shape}; it must "
+                f"be {dtype} {shape}."
+            )
+    if found["labels"].min() < 0 or found["labels"].max() >= len(class_names):
+        raise RetrievalError(f"{path}: labels must be 0 to {len(class_names) - 1}.")
+    return Index(
+        features=found["features"],
+        pixels=found["pixels"],
+        labels=found["labels"],
+        class_names=class_names,
+        probe=found["probe"],
+        layer=str(found["layer"]),
+        source=str(found["source"]),
+        split=str(found["split"]),
+    )
+
+
+def shrink(pictures: np.ndarray) -> np.ndarray:
+    """uint8 [B, S, S, 3] -> uint8 [B, P], for distances between pixels."""
+    sides = [resize_to_square(picture, PIXELS) for picture in pictures]
+    return np.stack(sides).reshape(len(pictures), -1)
+
+
+def nearest(
+    features: np.ndarray, queries: np.ndarray, count: int, *, block: int = BLOCK
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest rows of an index by Euclidean distance, exactly.
+
+    Blocks of the index go to the device one after the other. There |q|^2 - 2 q x + |x|^2
+    of float32 finds the nearest `count` and sixteen more; theirs are computed again as
+    |q - x| in float64, where nothing cancels. So one can be missed only if more than
+    sixteen others are as near as float32 can tell.
+
+    Args:
+      features: [N, D], float32 or uint8.
+      queries: [Q, D] of the same.
+      count: how many to find; at most N are.
+
+    Returns:
+      (distances float64 [Q, n], rows int [Q, n]), the nearest first; of equal distances
+      the smaller row.
+
+    Raises:
+      RetrievalError: for queries of another length than the index.
+    """
+    if queries.ndim != 2 or queries.shape[1] != features.shape[1]:
+        raise RetrievalError(
+            f"queries are {queries.shape}; for this index they must be [Q, "
+            f"{features.shape[1]}]."
+        )
+    parts = range(0, len(queries), QUERIES)
+    found = [
+        _nearest(features, queries[i : i + QUERIES], count, block) for i in parts
+    ] or [(np.zeros((0, count)), np.zeros((0, count), np.int32))]
+    distances, rows = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    return distances, rows
+
+
+def _nearest(
+    features: np.ndarray, queries: np.ndarray, count: int, block: int
+) -> tuple[np.ndarray, np.ndarray]:
+    most = min(count + _MORE, len(features))
+    block = max(min(block, len(features)), most)
+    on_device = jnp.asarray(queries, jnp.float32)
+    squares = jnp.full((len(queries), most), jnp.inf)
+    rows = jnp.zeros((len(queries), most), jnp.int32)
+    for start in range(0, len(features), block):
+        part = np.zeros((block, features.shape[1]), np.float32)
+        taken = features[start : start + block]
+        part[: len(taken)] = taken
+        squares, rows = _merge(squares, rows, on_device, part, start, len(taken))
+    candidates = np.sort(np.asarray(rows), axis=1)  # ties: the smaller row first
+    differences = features[candidates].astype(np.float64) - queries[:, None]
+    distances = np.sqrt(np.einsum("qnd,qnd->qn", differences, differences))
+    order = np.argsort(distances, axis=1, kind="stable")[:, :count]
+    return (
+        np.take_along_axis(distances, order, axis=1),
+        np.take_along_axis(candidates, order, axis=1),
+    )
+
+
+@jax.jit
+def _merge(
+    squares: jax.Array,
+    rows: jax.Array,
+    queries: jax.Array,
+    part: jax.Array,
+    start: jax.Array,
+    taken: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The nearest of those so far and of a block of the index, [Q, n] each."""
+    products = jnp.matmul(queries, part.T, precision=lax.Precision.HIGHEST)
+    lengths = jnp.sum(part**2, axis=1) - 2 * products
+    here = lengths + jnp.sum(queries**2, axis=1, keepdims=True)
+    numbers = jnp.arange(len(part))
+    here = jnp.where(numbers < taken, here, jnp.inf)
+    all_squares = jnp.concatenate([squares, here], axis=1)
+    all_rows = jnp.concatenate(
+        [rows, jnp.broadcast_to(start + numbers, here.shape)], axis=1
+    )
+    best, places = lax.top_k(-all_squares, squares.shape[1])
+    return -best, jnp.take_along_axis(all_rows, places, axis=1)
