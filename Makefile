@@ -3,8 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Two processes, a test file at a time: compiling, most of the work, uses one core.
 PARALLEL := --numprocesses=2 --dist=loadfile
-# Those of several processes mostly wait for one another.
-PARALLEL_SLOW := --numprocesses=3 --dist=worksteal
 
 # Each is `python -m benchmarks.NAME`; without --short they are what is published.
 BENCHMARKS := train_step inference operators growth start_up \
@@ -21,7 +19,7 @@ test: .venv/.dev  ## the tests, in less than five minutes on two cores
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: .venv/.dev  ## the others: eight devices, killed processes, SLURM
-	$(BIN)/python -m pytest $(PARALLEL_SLOW) -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 test-all: .venv/.dev  ## all of them, with the programs compiled as users run them
 	ALEXNET_TEST_OPTIMIZED=1 $(BIN)/python -m pytest $(PARALLEL) -m ""

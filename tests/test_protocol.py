@@ -112,6 +112,7 @@ def test_an_ensemble_is_the_mean_of_its_members_probabilities(
         protocol.evaluate_runs(config, [Member(tmp_path / "q.npz"), *members])
 
 
+@pytest.mark.slow
 def test_other_networks_share_an_ensemble(runs, folder, tmp_path):  # noqa: F811
     """In columns on two devices, another input size, and ten views of each."""
     root, config = runs

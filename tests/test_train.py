@@ -146,11 +146,11 @@ def test_a_last_evaluation_that_was_lost_is_made_up_for(
 ):
     config = small_config(folder, max_steps=3, eval_every_epochs=0.0)
 
-    def killed(*_):
+    def killed(*_, **__):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_evaluate", killed)
+        patch.setattr(train, "evaluate", killed)
         with pytest.raises(MemoryError):
             train.train_and_evaluate(config, tmp_path)
     assert not records(tmp_path, "eval/")
