@@ -5,7 +5,7 @@ over networks, and class by class.
 import collections
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax import metrics
+from alexnet_jax.data.files import read_npz, replacing
 
 Sums = dict[str, jax.Array]
 # Pictures that are ranked at once: some hundred MB with a thousand classes.
@@ -45,18 +46,9 @@ def evaluate(
       RuntimeError: if the number counted is not `expected_count`.
     """
     totals: dict[str, float] = collections.defaultdict(float)
-    pending: collections.deque[Sums] = collections.deque()
-
-    def add(sums: Sums) -> None:
-        for name, value in jax.device_get(sums).items():
+    for sums in _fetched(eval_step, batches):
+        for name, value in sums.items():
             totals[name] += float(value)  # float64: exact counts
-
-    for batch in batches:
-        pending.append(eval_step(batch))
-        if len(pending) > 1:  # one batch computes while the next one is prepared
-            add(pending.popleft())
-    while pending:
-        add(pending.popleft())
     count = round(totals["count"])
     if count != expected_count:
         raise RuntimeError(
@@ -69,6 +61,19 @@ def evaluate(
             found[f"{views}top1_error"] = 1.0 - totals[f"{views}top1"] / count
             found[f"{views}top5_error"] = 1.0 - totals[f"{views}top5"] / count
     return found | {"count": count}
+
+
+def _fetched(
+    step: Callable[[Any], dict[str, jax.Array]], batches: Iterable[Any]
+) -> Iterator[dict[str, np.ndarray]]:
+    """What a step says of each batch, on the host."""
+    pending: collections.deque[dict[str, jax.Array]] = collections.deque()
+    for batch in batches:
+        pending.append(step(batch))
+        if len(pending) > 1:  # one batch computes while the next one is prepared
+            yield jax.device_get(pending.popleft())
+    while pending:
+        yield jax.device_get(pending.popleft())
 
 
 # Predictions.
@@ -102,16 +107,9 @@ class Predictions:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes an .npz, whole or not at all, for `load_predictions` and NumPy."""
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.tmp")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {k: v for k, v in vars(self).items() if v is not None}
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, **arrays)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            np.savez(file, **{k: v for k, v in vars(self).items() if v is not None})
 
 
 def load_predictions(path: str | os.PathLike[str]) -> Predictions:
@@ -121,15 +119,7 @@ def load_predictions(path: str | os.PathLike[str]) -> Predictions:
       PredictionsError: if there is no such file, or something else in it.
     """
     needed = [f.name for f in dataclasses.fields(Predictions) if f.name != "views"]
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in ("views", *needed) if name in file}
-    except FileNotFoundError as error:
-        raise PredictionsError(f"{path}: there is no such file.") from error
-    except Exception as error:  # zipfile's, zlib's and NumPy's own are many
-        raise PredictionsError(
-            f"{path} is no .npz that can be read: {error}"
-        ) from error
+    found = read_npz(path, ("views", *needed), PredictionsError)
     missing = [name for name in needed if name not in found]
     if missing:
         raise PredictionsError(
@@ -180,18 +170,9 @@ def predict(
       RuntimeError: if the batches hold fewer.
     """
     blocks: dict[str, list[np.ndarray]] = collections.defaultdict(list)
-    pending: collections.deque[dict[str, jax.Array]] = collections.deque()
-
-    def add(found: dict[str, jax.Array]) -> None:
-        for name, values in jax.device_get(found).items():
+    for found in _fetched(predict_step, batches):
+        for name, values in found.items():
             blocks[name].append(values)
-
-    for batch in batches:
-        pending.append(predict_step(batch))
-        if len(pending) > 1:  # one batch computes while the next one is prepared
-            add(pending.popleft())
-    while pending:
-        add(pending.popleft())
     whole = {name: np.concatenate(parts) for name, parts in blocks.items()}
     count = min((len(values) for values in whole.values()), default=0)
     if count < expected_count:

@@ -23,6 +23,7 @@ from alexnet_jax import data as data_lib
 from alexnet_jax.checkpoint import Checkpointer
 from alexnet_jax.data import images as images_lib
 from alexnet_jax.data import statistics as statistics_lib
+from alexnet_jax.data.files import replacing
 from alexnet_jax.data.sources import Source
 from alexnet_jax.data.statistics import Statistics
 
@@ -116,25 +117,24 @@ class Experiment:
 
     def eval_step(self, views: int = 1) -> Callable[..., Any]:
         """The jitted (params, batch_stats, batch, statistics) -> sums."""
-        return steps.make_eval_step(
-            self.model,
-            mesh=self.mesh,
-            mode=self.mode,
-            crop_size=self.crop_size,
-            views=views,
-            parts=self.config.optim.accumulate_steps,
-            transform=self.config.parallel.transform,
-        )
+        transform = self.config.parallel.transform
+        return self._views_step(steps.make_eval_step, views, transform=transform)
 
     def predict_step(self, views: int = 1) -> Callable[..., Any]:
         """The jitted (params, batch_stats, batch, statistics) -> predictions."""
-        return steps.make_predict_step(
+        return self._views_step(steps.make_predict_step, views)
+
+    def _views_step(
+        self, make: Callable[..., Any], views: int, **more: Any
+    ) -> Callable[..., Any]:
+        return make(
             self.model,
             mesh=self.mesh,
             mode=self.mode,
             crop_size=self.crop_size,
             views=views,
             parts=self.config.optim.accumulate_steps,
+            **more,
         )
 
     def pixel_statistics(self) -> augment.PixelStatistics:
@@ -670,9 +670,8 @@ def write_class_names(workdir: Path, names: Sequence[str]) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(f"{json.dumps(value, indent=2)}\n".encode())
 
 
 def as_json(config: Config) -> dict[str, Any]:

@@ -440,16 +440,7 @@ def make_eval_step(
     """
     local = model.local(mesh, mode)
 
-    def device_step(
-        params: PyTree,
-        batch_stats: PyTree,
-        batch: dict[str, jax.Array],
-        statistics: augment.PixelStatistics,
-    ) -> dict[str, jax.Array]:
-        variables = {"params": params, "batch_stats": batch_stats}
-        logits = _logits_of_views(
-            local, variables, batch["image"], statistics, crop_size, views, parts
-        )
+    def sums_of(logits: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         labels, mask = batch["label"], batch["mask"]
         sums = metrics.sums(logits[0], labels, mask)
         if views > 1:
@@ -458,6 +449,7 @@ def make_eval_step(
             sums |= {f"views_{name}": value for name, value in several.items()}
         return lax.psum(sums, local.batch_axes)
 
+    device_step = _on_views(local, sums_of, crop_size, views, parts)
     in_specs = _eval_specs(model, mesh, mode, crop_size)
     step = parallel.on_devices(device_step, mesh, in_specs, P(), transform)
     return jax.jit(step, compiler_options=ops.compiler_options())
@@ -480,21 +472,13 @@ def make_predict_step(
     """
     local = model.local(mesh, mode)
 
-    def device_step(
-        params: PyTree,
-        batch_stats: PyTree,
-        batch: dict[str, jax.Array],
-        statistics: augment.PixelStatistics,
-    ) -> dict[str, jax.Array]:
-        variables = {"params": params, "batch_stats": batch_stats}
-        logits = _logits_of_views(
-            local, variables, batch["image"], statistics, crop_size, views, parts
-        )
+    def predictions_of(logits: jax.Array, _: Any) -> dict[str, jax.Array]:
         found = {"centre": metrics.log_mean_probabilities(logits[:1])}
         if views > 1:
             found["views"] = metrics.log_mean_probabilities(logits)
         return found
 
+    device_step = _on_views(local, predictions_of, crop_size, views, parts)
     in_specs = _eval_specs(model, mesh, mode, crop_size)
     step = parallel.on_devices(device_step, mesh, in_specs, P(local.batch_axes))
     return jax.jit(
@@ -515,32 +499,40 @@ def _eval_specs(
     return specs.params, specs.batch_stats, P(axes), P()
 
 
-def _logits_of_views(
+def _on_views(
     local: AlexNet,
-    variables: PyTree,
-    pictures: jax.Array,
-    statistics: augment.PixelStatistics,
+    finish: Callable[[jax.Array, dict[str, jax.Array]], dict[str, jax.Array]],
     crop_size: int,
     views: int,
     parts: int,
-) -> jax.Array:
-    """A device's pictures [B, S, S, 3] -> logits [V, B, K].
+) -> Callable[..., dict[str, jax.Array]]:
+    """A device's (params, batch_stats, batch, statistics) -> finish(logits, batch).
 
-    One view and one part after the other, in the memory of one.
+    The logits are [V, B, K]. One view and one part after the other, in the memory of one.
     """
 
-    def logits_of(view: jax.Array) -> Any:
-        images = augment.eval_images(
-            view,
-            mean_image=statistics.mean_image,
-            crop_size=crop_size,
-            dtype=_wide(local.dtype),
-        )
-        return local.apply(variables, images)
+    def device_step(
+        params: PyTree,
+        batch_stats: PyTree,
+        batch: dict[str, jax.Array],
+        statistics: augment.PixelStatistics,
+    ) -> dict[str, jax.Array]:
+        variables = {"params": params, "batch_stats": batch_stats}
 
-    cut = augment.several_views(pictures, views, crop_size)
-    logits = lax.map(logits_of, cut.reshape((views * parts, -1, *cut.shape[2:])))
-    return logits.reshape(views, -1, logits.shape[-1])
+        def logits_of(view: jax.Array) -> Any:
+            images = augment.eval_images(
+                view,
+                mean_image=statistics.mean_image,
+                crop_size=crop_size,
+                dtype=_wide(local.dtype),
+            )
+            return local.apply(variables, images)
+
+        cut = augment.several_views(batch["image"], views, crop_size)
+        logits = lax.map(logits_of, cut.reshape((views * parts, -1, *cut.shape[2:])))
+        return finish(logits.reshape(views, -1, logits.shape[-1]), batch)
+
+    return device_step
 
 
 def _wide(dtype: Any) -> Any:

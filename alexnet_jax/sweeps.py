@@ -137,8 +137,9 @@ class EpochsTo:
             return None
         steps = [0, *(record["step"] for record in found)]
         windows = [after - before for before, after in itertools.pairwise(steps)]
+        whole = max(windows)
         for record, window in zip(found, windows, strict=True):
-            if window == max(windows) and record[self.key] <= self.target:
+            if window == whole and record[self.key] <= self.target:
                 return Measurement(record["epoch"])
         last = found[-1]
         return Measurement(last["epoch"], censored=True, tie=last[self.key])
@@ -264,7 +265,7 @@ class Plan:
     sweep: Sweep
     seeds: Sequence[int]
     settings: Mapping[str, str] = field(default_factory=dict)
-    _made: dict[Any, Run] = field(default_factory=dict, init=False, repr=False)
+    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for row in self.sweep.rows:
@@ -279,7 +280,6 @@ class Plan:
         for row in self.sweep.rows:
             for candidate in row.candidates():
                 run = self.run(row, self.seeds[0], candidate)
-                self._check(run)
                 if folders.setdefault(run.name, row.name) != row.name:
                     raise SweepError(
                         f"rows {folders[run.name]!r} and {row.name!r} would share the "
@@ -290,13 +290,12 @@ class Plan:
             ):
                 raise SweepError(f"row {row.name!r}: two candidates share a folder.")
 
-    def _check(self, run: Run) -> None:
+    def _check(self, row: Row, config: Config) -> None:
         """Raises SweepError for a config that main would refuse, devices aside."""
-        config = set_fields(load_config(run.config), run.overrides, "")
         try:
             experiment.validate(config, devices=False)
         except experiment.ConfigError as error:
-            raise SweepError(f"row {run.row!r}: {error}") from error
+            raise SweepError(f"row {row.name!r}: {error}") from error
         key = getattr(self.sweep.metric, "key", "")
         if key.startswith("eval/") and not config.data.eval_split:
             raise SweepError(
@@ -311,14 +310,17 @@ class Plan:
         """A row's run.
 
         Raises:
-          SweepError: for an override or a setting that its config does not take.
+          SweepError: for an override or a setting that its config does not take, or a
+            config that main would refuse.
         """
-        key = (row.name, seed, as_text(candidate))
+        key = (row.name, as_text(candidate))
         if key not in self._made:  # a config and its flags take a while
-            self._made[key] = self._make(row, seed, candidate)
-        return self._made[key]
+            self._made[key] = self._make(row, candidate)
+        file, overrides = self._made[key]
+        return Run(row.name, candidate, seed, file, {**overrides, "seed": seed})
 
-    def _make(self, row: Row, seed: int, candidate: Any) -> Run:
+    def _make(self, row: Row, candidate: Any) -> tuple[str, dict[str, Any]]:
+        """The config file and the overrides of its runs, but for the seed."""
         file = _config_path(row.config or self.sweep.config)
         where = f"sweep {self.name!r}, row {row.name!r}: "
         overrides = {**self.sweep.overrides, **row.overrides}
@@ -329,7 +331,8 @@ class Plan:
             raise SweepError(f"{where}seed is not set so; give --seeds=0,1,2.")
         parse_fields(config, self.settings, "--set ")
         overrides |= {name: _get(config, name) for name in self.settings}
-        return Run(row.name, candidate, seed, file, overrides | {"seed": seed})
+        self._check(row, set_fields(config, {"seed": self.seeds[0]}, where))
+        return file, overrides
 
     def runs(self, results: Mapping[str, Measurement | None]) -> list[Run]:
         """The runs that are known to be needed.

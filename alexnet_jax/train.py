@@ -122,12 +122,13 @@ def prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
     experiment_lib.validate(config)
     differences, statistics = [], None
     # What a run without a checkpoint left behind may be of other data.
-    if has_checkpoint(workdir / experiment_lib.CHECKPOINTS):
+    begun = has_checkpoint(workdir / experiment_lib.CHECKPOINTS)
+    if begun:
         differences = _compare_with_workdir(config, workdir)
         stored = workdir / experiment_lib.STATISTICS_FILE
         statistics = statistics_lib.load(stored) if stored.exists() else None
     experiment = experiment_lib.build(config, statistics=statistics)
-    if has_checkpoint(workdir / experiment_lib.CHECKPOINTS):
+    if begun:
         _require_same_classes(experiment.train_source.class_names, workdir)
     if jax.process_count() > 1:  # each says where it is; the rest is process 0's
         low, high = experiment.positions()

@@ -24,6 +24,8 @@ from typing import Any, Protocol, Self, TextIO
 import numpy as np
 from absl import logging
 
+from alexnet_jax.data.files import replacing
+
 METRICS_FILE = "metrics.jsonl"
 _ONLY_ON_CONSOLE = frozenset({"eta_seconds"})
 
@@ -155,13 +157,8 @@ class JsonlWriter:
         kept = [line for line, r in records if r and r["step"] <= resume_step]
         if unreadable := sum(record is None for _, record in records):
             logging.warning("%s: %d torn line(s) dropped.", self._path, unreadable)
-        # Never half a file: written beside it and moved over it.
-        temporary = self._path.with_name(self._path.name + ".tmp")
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(line + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._path)
+        with replacing(self._path) as file:  # never half a file
+            file.writelines(f"{line}\n".encode() for line in kept)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # configs/ and, where it is not installed, alexnet_jax
 
 from alexnet_jax import records, sweeps
+from alexnet_jax.data.files import replacing
 from alexnet_jax.experiment import CHECKPOINTS, CONFIG_FILE, DIVERGED
 from alexnet_jax.sweeps import Line, Measurement, Plan, Run, SweepError
 from alexnet_jax.writers import METRICS_FILE, read_metrics
@@ -639,9 +640,8 @@ def _record(
 
 def _write(path: Path, text: str) -> None:
     """The whole file or none."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 if __name__ == "__main__":

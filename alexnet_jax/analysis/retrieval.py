@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from alexnet_jax.data.files import read_npz, replacing
 from alexnet_jax.data.images import resize_to_square
 
 # Rows of an index that are compared with the queries at once.
@@ -56,15 +57,9 @@ class Index:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes an .npz, whole or not at all, for `load_index` and NumPy."""
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.tmp")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, **vars(self))
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            np.savez(file, **vars(self))
 
 
 def load_index(path: str | os.PathLike[str]) -> Index:
@@ -74,13 +69,7 @@ def load_index(path: str | os.PathLike[str]) -> Index:
       RetrievalError: if there is no such file, or something else in it.
     """
     names = [field.name for field in dataclasses.fields(Index)]
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in names if name in file}
-    except FileNotFoundError as error:
-        raise RetrievalError(f"{path}: there is no such file.") from error
-    except Exception as error:  # zipfile's, zlib's and NumPy's own are many
-        raise RetrievalError(f"{path} is no .npz that can be read: {error}") from error
+    found = read_npz(path, names, RetrievalError)
     missing = [name for name in names if name not in found]
     if missing:
         raise RetrievalError(f"{path} is no index: it has no {', '.join(missing)}.")

@@ -5,7 +5,6 @@ One pass over the pictures, exact sums, memory independent of their number.
 
 import dataclasses
 import os
-import tempfile
 import threading
 from collections.abc import Callable
 from concurrent import futures
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from alexnet_jax.data.errors import DataError
+from alexnet_jax.data.files import replacing
 from alexnet_jax.data.sources import Source
 
 _FIELDS = ("mean_image", "pca_std_255", "pca_vectors", "num_examples")
@@ -40,30 +40,15 @@ class Statistics:
     num_examples: int
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes an .npz file at once or not at all (temporary file, then rename)."""
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
-        )
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(
-                    file,
-                    mean_image=self.mean_image,
-                    pca_std_255=self.pca_std_255,
-                    pca_vectors=self.pca_vectors,
-                    num_examples=np.int64(self.num_examples),
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            # mkstemp's 0600 would shut out the other users of a shared data set.
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        """Writes an .npz file, whole or not at all."""
+        with replacing(path) as file:
+            np.savez(
+                file,
+                mean_image=self.mean_image,
+                pca_std_255=self.pca_std_255,
+                pca_vectors=self.pca_vectors,
+                num_examples=np.int64(self.num_examples),
+            )
 
 
 def load(path: str | os.PathLike) -> Statistics:

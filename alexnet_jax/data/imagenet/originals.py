@@ -21,6 +21,7 @@ import numpy as np
 
 from alexnet_jax.data import sources
 from alexnet_jax.data.errors import DataError
+from alexnet_jax.data.files import replacing
 from alexnet_jax.data.imagenet.classes import (
     OFFICIAL_COUNTS,
     check_label,
@@ -253,10 +254,9 @@ def keep_tables(found: dict[str, Originals], cache: Path) -> None:
         if originals.description != _about(Path(originals.places[0])):
             continue  # folders and tfds data sets are read quickly
         columns = {name: getattr(originals, name) for name in _COLUMNS}
-        temporary = cache / f".{_TABLE.format(split)}"
         state = np.array(_state(Path(originals.places[0])))
-        np.savez(temporary, state=state, **columns)
-        os.replace(temporary, cache / _TABLE.format(split))
+        with replacing(cache / _TABLE.format(split)) as file:
+            np.savez(file, state=state, **columns)
 
 
 _TABLE = "{}_table.npz"

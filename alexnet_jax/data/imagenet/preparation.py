@@ -33,6 +33,7 @@ import simplejpeg
 
 from alexnet_jax.data import images, locks, sources, statistics
 from alexnet_jax.data.errors import DataError
+from alexnet_jax.data.files import replacing
 from alexnet_jax.data.imagenet import originals as originals_lib
 from alexnet_jax.data.imagenet.classes import OFFICIAL_COUNTS, wnids
 from alexnet_jax.data.imagenet.originals import SPLITS, Originals
@@ -396,12 +397,8 @@ def _record(name: str, label: int, picture: np.ndarray) -> bytes:
 
 
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 # The data set.

@@ -1,0 +1,131 @@
+"""What the commands that look at pictures have in common: predict and retrieve."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from alexnet_jax import ops
+from alexnet_jax.checkpoint import CheckpointError
+from alexnet_jax.data.images import load_picture
+from alexnet_jax.experiment import load, read_config
+
+# Pictures that go through the network at once.
+BATCH = 64
+
+
+class UnknownLayerError(ValueError):
+    """A network has no features of that name."""
+
+
+class Extractor:
+    """A trained network as a function from pictures to one layer's features.
+
+    Args:
+      workdir: of a run.
+      layer: a name of `model.apply(..., method="features")`, such as "fc7", "logits".
+      step: which checkpoint; as `experiment.load`.
+      batch: pictures at once; fewer are filled up, so that one program does for all.
+
+    Attributes:
+      data: the fields `data` of the run's config.
+
+    Raises:
+      UnknownLayerError: if there is no such layer.
+      FileNotFoundError, CheckpointError: as `experiment.load`.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        layer: str,
+        *,
+        step: int | None = None,
+        batch: int = BATCH,
+    ):
+        model, variables, self._preprocess = load(workdir, step=step)
+        self.data: dict[str, Any] = (read_config(workdir) or {})["data"]
+        self._batch = batch
+        self._grey = np.full((self.image_size, self.image_size, 3), 128, np.uint8)
+
+        def features(images: jax.Array) -> Any:
+            return model.apply(variables, images, method="features")
+
+        known = jax.eval_shape(features, self._preprocess(self._grey))
+        if layer not in known:
+            raise UnknownLayerError(
+                f"layer {layer!r} must be one of {', '.join(known)}."
+            )
+        self._apply = jax.jit(
+            lambda images: features(images)[layer].reshape(len(images), -1),
+            compiler_options=ops.compiler_options(),
+        )
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures in pixels."""
+        return self.data["image_size"]
+
+    def __call__(self, pictures: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+        """uint8 pictures [S, S, 3] -> float32 [B, D]; at least one."""
+        found = []
+        for start in range(0, len(pictures), self._batch):
+            part = list(pictures[start : start + self._batch])
+            filled = part + [self._grey] * (self._batch - len(part))
+            features = np.asarray(self._apply(self._preprocess(filled)), np.float32)
+            found.append(features[: len(part)])
+        return np.concatenate(found)
+
+    def probe(self) -> np.ndarray:
+        """The features of a grey picture, float32 [D]: other networks have others."""
+        return self(self._grey[None])[0]
+
+
+def read(paths: Sequence[str], size: int) -> list[np.ndarray | Exception]:
+    """uint8 [size, size, 3] of each file, or why it cannot be read."""
+    found: list[np.ndarray | Exception] = []
+    for path in paths:
+        try:
+            found.append(load_picture(path, size))
+        except (OSError, ValueError) as error:
+            found.append(error)
+    return found
+
+
+def parser(module: str, about: str | None, *, top: int) -> argparse.ArgumentParser:
+    """A command line with what both take, but for the pictures."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--workdir", type=Path, required=True, help="folder of a run")
+    made.add_argument("--step", type=int, help="which checkpoint; else the best")
+    made.add_argument("--top", type=int, default=top, help="answers a picture")
+    made.add_argument("--format", choices=["text", "json"], default="text")
+    made.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw them")
+    return made
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a matplotlib figure, and the folder that it goes to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def exit_status(command: Callable[[], bool]) -> int:
+    """Runs a command that says whether all went well; mistakes in words, status 1."""
+    logging.set_verbosity(logging.WARNING)
+    try:
+        return 0 if command() else 1
+    except BrokenPipeError:  # "| head" has seen enough; nothing is left to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (CheckpointError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    return 1
