@@ -112,6 +112,7 @@ class Experiment:
             seed=self.config.seed,
             accumulate_steps=self.config.optim.accumulate_steps,
             label_smoothing=self.config.optim.label_smoothing,
+            frozen=optim.frozen_layers(self.config.schedule.layer_factors),
             transform=self.config.parallel.transform,
         )
 

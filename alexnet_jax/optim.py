@@ -204,6 +204,18 @@ def make_layer_factors(
     }
 
 
+def frozen_layers(changes: Iterable[tuple[str, float, float]]) -> frozenset[str]:
+    """The layers that `make_layer_factors` freezes from the first step to the last."""
+    by_layer: dict[str, list[tuple[float, float]]] = {}
+    for layer, epoch, factor in changes:
+        by_layer.setdefault(layer, []).append((epoch, factor))
+    return frozenset(
+        layer
+        for layer, at in by_layer.items()
+        if at[0][0] == 0 and not any(factor for _, factor in at)
+    )
+
+
 def make_schedule(
     name: str,
     learning_rate: float,

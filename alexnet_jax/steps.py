@@ -6,7 +6,7 @@ a step is the same on any number of devices and after a resume.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -143,6 +143,7 @@ def make_train_step(
     seed: int,
     accumulate_steps: int = 1,
     label_smoothing: float = 0.0,
+    frozen: Collection[str] = (),
     transform: str = "shard_map",
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the jitted (state, batch, statistics) -> (state, metrics).
@@ -152,6 +153,9 @@ def make_train_step(
     "loss", its "top1_error", and the learning rate "lr" of the update. The loss is
     against labels smoothed by `label_smoothing` (`metrics.cross_entropy`). `transform`
     is `parallel.on_devices`'.
+
+    `frozen` are layers whose gradients are not computed, nor exchanged: zeros. It is for
+    `tx` to leave them where they are, weight decay included.
 
     With `accumulate_steps` n each device cuts its share of the batch into n equal
     parts that go through the network one after the other: the same one update, in
@@ -166,7 +170,13 @@ def make_train_step(
     )
     local = model.local(mesh, mode, accumulate_steps)
     through = _Pass(
-        local, augmentation, seed, accumulate_steps, label_smoothing, specs.params
+        local,
+        augmentation,
+        seed,
+        accumulate_steps,
+        label_smoothing,
+        frozenset(frozen),
+        specs.params,
     )
     step = parallel.on_devices(
         functools.partial(_device_train_step, through, tx),
@@ -189,7 +199,8 @@ def _device_train_step(
     found = through.gradients(state, batch, statistics)
     loss, right = lax.pmean((found.loss, found.right), through.batch_axes)
     opt_state: Any
-    updates, opt_state = tx.update(found.grads, state.opt_state, state.params)
+    grads = jax.tree.map(jnp.zeros_like, state.params) | found.grads
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
     new_state = TrainState(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
@@ -204,7 +215,8 @@ class _Gradients(NamedTuple):
     """What a batch's way through the network and back gives.
 
     Attributes:
-      grads: of the mean loss over the global batch, summed over devices already.
+      grads: of the mean loss over the global batch, summed over devices already; of the
+        layers that are not frozen.
       batch_stats: the running statistics afterwards.
       loss, right: means over this device's share of the batch.
       observed: what `observe` gave, each array stacked over the parts.
@@ -225,6 +237,7 @@ class _Pass:
       model: the device's own, from `model.local`.
       accumulate_steps: the number of parts, one after the other; the model's, too.
       label_smoothing: of the loss, see `metrics.cross_entropy`.
+      frozen: layers that no gradient is worked out for.
       param_specs: how the parameters are split.
       observe: takes the features of a part, returns arrays to be kept.
     """
@@ -234,12 +247,17 @@ class _Pass:
     seed: int
     accumulate_steps: int
     label_smoothing: float
+    frozen: frozenset[str]
     param_specs: PyTree
     observe: Callable[[dict[str, jax.Array]], PyTree] = lambda features: ()
 
     @property
     def batch_axes(self) -> tuple[str, ...]:
         return self.model.batch_axes
+
+    def trained(self, tree: dict[str, PyTree]) -> dict[str, PyTree]:
+        """The part of a tree like the parameters' that is not frozen."""
+        return {layer: tree[layer] for layer in tree if layer not in self.frozen}
 
     def gradients(
         self,
@@ -278,11 +296,14 @@ class _Pass:
             )
             (grads, stats), seen = lax.scan(
                 add_part,
-                (jax.tree.map(jnp.zeros_like, params), state.batch_stats),
+                (
+                    jax.tree.map(jnp.zeros_like, self.trained(params)),
+                    state.batch_stats,
+                ),
                 (jnp.arange(count, dtype=jnp.int32), parts),
             )
         losses, right, observed = seen
-        grads = parallel.sum_gradients(grads, specs, axes)
+        grads = parallel.sum_gradients(grads, self.trained(specs), axes)
         return _Gradients(grads, stats, losses.mean(), right.mean(), observed)
 
     def _part(
@@ -309,9 +330,9 @@ class _Pass:
         )
         dropout_key = jax.random.fold_in(purpose_key(self.seed, DROPOUT), state.step)
 
-        def loss_fn(params: PyTree) -> tuple[jax.Array, Any]:
+        def loss_fn(trained: PyTree) -> tuple[jax.Array, Any]:
             features, changed = self.model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
+                {"params": state.params | trained, "batch_stats": state.batch_stats},
                 images,
                 train=True,
                 first_example=first_example,
@@ -325,7 +346,8 @@ class _Pass:
             right = jnp.mean(metrics.in_top_k(logits, labels, 1), dtype=loss.dtype)
             return scale * loss, (changed, (loss, right, self.observe(features)))
 
-        grads, (changed, seen) = jax.grad(loss_fn, has_aux=True)(state.params)
+        trained = self.trained(state.params)
+        grads, (changed, seen) = jax.grad(loss_fn, has_aux=True)(trained)
         # flax keeps running statistics in float32 whatever they were added up in
         stats = jax.tree.map(
             lambda new, old: new.astype(old.dtype),
@@ -345,6 +367,7 @@ def make_summary_step(
     seed: int,
     accumulate_steps: int = 1,
     label_smoothing: float = 0.0,
+    frozen: Collection[str] = (),
     transform: str = "shard_map",
 ) -> Callable[..., dict[str, jax.Array]]:
     """Returns the jitted (state, batch, statistics) -> scalars; changes nothing.
@@ -382,6 +405,7 @@ def make_summary_step(
         seed,
         accumulate_steps,
         label_smoothing,
+        frozenset(frozen),
         specs.params,
         alive,
     )

@@ -88,6 +88,7 @@ def make(
     examples=None,
     transform="shard_map",
     tx=None,
+    frozen=(),
     **kwargs,
 ):
     """The compiled training step on a mesh, its first state and its batch."""
@@ -103,6 +104,7 @@ def make(
         mode=mode,
         seed=0,
         accumulate_steps=parts,
+        frozen=frozen,
         transform=transform,
     )
     on_device = parallel.put_batch(batch(examples), mesh, mode, examples)
@@ -427,6 +429,39 @@ def test_collectives_are_pinned(mode, rows, columns):
     found = communication.exchanges(hlo)
     got = [dict(communication.counts(by_phase(found, p))) for p in PHASES]
     assert tuple(got) == EXCHANGES[mode, rows, columns]
+
+
+# Of frozen convolutions: nothing of them goes back, and none of their gradients.
+FROZEN = {
+    ("columns", 1, 2): ({"reduce-scatter": 1}, {}),
+    ("data", 2, 1): ({}, {"all-reduce": 8}),
+    ("hybrid", 2, 2): ({"all-gather": 1, "reduce-scatter": 1}, {"all-reduce": 8}),
+}
+
+
+@pytest.mark.parametrize(
+    "mode, rows, columns, parts",
+    [("columns", 1, 2, 1), slowly("data", 2, 1, 2), slowly("hybrid", 2, 2, 1)],
+)
+def test_frozen_layers_stay_and_their_gradients_are_left_out(
+    mode, rows, columns, parts
+):
+    frozen = tuple(f"conv{number}" for number in range(1, 6))
+    changes = [(name, 0, 0.0) for name in frozen]
+    assert optim.frozen_layers(changes) == set(frozen)
+    factors = optim.make_layer_factors(changes, steps_per_epoch=1)
+    tx = optim.make_optimizer(0.01, layer_factors=factors)
+    whole, *_ = on_one_device(mode, rows, columns, tx=tx)
+    kwargs = {"tx": tx, "frozen": frozen, "parts": parts}
+    params, *_, hlo = three_steps(mode, rows, columns, **kwargs)
+    for before, after in zip(params, whole, strict=True):
+        assert_same_leaves(before, after, 1e-10)
+    for name in params[0]:
+        moved = np.any(params[0][name]["kernel"] != params[2][name]["kernel"])
+        assert moved == (name not in frozen), name
+    found = communication.exchanges(hlo)
+    got = [dict(communication.counts(by_phase(found, p))) for p in PHASES[1:]]
+    assert tuple(got) == FROZEN[mode, rows, columns]
 
 
 def test_columns_apart_exchange_nothing_but_logits():
