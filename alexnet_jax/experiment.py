@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.sources import Source
 from alexnet_jax.data.statistics import Statistics
+from alexnet_jax.pretrained import SUFFIXES, Weights, WeightsError, read_weights
 
 # A ml_collections.ConfigDict, whose fields no type checker can know.
 Config = Any
@@ -390,15 +390,20 @@ def mesh_shape(config: Config, network: variants.Variant) -> tuple[int, int]:
 
 def make_model(config: Config, num_classes: int | None) -> model.AlexNet:
     """The network of a config; None: with the variant's own number of classes."""
+    return model.create_model(**_model_settings(config, num_classes))
+
+
+def _model_settings(config: Config, num_classes: int | None) -> dict[str, Any]:
+    """The arguments of `create_model`."""
     fields = config.model
-    return model.create_model(
-        fields.variant,
-        num_classes=num_classes,
-        width=fields.width,
-        dtype=fields.dtype if fields.dtype in DTYPES else "float32",
-        init=fields.init,
+    return {
+        "variant": fields.variant,
+        "num_classes": num_classes,
+        "width": fields.width,
+        "dtype": fields.dtype if fields.dtype in DTYPES else "float32",
+        "init": fields.init,
         **fields.overrides,
-    )
+    }
 
 
 def build(
@@ -585,14 +590,19 @@ def pipeline(config: Config, *, start_step: int = 0) -> Iterator[dict[str, Any]]
 
 
 def load(
-    path: str | os.PathLike[str], *, step: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    variant: str | None = None,
 ) -> tuple[model.AlexNet, dict[str, Any], Callable[[Any], jax.Array]]:
-    """A trained network, for a notebook: `model, variables, preprocess = load(DIR)`.
+    """A trained network, for a notebook: `model, variables, preprocess = load(PATH)`.
 
     Args:
-      path: the workdir of a run.
-      step: which checkpoint; else the one with the lowest top-1 error, and without
-        any evaluation the newest.
+      path: the workdir of a run, or a file of weights: `.safetensors`, `.caffemodel`,
+        `.pth` (see `pretrained.read_weights`).
+      step: which checkpoint of a run; else the one with the lowest top-1 error, and
+        without any evaluation the newest.
+      variant: of a file that does not say it.
 
     Returns:
       model: the whole network, for one device.
@@ -601,27 +611,13 @@ def load(
         these -> images [B, crop, crop, 3], the centre view minus the mean.
 
     Raises:
-      FileNotFoundError: if `path` is not a workdir.
+      FileNotFoundError: if `path` is neither a workdir nor a file.
       CheckpointError: if it holds no whole checkpoint.
+      WeightsError: if it is a file that cannot be used, and why.
     """
-    workdir = Path(path).absolute()
-    if not (workdir / CONFIG_FILE).exists():
-        raise FileNotFoundError(
-            f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}. Give the "
-            "folder that was given as --workdir."
-        )
-    statistics = statistics_lib.load(workdir / STATISTICS_FILE)
-    with Checkpointer(workdir / CHECKPOINTS, read_only=True) as checkpointer:
-        chosen = checkpointer.best_step() if step is None else step
-        variables, metadata = checkpointer.restore_params(step=chosen)
-    config: Config = ConfigDict(metadata["config"])
-    classifier = variants.get(config.model.variant).layers[-1].name
-    num_classes = variables["params"][classifier]["bias"].shape[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about training narrow networks
-        network = make_model(config, num_classes)
-    size, crop_size = config.data.image_size, config.data.crop_size
-    mean_image = jnp.asarray(statistics.mean_image)
+    weights = load_weights(path, step=step, variant=variant)
+    size, crop_size = weights.image_size, weights.crop_size
+    mean_image = jnp.broadcast_to(jnp.asarray(weights.mean), (size, size, 3))
 
     def preprocess(pictures: Any) -> jax.Array:
         if not isinstance(pictures, (list, tuple)):
@@ -631,7 +627,47 @@ def load(
             jnp.asarray(stack), mean_image=mean_image, crop_size=crop_size
         )
 
-    return network, variables, preprocess
+    return weights.make_model(), weights.variables, preprocess
+
+
+def load_weights(
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    variant: str | None = None,
+) -> Weights:
+    """What `load` makes its three results of. Arguments and errors as there."""
+    path = Path(path).absolute()
+    if path.is_file() or (path.name.endswith(SUFFIXES) and not path.is_dir()):
+        if step is not None:
+            raise WeightsError(f"step={step}: {path} is no workdir with checkpoints.")
+        return read_weights(path, variant=variant)
+    if not (path / CONFIG_FILE).exists():
+        raise FileNotFoundError(
+            f"{path} is not the workdir of a run: it has no {CONFIG_FILE}. Give the "
+            "folder that was given as --workdir."
+        )
+    statistics = statistics_lib.load(path / STATISTICS_FILE)
+    with Checkpointer(path / CHECKPOINTS, read_only=True) as checkpointer:
+        chosen = checkpointer.best_step() if step is None else step
+        variables, metadata = checkpointer.restore_params(step=chosen)
+    config: Config = ConfigDict(metadata["config"])
+    if variant not in (None, config.model.variant):
+        raise WeightsError(
+            f"{path} holds weights of variant {config.model.variant}; got "
+            f"variant={variant!r}."
+        )
+    classifier = variants.get(config.model.variant).layers[-1].name
+    num_classes = variables["params"][classifier]["bias"].shape[0]
+    names = read_class_names(path)
+    return Weights(
+        settings=_model_settings(config, num_classes),
+        variables=variables,
+        mean=statistics.mean_image,
+        image_size=config.data.image_size,
+        crop_size=config.data.crop_size,
+        class_names=None if names is None else tuple(names),
+    )
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:

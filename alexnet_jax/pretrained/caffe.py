@@ -1,0 +1,209 @@
+"""Caffe's `.caffemodel`: bvlc_alexnet, CaffeNet, and what was fine-tuned from them.
+
+A message of protocol buffers, of which only the layers' names and blobs are declared
+here; parsers skip the rest. Field numbers and names are those of Caffe's
+`src/caffe/proto/caffe.proto` (BVLC/caffe), which also says that files from before
+2015 have `layers` instead of `layer`, and four numbers instead of a shape.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alexnet_jax import variants
+from alexnet_jax.pretrained import weights as weights_lib
+from alexnet_jax.pretrained.weights import Weights, WeightsError
+
+VARIANTS = ("caffe", "caffenet")
+# Of ImageNet's pictures in Caffe's own examples (104, 117, 123 in its order, BGR).
+MEAN_255 = (122.67891434, 116.66876762, 104.00698793)
+IMAGE_SIZE = 256
+# message -> field -> (number, type[, of which message]); "*" is a repeated one.
+# Numbers are packed, which on the wire is what bytes are: declared as bytes, sixty
+# million of them are one array, not as many Python numbers.
+_MESSAGES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "BlobShape": {"dim": (1, "int64*")},
+    "BlobProto": {
+        "num": (1, "int64"),
+        "channels": (2, "int64"),
+        "height": (3, "int64"),
+        "width": (4, "int64"),
+        "data": (5, "bytes*"),
+        "shape": (7, "message", "BlobShape"),
+        "double_data": (8, "bytes*"),
+    },
+    "LayerParameter": {
+        "name": (1, "string"),
+        "type": (2, "string"),
+        "blobs": (7, "message*", "BlobProto"),
+    },
+    "V1LayerParameter": {
+        "name": (4, "string"),
+        "type": (5, "int64"),
+        "blobs": (6, "message*", "BlobProto"),
+    },
+    "NetParameter": {
+        "name": (1, "string"),
+        "layers": (2, "message*", "V1LayerParameter"),
+        "layer": (100, "message*", "LayerParameter"),
+    },
+}
+
+
+@cache
+def messages() -> dict[str, Any]:
+    """The classes of the messages by name."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    package = "alexnet_jax.caffe"
+    file = descriptor_pb2.FileDescriptorProto(
+        name="alexnet_jax/caffe.proto", package=package, syntax="proto2"
+    )
+    for name, fields in _MESSAGES.items():
+        message = file.message_type.add(name=name)
+        for field, (number, kind, *of) in fields.items():
+            label = "LABEL_REPEATED" if kind.endswith("*") else "LABEL_OPTIONAL"
+            added = message.field.add(name=field, number=number)
+            added.type = added.Type.Value(f"TYPE_{kind.rstrip('*').upper()}")
+            added.label = added.Label.Value(label)
+            if of:
+                added.type_name = f".{package}.{of[0]}"
+            elif kind == "int64*":
+                added.options.packed = True
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    found = pool.FindFileByName(file.name).message_types_by_name
+    return {name: message_factory.GetMessageClass(found[name]) for name in _MESSAGES}
+
+
+def read(path: Path, variant: str | None) -> Weights:
+    """Reads a `.caffemodel`; arguments, result and errors as `read_weights`."""
+    weights_lib.check_variant(path, variant, VARIANTS)
+    layers = _read_layers(path)
+    variant = _variant(path, [name for name, _ in layers], variant)
+    table = variants.get(variant)
+    classifier = table.layers[-1].name
+    tensors: dict[str, np.ndarray] = {}
+    for name, blobs in layers:
+        # Fine-tuned networks call their classifier fc8_flickr and the like.
+        own = classifier if name.startswith(classifier) else name
+        for i, blob in enumerate(blobs):
+            tensors[f"{own} blob {i}"] = _squeezed(blob, own, i, table)
+    rows = [row.name for row in table.layers]
+    names = {row: (f"{row} blob 0", f"{row} blob 1") for row in rows}
+    features = weights_lib.found_features(tensors, names)
+    settings = {
+        "variant": variant,
+        "num_classes": features.get(classifier, table.layers[-1].features),
+        "width": weights_lib.fitting_width(table, features),
+    }
+    params = _params(path, settings, table, tensors)
+    return Weights(
+        settings=settings,
+        variables=weights_lib.nested(params),
+        mean=np.array(MEAN_255, np.float32),
+        image_size=IMAGE_SIZE,
+        crop_size=table.crop_size,
+        class_names=weights_lib.class_names(settings["num_classes"]),
+    )
+
+
+def _read_layers(path: Path) -> list[tuple[str, list[np.ndarray]]]:
+    """Name and blobs of every layer, those without blobs too, in the file's order."""
+    from google.protobuf.message import DecodeError
+
+    net = messages()["NetParameter"]()
+    try:
+        net.ParseFromString(path.read_bytes())
+        layers = [
+            (layer.name, [_array(blob) for blob in layer.blobs])
+            for layer in (*net.layers, *net.layer)
+        ]
+    except (DecodeError, ValueError) as error:
+        raise weights_lib.not_of_format(path, ".caffemodel", error) from error
+    if not any(blobs for _, blobs in layers):
+        raise weights_lib.not_of_format(path, ".caffemodel", "no layer has weights")
+    return layers
+
+
+def _array(blob: Any) -> np.ndarray:
+    """Float32, in the shape that the file says."""
+    if blob.double_data:
+        values = np.frombuffer(b"".join(blob.double_data), "<f8").astype(np.float32)
+    else:
+        values = np.frombuffer(_joined(blob.data), "<f4")
+    if blob.HasField("shape"):
+        return values.reshape(tuple(blob.shape.dim))
+    return values.reshape(blob.num, blob.channels, blob.height, blob.width)
+
+
+def _joined(parts: Any) -> bytes:
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _squeezed(
+    blob: np.ndarray, layer: str, index: int, table: variants.Variant
+) -> np.ndarray:
+    """Without the leading ones that made everything four-dimensional until 2015."""
+    dense = layer in {row.name for row in table.denses}
+    rank = 1 if index else 2 if dense else 4
+    while blob.ndim > rank and blob.shape[0] == 1:
+        blob = blob[0]
+    return blob
+
+
+def _variant(path: Path, names: list[str], given: str | None) -> str:
+    """CaffeNet pools before it normalises; otherwise the two are the same."""
+    if "norm1" not in names or "pool1" not in names:
+        if given is None:
+            raise WeightsError(
+                f"{path} does not say whether its network is bvlc_alexnet or CaffeNet; "
+                "give variant='caffe' or variant='caffenet'."
+            )
+        return given
+    pools_first = names.index("pool1") < names.index("norm1")
+    found = "caffenet" if pools_first else "caffe"
+    weights_lib.check_variant(path, given, (found,))
+    return found
+
+
+def _params(
+    path: Path,
+    settings: dict[str, Any],
+    table: variants.Variant,
+    tensors: dict[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    """ "params/conv1/kernel" -> ours, of RGB."""
+    model = weights_lib.make_model(settings)
+    shapes = weights_lib.shapes_of(model, table.crop_size)
+    expected = {}
+    for row in table.layers:
+        kernel = shapes[f"params/{row.name}/kernel"]
+        expected[f"{row.name} blob 0"] = weights_lib.first_shape(kernel)
+        expected[f"{row.name} blob 1"] = kernel[-1:]
+    found = {name: array.shape for name, array in tensors.items()}
+    weights_lib.check_shapes(path, f"Caffe's {_named(settings)}", found, expected)
+    return dict(_converted(model.network, tensors))
+
+
+def _named(settings: dict[str, Any]) -> str:
+    width = settings["width"]
+    narrow = "" if width == 1 else f" of width {width:.4g}"
+    return f"network (variant {settings['variant']}{narrow})"
+
+
+def _converted(
+    network: variants.Variant, tensors: dict[str, np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    channels = 3
+    for row in network.layers:
+        weight = tensors[f"{row.name} blob 0"]
+        if row is network.layers[0]:
+            weight = weight[:, ::-1]  # BGR, as OpenCV reads pictures
+        kernel = weights_lib.channels_last(weight, channels)
+        yield f"params/{row.name}/kernel", kernel
+        yield f"params/{row.name}/bias", tensors[f"{row.name} blob 1"]
+        channels = row.features

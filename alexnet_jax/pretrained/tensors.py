@@ -1,0 +1,194 @@
+"""`.safetensors`: our own files, which need nothing beside them, and torchvision's."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from alexnet_jax import model as model_lib
+from alexnet_jax.data.files import replacing
+from alexnet_jax.pretrained import torchvision
+from alexnet_jax.pretrained import weights as weights_lib
+from alexnet_jax.pretrained.weights import Weights, WeightsError
+
+NAMES = ("alexnet_jax", "torchvision")
+# The entry of the file's metadata that has all but the tensors, as JSON.
+RECORD = "alexnet_jax"
+VERSION = 1
+_MEAN = "mean"
+
+
+def save_safetensors(
+    path: str | os.PathLike[str], weights: Weights, *, names: str = "alexnet_jax"
+) -> None:
+    """Writes weights as `.safetensors`, whole or not at all.
+
+    Args:
+      path: the file.
+      weights: what to write.
+      names: "alexnet_jax": tensors `params/conv1/kernel` ... and `mean`, with settings,
+        sizes and class names in the metadata, so that `alexnet_jax.load(path)` gives
+        the same network again. "torchvision", for variant `owt`: `features.0.weight`
+        ... in torch's layout, for `torchvision.models.alexnet().load_state_dict`. Its
+        input is then pictures of 0..1 after `transforms.Normalize(mean, std)`: std is
+        torchvision's usual one, for which the first kernel is scaled, but mean is this
+        network's own colour / 255 and not torchvision's. Both stand in the metadata,
+        as `normalize_mean` and `normalize_std`, JSON. Of a mean image only the mean
+        colour fits in there; subtracting the mean image / 255 instead is exact.
+
+    Raises:
+      WeightsError: (a ValueError) for variables that are not those of the settings, or
+        a network that torchvision does not have.
+    """
+    path = Path(path)
+    if names not in NAMES:
+        raise WeightsError(f"names={names!r} must be one of {', '.join(NAMES)}.")
+    leaves = weights_lib.flat(weights.variables)
+    shapes = {name: np.shape(leaf) for name, leaf in leaves.items()}
+    expected = weights_lib.shapes_of(weights.make_model(), weights.crop_size)
+    weights_lib.check_shapes(path, "the network of its settings", shapes, expected)
+    metadata = {RECORD: json.dumps(_record(weights))}
+    if names == "torchvision":
+        tensors = torchvision.to_state(weights)
+        colour = weights.mean.reshape(-1, 3).mean(0, dtype=np.float64) / 255
+        metadata["format"] = "pt"  # what transformers and timm look for
+        metadata["normalize_mean"] = json.dumps(colour.tolist())
+        metadata["normalize_std"] = json.dumps(torchvision.STD)
+    else:
+        tensors = {_MEAN: weights.mean, **leaves}
+    with replacing(path) as file:
+        # It is handed addresses: anything but one block would be written as if it were.
+        whole = {name: np.ascontiguousarray(leaf) for name, leaf in tensors.items()}
+        save_file(whole, file.name, metadata)
+
+
+def read(path: Path, variant: str | None) -> Weights:
+    """Reads a `.safetensors`; arguments, result and errors as `read_weights`."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (safetensors.SafetensorError, TypeError) as error:
+        raise weights_lib.not_of_format(path, ".safetensors", error) from error
+    record = _read_record(path, metadata)
+    if any(name.startswith(("features.", "classifier.")) for name in tensors):
+        weights_lib.check_variant(path, variant, (torchvision.VARIANT,))
+        return _from_torchvision(path, tensors, metadata, record)
+    if record is None:
+        names = ", ".join(list(tensors)[: weights_lib.MOST_NAMED]) or "nothing"
+        raise WeightsError(
+            f"{path} was written neither by alexnet_jax nor from torchvision's AlexNet "
+            f"(params/conv1/kernel ... or features.0.weight ...); it holds {names}."
+        )
+    weights_lib.check_variant(path, variant, (_model(record).network.name,))
+    return _from_record(path, tensors, record)
+
+
+def _from_torchvision(
+    path: Path,
+    tensors: dict[str, np.ndarray],
+    metadata: Mapping[str, str],
+    record: dict[str, Any] | None,
+) -> Weights:
+    found = torchvision.from_state(
+        path,
+        {name: array.astype(np.float32, copy=False) for name, array in tensors.items()},
+        mean=_triple(path, metadata, "normalize_mean", torchvision.MEAN),
+        std=_triple(path, metadata, "normalize_std", torchvision.STD),
+    )
+    if record is None:
+        return found
+    return dataclasses.replace(
+        found,
+        settings={**record["settings"], **found.settings},
+        image_size=record["image_size"],
+        crop_size=record["crop_size"],
+        class_names=record["class_names"],
+    )
+
+
+def _triple(
+    path: Path, metadata: Mapping[str, str], name: str, default: tuple[float, ...]
+) -> tuple[float, ...]:
+    """Three numbers of the metadata, one a channel."""
+    if name not in metadata:
+        return default
+    try:
+        red, green, blue = json.loads(metadata[name])
+        return float(red), float(green), float(blue)
+    except (ValueError, TypeError) as error:
+        raise WeightsError(
+            f"{path}: its metadata {name!r} must be three numbers, [R, G, B]; got "
+            f"{metadata[name]!r}."
+        ) from error
+
+
+def _record(weights: Weights) -> dict[str, Any]:
+    settings = {"variant": weights.make_model().network.name}
+    settings |= {
+        name: jnp.dtype(value).name if name == "dtype" else value
+        for name, value in weights.settings.items()
+        if value is not None
+    }
+    return {
+        "version": VERSION,
+        "settings": settings,
+        "image_size": weights.image_size,
+        "crop_size": weights.crop_size,
+        "class_names": weights.class_names,
+    }
+
+
+def _read_record(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """What `_record` wrote, of the right types; None if it did not."""
+    if RECORD not in metadata:
+        return None
+    try:
+        record = json.loads(metadata[RECORD])
+        if record["version"] != VERSION:
+            raise ValueError(f"version {record['version']}, expected {VERSION}")
+        model_lib.check_image_size(_model(record).network, record["crop_size"])
+        if not record["crop_size"] <= record["image_size"]:
+            raise ValueError("the crop is larger than the picture")
+        names = record["class_names"]
+        if names is not None:
+            record["class_names"] = tuple(str(name) for name in names)
+    except (ValueError, TypeError, KeyError) as error:
+        raise WeightsError(
+            f"{path}: its metadata {RECORD!r} cannot be used: {error}"
+        ) from error
+    return record
+
+
+def _model(record: Mapping[str, Any]) -> model_lib.AlexNet:
+    """The network of a file's record."""
+    return weights_lib.make_model(record["settings"])
+
+
+def _from_record(
+    path: Path, tensors: dict[str, np.ndarray], record: dict[str, Any]
+) -> Weights:
+    model, side = _model(record), record["image_size"]
+    expected = weights_lib.shapes_of(model, record["crop_size"])
+    found = {name: array.shape for name, array in tensors.items()}
+    image = len(found.get(_MEAN, ())) == 3
+    expected[_MEAN] = (side, side, 3) if image else (3,)
+    what = f"the weights of variant {model.network.name}"
+    weights_lib.check_shapes(path, what, found, expected)
+    mean = tensors.pop(_MEAN).astype(np.float32, copy=False)
+    return Weights(
+        settings=record["settings"],
+        variables=weights_lib.nested(tensors),
+        mean=mean,
+        image_size=side,
+        crop_size=record["crop_size"],
+        class_names=record["class_names"],
+    )

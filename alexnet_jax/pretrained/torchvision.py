@@ -1,0 +1,169 @@
+"""torchvision's AlexNet, variant `owt`: its names, its layout, its scale.
+
+torchvision divides pictures by 255, subtracts a mean colour and divides by a standard
+deviation a channel (`transforms.Normalize`); ours are 0..255 minus a mean. The factor
+between the two, 255 times the standard deviation, goes into the first kernel: zeros
+around the picture are the mean colour in both, so that this is exact.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alexnet_jax import variants
+from alexnet_jax.pretrained import weights as weights_lib
+from alexnet_jax.pretrained.weights import Weights, WeightsError
+
+VARIANT = "owt"
+IMAGE_SIZE = 256
+# What `transforms.Normalize` is given with torchvision's published weights.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+_NAMES = {
+    "conv1": "features.0",
+    "conv2": "features.3",
+    "conv3": "features.6",
+    "conv4": "features.8",
+    "conv5": "features.10",
+    "fc6": "classifier.1",
+    "fc7": "classifier.4",
+    "fc8": "classifier.6",
+}
+# Settings that say nothing about what a trained network computes.
+_HARMLESS = ("num_classes", "width", "dtype", "init", "dropout")
+
+
+def read(path: Path, variant: str | None) -> Weights:
+    """Reads a `.pth`; arguments, result and errors as `read_weights`."""
+    weights_lib.check_variant(path, variant, (VARIANT,))
+    return from_state(path, _read_state(path))
+
+
+def from_state(
+    path: Path,
+    state: Mapping[str, np.ndarray],
+    *,
+    mean: tuple[float, ...] = MEAN,
+    std: tuple[float, ...] = STD,
+) -> Weights:
+    """Weights from torchvision's tensors by name.
+
+    Args:
+      path: where they are from, for messages.
+      state: what `AlexNet.state_dict()` gives, as NumPy arrays.
+      mean, std: what `transforms.Normalize` is given.
+
+    Raises:
+      WeightsError: naming tensors that are missing, unexpected or of another shape.
+    """
+    table = variants.get(VARIANT)
+    names = {row: (f"{name}.weight", f"{name}.bias") for row, name in _NAMES.items()}
+    features = weights_lib.found_features(state, names)
+    classifier = table.layers[-1]
+    settings = {
+        "variant": VARIANT,
+        "num_classes": features.get(classifier.name, classifier.features),
+        "width": weights_lib.fitting_width(table, features),
+    }
+    model = weights_lib.make_model(settings)
+    found = {name: np.shape(array) for name, array in state.items()}
+    expected = _expected(weights_lib.shapes_of(model, table.crop_size))
+    weights_lib.check_shapes(path, "torchvision's AlexNet", found, expected)
+    params: dict[str, np.ndarray] = {}
+    channels = 3
+    for row in model.network.layers:
+        weight = state[f"{_NAMES[row.name]}.weight"]
+        if row is model.network.layers[0]:
+            weight = weight / (255 * np.array(std, np.float32)[:, None, None])
+        params[f"params/{row.name}/kernel"] = weights_lib.channels_last(
+            weight, channels
+        )
+        params[f"params/{row.name}/bias"] = state[f"{_NAMES[row.name]}.bias"]
+        channels = row.features
+    return Weights(
+        settings=settings,
+        variables=weights_lib.nested(params),
+        mean=(255 * np.array(mean)).astype(np.float32),
+        image_size=IMAGE_SIZE,
+        crop_size=table.crop_size,
+        class_names=weights_lib.class_names(settings["num_classes"]),
+    )
+
+
+def to_state(weights: Weights) -> dict[str, np.ndarray]:
+    """The tensors that torchvision's `AlexNet.load_state_dict` takes; float32.
+
+    Raises:
+      WeightsError: if the network is not torchvision's.
+    """
+    network = weights.make_model().network
+    changed = [
+        name
+        for name, value in weights.settings.items()
+        if value is not None and name not in ("variant", *_HARMLESS)
+    ]
+    if network.name != VARIANT or changed:
+        with_them = f" with {', '.join(changed)} changed" if changed else ""
+        raise WeightsError(
+            f"torchvision has no network like variant {network.name}{with_them}; "
+            f"names='torchvision' is for {VARIANT}."
+        )
+    state: dict[str, np.ndarray] = {}
+    channels = 3
+    for row in network.layers:
+        leaves = weights.variables["params"][row.name]
+        kernel = np.asarray(leaves["kernel"], np.float32)
+        weight = weights_lib.channels_first(kernel, channels)
+        if channels == 3:
+            weight = weight * (255 * np.array(STD, np.float32)[:, None, None])
+        state[f"{_NAMES[row.name]}.weight"] = weight
+        state[f"{_NAMES[row.name]}.bias"] = np.asarray(leaves["bias"], np.float32)
+        channels = row.features
+    return state
+
+
+def _expected(shapes: weights_lib.Shapes) -> dict[str, tuple[int, ...]]:
+    expected = {}
+    for row, name in _NAMES.items():
+        kernel = shapes[f"params/{row}/kernel"]
+        expected[f"{name}.weight"] = weights_lib.first_shape(kernel)
+        expected[f"{name}.bias"] = kernel[-1:]
+    return expected
+
+
+def _read_state(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a `.pth`, by torchvision's names; never through plain pickle."""
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise WeightsError(
+            f"reading {path} needs torch: pip install torch (or write it as "
+            ".safetensors where torch is installed)."
+        ) from error
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle's, zipfile's and torch's own are many
+        if "GLOBAL" in str(error):
+            raise WeightsError(
+                f"{path} is refused: it holds more than tensors, and would run code "
+                "(torch.load with weights_only=True). Expected the state_dict of "
+                "torchvision's AlexNet: torch.save(model.state_dict(), PATH)."
+            ) from error
+        raise weights_lib.not_of_format(path, ".pth", error) from error
+    if isinstance(found, dict) and "state_dict" in found:
+        found = found["state_dict"]  # as pytorch/examples keeps it
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor)
+        for name, value in found.items()
+    ):
+        raise WeightsError(
+            f"{path} holds no state_dict. Expected that of torchvision's AlexNet: "
+            "torch.save(model.state_dict(), PATH)."
+        )
+    # DataParallel puts "module." before the names of what it wraps.
+    return {
+        name.replace("module.", ""): value.detach().float().numpy()
+        for name, value in found.items()
+    }

@@ -1,0 +1,226 @@
+"""What a file of weights holds, and how foreign tensors become ours.
+
+Caffe, torch and ONNX keep channels first: kernels are [out, in, down, across], and a
+fully connected layer reads the last features map by map. Ours are [down, across, in,
+out], and the features are read place by place. The order of the channels, and which of
+them a column sees, is the same everywhere.
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from alexnet_jax import model as model_lib
+from alexnet_jax import variants
+from alexnet_jax.data import imagenet
+
+# Tensors that an error message names before it only counts them.
+MOST_NAMED = 4
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class WeightsError(ValueError):
+    """A file of weights is not what it should be, in words."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A trained network: what `alexnet_jax.load` makes its three results of.
+
+    Attributes:
+      settings: keyword arguments of `create_model`: variant, num_classes, width, ...
+      variables: what `model.apply` takes: {"params"}, with batch norm {"batch_stats"}.
+      mean: float32 [3] or [S, S, 3], RGB, 0..255: what is subtracted from pictures.
+      image_size: side S of the pictures in pixels, of which the centre is looked at.
+      crop_size: side of that centre, the input of the network.
+      class_names: by label; None where the file does not say.
+
+    Raises:
+      WeightsError: for a mean of another shape.
+    """
+
+    settings: dict[str, Any]
+    variables: dict[str, Any]
+    mean: np.ndarray
+    image_size: int
+    crop_size: int
+    class_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        side = self.image_size
+        if self.mean.shape not in ((3,), (side, side, 3)):
+            raise WeightsError(
+                f"the mean has shape {list(self.mean.shape)}, expected [3] or "
+                f"[{side}, {side}, 3]."
+            )
+
+    def make_model(self) -> model_lib.AlexNet:
+        """The network that the weights are of.
+
+        Raises:
+          ValueError: for settings that `create_model` does not take.
+        """
+        return make_model(self.settings)
+
+
+def make_model(settings: Mapping[str, Any]) -> model_lib.AlexNet:
+    """`create_model` without its advice on how to start narrow networks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            return model_lib.create_model(**settings)
+        except TypeError as error:  # an argument that there is not
+            raise ValueError(str(error)) from error
+
+
+def class_names(num_classes: int) -> tuple[str, ...] | None:
+    """ImageNet's, for as many classes: foreign files do not say."""
+    names = imagenet.wnids()
+    return names if num_classes == len(names) else None
+
+
+def shapes_of(model: model_lib.AlexNet, crop_size: int) -> dict[str, tuple[int, ...]]:
+    """ "params/conv1/kernel" -> its shape, for all variables; nothing is computed."""
+    images = jax.ShapeDtypeStruct((1, crop_size, crop_size, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    return {name: leaf.shape for name, leaf in flat(variables).items()}
+
+
+def flat(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """{"params": {"conv1": {"kernel": x}}} -> {"params/conv1/kernel": x}."""
+    return traverse_util.flatten_dict(variables, sep="/")
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flat`, of jax arrays."""
+    tree = traverse_util.unflatten_dict(dict(leaves), sep="/")
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def channels_last(weight: np.ndarray, channels: int) -> np.ndarray:
+    """[out, in, down, across] or [out, in] -> a kernel of ours.
+
+    Args:
+      weight: channels first.
+      channels: features of the layer before, for a fully connected one: [out, in] reads
+        in / channels places of each.
+    """
+    if weight.ndim == 4:
+        return weight.transpose(2, 3, 1, 0)
+    outputs, inputs = weight.shape
+    side = math.isqrt(inputs // channels)
+    by_map = weight.reshape(outputs, channels, side, side)
+    return by_map.transpose(2, 3, 1, 0).reshape(inputs, outputs)
+
+
+def channels_first(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """The inverse of `channels_last`."""
+    if kernel.ndim == 4:
+        return kernel.transpose(3, 2, 0, 1)
+    inputs, outputs = kernel.shape
+    side = math.isqrt(inputs // channels)
+    by_place = kernel.reshape(side, side, channels, outputs)
+    return by_place.transpose(3, 2, 0, 1).reshape(outputs, inputs)
+
+
+def first_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that `channels_first` gives to a kernel of this one."""
+    if len(shape) == 4:
+        return shape[3], shape[2], shape[0], shape[1]
+    return shape[::-1]
+
+
+def found_features(
+    tensors: Mapping[str, np.ndarray], names: Mapping[str, tuple[str, str]]
+) -> dict[str, int]:
+    """How many features a foreign file's layers have, of those that it has.
+
+    Args:
+      tensors: channels first: [out, ...].
+      names: what each of our layers' kernel and bias are called there.
+    """
+    found = {}
+    for layer, both in names.items():
+        sizes = [tensors[name].shape[:1] for name in both if name in tensors]
+        if any(sizes):
+            (found[layer],) = next(filter(None, sizes))
+    return found
+
+
+def fitting_width(table: variants.Variant, features: Mapping[str, int]) -> float:
+    """The width at which most layers of a table have as many features as were found.
+
+    Of several the one that is closest to 1. A layer that does not fit is then what is
+    wrong with the file.
+    """
+    rows = [row for row in table.layers[:-1] if features.get(row.name)]
+    widths = {1.0, *(features[row.name] / row.features for row in rows)}
+
+    def misfits(width: float) -> int:
+        scaled = variants.customize(table, width=width).layers[:-1]
+        return sum(features.get(row.name) != row.features for row in scaled)
+
+    return min(sorted(widths, key=lambda width: abs(width - 1)), key=misfits)
+
+
+def check_shapes(
+    path: str | os.PathLike[str],
+    what: str,
+    found: Shapes,
+    expected: Shapes,
+    *,
+    hint: str = "",
+) -> None:
+    """Raises WeightsError unless there are these tensors, of these shapes, alone."""
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    wrong = [
+        f"{name} {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    problems = [
+        f"{kind} {_some(names)}"
+        for kind, names in (("missing", missing), ("unexpected", extra))
+        if names
+    ]
+    if wrong:
+        problems.append(f"of another shape {_some(wrong)}")
+    if problems:
+        raise WeightsError(f"{path} does not hold {what}: {'; '.join(problems)}.{hint}")
+
+
+def check_variant(path: Path, given: str | None, expected: tuple[str, ...]) -> None:
+    """Raises WeightsError if another variant was asked for than the file can be."""
+    if given is not None and given not in expected:
+        raise WeightsError(
+            f"{path} holds weights of variant {' or '.join(expected)}; got "
+            f"variant={given!r}."
+        )
+
+
+def not_of_format(path: Path, what: str, why: object) -> WeightsError:
+    """The error for a file of another format, with how it begins."""
+    with open(path, "rb") as file:
+        start = file.read(16)
+    reason = (str(why).strip().splitlines() or ["no reason given"])[0]
+    return WeightsError(
+        f"{path} ({os.path.getsize(path):,} bytes, beginning with {start!r}) is no "
+        f"{what} that can be read: {reason.rstrip('.')}. Was it downloaded whole?"
+    )
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - MOST_NAMED
+    more = f" and {rest} more" if rest > 0 else ""
+    return ", ".join(names[:MOST_NAMED]) + more
