@@ -25,7 +25,7 @@ from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.sources import Source
 from alexnet_jax.data.statistics import Statistics
-from alexnet_jax.pretrained import SUFFIXES, Weights, WeightsError, read_weights
+from alexnet_jax.pretrained import Weights, read_weights
 
 # A ml_collections.ConfigDict, whose fields no type checker can know.
 Config = Any
@@ -390,11 +390,11 @@ def mesh_shape(config: Config, network: variants.Variant) -> tuple[int, int]:
 
 def make_model(config: Config, num_classes: int | None) -> model.AlexNet:
     """The network of a config; None: with the variant's own number of classes."""
-    return model.create_model(**_model_settings(config, num_classes))
+    return model.create_model(**model_settings(config, num_classes))
 
 
-def _model_settings(config: Config, num_classes: int | None) -> dict[str, Any]:
-    """The arguments of `create_model`."""
+def model_settings(config: Config, num_classes: int | None) -> dict[str, Any]:
+    """The arguments of `model.create_model`."""
     fields = config.model
     return {
         "variant": fields.variant,
@@ -615,7 +615,7 @@ def load(
       CheckpointError: if it holds no whole checkpoint.
       WeightsError: if it is a file that cannot be used, and why.
     """
-    weights = load_weights(path, step=step, variant=variant)
+    weights = read_network(path, step=step, variant=variant)
     size, crop_size = weights.image_size, weights.crop_size
     mean_image = jnp.broadcast_to(jnp.asarray(weights.mean), (size, size, 3))
 
@@ -630,38 +630,34 @@ def load(
     return weights.make_model(), weights.variables, preprocess
 
 
-def load_weights(
+def read_network(
     path: str | os.PathLike[str],
     *,
     step: int | None = None,
     variant: str | None = None,
 ) -> Weights:
-    """What `load` makes its three results of. Arguments and errors as there."""
-    path = Path(path).absolute()
-    if path.is_file() or (path.name.endswith(SUFFIXES) and not path.is_dir()):
-        if step is not None:
-            raise WeightsError(f"step={step}: {path} is no workdir with checkpoints.")
+    """What `load` builds from: settings, weights, sizes, mean and names.
+
+    Arguments and errors are those of `load`.
+    """
+    if Path(path).is_file():
         return read_weights(path, variant=variant)
-    if not (path / CONFIG_FILE).exists():
+    workdir = Path(path).absolute()
+    if not (workdir / CONFIG_FILE).exists():
         raise FileNotFoundError(
-            f"{path} is not the workdir of a run: it has no {CONFIG_FILE}. Give the "
-            "folder that was given as --workdir."
+            f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}. Give the "
+            "folder that was given as --workdir, or a file of weights."
         )
-    statistics = statistics_lib.load(path / STATISTICS_FILE)
-    with Checkpointer(path / CHECKPOINTS, read_only=True) as checkpointer:
+    statistics = statistics_lib.load(workdir / STATISTICS_FILE)
+    with Checkpointer(workdir / CHECKPOINTS, read_only=True) as checkpointer:
         chosen = checkpointer.best_step() if step is None else step
         variables, metadata = checkpointer.restore_params(step=chosen)
     config: Config = ConfigDict(metadata["config"])
-    if variant not in (None, config.model.variant):
-        raise WeightsError(
-            f"{path} holds weights of variant {config.model.variant}; got "
-            f"variant={variant!r}."
-        )
     classifier = variants.get(config.model.variant).layers[-1].name
     num_classes = variables["params"][classifier]["bias"].shape[0]
-    names = read_class_names(path)
+    names = read_class_names(workdir)
     return Weights(
-        settings=_model_settings(config, num_classes),
+        settings=model_settings(config, num_classes),
         variables=variables,
         mean=statistics.mean_image,
         image_size=config.data.image_size,

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alexnet_jax import pretrained
-from alexnet_jax.experiment import load_weights
+from alexnet_jax.experiment import read_network
 from alexnet_jax.pictures import exit_status
 
 SUFFIXES = (".safetensors", ".onnx")
@@ -52,7 +52,7 @@ def export(
         )
     if suffix == ".onnx" and names != "alexnet_jax":
         raise pretrained.WeightsError(f"--names={names} is of .safetensors, not {out}.")
-    weights = load_weights(source, step=step, variant=variant)
+    weights = read_network(source, step=step, variant=variant)
     out.parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".safetensors":
         pretrained.save_safetensors(out, weights, names=names)

@@ -6,7 +6,6 @@ here; parsers skip the rest. Field numbers and names are those of Caffe's
 2015 have `layers` instead of `layer`, and four numbers instead of a shape.
 """
 
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -100,10 +99,9 @@ def read(path: Path, variant: str | None) -> Weights:
         "num_classes": features.get(classifier, table.layers[-1].features),
         "width": weights_lib.fitting_width(table, features),
     }
-    params = _params(path, settings, table, tensors)
     return Weights(
         settings=settings,
-        variables=weights_lib.nested(params),
+        variables=_variables(path, settings, table, tensors),
         mean=np.array(MEAN_255, np.float32),
         image_size=IMAGE_SIZE,
         crop_size=table.crop_size,
@@ -170,13 +168,13 @@ def _variant(path: Path, names: list[str], given: str | None) -> str:
     return found
 
 
-def _params(
+def _variables(
     path: Path,
     settings: dict[str, Any],
     table: variants.Variant,
     tensors: dict[str, np.ndarray],
-) -> dict[str, np.ndarray]:
-    """ "params/conv1/kernel" -> ours, of RGB."""
+) -> dict[str, Any]:
+    """Ours, of RGB; checked."""
     model = weights_lib.make_model(settings)
     shapes = weights_lib.shapes_of(model, table.crop_size)
     expected = {}
@@ -185,25 +183,13 @@ def _params(
         expected[f"{row.name} blob 0"] = weights_lib.first_shape(kernel)
         expected[f"{row.name} blob 1"] = kernel[-1:]
     found = {name: array.shape for name, array in tensors.items()}
-    weights_lib.check_shapes(path, f"Caffe's {_named(settings)}", found, expected)
-    return dict(_converted(model.network, tensors))
+    what = f"the tensors of variant {table.name}"
+    weights_lib.check_shapes(path, what, found, expected)
 
-
-def _named(settings: dict[str, Any]) -> str:
-    width = settings["width"]
-    narrow = "" if width == 1 else f" of width {width:.4g}"
-    return f"network (variant {settings['variant']}{narrow})"
-
-
-def _converted(
-    network: variants.Variant, tensors: dict[str, np.ndarray]
-) -> Iterator[tuple[str, np.ndarray]]:
-    channels = 3
-    for row in network.layers:
-        weight = tensors[f"{row.name} blob 0"]
-        if row is network.layers[0]:
+    def blobs(layer: str) -> tuple[np.ndarray, np.ndarray]:
+        weight = tensors[f"{layer} blob 0"]
+        if layer == table.layers[0].name:
             weight = weight[:, ::-1]  # BGR, as OpenCV reads pictures
-        kernel = weights_lib.channels_last(weight, channels)
-        yield f"params/{row.name}/kernel", kernel
-        yield f"params/{row.name}/bias", tensors[f"{row.name} blob 1"]
-        channels = row.features
+        return weight, tensors[f"{layer} blob 1"]
+
+    return weights_lib.params_of(model.network.layers, blobs)

@@ -5,12 +5,11 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
 
 from alexnet_jax import model as model_lib
 from alexnet_jax.data.files import replacing
@@ -23,6 +22,7 @@ NAMES = ("alexnet_jax", "torchvision")
 RECORD = "alexnet_jax"
 VERSION = 1
 _MEAN = "mean"
+_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def save_safetensors(
@@ -64,9 +64,33 @@ def save_safetensors(
     else:
         tensors = {_MEAN: weights.mean, **leaves}
     with replacing(path) as file:
-        # It is handed addresses: anything but one block would be written as if it were.
-        whole = {name: np.ascontiguousarray(leaf) for name, leaf in tensors.items()}
-        save_file(whole, file.name, metadata)
+        _write(file, tensors, metadata)
+
+
+def _write(
+    file: BinaryIO, tensors: Mapping[str, Any], metadata: Mapping[str, str]
+) -> None:
+    """Writes the format, of the tensors' values one copy at a time.
+
+    The length of a header, eight bytes; the header, JSON; and the values. safetensors'
+    own `save` has all of it in memory twice, and its `save_file` puts a file in the
+    place of this one, which nobody but its owner can read.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, array in tensors.items():
+        start, end = end, end + array.nbytes
+        header[name] = {
+            "dtype": _DTYPES[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the values are aligned
+    file.write(len(text).to_bytes(8, "little") + text)
+    for array in tensors.values():
+        values = np.asarray(array)
+        file.write(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).data)
 
 
 def read(path: Path, variant: str | None) -> Weights:
@@ -186,7 +210,9 @@ def _from_record(
     mean = tensors.pop(_MEAN).astype(np.float32, copy=False)
     return Weights(
         settings=record["settings"],
-        variables=weights_lib.nested(tensors),
+        variables=weights_lib.nested(
+            {name: jnp.asarray(tensors.pop(name)) for name in list(tensors)}
+        ),
         mean=mean,
         image_size=side,
         crop_size=record["crop_size"],

@@ -71,20 +71,16 @@ def from_state(
     found = {name: np.shape(array) for name, array in state.items()}
     expected = _expected(weights_lib.shapes_of(model, table.crop_size))
     weights_lib.check_shapes(path, "torchvision's AlexNet", found, expected)
-    params: dict[str, np.ndarray] = {}
-    channels = 3
-    for row in model.network.layers:
-        weight = state[f"{_NAMES[row.name]}.weight"]
-        if row is model.network.layers[0]:
+
+    def tensors(layer: str) -> tuple[np.ndarray, np.ndarray]:
+        weight = state[f"{_NAMES[layer]}.weight"]
+        if layer == table.layers[0].name:
             weight = weight / (255 * np.array(std, np.float32)[:, None, None])
-        params[f"params/{row.name}/kernel"] = weights_lib.channels_last(
-            weight, channels
-        )
-        params[f"params/{row.name}/bias"] = state[f"{_NAMES[row.name]}.bias"]
-        channels = row.features
+        return weight, state[f"{_NAMES[layer]}.bias"]
+
     return Weights(
         settings=settings,
-        variables=weights_lib.nested(params),
+        variables=weights_lib.params_of(model.network.layers, tensors),
         mean=(255 * np.array(mean)).astype(np.float32),
         image_size=IMAGE_SIZE,
         crop_size=table.crop_size,

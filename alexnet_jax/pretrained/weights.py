@@ -9,7 +9,7 @@ them a column sees, is the same everywhere.
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,9 +102,28 @@ def flat(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flat`, of jax arrays."""
-    tree = traverse_util.unflatten_dict(dict(leaves), sep="/")
-    return jax.tree.map(jnp.asarray, tree)
+    """The inverse of `flat`."""
+    return traverse_util.unflatten_dict(dict(leaves), sep="/")
+
+
+def params_of(
+    layers: Sequence[variants.Layer],
+    tensors: Callable[[str], tuple[np.ndarray, np.ndarray]],
+) -> dict[str, Any]:
+    """{"params"} of foreign tensors.
+
+    Args:
+      layers: of the network.
+      tensors: name of a layer -> its kernel, channels first, and its bias.
+    """
+    params, channels = {}, 3
+    for row in layers:
+        weight, bias = tensors(row.name)
+        # On the device one by one: of a large network there never are two copies more.
+        kernel = jnp.asarray(channels_last(weight, channels))
+        params[row.name] = {"kernel": kernel, "bias": jnp.asarray(bias)}
+        channels = row.features
+    return {"params": params}
 
 
 def channels_last(weight: np.ndarray, channels: int) -> np.ndarray:
