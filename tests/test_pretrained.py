@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import pickle
+import sys
 import tarfile
 from pathlib import Path
 
@@ -267,7 +268,7 @@ def write_caffemodel(
     path: Path, tensors, order=("norm1", "pool1"), *, old=False, chunks=1
 ):
     """In the format of 2015 and later, or in the `old` one."""
-    net = caffe.messages()["NetParameter"](name="test")
+    net = caffe.messages()["NetParameter"]()
     layers = net.layers if old else net.layer
     for name in ("conv1", *order, *CAFFE_LAYERS[1:]):
         layer = layers.add(name=name)
@@ -676,6 +677,9 @@ def test_files_of_no_known_format(tmp_path):
     refused(tmp_path / "none.pth", "there is no such file")
     (tmp_path / "weights.h5").write_bytes(b"x")
     refused(tmp_path / "weights.h5", ".caffemodel", "got .h5")
+    with pytest.raises(ValueError, match="no variant 'vgg'"):
+        (tmp_path / "weights.pth").touch()
+        read_weights(tmp_path / "weights.pth", variant="vgg")
     for suffix in pretrained.SUFFIXES:
         if suffix.startswith(".p"):
             pytest.importorskip("torch", reason="torch is not installed")
@@ -785,6 +789,18 @@ def test_wrong_safetensors(tmp_path):
         refused(path, "metadata 'alexnet_jax' cannot be used", words)
     save_file(leaves, path, {"alexnet_jax": "{"})
     refused(path, "metadata 'alexnet_jax' cannot be used")
+
+
+@pytest.mark.parametrize("package", ["torch", "onnx"])
+def test_a_package_that_is_missing_is_named(package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    path = tmp_path / "x.pth"
+    path.touch()
+    with pytest.raises(WeightsError, match=f"needs {package}: pip install"):
+        if package == "torch":
+            read_weights(path)
+        else:
+            pretrained.export_onnx(tmp_path / "x.onnx", *network("cifar_13")[:2])
 
 
 def test_weights_that_are_not_their_settings_are_not_written(tmp_path):

@@ -36,16 +36,13 @@ _MESSAGES: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "LayerParameter": {
         "name": (1, "string"),
-        "type": (2, "string"),
         "blobs": (7, "message*", "BlobProto"),
     },
     "V1LayerParameter": {
         "name": (4, "string"),
-        "type": (5, "int64"),
         "blobs": (6, "message*", "BlobProto"),
     },
     "NetParameter": {
-        "name": (1, "string"),
         "layers": (2, "message*", "V1LayerParameter"),
         "layer": (100, "message*", "LayerParameter"),
     },
@@ -96,7 +93,7 @@ def read(path: Path, variant: str | None) -> Weights:
     features = weights_lib.found_features(tensors, names)
     settings = {
         "variant": variant,
-        "num_classes": features.get(classifier, table.layers[-1].features),
+        "num_classes": features.get(classifier) or table.layers[-1].features,
         "width": weights_lib.fitting_width(table, features),
     }
     return Weights(
@@ -132,14 +129,10 @@ def _array(blob: Any) -> np.ndarray:
     if blob.double_data:
         values = np.frombuffer(b"".join(blob.double_data), "<f8").astype(np.float32)
     else:
-        values = np.frombuffer(_joined(blob.data), "<f4")
+        values = np.frombuffer(b"".join(blob.data), "<f4")
     if blob.HasField("shape"):
         return values.reshape(tuple(blob.shape.dim))
     return values.reshape(blob.num, blob.channels, blob.height, blob.width)
-
-
-def _joined(parts: Any) -> bytes:
-    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _squeezed(

@@ -434,7 +434,7 @@ def _write(file: BinaryIO, model: Any, constants: Mapping[str, np.ndarray]) -> N
     file.write(_GRAPH + _varint(length) + graph)
     for head, array in heads:
         file.write(head)
-        file.write(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)
+        file.write(weights_lib.raw(array))
 
 
 def _varint(number: int) -> bytes:

@@ -40,6 +40,7 @@ def read_weights(
       WeightsError: (a ValueError) if there is no such file, if it is of another format
         or variant, or damaged; and which tensors are missing, unexpected or of another
         shape.
+      ValueError: if there is no variant of that name.
     """
     path = Path(path)
     name = path.name.lower()

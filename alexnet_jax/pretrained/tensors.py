@@ -89,8 +89,7 @@ def _write(
     text += b" " * (-len(text) % 8)  # so that the values are aligned
     file.write(len(text).to_bytes(8, "little") + text)
     for array in tensors.values():
-        values = np.asarray(array)
-        file.write(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).data)
+        file.write(weights_lib.raw(array))
 
 
 def read(path: Path, variant: str | None) -> Weights:

@@ -64,7 +64,7 @@ def from_state(
     classifier = table.layers[-1]
     settings = {
         "variant": VARIANT,
-        "num_classes": features.get(classifier.name, classifier.features),
+        "num_classes": features.get(classifier.name) or classifier.features,
         "width": weights_lib.fitting_width(table, features),
     }
     model = weights_lib.make_model(settings)
@@ -143,8 +143,8 @@ def _read_state(path: Path) -> dict[str, np.ndarray]:
     except Exception as error:  # pickle's, zipfile's and torch's own are many
         if "GLOBAL" in str(error):
             raise WeightsError(
-                f"{path} is refused: it holds more than tensors, and would run code "
-                "(torch.load with weights_only=True). Expected the state_dict of "
+                f"{path} is refused: it holds more than tensors, which could run "
+                "code (torch.load with weights_only=True). Expected the state_dict of "
                 "torchvision's AlexNet: torch.save(model.state_dict(), PATH)."
             ) from error
         raise weights_lib.not_of_format(path, ".pth", error) from error

@@ -90,7 +90,7 @@ def class_names(num_classes: int) -> tuple[str, ...] | None:
 
 
 def shapes_of(model: model_lib.AlexNet, crop_size: int) -> dict[str, tuple[int, ...]]:
-    """ "params/conv1/kernel" -> its shape, for all variables; nothing is computed."""
+    """The shapes of all variables by name, `params/conv1/kernel`; nothing is computed."""
     images = jax.ShapeDtypeStruct((1, crop_size, crop_size, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     return {name: leaf.shape for name, leaf in flat(variables).items()}
@@ -119,7 +119,7 @@ def params_of(
     params, channels = {}, 3
     for row in layers:
         weight, bias = tensors(row.name)
-        # On the device one by one: of a large network there never are two copies more.
+        # One by one: what is turned around on the way is freed before the next.
         kernel = jnp.asarray(channels_last(weight, channels))
         params[row.name] = {"kernel": kernel, "bias": jnp.asarray(bias)}
         channels = row.features
@@ -150,6 +150,13 @@ def channels_first(kernel: np.ndarray, channels: int) -> np.ndarray:
     side = math.isqrt(inputs // channels)
     by_place = kernel.reshape(side, side, channels, outputs)
     return by_place.transpose(3, 2, 0, 1).reshape(outputs, inputs)
+
+
+def raw(array: Any) -> memoryview:
+    """An array's values as files have them: row by row, the low bytes first."""
+    values = np.asarray(array)
+    values = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+    return values.reshape(-1).view(np.uint8).data
 
 
 def first_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -193,12 +200,7 @@ def fitting_width(table: variants.Variant, features: Mapping[str, int]) -> float
 
 
 def check_shapes(
-    path: str | os.PathLike[str],
-    what: str,
-    found: Shapes,
-    expected: Shapes,
-    *,
-    hint: str = "",
+    path: str | os.PathLike[str], what: str, found: Shapes, expected: Shapes
 ) -> None:
     """Raises WeightsError unless there are these tensors, of these shapes, alone."""
     missing = [name for name in expected if name not in found]
@@ -216,7 +218,7 @@ def check_shapes(
     if wrong:
         problems.append(f"of another shape {_some(wrong)}")
     if problems:
-        raise WeightsError(f"{path} does not hold {what}: {'; '.join(problems)}.{hint}")
+        raise WeightsError(f"{path} does not hold {what}: {'; '.join(problems)}.")
 
 
 def check_variant(path: Path, given: str | None, expected: tuple[str, ...]) -> None:
