@@ -48,6 +48,22 @@ def has_checkpoint(directory: str | os.PathLike[str]) -> bool:
     return bool(_list_steps(_absolute(directory)))
 
 
+def split_step(text: str) -> tuple[str, int | str]:
+    """DIR, DIR@STEP, DIR@best or DIR@latest -> (DIR, which step); DIR is DIR@best.
+
+    Raises:
+      CheckpointError: for another word after the "@".
+    """
+    folder, at, step = text.rpartition("@")
+    if not at or pathlib.Path(text).exists():
+        return text, "best"
+    if step not in ("best", "latest") and not step.isdecimal():
+        raise CheckpointError(
+            f"{text}: after the @ comes a step, best or latest; {step!r} is none."
+        )
+    return folder, int(step) if step.isdecimal() else step
+
+
 class Checkpointer:
     """Saves and restores one pytree of arrays a step, with JSON metadata beside it.
 
@@ -242,6 +258,16 @@ class Checkpointer:
         """
         step = self._agreed(lambda: self._best(self._known_whole_steps()))
         return None if step < 0 else step
+
+    def find(self, which: int | str) -> int | None:
+        """A step's number; "latest", or "best": without evaluations the latest too.
+
+        None when there is no whole step.
+        """
+        if isinstance(which, int):
+            return which
+        step = self.best_step() if which == "best" else None
+        return self.latest_whole_step() if step is None else step
 
     def is_best(self, error: float) -> bool:
         """Whether no whole step has as low a top-1 error."""

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from alexnet_jax import augment, model, optim, parallel, steps, variants
 from alexnet_jax import data as data_lib
-from alexnet_jax.checkpoint import Checkpointer
+from alexnet_jax.checkpoint import Checkpointer, split_step
 from alexnet_jax.data import images as images_lib
 from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.files import replacing
@@ -36,6 +36,7 @@ CLASSES_FILE = "classes.json"
 CHECKPOINTS = "checkpoints"
 # main's exit status when the loss is no longer finite: for a sweep a result like others.
 DIVERGED = 3
+_MODEL_FIELDS = ("variant", "num_classes", "width", "dtype", "init")
 DTYPES = ("float32", "bfloat16", "float64")
 # Pictures that the mean image is computed from when no full statistics are stored:
 # its standard error is then below one grey level.
@@ -200,6 +201,7 @@ def validate(config: Config, *, devices: bool = True) -> None:
         except ValueError as error:
             problems.append(str(error))
         problems += _layer_factor_problems(config, network)
+        problems += _new_layer_problems(config, network)
         if devices:
             problems += _mesh_problems(config, network)
     if problems:
@@ -324,6 +326,15 @@ def _layer_factor_problems(config: Config, network: variants.Variant) -> list[st
             return [problem]
         before[layer] = epoch
     return []
+
+
+def _new_layer_problems(config: Config, network: variants.Variant) -> list[str]:
+    names = [row.name for row in network.layers]
+    return [
+        f"--config.finetune.new_layers: {layer!r} must be one of {', '.join(names)}."
+        for layer in config.finetune.new_layers
+        if layer not in names
+    ]
 
 
 def _mesh_problems(config: Config, network: variants.Variant) -> list[str]:
@@ -598,8 +609,8 @@ def load(
     """A trained network, for a notebook: `model, variables, preprocess = load(PATH)`.
 
     Args:
-      path: the workdir of a run, or a file of weights: `.safetensors`, `.caffemodel`,
-        `.pth` (see `pretrained.read_weights`).
+      path: the workdir of a run, DIR or DIR@STEP, or a file of weights: `.safetensors`,
+        `.caffemodel`, `.pth` (see `pretrained.read_weights`).
       step: which checkpoint of a run; else the one with the lowest top-1 error, and
         without any evaluation the newest.
       variant: of a file that does not say it.
@@ -642,15 +653,12 @@ def read_network(
     """
     if Path(path).is_file():
         return read_weights(path, variant=variant)
-    workdir = Path(path).absolute()
-    if not (workdir / CONFIG_FILE).exists():
-        raise FileNotFoundError(
-            f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}. Give the "
-            "folder that was given as --workdir, or a file of weights."
-        )
+    folder, which = split_step(os.fspath(path))
+    workdir = Path(folder).absolute()
+    _require_run(workdir)
     statistics = statistics_lib.load(workdir / STATISTICS_FILE)
     with Checkpointer(workdir / CHECKPOINTS, read_only=True) as checkpointer:
-        chosen = checkpointer.best_step() if step is None else step
+        chosen = checkpointer.find(which if step is None else step)
         variables, metadata = checkpointer.restore_params(step=chosen)
     config: Config = ConfigDict(metadata["config"])
     classifier = variants.get(config.model.variant).layers[-1].name
@@ -664,6 +672,42 @@ def read_network(
         crop_size=config.data.crop_size,
         class_names=None if names is None else tuple(names),
     )
+
+
+def _require_run(workdir: Path) -> None:
+    if not (workdir / CONFIG_FILE).exists():
+        raise FileNotFoundError(
+            f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}. Give the "
+            "folder that was given as --workdir, or a file of weights."
+        )
+
+
+# What a run's config says of its network.
+_NETWORK_FIELDS = ("model.", "data.image_size", "data.crop_size")
+
+
+def with_network_of(config: Config, path: str | os.PathLike[str]) -> Config:
+    """A copy of a config that has the network, and the sizes, of a trained one.
+
+    `path` and errors are those of `load`.
+    """
+    if Path(path).is_file():
+        weights = read_weights(path)
+        fields = {
+            f"model.{'' if name in _MODEL_FIELDS else 'overrides.'}{name}": value
+            for name, value in weights.settings.items()
+        }
+        fields["data.image_size"] = weights.image_size
+        fields["data.crop_size"] = weights.crop_size
+    else:
+        workdir = Path(split_step(os.fspath(path))[0])
+        _require_run(workdir)
+        fields = flat(read_config(workdir) or {})
+        fields = {k: v for k, v in fields.items() if k.startswith(_NETWORK_FIELDS)}
+    own: Config = ConfigDict(config.to_dict())
+    with own.ignore_type():
+        own.update_from_flattened_dict(fields)
+    return own
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:

@@ -177,9 +177,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
         hint = re.sub(r"[\\']", "", hint)
         raise ConfigError(f"the config has no such field: {hint}") from error
     except (flags.Error, OSError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"the command line: {' '.join(str(error).split())}"
-        ) from error
+        # A config file that raises while ml_collections reads it.
+        words = " ".join(str(error).split()).rpartition(" failure to load: ")[2]
+        raise ConfigError(f"the command line: {words}") from error
 
 
 def run() -> None:

@@ -12,11 +12,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from alexnet_jax import experiment as experiment_lib
 from alexnet_jax import train
-from alexnet_jax.checkpoint import Checkpointer, CheckpointError, has_checkpoint
+from alexnet_jax.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    has_checkpoint,
+    split_step,
+)
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.evaluate import (
     Predictions,
@@ -31,8 +35,6 @@ from alexnet_jax.experiment import Config, ConfigError, Experiment
 
 # Classes and confusions that are shown.
 WORST = 10
-# What a network's own config says of it; the rest is that of the command.
-_NETWORK = ("model", "data.image_size", "data.crop_size")
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,8 @@ class Member:
         Raises:
           CheckpointError: for another word after the "@".
         """
-        folder, at, step = text.rpartition("@")
-        if not at or Path(text).exists():
-            return cls(Path(text))
-        if step not in ("best", "latest") and not step.isdecimal():
-            raise CheckpointError(
-                f"{text}: after the @ comes a step, best or latest; {step!r} is none."
-            )
-        return cls(Path(folder), int(step) if step.isdecimal() else step)
+        folder, step = split_step(text)
+        return cls(Path(folder), step)
 
 
 def evaluate_runs(
@@ -161,19 +157,12 @@ def _require_checkpoint(member: Member) -> None:
 
 def _of_its_own(config: Config, workdir: Path) -> Config:
     """The config with the network that the workdir was trained with."""
-    saved = experiment_lib.read_config(workdir)
-    if saved is None:
+    if experiment_lib.read_config(workdir) is None:
         raise CheckpointError(
             f"{workdir} has no {experiment_lib.CONFIG_FILE} that says which network it "
             "holds; test it by itself, with its --config."
         )
-    own: Config = ConfigDict(config.to_dict())
-    fields = experiment_lib.flat(saved)
-    with own.ignore_type():
-        own.update_from_flattened_dict(
-            {name: value for name, value in fields.items() if name.startswith(_NETWORK)}
-        )
-    return own
+    return experiment_lib.with_network_of(config, workdir)
 
 
 def _predictions(config: Config, member: Member) -> tuple[int, Predictions]:
@@ -209,10 +198,7 @@ def _restore(
 ) -> tuple[int, dict[str, Any]]:
     target = experiment.abstract_state()
     with Checkpointer(workdir / experiment_lib.CHECKPOINTS, read_only=True) as saved:
-        step = which if isinstance(which, int) else None
-        if which == "best":
-            step = saved.best_step()
-        step = saved.latest_whole_step() if step is None else step
+        step = saved.find(which)
         variables, _ = saved.restore_params(
             step=step,
             abstract={"params": target.params, "batch_stats": target.batch_stats},

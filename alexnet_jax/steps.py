@@ -199,7 +199,7 @@ def _device_train_step(
     found = through.gradients(state, batch, statistics)
     loss, right = lax.pmean((found.loss, found.right), through.batch_axes)
     opt_state: Any
-    grads = jax.tree.map(jnp.zeros_like, state.params) | found.grads
+    grads = {**jax.tree.map(jnp.zeros_like, state.params), **found.grads}
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     new_state = TrainState(
         step=state.step + 1,
@@ -332,7 +332,10 @@ class _Pass:
 
         def loss_fn(trained: PyTree) -> tuple[jax.Array, Any]:
             features, changed = self.model.apply(
-                {"params": state.params | trained, "batch_stats": state.batch_stats},
+                {
+                    "params": {**state.params, **trained},
+                    "batch_stats": state.batch_stats,
+                },
                 images,
                 train=True,
                 first_example=first_example,

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import distributed, parallel
+from alexnet_jax import distributed, finetune, parallel
 from alexnet_jax import experiment as experiment_lib
 from alexnet_jax.checkpoint import Checkpointer, has_checkpoint
 from alexnet_jax.data import Batches
@@ -74,12 +74,19 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
     """
     path = Path(workdir).absolute()
     differences, experiment = prepare(config, path)
+    # Before anything is written: weights to start from may be the wrong ones.
+    begun = has_checkpoint(path / experiment_lib.CHECKPOINTS)
+    first = None if begun else finetune.begin(experiment)
     path.mkdir(parents=True, exist_ok=True)
     with Checkpointer(
         path / experiment_lib.CHECKPOINTS, keep=config.checkpoint.keep
     ) as checkpointer:
         restored = checkpointer.restore(experiment.abstract_state())
-        state, host = restored or (experiment.init_state(), {})
+        if restored:
+            (state, host), origin = restored, []
+        else:
+            experiment, state, origin = first or finetune.begin(experiment)
+            host = {}
         if jax.process_index() == 0:
             experiment.statistics.save(path / experiment_lib.STATISTICS_FILE)
             experiment_lib.write_class_names(path, experiment.train_source.class_names)
@@ -96,8 +103,10 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
             writers.text(
                 f"resuming from step {int(state.step)} ({folder})"
                 if restored
-                else f"no checkpoint in {folder}: starting from scratch"
+                else f"no checkpoint in {folder}: {origin[0]}"
             )
+            for line in origin[1:]:
+                writers.text(line)
             run = _Run(experiment, state, checkpointer, writers, host)
             if jax.process_index() == 0:  # the one that writes
                 written = last_step_with(path / METRICS_FILE, "grad_norm/")
@@ -341,8 +350,10 @@ class _Run:
         total = self.experiment.total_steps
         if self._ended:
             self.writers.text(f"nothing to do: the run ended at step {self.step}")
-            # Unless it was killed between the last checkpoint and the evaluation of it.
-            if self.checkpointer.top1_error(self.step) is None:
+            # Unless it was killed between the last checkpoint and the evaluation of it,
+            # or is a new run of no steps.
+            begun = self.checkpointer.latest_whole_step() == self.step
+            if not begun or self.checkpointer.top1_error(self.step) is None:
                 self._save(self._evaluate(self.config.eval_views))
             return
         with self.experiment.train_batches(self.step) as batches:

@@ -74,6 +74,14 @@ def get_config() -> Any:
     # Convolutional layers to leave out, such as ("conv3",).
     overrides.skip = config_dict.placeholder(tuple)
 
+    config.finetune = finetune = ConfigDict()
+    # Trained weights to start from, all but the classifier's: the workdir of a run (DIR,
+    # DIR@STEP) or a file that `alexnet_jax.load` reads; empty: from scratch.
+    finetune.source = ""
+    # Layers that start anew as well, such as ("fc7",). schedule.layer_factors has rates
+    # of single layers, and freezes them.
+    finetune.new_layers = ()
+
     config.data = data = ConfigDict()
     # textures | folder:PATH | fake | name[:version] of a prepared tfds data set.
     data.source = "textures"

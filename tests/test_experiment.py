@@ -17,7 +17,15 @@ from configs import common
 ROOT = Path(__file__).parent.parent
 CONFIGS = [
     *("common", "paper", "original", "quickstart", "cifar10", "folder", "memorize"),
-    *("cifar10_11", "cifar10_13", "caffe", "caffenet", "owt", "large_batch"),
+    *(
+        "cifar10_11",
+        "cifar10_13",
+        "caffe",
+        "caffenet",
+        "owt",
+        "large_batch",
+        "finetune",
+    ),
 ]
 
 
@@ -60,7 +68,13 @@ def test_every_field_is_read(field):
     """A field that nothing reads is a promise that nothing keeps."""
     code = "".join(
         (ROOT / "alexnet_jax" / name).read_text()
-        for name in ("experiment.py", "train.py", "main.py", "describe.py")
+        for name in (
+            "experiment.py",
+            "finetune.py",
+            "train.py",
+            "main.py",
+            "describe.py",
+        )
     )
     code = code[: code.index("_RANGES")] + code[code.index("def _field(") :]
     group, _, name = field.rpartition(".")

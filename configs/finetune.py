@@ -1,0 +1,32 @@
+"""A trained network goes on, to other classes: your own pictures, one folder a class.
+
+    python -m alexnet_jax.main --config=configs/finetune.py:SOURCE \
+        --workdir=runs/mine --config.data.source=folder:PATH
+
+SOURCE is the workdir of a run, or a file of weights (README, "Weights"); network and
+picture sizes are its own. All layers start from its weights but the classifier, which
+starts anew and learns ten times as fast as the others (as in Caffe's fine-tuning of its
+reference network on Flickr's styles). The first convolutions as they are:
+
+    --config.schedule.layer_factors='(("conv1",0,0),("conv2",0,0),("fc8",0,10))'
+"""
+
+from alexnet_jax import experiment, variants
+from configs import common
+
+
+def get_config(source="SOURCE"):
+    config = common.get_config()
+    if source != "SOURCE":
+        config = experiment.with_network_of(config, source)
+    config.finetune.source = source
+    config.model.num_classes = 0
+    config.data.source = "folder:PATH"
+    config.data.batch_size = 64
+    config.optim.learning_rate = 1e-3
+    config.num_epochs = 20.0
+    config.schedule.name = "cosine"
+    classifier = variants.get(config.model.variant).layers[-1].name
+    config.schedule.layer_factors = ((classifier, 0.0, 10.0),)
+    config.log_every_steps = 20
+    return config

@@ -1,0 +1,178 @@
+"""Runs that start from trained weights: what they keep, and what they refuse."""
+
+import importlib
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_train import columns_config, folder, small_config  # noqa: F401
+
+from alexnet_jax import experiment, finetune, load, train
+from alexnet_jax.experiment import ConfigError
+from alexnet_jax.writers import read_metrics
+
+KEPT = ("conv1", "conv2", "conv3")
+
+
+@pytest.fixture(scope="module")
+def source(folder, tmp_path_factory):  # noqa: F811
+    """A network of three classes, and of a mean image of its own."""
+    workdir = tmp_path_factory.mktemp("source")
+    train.train_and_evaluate(small_config(folder, num_epochs=2.0), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """Two other classes, dark and bright."""
+    root = tmp_path_factory.mktemp("shapes")
+    rng = np.random.default_rng(1)
+    for index in range(24):
+        label = index % 2
+        picture = rng.integers(150 * label, 150 * label + 100, (32, 32, 3))
+        target = root / ("train" if index < 18 else "test") / ["dark", "bright"][label]
+        target.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.astype(np.uint8)).save(target / f"{index:03d}.png")
+    return root
+
+
+def config_from(source, shapes, **changes):
+    config = small_config(shapes, num_epochs=1.0)
+    config.schedule.name = "cosine"
+    config.finetune.source = str(source)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def leaves(state):
+    return {
+        f"{layer}/{name}": np.asarray(array)
+        for layer, arrays in state.params.items()
+        for name, array in arrays.items()
+    }
+
+
+def test_all_but_the_classifier_is_taken_over_and_the_mean_with_it(source, shapes):
+    config = config_from(source, shapes)
+    built = experiment.build(config)
+    scratch = leaves(built.init_state())
+    begun, state, lines = finetune.begin(built)
+    trained = load(source)[1]["params"]
+    for name, array in leaves(state).items():
+        layer, kind = name.split("/")
+        want = trained[layer][kind] if layer in KEPT else scratch[name]
+        np.testing.assert_array_equal(array, want, err_msg=name)
+        assert layer in KEPT or array.shape[-1] == 2
+    of_source = experiment.read_network(source).mean
+    np.testing.assert_array_equal(begun.statistics.mean_image, of_source)
+    assert np.abs(of_source - built.statistics.mean_image).max() > 1
+    own = built.statistics.pca_std_255
+    np.testing.assert_array_equal(begun.statistics.pca_std_255, own)
+    assert lines == [f"starting from the weights of {source}, but new: fc10"]
+
+
+def test_pictures_of_another_size_have_the_mean_colour(source, shapes):
+    config = config_from(source, shapes)
+    config.data.image_size = 40
+    begun, *_ = finetune.begin(experiment.build(config))
+    pixel = experiment.read_network(source).mean.mean(axis=(0, 1))
+    mean = begun.statistics.mean_image
+    assert mean.shape == (40, 40, 3)
+    np.testing.assert_allclose(mean, np.broadcast_to(pixel, mean.shape), rtol=1e-6)
+
+
+def test_a_run_keeps_frozen_layers_and_goes_on_without_its_source(
+    source, shapes, tmp_path, capsys
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    config = config_from(copy, shapes)
+    config.finetune.new_layers = ("conv3",)
+    config.schedule.layer_factors = (("conv1", 0, 0), ("fc10", 0, 10))
+    straight = leaves(train.train_and_evaluate(config, tmp_path / "straight"))
+    said = capsys.readouterr().out
+    assert "but new: conv3, fc10; frozen: conv1\n" in said
+    config.max_steps = 1
+    train.train_and_evaluate(config, tmp_path / "twice")
+    shutil.rmtree(copy)
+    config.max_steps = -1
+    twice = leaves(train.train_and_evaluate(config, tmp_path / "twice"))
+    trained = load(source)[1]["params"]
+    for name, array in straight.items():
+        np.testing.assert_array_equal(array, twice[name], err_msg=name)
+        layer, kind = name.split("/")
+        before = trained[layer][kind]
+        same = array.shape == before.shape and np.array_equal(array, before)
+        assert same == (layer == "conv1"), name
+    # The mean image stays with the weights.
+    mean = experiment.read_network(tmp_path / "twice").mean
+    np.testing.assert_array_equal(mean, experiment.read_network(source).mean)
+    assert read_metrics(tmp_path / "twice" / "metrics.jsonl")[-1]["step"] == 3
+
+
+def test_columns_take_the_weights_of_one_device(folder, tmp_path):  # noqa: F811
+    """Each its part, and the sum is the whole."""
+    config = columns_config(folder)
+    config.max_steps, config.data.eval_split = 0, ""
+    train.train_and_evaluate(config, tmp_path / "source")
+    config.seed, config.finetune.source = 1, str(tmp_path / "source@latest")
+    _, state, _ = finetune.begin(experiment.build(config))
+    trained = load(tmp_path / "source")[1]["params"]
+    for name, array in leaves(state).items():
+        layer, kind = name.split("/")
+        same = np.array_equal(array, trained[layer][kind])
+        assert same == (layer != "fc8" or kind == "bias"), name
+    kernel = state.params["fc6"]["kernel"]
+    assert len(kernel.sharding.device_set) == 2 and not kernel.is_fully_replicated
+
+
+def test_the_config_takes_the_network_of_its_source(source):
+    module = importlib.import_module("configs.finetune")
+    config = module.get_config(str(source))
+    assert config.finetune.source == str(source)
+    assert (config.model.variant, config.model.init) == ("cifar", "he")
+    assert (config.data.image_size, config.data.crop_size) == (34, 32)
+    assert config.model.num_classes == 0
+    assert config.schedule.layer_factors == (("fc10", 0.0, 10.0),)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"model.width": 0.5},
+            (
+                r"(?s)has not the layers of this network:\n"
+                r"  - conv1/\w+ is \(.*32,?\) there, \(.*16,?\) here\n(.*\n)*.*"
+                r"--config=configs/finetune.py:.*--config.finetune.new_layers"
+            ),
+        ),
+        ({"model.variant": "cifar_11"}, r"\n  - local\w+ is not there\n"),
+        ({"finetune.new_layers": ("fc9",)}, "'fc9' must be one of conv1, conv2, conv3"),
+        ({"finetune.source": "nowhere"}, "nowhere is not the workdir of a run"),
+        ({"finetune.source": "nowhere@3"}, "nowhere is not the workdir of a run"),
+    ],
+)
+def test_weights_of_something_else_are_refused(
+    source, shapes, tmp_path, changes, words
+):
+    config = config_from(source, shapes)
+    config.update_from_flattened_dict(changes)
+    if "model.variant" in changes:
+        config.data.crop_size = 24
+    workdir = tmp_path / "run"
+    with pytest.raises((ConfigError, FileNotFoundError), match=words):
+        train.train_and_evaluate(config, workdir)
+    assert not workdir.exists()
+
+
+def test_another_network_of_the_same_shapes_is_said(source, shapes):
+    config = config_from(source, shapes)
+    config.model.overrides.activation = "tanh"
+    *_, lines = finetune.begin(experiment.build(config))
+    assert lines[1] == (
+        "WARNING: the weights are of another network of the same shapes: "
+        "activation=None there, tanh here"
+    )
