@@ -1,9 +1,10 @@
-"""What the commands that look at pictures have in common: predict and retrieve."""
+"""What the commands that look at pictures have in common: predict, retrieve, report."""
 
 import argparse
+import copy
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import jax
 import numpy as np
 from absl import logging
 
+from alexnet_jax import data as data_lib
 from alexnet_jax import ops
 from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.data.images import load_picture
+from alexnet_jax.data.sources import Source
 from alexnet_jax.experiment import load, read_config
+from alexnet_jax.writers import progress
 
 # Pictures that go through the network at once.
 BATCH = 64
@@ -35,6 +39,7 @@ class Extractor:
 
     Attributes:
       data: the fields `data` of the run's config.
+      model, variables: as `experiment.load`.
 
     Raises:
       UnknownLayerError: if there is no such layer.
@@ -49,10 +54,20 @@ class Extractor:
         step: int | None = None,
         batch: int = BATCH,
     ):
-        model, variables, self._preprocess = load(workdir, step=step)
+        self.model, self.variables, self._preprocess = load(workdir, step=step)
         self.data: dict[str, Any] = (read_config(workdir) or {})["data"]
         self._batch = batch
         self._grey = np.full((self.image_size, self.image_size, 3), 128, np.uint8)
+        self._look_at(layer)
+
+    def of(self, layer: str) -> "Extractor":
+        """The same network, which is not read again, as a function to another layer."""
+        other = copy.copy(self)
+        other._look_at(layer)
+        return other
+
+    def _look_at(self, layer: str) -> None:
+        model, variables = self.model, self.variables
 
         def features(images: jax.Array) -> Any:
             return model.apply(variables, images, method="features")
@@ -81,6 +96,43 @@ class Extractor:
             features = np.asarray(self._apply(self._preprocess(filled)), np.float32)
             found.append(features[: len(part)])
         return np.concatenate(found)
+
+    def over(
+        self, pictures: Source, what: str
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The pictures of a split in order, and their features, batch by batch.
+
+        Prints a progress bar, or a line a minute where nobody is watching.
+
+        Args:
+          what: they are, for the progress.
+
+        Yields:
+          (uint8 [B, S, S, 3], float32 [B, D]).
+        """
+        with (
+            data_lib.eval_batches(pictures, batch_size=self._batch) as batches,
+            progress(what, pictures.num_examples, "pictures") as advance,
+        ):
+            for batch in batches:
+                images = batch["image"][: int(batch["mask"].sum())]
+                yield images, self(images)
+                advance(len(images))
+
+    def open(
+        self,
+        split: str,
+        *,
+        source: str | None = None,
+        data_dir: str | None = None,
+    ) -> Source:
+        """A split of a data set, `data.open_source`; without `source` the run's own."""
+        return data_lib.open_source(
+            source or str(self.data["source"]),
+            split,
+            data_dir=data_dir or self.data["dir"] or None,
+            image_size=self.image_size,
+        )
 
     def probe(self) -> np.ndarray:
         """The features of a grey picture, float32 [D]: other networks have others."""

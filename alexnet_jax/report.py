@@ -1,22 +1,72 @@
-"""Draws what a run has learnt, and says how good it is.
+"""Says what a run has learnt and how good it is; sets runs beside each other.
 
 python -m alexnet_jax.report --workdir=DIR
 
-writes DIR/filters.png (the first layer's kernels, a panel a column) and
-DIR/curves.png (loss and error over the epochs).
+writes DIR/report.html, a page in one file: errors, curves, mistakes, filters, predictions,
+neighbours, where the time went, the configuration. It asks for nothing else, from nowhere,
+and prints on A4. Beside it DIR/filters.png (the first layer's kernels, a panel a column)
+and DIR/curves.png (loss and error over the epochs). For the mistakes and the neighbours
+the network looks at the run's own pictures; where they are no longer there, the page says
+so and has the rest.
+
+python -m alexnet_jax.report --workdir=DIR,DIR,DIR --out=FILE.png
+
+draws the curves of several runs, at most six, in one figure: training and held out, loss
+and error. FILE ends in .png, .svg or .pdf.
 """
 
+import argparse
 import os
+import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from absl import app, flags, logging
+import jax
+import numpy as np
 
-from alexnet_jax.analysis import first_layer_filters, training_curves
-from alexnet_jax.checkpoint import CheckpointError
-from alexnet_jax.experiment import load
+from alexnet_jax import records as machine_records
+from alexnet_jax import retrieve
+from alexnet_jax.analysis import (
+    best_labels,
+    filter_statistics,
+    filter_statistics_by_column,
+    first_layer_filters,
+    page,
+    training_curves,
+)
+from alexnet_jax.analysis.page import Markup
+from alexnet_jax.data.files import replacing
+from alexnet_jax.data.imagenet import words
+from alexnet_jax.data.images import short_names
+from alexnet_jax.evaluate import class_errors, errors, worst_confusions
+from alexnet_jax.experiment import CONFIG_FILE, flat, read_config
+from alexnet_jax.findings import (
+    Alike,
+    Difference,
+    HeldOut,
+    Missing,
+    Run,
+    differences,
+    look_at_held_out,
+    look_for_alike,
+    read_run,
+    time_spent,
+)
+from alexnet_jax.pictures import exit_status
+from alexnet_jax.stopwatch import TIMES_FILE
+from alexnet_jax.sweeps import as_text
 from alexnet_jax.writers import METRICS_FILE, read_metrics
+
+REPORT_FILE = "report.html"
+# Kinds of figures that several runs can be drawn into.
+FORMATS = ("png", "svg", "pdf")
+_EXAMPLES = 8  # pictures with their labels
+_SHOWN_QUERIES = 5  # pictures with their neighbours
+_ALL_CLASSES = 20  # of no more classes all are listed, else the worst
+_WORST = 10
 
 _NEXT = """what next
   your own pictures   {python} -m alexnet_jax.main --config=configs/folder.py \\
@@ -27,49 +77,602 @@ _NEXT = """what next
   in a notebook       model, variables, preprocess = alexnet_jax.load("{workdir}")"""
 
 
-def report(workdir: Path) -> list[str]:
-    """Draws the figures into `workdir`; returns the lines that say what there is."""
-    model, variables, _ = load(workdir)
-    records = read_metrics(workdir / METRICS_FILE)
-    first = model.network.layers[0].name
-    kernel = variables["params"][first]["kernel"]
-    filters, curves = workdir / "filters.png", workdir / "curves.png"
-    first_layer_filters(kernel, columns=model.network.columns).savefig(filters, dpi=150)
-    training_curves(records).savefig(curves, dpi=150)
-    lines = []
-    evaluations = [record for record in records if "eval/loss" in record]
+# The sections of the page.
+
+
+def _percent(share: float, digits: int = 2) -> str:
+    return f"{100 * share:.{digits}f}%"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour} h {minute:02d} min" if hour else f"{minute} min {second:02d} s"
+
+
+def _missing(what: str, missing: Missing) -> Markup:
+    return page.paragraph(f"{what}: {missing.reason}", kind="missing")
+
+
+def _of(shown: int, total: int) -> str:
+    """Such as "2,000 (spread evenly) of 50,000" of pictures that are capped."""
+    return (
+        f"{shown:,} (spread evenly) of {total:,}" if shown < total else f"All {total:,}"
+    )
+
+
+def _network(run: Run) -> str:
+    """Such as "network paper, 0.25 of its width"."""
+    model = run.config["model"]
+    width = "" if model["width"] == 1 else f", {model['width']:g} of its width"
+    return f"network {model['variant']}{width}"
+
+
+def _headline(run: Run) -> Markup:
+    """The numbers that are asked for first."""
+    last, evaluations = run.last, run.evaluations
+    classes = len(run.names)
+    cells: list[tuple[Any, Any]] = []
     if evaluations:
-        last = evaluations[-1]
-        top1, top5 = 100 * last["eval/top1_error"], 100 * last["eval/top5_error"]
-        lines.append(
-            f"held-out errors: top-1 {top1:.2f}%, top-5 {top5:.2f}% "
-            f"({last['eval/count']:.0f} pictures, step {last['step']})"
+        found = evaluations[-1]
+        views = {"eval/": "centre view"}
+        if "eval/views_loss" in found:
+            views["eval/views_"] = f"{run.config['eval_views']} views"
+        for prefix, where in views.items():
+            where = f"of {found['eval/count']:,.0f} held-out pictures, {where}"
+            cells.append(
+                (_percent(found[f"{prefix}top1_error"]), f"top-1 error {where}")
+            )
+            if classes > 5:  # else it is 0
+                error = _percent(found[f"{prefix}top5_error"])
+                cells.append((error, "top-5 error of the same"))
+    top5 = f", top-5 {_percent(1 - 5 / classes, 1)}" if classes > 5 else ""
+    cells += [
+        (_percent(1 - 1 / classes, 1), f"error of guessing: {classes:,} classes{top5}"),
+        (f"{sum(row.parameters for row in run.layers):,}", "parameters"),
+    ]
+    if last is not None:
+        pictures = run.training_pictures
+        of = f" of {pictures:,} training pictures" if pictures else ""
+        cells += [
+            (f"{last['epoch']:.4g}", f"epochs{of}"),
+            (
+                f"{last['step']:,}",
+                f"steps of {run.config['data']['batch_size']} images",
+            ),
+        ]
+    parts = [page.tiles(cells)]
+    if not evaluations:
+        parts.append(
+            _missing(
+                "Held-out errors", Missing(f"{METRICS_FILE} holds no evaluation yet")
+            )
         )
-        if "eval/views_loss" in last:
-            top1, top5 = (100 * last[f"eval/views_{k}_error"] for k in ("top1", "top5"))
-            lines.append(f"over several views: top-1 {top1:.2f}%, top-5 {top5:.2f}%")
-    lines.append(f"first-layer filters: {filters}")
-    lines.append(f"training curves:     {curves}")
+    return page.joined(*parts)
+
+
+def _about(run: Run) -> Markup:
+    """The lines under the title: where, on what, when."""
+    when = time.strftime("%Y-%m-%d %H:%M")
+    metrics = run.workdir / METRICS_FILE
+    written = ""
+    if metrics.exists():
+        day = time.strftime("%Y-%m-%d %H:%M", time.localtime(metrics.stat().st_mtime))
+        written = f"; the run's last record is of {day}"
+    data = run.config["data"]
+    on = page.joined("On ", page.code(str(data["source"])))
+    return page.paragraph(
+        on,
+        f", {data['crop_size']} × {data['crop_size']} pixels, run in ",
+        page.code(str(run.workdir)),
+        f". Report of {when}{written}.",
+        kind="soft",
+    )
+
+
+def _curves(run: Run) -> Markup:
+    classes = len(run.names)
+    shown = [
+        ("loss", "Loss over the epochs, in training and held out."),
+        ("top1_error", "Top-1 error over the epochs, in training and held out."),
+        ("lr", "Learning rate over the epochs."),
+        ("images_per_sec", "Images a second over the epochs."),
+    ]
+    if not any("train/loss" in record for record in run.records):
+        missing = Missing(f"{METRICS_FILE} holds no record of training")
+        return page.section("Training", _missing("Training curves", missing))
+    figures = [
+        page.drawing(
+            training_curves(run.records, quantities=[name], num_classes=classes), alt
+        )
+        for name, alt in shown
+    ]
+    every = run.config["log_every_steps"]
+    return page.section(
+        "Training",
+        page.side_by_side(*figures),
+        page.paragraph(
+            f"Training values are means over {every} steps, of augmented pictures and, "
+            "where there is dropout, with it: held-out errors can be lower. The dotted "
+            "lines are what guessing gives.",
+            kind="soft",
+        ),
+    )
+
+
+def _mistakes(run: Run, held_out: HeldOut | Missing) -> Markup:
+    title = "Errors by class"
+    if isinstance(held_out, Missing):
+        return page.section(title, _missing("Errors by class", held_out))
+    predictions = held_out.predictions
+    found, overall = class_errors(predictions), errors(predictions)
+    chosen = found if len(found) <= _ALL_CLASSES else found[:_WORST]
+    largest = max(max(c.top1_error for c in chosen), 1e-9)
+    which = "" if len(chosen) == len(found) else f", the {len(chosen)} worst"
+    rows = [
+        (
+            words(c.name),
+            page.bar(c.top1_error / largest),
+            _percent(c.top1_error, 1),
+            _percent(c.top5_error, 1),
+            f"{c.count:,}",
+        )
+        for c in chosen
+    ]
+    pairs = [
+        (words(c.label), words(c.predicted), f"{c.count:,}", _percent(c.share, 1))
+        for c in worst_confusions(predictions, _WORST)
+    ]
+    seen = _of(len(predictions.labels), held_out.total)
+    by_class = page.joined(
+        page.heading(f"Error of each class{which}"),
+        page.table(
+            ["class", "", "top-1", "top-5", "pictures"],
+            rows,
+            columns="lbrrr",
+        ),
+    )
+    confusions = (
+        page.table(
+            ["class", "taken for", "times", "of its pictures"], pairs, columns="llrr"
+        )
+        if pairs
+        else page.paragraph("No picture is classified wrongly.")
+    )
+    return page.section(
+        title,
+        page.paragraph(
+            f"{seen} held-out pictures, centre view, by the checkpoint of step "
+            f"{run.step:,}: top-1 error {_percent(overall['top1_error'])}, top-5 "
+            f"{_percent(overall['top5_error'])}."
+        ),
+        page.side_by_side(
+            by_class,
+            page.joined(page.heading("Most frequent confusions"), confusions),
+        ),
+    )
+
+
+def _filters(run: Run) -> Markup:
+    kernel, columns = _kernel(run)
+    side, count = kernel.shape[0], kernel.shape[-1]
+    found = filter_statistics(kernel)
+    each = f", in {columns} columns of {count // columns}" if columns > 1 else ""
+    oriented = np.mean(found.coherence > 0.5)
+    return page.section(
+        "First-layer filters",
+        page.paragraph(
+            f"{count} kernels of {side} × {side} × 3{each}, each stretched to the whole "
+            f"range of grey. Half of them have more than {np.median(found.colour):.0%} "
+            f"of their energy in colour; {oriented:.0%} answer to one orientation "
+            "(coherence above a half)."
+        ),
+        page.picture(
+            first_layer_filters(kernel, columns=columns),
+            f"The {count} kernels of the first layer as small pictures{each}.",
+            wide=True,
+        ),
+        page.drawing(
+            filter_statistics_by_column(kernel, columns=columns),
+            "Left: each kernel's share of colour and coherence of orientation. Right: "
+            "how many kernels answer to each orientation.",
+            "A kernel is a dot on the left. On the right those with an orientation: 0° "
+            "answers to horizontal edges, 90° to vertical ones.",
+            wide=True,
+        ),
+    )
+
+
+def _kernel(run: Run) -> tuple[np.ndarray, int]:
+    """The first layer's kernels, and in how many columns they are."""
+    network = run.logits_of.model.network
+    params = run.logits_of.variables["params"]
+    return np.asarray(params[network.layers[0].name]["kernel"]), network.columns
+
+
+def _predictions(run: Run, held_out: HeldOut | Missing) -> Markup:
+    title = "Predictions"
+    if isinstance(held_out, Missing):
+        return page.section(title, _missing("Predictions", held_out))
+    chosen, wrong = held_out.examples(_EXAMPLES)
+    size = held_out.pictures.image_size
+    pictures = np.empty((len(chosen), size, size, 3), np.uint8)
+    labels = np.empty(len(chosen), np.int32)
+    held_out.pictures.fetch(np.array(chosen), pictures, labels)
+    names = [words(name) for name in run.names]
+    chances = np.exp(held_out.predictions.centre[chosen].astype(np.float64))
+    figures = []
+    for i in range(len(chosen)):
+        best = int(np.argmax(chances[i]))
+        said = f"taken for {names[best]} ({chances[i, best]:.0%})"
+        figures.append(
+            page.picture(
+                best_labels(
+                    pictures[i : i + 1], chances[i : i + 1], names, labels=[labels[i]]
+                ),
+                f"A picture of {names[labels[i]]}, {said}.",
+            )
+        )
+    mistakes = {
+        0: "No picture is classified wrongly",
+        1: "The first is the mistake that the network was surest of",
+    }.get(wrong, f"The first {wrong} are the mistakes that the network was surest of")
+    return page.section(
+        title,
+        page.paragraph(
+            f"{mistakes}; the others are right, evenly spread. The correct label stands "
+            "above; its bar is red, and bars are probabilities."
+        ),
+        page.side_by_side(*figures, small=True),
+    )
+
+
+def _neighbours(run: Run, alike: Alike | Missing) -> Markup:
+    title = "Nearest neighbours"
+    if isinstance(alike, Missing):
+        return page.section(title, _missing("Nearest neighbours", alike))
+    count = len(alike.pictures)
+    present = np.unique(alike.labels)  # a picture each of some of the classes
+    most = min(_SHOWN_QUERIES, len(present))
+    chosen = present[np.arange(most) * len(present) // most]
+    shown = np.array([np.argmax(alike.labels == label) for label in chosen])
+    titles = [words(run.names[label]) for label in alike.labels[shown]]
+    figure = retrieve.draw(
+        alike.index,
+        alike.indexed,
+        alike.pictures[shown],
+        alike.rows[shown],
+        query_titles=titles,
+    )
+    searched = _of(alike.indexed.num_examples, alike.total)
+    neighbours = alike.rows.shape[1]
+    return page.section(
+        title,
+        page.paragraph(
+            f"Held-out pictures, and the training pictures nearest to them: by Euclidean "
+            f"distance of the features in {alike.index.layer}, the last layer before the "
+            f"classifier, and by that of the pixels. {searched} training pictures were "
+            f"searched. Of the {neighbours} nearest to each of {count} held-out pictures "
+            f"{_percent(alike.same_class, 1)} are of its class by features, "
+            f"{_percent(alike.same_class_pixels, 1)} by pixels."
+        ),
+        page.picture(
+            figure,
+            f"{len(shown)} held-out pictures, a row each, with their {neighbours} "
+            "nearest training pictures by features and by pixels.",
+            wide=True,
+        ),
+    )
+
+
+def _time(run: Run) -> Markup:
+    spent = time_spent(run)
+    title = "Where the time went"
+    if not spent.parts:
+        missing = Missing(f"neither {TIMES_FILE} nor {METRICS_FILE} has any")
+        return page.section(title, _missing("Times", missing))
+    whole = spent.total or sum(part.seconds for part in spent.parts)
+    rows = [
+        (
+            part.what,
+            page.bar(part.seconds / whole),
+            _duration(part.seconds),
+            _percent(part.seconds / whole, 1),
+        )
+        for part in spent.parts
+    ]
+    rate = f"{spent.images_per_sec:,.0f} images a second in training"
+    if spent.total is not None:
+        starts = len(run.times)
+        head = (
+            f"{_duration(spent.total)} in {starts} start{'s' * (starts > 1)}; {rate}."
+        )
+    else:
+        head = f"{_duration(whole)} of training steps; {rate}."
+    parts = [page.paragraph(head)]
+    if spent.total is None:
+        parts.append(
+            _missing(
+                "Compiling, evaluations and checkpoints",
+                Missing(f"there is no {TIMES_FILE}; the shares are of training alone"),
+            )
+        )
+    elif spent.unrecorded_steps:
+        missing = Missing(
+            f"{spent.unrecorded_steps:,} steps are of starts that were killed, or of "
+            f"before there was a {TIMES_FILE}"
+        )
+        parts.append(_missing("Not in the table", missing))
+    parts.append(page.table(["", "", "time", "share"], rows, columns="lbrr"))
+    return page.section(title, *parts)
+
+
+def _configuration(run: Run, changed: list[Difference] | None) -> Markup:
+    fields = [(page.code(k), _value(v)) for k, v in flat(run.config).items()]
+    if changed is None:
+        first = _missing(
+            "What differs from the defaults",
+            Missing("configs/common.py is not installed here"),
+        )
+    else:
+        rows = [
+            (page.code(d.field), _value(d.value), _value(d.default)) for d in changed
+        ]
+        first = page.joined(
+            page.paragraph("What differs from configs/common.py:"),
+            page.table(["field", "here", "default"], rows, columns="lll"),
+        )
+    everything = page.table(["field", "value"], fields, columns="ll")
+    return page.section(
+        "Configuration", first, page.details(f"All {len(fields)} fields", everything)
+    )
+
+
+def _value(value: Any) -> Markup | str:
+    """None is what stands in the table of layers."""
+    if value is None:
+        return "as in the network's table"
+    if isinstance(value, list):
+        value = tuple(value)
+    return page.code(repr(value) if value == "" else str(value))
+
+
+def _layers(run: Run) -> Markup:
+    rows = [
+        (
+            row.name,
+            " × ".join(str(n) for n in row.shape),
+            f"{row.parameters:,}" if row.parameters else "",
+            f"{row.multiply_adds:,}" if row.multiply_adds else "",
+        )
+        for row in run.layers
+    ]
+    rows.append(
+        (
+            "total",
+            "",
+            f"{sum(row.parameters for row in run.layers):,}",
+            f"{sum(row.multiply_adds for row in run.layers):,}",
+        )
+    )
+    header = ["layer", "output", "parameters", "multiply-adds an image"]
+    return page.details(
+        "The network's layers", page.table(header, rows, columns="llrr")
+    )
+
+
+def _commands(run: Run, python: str, changed: list[Difference] | None) -> Markup:
+    workdir = shlex.quote(str(run.workdir))
+    predict = f"{python} -m alexnet_jax.predict \\\n    --workdir={workdir} PICTURE ..."
+    alike = (
+        f"{python} -m alexnet_jax.retrieve \\\n    --workdir={workdir} "
+        f"--index=FILE.npz \\\n    --layer={run.layers[-2].name} PICTURE ..."
+    )
+    parts = [page.heading("What is in other pictures"), page.block(predict)]
+    parts += [page.heading("Training pictures like them"), page.block(alike)]
+    if changed is not None:
+        lines = [f"{python} -m alexnet_jax.main"]
+        lines += ["--config=configs/common.py", f"--workdir={workdir}"]
+        lines += _flags(run, changed)
+        train = " \\\n    ".join(lines)
+        parts += [
+            page.heading("Test it again"),
+            page.block(f"{train} \\\n    --mode=eval"),
+            page.heading("Go on"),
+            page.paragraph(
+                "The same command without ",
+                page.code("--mode=eval"),
+                ", with a larger ",
+                page.code("--config.num_epochs"),
+                " where it had come to its end; or the command that it was trained with.",
+            ),
+        ]
+    versions = machine_records.versions()
+    here = ", ".join(f"{name} {version}" for name, version in versions.items())
+    then = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+    parts += [
+        page.heading("Versions"),
+        page.paragraph(
+            f"The checkpoint of step {run.step:,} was written with "
+            f"{then or 'versions that it does not say'}. This page was made with {here}."
+        ),
+    ]
+    return page.section("Commands and versions", *parts)
+
+
+def _flags(run: Run, changed: list[Difference]) -> list[str]:
+    """What makes this run's config of configs/common.py."""
+    flags = []
+    for difference in changed:
+        value = shlex.quote(as_text(_tuples(difference.value)))
+        flags.append(f"--config.{difference.field}={value}")
+    parallel = run.config["parallel"]
+    devices = max(1, parallel["data"]) * max(1, parallel["column"])
+    if devices > 1 and jax.default_backend() == "cpu":
+        flags.append(f"--cpu_devices={devices}")
+    return flags
+
+
+def _tuples(value: Any) -> Any:
+    """Lists of JSON as the tuples that they were."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def build_page(run: Run, python: str = "python") -> bytes:
+    """The whole of report.html.
+
+    Args:
+      python: how Python is called in the commands that it shows.
+    """
+    held_out = look_at_held_out(run)
+    alike = look_for_alike(run, held_out)
+    changed = differences(run.config)
+    name = run.workdir.absolute().name
+    return page.document(
+        f"{name}: {_network(run)}",
+        _about(run),
+        _headline(run),
+        _curves(run),
+        _mistakes(run, held_out),
+        _predictions(run, held_out),
+        _neighbours(run, alike),
+        _filters(run),
+        _time(run),
+        _configuration(run, changed),
+        _layers(run),
+        _commands(run, python, changed),
+        footer="Made by python -m alexnet_jax.report from the files of the run.",
+    )
+
+
+# The command.
+
+
+def _save(figure: Any, path: Path, kind: str = "png") -> None:
+    """Writes a figure, whole or not at all."""
+    with replacing(path) as file:
+        figure.savefig(file, format=kind, dpi=150)
+
+
+def _errors_in_words(records: Sequence[dict[str, Any]]) -> list[str]:
+    """The held-out errors of the last evaluation, a line each; none: nothing."""
+    evaluations = [record for record in records if "eval/loss" in record]
+    if not evaluations:
+        return []
+    last = evaluations[-1]
+    top1, top5 = 100 * last["eval/top1_error"], 100 * last["eval/top5_error"]
+    pictures = f"{last['eval/count']:.0f} pictures, step {last['step']}"
+    lines = [f"held-out errors: top-1 {top1:.2f}%, top-5 {top5:.2f}% ({pictures})"]
+    if "eval/views_loss" in last:
+        top1, top5 = (100 * last[f"eval/views_{k}_error"] for k in ("top1", "top5"))
+        lines.append(f"over several views: top-1 {top1:.2f}%, top-5 {top5:.2f}%")
     return lines
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unknown on the command line: {' '.join(argv[1:])}")
-    if not _WORKDIR.value:
-        sys.exit("error: --workdir=DIR is missing: the folder of a run.")
-    workdir = Path(_WORKDIR.value)
-    try:
-        lines = report(workdir)
-    except (CheckpointError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+def report(workdir: Path, *, python: str = "python") -> list[str]:
+    """Writes the page and the figures; returns the lines that say what there is.
+
+    Args:
+      workdir: of a run.
+      python: how Python is called in the commands that the page shows.
+
+    Raises:
+      FileNotFoundError, CheckpointError: as `experiment.load`.
+    """
+    run = read_run(workdir)
+    html = build_page(run, python)  # before anything is written
+    filters, curves = workdir / "filters.png", workdir / "curves.png"
+    kernel, columns = _kernel(run)
+    _save(first_layer_filters(kernel, columns=columns), filters)
+    _save(training_curves(run.records), curves)
+    with replacing(workdir / REPORT_FILE) as file:
+        file.write(html)
+    return [
+        *_errors_in_words(run.records),
+        f"first-layer filters: {filters}",
+        f"training curves:     {curves}",
+        f"report:              {workdir / REPORT_FILE}",
+    ]
+
+
+def compare(workdirs: Sequence[Path], out: Path) -> list[str]:
+    """Draws the curves of several runs; returns lines with their held-out errors.
+
+    Raises:
+      FileNotFoundError: for a folder that is not the workdir of a run.
+      ValueError: for too many runs, one twice, or a kind of figure that is none of `FORMATS`.
+    """
+    kind = out.suffix.removeprefix(".").lower()
+    if kind not in FORMATS:
+        raise ValueError(f"--out={out} must end in one of .{', .'.join(FORMATS)}.")
+    names = short_names(workdirs)
+    if len(set(names)) < len(names):
+        names = [str(workdir) for workdir in workdirs]
+    if len(set(names)) < len(names):
+        raise ValueError("--workdir names a run twice.")
+    runs, lines = {}, []
+    for name, workdir in zip(names, workdirs, strict=True):
+        metrics = workdir / METRICS_FILE
+        if read_config(workdir) is None or not metrics.exists():
+            raise FileNotFoundError(
+                f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE} and "
+                f"{METRICS_FILE}. --workdir=DIR,DIR takes the folders of runs."
+            )
+        runs[name] = read_metrics(metrics)
+        said = _errors_in_words(runs[name]) or ["no evaluation yet"]
+        lines += [f"{name}: {line}" for line in said]
+    figure = training_curves(runs)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _save(figure, out, kind)
+    return [*lines, f"curves of {len(runs)} runs: {out}"]
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[list[Path], Path | None]:
+    parser = argparse.ArgumentParser(
+        prog="python -m alexnet_jax.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        metavar="DIR[,DIR...]",
+        help="folder of a run, or of several to compare",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.png", help="figure of several runs"
+    )
+    options = parser.parse_args(argv)
+    whole = Path(options.workdir)
+    names = [whole] if whole.exists() else options.workdir.split(",")
+    workdirs = [Path(name) for name in names if str(name)]
+    if len(workdirs) > 1 and options.out is None:
+        parser.error("--workdir has several runs: --out=FILE.png says where to draw.")
+    if len(workdirs) < 2 and options.out is not None:
+        parser.error("--out goes with several runs, --workdir=DIR,DIR.")
+    return workdirs or [whole], options.out
+
+
+def _report(workdirs: list[Path], out: Path | None) -> bool:
+    if out is not None:
+        print("\n".join(compare(workdirs, out)))
+        return True
     # As it was called: the environment's python, not the system's.
     python = os.path.relpath(sys.executable)
     python = sys.executable if python.startswith("..") else python
-    print("\n".join(["", *lines, "", _NEXT.format(python=python, workdir=workdir)]))
+    lines = report(workdirs[0], python=python)
+    following = _NEXT.format(python=python, workdir=workdirs[0])
+    print("\n".join(["", *lines, "", following]))
+    return True
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    workdirs, out = _parse(argv)
+    return exit_status(lambda: _report(workdirs, out))
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a run.")
-    logging.set_verbosity(logging.WARNING)
-    app.run(main)
+    sys.exit(main())

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax import data
 from alexnet_jax.analysis.retrieval import (
     Index,
     RetrievalError,
@@ -32,14 +31,12 @@ from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import short_names
 from alexnet_jax.data.sources import Source
 from alexnet_jax.pictures import (
-    BATCH,
     Extractor,
     exit_status,
     parser,
     read,
     save_figure,
 )
-from alexnet_jax.writers import progress
 
 # How far the features of the same picture may be from the stored ones, over their
 # largest: other processors and devices add up in another order.
@@ -56,8 +53,6 @@ def build_index(
 ) -> Index:
     """The features of every picture of a split.
 
-    Prints a progress bar, or a line a minute where nobody is watching.
-
     Args:
       features_of: of a run and of this layer.
       source, split, data_dir: as of `data.open_source`; None: the run's own training
@@ -68,37 +63,27 @@ def build_index(
     """
     own = features_of.data
     source, split = source or str(own["source"]), split or str(own["train_split"])
-    pictures = _open(features_of, source, split, data_dir)
-    count = pictures.num_examples
+    pictures = features_of.open(split, source=source, data_dir=data_dir)
+    return index_of(features_of, layer, pictures, source=source, split=split)
+
+
+def index_of(
+    features_of: Extractor, layer: str, pictures: Source, *, source: str, split: str
+) -> Index:
+    """The features of every one of `pictures`; the other words are for `Index`."""
     features, pixels = [], []
-    with (
-        data.eval_batches(pictures, batch_size=BATCH) as batches,
-        progress("index", count, "pictures") as advance,
-    ):
-        for batch in batches:
-            features.append(features_of(batch["image"]))
-            pixels.append(shrink(batch["image"]))
-            advance(int(batch["mask"].sum()))
+    for images, found in features_of.over(pictures, "index"):
+        features.append(found)
+        pixels.append(shrink(images))
     return Index(
-        features=np.concatenate(features)[:count],
-        pixels=np.concatenate(pixels)[:count],
-        labels=pictures.labels_of(np.arange(count)).astype(np.int32),
+        features=np.concatenate(features),
+        pixels=np.concatenate(pixels),
+        labels=pictures.labels_of(np.arange(pictures.num_examples)).astype(np.int32),
         class_names=tuple(pictures.class_names),
         probe=features_of.probe(),
         layer=layer,
         source=source,
         split=split,
-    )
-
-
-def _open(
-    features_of: Extractor, source: str, split: str, data_dir: str | None
-) -> Source:
-    return data.open_source(
-        source,
-        split,
-        data_dir=data_dir or features_of.data["dir"] or None,
-        image_size=features_of.image_size,
     )
 
 
@@ -241,7 +226,9 @@ def _look_up(options: argparse.Namespace, index: Index, features_of: Extractor) 
         for item in answer:
             print(f"  {item['distance']:10.3f}  {item['row']:8d}  {item['words']}")
     if options.figure is not None:
-        source = _open(features_of, index.source, index.split, options.data_dir)
+        source = features_of.open(
+            index.split, source=index.source, data_dir=options.data_dir
+        )
         figure = draw(
             index, source, np.stack(pictures), rows, query_titles=short_names(paths)
         )

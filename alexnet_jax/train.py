@@ -32,6 +32,17 @@ from alexnet_jax.model import INITS
 from alexnet_jax.optim import Plateau
 from alexnet_jax.profiler import Profiler
 from alexnet_jax.steps import TrainState
+from alexnet_jax.stopwatch import (
+    CHECKPOINTS,
+    COMPILING,
+    EVALUATION,
+    SUMMARIES,
+    TIMES_FILE,
+    TRACING,
+    TRAINING,
+    WAITING,
+    Stopwatch,
+)
 from alexnet_jax.writers import METRICS_FILE, MultiWriter, last_step_with, make_writers
 
 # Steps that may be under way on the devices before the host waits for one: enough
@@ -59,8 +70,8 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
     Args:
       config: see `configs/common.py`.
       workdir: folder for `config.json`, `classes.json` (the names by label),
-        `metrics.jsonl`, `statistics.npz`, `checkpoints/`, `profile/` and TensorBoard's
-        event files; made if it does not exist.
+        `metrics.jsonl`, `times.jsonl`, `statistics.npz`, `checkpoints/`, `profile/` and
+        TensorBoard's event files; made if it does not exist.
 
     Returns:
       The final state.
@@ -72,6 +83,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
       KeyboardInterrupt, SystemExit: after Ctrl-C, or SIGTERM or SIGUSR1 (exit status
         143 or 138), once a checkpoint has been written.
     """
+    watch = Stopwatch()
     path = Path(workdir).absolute()
     differences, experiment = prepare(config, path)
     # Before anything is written: weights to start from may be the wrong ones.
@@ -88,6 +100,8 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
             experiment, state, origin = first or finetune.begin(experiment)
             host = {}
         if jax.process_index() == 0:
+            if restored is None:  # those of a start that came to nothing
+                (path / TIMES_FILE).unlink(missing_ok=True)
             experiment.statistics.save(path / experiment_lib.STATISTICS_FILE)
             experiment_lib.write_class_names(path, experiment.train_source.class_names)
             experiment_lib.write_config(path, config)
@@ -107,7 +121,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
             )
             for line in origin[1:]:
                 writers.text(line)
-            run = _Run(experiment, state, checkpointer, writers, host)
+            run = _Run(experiment, state, checkpointer, writers, host, watch)
             if jax.process_index() == 0:  # the one that writes
                 written = last_step_with(path / METRICS_FILE, "grad_norm/")
                 run.summarized_step = written
@@ -117,8 +131,15 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
                 start_step=run.step,
                 say=writers.text,
             )
-            with stop_signals() as stop, profiler:
-                run.train(stop, profiler)
+            first_step = run.step
+            try:
+                with stop_signals() as stop, profiler:
+                    run.train(stop, profiler)
+            finally:
+                if jax.process_index() == 0 and run.step > first_step:
+                    watch.append_to(
+                        path / TIMES_FILE, first_step=first_step, last_step=run.step
+                    )
             return run.state
 
 
@@ -301,7 +322,9 @@ class _Run:
         checkpointer: Checkpointer,
         writers: MultiWriter,
         host: dict[str, Any],
+        watch: Stopwatch,
     ):
+        self.watch = watch
         self.experiment = experiment
         self.config = experiment.config
         self.state = state
@@ -364,7 +387,7 @@ class _Run:
             while True:
                 self._summarize(batch)
                 if profiler.is_due(self.step):
-                    with self._off_the_clock():
+                    with self._off_the_clock(TRACING):
                         profiler.switch(self.step)
                 with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
                     self.state, metrics = train_step(self.state, batch, self.statistics)
@@ -442,11 +465,12 @@ class _Run:
         self.clock_waited = waited
 
     @contextlib.contextmanager
-    def _off_the_clock(self) -> Iterator[None]:
-        """What happens within does not count as training time."""
+    def _off_the_clock(self, what: str) -> Iterator[None]:
+        """What happens within does not count as training time, but as `what`."""
         self.state.step.block_until_ready()
         started = time.monotonic()
-        yield
+        with self.watch.spending(what):
+            yield
         self.clock += time.monotonic() - started
 
     def _log(self, waited: float) -> None:
@@ -465,6 +489,9 @@ class _Run:
                 f"in {self.checkpointer.directory}, if any, are from before; try a "
                 "lower --config.optim.learning_rate."
             )
+        waited_here = waited - self.clock_waited
+        self.watch.add(WAITING, waited_here)
+        self.watch.add(TRAINING, seconds - waited_here)
         rate = (self.step - self.clock_step) / seconds
         self._write(
             {
@@ -472,7 +499,7 @@ class _Run:
                 "train/top1_error": float(np.mean([m["top1_error"] for m in recent])),
                 "lr": float(recent[-1]["lr"]),
                 "images_per_sec": rate * self.config.data.batch_size,
-                "data_wait_frac": (waited - self.clock_waited) / seconds,
+                "data_wait_frac": waited_here / seconds,
                 "eta_seconds": (self.experiment.total_steps - self.step) / rate,
             }
         )
@@ -511,7 +538,7 @@ class _Run:
         every = self.config.summaries_every_steps
         if not every or self.step % every:
             return
-        with self._off_the_clock():
+        with self._off_the_clock(SUMMARIES):
             args = (self.state, batch, self.statistics)
             if self.summary_step is None:
                 step = self.experiment.summary_step()
@@ -534,7 +561,7 @@ class _Run:
         experiment = self.experiment
         if experiment.eval_source is None:
             return None
-        with self._off_the_clock(), experiment.eval_batches() as batches:
+        with self._off_the_clock(EVALUATION), experiment.eval_batches() as batches:
             errors = evaluate(
                 lambda batch: self._eval_batch(batch, views),
                 (experiment.put(batch) for batch in batches),
@@ -581,7 +608,7 @@ class _Run:
         self.writers.text(f"learning rate now {float(new):.3g}")
 
     def _save(self, top1_error: float | None = None) -> None:
-        with self._off_the_clock():
+        with self._off_the_clock(CHECKPOINTS):
             if not _all_finite(self.state.params):
                 raise FloatingPointError(
                     f"The parameters of step {self.step} are not finite; no checkpoint "
@@ -620,7 +647,8 @@ class _Run:
     def _compile(self, what: str, step: Any, args: tuple[Any, ...]) -> Any:
         self.writers.text(f"compiling the {what} step ...")
         started = time.monotonic()
-        compiled = step.lower(*args).compile()
+        with self.watch.spending(COMPILING):
+            compiled = step.lower(*args).compile()
         seconds = time.monotonic() - started
         self.writers.text(f"compiled the {what} step in {seconds:.1f} s")
         return compiled

@@ -10,12 +10,11 @@ cores.
 """
 
 import argparse
-import math
 import subprocess
 import sys
 from pathlib import Path
 
-from alexnet_jax.analysis import compare_losses
+from alexnet_jax.analysis import training_curves
 from alexnet_jax.writers import METRICS_FILE, read_metrics
 
 INITS = ("paper", "caffe")
@@ -43,7 +42,9 @@ def main() -> None:
         command += options.more
         subprocess.run(command, check=True)
         records[init] = read_metrics(workdir / METRICS_FILE)
-    figure = compare_losses(records, chance=math.log(1000))
+    figure = training_curves(
+        records, quantities=["loss"], over="step", num_classes=1000
+    )
     figure.savefig(options.out / "losses.png", dpi=150)
     print(f"wrote {options.out / 'losses.png'}")
 

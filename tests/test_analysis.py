@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from alexnet_jax.analysis import (
-    compare_losses,
     feature_maps,
     filter_statistics,
     filter_statistics_by_column,
@@ -53,17 +52,52 @@ def test_curves_hold_the_records():
     assert loss.lines[0].get_xydata().tolist() == [[1.0, 2.0], [2.0, 1.0]]
 
 
+def test_guessing_and_falling_learning_rates_are_drawn():
+    rates = [0.01] * 5 + [0.001] * 5 + [1e-4] * 5
+    records = [
+        {"epoch": k, "step": 10 * k, "train/loss": 2.0, "lr": rate}
+        for k, rate in enumerate(rates)
+    ]
+    figure = training_curves(
+        records, quantities=["loss", "lr", "top1_error"], over="step", num_classes=10
+    )
+    loss, rate, error = figure.axes
+    assert loss.lines[0].get_xdata().tolist() == [10 * k for k in range(15)]
+    assert set(loss.lines[1].get_ydata()) == {np.log(10)}
+    assert (rate.get_yscale(), len(rate.lines)) == ("log", 1)
+    assert [set(line.get_ydata()) for line in error.lines] == [{90.0}]
+    cosine = [{"epoch": k, "lr": 1 + np.cos(k / 20 * np.pi)} for k in range(20)]
+    (rate,) = training_curves(cosine, quantities=["lr"]).axes
+    assert rate.get_yscale() == "linear"
+
+
 def test_compared_runs_hold_their_records():
     runs = {
         "paper": [{"step": 0, "train/loss": 7.0}, {"step": 10, "train/loss": 6.9}],
         "caffe": [{"step": 10, "train/loss": 5.0}, {"step": 10, "eval/loss": 6.0}],
     }
-    [axes] = compare_losses(runs, chance=6.9).axes
-    paper, caffe, chance = axes.lines
-    assert paper.get_label() == "paper"
+    figure = training_curves(runs, quantities=["loss"], over="step")
+    [axes] = figure.axes
+    paper, caffe, held_out = axes.lines
     assert paper.get_xydata().tolist() == [[0, 7.0], [10, 6.9]]
     assert caffe.get_xydata().tolist() == [[10, 5.0]]
-    assert set(chance.get_ydata()) == {6.9}
+    assert held_out.get_xydata().tolist() == [[10, 6.0]]
+    assert paper.get_color() != caffe.get_color() == held_out.get_color()
+    (legend,) = figure.legends
+    names = [words.get_text() for words in legend.get_texts()]
+    assert names == ["paper", "caffe", "training", "held out"]
+    assert legend.get_lines()[1].get_color() == caffe.get_color()
+
+
+def test_six_runs_are_told_apart_and_seven_refused():
+    records = [{"epoch": 1.0, "train/loss": 1.0, "eval/loss": 1.0}]
+    figure = training_curves({str(k): records for k in range(6)}, quantities=["loss"])
+    (axes,) = figure.axes
+    held_out = axes.lines[1::2]
+    assert len({line.get_color() for line in held_out}) == 6
+    assert len({line.get_marker() for line in held_out}) == 6
+    with pytest.raises(ValueError, match="at most 6 runs .*; 7 were given"):
+        training_curves({str(k): records for k in range(7)})
 
 
 def gratings(*angles):

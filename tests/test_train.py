@@ -626,17 +626,6 @@ def test_describe_from_any_folder(tmp_path):
     assert 2 * 4 * 60.97 < float(last[-1].replace(",", "")) < 3000
 
 
-def test_report_draws_and_says_what_there_is(finished):
-    from alexnet_jax.report import report
-
-    _, workdir = finished
-    lines = report(workdir)
-    assert lines[0].startswith("held-out errors: top-1 ")
-    for name in ("filters.png", "curves.png"):
-        assert (workdir / name).stat().st_size > 5000
-        assert any(name in line for line in lines)
-
-
 def test_bfloat16_trains(folder, tmp_path):
     config = small_config(folder)
     config.model.dtype = "bfloat16"

@@ -2,7 +2,7 @@
 
 from alexnet_jax.analysis.best_labels import best_labels
 from alexnet_jax.analysis.contact_sheet import contact_sheet
-from alexnet_jax.analysis.curves import compare_losses, training_curves
+from alexnet_jax.analysis.curves import training_curves
 from alexnet_jax.analysis.feature_maps import feature_maps
 from alexnet_jax.analysis.filters import (
     filter_statistics,
@@ -13,7 +13,6 @@ from alexnet_jax.analysis.neighbours import nearest_pictures
 
 __all__ = [
     "best_labels",
-    "compare_losses",
     "contact_sheet",
     "feature_maps",
     "filter_statistics",

@@ -1,82 +1,174 @@
-"""Loss and error over the epochs, from the records of a run."""
+"""Loss, error and learning rate over a run, of one run or of several beside each other."""
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 _TRAIN, _EVAL = "#4477aa", "#cc3311"  # told apart by colour-blind readers as well
-_RUNS = (_TRAIN, "#ee7733", "#228833", "#aa3377", "#66ccee", "#bbbbbb")
+# Of several runs; markers tell them apart without any colour.
+RUN_COLORS = (_TRAIN, "#ee7733", "#228833", "#aa3377", "#33aadd", "#555555")
+_MARKERS = "osD^vP"
+MOST_RUNS = len(RUN_COLORS)
+# A learning rate that falls in a few steps by more than this is drawn on a logarithmic
+# axis: on a linear one all but the first steps would lie on zero.
+_LOG_RANGE, _FEW = 20.0, 16
 
 
-def training_curves(records: Sequence[dict[str, Any]]) -> Figure:
-    """Draws the training and evaluation loss and top-1 error over the epochs.
+class _Quantity(NamedTuple):
+    """What a panel shows: its axis, and the names in the records."""
+
+    axis: str
+    scale: float
+    train: str
+    held_out: str | None
+
+
+QUANTITIES = {
+    "loss": _Quantity("loss (nats)", 1.0, "train/loss", "eval/loss"),
+    "top1_error": _Quantity(
+        "top-1 error (%)", 100.0, "train/top1_error", "eval/top1_error"
+    ),
+    "lr": _Quantity("learning rate", 1.0, "lr", None),
+    "images_per_sec": _Quantity("images a second", 1.0, "images_per_sec", None),
+}
+
+Records = Sequence[dict[str, Any]]
+
+
+def training_curves(
+    runs: Records | Mapping[str, Records],
+    *,
+    quantities: Sequence[str] = ("loss", "top1_error"),
+    over: str = "epoch",
+    num_classes: int | None = None,
+) -> Figure:
+    """Draws what the records of one run, or of several, say over the epochs.
 
     Args:
-      records: of `writers.read_metrics`.
+      runs: records of `writers.read_metrics`; of several runs name -> records.
+      quantities: a panel each: "loss" (nats) and "top1_error" (%), of training and held
+        out, "lr", "images_per_sec".
+      over: "epoch" or "step".
+      num_classes: draws what guessing gives, ln(classes) and 100 (1 - 1 / classes) %.
 
     Returns:
-      A matplotlib figure: losses in nats on the left, errors in % on the right.
+      A matplotlib figure. Of one run training and held-out values have their colours; of
+      several each run has its own, with lines for training and markers for held out.
+
+    Raises:
+      ValueError: for more runs than can be told apart, six.
     """
-    figure = Figure(figsize=(8.0, 3.2), layout="constrained")
-    loss, error = figure.subplots(1, 2)
-    for group, color, marker in (("train", _TRAIN, ""), ("eval", _EVAL, "o")):
-        for axes, name, scale in ((loss, "loss", 1.0), (error, "top1_error", 100.0)):
-            key = f"{group}/{name}"
-            points = [(r["epoch"], scale * r[key]) for r in records if key in r]
-            if points:
-                epochs, values = zip(*points, strict=True)
-                label = "training" if group == "train" else "held out"
-                axes.plot(
-                    epochs,
-                    values,
-                    color=color,
-                    marker=marker,
-                    markersize=4,
-                    label=label,
-                )
-    loss.set_ylabel("loss (nats)")
-    error.set_ylabel("top-1 error (%)")
-    for axes in (loss, error):
-        axes.set_xlabel("epoch")
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
+    several = isinstance(runs, Mapping)
+    if several and len(runs) > MOST_RUNS:
+        raise ValueError(
+            f"at most {MOST_RUNS} runs can be told apart in a figure; {len(runs)} were "
+            "given."
+        )
+    # Room below for the legend of several runs, two names a row.
+    below = 0.25 + 0.22 * -(-(len(runs) + 2) // 2) if several else 0.0
+    figure = Figure(figsize=(4.0 * len(quantities), 3.2 + below), layout="constrained")
+    panels = figure.subplots(1, len(quantities), squeeze=False)[0]
+    for axes, name in zip(panels, quantities, strict=True):
+        quantity = QUANTITIES[name]
+        if several:
+            for i, records in enumerate(runs.values()):
+                _draw_several(axes, records, quantity, over, i)
+        else:
+            _draw_one(axes, runs, quantity, over)
+        axes.set_ylabel(quantity.axis)
+        axes.set_xlabel(over)
+        _finish(axes, name, num_classes)
+        if not several and axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
+    if several:
+        _legend(figure, list(runs))
     return figure
 
 
-def compare_losses(
-    runs: Mapping[str, Sequence[dict[str, Any]]], *, chance: float | None = None
-) -> Figure:
-    """Draws the training losses of several runs over their steps.
+def _points(
+    records: Records, key: str | None, scale: float, over: str
+) -> tuple[list[float], list[float]]:
+    if key is None:
+        return [], []
+    found = [r for r in records if key in r]
+    return [r[over] for r in found], [scale * r[key] for r in found]
 
-    Args:
-      runs: name -> records of `writers.read_metrics`; at most six.
-      chance: a loss to draw a line at, such as ln(classes).
 
-    Returns:
-      A matplotlib figure; losses in nats.
-    """
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for (name, records), color in zip(runs.items(), _RUNS, strict=False):
-        points = [(r["step"], r["train/loss"]) for r in records if "train/loss" in r]
-        axes.plot(*zip(*points, strict=True), color=color, label=name)
-    if chance is not None:
-        axes.axhline(chance, color="black", linewidth=0.8, linestyle="--")
+def _draw_one(axes: Axes, records: Records, quantity: _Quantity, over: str) -> None:
+    for key, color, marker, label in (
+        (quantity.train, _TRAIN, "", "training"),
+        (quantity.held_out, _EVAL, "o", "held out"),
+    ):
+        x, y = _points(records, key, quantity.scale, over)
+        if x:
+            label = label if quantity.held_out else f"_{label}"  # nothing to tell apart
+            style = {"color": color, "marker": marker, "markersize": 3.5}
+            axes.plot(x, y, label=label, **style)
+
+
+def _draw_several(
+    axes: Axes, records: Records, quantity: _Quantity, over: str, number: int
+) -> None:
+    color, marker = RUN_COLORS[number], _MARKERS[number]
+    faint = 0.55 if quantity.held_out else 1.0
+    x, y = _points(records, quantity.train, quantity.scale, over)
+    axes.plot(x, y, color=color, linewidth=1.1, alpha=faint)
+    x, y = _points(records, quantity.held_out, quantity.scale, over)
+    every = max(1, len(x) // 12)  # markers on each of a hundred would hide the line
+    style = {"color": color, "marker": marker, "markersize": 4.5, "markevery": every}
+    if x:
+        axes.plot(x, y, linewidth=1.1, linestyle="--", **style)
+
+
+def _finish(axes: Axes, name: str, num_classes: int | None) -> None:
+    """The axes' range, grid and, where there is one, the level of guessing."""
+    if num_classes is not None and name in ("loss", "top1_error"):
+        level = math.log(num_classes) if name == "loss" else 100 * (1 - 1 / num_classes)
+        axes.axhline(level, color="black", linewidth=0.8, linestyle=":")
         axes.annotate(
-            "ln(classes)",
-            (1.0, chance),
+            f"guessing: ln({num_classes})" if name == "loss" else "guessing",
+            (1.0, level),
             (0, 3),
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
             horizontalalignment="right",
+            fontsize=8,
         )
-    axes.set_xlabel("step")
-    axes.set_ylabel("training loss (nats)")
+    values = [np.asarray(line.get_ydata(), float) for line in axes.lines]
+    rates = np.concatenate(values) if values else np.zeros(0)
+    few = len(np.unique(rates)) <= _FEW * max(1, len(axes.lines))
+    if (
+        name == "lr"
+        and rates.size
+        and few
+        and 0 < _LOG_RANGE * rates.min() < rates.max()
+    ):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure
+
+
+def _legend(figure: Figure, names: Sequence[str]) -> None:
+    """The runs, and below them which line is of training and which held out."""
+    handles = [
+        Line2D([], [], color=RUN_COLORS[i], marker=_MARKERS[i], markersize=4.5, label=n)
+        for i, n in enumerate(names)
+    ]
+    handles += [
+        Line2D([], [], color="black", linewidth=1.1, alpha=0.55, label="training"),
+        Line2D([], [], color="black", linewidth=1.1, linestyle="--", label="held out"),
+    ]
+    figure.legend(
+        handles=handles,
+        frameon=False,
+        ncols=2,
+        fontsize=8,
+        loc="outside lower center",
+    )

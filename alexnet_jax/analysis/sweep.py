@@ -6,10 +6,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from alexnet_jax.analysis.curves import RUN_COLORS
 from alexnet_jax.sweeps import Estimate, Line, Sweep
 
 _OURS, _PAPER = "#4477aa", "#cc3311"  # told apart by colour-blind readers as well
-_RUNS = (_OURS, "#ee7733", "#228833", "#aa3377", "#66ccee", "#bbbbbb")
 _STYLES = ("-", "--", ":")
 
 
@@ -80,7 +80,7 @@ def error_curves(
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     for i, (name, runs) in enumerate(rows.items()):
-        color, style = _RUNS[i % len(_RUNS)], _STYLES[i // len(_RUNS)]
+        color, style = RUN_COLORS[i % len(RUN_COLORS)], _STYLES[i // len(RUN_COLORS)]
         for j, records in enumerate(runs):
             key = "train/top1_error"
             points = [(r["epoch"], 100 * r[key]) for r in records if key in r]

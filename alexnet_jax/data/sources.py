@@ -334,6 +334,43 @@ class FakeSource:
         labels[:] = self.labels_of(indices)
 
 
+class Sample:
+    """Some of a source's pictures, the same every time. Attributes: see `Source`.
+
+    The split is cut into `count` equal parts and one picture taken from each, by chance:
+    so they are spread evenly (class folders are sorted by class), and yet with no period
+    (other splits have their classes in turn).
+    """
+
+    def __init__(self, source: Source, count: int):
+        total = source.num_examples
+        self.num_examples = min(count, total)
+        self._source = source
+        self._chosen = np.arange(total)
+        self.description = source.description
+        if self.num_examples < total:
+            places = np.random.default_rng(0).random(count) + np.arange(count)
+            self._chosen = np.int64(places * total / count)
+            self.description += f", {count} of {total}"
+        self.class_names = source.class_names
+        self.image_size = source.image_size
+        self.statistics_path = None
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def labels_of(self, indices: np.ndarray) -> np.ndarray:
+        """See `Source.labels_of`."""
+        return self._source.labels_of(self._chosen[indices])
+
+    def fetch(
+        self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
+    ) -> None:
+        """See `Source.fetch`."""
+        self._source.fetch(self._chosen[indices], images, labels)
+
+
 def tfds_data_dir(data_dir: str | None) -> Path:
     """The directory of tfds data sets: `data_dir`, else what tfds itself takes."""
     chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
