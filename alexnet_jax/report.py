@@ -114,6 +114,7 @@ def _headline(run: Run) -> Markup:
     """The numbers that are asked for first."""
     last, evaluations = run.last, run.evaluations
     classes = len(run.names)
+    count = sum(row.parameters for row in run.layers)
     cells: list[tuple[Any, Any]] = []
     if evaluations:
         found = evaluations[-1]
@@ -131,7 +132,9 @@ def _headline(run: Run) -> Markup:
     top5 = f", top-5 {_percent(1 - 5 / classes, 1)}" if classes > 5 else ""
     cells += [
         (_percent(1 - 1 / classes, 1), f"error of guessing: {classes:,} classes{top5}"),
-        (f"{sum(row.parameters for row in run.layers):,}", "parameters"),
+        (f"{count / 1e6:.1f} M", f"parameters ({count:,})")
+        if count >= 1e6
+        else (f"{count:,}", "parameters"),
     ]
     if last is not None:
         pictures = run.training_pictures
@@ -155,19 +158,19 @@ def _headline(run: Run) -> Markup:
 
 def _about(run: Run) -> Markup:
     """The lines under the title: where, on what, when."""
-    when = time.strftime("%Y-%m-%d %H:%M")
+    when = time.strftime("%Y-%m-%d %H:%M %Z")
     metrics = run.workdir / METRICS_FILE
     written = ""
     if metrics.exists():
-        day = time.strftime("%Y-%m-%d %H:%M", time.localtime(metrics.stat().st_mtime))
-        written = f"; the run's last record is of {day}"
+        day = time.strftime("%Y-%m-%d", time.localtime(metrics.stat().st_mtime))
+        written = f" {METRICS_FILE} was last written on {day}."
     data = run.config["data"]
     on = page.joined("On ", page.code(str(data["source"])))
     return page.paragraph(
         on,
         f", {data['crop_size']} × {data['crop_size']} pixels, run in ",
         page.code(str(run.workdir)),
-        f". Report of {when}{written}.",
+        f". Report of {when}.{written}",
         kind="soft",
     )
 

@@ -41,7 +41,8 @@ def main() -> None:
         command += ["--config.eval_every_epochs=25", "--config.log_every_steps=10"]
         command += options.more
         subprocess.run(command, check=True)
-        records[init] = read_metrics(workdir / METRICS_FILE)
+        found = read_metrics(workdir / METRICS_FILE)
+        records[init] = [record for record in found if "train/loss" in record]
     figure = training_curves(
         records, quantities=["loss"], over="step", num_classes=1000
     )

@@ -12,6 +12,7 @@ import time
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -26,8 +27,10 @@ from alexnet_jax.experiment import as_json
 from alexnet_jax.writers import read_metrics
 from configs import common
 
-# Sorted as folders are. The first would be markup, a quote and an entity.
-NAMES = ['<b>&"x"', "green", "red"]
+# Sorted as folders are. The first would be mathematics in a figure, the second markup,
+# a quote and an entity in the page.
+NAMES = ["$^$", '<b>&"x"', "red"]
+ODD = NAMES[1]
 TRAIN, TEST = 24, 18
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 
@@ -52,6 +55,9 @@ def pictures(tmp_path_factory):
 def made(pictures, tmp_path_factory):
     """(the workdir of a run, the lines of its report)."""
     workdir = tmp_path_factory.mktemp("report") / "run"
+    workdir.mkdir()
+    of_before = '{"first_step": 0, "last_step": 9, "seconds": {"total": 1.0}}\n'
+    (workdir / "times.jsonl").write_text(of_before)  # of a start without a checkpoint
     config = small_config(pictures, num_epochs=4.0, eval_views=10)
     config.eval_every_epochs = 2.0
     train.train_and_evaluate(config, workdir)
@@ -176,21 +182,20 @@ def test_headline_errors_are_those_of_the_records(made, parsed):
         assert min(Image.open(made[0] / name).size) > 100
 
 
-def by_hand(workdir, pictures, split):
-    """(probabilities, features, labels) of a split's pictures, without `pictures`."""
-    model, variables, preprocess = load(workdir)
-    paths = [p for name in NAMES for p in sorted((pictures / split / name).iterdir())]
-    features = model.apply(variables, preprocess(paths), method="features")
+@pytest.fixture(scope="module")
+def looked(made, pictures):
+    """(probabilities, features, labels) of test and training pictures, straight."""
+    model, variables, preprocess = load(made[0])
+    folders = [pictures / split / name for split in ("test", "train") for name in NAMES]
+    paths = [path for folder in folders for path in sorted(folder.iterdir())]
+    apply = jax.jit(lambda images: model.apply(variables, images, method="features"))
+    features = apply(preprocess(paths))
     odds = np.asarray(features["logits"], np.float64)
     odds = np.exp(odds - odds.max(1, keepdims=True))
     labels = np.array([NAMES.index(path.parent.name) for path in paths])
     pooled = np.asarray(features["pool3"], np.float64).reshape(len(paths), -1)
-    return odds / odds.sum(1, keepdims=True), pooled, labels
-
-
-@pytest.fixture(scope="module")
-def looked(made, pictures):
-    return by_hand(made[0], pictures, "test"), by_hand(made[0], pictures, "train")
+    arrays = odds / odds.sum(1, keepdims=True), pooled, labels
+    return tuple(a[:TEST] for a in arrays), tuple(a[TEST:] for a in arrays)
 
 
 def test_errors_and_confusions_are_those_of_each_picture(parsed, looked):
@@ -261,10 +266,10 @@ def test_what_is_capped_is_spread_and_said(made, monkeypatch):
 
 def test_names_are_escaped(made, parsed):
     text = (made[0] / "report.html").read_text("utf-8")
-    assert NAMES[0] not in text and html.escape(NAMES[0]) in text
-    assert NAMES[0] in "".join(parsed.words)
-    assert any(NAMES[0] in image["alt"] for image in parsed.images)
-    assert page.table([NAMES[0]], [[NAMES[0]]], columns="l").count("<b>") == 0
+    assert ODD not in text and html.escape(ODD) in text
+    assert ODD in "".join(parsed.words)
+    assert any(ODD in image["alt"] for image in parsed.images)
+    assert page.table([ODD], [[ODD]], columns="l").count("<b>") == 0
 
 
 def test_the_configuration_and_its_command(made, parsed):

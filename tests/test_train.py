@@ -21,6 +21,7 @@ from alexnet_jax import load, main, train
 from alexnet_jax.data import train_batches
 from alexnet_jax.data.sources import FakeSource, FolderSource
 from alexnet_jax.experiment import ConfigError
+from alexnet_jax.stopwatch import read_times
 from alexnet_jax.writers import read_metrics
 from configs import common
 
@@ -292,6 +293,10 @@ def test_a_stopped_run_goes_on_where_it_was(
     state = train.train_and_evaluate(small_config(folder), tmp_path)
     for a, b in zip(leaves(state), leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
+    starts = read_times(tmp_path / "times.jsonl")
+    assert [(start.first_step, start.last_step) for start in starts] == [
+        *((0, 13), (13, 34))
+    ]
 
 
 def test_a_finished_run_has_nothing_to_do(finished, folder, capsys):

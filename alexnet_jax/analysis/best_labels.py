@@ -52,14 +52,15 @@ def best_labels(
         upper, lower = grid[2 * (i // across) : 2 * (i // across) + 2, i % across]
         upper.imshow(shown[i])
         if titles is not None:
-            upper.set_title(_short(titles[i], 28), fontsize=8)
+            upper.set_title(_short(titles[i], 28), fontsize=8, parse_math=False)
         order = np.argsort(-chances[i], kind="stable")[:top].tolist()
         right = None if labels is None else labels[i]
         colors = [_RIGHT if label == right else _OTHER for label in order]
         lower.barh(range(top), chances[i, order], 0.8, color=colors, alpha=0.55)
         for place, label in enumerate(order):
             name = f"{_short(class_names[int(label)], 22)}  {chances[i, label]:.0%}"
-            lower.text(0.02, place, name, fontsize=7, verticalalignment="center")
+            style = {"fontsize": 7, "verticalalignment": "center"}
+            lower.text(0.02, place, name, parse_math=False, **style)
         lower.set_xlim(0, 1)
         lower.set_ylim(top - 0.5, -0.5)  # the best on top
     return figure

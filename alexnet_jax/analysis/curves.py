@@ -13,6 +13,7 @@ _TRAIN, _EVAL = "#4477aa", "#cc3311"  # told apart by colour-blind readers as we
 # Of several runs; markers tell them apart without any colour.
 RUN_COLORS = (_TRAIN, "#ee7733", "#228833", "#aa3377", "#33aadd", "#555555")
 _MARKERS = "osD^vP"
+_FAINT = 0.55  # training, beside what is held out
 MOST_RUNS = len(RUN_COLORS)
 # A learning rate that falls in a few steps by more than this is drawn on a logarithmic
 # axis: on a linear one all but the first steps would lie on zero.
@@ -64,6 +65,12 @@ def training_curves(
       ValueError: for more runs than can be told apart, six.
     """
     several = isinstance(runs, Mapping)
+    held_out = several and any(
+        QUANTITIES[name].held_out in record
+        for name in quantities
+        for records in runs.values()
+        for record in records
+    )
     if several and len(runs) > MOST_RUNS:
         raise ValueError(
             f"at most {MOST_RUNS} runs can be told apart in a figure; {len(runs)} were "
@@ -77,7 +84,7 @@ def training_curves(
         quantity = QUANTITIES[name]
         if several:
             for i, records in enumerate(runs.values()):
-                _draw_several(axes, records, quantity, over, i)
+                _draw_several(axes, records, quantity, over, i, held_out)
         else:
             _draw_one(axes, runs, quantity, over)
         axes.set_ylabel(quantity.axis)
@@ -86,7 +93,7 @@ def training_curves(
         if not several and axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
     if several:
-        _legend(figure, list(runs))
+        _legend(figure, list(runs), held_out)
     return figure
 
 
@@ -112,10 +119,15 @@ def _draw_one(axes: Axes, records: Records, quantity: _Quantity, over: str) -> N
 
 
 def _draw_several(
-    axes: Axes, records: Records, quantity: _Quantity, over: str, number: int
+    axes: Axes,
+    records: Records,
+    quantity: _Quantity,
+    over: str,
+    number: int,
+    held_out: bool,
 ) -> None:
     color, marker = RUN_COLORS[number], _MARKERS[number]
-    faint = 0.55 if quantity.held_out else 1.0
+    faint = _FAINT if held_out and quantity.held_out else 1.0
     x, y = _points(records, quantity.train, quantity.scale, over)
     axes.plot(x, y, color=color, linewidth=1.1, alpha=faint)
     x, y = _points(records, quantity.held_out, quantity.scale, over)
@@ -155,20 +167,23 @@ def _finish(axes: Axes, name: str, num_classes: int | None) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(figure: Figure, names: Sequence[str]) -> None:
-    """The runs, and below them which line is of training and which held out."""
-    handles = [
-        Line2D([], [], color=RUN_COLORS[i], marker=_MARKERS[i], markersize=4.5, label=n)
-        for i, n in enumerate(names)
-    ]
-    handles += [
-        Line2D([], [], color="black", linewidth=1.1, alpha=0.55, label="training"),
-        Line2D([], [], color="black", linewidth=1.1, linestyle="--", label="held out"),
-    ]
-    figure.legend(
+def _legend(figure: Figure, names: Sequence[str], held_out: bool) -> None:
+    """The runs; and which line is of training, if there are others."""
+    handles = []
+    for i, name in enumerate(names):
+        style = {"marker": _MARKERS[i] if held_out else "", "markersize": 4.5}
+        handles.append(Line2D([], [], color=RUN_COLORS[i], label=name, **style))
+    if held_out:
+        handles += [
+            Line2D([], [], color="black", alpha=_FAINT, label="training"),
+            Line2D([], [], color="black", linestyle="--", label="held out"),
+        ]
+    legend = figure.legend(
         handles=handles,
         frameon=False,
         ncols=2,
         fontsize=8,
         loc="outside lower center",
     )
+    for words in legend.get_texts():
+        words.set_parse_math(False)  # a "$" in a name is a dollar

@@ -66,4 +66,4 @@ def _show(axes: Axes, picture: np.ndarray, title: str | None) -> None:
     axes.imshow(picture)
     axes.axis("off")
     if title is not None:
-        axes.set_title(title[:16], fontsize=6, pad=2)
+        axes.set_title(title[:16], fontsize=6, pad=2, parse_math=False)

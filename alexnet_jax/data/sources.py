@@ -350,7 +350,7 @@ class Sample:
         self.description = source.description
         if self.num_examples < total:
             places = np.random.default_rng(0).random(count) + np.arange(count)
-            self._chosen = np.int64(places * total / count)
+            self._chosen = (places * total / count).astype(np.int64)
             self.description += f", {count} of {total}"
         self.class_names = source.class_names
         self.image_size = source.image_size
