@@ -113,6 +113,13 @@ def read_run(workdir: Path) -> Run:
     )
 
 
+def first_kernel(run: Run) -> tuple[np.ndarray, int]:
+    """The first layer's kernels, and in how many columns they are."""
+    network = run.logits_of.model.network
+    params = run.logits_of.variables["params"]
+    return np.asarray(params[network.layers[0].name]["kernel"]), network.columns
+
+
 # A look at pictures.
 
 

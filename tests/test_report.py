@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from PIL import Image
 from test_train import small_config
 
-from alexnet_jax import findings, load, report, stopwatch, train
+from alexnet_jax import findings, load, report, report_page, stopwatch, train
 from alexnet_jax.analysis import page
 from alexnet_jax.experiment import as_json
 from alexnet_jax.writers import read_metrics
@@ -328,7 +328,7 @@ def test_a_run_without_evaluations_and_records(copied, monkeypatch):
     def not_looked(*_):
         return findings.Missing("not in this test")
 
-    monkeypatch.setattr(report, "look_at_held_out", not_looked)
+    monkeypatch.setattr(report_page, "look_at_held_out", not_looked)
     metrics = copied / "metrics.jsonl"
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     kept = [json.dumps(r) for r in records if "train/loss" in r]
@@ -359,7 +359,7 @@ def test_nothing_half_written_stays(copied, monkeypatch):
         save(figure, file, **options)
 
     monkeypatch.setattr(
-        report, "look_at_held_out", lambda run: findings.Missing("not here")
+        report_page, "look_at_held_out", lambda run: findings.Missing("not here")
     )
     monkeypatch.setattr(Figure, "savefig", torn)
     assert report.main([f"--workdir={copied}"]) == 1

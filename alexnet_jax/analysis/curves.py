@@ -64,36 +64,35 @@ def training_curves(
     Raises:
       ValueError: for more runs than can be told apart, six.
     """
-    several = isinstance(runs, Mapping)
-    held_out = several and any(
+    several = runs if isinstance(runs, Mapping) else {}
+    if len(several) > MOST_RUNS:
+        raise ValueError(
+            f"at most {MOST_RUNS} runs can be told apart in a figure; {len(several)} "
+            "were given."
+        )
+    held_out = any(
         QUANTITIES[name].held_out in record
         for name in quantities
-        for records in runs.values()
+        for records in several.values()
         for record in records
     )
-    if several and len(runs) > MOST_RUNS:
-        raise ValueError(
-            f"at most {MOST_RUNS} runs can be told apart in a figure; {len(runs)} were "
-            "given."
-        )
     # Room below for the legend of several runs, two names a row.
-    below = 0.25 + 0.22 * -(-(len(runs) + 2) // 2) if several else 0.0
+    below = 0.25 + 0.22 * -(-(len(several) + 2) // 2) if several else 0.0
     figure = Figure(figsize=(4.0 * len(quantities), 3.2 + below), layout="constrained")
     panels = figure.subplots(1, len(quantities), squeeze=False)[0]
     for axes, name in zip(panels, quantities, strict=True):
         quantity = QUANTITIES[name]
-        if several:
-            for i, records in enumerate(runs.values()):
-                _draw_several(axes, records, quantity, over, i, held_out)
-        else:
+        for i, records in enumerate(several.values()):
+            _draw_several(axes, records, quantity, over, i, held_out)
+        if not isinstance(runs, Mapping):
             _draw_one(axes, runs, quantity, over)
         axes.set_ylabel(quantity.axis)
         axes.set_xlabel(over)
         _finish(axes, name, num_classes)
-        if not several and axes.get_legend_handles_labels()[0]:
+        if axes.get_legend_handles_labels()[0]:  # of one run
             axes.legend(frameon=False)
     if several:
-        _legend(figure, list(runs), held_out)
+        _legend(figure, list(several), held_out)
     return figure
 
 
