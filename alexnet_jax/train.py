@@ -95,52 +95,57 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
     ) as checkpointer:
         restored = checkpointer.restore(experiment.abstract_state())
         if restored:
-            (state, host), origin = restored, []
+            state, host = restored
+            origin = [
+                f"resuming from step {int(state.step)} ({checkpointer.directory})"
+            ]
         else:
-            experiment, state, origin = first or finetune.begin(experiment)
-            host = {}
+            experiment, state, (how, *more) = first or finetune.begin(experiment)
+            host: dict[str, Any] = {}
+            origin = [f"no checkpoint in {checkpointer.directory}: {how}", *more]
         if jax.process_index() == 0:
-            if restored is None:  # those of a start that came to nothing
-                (path / TIMES_FILE).unlink(missing_ok=True)
-            experiment.statistics.save(path / experiment_lib.STATISTICS_FILE)
-            experiment_lib.write_class_names(path, experiment.train_source.class_names)
-            experiment_lib.write_config(path, config)
+            _write_about(path, experiment, is_new=not restored)
         with make_writers(
             path,
             total_steps=experiment.total_steps,
             resume_step=int(state.step) if restored else None,
             enabled=jax.process_index() == 0,
         ) as writers:
-            for line in (*_describe(experiment), *differences):
-                writers.text(line)
-            folder = checkpointer.directory
-            writers.text(
-                f"resuming from step {int(state.step)} ({folder})"
-                if restored
-                else f"no checkpoint in {folder}: {origin[0]}"
-            )
-            for line in origin[1:]:
+            for line in (*_describe(experiment), *differences, *origin):
                 writers.text(line)
             run = _Run(experiment, state, checkpointer, writers, host, watch)
-            if jax.process_index() == 0:  # the one that writes
-                written = last_step_with(path / METRICS_FILE, "grad_norm/")
-                run.summarized_step = written
-            profiler = Profiler(
-                path / "profile",
-                count=config.profile,
-                start_step=run.step,
-                say=writers.text,
-            )
-            first_step = run.step
-            try:
-                with stop_signals() as stop, profiler:
-                    run.train(stop, profiler)
-            finally:
-                if jax.process_index() == 0 and run.step > first_step:
-                    watch.append_to(
-                        path / TIMES_FILE, first_step=first_step, last_step=run.step
-                    )
+            _train(run, path)
             return run.state
+
+
+def _write_about(path: Path, experiment: Experiment, *, is_new: bool) -> None:
+    """What a workdir holds beside records and checkpoints."""
+    if is_new:  # those of a start that came to nothing
+        (path / TIMES_FILE).unlink(missing_ok=True)
+    experiment.statistics.save(path / experiment_lib.STATISTICS_FILE)
+    experiment_lib.write_class_names(path, experiment.train_source.class_names)
+    experiment_lib.write_config(path, experiment.config)
+
+
+def _train(run: "_Run", path: Path) -> None:
+    """Trains to the end, or until a signal; and notes where the time went."""
+    if jax.process_index() == 0:  # the one that writes
+        run.summarized_step = last_step_with(path / METRICS_FILE, "grad_norm/")
+    profiler = Profiler(
+        path / "profile",
+        count=run.config.profile,
+        start_step=run.step,
+        say=run.writers.text,
+    )
+    first_step = run.step
+    try:
+        with stop_signals() as stop, profiler:
+            run.train(stop, profiler)
+    finally:
+        if jax.process_index() == 0 and run.step > first_step:
+            run.watch.append_to(
+                path / TIMES_FILE, first_step=first_step, last_step=run.step
+            )
 
 
 def prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
