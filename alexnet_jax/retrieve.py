@@ -3,12 +3,17 @@
 python -m alexnet_jax.retrieve --workdir=DIR --index=FILE.npz
     [--source=folder:PATH] [--split=train] [--data_dir=DIR] [--layer=fc7]
 python -m alexnet_jax.retrieve --workdir=DIR --index=FILE.npz PICTURE ...
-    [--top=6] [--format=json] [--figure=FILE.png]
+    [--top=6] [--format=json] [--figure=FILE.png] [--bits=256 [--shortlist=100]]
 
 The first makes the index, the features of every picture of a split (of the run's own
 training pictures, unless it is told others); the second looks pictures up in it. Both
 at once is fine. With --figure the neighbours are drawn as in the paper's figure 4,
 beside those by distances between pixels.
+
+With --bits pictures are compared by short binary codes of their features, of which an
+autoencoder is trained once and kept beside the index (FILE.256bits.npz). Distances are
+then the numbers of differing bits; with --shortlist=R the R nearest by code are put
+into the order of their Euclidean distances.
 """
 
 import argparse
@@ -20,6 +25,15 @@ from typing import Any
 
 import numpy as np
 
+from alexnet_jax.analysis.codes import (
+    STEPS,
+    Codes,
+    load_codes,
+    nearest_codes,
+    recall_of_rows,
+    shortlist,
+    train_coder,
+)
 from alexnet_jax.analysis.retrieval import (
     Index,
     RetrievalError,
@@ -37,10 +51,13 @@ from alexnet_jax.pictures import (
     read,
     save_figure,
 )
+from alexnet_jax.writers import progress
 
 # How far the features of the same picture may be from the stored ones, over their
 # largest: other processors and devices add up in another order.
 PROBE_TOLERANCE = 1e-2
+# Pictures that no coder learns from: how well codes find their neighbours is told.
+HELD_OUT = 200
 
 
 def build_index(
@@ -113,7 +130,7 @@ def draw(
     Args:
       source: the pictures of the index.
       rows: int [Q, N] of the index, by features; those by pixels are found here.
-      titles: `query_titles`, of `analysis.nearest_pictures`.
+      titles: `query_titles`, `layer`, of `analysis.nearest_pictures`.
     """
     from alexnet_jax.analysis import nearest_pictures  # matplotlib
 
@@ -130,8 +147,7 @@ def draw(
         shown[:, count:],
         found_titles=[row[:count] for row in names],
         pixel_titles=[row[count:] for row in names],
-        layer=index.layer,
-        **titles,
+        **{"layer": index.layer, **titles},
     )
 
 
@@ -146,6 +162,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         ("layer", "whose features; else fc7"),
     ):
         made.add_argument(f"--{name}", help=about)
+    made.add_argument("--bits", type=int, help="compare codes of so many bits")
+    made.add_argument(
+        "--shortlist", type=int, metavar="R", help="put the R nearest codes in order"
+    )
     options = made.parse_args(argv)
     if options.top < 1:
         made.error(f"--top={options.top} must be at least 1.")
@@ -153,6 +173,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         made.error(f"--index={options.index} must be a file FILE.npz.")
     if options.figure is not None and not options.pictures:
         made.error("--figure draws pictures; name some.")
+    if options.shortlist is not None and not options.pictures:
+        made.error("--shortlist is for looking pictures up; name some.")
+    if options.bits is not None and options.bits < 1:
+        made.error(f"--bits={options.bits} must be at least 1.")
+    if options.shortlist is not None:
+        if options.bits is None:
+            made.error("--shortlist is of codes; say of how many bits: --bits=256.")
+        if options.shortlist < options.top:
+            made.error(
+                f"--shortlist={options.shortlist} must be at least --top={options.top}."
+            )
     return options
 
 
@@ -190,21 +221,81 @@ def _make(options: argparse.Namespace, features_of: Extractor, layer: str) -> In
     return index
 
 
-def _answer(index: Index, rows: np.ndarray, distances: np.ndarray) -> list[Any]:
-    """Of one query: {"row", "label", "name", "words", "distance"} a neighbour."""
+def _codes(options: argparse.Namespace, index: Index) -> Codes:
+    """The codes of the index from the file beside it, which is made if need be."""
+    path = options.index.with_suffix(f".{options.bits}bits.npz")
+    if path.exists():
+        codes = load_codes(path)
+        if codes.coder.bits == options.bits and codes.are_of(index.features):
+            return codes
+        print(
+            f"{path}: codes of another index or length; making them again",
+            file=sys.stderr,
+        )
+    return _make_codes(options.bits, path, index.features)
+
+
+def _make_codes(bits: int, path: Path, features: np.ndarray) -> Codes:
+    """New codes, in their file; says how well they find neighbours."""
+    count, width = features.shape
+    held_out = np.linspace(0, count - 1, min(HELD_OUT, -(-count // 10)), dtype=int)
+    others = np.setdiff1d(np.arange(count), held_out)
+    with progress("codes", STEPS, "steps") as advance:
+        coder = train_coder(
+            features, bits=bits, rows=others, steps=STEPS, progress=advance
+        )
+    codes = Codes(coder=coder, packed=coder.encode(features))
+    few, many = recall_of_rows(features, codes, held_out, among=(10, 100))
+    codes.save(path)
+    print(
+        f"{path}: {bits} bits a picture, {codes.packed.shape[1]:,} bytes instead of "
+        f"{4 * width:,}. Of the 10 nearest by {width:,} numbers, of {len(held_out)} "
+        f"pictures that training left out, {few:.0%} are among the 10 nearest by code "
+        f"and {many:.0%} among 100.",
+        file=sys.stderr,
+    )
+    return codes
+
+
+def _search(
+    options: argparse.Namespace, index: Index, codes: Codes | None, queries: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(distances [Q, N], rows [Q, N]), in bits if by codes alone."""
+    if codes is None:
+        return nearest(index.features, queries, options.top)
+    if options.shortlist is None:
+        asked = codes.coder.encode(queries)
+        return nearest_codes(codes.packed, asked, options.top)
+    return shortlist(
+        index.features, codes, queries, options.top, size=options.shortlist
+    )
+
+
+def _answer(
+    index: Index, rows: np.ndarray, distances: np.ndarray, unit: str
+) -> list[Any]:
+    """Of one query: {"row", "label", "name", "words", unit} a neighbour.
+
+    `unit` is "distance", Euclidean, or "bits".
+    """
     return [
         {
             "row": int(row),
             "label": int(index.labels[row]),
             "name": index.class_names[index.labels[row]],
             "words": words(index.class_names[index.labels[row]]),
-            "distance": float(distance),
+            unit: distance.item(),
         }
         for row, distance in zip(rows, distances, strict=True)
     ]
 
 
-def _look_up(options: argparse.Namespace, index: Index, features_of: Extractor) -> bool:
+def _look_up(
+    options: argparse.Namespace,
+    index: Index,
+    codes: Codes | None,
+    features_of: Extractor,
+) -> bool:
     """Prints the neighbours of each picture; returns whether all could be read."""
     found = read(options.pictures, features_of.image_size)
     pictures, paths = [], []
@@ -216,37 +307,47 @@ def _look_up(options: argparse.Namespace, index: Index, features_of: Extractor) 
             paths.append(path)
     if not pictures:
         return False
-    distances, rows = nearest(index.features, features_of(pictures), options.top)
+    distances, rows = _search(options, index, codes, features_of(pictures))
+    in_bits = codes is not None and options.shortlist is None
+    unit, form = ("bits", "5d") if in_bits else ("distance", "10.3f")
     for path, near, far in zip(paths, rows, distances, strict=True):
-        answer = _answer(index, near, far)
+        answer = _answer(index, near, far, unit)
         if options.format == "json":
             print(json.dumps({"file": path, "neighbours": answer}))
             continue
         print(path)
         for item in answer:
-            print(f"  {item['distance']:10.3f}  {item['row']:8d}  {item['words']}")
+            how_far = f"{item[unit]:{form}}{' bits' if in_bits else ''}"
+            print(f"  {how_far}  {item['row']:8d}  {item['words']}")
     if options.figure is not None:
         source = features_of.open(
             index.split, source=index.source, data_dir=options.data_dir
         )
         figure = draw(
-            index, source, np.stack(pictures), rows, query_titles=short_names(paths)
+            index,
+            source,
+            np.stack(pictures),
+            rows,
+            query_titles=short_names(paths),
+            layer=index.layer + (f", {codes.coder.bits} bits" if codes else ""),
         )
         save_figure(figure, options.figure)
     return len(pictures) == len(options.pictures)
 
 
 def _retrieve(options: argparse.Namespace) -> bool:
-    index = _stored(options)
-    if index is not None and not options.pictures:
-        return True  # it is there, and nothing is asked of it
-    layer = index.layer if index is not None else options.layer or "fc7"
-    features_of = Extractor(options.workdir, layer, step=options.step)
-    if index is None:
-        index = _make(options, features_of, layer)
-    else:
-        check_index(index, features_of)
-    return not options.pictures or _look_up(options, index, features_of)
+    index, features_of = _stored(options), None
+    if index is None or options.pictures:
+        layer = index.layer if index is not None else options.layer or "fc7"
+        features_of = Extractor(options.workdir, layer, step=options.step)
+        if index is None:
+            index = _make(options, features_of, layer)
+        else:
+            check_index(index, features_of)
+    codes = None if options.bits is None else _codes(options, index)
+    if features_of is None or not options.pictures:
+        return True  # all is there, and nothing is asked of it
+    return _look_up(options, index, codes, features_of)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Neighbours by features: exact, from the command line, and of the right network."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from test_train import PICTURES, folder, small_config  # noqa: F401
 
 from alexnet_jax import load, retrieve, train
 from alexnet_jax.analysis import retrieval
+from alexnet_jax.analysis.codes import load_codes
 from alexnet_jax.analysis.retrieval import Index, RetrievalError, nearest
 
 
@@ -115,6 +117,60 @@ def test_pictures_are_looked_up(index_file, workdir, folder, tmp_path, capsys): 
     assert lines[0] == paths[0] and len(lines) == 4 and lines[1].endswith(" 0  blue")
 
 
+def test_pictures_are_looked_up_by_codes(
+    index_file,
+    workdir,
+    folder,  # noqa: F811
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
+    monkeypatch.setattr(retrieve, "STEPS", 30)
+    paths = [str(path) for path in sorted(folder.glob("train/*/*.png"))]
+    there, figure = tmp_path / "pool3.npz", tmp_path / "figure.png"
+    shutil.copy(index_file, there)
+    base = [f"--workdir={workdir}", f"--index={there}", "--top=3", "--bits=40"]
+    assert retrieve.main(base) == 0  # makes them and asks nothing
+    width = retrieval.load_index(there).features.shape[1]
+    said = capsys.readouterr().err
+    assert f": 40 bits a picture, 5 bytes instead of {4 * width:,}. Of the 10" in said
+    assert "of 3 pictures that training left out" in said
+    codes = load_codes(tmp_path / "pool3.40bits.npz")
+    assert codes.packed.shape == (PICTURES, 5)
+
+    assert retrieve.main([*base, "--format=json", paths[3], f"--figure={figure}"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)["neighbours"]
+    different = np.unpackbits(codes.packed ^ codes.packed[3], axis=1).sum(axis=1)
+    order = np.argsort(different, kind="stable")[:3]
+    assert [item["row"] for item in found] == order.tolist() and not err
+    assert [item["bits"] for item in found] == different[order].tolist()
+    assert "distance" not in found[0] and Image.open(figure).size[0] > 300
+    assert retrieve.main([*base, paths[3]]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["0", "bits", str(order[0]), "blue"]
+
+    exact = [*base[:3], "--format=json", paths[3]]
+    assert retrieve.main(exact) == 0
+    assert retrieve.main([*exact, "--bits=40", f"--shortlist={PICTURES}"]) == 0
+    plain, listed = capsys.readouterr().out.splitlines()
+    assert plain == listed
+
+    codes.save(tmp_path / "pool3.48bits.npz")
+    assert retrieve.main([*base[:3], "--bits=48"]) == 0
+    assert (
+        "48bits.npz: codes of another index or length; making"
+        in capsys.readouterr().err
+    )
+    assert load_codes(tmp_path / "pool3.48bits.npz").coder.bits == 48
+    (tmp_path / "pool3.8bits.npz").write_bytes(b"PK")
+    names = {path.name for path in tmp_path.iterdir()}
+    for bits, words in ((32 * width, "be shorter than"), (8, "no .npz that can")):
+        assert retrieve.main([*base[:3], f"--bits={bits}"]) == 1
+        assert words in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
 def test_what_does_not_fit_is_refused(index_file, workdir, folder, tmp_path, capsys):  # noqa: F811
     picture = str(next(folder.glob("train/*/*.png")))
 
@@ -134,7 +190,15 @@ def test_what_does_not_fit_is_refused(index_file, workdir, folder, tmp_path, cap
     words = "the index is of another network than the workdir's"
     assert words in said(f"--workdir={other}", there, picture)
     assert "is not the workdir of a run" in said(f"--workdir={tmp_path}", new)
-    for wrong in (["--top=0"], ["--figure=a.png"], ["--index=a.txt"]):
+    for wrong in (
+        ["--top=0"],
+        ["--figure=a.png"],
+        ["--index=a.txt"],
+        ["--bits=0"],
+        ["--bits=8", "--shortlist=9"],
+        ["--shortlist=9", picture],
+        ["--bits=8", "--shortlist=5", picture],
+    ):
         with pytest.raises(SystemExit):
             retrieve.main([f"--workdir={workdir}", there, *wrong])
     assert {path.name for path in tmp_path.iterdir()} == {"other"}

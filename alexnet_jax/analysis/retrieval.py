@@ -7,6 +7,7 @@ paper, section 6.1).
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,12 +82,7 @@ def load_index(path: str | os.PathLike[str]) -> Index:
         "labels": (np.dtype(np.int32), (count,)),
         "probe": (np.dtype(np.float32), (width,)),
     }
-    for name, (dtype, shape) in numbers.items():
-        if found[name].dtype != dtype or found[name].shape != shape or 0 in shape:
-            raise RetrievalError(
-                f"{path}: {name} is {found[name].dtype} {found[name].shape}; it must "
-                f"be {dtype} {shape}."
-            )
+    check_arrays(path, found, numbers)
     if found["labels"].min() < 0 or found["labels"].max() >= len(class_names):
         raise RetrievalError(f"{path}: labels must be 0 to {len(class_names) - 1}.")
     return Index(
@@ -99,6 +95,20 @@ def load_index(path: str | os.PathLike[str]) -> Index:
         source=str(found["source"]),
         split=str(found["split"]),
     )
+
+
+def check_arrays(
+    path: str | os.PathLike[str],
+    found: Mapping[str, np.ndarray],
+    expected: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+) -> None:
+    """Raises RetrievalError if an array of a file has another type or shape, or none."""
+    for name, (dtype, shape) in expected.items():
+        if found[name].dtype != dtype or found[name].shape != shape or 0 in shape:
+            raise RetrievalError(
+                f"{path}: {name} is {found[name].dtype} {found[name].shape}; it must "
+                f"be {dtype} {shape}."
+            )
 
 
 def shrink(pictures: np.ndarray) -> np.ndarray:
@@ -155,9 +165,28 @@ def _nearest(
         taken = features[start : start + block]
         part[: len(taken)] = taken
         squares, rows = _merge(squares, rows, on_device, part, start, len(taken))
-    candidates = np.sort(np.asarray(rows), axis=1)  # ties: the smaller row first
-    differences = features[candidates].astype(np.float64) - queries[:, None]
-    distances = np.sqrt(np.einsum("qnd,qnd->qn", differences, differences))
+    return rank(features, queries, np.asarray(rows), count)
+
+
+def rank(
+    features: np.ndarray, queries: np.ndarray, rows: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest of some rows of an index, by distances in float64.
+
+    Args:
+      features: [N, D].
+      queries: [Q, D].
+      rows: int [Q, R], those that are compared with each query.
+      count: how many to keep; at most R are.
+
+    Returns:
+      (distances float64 [Q, n], rows int [Q, n]), as `nearest`.
+    """
+    candidates = np.sort(rows, axis=1)  # ties: the smaller row first
+    distances = np.empty(candidates.shape)
+    for i, query in enumerate(queries):  # all at once would need Q x R x D numbers
+        differences = features[candidates[i]].astype(np.float64) - query
+        distances[i] = np.sqrt(np.einsum("nd,nd->n", differences, differences))
     order = np.argsort(distances, axis=1, kind="stable")[:, :count]
     return (
         np.take_along_axis(distances, order, axis=1),

@@ -1,0 +1,243 @@
+"""Binary codes: packing, exact Hamming search, what training gains, files."""
+
+import numpy as np
+import pytest
+
+from alexnet_jax.analysis import codes as codes_lib
+from alexnet_jax.analysis.codes import (
+    Coder,
+    Codes,
+    load_codes,
+    nearest_codes,
+    recall,
+    recall_of_rows,
+    shortlist,
+    train_coder,
+)
+from alexnet_jax.analysis.retrieval import RetrievalError, nearest
+from benchmarks import codes as benchmark
+
+BITS = 20  # fills neither its last byte nor its word
+
+
+def clusters(count, seed):
+    """Points around 60 centres in 12 of 48 directions, far from zero."""
+    rng = np.random.default_rng(0)
+    directions = rng.normal(size=(12, 48))
+    centres = rng.normal(size=(60, 12)) * 3
+    rng = np.random.default_rng(seed)
+    points = centres[rng.integers(0, 60, count)] + rng.normal(size=(count, 12))
+    noise = 0.1 * rng.normal(size=(count, 48))
+    return (20 + points @ directions + noise).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def features():
+    return clusters(1500, seed=1)
+
+
+@pytest.fixture(scope="module")
+def coder(features):
+    return train_coder(features, bits=BITS, steps=400, batch_size=64, seed=3)
+
+
+@pytest.fixture(scope="module")
+def codes(coder, features):
+    return Codes(coder=coder, packed=coder.encode(features))
+
+
+def plain_search(codes, queries, count):
+    distances, rows = [], []
+    for query in queries:
+        found = []
+        for row, code in enumerate(codes):
+            different = sum(
+                int(a ^ b).bit_count() for a, b in zip(query, code, strict=True)
+            )
+            found.append((different, row))  # ties: the smaller row
+        found = sorted(found)[:count]
+        distances.append([d for d, _ in found])
+        rows.append([row for _, row in found])
+    return distances, rows
+
+
+@pytest.mark.parametrize(("width", "block"), [(1, 1), (3, 7), (8, 64), (3, 1000)])
+def test_codes_are_found_as_by_a_plain_search(width, block, monkeypatch):
+    monkeypatch.setattr(codes_lib, "QUERIES", 4)
+    rng = np.random.default_rng(width)
+    codes = rng.integers(0, 256, (150, width), np.uint8)
+    codes[[17, 149]] = codes[90]  # more ties than bytes alone give
+    queries = np.concatenate([codes[[90]], rng.integers(0, 256, (5, width), np.uint8)])
+    distances, rows = nearest_codes(codes, queries, 9, block=block)
+    want_distances, want_rows = plain_search(codes, queries, 9)
+    np.testing.assert_array_equal(rows, want_rows)
+    np.testing.assert_array_equal(distances, want_distances)
+    assert set(rows[0][distances[0] == 0]) >= {17, 90, 149} or width == 1
+    everything, order = nearest_codes(codes[:3], queries, 9, block=block)
+    np.testing.assert_array_equal(order, plain_search(codes[:3], queries, 3)[1])
+    assert everything.shape == (6, 3)
+
+
+def test_bits_are_the_sides_of_planes_and_packed_in_their_order():
+    rng = np.random.default_rng(0)
+    planes = Coder(
+        mean=rng.normal(size=5).astype(np.float32),
+        kernel=rng.normal(size=(5, BITS)).astype(np.float32),
+        bias=rng.normal(size=BITS).astype(np.float32),
+    )
+    features = rng.normal(size=(codes_lib._ROWS + 3, 5)).astype(np.float32)
+    packed = planes.encode(features)
+    assert packed.shape == (len(features), 3) and planes.bits == BITS
+    bits = (features - planes.mean) @ planes.kernel + planes.bias > 0
+    np.testing.assert_array_equal(np.unpackbits(packed, axis=1, count=BITS), bits)
+    assert not (packed[:, -1] & 0b1111).any()  # what fills the last byte is 0
+    with pytest.raises(RetrievalError, match=r"features are \(2, 4\); .* \[N, 5\]"):
+        planes.encode(np.zeros((2, 4), np.float32))
+    with pytest.raises(RetrievalError, match=r"queries are \(2, 4\); .* \[Q, 3\]"):
+        nearest_codes(packed, np.zeros((2, 4), np.uint8), 1)
+    distances, rows = nearest_codes(packed, packed[:0], 2)
+    assert distances.shape == rows.shape == (0, 2)
+
+
+def test_a_coder_is_a_function_of_features_and_seed(features, coder):
+    def trained(seed):
+        options = {"bits": BITS, "steps": 3, "batch_size": 64}
+        return train_coder(features, seed=seed, **options).kernel
+
+    first = trained(3)
+    np.testing.assert_array_equal(first, trained(3))
+    assert np.abs(first - trained(4)).max() > 0.01
+    backwards = train_coder(
+        features[::-1],
+        bits=BITS,
+        steps=3,
+        batch_size=64,
+        seed=3,
+        rows=np.arange(1500)[::-1],
+    )
+    np.testing.assert_allclose(backwards.kernel, first, rtol=1e-5, atol=1e-6)
+
+
+def test_trained_codes_find_more_than_random_planes(features, codes):
+    queries = clusters(200, seed=2)
+    _, exact = nearest(features, queries, 10)
+
+    def found(coder):
+        packed = coder.encode(features)
+        return recall(nearest_codes(packed, coder.encode(queries), 20)[1], exact)
+
+    ours = found(codes.coder)
+    random = [found(benchmark.random_planes(features, BITS, seed)) for seed in range(5)]
+    assert ours > max(random) + 0.1
+    assert ours > 0.72
+
+
+def test_bits_use_both_values(codes):
+    on = np.unpackbits(codes.packed, axis=1, count=BITS).mean(axis=0)
+    assert ((on > 0.2) & (on < 0.8)).mean() > 0.8
+
+
+def test_what_cannot_be_encoded_is_refused(features):
+    for bits in (0, -8, 32 * 48):
+        with pytest.raises(RetrievalError, match=f"a code of {bits} bits: it must"):
+            train_coder(features, bits=bits)
+    for wrong, words in (
+        (features[0], r"features are \(48,\); they must be \[N, D\]"),
+        (features[:0], r"features are \(0, 48\)"),
+        (np.where(features > 40, np.nan, features), "not finite"),
+        (np.ones_like(features), "all the same"),
+    ):
+        with pytest.raises(RetrievalError, match=words):
+            train_coder(wrong, bits=8)
+
+
+def test_a_shortlist_is_in_the_order_of_exact_distances(features, codes):
+    queries = clusters(20, seed=4)
+    distances, rows = shortlist(features, codes, queries, 5, size=40)
+    asked = codes.coder.encode(queries)
+    _, near = nearest_codes(codes.packed, asked, 40)
+    for query, listed, got, order in zip(queries, near, distances, rows, strict=True):
+        differences = features[listed].astype(np.float64) - query
+        far = np.linalg.norm(differences, axis=1)
+        best = sorted(zip(far, listed, strict=True))[:5]
+        assert order.tolist() == [row for _, row in best]
+        np.testing.assert_allclose(got, [d for d, _ in best], rtol=1e-12)
+    whole = shortlist(features, codes, queries, 5, size=len(features))
+    np.testing.assert_array_equal(whole[1], nearest(features, queries, 5)[1])
+
+
+def test_recall_is_of_other_rows_than_the_query(features, codes):
+    assert recall(np.array([[4, 2, 9]]), np.array([[2, 3]])) == 0.5
+    rows = np.array([0, 41, 1499])
+    (among_all,) = recall_of_rows(features, codes, rows, among=[1499])
+    assert among_all == 1
+    (told,) = recall_of_rows(features, codes, rows, among=[10])
+    hits = []
+    for row in rows:
+        others = np.delete(np.arange(1500), row)
+        exact = np.linalg.norm(features[others] - features[row], axis=1).argsort()
+        different = np.unpackbits(codes.packed[others] ^ codes.packed[row], axis=1)
+        near = different.sum(axis=1).argsort(kind="stable")
+        hits.append(len(set(exact[:10]) & set(near[:10])) / 10)
+    assert told == pytest.approx(np.mean(hits))
+
+
+def test_codes_are_kept_whole_and_know_their_features(features, codes, tmp_path):
+    path = tmp_path / "new" / "codes.npz"
+    codes.save(path)
+    again = load_codes(path)
+    assert [p.name for p in path.parent.iterdir()] == ["codes.npz"]
+    np.testing.assert_array_equal(again.packed, codes.packed)
+    np.testing.assert_array_equal(again.coder.encode(features), codes.packed)
+    assert again.are_of(features)
+    assert not again.are_of(features[::-1])
+    assert not again.are_of(features[:-1]) and not again.are_of(features[:, 1:])
+
+
+def test_files_without_codes_are_refused(codes, tmp_path):
+    good = {"packed": codes.packed, **vars(codes.coder)}
+    path = tmp_path / "codes.npz"
+    for changes, words in (
+        ({"packed": None}, "holds no codes: it has no packed"),
+        ({"kernel": good["kernel"][:-1]}, "mean is float32"),
+        ({"packed": good["packed"][:, :2]}, "packed is uint8"),
+        ({"bias": good["bias"].astype(float)}, "bias is float64"),
+        ({"packed": np.float32(0)}, "packed is float32"),
+        ({"mean": np.array([{}])}, "Object arrays cannot be loaded"),
+    ):
+        fields = {k: v for k, v in (good | changes).items() if v is not None}
+        np.savez(path, **fields)
+        with pytest.raises(RetrievalError, match=words):
+            load_codes(path)
+
+
+def test_the_benchmark_counts_and_draws(features, tmp_path):
+    labels = np.arange(len(features)) % 3
+    asked = (features[5:9], labels[5:9])  # the nearest is the query itself
+    found = benchmark.quality((features, labels), asked, bits=(12,), steps=3)
+    assert found["codes"][0]["method"] == benchmark.OURS
+    assert {c["bytes"] for c in found["codes"]} == {2}
+    assert all(
+        0 < c["recall_among_10"] <= c["recall_among_100"] <= 1 for c in found["codes"]
+    )
+    rows = np.array([[0, 1, 4], [2, 5, 8]])
+    assert benchmark.precision(labels, rows, np.array([1, 0])) == 2 / 6
+    squares = (features**2).sum(axis=1)
+    plain = benchmark.plain_search(features, squares, features[:7], 4)
+    np.testing.assert_array_equal(plain, nearest(features, features[:7], 4)[1])
+    record = {"quality": {"toy": found}, "speed": benchmark.speed(200, 8, rounds=1)}
+    assert "| exact |  | 192 | 100% |" in benchmark.table(record)
+    assert "| 256 | ours, codes |" in benchmark.table(record)
+    benchmark.chart(record).savefig(tmp_path / "codes.png")
+
+
+def test_principal_signs_are_of_the_largest_components():
+    rng = np.random.default_rng(0)
+    for count in (30, 300):  # fewer rows than numbers, and more
+        points = (rng.normal(size=(count, 40)) * np.linspace(1, 3, 40)).astype("f4")
+        kernel = benchmark.principal_signs(points, 5).kernel
+        _, _, components = np.linalg.svd(points - points.mean(axis=0))
+        kernel /= np.linalg.norm(kernel, axis=0)
+        np.testing.assert_allclose(
+            np.abs(components[:5] @ kernel), np.eye(5), atol=1e-3
+        )
