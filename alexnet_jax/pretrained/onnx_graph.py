@@ -77,7 +77,7 @@ def export_onnx(
       ValueError: for a size that does not give the network's grid.
     """
     try:
-        import onnx
+        import onnx  # noqa: F401
     except ImportError as error:
         raise WeightsError(
             'writing ONNX needs onnx: pip install "alexnet_jax[onnx]", or onnx itself.'
@@ -93,24 +93,31 @@ def export_onnx(
         graph.subtract(mean)
     for row in model.network.layers:
         _add_layer(graph, model.network, row, leaves)
-    helper = onnx.helper
+    properties = {"variant": model.network.name, "input": _about(mean)}
+    if class_names is not None:
+        properties["class_names"] = json.dumps(list(class_names))
+    whole = _without_constants(graph, model.network, size, properties)
+    with replacing(path) as file:
+        _write(file, whole, graph.constants)
+
+
+def _without_constants(
+    graph: "_Graph", network: variants.Variant, size: int, properties: dict[str, str]
+) -> Any:
+    """The ModelProto of a graph, to which `_write` adds the constants."""
+    from onnx import helper
+
+    images = _value(INPUT, ["batch", 3, size, size], properties["input"])
+    logits = _value(OUTPUT, ["batch", network.layers[-1].features], "")
+    name = f"alexnet_jax {network.name}"
     whole = helper.make_model(
-        helper.make_graph(
-            graph.nodes,
-            f"alexnet_jax {model.network.name}",
-            [_value(INPUT, ["batch", 3, size, size], _about(mean))],
-            [_value(OUTPUT, ["batch", model.network.layers[-1].features], "")],
-        ),
+        helper.make_graph(graph.nodes, name, [images], [logits]),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=IR_VERSION,
         producer_name="alexnet_jax",
     )
-    properties = {"variant": model.network.name, "input": _about(mean)}
-    if class_names is not None:
-        properties["class_names"] = json.dumps(list(class_names))
     helper.set_model_props(whole, properties)
-    with replacing(path) as file:
-        _write(file, whole, graph.constants)
+    return whole
 
 
 def _about(mean: np.ndarray | None) -> str:
