@@ -10,7 +10,7 @@ pooling of squares, and a locally connected layer one matrix product a place.
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -40,9 +40,6 @@ INPUT, OUTPUT = "images", "logits"
 _ACTIVATIONS = {"relu": "Relu", "tanh": "Tanh", "sigmoid": "Sigmoid"}
 # flax's BatchNorm, which the model makes without naming it.
 _BATCH_NORM_EPSILON = 1e-5
-# Field numbers of onnx.proto: ModelProto.graph, GraphProto.initializer,
-# TensorProto.raw_data. Their values have a length before them (wire type 2).
-_GRAPH, _INITIALIZER, _RAW_DATA = (bytes([8 * field + 2]) for field in (7, 5, 9))
 
 
 def export_onnx(
@@ -96,22 +93,27 @@ def export_onnx(
     properties = {"variant": model.network.name, "input": _about(mean)}
     if class_names is not None:
         properties["class_names"] = json.dumps(list(class_names))
-    whole = _without_constants(graph, model.network, size, properties)
+    whole = _model_proto(graph, model.network, size, properties)
     with replacing(path) as file:
-        _write(file, whole, graph.constants)
+        file.write(whole.SerializeToString())
 
 
-def _without_constants(
+def _model_proto(
     graph: "_Graph", network: variants.Variant, size: int, properties: dict[str, str]
 ) -> Any:
-    """The ModelProto of a graph, to which `_write` adds the constants."""
-    from onnx import helper
+    from onnx import helper, numpy_helper
 
     images = _value(INPUT, ["batch", 3, size, size], properties["input"])
     logits = _value(OUTPUT, ["batch", network.layers[-1].features], "")
     name = f"alexnet_jax {network.name}"
     whole = helper.make_model(
-        helper.make_graph(graph.nodes, name, [images], [logits]),
+        helper.make_graph(
+            graph.nodes,
+            name,
+            [images],
+            [logits],
+            [numpy_helper.from_array(a, name) for name, a in graph.constants.items()],
+        ),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=IR_VERSION,
         producer_name="alexnet_jax",
@@ -136,7 +138,7 @@ class _Graph:
 
     Attributes:
       nodes: so far.
-      constants: arrays by name; views where possible, they are copied when written.
+      constants: arrays by name.
       x: a name. channels, side: its shape, [batch, channels, side, side]; after a
         fully connected layer [batch, channels] and a side of 0.
     """
@@ -416,39 +418,3 @@ def _pool(graph: _Graph, stage: Pool, name: str) -> None:
         pads=[0, 0, overhang, overhang],
     )
     graph.side = count
-
-
-def _write(file: BinaryIO, model: Any, constants: Mapping[str, np.ndarray]) -> None:
-    """Writes a model and its constants, of which only one is copied at a time.
-
-    A protocol buffer may have its fields in any order: after the graph's nodes come the
-    constants, and after those of each its values. Built as messages the 244 MB of a
-    network would be in memory four times over.
-    """
-    from onnx import TensorProto, helper
-
-    heads = []
-    for name, array in constants.items():
-        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-        tensor = TensorProto(name=name, dims=array.shape, data_type=kind)
-        head = tensor.SerializeToString() + _RAW_DATA + _varint(array.nbytes)
-        head = _INITIALIZER + _varint(len(head) + array.nbytes) + head
-        heads.append((head, array))
-    graph = model.graph.SerializeToString()
-    length = len(graph) + sum(len(head) + array.nbytes for head, array in heads)
-    model.ClearField("graph")
-    file.write(model.SerializeToString())
-    file.write(_GRAPH + _varint(length) + graph)
-    for head, array in heads:
-        file.write(head)
-        file.write(weights_lib.raw(array))
-
-
-def _varint(number: int) -> bytes:
-    """A number in protocol buffers' variable length, the low seven bits first."""
-    digits = bytearray()
-    while number > 0x7F:
-        digits.append(number & 0x7F | 0x80)
-        number >>= 7
-    digits.append(number)
-    return bytes(digits)

@@ -5,11 +5,11 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
+import safetensors.numpy
 
 from alexnet_jax import model as model_lib
 from alexnet_jax.data.files import replacing
@@ -22,7 +22,6 @@ NAMES = ("alexnet_jax", "torchvision")
 RECORD = "alexnet_jax"
 VERSION = 1
 _MEAN = "mean"
-_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def save_safetensors(
@@ -63,33 +62,10 @@ def save_safetensors(
         metadata["normalize_std"] = json.dumps(torchvision.STD)
     else:
         tensors = {_MEAN: weights.mean, **leaves}
+    # safetensors takes an array's memory as it lies: transposed ones would be written so.
+    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in tensors.items()}
     with replacing(path) as file:
-        _write(file, tensors, metadata)
-
-
-def _write(
-    file: BinaryIO, tensors: Mapping[str, Any], metadata: Mapping[str, str]
-) -> None:
-    """Writes the format, of the tensors' values one copy at a time.
-
-    The length of a header, eight bytes; the header, JSON; and the values. safetensors'
-    own `save` has all of it in memory twice, and its `save_file` puts a file in the
-    place of this one, which nobody but its owner can read.
-    """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, array in tensors.items():
-        start, end = end, end + array.nbytes
-        header[name] = {
-            "dtype": _DTYPES[array.dtype.name],
-            "shape": list(array.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the values are aligned
-    file.write(len(text).to_bytes(8, "little") + text)
-    for array in tensors.values():
-        file.write(weights_lib.raw(array))
+        file.write(safetensors.numpy.save(arrays, metadata))
 
 
 def read(path: Path, variant: str | None) -> Weights:

@@ -152,13 +152,6 @@ def channels_first(kernel: np.ndarray, channels: int) -> np.ndarray:
     return by_place.transpose(3, 2, 0, 1).reshape(outputs, inputs)
 
 
-def raw(array: Any) -> memoryview:
-    """An array's values as files have them: row by row, the low bytes first."""
-    values = np.asarray(array)
-    values = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
-    return values.reshape(-1).view(np.uint8).data
-
-
 def first_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that `channels_first` gives to a kernel of this one."""
     if len(shape) == 4:
