@@ -17,15 +17,8 @@ from configs import common
 ROOT = Path(__file__).parent.parent
 CONFIGS = [
     *("common", "paper", "original", "quickstart", "cifar10", "folder", "memorize"),
-    *(
-        "cifar10_11",
-        "cifar10_13",
-        "caffe",
-        "caffenet",
-        "owt",
-        "large_batch",
-        "finetune",
-    ),
+    *("cifar10_11", "cifar10_13", "caffe", "caffenet", "owt", "large_batch", "tiny"),
+    "finetune",
 ]
 
 

@@ -1,0 +1,29 @@
+"""Learns the embedded pictures in seconds: the trained network of `notebooks/`.
+
+    python -m alexnet_jax.main --config=configs/tiny.py --workdir=runs/tiny
+
+cuda-convnet's "18%" network with batch normalisation in the places of its response
+normalisation, on 200 pictures shrunk to 64 x 64. Far from AlexNet, which takes a hundred
+times as long to learn them (configs/quickstart.py).
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.get_config()
+    config.num_epochs = 20.0
+    config.log_every_steps = 20
+    # Evaluated once, at the end.
+    config.eval_every_epochs = 0.0
+    config.model.variant = "cifar"
+    config.model.init = "he"
+    config.model.overrides.normalization = "batch"
+    config.data.source = "textures/tiny"
+    config.data.batch_size = 20
+    config.data.image_size = 64
+    config.data.crop_size = 32
+    config.augment.lighting = 0.0
+    config.schedule.name = "cosine"
+    config.parallel.data = 1
+    return config
