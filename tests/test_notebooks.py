@@ -39,7 +39,7 @@ def test_notebook_is_committed_clean(name):
         if cell.cell_type == "code":
             assert cell.outputs == [] and cell.execution_count is None, cell.id
             assert set(cell.metadata) <= {"figure"}, cell.id
-            assert len(cell.source.splitlines()) <= 25, cell.id
+            assert len(cell.source.splitlines()) <= 20, cell.id
 
 
 def test_figures_are_those_that_the_notebooks_name():
