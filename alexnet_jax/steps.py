@@ -117,9 +117,11 @@ def state_specs(
 
 
 def _shapes(model: AlexNet, tx: optax.GradientTransformation, crop_size: int) -> Any:
-    return jax.eval_shape(lambda: _first_state(model, tx, 0, crop_size))
+    return _first_state.eval_shape(model, tx, 0, crop_size)
 
 
+# Jitted for jax to remember its trace: a run asks for the shapes half a dozen times.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _first_state(
     model: AlexNet, tx: optax.GradientTransformation, seed: int, crop_size: int
 ) -> TrainState:

@@ -193,6 +193,20 @@ def last_step_with(path: str | os.PathLike[str], prefix: str) -> int:
     return max(found, default=-1)
 
 
+@contextlib.contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """As if that package were not installed, unless it was imported before."""
+    modules: dict[str, Any] = sys.modules
+    hide = name not in modules
+    if hide:
+        modules[name] = None
+    try:
+        yield
+    finally:
+        if hide:
+            del modules[name]
+
+
 class TensorBoardWriter:
     """Scalars as TensorBoard event files, by tensorboardX (no TensorFlow).
 
@@ -203,7 +217,10 @@ class TensorBoardWriter:
         self, directory: str | os.PathLike[str], resume_step: int | None = None
     ):
         # Here, not above: reading metrics must not need tensorboardX.
-        from tensorboardX import SummaryWriter
+        # It imports torch where there is one, which takes a second, for tensors that
+        # it is not given here.
+        with _hidden("torch"):
+            from tensorboardX import SummaryWriter
 
         # TensorBoard drops the events at purge_step and after it.
         purge_step = None if resume_step is None else resume_step + 1
