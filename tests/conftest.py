@@ -1,6 +1,28 @@
-"""Eight virtual CPU devices for every test, and programs that compile quickly."""
+"""Eight virtual CPU devices for every test, and programs that compile quickly, once."""
 
+import atexit
 import os
+import shutil
+import tempfile
+
+OPTIMIZED = bool(os.environ.get("ALEXNET_TEST_OPTIMIZED"))
+
+# Many tests train the same small networks. What one of them has compiled, the others
+# read, in both of pytest's processes and in those that the tests start: xdist's and
+# they inherit the environment. It lives as long as the tests do, so on one processor.
+if not OPTIMIZED and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.mkdtemp(prefix="alexnet_test_programs_")
+    atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# LLVM's cheap passes only, for what is compiled without the setting below: programs
+# that run long enough for it (`test_parallel.fast_loops`).
+if not OPTIMIZED:
+    os.environ["XLA_FLAGS"] = (
+        "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true "
+        + os.environ.get("XLA_FLAGS", "")
+    )
 
 import jax
 
@@ -10,5 +32,5 @@ jax.config.update("jax_num_cpu_devices", 8)
 # The tests compile hundreds of programs and run most of them once. With LLVM's
 # expensive passes they take three times as long; the HLO, and so what is computed
 # and exchanged, is the same. `make test-all` runs them as users do.
-if not os.environ.get("ALEXNET_TEST_OPTIMIZED"):
+if not OPTIMIZED:
     jax.config.update("jax_disable_most_optimizations", True)

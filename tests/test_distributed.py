@@ -25,11 +25,10 @@ from alexnet_jax.writers import read_metrics
 
 ROOT = Path(__file__).parent.parent
 LAUNCHER = ROOT / "launch" / "multiprocess.py"
-# Fewer of LLVM's passes: half a minute less for each program.
+# With LLVM's cheap passes (conftest.py): without any a float64 step takes a second.
 ENVIRONMENT = {
     **os.environ,
     "JAX_ENABLE_X64": "1",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "PYTHONPATH": str(ROOT),
     "PYTHONUNBUFFERED": "1",
 }
@@ -136,8 +135,9 @@ def scalars(workdir):
 
 def assert_same_scalars(got, want):
     assert [row[:2] for row in got] == [row[:2] for row in want]
+    # An error of no example is 0 or what 1 - 1 rounds to.
     np.testing.assert_allclose(
-        [row[2] for row in got], [row[2] for row in want], rtol=1e-10
+        [row[2] for row in got], [row[2] for row in want], rtol=1e-10, atol=1e-15
     )
 
 

@@ -1,5 +1,6 @@
 """A run as a whole: it learns, stops, goes on exactly, and is read back."""
 
+import contextlib
 import gzip
 import itertools
 import json
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_parallel import fast_loops
 
 from alexnet_jax import load, main, train
 from alexnet_jax.data import train_batches
@@ -197,11 +199,14 @@ def test_ten_steps_and_ten_more_are_twenty(make_config, folder, tmp_path, capsys
         assert [row for row in rows if row["step"] != 10 or row in wanted] == wanted
 
 
-@pytest.fixture
-def float64():
+@contextlib.contextmanager
+def in_float64():
     jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
+    try:
+        with fast_loops():
+            yield
+    finally:
+        jax.config.update("jax_enable_x64", False)
 
 
 def float64_config(folder, mode, data, column):
@@ -220,9 +225,8 @@ def float64_config(folder, mode, data, column):
 @pytest.fixture(scope="module")
 def ten_steps_on_two_devices(folder, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("two") / "columns"
-    jax.config.update("jax_enable_x64", True)
-    train.train_and_evaluate(float64_config(folder, "columns", 1, 2), workdir)
-    jax.config.update("jax_enable_x64", False)
+    with in_float64():
+        train.train_and_evaluate(float64_config(folder, "columns", 1, 2), workdir)
     return workdir
 
 
@@ -237,7 +241,7 @@ def ten_steps_on_two_devices(folder, tmp_path_factory):
     ],
 )
 def test_a_run_goes_on_on_other_devices(
-    mode, data, column, folder, tmp_path, ten_steps_on_two_devices, float64
+    mode, data, column, folder, tmp_path, ten_steps_on_two_devices
 ):
     """Stopped on two after five steps: the next five losses are the same."""
 
@@ -248,7 +252,8 @@ def test_a_run_goes_on_on_other_devices(
     shutil.copytree(ten_steps_on_two_devices, moved)
     shutil.rmtree(moved / "checkpoints" / "10")
     config = float64_config(folder, mode, data, column)
-    state = train.train_and_evaluate(config, moved)
+    with in_float64():
+        state = train.train_and_evaluate(config, moved)
     rows = read_metrics(moved / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 11))
     np.testing.assert_allclose(
@@ -504,6 +509,15 @@ def test_a_few_steps_are_traced(finished, folder, tmp_path, monkeypatch, capsys)
     assert not (tmp_path / "short" / "profile").exists()
 
 
+@pytest.fixture
+def no_cache_folder():
+    """As if conftest.py had not chosen one."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
 def cache_folder(monkeypatch, platform, **environment):
     """Where the command line would keep compiled programs on such a platform."""
     chosen = {}
@@ -515,7 +529,9 @@ def cache_folder(monkeypatch, platform, **environment):
     return chosen.get("jax_compilation_cache_dir")
 
 
-def test_compiled_programs_are_kept_on_accelerators(monkeypatch, tmp_path):
+def test_compiled_programs_are_kept_on_accelerators(
+    no_cache_folder, monkeypatch, tmp_path
+):
     expected = str(tmp_path / "x" / "alexnet_jax" / "jax")
     xdg = {"XDG_CACHE_HOME": tmp_path / "x"}
     with monkeypatch.context() as patch:
@@ -555,12 +571,12 @@ def run_main(*args, cwd=ROOT, **env):
 
 
 def test_training_on_two_virtual_devices_never_imports_tensorflow(tmp_path):
-    """Not even where it is installed: a TensorFlow that only tells on its users."""
-    (tmp_path / "tensorflow").mkdir()
+    """Nor torch, not even where they are installed: ones that only tell on their users."""
     marker = tmp_path / "imported"
-    (tmp_path / "tensorflow" / "__init__.py").write_text(
-        f"open({str(marker)!r}, 'w').close()\nraise ImportError('imported')\n"
-    )
+    for name in ("tensorflow", "torch"):
+        (tmp_path / f"{name}.py").write_text(
+            f"open({str(marker)!r}, 'w').close()\nraise ImportError('imported')\n"
+        )
     done = run_main(
         "--config=configs/quickstart.py",
         f"--workdir={tmp_path / 'run'}",
