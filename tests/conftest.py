@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test, and programs that compile quickly, once."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -34,3 +35,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 # and exchanged, is the same. `make test-all` runs them as users do.
 if not OPTIMIZED:
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: no collection has to go through it again."""
+    gc.freeze()

@@ -44,7 +44,7 @@ def test_json_holds_the_networks_probabilities(workdir, pictures, monkeypatch, c
     assert predict.main(arguments) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     model, variables, preprocess = load(workdir)
-    logits = model.apply(variables, preprocess(pictures[:6]))
+    logits = jax.jit(model.apply)(variables, preprocess(pictures[:6]))
     want = np.asarray(jax.nn.softmax(logits))
     assert [item["file"] for item in found] == pictures[:6]
     for item, row in zip(found, want, strict=True):

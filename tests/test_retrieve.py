@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -84,7 +85,8 @@ def test_an_index_holds_the_features_of_the_training_pictures(
     index = retrieval.load_index(index_file)
     model, variables, preprocess = load(workdir)
     paths = sorted(folder.glob("train/*/*.png"))
-    features = model.apply(variables, preprocess(paths), method="features")["pool3"]
+    features_of = jax.jit(model.apply, static_argnames="method")
+    features = features_of(variables, preprocess(paths), method="features")["pool3"]
     np.testing.assert_allclose(
         index.features, np.reshape(features, (PICTURES, -1)), rtol=1e-4, atol=1e-5
     )
