@@ -199,7 +199,7 @@ def _device_train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One device's share of a training step."""
     found = through.gradients(state, batch, statistics)
-    loss, right = lax.pmean((found.loss, found.right), through.batch_axes)
+    loss, wrong = lax.pmean((found.loss, found.wrong), through.batch_axes)
     opt_state: Any
     grads = {**jax.tree.map(jnp.zeros_like, state.params), **found.grads}
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -210,7 +210,7 @@ def _device_train_step(
         opt_state=opt_state,
     )
     rate = opt_state.hyperparams["learning_rate"]
-    return new_state, {"loss": loss, "top1_error": 1.0 - right, "lr": rate}
+    return new_state, {"loss": loss, "top1_error": wrong, "lr": rate}
 
 
 class _Gradients(NamedTuple):
@@ -220,14 +220,14 @@ class _Gradients(NamedTuple):
       grads: of the mean loss over the global batch, summed over devices already; of the
         layers that are not frozen.
       batch_stats: the running statistics afterwards.
-      loss, right: means over this device's share of the batch.
+      loss, wrong: means over this device's share of the batch.
       observed: what `observe` gave, each array stacked over the parts.
     """
 
     grads: PyTree
     batch_stats: PyTree
     loss: jax.Array
-    right: jax.Array
+    wrong: jax.Array
     observed: PyTree
 
 
@@ -304,9 +304,9 @@ class _Pass:
                 ),
                 (jnp.arange(count, dtype=jnp.int32), parts),
             )
-        losses, right, observed = seen
+        losses, wrong, observed = seen
         grads = parallel.sum_gradients(grads, self.trained(specs), axes)
-        return _Gradients(grads, stats, losses.mean(), right.mean(), observed)
+        return _Gradients(grads, stats, losses.mean(), wrong.mean(), observed)
 
     def _part(
         self,
@@ -348,8 +348,8 @@ class _Pass:
             labels, logits = batch["label"], features["logits"]
             losses = metrics.cross_entropy(logits, labels, self.label_smoothing)
             loss = jnp.mean(losses)
-            right = jnp.mean(metrics.in_top_k(logits, labels, 1), dtype=loss.dtype)
-            return scale * loss, (changed, (loss, right, self.observe(features)))
+            wrong = jnp.mean(~metrics.in_top_k(logits, labels, 1), dtype=loss.dtype)
+            return scale * loss, (changed, (loss, wrong, self.observe(features)))
 
         trained = self.trained(state.params)
         grads, (changed, seen) = jax.grad(loss_fn, has_aux=True)(trained)

@@ -135,9 +135,8 @@ def scalars(workdir):
 
 def assert_same_scalars(got, want):
     assert [row[:2] for row in got] == [row[:2] for row in want]
-    # An error of no example is 0 or what 1 - 1 rounds to.
     np.testing.assert_allclose(
-        [row[2] for row in got], [row[2] for row in want], rtol=1e-10, atol=1e-15
+        [row[2] for row in got], [row[2] for row in want], rtol=1e-10
     )
 
 
