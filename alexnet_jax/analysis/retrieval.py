@@ -160,11 +160,11 @@ def _nearest(
     on_device = jnp.asarray(queries, jnp.float32)
     squares = jnp.full((len(queries), most), jnp.inf)
     rows = jnp.zeros((len(queries), most), jnp.int32)
-    for start in range(0, len(features), block):
-        part = np.zeros((block, features.shape[1]), np.float32)
-        taken = features[start : start + block]
-        part[: len(taken)] = taken
-        squares, rows = _merge(squares, rows, on_device, part, start, len(taken))
+    for first in range(0, len(features), block):
+        # The last block begins earlier, with rows that were looked at: all are whole.
+        start = min(first, len(features) - block)
+        part = features[start : start + block]
+        squares, rows = _merge(squares, rows, on_device, part, start, first)
     return rank(features, queries, np.asarray(rows), count)
 
 
@@ -201,17 +201,21 @@ def _merge(
     queries: jax.Array,
     part: jax.Array,
     start: jax.Array,
-    taken: jax.Array,
+    first: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The nearest of those so far and of a block of the index, [Q, n] each."""
+    """The nearest of those so far and of a block of the index, [Q, n] each.
+
+    The block's rows are `start` and on; those before `first` do not count.
+    """
+    part = part.astype(queries.dtype)
     products = jnp.matmul(queries, part.T, precision=lax.Precision.HIGHEST)
     lengths = jnp.sum(part**2, axis=1) - 2 * products
     here = lengths + jnp.sum(queries**2, axis=1, keepdims=True)
-    numbers = jnp.arange(len(part))
-    here = jnp.where(numbers < taken, here, jnp.inf)
-    all_squares = jnp.concatenate([squares, here], axis=1)
-    all_rows = jnp.concatenate(
-        [rows, jnp.broadcast_to(start + numbers, here.shape)], axis=1
-    )
-    best, places = lax.top_k(-all_squares, squares.shape[1])
-    return -best, jnp.take_along_axis(all_rows, places, axis=1)
+    numbers = start + jnp.arange(len(part))
+    here = jnp.where(numbers >= first, here, jnp.inf)
+    count = squares.shape[1]
+    nearest_here, places = lax.top_k(-here, count)
+    both = jnp.concatenate([-squares, nearest_here], axis=1)
+    both_rows = jnp.concatenate([rows, start + places], axis=1)
+    best, places = lax.top_k(both, count)
+    return -best, jnp.take_along_axis(both_rows, places, axis=1)
