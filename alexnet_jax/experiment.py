@@ -627,6 +627,11 @@ def load(
       WeightsError: if it is a file that cannot be used, and why.
     """
     weights = read_network(path, step=step, variant=variant)
+    return weights.make_model(), weights.variables, make_preprocess(weights)
+
+
+def make_preprocess(weights: Weights) -> Callable[[Any], jax.Array]:
+    """The third of what `load` returns."""
     size, crop_size = weights.image_size, weights.crop_size
     mean_image = jnp.broadcast_to(jnp.asarray(weights.mean), (size, size, 3))
 
@@ -638,7 +643,7 @@ def load(
             jnp.asarray(stack), mean_image=mean_image, crop_size=crop_size
         )
 
-    return weights.make_model(), weights.variables, preprocess
+    return preprocess
 
 
 def read_network(
@@ -655,7 +660,7 @@ def read_network(
         return read_weights(path, variant=variant)
     folder, which = split_step(os.fspath(path))
     workdir = Path(folder).absolute()
-    _require_run(workdir)
+    require_run(workdir)
     statistics = statistics_lib.load(workdir / STATISTICS_FILE)
     with Checkpointer(workdir / CHECKPOINTS, read_only=True) as checkpointer:
         chosen = checkpointer.find(which if step is None else step)
@@ -674,7 +679,8 @@ def read_network(
     )
 
 
-def _require_run(workdir: Path) -> None:
+def require_run(workdir: Path) -> None:
+    """Raises FileNotFoundError if a folder is not the workdir of a run."""
     if not (workdir / CONFIG_FILE).exists():
         raise FileNotFoundError(
             f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}. Give the "
@@ -701,7 +707,7 @@ def with_network_of(config: Config, path: str | os.PathLike[str]) -> Config:
         fields["data.crop_size"] = weights.crop_size
     else:
         workdir = Path(split_step(os.fspath(path))[0])
-        _require_run(workdir)
+        require_run(workdir)
         fields = flat(read_config(workdir) or {})
         fields = {k: v for k, v in fields.items() if k.startswith(_NETWORK_FIELDS)}
     own: Config = ConfigDict(config.to_dict())

@@ -21,7 +21,6 @@ from alexnet_jax.data.sources import Sample, Source
 from alexnet_jax.evaluate import Predictions
 from alexnet_jax.model import LayerSummary, summary
 from alexnet_jax.pictures import Extractor
-from alexnet_jax.predict import class_names
 from alexnet_jax.stopwatch import TIMES_FILE, Times, read_times
 from alexnet_jax.writers import METRICS_FILE, read_metrics
 
@@ -88,12 +87,12 @@ def read_run(workdir: Path) -> Run:
     Raises:
       FileNotFoundError, CheckpointError: as `experiment.load`.
     """
+    experiment.require_run(workdir)
     logits_of = Extractor(workdir, "logits")
     with Checkpointer(
         workdir.absolute() / experiment.CHECKPOINTS, read_only=True
     ) as saved:
-        step = saved.best_step()
-        step = saved.latest_whole_step() if step is None else step
+        step = saved.find("best")
         assert step is not None  # else there was nothing to load
         versions = saved.metadata(step).get("versions", {})
     config = experiment.read_config(workdir)
@@ -108,7 +107,7 @@ def read_run(workdir: Path) -> Run:
         step=step,
         versions=versions,
         layers=layers,
-        names=class_names(workdir, layers[-1].shape[-1]),
+        names=logits_of.class_names,
         logits_of=logits_of,
     )
 

@@ -15,9 +15,10 @@ from absl import logging
 from alexnet_jax import data as data_lib
 from alexnet_jax import ops
 from alexnet_jax.checkpoint import CheckpointError
+from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.images import load_picture
 from alexnet_jax.data.sources import Source
-from alexnet_jax.experiment import load, read_config
+from alexnet_jax.experiment import make_preprocess, read_config, read_network
 from alexnet_jax.writers import progress
 
 # Pictures that go through the network at once.
@@ -32,14 +33,15 @@ class Extractor:
     """A trained network as a function from pictures to one layer's features.
 
     Args:
-      workdir: of a run.
+      path: the workdir of a run, or a file of weights; as of `experiment.load`.
       layer: a name of `model.apply(..., method="features")`, such as "fc7", "logits".
       step: which checkpoint; as `experiment.load`.
       batch: pictures at once; fewer are filled up, so that one program does for all.
 
     Attributes:
-      data: the fields `data` of the run's config.
       model, variables: as `experiment.load`.
+      image_size: side of the pictures in pixels.
+      class_names: by label; "class 3" where neither run nor file says.
 
     Raises:
       UnknownLayerError: if there is no such layer.
@@ -48,14 +50,21 @@ class Extractor:
 
     def __init__(
         self,
-        workdir: Path,
+        path: Path,
         layer: str,
         *,
         step: int | None = None,
         batch: int = BATCH,
     ):
-        self.model, self.variables, self._preprocess = load(workdir, step=step)
-        self.data: dict[str, Any] = (read_config(workdir) or {})["data"]
+        weights = read_network(path, step=step)
+        self.model, self.variables = weights.make_model(), weights.variables
+        self.image_size = weights.image_size
+        known, count = weights.class_names or (), weights.settings["num_classes"]
+        self.class_names = [*known[:count]]
+        self.class_names += [f"class {k}" for k in range(len(known), count)]
+        self._preprocess = make_preprocess(weights)
+        config = None if path.is_file() else read_config(path)
+        self._data: dict[str, Any] = (config or {}).get("data", {})
         self._batch = batch
         self._grey = np.full((self.image_size, self.image_size, 3), 128, np.uint8)
         self._look_at(layer)
@@ -83,9 +92,18 @@ class Extractor:
         )
 
     @property
-    def image_size(self) -> int:
-        """Side of the pictures in pixels."""
-        return self.data["image_size"]
+    def data(self) -> dict[str, Any]:
+        """The fields `data` of the run's config.
+
+        Raises:
+          DataError: if the weights are from a file, which does not say.
+        """
+        if not self._data:
+            raise DataError(
+                "a file of weights does not say which pictures: give --source, such as "
+                "--source=folder:PATH, and --split."
+            )
+        return self._data
 
     def __call__(self, pictures: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """uint8 pictures [S, S, 3] -> float32 [B, D]; at least one."""
@@ -126,11 +144,15 @@ class Extractor:
         source: str | None = None,
         data_dir: str | None = None,
     ) -> Source:
-        """A split of a data set, `data.open_source`; without `source` the run's own."""
+        """A split of a data set, `data.open_source`; without `source` the run's own.
+
+        Raises:
+          DataError: as `open_source` and `data`.
+        """
         return data_lib.open_source(
             source or str(self.data["source"]),
             split,
-            data_dir=data_dir or self.data["dir"] or None,
+            data_dir=data_dir or self._data.get("dir") or None,
             image_size=self.image_size,
         )
 
@@ -157,7 +179,12 @@ def parser(module: str, about: str | None, *, top: int) -> argparse.ArgumentPars
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--workdir", type=Path, required=True, help="folder of a run")
+    made.add_argument(
+        "--workdir",
+        type=Path,
+        required=True,
+        help="folder of a run, or a file of weights",
+    )
     made.add_argument("--step", type=int, help="which checkpoint; else the best")
     made.add_argument("--top", type=int, default=top, help="answers a picture")
     made.add_argument("--format", choices=["text", "json"], default="text")

@@ -21,7 +21,6 @@ import numpy as np
 
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import short_names
-from alexnet_jax.experiment import read_class_names
 from alexnet_jax.pictures import (
     BATCH,
     Extractor,
@@ -41,23 +40,19 @@ class Prediction:
 
     Attributes:
       probabilities: float32 [K], their sum is 1.
+      class_names: by label.
       picture: uint8 [S, S, 3], the square that was looked at.
     """
 
     path: str
     probabilities: np.ndarray
     picture: np.ndarray
+    class_names: Sequence[str]
 
     def best(self, count: int) -> list[int]:
         """The most probable labels, the best first; of equal ones the smaller."""
         order = np.argsort(-self.probabilities, kind="stable")
         return order[:count].tolist()
-
-
-def class_names(workdir: Path, count: int) -> list[str]:
-    """What a run's labels mean: `count` names, "class 3" where the run does not say."""
-    known = read_class_names(workdir) or []
-    return [*known[:count], *(f"class {k}" for k in range(len(known), count))]
 
 
 def predict(
@@ -66,7 +61,7 @@ def predict(
     """Looks at pictures, in their order.
 
     Args:
-      workdir: of a run.
+      workdir: of a run, or a file of weights.
       paths: picture files.
       step: which checkpoint; as `experiment.load`.
 
@@ -88,18 +83,22 @@ def predict(
             if isinstance(picture, Exception):
                 yield picture
             else:
-                yield Prediction(path, np.asarray(next(rows)), picture)
+                chances = np.asarray(next(rows))
+                yield Prediction(path, chances, picture, logits_of.class_names)
 
 
-def as_text(prediction: Prediction, names: Sequence[str], top: int) -> str:
+def as_text(prediction: Prediction, top: int) -> str:
     """The picture's path and a line a label, the best first."""
-    best = prediction.best(top)
-    lines = [f"{100 * prediction.probabilities[k]:7.2f}%  {names[k]}" for k in best]
+    lines = [
+        f"{100 * prediction.probabilities[k]:7.2f}%  {words(prediction.class_names[k])}"
+        for k in prediction.best(top)
+    ]
     return "\n".join([prediction.path, *lines])
 
 
-def as_json(prediction: Prediction, names: Sequence[str], top: int) -> dict[str, Any]:
+def as_json(prediction: Prediction, top: int) -> dict[str, Any]:
     """{"file", "labels": [{"label", "name", "words", "probability"}, ...]}."""
+    names = prediction.class_names
     return {
         "file": prediction.path,
         "labels": [
@@ -114,14 +113,14 @@ def as_json(prediction: Prediction, names: Sequence[str], top: int) -> dict[str,
     }
 
 
-def _draw(found: Sequence[Prediction], names: Sequence[str], path: Path) -> None:
+def _draw(found: Sequence[Prediction], path: Path) -> None:
     # matplotlib is not needed to say what is in a picture.
     from alexnet_jax.analysis import best_labels
 
     figure = best_labels(
         np.stack([prediction.picture for prediction in found]),
         np.stack([prediction.probabilities for prediction in found]),
-        names,
+        [words(name) for name in found[0].class_names],
         titles=short_names([prediction.path for prediction in found]),
     )
     save_figure(figure, path)
@@ -145,25 +144,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _predict(options: argparse.Namespace) -> bool:
     """Prints what is in each picture; returns whether all could be read."""
     drawn: list[Prediction] = []
-    names: list[str] = []
-    readable: list[str] = []
     all_read = True
     for found in predict(options.workdir, options.pictures, step=options.step):
         if isinstance(found, Exception):
             print(f"error: {found}", file=sys.stderr)
             all_read = False
             continue
-        if not names:
-            names = class_names(options.workdir, len(found.probabilities))
-            readable = [words(name) for name in names]
         if options.format == "json":
-            print(json.dumps(as_json(found, names, options.top)), flush=True)
+            print(json.dumps(as_json(found, options.top)), flush=True)
         else:
-            print(as_text(found, readable, options.top), flush=True)
+            print(as_text(found, options.top), flush=True)
         if options.figure is not None and len(drawn) < MOST_DRAWN:
             drawn.append(found)
     if drawn and options.figure is not None:
-        _draw(drawn, readable, options.figure)
+        _draw(drawn, options.figure)
     return all_read
 
 

@@ -78,8 +78,8 @@ def build_index(
     Raises:
       DataError: as `open_source`.
     """
-    own = features_of.data
-    source, split = source or str(own["source"]), split or str(own["train_split"])
+    source = source or str(features_of.data["source"])
+    split = split or str(features_of.data["train_split"])
     pictures = features_of.open(split, source=source, data_dir=data_dir)
     return index_of(features_of, layer, pictures, source=source, split=split)
 

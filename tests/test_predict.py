@@ -2,14 +2,15 @@
 
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_train import CLASSES, folder, small_config  # noqa: F401
+from test_train import folder, small_config  # noqa: F401
 
-from alexnet_jax import load, predict, train
+from alexnet_jax import export, load, predict, report, retrieve, train
 from alexnet_jax.analysis import best_labels
 from alexnet_jax.experiment import ConfigError
 
@@ -84,15 +85,39 @@ def test_wrong_arguments_are_one_message(workdir, pictures, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_labels_without_names_are_numbered(workdir, tmp_path):
-    assert predict.class_names(workdir, CLASSES + 1) == [*NAMES, "class 3"]
-    assert predict.class_names(tmp_path, 2) == ["class 0", "class 1"]
-    (tmp_path / "classes.json").write_text('{"a": 1}')
-    with pytest.raises(ConfigError, match="must hold a list of class names"):
-        predict.class_names(tmp_path, 2)
-    (tmp_path / "classes.json").write_text("[")
-    with pytest.raises(ConfigError, match="is damaged"):
-        predict.class_names(tmp_path, 2)
+def test_labels_without_names_are_numbered(workdir, pictures, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    classes = copy / "classes.json"
+    classes.write_text('["blue", "green"]')
+    assert predict.main([f"--workdir={copy}", pictures[0]]) == 0
+    words = [line.split("%  ")[1] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert sorted(words) == ["blue", "class 2", "green"]
+    for wrong, said in (
+        ('{"a": 1}', "must hold a list of class names"),
+        ("[", "is damaged"),
+    ):
+        classes.write_text(wrong)
+        assert predict.main([f"--workdir={copy}", pictures[0]]) == 1
+        assert said in capsys.readouterr().err
+
+
+def test_a_file_of_weights_says_the_same_as_its_run(
+    workdir, pictures, tmp_path, capsys
+):
+    weights = tmp_path / "net.safetensors"
+    assert export.main([f"--workdir={workdir}", f"--out={weights}"]) == 0
+    capsys.readouterr()
+    said = []
+    for where in (workdir, weights):
+        assert predict.main([f"--workdir={where}", *pictures[:3]]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and "red" in said[0]
+    index = f"--index={tmp_path / 'index.npz'}"
+    assert retrieve.main([f"--workdir={weights}", index, "--layer=pool3"]) == 1
+    assert "give --source" in capsys.readouterr().err
+    assert report.main([f"--workdir={weights}"]) == 1
+    assert "is not the workdir of a run" in capsys.readouterr().err
 
 
 def test_pictures_of_other_classes_are_refused(workdir, folder, tmp_path):  # noqa: F811
