@@ -7,7 +7,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -107,7 +106,6 @@ class Predictions:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes an .npz, whole or not at all, for `load_predictions` and NumPy."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             np.savez(file, **{k: v for k, v in vars(self).items() if v is not None})
 

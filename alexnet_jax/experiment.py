@@ -1,5 +1,6 @@
 """The one place where a config meets the code: check it, build from it, load a run."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -19,13 +20,13 @@ from ml_collections import ConfigDict
 
 from alexnet_jax import augment, model, optim, parallel, steps, variants
 from alexnet_jax import data as data_lib
-from alexnet_jax.checkpoint import Checkpointer, split_step
+from alexnet_jax.checkpoint import Checkpointer, CheckpointError, split_step
 from alexnet_jax.data import images as images_lib
 from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.sources import Source
 from alexnet_jax.data.statistics import Statistics
-from alexnet_jax.pretrained import Weights, read_weights
+from alexnet_jax.pretrained import SUFFIXES, Weights, WeightsError, read_weights
 
 # A ml_collections.ConfigDict, whose fields no type checker can know.
 Config = Any
@@ -624,7 +625,7 @@ def load(
     Raises:
       FileNotFoundError: if `path` is neither a workdir nor a file.
       CheckpointError: if it holds no whole checkpoint.
-      WeightsError: if it is a file that cannot be used, and why.
+      WeightsError: if it is a file that cannot be used, and why; or another variant.
     """
     weights = read_network(path, step=step, variant=variant)
     return weights.make_model(), weights.variables, make_preprocess(weights)
@@ -656,9 +657,15 @@ def read_network(
 
     Arguments and errors are those of `load`.
     """
-    if Path(path).is_file():
-        return read_weights(path, variant=variant)
+    if is_weights_file(path):
+        if step is not None:
+            raise WeightsError(f"{path} is a file of weights; it has no step {step}.")
+        weights = read_weights(path, variant=variant)
+        on_device = jax.tree.map(jnp.asarray, weights.variables)
+        return dataclasses.replace(weights, variables=on_device)
     folder, which = split_step(os.fspath(path))
+    if step is not None and folder != os.fspath(path):
+        raise CheckpointError(f"{path} says which step already; got step {step} too.")
     workdir = Path(folder).absolute()
     require_run(workdir)
     statistics = statistics_lib.load(workdir / STATISTICS_FILE)
@@ -666,6 +673,11 @@ def read_network(
         chosen = checkpointer.find(which if step is None else step)
         variables, metadata = checkpointer.restore_params(step=chosen)
     config: Config = ConfigDict(metadata["config"])
+    if variant not in (None, config.model.variant):
+        raise WeightsError(
+            f"{path} holds a network of variant {config.model.variant}; got "
+            f"variant={variant!r}."
+        )
     classifier = variants.get(config.model.variant).layers[-1].name
     num_classes = variables["params"][classifier]["bias"].shape[0]
     names = read_class_names(workdir)
@@ -677,6 +689,12 @@ def read_network(
         crop_size=config.data.crop_size,
         class_names=None if names is None else tuple(names),
     )
+
+
+def is_weights_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is to be read as a file of weights: a file, or named like one."""
+    named = os.fspath(path).lower().endswith(SUFFIXES)
+    return Path(path).is_file() or (named and not Path(path).is_dir())
 
 
 def require_run(workdir: Path) -> None:
@@ -697,7 +715,7 @@ def with_network_of(config: Config, path: str | os.PathLike[str]) -> Config:
 
     `path` and errors are those of `load`.
     """
-    if Path(path).is_file():
+    if is_weights_file(path):
         weights = read_weights(path)
         fields = {
             f"model.{'' if name in _MODEL_FIELDS else 'overrides.'}{name}": value

@@ -53,7 +53,6 @@ def export(
     if suffix == ".onnx" and names != "alexnet_jax":
         raise pretrained.WeightsError(f"--names={names} is of .safetensors, not {out}.")
     weights = read_network(source, step=step, variant=variant)
-    out.parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".safetensors":
         pretrained.save_safetensors(out, weights, names=names)
         return

@@ -6,6 +6,7 @@ what the last ones make of it (Yosinski et al. 2014, arXiv:1411.1792).
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ import numpy as np
 
 from alexnet_jax import experiment as experiment_lib
 from alexnet_jax import optim
-from alexnet_jax.experiment import ConfigError, Experiment
+from alexnet_jax.checkpoint import split_step
+from alexnet_jax.experiment import Config, ConfigError, Experiment
 from alexnet_jax.pretrained import Weights
 from alexnet_jax.steps import TrainState
 from alexnet_jax.variants import stage_name
@@ -39,7 +41,9 @@ def begin(experiment: Experiment) -> tuple[Experiment, TrainState, list[str]]:
     fields = experiment.config.finetune
     if not fields.source:
         return experiment, experiment.init_state(), ["starting from scratch"]
-    variant = experiment.config.model.variant
+    # Caffe's files alone may not say which network they are of.
+    caffe = fields.source.lower().endswith(".caffemodel")
+    variant = experiment.config.model.variant if caffe else None
     weights = experiment_lib.read_network(fields.source, variant=variant)
     anew = _new_layers(experiment)
     kept = _kept(experiment, weights, anew)
@@ -58,6 +62,18 @@ def begin(experiment: Experiment) -> tuple[Experiment, TrainState, list[str]]:
     statistics = dataclasses.replace(experiment.statistics, mean_image=mean)
     experiment = dataclasses.replace(experiment, statistics=statistics)
     return experiment, state, _describe(experiment, weights, anew)
+
+
+def check_source(config: Config) -> None:
+    """Raises ConfigError if there is nothing where the weights are to come from."""
+    source = config.finetune.source
+    folder, _ = split_step(source)
+    there = (Path(folder) / experiment_lib.CONFIG_FILE).exists()
+    if source and not there and not Path(source).is_file():
+        raise ConfigError(
+            f"--config.finetune.source={source} is neither the workdir of a run nor a "
+            "file of weights; name one: --config=configs/finetune.py:DIR_OR_FILE."
+        )
 
 
 def _new_layers(experiment: Experiment) -> list[str]:

@@ -25,6 +25,7 @@ from alexnet_jax.describe import describe, describe_modes
 from alexnet_jax.distributed import DistributedError
 from alexnet_jax.evaluate import PredictionsError
 from alexnet_jax.experiment import ConfigError
+from alexnet_jax.pretrained import WeightsError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="A file of configs/, such as configs/paper.py."
@@ -78,6 +79,7 @@ _USER_ERRORS = (
     CheckpointError,
     DistributedError,
     PredictionsError,
+    WeightsError,
     OSError,
 )
 
@@ -177,9 +179,15 @@ def _parse(argv: Sequence[str]) -> list[str]:
         hint = re.sub(r"[\\']", "", hint)
         raise ConfigError(f"the config has no such field: {hint}") from error
     except (flags.Error, OSError, TypeError, ValueError) as error:
-        # A config file that raises while ml_collections reads it.
-        words = " ".join(str(error).split()).rpartition(" failure to load: ")[2]
-        raise ConfigError(f"the command line: {words}") from error
+        raise ConfigError(f"the command line: {_in_words(error)}") from error
+
+
+def _in_words(error: Exception) -> str:
+    """What went wrong, without what ml_collections puts around a config file's errors."""
+    lines = str(error).rpartition(" failure to load: ")[2].strip().splitlines()
+    if any("Traceback (most recent call last)" in line for line in lines):
+        return lines[-1].partition(": ")[2] or lines[-1]
+    return " ".join(" ".join(lines).split())
 
 
 def run() -> None:
@@ -192,7 +200,9 @@ def run() -> None:
     except FloatingPointError as error:
         distributed.leave(f"error: {error}", experiment.DIVERGED)
     except _USER_ERRORS as error:
-        distributed.leave(f"error: {error}", 1)
+        # What ml_collections says when a broken config file is asked for once more.
+        words = str(error).rpartition(" failure to load: ")[2]
+        distributed.leave(f"error: {words}", 1)
     except KeyboardInterrupt as stopped:
         if stopped.args:  # by a checkpointed stop, which all processes agreed on
             sys.exit(130)

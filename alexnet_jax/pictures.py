@@ -14,11 +14,16 @@ from absl import logging
 
 from alexnet_jax import data as data_lib
 from alexnet_jax import ops
-from alexnet_jax.checkpoint import CheckpointError
+from alexnet_jax.checkpoint import CheckpointError, split_step
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.images import load_picture
 from alexnet_jax.data.sources import Source
-from alexnet_jax.experiment import make_preprocess, read_config, read_network
+from alexnet_jax.experiment import (
+    is_weights_file,
+    make_preprocess,
+    read_config,
+    read_network,
+)
 from alexnet_jax.writers import progress
 
 # Pictures that go through the network at once.
@@ -59,12 +64,15 @@ class Extractor:
         weights = read_network(path, step=step)
         self.model, self.variables = weights.make_model(), weights.variables
         self.image_size = weights.image_size
-        known, count = weights.class_names or (), weights.settings["num_classes"]
+        known = weights.class_names or ()
+        count = self.model.network.layers[-1].features
         self.class_names = [*known[:count]]
         self.class_names += [f"class {k}" for k in range(len(known), count)]
         self._preprocess = make_preprocess(weights)
-        config = None if path.is_file() else read_config(path)
-        self._data: dict[str, Any] = (config or {}).get("data", {})
+        self._data: dict[str, Any] = {}
+        if not is_weights_file(path):
+            folder, _ = split_step(os.fspath(path))
+            self._data = (read_config(Path(folder)) or {}).get("data", {})
         self._batch = batch
         self._grey = np.full((self.image_size, self.image_size, 3), 128, np.uint8)
         self._look_at(layer)

@@ -118,7 +118,6 @@ def compare(workdirs: Sequence[Path], out: Path) -> list[str]:
         said = _errors_in_words(runs[name]) or ["no evaluation yet"]
         lines += [f"{name}: {line}" for line in said]
     figure = training_curves(runs)
-    out.parent.mkdir(parents=True, exist_ok=True)
     _save(figure, out, kind)
     return [*lines, f"curves of {len(runs)} runs: {out}"]
 

@@ -130,7 +130,7 @@ def _headline(run: Run) -> Markup:
         pictures = run.training_pictures
         of = f" of {pictures:,} training pictures" if pictures else ""
         cells += [
-            (f"{last['epoch']:.4g}", f"epochs{of}"),
+            (f"{last['epoch']:.4g}", f"of {run.config['num_epochs']:g} epochs{of}"),
             (
                 f"{last['step']:,}",
                 f"steps of {run.config['data']['batch_size']} images",
@@ -138,11 +138,10 @@ def _headline(run: Run) -> Markup:
         ]
     parts = [page.tiles(cells)]
     if not evaluations:
-        parts.append(
-            _missing(
-                "Held-out errors", Missing(f"{METRICS_FILE} holds no evaluation yet")
-            )
-        )
+        why = f"{METRICS_FILE} holds no evaluation yet"
+        if not run.config["data"]["eval_split"]:
+            why = "data.eval_split is empty"
+        parts.append(_missing("Held-out errors", Missing(why)))
     return page.joined(*parts)
 
 
@@ -463,16 +462,19 @@ def _commands(run: Run, python: str, changed: list[Difference] | None) -> Markup
         lines += ["--config=configs/common.py", f"--workdir={workdir}"]
         lines += _flags(run, changed)
         train = " \\\n    ".join(lines)
+        if run.config["data"]["eval_split"]:
+            parts += [
+                page.heading("Test it again"),
+                page.block(f"{train} \\\n    --mode=eval"),
+            ]
+        cut = run.config["max_steps"] >= 0
         parts += [
-            page.heading("Test it again"),
-            page.block(f"{train} \\\n    --mode=eval"),
             page.heading("Go on"),
+            page.block(train),
             page.paragraph(
-                "The same command without ",
-                page.code("--mode=eval"),
-                ", with a larger ",
-                page.code("--config.num_epochs"),
-                " where it had come to its end; or the command that it was trained with.",
+                "Where it had come to its end with a larger ",
+                page.code(f"--config.{'max_steps' if cut else 'num_epochs'}"),
+                ". Or the command that it was trained with.",
             ),
         ]
     versions = machine_records.versions()

@@ -85,9 +85,11 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
     """
     watch = Stopwatch()
     path = Path(workdir).absolute()
-    differences, experiment = prepare(config, path)
     # Before anything is written: weights to start from may be the wrong ones.
     begun = has_checkpoint(path / experiment_lib.CHECKPOINTS)
+    if not begun:
+        finetune.check_source(config)
+    differences, experiment = prepare(config, path)
     first = None if begun else finetune.begin(experiment)
     path.mkdir(parents=True, exist_ok=True)
     with Checkpointer(

@@ -9,14 +9,18 @@ starts anew and learns ten times as fast as the others (as in Caffe's fine-tunin
 reference network on Flickr's styles). The first convolutions as they are:
 
     --config.schedule.layer_factors='(("conv1",0,0),("conv2",0,0),("fc8",0,10))'
+
+Once it has begun the run is a source itself: `configs/finetune.py:runs/mine` goes on with
+it, and tests it, where SOURCE is no longer there.
 """
 
 from alexnet_jax import experiment, variants
 from configs import common
 
 
-def get_config(source="SOURCE"):
+def get_config(source=""):
     config = common.get_config()
+    source = source or "SOURCE"  # which a run then asks for
     if source != "SOURCE":
         config = experiment.with_network_of(config, source)
     config.finetune.source = source

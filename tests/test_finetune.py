@@ -1,17 +1,22 @@
 """Runs that start from trained weights: what they keep, and what they refuse."""
 
 import importlib
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from test_train import columns_config, folder, small_config  # noqa: F401
 
-from alexnet_jax import experiment, finetune, load, train
+from alexnet_jax import experiment, export, finetune, load, train
 from alexnet_jax.experiment import ConfigError
 from alexnet_jax.writers import read_metrics
 
+ROOT = Path(__file__).parent.parent
 KEPT = ("conv1", "conv2", "conv3")
 
 
@@ -151,8 +156,11 @@ def test_the_config_takes_the_network_of_its_source(source):
         ),
         ({"model.variant": "cifar_11"}, r"\n  - local\w+ is not there\n"),
         ({"finetune.new_layers": ("fc9",)}, "'fc9' must be one of conv1, conv2, conv3"),
-        ({"finetune.source": "nowhere"}, "nowhere is not the workdir of a run"),
-        ({"finetune.source": "nowhere@3"}, "nowhere is not the workdir of a run"),
+        ({"finetune.source": "nowhere"}, "nowhere is neither the workdir of a run nor"),
+        (
+            {"finetune.source": "nowhere@3"},
+            "nowhere@3 is neither the workdir of a run nor",
+        ),
     ],
 )
 def test_weights_of_something_else_are_refused(
@@ -176,3 +184,28 @@ def test_another_network_of_the_same_shapes_is_said(source, shapes):
         "WARNING: the weights are of another network of the same shapes: "
         "activation=None there, tanh here"
     )
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_a_file(source, shapes, tmp_path):
+    """The file is read before they have met, and says which network it is."""
+    weights = tmp_path / "net.safetensors"
+    assert export.main([f"--workdir={source}", f"--out={weights}"]) == 0
+    command = [
+        *(sys.executable, str(ROOT / "launch" / "multiprocess.py"), "-n", "2", "--"),
+        f"--config={ROOT / 'configs' / 'finetune.py'}:{weights}",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.source=folder:{shapes}",
+        "--config.max_steps=0",
+        "--config.data.batch_size=6",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    trained, begun = (load(where)[1]["params"] for where in (source, tmp_path / "run"))
+    for layer in KEPT:
+        for name, array in trained[layer].items():
+            np.testing.assert_array_equal(array, begun[layer][name])
+    assert begun["fc10"]["bias"].shape == (2,)

@@ -166,7 +166,7 @@ def test_headline_errors_are_those_of_the_records(made, parsed):
     views = f"{100 * last['eval/views_top1_error']:.2f}%"
     assert tiles[f"{where}, 10 views"] == views
     assert tiles["error of guessing: 3 classes"] == "66.7%"
-    assert tiles[f"epochs of {TRAIN} training pictures"] == "4"
+    assert tiles[f"of 4 epochs of {TRAIN} training pictures"] == "4"
     assert tiles["steps of 6 images"] == "16"
     assert not any("top-5" in words for words in tiles)  # of three classes
     assert tiles["parameters"].replace(",", "").isdecimal()

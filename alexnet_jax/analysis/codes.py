@@ -15,7 +15,6 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -25,7 +24,6 @@ import optax
 from jax import lax
 
 from alexnet_jax.analysis.retrieval import (
-    BLOCK,
     QUERIES,
     RetrievalError,
     check_arrays,
@@ -34,6 +32,8 @@ from alexnet_jax.analysis.retrieval import (
 )
 from alexnet_jax.data.files import read_npz, replacing
 
+# Codes that are compared with the queries at once.
+BLOCK = 16384
 # Updates of a coder in training.
 STEPS = 500
 # Features that are encoded at once.
@@ -118,7 +118,6 @@ class Codes:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes an .npz, whole or not at all, for `load_codes` and NumPy."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             np.savez(file, packed=self.packed, **vars(self.coder))
 
@@ -191,7 +190,7 @@ def train_coder(
     Args:
       features: float32 [N, D].
       bits: length of the code, less than that of the features themselves, 32 D.
-      rows: int, those that batches are drawn from; None: all.
+      rows: int, those that are learnt from; None: all.
       steps: updates, each by `batch_size` rows drawn at random.
       learning_rate: Adam's, at the start.
       seed: of the start and of the rows.
@@ -201,7 +200,7 @@ def train_coder(
       RetrievalError: for a code that is no shorter, or features that are not finite or
         all the same.
     """
-    mean, scale = _standard(features, bits)
+    mean, scale = _standard(features if rows is None else features[rows], bits)
     width = features.shape[1]
     network = _Autoencoder(bits)
     params = network.init(jax.random.key(seed), jnp.zeros((1, width)))

@@ -15,6 +15,8 @@ RUN_COLORS = (_TRAIN, "#ee7733", "#228833", "#aa3377", "#33aadd", "#555555")
 _MARKERS = "osD^vP"
 _FAINT = 0.55  # training, beside what is held out
 MOST_RUNS = len(RUN_COLORS)
+# Characters of a name beside which another one, or nothing more, fits into the legend.
+_LONG, _LONGEST = 44, 90
 # A learning rate that falls in a few steps by more than this is drawn on a logarithmic
 # axis: on a linear one all but the first steps would lie on zero.
 _LOG_RANGE, _FEW = 20.0, 16
@@ -77,7 +79,8 @@ def training_curves(
         for record in records
     )
     # Room below for the legend of several runs, two names a row.
-    below = 0.25 + 0.22 * -(-(len(several) + 2) // 2) if several else 0.0
+    columns = 1 if any(len(name) > _LONG for name in several) else 2
+    below = 0.25 + 0.22 * -(-(len(several) + 2) // columns) if several else 0.0
     figure = Figure(figsize=(4.0 * len(quantities), 3.2 + below), layout="constrained")
     panels = figure.subplots(1, len(quantities), squeeze=False)[0]
     for axes, name in zip(panels, quantities, strict=True):
@@ -92,7 +95,7 @@ def training_curves(
         if axes.get_legend_handles_labels()[0]:  # of one run
             axes.legend(frameon=False)
     if several:
-        _legend(figure, list(several), held_out)
+        _legend(figure, list(several), held_out, columns)
     return figure
 
 
@@ -113,8 +116,14 @@ def _draw_one(axes: Axes, records: Records, quantity: _Quantity, over: str) -> N
         x, y = _points(records, key, quantity.scale, over)
         if x:
             label = label if quantity.held_out else f"_{label}"  # nothing to tell apart
+            marker = marker or _marker_of_one(x)
             style = {"color": color, "marker": marker, "markersize": 3.5}
             axes.plot(x, y, label=label, **style)
+
+
+def _marker_of_one(x: Sequence[float]) -> str:
+    """A line of a single point is not to be seen."""
+    return "o" if len(x) == 1 else ""
 
 
 def _draw_several(
@@ -128,7 +137,8 @@ def _draw_several(
     color, marker = RUN_COLORS[number], _MARKERS[number]
     faint = _FAINT if held_out and quantity.held_out else 1.0
     x, y = _points(records, quantity.train, quantity.scale, over)
-    axes.plot(x, y, color=color, linewidth=1.1, alpha=faint)
+    style = {"color": color, "marker": _marker_of_one(x), "markersize": 3.5}
+    axes.plot(x, y, linewidth=1.1, alpha=faint, **style)
     x, y = _points(records, quantity.held_out, quantity.scale, over)
     every = max(1, len(x) // 12)  # markers on each of a hundred would hide the line
     style = {"color": color, "marker": marker, "markersize": 4.5, "markevery": every}
@@ -161,15 +171,19 @@ def _finish(axes: Axes, name: str, num_classes: int | None) -> None:
     ):
         axes.set_yscale("log")
     else:
-        axes.set_ylim(bottom=0)
+        # Room above the highest, which autoscaling gives by the range of the values.
+        highest = rates[np.isfinite(rates)].max(initial=0.0)
+        axes.set_ylim(0, 1.08 * highest if highest > 0 else 1.0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(figure: Figure, names: Sequence[str], held_out: bool) -> None:
+def _legend(figure: Figure, names: Sequence[str], held_out: bool, columns: int) -> None:
     """The runs; and which line is of training, if there are others."""
     handles = []
     for i, name in enumerate(names):
+        if len(name) > _LONGEST:  # what tells runs apart is often at the end
+            name = f"{name[: _LONGEST // 2 - 2]} ... {name[3 - _LONGEST // 2 :]}"
         style = {"marker": _MARKERS[i] if held_out else "", "markersize": 4.5}
         handles.append(Line2D([], [], color=RUN_COLORS[i], label=name, **style))
     if held_out:
@@ -180,7 +194,7 @@ def _legend(figure: Figure, names: Sequence[str], held_out: bool) -> None:
     legend = figure.legend(
         handles=handles,
         frameon=False,
-        ncols=2,
+        ncols=columns,
         fontsize=8,
         loc="outside lower center",
     )

@@ -9,7 +9,6 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,9 @@ from jax import lax
 from alexnet_jax.data.files import read_npz, replacing
 from alexnet_jax.data.images import resize_to_square
 
-# Rows of an index that are compared with the queries at once.
-BLOCK = 16384
+# Bytes of an index that are compared with the queries at once: of larger blocks the copy
+# on a CPU's side takes most of the time, in memory that is new each time.
+BLOCK_BYTES = 2**24
 # Queries that go over the index together.
 QUERIES = 256
 # Side of the pictures whose pixels are compared.
@@ -58,7 +58,6 @@ class Index:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes an .npz, whole or not at all, for `load_index` and NumPy."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             np.savez(file, **vars(self))
 
@@ -118,7 +117,11 @@ def shrink(pictures: np.ndarray) -> np.ndarray:
 
 
 def nearest(
-    features: np.ndarray, queries: np.ndarray, count: int, *, block: int = BLOCK
+    features: np.ndarray,
+    queries: np.ndarray,
+    count: int,
+    *,
+    block: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The nearest rows of an index by Euclidean distance, exactly.
 
@@ -131,6 +134,7 @@ def nearest(
       features: [N, D], float32 or uint8.
       queries: [Q, D] of the same.
       count: how many to find; at most N are.
+      block: rows of a block; None: as many as are 16 MB.
 
     Returns:
       (distances float64 [Q, n], rows int [Q, n]), the nearest first; of equal distances
@@ -144,28 +148,27 @@ def nearest(
             f"queries are {queries.shape}; for this index they must be [Q, "
             f"{features.shape[1]}]."
         )
-    parts = range(0, len(queries), QUERIES)
-    found = [
-        _nearest(features, queries[i : i + QUERIES], count, block) for i in parts
-    ] or [(np.zeros((0, count)), np.zeros((0, count), np.int32))]
-    distances, rows = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-    return distances, rows
-
-
-def _nearest(
-    features: np.ndarray, queries: np.ndarray, count: int, block: int
-) -> tuple[np.ndarray, np.ndarray]:
     most = min(count + _MORE, len(features))
-    block = max(min(block, len(features)), most)
-    on_device = jnp.asarray(queries, jnp.float32)
-    squares = jnp.full((len(queries), most), jnp.inf)
-    rows = jnp.zeros((len(queries), most), jnp.int32)
+    rows_of_block = block or BLOCK_BYTES // (features.itemsize * features.shape[1])
+    block = max(min(rows_of_block, len(features)), most)
+    parts = [queries[i : i + QUERIES] for i in range(0, len(queries), QUERIES)]
+    on_device = [jnp.asarray(part, jnp.float32) for part in parts]
+    best = [
+        (jnp.full((len(part), most), jnp.inf), jnp.zeros((len(part), most), jnp.int32))
+        for part in parts
+    ]
     for first in range(0, len(features), block):
         # The last block begins earlier, with rows that were looked at: all are whole.
         start = min(first, len(features) - block)
-        part = features[start : start + block]
-        squares, rows = _merge(squares, rows, on_device, part, start, first)
-    return rank(features, queries, np.asarray(rows), count)
+        there = jnp.asarray(features[start : start + block])
+        for i, part in enumerate(on_device):
+            best[i] = _merge(*best[i], part, there, start, first)
+    found = [
+        rank(features, part, np.asarray(rows), count)
+        for part, (_, rows) in zip(parts, best, strict=True)
+    ] or [(np.zeros((0, count)), np.zeros((0, count), np.int32))]
+    distances, rows = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    return distances, rows
 
 
 def rank(
@@ -208,7 +211,8 @@ def _merge(
     The block's rows are `start` and on; those before `first` do not count.
     """
     part = part.astype(queries.dtype)
-    products = jnp.matmul(queries, part.T, precision=lax.Precision.HIGHEST)
+    # This way round: XLA would write out the block transposed otherwise.
+    products = jnp.matmul(part, queries.T, precision=lax.Precision.HIGHEST).T
     lengths = jnp.sum(part**2, axis=1) - 2 * products
     here = lengths + jnp.sum(queries**2, axis=1, keepdims=True)
     numbers = start + jnp.arange(len(part))

@@ -14,9 +14,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` once all of it is on the disk.
 
     It is written beside it, under a name that no other process has; after an exception
-    nothing is left of it, and `path` is as it was.
+    nothing is left of it, and `path` is as it was. The folder is made if need be.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -152,7 +152,9 @@ def _variant(path: Path, names: list[str], given: str | None) -> str:
         if given is None:
             raise WeightsError(
                 f"{path} does not say whether its network is bvlc_alexnet or CaffeNet; "
-                "give variant='caffe' or variant='caffenet'."
+                "give variant='caffe' or variant='caffenet' to load; or make a file that "
+                "says it: python -m alexnet_jax.export --variant=caffe "
+                f"--workdir={path} --out=FILE.safetensors."
             )
         return given
     pools_first = names.index("pool1") < names.index("norm1")

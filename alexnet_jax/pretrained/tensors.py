@@ -186,7 +186,7 @@ def _from_record(
     return Weights(
         settings=record["settings"],
         variables=weights_lib.nested(
-            {name: jnp.asarray(tensors.pop(name)) for name in list(tensors)}
+            {name: tensors.pop(name) for name in list(tensors)}
         ),
         mean=mean,
         image_size=side,

@@ -147,7 +147,9 @@ def _read_state(path: Path) -> dict[str, np.ndarray]:
                 "code (torch.load with weights_only=True). Expected the state_dict of "
                 "torchvision's AlexNet: torch.save(model.state_dict(), PATH)."
             ) from error
-        raise weights_lib.not_of_format(path, ".pth", error) from error
+        # Not torch's own words, which advise to read it by plain pickle.
+        why = "torch.load with weights_only=True does not read it"
+        raise weights_lib.not_of_format(path, ".pth", why) from error
     if isinstance(found, dict) and "state_dict" in found:
         found = found["state_dict"]  # as pytorch/examples keeps it
     if not isinstance(found, dict) or not all(

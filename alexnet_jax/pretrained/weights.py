@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -91,8 +90,11 @@ def class_names(num_classes: int) -> tuple[str, ...] | None:
 
 def shapes_of(model: model_lib.AlexNet, crop_size: int) -> dict[str, tuple[int, ...]]:
     """The shapes of all variables by name, `params/conv1/kernel`; nothing is computed."""
-    images = jax.ShapeDtypeStruct((1, crop_size, crop_size, 3), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    images = jax.ShapeDtypeStruct((1, crop_size, crop_size, 3), np.float32)
+    # Neither a key nor fast paths here: both would look for devices, and a file may be
+    # read before it is known which there are to be.
+    plain = model.clone(fast=False)
+    variables = jax.eval_shape(lambda x: plain.init(jax.random.key(0), x), images)
     return {name: leaf.shape for name, leaf in flat(variables).items()}
 
 
@@ -120,8 +122,8 @@ def params_of(
     for row in layers:
         weight, bias = tensors(row.name)
         # One by one: what is turned around on the way is freed before the next.
-        kernel = jnp.asarray(channels_last(weight, channels))
-        params[row.name] = {"kernel": kernel, "bias": jnp.asarray(bias)}
+        kernel = np.ascontiguousarray(channels_last(weight, channels))
+        params[row.name] = {"kernel": kernel, "bias": np.asarray(bias)}
         channels = row.features
     return {"params": params}
 
