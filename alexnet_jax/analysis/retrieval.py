@@ -149,18 +149,18 @@ def nearest(
             f"{features.shape[1]}]."
         )
     most = min(count + _MORE, len(features))
-    rows_of_block = block or BLOCK_BYTES // (features.itemsize * features.shape[1])
-    block = max(min(rows_of_block, len(features)), most)
+    size = block or BLOCK_BYTES // (features.itemsize * features.shape[1])
+    size = max(min(size, len(features)), most)
     parts = [queries[i : i + QUERIES] for i in range(0, len(queries), QUERIES)]
     on_device = [jnp.asarray(part, jnp.float32) for part in parts]
     best = [
         (jnp.full((len(part), most), jnp.inf), jnp.zeros((len(part), most), jnp.int32))
         for part in parts
     ]
-    for first in range(0, len(features), block):
+    for first in range(0, len(features), size):
         # The last block begins earlier, with rows that were looked at: all are whole.
-        start = min(first, len(features) - block)
-        there = jnp.asarray(features[start : start + block])
+        start = min(first, len(features) - size)
+        there = jnp.asarray(features[start : start + size])
         for i, part in enumerate(on_device):
             best[i] = _merge(*best[i], part, there, start, first)
     found = [
