@@ -27,6 +27,7 @@ from alexnet_jax.analysis.retrieval import (
     QUERIES,
     RetrievalError,
     check_arrays,
+    check_queries,
     nearest,
     rank,
 )
@@ -274,11 +275,7 @@ def nearest_codes(
     Raises:
       RetrievalError: for queries of another length than the codes.
     """
-    if queries.ndim != 2 or queries.shape[1] != codes.shape[1]:
-        raise RetrievalError(
-            f"queries are {queries.shape}; for these codes they must be [Q, "
-            f"{codes.shape[1]}]."
-        )
+    check_queries(queries, codes, "these codes")
     count = min(count, len(codes))
     block = max(min(block, len(codes)), count)
     words, asked = _words(codes), _words(queries)

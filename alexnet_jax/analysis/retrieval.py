@@ -110,6 +110,15 @@ def check_arrays(
             )
 
 
+def check_queries(queries: np.ndarray, rows: np.ndarray, what: str) -> None:
+    """Raises RetrievalError if queries are not as long as the rows of `what`."""
+    if queries.ndim != 2 or queries.shape[1] != rows.shape[1]:
+        raise RetrievalError(
+            f"queries are {queries.shape}; for {what} they must be [Q, "
+            f"{rows.shape[1]}]."
+        )
+
+
 def shrink(pictures: np.ndarray) -> np.ndarray:
     """uint8 [B, S, S, 3] -> uint8 [B, P], for distances between pixels."""
     sides = [resize_to_square(picture, PIXELS) for picture in pictures]
@@ -143,11 +152,7 @@ def nearest(
     Raises:
       RetrievalError: for queries of another length than the index.
     """
-    if queries.ndim != 2 or queries.shape[1] != features.shape[1]:
-        raise RetrievalError(
-            f"queries are {queries.shape}; for this index they must be [Q, "
-            f"{features.shape[1]}]."
-        )
+    check_queries(queries, features, "this index")
     most = min(count + _MORE, len(features))
     size = block or BLOCK_BYTES // (features.itemsize * features.shape[1])
     size = max(min(size, len(features)), most)

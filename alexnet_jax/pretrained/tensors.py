@@ -185,9 +185,7 @@ def _from_record(
     mean = tensors.pop(_MEAN).astype(np.float32, copy=False)
     return Weights(
         settings=record["settings"],
-        variables=weights_lib.nested(
-            {name: tensors.pop(name) for name in list(tensors)}
-        ),
+        variables=weights_lib.nested(tensors),
         mean=mean,
         image_size=side,
         crop_size=record["crop_size"],
