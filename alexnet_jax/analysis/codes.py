@@ -28,6 +28,7 @@ from alexnet_jax.analysis.retrieval import (
     RetrievalError,
     check_arrays,
     check_queries,
+    keep_nearest,
     nearest,
     rank,
 )
@@ -285,11 +286,10 @@ def nearest_codes(
         part = asked[i : i + QUERIES]
         best = jnp.full((len(part), count), jnp.inf)
         places = jnp.zeros((len(part), count), jnp.int32)
-        for start in range(0, len(codes), block):
-            there = np.zeros((block, words.shape[1]), np.uint32)
-            taken = words[start : start + block]
-            there[: len(taken)] = taken
-            best, places = _merge(best, places, part, there, start, len(taken))
+        for first in range(0, len(codes), block):
+            start = min(first, len(codes) - block)
+            there = words[start : start + block]
+            best, places = _merge(best, places, part, there, start, first)
         distances[i : i + QUERIES], rows[i : i + QUERIES] = best, places
     return distances, rows
 
@@ -308,21 +308,15 @@ def _merge(
     queries: jax.Array,
     part: jax.Array,
     start: jax.Array,
-    taken: jax.Array,
+    first: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """The nearest of those so far and of a block of the codes, [Q, n] each."""
     here = jnp.zeros((len(queries), len(part)), jnp.uint32)
     for word in range(part.shape[1]):
         differing = queries[:, word, None] ^ part[:, word]
         here += lax.population_count(differing)
-    numbers = jnp.arange(len(part))
-    # As float32, exact up to 2^24 bits: integers would be sorted whole. Of equal values
-    # `top_k` takes the first, so the smaller row.
-    found = jnp.where(numbers < taken, here.astype(jnp.float32), jnp.inf)
-    count = best.shape[1]
-    negated, places = lax.top_k(-jnp.concatenate([best, found], axis=1), count)
-    before = jnp.take_along_axis(rows, jnp.minimum(places, count - 1), axis=1)
-    return -negated, jnp.where(places < count, before, start + places - count)
+    # As float32, exact up to 2^24 bits: integers would be sorted whole.
+    return keep_nearest(best, rows, here.astype(jnp.float32), start, first)
 
 
 def shortlist(

@@ -220,11 +220,29 @@ def _merge(
     products = jnp.matmul(part, queries.T, precision=lax.Precision.HIGHEST).T
     lengths = jnp.sum(part**2, axis=1) - 2 * products
     here = lengths + jnp.sum(queries**2, axis=1, keepdims=True)
-    numbers = start + jnp.arange(len(part))
-    here = jnp.where(numbers >= first, here, jnp.inf)
-    count = squares.shape[1]
+    return keep_nearest(squares, rows, here, start, first)
+
+
+def keep_nearest(
+    best: jax.Array,
+    rows: jax.Array,
+    here: jax.Array,
+    start: jax.Array,
+    first: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The nearest of those so far, [Q, n], and of a block, [Q, B]; traced.
+
+    Of equal ones the smaller row.
+
+    Args:
+      best, rows: distances so far, and their rows.
+      here: float32, distances to the block's rows, which are `start` and on; those before
+        `first` do not count.
+    """
+    here = jnp.where(start + jnp.arange(here.shape[1]) >= first, here, jnp.inf)
+    count = best.shape[1]
     nearest_here, places = lax.top_k(-here, count)
-    both = jnp.concatenate([-squares, nearest_here], axis=1)
+    both = jnp.concatenate([-best, nearest_here], axis=1)
     both_rows = jnp.concatenate([rows, start + places], axis=1)
-    best, places = lax.top_k(both, count)
-    return -best, jnp.take_along_axis(both_rows, places, axis=1)
+    negated, places = lax.top_k(both, count)
+    return -negated, jnp.take_along_axis(both_rows, places, axis=1)
