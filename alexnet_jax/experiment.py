@@ -98,13 +98,19 @@ class Experiment:
 
     def train_step(self) -> Callable[..., Any]:
         """The jitted (state, batch, statistics) -> (state, metrics)."""
-        return self._step(steps.make_train_step)
+        transform = self.config.parallel.transform
+        return self._step(steps.make_train_step, transform=transform)
 
     def summary_step(self) -> Callable[..., dict[str, jax.Array]]:
         """The jitted (state, batch, statistics) -> scalars."""
-        return self._step(steps.make_summary_step)
+        transform = self.config.parallel.transform
+        return self._step(steps.make_summary_step, transform=transform)
 
-    def _step(self, make: Callable[..., Any]) -> Callable[..., Any]:
+    def inspection_step(self) -> Callable[..., dict[str, dict[str, jax.Array]]]:
+        """The jitted (state, batch, statistics) -> the largest magnitudes."""
+        return self._step(steps.make_inspection_step)
+
+    def _step(self, make: Callable[..., Any], **more: Any) -> Callable[..., Any]:
         return make(
             self.model,
             self.tx,
@@ -115,7 +121,7 @@ class Experiment:
             accumulate_steps=self.config.optim.accumulate_steps,
             label_smoothing=self.config.optim.label_smoothing,
             frozen=optim.frozen_layers(self.config.schedule.layer_factors),
-            transform=self.config.parallel.transform,
+            **more,
         )
 
     def eval_step(self, views: int = 1) -> Callable[..., Any]:

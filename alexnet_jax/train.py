@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import distributed, finetune, parallel
+from alexnet_jax import distributed, divergence, finetune, parallel
 from alexnet_jax import experiment as experiment_lib
 from alexnet_jax.checkpoint import Checkpointer, has_checkpoint
 from alexnet_jax.data import Batches
@@ -120,6 +120,14 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
             return run.state
 
 
+class _NotFiniteError(FloatingPointError):
+    """What is no longer finite, in words, and after how many steps it was seen."""
+
+    def __init__(self, words: str, step: int):
+        super().__init__(words)
+        self.step = step
+
+
 def _write_about(path: Path, experiment: Experiment, *, is_new: bool) -> None:
     """What a workdir holds beside records and checkpoints."""
     if is_new:  # those of a start that came to nothing
@@ -142,12 +150,44 @@ def _train(run: "_Run", path: Path) -> None:
     first_step = run.step
     try:
         with stop_signals() as stop, profiler:
-            run.train(stop, profiler)
+            try:
+                run.train(stop, profiler)
+            except _NotFiniteError as problem:
+                profiler.close()
+                raise _explained(run, problem, stop) from problem
     finally:
         if jax.process_index() == 0 and run.step > first_step:
             run.watch.append_to(
                 path / TIMES_FILE, first_step=first_step, last_step=run.step
             )
+
+
+def _explained(run: "_Run", problem: _NotFiniteError, stop: "Stop") -> Exception:
+    """The error that ends a run that diverged: what, where, and what is left.
+
+    The steps since the last checkpoint are taken again, to look into the one that went
+    wrong. A run that is well pays nothing for it.
+    """
+    kept = run.checkpointer.latest_whole_step()
+    again = "from the start" if kept is None else f"from the checkpoint of step {kept}"
+    run.writers.text(f"{problem} Looking for the layer: the same steps {again} ...")
+    restored = run.checkpointer.restore(run.experiment.abstract_state())
+    if restored:
+        experiment, (state, host) = run.experiment, restored
+    else:
+        (experiment, state, _), host = finetune.begin(run.experiment), {}
+    silent = MultiWriter([])
+    retaken = _Run(experiment, state, run.checkpointer, silent, host, Stopwatch())
+    found = retaken.first_not_finite(run.train_step, problem.step, stop)
+    folder = run.checkpointer.directory
+    good = (
+        f"There is no checkpoint in {folder} yet."
+        if kept is None
+        else f"The checkpoint of step {kept} in {folder} is from before, and kept."
+    )
+    return FloatingPointError(
+        f"{problem} {found} {good} Try a lower --config.optim.learning_rate."
+    )
 
 
 def prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
@@ -347,7 +387,8 @@ class _Run:
             **host.get("plateau", {}),
         )
         self._follow_learning_rate(host)
-        self.eval_steps: dict[int, Any] = {}  # compiled, by the number of views
+        self.train_step: Any = None  # compiled, as are those that follow
+        self.eval_steps: dict[int, Any] = {}  # by the number of views
         self.summary_step: Any = None
         # A summary comes between a step's checkpoint and the next step: the run that
         # stopped there may have written it already.
@@ -389,7 +430,8 @@ class _Run:
         with self.experiment.train_batches(self.step) as batches:
             batch = self._put(next(batches))
             args = (self.state, batch, self.statistics)
-            train_step = self._compile("training", self.experiment.train_step(), args)
+            step = self.experiment.train_step()
+            self.train_step = train_step = self._compile("training", step, args)
             self._restart_clock(batches.wait_seconds)
             while True:
                 self._summarize(batch)
@@ -464,6 +506,37 @@ class _Run:
             return False
         return self.step // every > (self.step - 1) // every
 
+    def first_not_finite(self, train_step: Any, last: int, stop: Stop) -> str:
+        """Takes the steps up to `last` once more; a sentence on what went wrong first.
+
+        Args:
+          train_step: the compiled one.
+          last: the number of steps after which it showed.
+        """
+        inspect: Any = None
+        with self.experiment.train_batches(self.step) as batches:
+            while self.step < last:
+                batch = self._put(next(batches))
+                args = (self.state, batch, self.statistics)
+                if self.step >= last - 2:  # a gradient may have spoilt the next step
+                    inspect = inspect or self.experiment.inspection_step()
+                    largest = jax.device_get(inspect(*args))
+                    network = self.experiment.model.network
+                    found = divergence.first_not_finite(network, largest)
+                    if found:
+                        return f"The first to go, in step {self.step + 1}: {found}."
+                self.state, metrics = train_step(*args)
+                self.step += 1
+                metrics["loss"].block_until_ready()
+                if self._agree(stop).stop_signal:
+                    return "Asked to stop before the layer was found."
+                if self.config.schedule.name == "plateau" and self._evaluation_is_due():
+                    self._evaluate()  # it may lower the learning rate
+        return (
+            "Taken again, the same steps stay finite: so it is the machine, or a library "
+            "whose sums do not repeat (docs/reliability.md), rather than the network."
+        )
+
     # Records.
 
     def _restart_clock(self, waited: float) -> None:
@@ -490,11 +563,12 @@ class _Run:
         losses = np.array([metrics["loss"] for metrics in recent])
         finite = np.isfinite(losses)
         if not finite.all():
-            first = self.step - len(losses) + 1 + int(np.argmin(finite))
-            raise FloatingPointError(
-                f"The loss of step {first} is {losses[np.argmin(finite)]}. Checkpoints "
-                f"in {self.checkpointer.directory}, if any, are from before; try a "
-                "lower --config.optim.learning_rate."
+            least = self.step - len(losses) + 1
+            first = least + int(np.argmin(finite))
+            raise _NotFiniteError(
+                f"The loss of step {first} is {losses[np.argmin(finite)]} (those of "
+                f"steps {least} to {self.step} were looked at together).",
+                first,
             )
         waited_here = waited - self.clock_waited
         self.watch.add(WAITING, waited_here)
@@ -617,9 +691,10 @@ class _Run:
     def _save(self, top1_error: float | None = None) -> None:
         with self._off_the_clock(CHECKPOINTS):
             if not _all_finite(self.state.params):
-                raise FloatingPointError(
+                raise _NotFiniteError(
                     f"The parameters of step {self.step} are not finite; no checkpoint "
-                    "was written. Try a lower --config.optim.learning_rate."
+                    "was written.",
+                    self.step,
                 )
             self.checkpointer.save(
                 self.step,

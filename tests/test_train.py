@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -356,12 +357,51 @@ def test_load_gives_model_variables_and_preprocess(finished, folder):
 def test_a_loss_that_is_not_finite_ends_the_run(folder, tmp_path):
     config = small_config(folder)
     config.optim.learning_rate = 1e9
-    with pytest.raises(FloatingPointError, match=r"The loss of step \d+ is (nan|inf)"):
+    with pytest.raises(FloatingPointError) as raised:
         train.train_and_evaluate(config, tmp_path)
-    # Weights can be spoilt a step before the loss shows it.
+    words = (
+        r"^The loss of step (\d) is (nan|inf) \(those of steps 1 to 5 were looked at "
+        r"together\)\. The first to go, in step (\d): the (activation|loss|gradient) "
+        r".* There is no checkpoint in .*/checkpoints yet\. Try a lower --config"
+    )
+    found = re.search(words, str(raised.value))
+    assert found, raised.value
+    assert int(found[3]) in (int(found[1]) - 1, int(found[1]))
+
+
+def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path):
+    # They can be spoilt a step before the loss shows it.
+    config = small_config(folder)
+    config.optim.learning_rate = 1e9
     config.checkpoint.every_steps = 1
-    with pytest.raises(FloatingPointError, match="parameters of step"):
-        train.train_and_evaluate(config, tmp_path / "second")
+    with pytest.raises(FloatingPointError) as raised:
+        train.train_and_evaluate(config, tmp_path)
+    words = (
+        r"^The parameters of step (\d) are not finite; no checkpoint was written\. The "
+        r"first to go, in step (\d): the .* The checkpoint of step (\d) in "
+    )
+    found = re.search(words, str(raised.value))
+    assert found, raised.value
+    assert int(found[1]) == int(found[2]) == int(found[3]) + 1
+    load(f"{tmp_path}@{found[3]}")  # it is whole
+
+
+def test_a_fault_that_does_not_come_back_is_said(folder, tmp_path, monkeypatch):
+    keep = train._Run._keep
+
+    def spoilt_once(run, metrics):
+        if run.step == 7:
+            monkeypatch.undo()
+            metrics = {**metrics, "loss": metrics["loss"] * math.nan}
+        keep(run, metrics)
+
+    monkeypatch.setattr(train._Run, "_keep", spoilt_once)
+    config = small_config(folder)
+    config.checkpoint.every_steps = 5
+    with pytest.raises(FloatingPointError) as raised:
+        train.train_and_evaluate(config, tmp_path)
+    words = r"loss of step 7 is nan .*same steps stay finite: so it is the machine"
+    assert re.search(words, str(raised.value)), raised.value
 
 
 def test_without_an_evaluation_split(folder, tmp_path):
