@@ -1,7 +1,11 @@
 """The benchmarks: their arithmetic, their files, and that the peer is the same net."""
 
 import json
+import os
+import subprocess
 import sys
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +22,7 @@ from benchmarks import (
     operators,
     roofline,
     side_by_side,
+    soak,
     start_up,
 )
 from benchmarks.measure import Setting
@@ -377,3 +382,35 @@ def test_a_process_that_takes_too_long_is_stopped():
 def test_without_a_gpu_the_gpu_benchmarks_say_so():
     with pytest.raises(SystemExit, match="backend here is 'cpu', expected a GPU"):
         gpu.require_gpu("cpu")
+
+
+def test_what_a_process_holds_and_how_it_grows(tmp_path):
+    before = soak.sample(os.getpid(), time.monotonic())
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    held = np.ones(2**23)  # 64 MiB
+    with open(tmp_path / "file", "wb"):
+        after = soak.sample(os.getpid(), time.monotonic())
+    done.set()
+    thread.join()
+    assert after.open_files == before.open_files + 1
+    assert after.threads == before.threads + 1
+    assert after.resident_mib - before.resident_mib > held.nbytes / 2**20 * 0.9
+    # 2 MiB in half a minute; the first ten seconds of a minute are not counted.
+    samples = [
+        soak.Sample(s, 999 if s < 10 else 100 + s / 15, 7, 9 if s < 60 else 10)
+        for s in range(0, 61, 5)
+    ]
+    found = soak.growth(samples)
+    assert found["mib_an_hour"] == pytest.approx(240)
+    assert found["resident_mib"]["most"] == pytest.approx(104)
+    assert found["open_files"] == {"least": 7, "most": 7}
+    assert found["threads"] == {"least": 9, "most": 10}
+
+
+def test_a_soak_is_over_when_a_process_ends_by_itself():
+    ended = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    ended.wait()
+    with pytest.raises(RuntimeError, match="training ended after .* with status 3"):
+        soak.watch({"training": ended}, minutes=1, every=1)
