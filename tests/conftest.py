@@ -1,10 +1,14 @@
 """Eight virtual CPU devices for every test, and programs that compile quickly, once."""
 
 import atexit
+import contextlib
 import gc
 import os
 import shutil
+import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 OPTIMIZED = bool(os.environ.get("ALEXNET_TEST_OPTIMIZED"))
 
@@ -26,6 +30,7 @@ if not OPTIMIZED:
     )
 
 import jax
+import pytest
 
 # Asked for before jax starts; afterwards it has no effect.
 jax.config.update("jax_platforms", "cpu")
@@ -40,3 +45,60 @@ if not OPTIMIZED:
 def pytest_collection_finish():
     """What is imported by now stays: no collection has to go through it again."""
     gc.freeze()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """`small_disk(mebibytes)`: a new empty folder on a disk that holds only so much.
+
+    A tmpfs, which is full when it says so; it is gone after the test. Where nothing may
+    be mounted the test is skipped.
+    """
+    with contextlib.ExitStack() as mounts:
+
+        def mount(mebibytes: int) -> Path:
+            folder = Path(tempfile.mkdtemp(prefix="small_disk_", dir=tmp_path))
+            return mounts.enter_context(_mounted(folder, mebibytes))
+
+        yield mount
+
+
+@contextlib.contextmanager
+def _mounted(folder: Path, mebibytes: int) -> Iterator[Path]:
+    command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
+    try:
+        plain = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("a small disk needs the command mount")
+    if plain.returncode == 0:
+        try:
+            yield folder
+        finally:
+            # Lazily: a process that the test has killed may not be gone yet.
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        return
+    # Not as root: in a namespace of its own, which a process holds open.
+    holder = subprocess.Popen(
+        [
+            "unshare",
+            "-rm",
+            "sh",
+            "-c",
+            '"$@" && echo mounted && exec cat',
+            "-",
+            *command,
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with holder:
+        assert holder.stdin and holder.stdout and holder.stderr
+        if holder.stdout.readline() != "mounted\n":
+            reasons = plain.stderr.strip(), holder.stderr.read().strip()
+            pytest.skip("no tmpfs can be mounted here: " + "; ".join(reasons))
+        try:
+            yield Path(f"/proc/{holder.pid}/root{folder}")
+        finally:
+            holder.stdin.close()
