@@ -550,7 +550,8 @@ def test_tables_of_contents_are_kept_until_the_archive_changes(tmp_path):
 def test_one_preparation_at_a_time(archives, tmp_path, capsys):
     with preparation._alone(tmp_path / "imagenet2012_256"):
         assert run("imagenet", f"--source={archives}", f"--data_dir={tmp_path}") == 1
-    assert "another process is preparing" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"is being prepared by process {os.getpid()} on" in error
 
 
 def test_disk_and_permissions_are_checked_first(

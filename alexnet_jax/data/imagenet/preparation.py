@@ -131,11 +131,11 @@ def _alone(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locks.held(folder / ".lock", wait=False))
-        except BlockingIOError:
+        except locks.HeldError as error:
             raise DataError(
-                f"another process is preparing {folder}; wait for it, or end it and "
-                "start this command again"
-            ) from None
+                f"{folder} is being prepared by {error.holder}; wait for it, or end it "
+                "and start this command again"
+            ) from error
         yield
 
 
