@@ -12,8 +12,10 @@ over with a warning and the step before is used.
         state/            the arrays: parameters, optimiser state, step
         metadata/         JSON: config, host-side state such as the plateau rule
         manifest.json     written last; also holds the top-1 error of the step
+      .readers            locked by those who read; nothing is deleted meanwhile
 """
 
+import contextlib
 import hashlib
 import json
 import logging as python_logging
@@ -30,9 +32,12 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from alexnet_jax.data import locks
+
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _TEMPORARY = MANIFEST + ".tmp"
+_READERS = ".readers"
 
 
 class CheckpointError(RuntimeError):
@@ -79,8 +84,9 @@ class Checkpointer:
     Args:
       directory: a local or mounted folder; a relative one is made absolute here, once.
       keep: how many of the newest steps to keep, at least 1.
-      read_only: for evaluation and notebooks: creates nothing, deletes nothing (not
-        even what a killed save left behind), and `save` is refused.
+      read_only: for evaluation and notebooks: saves nothing, deletes nothing (not even
+        what a killed save left behind), and `save` is refused. Until it is closed no
+        run deletes what there is now, so that a run may go on in the same folder.
     """
 
     def __init__(
@@ -100,6 +106,9 @@ class Checkpointer:
         # step), so saving trusts what this process has already checked; restoring
         # always checks again.
         self._problems: dict[int, str] = {}
+        self._reading = contextlib.ExitStack()
+        if read_only:
+            self._reading.enter_context(locks.shared(self.directory / _READERS))
         # Orbax's own preservation policies are not used, for two reasons: they delete
         # before the new step has its manifest, and they count broken steps. Nor are
         # its metrics: one flipped bit in their JSON makes the manager refuse to open.
@@ -125,6 +134,7 @@ class Checkpointer:
     def close(self) -> None:
         """Frees Orbax's threads. Saving is synchronous, so nothing is outstanding."""
         self._manager.close()
+        self._reading.close()
 
     # Saving.
 
@@ -207,8 +217,15 @@ class Checkpointer:
                 for step in self.all_steps()
                 if step not in kept and step != best and step < kept[-1]
             ]
-        if self._agreed(lambda: len(old)):
-            self._remove(old)
+        with contextlib.ExitStack() as alone:
+            if old:
+                try:
+                    readers = self.directory / _READERS
+                    alone.enter_context(locks.held(readers, wait=False))
+                except locks.HeldError:
+                    old = []  # somebody reads: they go after the next save
+            if self._agreed(lambda: len(old)):
+                self._remove(old)
 
     def _remove(self, steps: Sequence[int]) -> None:
         """Process 0 deletes the folders of `steps`; the others wait for it."""
@@ -499,7 +516,9 @@ def _problem(folder: pathlib.Path) -> str:
     try:
         files = _read_manifest(folder)["files"]
     except FileNotFoundError:
-        return f"{MANIFEST} is missing (the run was stopped while it was saving)"
+        return (
+            f"{MANIFEST} is missing (its run is saving it, or was stopped while it did)"
+        )
     except (ValueError, OSError) as error:
         return f"{MANIFEST} cannot be used ({error})"
     for name, expected in files.items():

@@ -13,6 +13,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from alexnet_jax import checkpoint
 from alexnet_jax.checkpoint import (
     MANIFEST,
     Checkpointer,
@@ -313,7 +314,7 @@ def test_newest_and_best_are_kept_through_a_restart(tmp_path):
         checkpoints.save(7, state, metadata={}, top1_error=0.3)  # a tie: the newer
         assert checkpoints.best_step() == 7
         assert checkpoints.all_steps() == [6, 7]
-    assert sorted(os.listdir(tmp_path)) == ["6", "7"]
+    assert sorted(os.listdir(tmp_path)) == [".readers", "6", "7"]
 
 
 def test_without_errors_only_the_newest_are_kept(tmp_path):
@@ -334,6 +335,42 @@ def test_the_last_whole_step_outlives_a_broken_newer_one(directory):
         assert checkpoints.all_steps() == [10, 15, 20]  # 10 is the best one
         checkpoints.save(25, _make_state(25), metadata={}, top1_error=0.1)
         assert checkpoints.all_steps() == [25]
+
+
+def test_nothing_is_deleted_while_somebody_reads(directory):
+    # Reads, while its run saves and would delete what is read.
+    with (
+        Checkpointer(directory, read_only=True) as reader,
+        Checkpointer(directory, keep=1) as run,
+    ):
+        assert reader.find("best") == 20
+        for step in (30, 40):
+            run.save(step, _make_state(step), metadata=METADATA, top1_error=0.3)
+        variables, _ = reader.restore_params(step=20)
+        _assert_same_bits(variables["params"], _make_state(20).params)
+        assert run.all_steps() == [10, 20, 30, 40]
+        reader.close()
+        run.save(50, _make_state(50), metadata=METADATA)
+        assert run.all_steps() == [40, 50]  # the best and the newest
+
+
+def test_a_checkpoint_that_is_being_saved_is_not_read(directory, monkeypatch):
+    # Seen by a reader just before the manifest, the last of its files, is written.
+    seen = []
+
+    def look(*arguments):
+        with Checkpointer(directory, read_only=True) as reader:
+            variables, _ = reader.restore_params()
+            seen.append((reader.all_steps(), variables["params"]))
+        monkeypatch.undo()
+        return checkpoint._write_manifest(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_write_manifest", look)
+    with Checkpointer(directory) as run:
+        run.save(30, _make_state(30), metadata=METADATA)
+    ((steps, params),) = seen
+    assert steps == [10, 20, 30]
+    _assert_same_bits(params, _make_state(20).params)
 
 
 def test_at_least_one_is_kept(tmp_path):

@@ -59,6 +59,32 @@ def held(path: Path, *, wait: bool) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def shared(path: Path) -> Iterator[None]:
+    """While any number of processes are in here, nobody gets `held(path, ...)`.
+
+    Waits for a holder. Where the file cannot be opened (it is not there, in a folder
+    that only others may write to) or there are no locks, it does nothing.
+    """
+    try:
+        import fcntl
+
+        try:
+            flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC
+            descriptor = os.open(path, flags, 0o666)
+        except OSError:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _this_process() -> bytes:
     now = datetime.datetime.now(datetime.UTC)
     line = json.dumps(
