@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from alexnet_jax import distributed, divergence, finetune, parallel
 from alexnet_jax import experiment as experiment_lib
 from alexnet_jax.checkpoint import Checkpointer, has_checkpoint
-from alexnet_jax.data import Batches
+from alexnet_jax.data import Batches, locks
 from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, wnids
 from alexnet_jax.data.loader import Batch
@@ -45,6 +46,8 @@ from alexnet_jax.stopwatch import (
 )
 from alexnet_jax.writers import METRICS_FILE, MultiWriter, last_step_with, make_writers
 
+# Held as long as a run trains; says who.
+LOCK_FILE = ".lock"
 # Steps that may be under way on the devices before the host waits for one: enough
 # to keep them busy, few enough to bound memory.
 STEPS_IN_FLIGHT = 2
@@ -77,7 +80,8 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
       The final state.
 
     Raises:
-      ConfigError: for a config that is wrong, or a workdir of another network.
+      ConfigError: for a config that is wrong, a workdir of another network, or one that
+        another run is in.
       FloatingPointError: when the loss is no longer finite; the last good checkpoint
         stays.
       KeyboardInterrupt, SystemExit: after Ctrl-C, or SIGTERM or SIGUSR1 (exit status
@@ -92,9 +96,12 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
     differences, experiment = prepare(config, path)
     first = None if begun else finetune.begin(experiment)
     path.mkdir(parents=True, exist_ok=True)
-    with Checkpointer(
-        path / experiment_lib.CHECKPOINTS, keep=config.checkpoint.keep
-    ) as checkpointer:
+    with (
+        _alone_in(path),
+        Checkpointer(
+            path / experiment_lib.CHECKPOINTS, keep=config.checkpoint.keep
+        ) as checkpointer,
+    ):
         restored = checkpointer.restore(experiment.abstract_state())
         if restored:
             state, host = restored
@@ -126,6 +133,32 @@ class _NotFiniteError(FloatingPointError):
     def __init__(self, words: str, step: int):
         super().__init__(words)
         self.step = step
+
+
+@contextlib.contextmanager
+def _alone_in(workdir: Path) -> Iterator[None]:
+    """Holds a workdir for this run; process 0 does so for all of its processes.
+
+    Raises:
+      ConfigError: another run holds it, and which.
+    """
+    with contextlib.ExitStack() as held:
+        holder = ""
+        if jax.process_index() == 0:
+            try:
+                held.enter_context(locks.held(workdir / LOCK_FILE, wait=False))
+            except locks.HeldError as error:
+                holder = error.holder
+        refused = bool(holder)
+        if jax.process_count() > 1:
+            refused = multihost_utils.broadcast_one_to_all(np.int32(refused))
+        if refused:
+            raise ConfigError(
+                f"{workdir} is in use by {holder or 'another run, see process 0'}. Two "
+                "runs in one workdir would spoil each other's: wait for that one, end "
+                "it, or take another --workdir."
+            )
+        yield
 
 
 def _write_about(path: Path, experiment: Experiment, *, is_new: bool) -> None:

@@ -21,7 +21,7 @@ import pytest
 from test_parallel import fast_loops
 
 from alexnet_jax import load, main, train
-from alexnet_jax.data import train_batches
+from alexnet_jax.data import locks, train_batches
 from alexnet_jax.data.sources import FakeSource, FolderSource
 from alexnet_jax.experiment import ConfigError
 from alexnet_jax.stopwatch import read_times
@@ -339,6 +339,22 @@ def test_another_network_is_refused_in_its_workdir(finished, folder):
     with pytest.raises(ConfigError, match=r"holds another network:\n.*model\.width: 1"):
         train.train_and_evaluate(config, workdir)
     assert (workdir / "config.json").read_text() == before
+
+
+def test_a_second_run_in_a_workdir_is_told_who_is_in_it(finished, folder, tmp_path):
+    # In a copy: a test that fails must not spoil what others look at.
+    shutil.copytree(finished[1], tmp_path, dirs_exist_ok=True)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    config = small_config(folder, num_epochs=9.0)
+    with locks.held(tmp_path / train.LOCK_FILE, wait=False):
+        with pytest.raises(ConfigError) as raised:
+            train.train_and_evaluate(config, tmp_path)
+        load(tmp_path)  # who only reads is not kept waiting
+    words = rf"is in use by process {os.getpid()} on .* since .* \(.*pytest.*\)\. .*--w"
+    assert re.search(words, str(raised.value)), raised.value
+    changed = {path for path in tmp_path.rglob("*") if path not in before}
+    assert {path.name for path in changed} <= {train.LOCK_FILE, ".readers"}
+    train.train_and_evaluate(config, tmp_path)
 
 
 def test_load_gives_model_variables_and_preprocess(finished, folder):
