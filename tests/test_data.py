@@ -1,5 +1,6 @@
 """Pictures, sources, loader and statistics: values, order, errors."""
 
+import contextlib
 import io
 import itertools
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import grain
@@ -23,6 +25,7 @@ from alexnet_jax.data import (
     check_same_classes,
     eval_batches,
     images,
+    loader,
     open_source,
     sources,
     statistics,
@@ -457,24 +460,35 @@ def test_worker_error_reaches_the_consumer_and_threads_end():
     assert threading.active_count() == before
 
 
-def test_reading_ahead_is_bounded_and_waiting_is_measured():
+def test_reading_ahead_is_bounded_and_waiting_is_measured(monkeypatch):
+    seconds, more = itertools.count(), threading.Event()
+    now = 0
+
     class Slow(NumberedSource):
         fetched = 0
 
         def fetch(self, indices, images, labels):
-            time.sleep(0.02)
-            Slow.fetched += 1
+            nonlocal now
+            if Slow.fetched == 4:
+                more.wait()
+            now = next(seconds) + 1  # on the clock below
             super().fetch(indices, images, labels)
+            Slow.fetched += 1
 
+    clock = types.SimpleNamespace(perf_counter=lambda: now)
+    monkeypatch.setattr(loader, "time", clock)
     batches = train_batches(Slow(100), batch_size=2, seed=0, workers=1, prefetch=3)
-    with batches:
+    with batches, contextlib.ExitStack() as ended:
+        ended.callback(more.set)
         next(batches)
-        time.sleep(0.3)
-        assert Slow.fetched == 4  # one handed out, three ahead
+        while Slow.fetched < 4:  # one handed out, three ahead
+            time.sleep(0.001)
+        time.sleep(0.05)
+        assert Slow.fetched == 4
         waited = batches.wait_seconds
-        assert 0.02 <= waited < 0.2
+        assert 1 <= waited <= 4  # for the first; the others may have come meanwhile
         next(batches)
-        assert batches.wait_seconds - waited < 0.015  # it lay ready
+        assert batches.wait_seconds == waited  # it lay ready
 
 
 @pytest.mark.parametrize(
