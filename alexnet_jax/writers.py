@@ -27,6 +27,8 @@ from absl import logging
 from alexnet_jax.data.files import replacing
 
 METRICS_FILE = "metrics.jsonl"
+# How long an event may wait in memory; each flush waits for the disk.
+FLUSH_SECONDS = 10.0
 _ONLY_ON_CONSOLE = frozenset({"eta_seconds"})
 
 
@@ -210,7 +212,9 @@ def _hidden(name: str) -> Iterator[None]:
 class TensorBoardWriter:
     """Scalars as TensorBoard event files, by tensorboardX (no TensorFlow).
 
-    On resume TensorBoard is told to forget what it read beyond `resume_step`.
+    On resume TensorBoard is told to forget what it read beyond `resume_step`. The file
+    is written here and not in tensorboardX's thread, which dies of a full disk, and
+    then whoever gives it a record waits forever.
     """
 
     def __init__(
@@ -220,23 +224,27 @@ class TensorBoardWriter:
         # It imports torch where there is one, which takes a second, for tensors that
         # it is not given here.
         with _hidden("torch"):
-            from tensorboardX import SummaryWriter
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2
 
-        # TensorBoard drops the events at purge_step and after it.
-        purge_step = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(
-            os.fspath(directory),
-            purge_step=purge_step,
-            flush_secs=10,
-            # The file's name has the time in seconds: two quick starts would share it.
-            filename_suffix=f".{os.getpid()}.{resume_step or 0}",
-        )
+        self._events: Any = event_pb2  # whose classes are made at run time
+        os.makedirs(directory, exist_ok=True)
+        # The file's name has the time in seconds: two quick starts would share it.
+        suffix = f".{os.getpid()}.{resume_step or 0}"
+        self._file = EventsWriter(os.path.join(directory, "events"), suffix)
+        self._flushed_at = -math.inf
+        if resume_step is not None:
+            # TensorBoard drops the events at the step of a start and after it.
+            self._add(step=resume_step + 1, session_log={"status": "START"})
 
     def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
         """Writes each scalar and the epoch; `eta_seconds` is left out."""
-        for name, value in {"epoch": epoch, **scalars}.items():
-            if name not in _ONLY_ON_CONSOLE:
-                self._writer.add_scalar(name, float(value), int(step))
+        values = [
+            {"tag": name, "simple_value": float(value)}
+            for name, value in {"epoch": epoch, **scalars}.items()
+            if name not in _ONLY_ON_CONSOLE
+        ]
+        self._add(step=int(step), summary={"value": values})
 
     def progress(self, step: int) -> None:
         """Nothing."""
@@ -246,7 +254,13 @@ class TensorBoardWriter:
 
     def close(self) -> None:
         """Flushes and closes the event file."""
-        self._writer.close()
+        self._file.close()
+
+    def _add(self, **fields: Any) -> None:
+        self._file.write_event(self._events.Event(wall_time=time.time(), **fields))
+        if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
+            self._file.flush()
+            self._flushed_at = time.monotonic()
 
 
 def progress_bar(stream: TextIO, **options: Any) -> Any:
