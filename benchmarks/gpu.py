@@ -56,7 +56,14 @@ def sections(short: bool) -> list[Section]:
     time runs out.
     """
     if short:
-        modules = ("train_step", "inference", "operators", "growth", "start_up")
+        modules = (
+            "train_step",
+            "inference",
+            "operators",
+            "growth",
+            "start_up",
+            "repeats",
+        )
         return [Section(module, ("--short",), 100.0) for module in modules]
     return [
         Section("train_step", ("--precision", "bfloat16"), 200.0),
@@ -67,6 +74,7 @@ def sections(short: bool) -> list[Section]:
         Section(
             "train_step", ("--precision", "tensorfloat32", "--batch", "128"), 100.0
         ),
+        Section("repeats", (), 100.0),
         Section("start_up", ("--short",), 60.0),
         Section("train_step", ("--precision", "float32", "--batch", "1024"), 100.0),
         Section("inference", ("--precision", "float32"), 90.0),

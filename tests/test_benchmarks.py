@@ -20,6 +20,7 @@ from benchmarks import (
     jax_alexnet,
     measure,
     operators,
+    repeats,
     roofline,
     side_by_side,
     soak,
@@ -363,6 +364,7 @@ def test_the_gpu_plan_fits_the_command_lines(monkeypatch, tmp_path):
         "operators": operators.options,
         "growth": growth.options,
         "start_up": lambda: measure.command_line("").parse_args(),
+        "repeats": lambda: measure.command_line("").parse_args(),
     }
     for short in (True, False):
         plan = gpu.sections(short)
@@ -414,3 +416,14 @@ def test_a_soak_is_over_when_a_process_ends_by_itself():
     ended.wait()
     with pytest.raises(RuntimeError, match="training ended after .* with status 3"):
         soak.watch({"training": ended}, minutes=1, every=1)
+
+
+def test_runs_that_do_not_repeat_are_told():
+    runs = [{"a": np.ones(4), "b": np.full(2, 2.0)} for _ in range(3)]
+    assert repeats.compare(runs) == {"equal": True, "difference": 0.0}
+    runs[2]["b"] = runs[2]["b"] + [0.0, 4e-7]
+    found = repeats.compare(runs)
+    assert not found["equal"]
+    assert found["difference"] == pytest.approx(4e-7 / np.sqrt(8))
+    with_flags = [flags for _, flags in repeats.plan(on_gpu=True, short=False)]
+    assert with_flags.count(repeats.DETERMINISTIC) == len(with_flags) / 2

@@ -1,0 +1,123 @@
+"""Whether training repeats bit for bit: the same steps in fresh processes.
+
+    python -m benchmarks.repeats --out=DIR [--short]
+
+The paper's network, augmentation and dropout on, from one seed, on one device. On a GPU
+also with XLA's deterministic kernels (XLA_FLAGS=--xla_gpu_deterministic_ops=true).
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks import measure
+from benchmarks.measure import Setting
+
+PROCESSES = {"short": 2, "long": 3}
+STEPS = {"short": 2, "long": 20}
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
+
+def parameters(setting: Setting, flags: str) -> dict[str, np.ndarray]:
+    """Those that `setting.steps` updates lead to; to be run in a fresh process."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    import jax
+
+    from alexnet_jax import augment
+    from benchmarks import jax_alexnet
+
+    augmentation = augment.Augmentation(jax_alexnet.CROP)
+    step = jax_alexnet.training_step(setting, augmentation)
+    state = step.state
+    with jax_alexnet.precision(setting):
+        for _ in range(setting.steps):
+            state, _ = step.function(state, step.batch, step.statistics)
+    leaves = jax.tree_util.tree_flatten_with_path(jax.device_get(state.params))[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def compare(runs: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
+    """The runs after the first against the first.
+
+    Returns:
+      "equal": whether all have the same bits; "difference": the largest
+      |a - b| / |b| (norms) of any parameter of any run.
+    """
+    first, *others = runs
+    equal = all(
+        np.array_equal(run[name], array)
+        for run in others
+        for name, array in first.items()
+    )
+    differences = [
+        float(np.linalg.norm(run[name] - array) / np.linalg.norm(array))
+        for run in others
+        for name, array in first.items()
+    ]
+    return {"equal": equal, "difference": max(differences)}
+
+
+def plan(on_gpu: bool, short: bool) -> list[tuple[Setting, str]]:
+    """What is repeated: a setting and XLA's flags."""
+    steps = STEPS["short" if short else "long"]
+    width = 1.0 if on_gpu and not short else 0.25
+    batch = 128 if on_gpu else 16
+    kinds = ["float32"] if short and not on_gpu else ["float32", "bfloat16"]
+    kinds += ["tensorfloat32"] if on_gpu else []
+    flags = ("", DETERMINISTIC) if on_gpu else ("",)
+    return [
+        (Setting(batch, kind, width, steps), flag) for kind in kinds for flag in flags
+    ]
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """A row a setting."""
+    header = ["setting", "steps", "processes", "same bits", "largest difference"]
+    rows = [
+        [
+            f"{record['setting']}{', ' if record['flags'] else ''}{record['flags']}",
+            str(record["steps"]),
+            str(record["processes"]),
+            "yes" if record["equal"] else "no",
+            f"{record['difference']:.1e}" if record["difference"] else "0",
+        ]
+        for record in found
+    ]
+    return measure.markdown_table(header, rows)
+
+
+def main() -> None:
+    """Repeats every setting and writes the results."""
+    options = measure.command_line(__doc__).parse_args()
+    # In a process of its own: this one must not take the GPU's memory.
+    on_gpu = measure.in_fresh_process(_backend) == "gpu"
+    count = PROCESSES["short" if options.short else "long"]
+    found = []
+    for setting, flags in plan(on_gpu, options.short):
+        print(f"{setting} {flags} ...", file=sys.stderr, flush=True)
+        runs = [
+            measure.in_fresh_process(parameters, setting, flags) for _ in range(count)
+        ]
+        found.append(
+            {
+                "setting": str(setting),
+                "flags": flags,
+                "steps": setting.steps,
+                "processes": count,
+                **compare(runs),
+            }
+        )
+    measure.write_result(options.out, "repeats", {"found": found}, table=table(found))
+
+
+def _backend() -> str:
+    import jax
+
+    return jax.default_backend()
+
+
+if __name__ == "__main__":
+    main()
