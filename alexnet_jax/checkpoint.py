@@ -16,6 +16,7 @@ over with a warning and the step before is used.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging as python_logging
@@ -23,7 +24,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -33,11 +34,15 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from alexnet_jax.data import locks
+from alexnet_jax.data.files import FullDiskError, telling_of_a_full_disk
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _TEMPORARY = MANIFEST + ".tmp"
 _READERS = ".readers"
+# Of a state's size: no state is compressed to less (at first half of it is zeros). With
+# less room than that on the disk nothing is begun.
+_LEAST_SHARE = 0.4
 
 
 class CheckpointError(RuntimeError):
@@ -159,7 +164,8 @@ class Checkpointer:
             was none: such a step is never the best one.
 
         Raises:
-          CheckpointError: for a step below the newest one, or in read-only use.
+          CheckpointError: for a step below the newest one, in read-only use, or when the
+        disk is full: then nothing is left of the step.
           TypeError: for metadata that JSON cannot hold.
         """
         if self._read_only:
@@ -179,20 +185,45 @@ class Checkpointer:
                 f"{newest}, and a later start would resume from that one. Use a new "
                 "workdir, or delete the newer checkpoints."
             )
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state),
-                metadata=ocp.args.JsonSave(metadata),
-            ),
-            force=True,  # otherwise an interval policy may skip it without a word
-        )
-        self._manager.wait_until_finished()
-        if jax.process_index() == 0:
-            _write_manifest(self._folder(step), _sums(self._folder(step)), top1_error)
+        with self._room_for(step, state):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(state),
+                    metadata=ocp.args.JsonSave(metadata),
+                ),
+                force=True,  # otherwise an interval policy may skip it without a word
+            )
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                folder = self._folder(step)
+                _write_manifest(folder, _sums(folder), top1_error)
         _wait_for_all(f"manifest {step}")
         self._problems[step] = ""
         self._remove_old_steps()
+
+    @contextlib.contextmanager
+    def _room_for(self, step: int, state: Any) -> Iterator[None]:
+        """Of a step that does not fit on the disk nothing is left; an error says so.
+
+        One of several processes does not wait for the others: it ends the run.
+        """
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        try:
+            with telling_of_a_full_disk(self.directory, lambda: size):
+                if shutil.disk_usage(self.directory).free < _LEAST_SHARE * size:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                yield
+        except FullDiskError as error:
+            if jax.process_index() == 0:
+                for folder in self.directory.glob(f"{step}*"):
+                    if folder.name == str(step) or "tmp" in folder.name:
+                        shutil.rmtree(folder, ignore_errors=True)
+            whole = max(self._known_whole_steps(), default=None)
+            kept = "" if whole is None else f" The one of step {whole} is as it was."
+            raise CheckpointError(
+                f"no checkpoint of step {step}: {error}.{kept}"
+            ) from error
 
     def _add_error(self, step: int, top1_error: float | None) -> None:
         """Adds the error of an evaluation that came after the step was saved."""

@@ -82,6 +82,8 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
     Raises:
       ConfigError: for a config that is wrong, a workdir of another network, or one that
         another run is in.
+      CheckpointError, FullDiskError: (the second is an OSError) there is no room for a
+        checkpoint or a record; earlier checkpoints are as they were.
       FloatingPointError: when the loss is no longer finite; the last good checkpoint
         stays.
       KeyboardInterrupt, SystemExit: after Ctrl-C, or SIGTERM or SIGUSR1 (exit status
@@ -190,9 +192,11 @@ def _train(run: "_Run", path: Path) -> None:
                 raise _explained(run, problem, stop) from problem
     finally:
         if jax.process_index() == 0 and run.step > first_step:
-            run.watch.append_to(
-                path / TIMES_FILE, first_step=first_step, last_step=run.step
-            )
+            # On a full disk what has ended the run is to be heard, not this.
+            with contextlib.suppress(OSError):
+                run.watch.append_to(
+                    path / TIMES_FILE, first_step=first_step, last_step=run.step
+                )
 
 
 def _explained(run: "_Run", problem: _NotFiniteError, stop: "Stop") -> Exception:

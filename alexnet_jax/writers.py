@@ -24,7 +24,7 @@ from typing import Any, Protocol, Self, TextIO
 import numpy as np
 from absl import logging
 
-from alexnet_jax.data.files import replacing
+from alexnet_jax.data.files import replacing, telling_of_a_full_disk
 
 METRICS_FILE = "metrics.jsonl"
 # How long an event may wait in memory; each flush waits for the disk.
@@ -36,7 +36,11 @@ class Writer(Protocol):
     """What every writer does."""
 
     def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
-        """One record: the scalars (numbers or 0-d arrays) after `step` steps."""
+        """One record: the scalars (numbers or 0-d arrays) after `step` steps.
+
+        Raises:
+          FullDiskError: (an OSError) there is no room for it.
+        """
 
     def progress(self, step: int) -> None:
         """`step` steps are done. Called often, so it must cost nothing."""
@@ -141,8 +145,12 @@ class JsonlWriter:
         }
         finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
         # Opened for each line: no record waits in a buffer when the run is killed.
-        with open(self._path, "a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
+        line = json.dumps(finite, allow_nan=False) + "\n"
+        with (
+            telling_of_a_full_disk(self._path.parent),
+            open(self._path, "a", encoding="utf-8", newline="\n") as file,
+        ):
+            file.write(line)
 
     def progress(self, step: int) -> None:
         """Nothing: progress is not stored."""
@@ -227,6 +235,7 @@ class TensorBoardWriter:
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto import event_pb2
 
+        self._directory = pathlib.Path(directory)
         self._events: Any = event_pb2  # whose classes are made at run time
         os.makedirs(directory, exist_ok=True)
         # The file's name has the time in seconds: two quick starts would share it.
@@ -254,13 +263,15 @@ class TensorBoardWriter:
 
     def close(self) -> None:
         """Flushes and closes the event file."""
-        self._file.close()
+        with telling_of_a_full_disk(self._directory):
+            self._file.close()
 
     def _add(self, **fields: Any) -> None:
-        self._file.write_event(self._events.Event(wall_time=time.time(), **fields))
-        if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
-            self._file.flush()
-            self._flushed_at = time.monotonic()
+        with telling_of_a_full_disk(self._directory):
+            self._file.write_event(self._events.Event(wall_time=time.time(), **fields))
+            if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
+                self._file.flush()
+                self._flushed_at = time.monotonic()
 
 
 def progress_bar(stream: TextIO, **options: Any) -> Any:

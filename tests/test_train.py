@@ -22,6 +22,7 @@ import pytest
 from test_parallel import fast_loops
 
 from alexnet_jax import load, main, train
+from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.data import locks
 from alexnet_jax.data.sources import FolderSource
 from alexnet_jax.experiment import ConfigError
@@ -356,6 +357,58 @@ def test_a_second_run_in_a_workdir_is_told_who_is_in_it(finished, folder, tmp_pa
     changed = {path for path in tmp_path.rglob("*") if path not in before}
     assert {path.name for path in changed} <= {train.LOCK_FILE, ".readers"}
     train.train_and_evaluate(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("left", "words"),
+    [
+        # Too little to begin a checkpoint, and enough to begin it but not to end it.
+        (
+            100_000,
+            r"^no checkpoint of step 10: cannot write in .*/checkpoints: No space ",
+        ),
+        (
+            400_000,
+            r"^no checkpoint of step 10: cannot write in .*/checkpoints: No space ",
+        ),
+        # No room for a line either.
+        (
+            0,
+            r"^cannot write in .*: No space left on device \(0.0 MB free\)\. Make room",
+        ),
+    ],
+)
+def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(
+    left, words, finished, folder, small_disk, monkeypatch
+):
+    workdir = small_disk(6) / "run"
+    ballast, keep = workdir.parent / "ballast", train._Run._keep
+
+    def fill(run, metrics):
+        if run.step == 8:
+            if not left:  # the file's last page, too, is full
+                page = os.sysconf("SC_PAGE_SIZE")
+                with open(workdir / "metrics.jsonl", "ab") as file:
+                    file.write(b" " * (page - file.tell() % page - 1) + b"\n")
+            free = shutil.disk_usage(workdir).free
+            ballast.write_bytes(bytes(free - left))
+        keep(run, metrics)
+
+    config = small_config(folder)
+    config.checkpoint.every_steps = 5
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Run, "_keep", fill)
+        with pytest.raises((CheckpointError, OSError)) as raised:
+            train.train_and_evaluate(config, workdir)
+    assert re.search(words, str(raised.value)), raised.value
+    names = {path.name for path in (workdir / "checkpoints").iterdir()}
+    assert names <= {".readers", "5", "9"}, names  # 9: the best one, of an evaluation
+    load(workdir)  # is whole
+    ballast.unlink()
+    state = train.train_and_evaluate(config, workdir)
+    for a, b in zip(leaves(state), leaves(finished[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert records(workdir, "train/") == records(finished[1], "train/")
 
 
 def test_load_gives_model_variables_and_preprocess(finished, folder):

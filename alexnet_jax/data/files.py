@@ -1,12 +1,67 @@
 """Files that are written whole or not at all, and arrays that are read from them."""
 
 import contextlib
+import errno
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
+
+class FullDiskError(OSError):
+    """There is no room to write; the message says where, and how much is free."""
+
+
+@contextlib.contextmanager
+def telling_of_a_full_disk(
+    folder: Path, needed: Callable[[], int] | None = None
+) -> Iterator[None]:
+    """What is written here goes into `folder`; of a full disk one message tells.
+
+    Args:
+      needed: about how many bytes are still to be written, asked when it is full.
+
+    Raises:
+      FullDiskError: (an OSError) instead of the OSError of a full disk or a used up
+        quota, and of what array_record (a RuntimeError) and TensorStore (a ValueError)
+        make of it.
+    """
+    try:
+        yield
+    except FullDiskError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        codes = errno.ENOSPC, errno.EDQUOT
+        reasons = [
+            os.strerror(code)
+            for code in codes
+            if code == getattr(error, "errno", 0) or os.strerror(code) in str(error)
+        ]
+        if not reasons:
+            raise
+        room = f"{bytes_in_words(shutil.disk_usage(existing_parent(folder)).free)} free"
+        if needed is not None:
+            room += f", about {bytes_in_words(needed())} more needed"
+        raise FullDiskError(
+            f"cannot write in {folder}: {reasons[0]} ({room}). Make room there and start "
+            "the same command again"
+        ) from error
+
+
+def bytes_in_words(count: int) -> str:
+    """Such as 12.3 MB."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def existing_parent(path: Path) -> Path:
+    """`path`, or the nearest folder above it that is there."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
 
 
 @contextlib.contextmanager
@@ -15,18 +70,23 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     It is written beside it, under a name that no other process has; after an exception
     nothing is left of it, and `path` is as it was. The folder is made if need be.
+
+    Raises:
+      FullDiskError: (an OSError) there is no room for it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    process = f"{socket.gethostname()}.{os.getpid()}"  # in containers all have the same
+    temporary = path.with_name(f".{path.name}.{process}.tmp")
+    with telling_of_a_full_disk(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def read_npz(
