@@ -125,6 +125,17 @@ def test_a_run_learns_and_leaves_its_records(finished):
     assert (workdir / "statistics.npz").exists()
 
 
+def test_the_same_seed_is_the_same_bits_with_any_number_of_workers(
+    finished, folder, tmp_path
+):
+    config = small_config(folder)
+    config.data.workers = 3
+    state = train.train_and_evaluate(config, tmp_path)
+    for a, b in zip(leaves(state), leaves(finished[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert records(tmp_path, "") == records(finished[1], "")
+
+
 def test_a_run_ends_at_its_training_error_and_tests_several_views(
     folder, tmp_path, capsys
 ):
