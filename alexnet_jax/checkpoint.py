@@ -50,12 +50,15 @@ class CheckpointError(RuntimeError):
 
 
 def has_checkpoint(directory: str | os.PathLike[str]) -> bool:
-    """Whether `directory` holds the folder of any saved step, whole or not.
+    """Whether `directory` holds any saved step, whole or spoilt since.
 
-    A run that finds only broken steps must not start from scratch in silence: it
-    should go on to `Checkpointer.restore`, which then raises `CheckpointError`.
+    A step without a manifest was never one: the run was killed while it saved it. Where
+    there is nothing else, this was its first save, and the run starts again. But a run
+    that finds only spoilt steps must not start from scratch in silence: it should go on
+    to `Checkpointer.restore`, which then raises `CheckpointError`.
     """
-    return bool(_list_steps(_absolute(directory)))
+    path = _absolute(directory)
+    return any((path / str(step) / MANIFEST).exists() for step in _list_steps(path))
 
 
 def split_step(text: str) -> tuple[str, int | str]:
@@ -360,13 +363,15 @@ class Checkpointer:
           step: restore this one instead; it must be whole.
 
         Returns:
-          (state, metadata), or None when the directory holds no checkpoint at all.
+          (state, metadata), or None when the directory holds no checkpoint at all
+          (`has_checkpoint`).
 
         Raises:
           CheckpointError: if there are checkpoints but none is whole, if `step` is
             missing or not whole, or if the checkpoint holds another network.
         """
-        if step is None and not self._agreed(lambda: bool(self.all_steps())):
+        if step is None and not self._agreed(lambda: has_checkpoint(self.directory)):
+            self.latest_whole_step()  # names those that were only begun
             return None
         step = self._choose(step)
         _require_shardings(abstract_state)

@@ -527,6 +527,21 @@ def test_all_broken_is_an_error_and_not_a_new_start(directory):
             checkpoints.restore_params()
 
 
+def test_a_first_save_that_was_killed_is_no_checkpoint(directory, caplog):
+    """Else the run could never start again. With a manifest there was a whole one."""
+    for step in ("10", "20"):
+        os.remove(directory / step / MANIFEST)
+    assert not has_checkpoint(directory)
+    with Checkpointer(directory) as checkpoints:
+        assert checkpoints.restore(_abstract(_make_state())) is None
+        assert "Checkpoint of step 20 passed over: manifest.json is miss" in caplog.text
+        checkpoints.save(10, _make_state(11), metadata={})
+    assert has_checkpoint(directory)
+    with Checkpointer(directory) as checkpoints:
+        state, _ = _restore(checkpoints, _make_state())
+    _assert_same_bits(state, _make_state(11))
+
+
 @pytest.mark.parametrize("missing", [MANIFEST, "_CHECKPOINT_METADATA", "state"])
 def test_a_broken_step_does_not_block_saving(directory, missing):
     path = directory / "20" / missing
