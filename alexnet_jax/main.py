@@ -18,7 +18,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from alexnet_jax import distributed, experiment, protocol, train
+from alexnet_jax import distributed, experiment, protocol, stopping, train
 from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.data import DataError
 from alexnet_jax.describe import describe, describe_modes
@@ -196,13 +196,16 @@ def run() -> None:
     # The files of configs/ import one another, wherever the command is started.
     sys.path.append(str(Path(__file__).parent.parent))
     try:
-        app.run(main, flags_parser=_parse)
+        with stopping.answering():
+            app.run(main, flags_parser=_parse)
     except FloatingPointError as error:
         distributed.leave(f"error: {error}", experiment.DIVERGED)
     except _USER_ERRORS as error:
         # What ml_collections says when a broken config file is asked for once more.
         words = str(error).rpartition(" failure to load: ")[2]
         distributed.leave(f"error: {words}", 1)
+    except stopping.Interrupted as stopped:  # which has said its line
+        distributed.leave("", stopped.status)
     except KeyboardInterrupt as stopped:
         if stopped.args:  # by a checkpointed stop, which all processes agreed on
             sys.exit(130)

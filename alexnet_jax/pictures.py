@@ -13,9 +13,10 @@ import numpy as np
 from absl import logging
 
 from alexnet_jax import data as data_lib
-from alexnet_jax import ops
+from alexnet_jax import ops, stopping
 from alexnet_jax.checkpoint import CheckpointError, split_step
 from alexnet_jax.data.errors import DataError
+from alexnet_jax.data.files import replacing
 from alexnet_jax.data.images import load_picture
 from alexnet_jax.data.sources import Source
 from alexnet_jax.experiment import (
@@ -201,16 +202,19 @@ def parser(module: str, about: str | None, *, top: int) -> argparse.ArgumentPars
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Writes a matplotlib figure, and the folder that it goes to."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    """Writes a matplotlib figure, whole or not at all, and the folder it goes to."""
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix.removeprefix(".") or None, dpi=150)
 
 
 def exit_status(command: Callable[[], bool]) -> int:
     """Runs a command that says whether all went well; mistakes in words, status 1."""
     logging.set_verbosity(logging.WARNING)
     try:
-        return 0 if command() else 1
+        with stopping.answering():
+            return 0 if command() else 1
+    except stopping.Interrupted as stopped:
+        return stopped.status
     except BrokenPipeError:  # "| head" has seen enough; nothing is left to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (CheckpointError, OSError, ValueError) as error:

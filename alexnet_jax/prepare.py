@@ -22,7 +22,6 @@ python -m alexnet_jax.prepare statistics --source=folder:PATH [--data_dir=DIR]
 """
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -32,7 +31,9 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
+from alexnet_jax import stopping
 from alexnet_jax.data import eval_batches, sources, statistics
+from alexnet_jax.data.files import replacing
 from alexnet_jax.writers import progress
 
 # Flags of its own, not absl's global ones: several command lines of this package
@@ -127,7 +128,8 @@ def _check() -> int:
         _say(str(finding))
         findings += [finding.level] if finding.level else []
     figure = contact_sheet(train, labels[0], evaluation, labels[-1])
-    figure.savefig(out, dpi=110)
+    with replacing(out) as file:
+        figure.savefig(file, format=out.suffix.removeprefix("."), dpi=110)
     _say(f"look at {out}: each pair must show what its title says")
     wrong = findings.count("WRONG")
     _say(f"{wrong} of {len(findings)} checks failed" if wrong else "all checks passed")
@@ -220,19 +222,12 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-_STOPPED = "prepare: stopped; start the same command again"
-
 COMMANDS: dict[str, Callable[[], int]] = {
     "imagenet": _imagenet,
     "check": _check,
     "statistics": _statistics,
     "textures": _textures,
 }
-
-
-def _terminated(number: int, frame: object) -> None:
-    print(_STOPPED, file=sys.stderr)
-    raise SystemExit(128 + number)  # what was begun is cleaned up on the way
 
 
 def main(argv: list[str]) -> int:
@@ -249,15 +244,14 @@ def main(argv: list[str]) -> int:
                 f"expected one command of {', '.join(COMMANDS)}; got "
                 f"{' '.join(words) or 'none'} (--help shows more)"
             )
-        return COMMANDS[words[0]]()
+        with stopping.answering():
+            return COMMANDS[words[0]]()
     except (flags.Error, ValueError, OSError) as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(_STOPPED, file=sys.stderr)
-        return 130
+    except stopping.Interrupted as stopped:
+        return stopped.status
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminated)
     sys.exit(main(sys.argv))

@@ -7,12 +7,9 @@ import itertools
 import math
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +30,7 @@ from alexnet_jax.model import INITS
 from alexnet_jax.optim import Plateau
 from alexnet_jax.profiler import Profiler
 from alexnet_jax.steps import TrainState
+from alexnet_jax.stopping import Stop, asking
 from alexnet_jax.stopwatch import (
     CHECKPOINTS,
     COMPILING,
@@ -54,12 +52,6 @@ STEPS_IN_FLIGHT = 2
 # How exactly it is known when they had nothing left to do: to this share of the time
 # that the host has waited, but no more often than so many seconds.
 POLL_SHARE, POLL_SECONDS = 0.05, 0.0002
-# Windows has no SIGUSR1.
-STOP_SIGNALS = [
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1")
-    if hasattr(signal, name)
-]
 # A loss as near to ln(classes), in nats, is that of guessing.
 STALL_MARGIN = 0.02
 
@@ -175,7 +167,12 @@ def _write_about(path: Path, experiment: Experiment, *, is_new: bool) -> None:
 def _train(run: "_Run", path: Path) -> None:
     """Trains to the end, or until a signal; and notes where the time went."""
     if jax.process_index() == 0:  # the one that writes
-        run.summarized_step = last_step_with(path / METRICS_FILE, "grad_norm/")
+        metrics = path / METRICS_FILE
+        run.summarized_step = last_step_with(metrics, "grad_norm/")
+        several = run.ended and run.config.eval_views > 1
+        run.recorded_step = last_step_with(
+            metrics, "eval/views_" if several else "eval/"
+        )
     profiler = Profiler(
         path / "profile",
         count=run.config.profile,
@@ -184,12 +181,12 @@ def _train(run: "_Run", path: Path) -> None:
     )
     first_step = run.step
     try:
-        with stop_signals() as stop, profiler:
+        with asking() as stop, profiler:
             try:
                 run.train(stop, profiler)
             except _NotFiniteError as problem:
                 profiler.close()
-                raise _explained(run, problem, stop) from problem
+                raise _explained(run, problem) from problem
     finally:
         if jax.process_index() == 0 and run.step > first_step:
             # On a full disk what has ended the run is to be heard, not this.
@@ -199,7 +196,7 @@ def _train(run: "_Run", path: Path) -> None:
                 )
 
 
-def _explained(run: "_Run", problem: _NotFiniteError, stop: "Stop") -> Exception:
+def _explained(run: "_Run", problem: _NotFiniteError) -> Exception:
     """The error that ends a run that diverged: what, where, and what is left.
 
     The steps since the last checkpoint are taken again, to look into the one that went
@@ -215,7 +212,8 @@ def _explained(run: "_Run", problem: _NotFiniteError, stop: "Stop") -> Exception
         (experiment, state, _), host = finetune.begin(run.experiment), {}
     silent = MultiWriter([])
     retaken = _Run(experiment, state, run.checkpointer, silent, host, Stopwatch())
-    found = retaken.first_not_finite(run.train_step, problem.step, stop)
+    retaken.stop = run.stop
+    found = retaken.first_not_finite(run.train_step, problem.step)
     folder = run.checkpointer.directory
     good = (
         f"There is no checkpoint in {folder} yet."
@@ -337,39 +335,6 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
 
 
-@dataclass
-class Stop:
-    """Whether the run was asked to end, and by which signal."""
-
-    signal: int | None = None
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Within, Ctrl-C, SIGTERM and SIGUSR1 only ask; a second Ctrl-C ends at once.
-
-    SIGUSR1 is what SLURM is told to send before a job's time is up.
-
-    Signals reach the main thread alone; elsewhere nothing is changed.
-    """
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if stop.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.signal = number
-
-    before = {n: signal.signal(n, ask) for n in STOP_SIGNALS}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def next_batch(batches: Batches, computing: Any) -> Batch:
     """The next batch, waited for.
 
@@ -394,6 +359,13 @@ class _Asked(NamedTuple):
 
     stop_signal: int
     save: bool
+
+
+class _CutShort(Exception):
+    """An evaluation ends here, as the run was asked to stop by `signal`."""
+
+    def __init__(self, number: int):
+        self.signal = number
 
 
 class _Run:
@@ -430,6 +402,10 @@ class _Run:
         # A summary comes between a step's checkpoint and the next step: the run that
         # stopped there may have written it already.
         self.summarized_step = -1
+        # The same of an evaluation that is made up for.
+        self.recorded_step = -1
+        # Whether one is due after this step and not done: the run stopped in it.
+        self.evaluation_owed: bool = host.get("evaluation_owed", False)
         self.warned_of_stall = False
         self.recent: list[dict[str, jax.Array]] = []  # metrics since the last record
         self.saved_step = self.evaluated_step = -1
@@ -441,6 +417,7 @@ class _Run:
             reached and target == host["config"]["stop_at_train_error"]
         )
         self.saved_at = time.monotonic()
+        self.stop = Stop()
         # One process knows at once whether it was asked to stop; several agree.
         several = jax.process_count() > 1
         self.agreement = parallel.Agreement(experiment.mesh) if several else None
@@ -448,22 +425,45 @@ class _Run:
         self._restart_clock(0.0)
 
     @property
-    def _ended(self) -> bool:
+    def ended(self) -> bool:
+        """Whether no step is left."""
         return self.step >= self.experiment.total_steps or self.target_reached
 
     # The loop.
 
     def train(self, stop: Stop, profiler: Profiler) -> None:
         """Steps until the end, or until asked to stop; then a checkpoint."""
+        self.stop = stop
+        try:
+            if self.evaluation_owed:
+                self._make_up_for_evaluation()
+            if self.ended:
+                self._end_again()
+            else:
+                self._take_steps(profiler)
+        except _CutShort as cut:
+            self._stopped(cut.signal)
+
+    def _end_again(self) -> None:
+        """A run without a step left: its last evaluation, if that is missing."""
+        self.writers.text(f"nothing to do: the run ended at step {self.step}")
+        # Unless it ended between the last checkpoint and the evaluation of it, or is a
+        # new run of no steps.
+        begun = self.checkpointer.latest_whole_step() == self.step
+        if not begun or self.checkpointer.top1_error(self.step) is None:
+            self._save(self._evaluate(self.config.eval_views))
+
+    def _make_up_for_evaluation(self) -> None:
+        """The evaluation of the restored step, whose checkpoint is of before it."""
+        error = self.checkpointer.top1_error(self.step)
+        if error is None:
+            self._save(self._evaluate(self.config.eval_views if self.ended else 1))
+        else:  # an earlier start has made up for it, and left the arrays as they were
+            self._apply_plateau_rule(error)
+        self.evaluation_owed = False
+
+    def _take_steps(self, profiler: Profiler) -> None:
         total = self.experiment.total_steps
-        if self._ended:
-            self.writers.text(f"nothing to do: the run ended at step {self.step}")
-            # Unless it was killed between the last checkpoint and the evaluation of it,
-            # or is a new run of no steps.
-            begun = self.checkpointer.latest_whole_step() == self.step
-            if not begun or self.checkpointer.top1_error(self.step) is None:
-                self._save(self._evaluate(self.config.eval_views))
-            return
         with self.experiment.train_batches(self.step) as batches:
             batch = self._put(next(batches))
             args = (self.state, batch, self.statistics)
@@ -479,7 +479,7 @@ class _Run:
                     self.state, metrics = train_step(self.state, batch, self.statistics)
                 self.step += 1
                 self._keep(metrics)
-                asked = self._agree(stop)
+                asked = self._agree()
                 last = self.step >= total or asked.stop_signal != 0
                 if not last:
                     # Decoded and sent while the devices compute.
@@ -488,7 +488,7 @@ class _Run:
                 if last or self.target_reached:
                     break
         profiler.close()  # what follows is no training
-        if asked.stop_signal and not self._ended:
+        if asked.stop_signal and not self.ended:
             self._stopped(asked.stop_signal)
         self._save()  # before an evaluation that may fail
         if self.evaluated_step != self.step:
@@ -507,15 +507,15 @@ class _Run:
             self.recent[-1 - STEPS_IN_FLIGHT]["loss"].block_until_ready()
         self.writers.progress(self.step)
 
-    def _agree(self, stop: Stop) -> "_Asked":
-        """What is asked of all processes after this step.
+    def _agree(self) -> "_Asked":
+        """What is asked of all processes after this step or batch of an evaluation.
 
         One process's clock and signals are its own. What several of them want is
-        known to all of them STEPS_IN_FLIGHT steps later, and after the same step.
+        known to all of them STEPS_IN_FLIGHT of these later, and after the same one.
         """
         by_time = self.config.checkpoint.every_minutes
         minutes = (time.monotonic() - self.saved_at) / 60
-        wanted = _Asked(stop.signal or 0, bool(by_time) and minutes >= by_time)
+        wanted = _Asked(self.stop.signal or 0, bool(by_time) and minutes >= by_time)
         if self.agreement is None:
             return wanted
         self.votes.append(self.agreement.largest([*wanted]))
@@ -530,7 +530,7 @@ class _Run:
         if last or self.step % self.config.log_every_steps == 0:
             self._log(waited)
         if self._evaluation_is_due():
-            error = self._evaluate(self.config.eval_views if self._ended else 1)
+            error = self._evaluate(self.config.eval_views if self.ended else 1)
             if error is not None and self.checkpointer.is_best(error):
                 self._save(error)
         by_step = self.config.checkpoint.every_steps
@@ -543,7 +543,7 @@ class _Run:
             return False
         return self.step // every > (self.step - 1) // every
 
-    def first_not_finite(self, train_step: Any, last: int, stop: Stop) -> str:
+    def first_not_finite(self, train_step: Any, last: int) -> str:
         """Takes the steps up to `last` once more; a sentence on what went wrong first.
 
         Args:
@@ -565,10 +565,13 @@ class _Run:
                 self.state, metrics = train_step(*args)
                 self.step += 1
                 metrics["loss"].block_until_ready()
-                if self._agree(stop).stop_signal:
+                try:
+                    self._go_on_unless_asked()
+                    if self.config.schedule.name == "plateau":
+                        if self._evaluation_is_due():
+                            self._evaluate()  # it may lower the learning rate
+                except _CutShort:
                     return "Asked to stop before the layer was found."
-                if self.config.schedule.name == "plateau" and self._evaluation_is_due():
-                    self._evaluate()  # it may lower the learning rate
         return (
             "Taken again, the same steps stay finite: so it is the machine, or a library "
             "whose sums do not repeat (docs/reliability.md), rather than the network."
@@ -679,23 +682,41 @@ class _Run:
         experiment = self.experiment
         if experiment.eval_source is None:
             return None
+        self.evaluation_owed = self._evaluation_is_due()
         with self._off_the_clock(EVALUATION), experiment.eval_batches() as batches:
             errors = evaluate(
                 lambda batch: self._eval_batch(batch, views),
-                (experiment.put(batch) for batch in batches),
+                (experiment.put(batch) for batch in self._until_asked(batches)),
                 expected_count=experiment.eval_source.num_examples,
             )
-        self._write({f"eval/{name}": value for name, value in errors.items()})
-        # The evaluation at the end of a run that is cut short by max_steps is not one
-        # of the rule's: the run may go on as if it had never stopped.
-        if self.config.schedule.name == "plateau" and self._evaluation_is_due():
-            self.plateau, factor = self.plateau.after(errors["top1_error"])
-            if factor != 1.0:
-                patience = self.plateau.patience
-                self.writers.text(f"no better error in {patience} evaluations")
-                self._scale_learning_rate(factor)
+        if self.step != self.recorded_step:
+            self._write({f"eval/{name}": value for name, value in errors.items()})
+        self._apply_plateau_rule(errors["top1_error"])
+        self.evaluation_owed = False
         self.evaluated_error = errors["top1_error"]
         return self.evaluated_error
+
+    def _until_asked(self, batches: Batches) -> Iterator[Batch]:
+        """An evaluation's batches; raises _CutShort once the run is to stop."""
+        for batch in batches:
+            self._go_on_unless_asked()
+            yield batch
+
+    def _go_on_unless_asked(self) -> None:
+        asked = self._agree()
+        if asked.stop_signal:
+            raise _CutShort(asked.stop_signal)
+
+    def _apply_plateau_rule(self, error: float) -> None:
+        # The evaluation at the end of a run that is cut short by max_steps is not one
+        # of the rule's: the run may go on as if it had never stopped.
+        if self.config.schedule.name != "plateau" or not self._evaluation_is_due():
+            return
+        self.plateau, factor = self.plateau.after(error)
+        if factor != 1.0:
+            patience = self.plateau.patience
+            self.writers.text(f"no better error in {patience} evaluations")
+            self._scale_learning_rate(factor)
 
     def _eval_batch(self, batch: Any, views: int) -> Any:
         args = (self.state.params, self.state.batch_stats, batch, self.statistics)
@@ -740,6 +761,7 @@ class _Run:
                     "config": experiment_lib.as_json(self.config),
                     "plateau": self.plateau.progress(),
                     "target_reached": self.target_reached,
+                    "evaluation_owed": self.evaluation_owed,
                     "versions": {"jax": jax.__version__},
                 },
                 top1_error=top1_error,

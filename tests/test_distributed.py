@@ -3,6 +3,7 @@
 The processes are real, on this machine, connected by gloo.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -303,6 +304,45 @@ def test_one_signal_to_one_process_stops_all_after_the_same_step(config_file, tm
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, out
     assert re.search(r"\[0\] stopped at step \d+ by SIGTERM", out)
+
+
+@pytest.mark.slow
+def test_a_signal_in_an_evaluation_cuts_it_short_for_all(config_file, tmp_path):
+    """Sent to one process, while the step of the last evaluation is compiled."""
+    flags = ("--config.max_steps=2", "--config.eval_views=10")
+    process = launch(config_file, tmp_path, 2, *flags)
+    wait_for(process, "compiling the evaluation step")
+    os.kill(pid_of(tmp_path, 1), signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, out
+    assert "[1] SIGTERM: stopping after this step, or this batch" in out
+    assert "[0] stopped at step 2 by SIGTERM" in out
+    assert not [row for row in scalars(tmp_path) if "eval/" in row[1]]
+    out = run_together(config_file, tmp_path, 2, *flags)
+    assert "nothing to do" in out
+    assert len([row for row in scalars(tmp_path) if row[1] == "eval/views_loss"]) == 1
+
+
+def test_a_process_that_waits_for_the_others_ends_at_once(config_file, tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    command = main_command(
+        *(config_file, tmp_path / "run", f"--coordinator_address={address}"),
+        *("--num_processes=2", "--process_id=0", "--cpu_devices=1"),
+    )
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    host, port = address.split(":")
+    end = time.monotonic() + 60
+    while time.monotonic() < end:  # until it listens
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection((host, int(port))).close()
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert err == "stopped by SIGTERM; start the same command again\n"
 
 
 def test_a_mistake_is_said_by_all_and_nothing_is_left(config_file, tmp_path):

@@ -515,13 +515,13 @@ def test_another_process_that_was_faster_is_noticed(
 
 
 def test_torn_bookkeeping_is_done_again(tmp_path, in_this_process, monkeypatch):
-    def crash(*_):
-        raise KeyboardInterrupt
+    def stop(*_):
+        os.kill(os.getpid(), signal.SIGINT)
 
     source = write_archives(tmp_path / "source")
     arguments = ("imagenet", f"--source={source}", f"--data_dir={tmp_path}")
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "_finish", crash)
+        patch.setattr(preparation, "_finish", stop)
         assert run(*arguments) == 130
     parts = tmp_path / "imagenet2012_256" / "1.0.0.incomplete" / "parts"
     for path in parts.iterdir():

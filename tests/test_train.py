@@ -1,5 +1,6 @@
 """A run as a whole: it learns, stops, goes on exactly, and is read back."""
 
+import collections
 import contextlib
 import gzip
 import itertools
@@ -316,6 +317,72 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert [(start.first_step, start.last_step) for start in starts] == [
         *((0, 13), (13, 34))
     ]
+
+
+def stop_in_evaluation(patch, number=signal.SIGTERM, *, step, batch):
+    """Sends this process a signal in an evaluation, when a batch is on the devices."""
+    counts = collections.Counter()
+    eval_batch = train._Run._eval_batch
+
+    def eval_batch_and_stop(run, *args):
+        counts[run.step] += 1
+        if run.step == step and counts[step] == batch:
+            os.kill(os.getpid(), number)
+        assert counts[step] <= batch  # the rest is not looked at
+        return eval_batch(run, *args)
+
+    patch.setattr(train._Run, "_eval_batch", eval_batch_and_stop)
+
+
+def test_an_evaluation_is_cut_short_and_made_up_for(
+    folder, tmp_path, monkeypatch, capsys
+):
+    """However often the start that makes up for it ends, the rule drops once."""
+
+    def killed(*_, **__):
+        raise MemoryError
+
+    # Nothing improves: after step 9, the second evaluation, the rule lowers the rate.
+    config = small_config(folder, max_steps=12)
+    config.optim.learning_rate = 1e-12
+    expected = train.train_and_evaluate(config, tmp_path / "whole")
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_in_evaluation(patch, step=9, batch=2)
+        with pytest.raises(SystemExit) as stopped:
+            train.train_and_evaluate(config, run)
+    assert stopped.value.code == 143
+    assert "stopped at step 9 by SIGTERM; the same" in capsys.readouterr().out
+    assert [row["step"] for row in records(run, "eval/")] == [5]
+    for where, name in (
+        (train.Checkpointer, "_add_error"),  # the record is written, and no more
+        (train._Run, "_take_steps"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, killed)
+            with pytest.raises(MemoryError):
+                train.train_and_evaluate(config, run)
+        assert "learning rate now 1e-13" in capsys.readouterr().out
+    state = train.train_and_evaluate(config, run)
+    assert capsys.readouterr().out.count("learning rate now") == 1
+    for a, b in zip(leaves(state), leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert records(run, "eval/") == records(tmp_path / "whole", "eval/")
+
+
+def test_the_last_evaluation_is_cut_short_too(folder, tmp_path, monkeypatch, capsys):
+    config = small_config(folder, max_steps=3, eval_every_epochs=0.0, eval_views=10)
+    with monkeypatch.context() as patch:
+        stop_in_evaluation(patch, signal.SIGUSR1, step=3, batch=1)
+        with pytest.raises(SystemExit) as stopped:
+            train.train_and_evaluate(config, tmp_path)
+    assert stopped.value.code == 138
+    assert not records(tmp_path, "eval/")
+    train.train_and_evaluate(config, tmp_path)
+    out = capsys.readouterr().out
+    assert "stopped at step 3 by SIGUSR1" in out and "nothing to do" in out
+    (row,) = records(tmp_path, "eval/")
+    assert "eval/views_loss" in row
 
 
 def test_a_finished_run_has_nothing_to_do(finished, folder, capsys):
@@ -722,6 +789,59 @@ def test_training_on_two_virtual_devices_never_imports_tensorflow(tmp_path):
         "on 100 images",
     ):
         assert words in done.stdout
+
+
+def start_main(*args, **env):
+    """The command, its output and its errors in one stream of lines."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "alexnet_jax.main", "--cpu_devices=2", *args],
+        cwd=ROOT,
+        env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def read_until(process, words):
+    for line in process.stdout:
+        if words in line:
+            return
+    raise AssertionError(f"it ended without saying {words}")
+
+
+@pytest.mark.slow
+def test_a_signal_before_training_leaves_nothing(tmp_path):
+    process = start_main(
+        "--config=configs/quickstart.py",
+        f"--workdir={tmp_path / 'run'}",
+        TFDS_DATA_DIR=str(tmp_path / "data"),
+    )
+    read_until(process, "Drawing the textures")
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert out == "stopped by SIGTERM; start the same command again\n"
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.name for path in left if path.stat().st_size] == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_compiling_and_once_more(tmp_path):
+    process = start_main(
+        "--config=configs/paper.py",
+        f"--workdir={tmp_path}",
+        "--config.data.source=fake",
+        "--config.data.batch_size=8",
+        "--config.model.width=0.25",
+    )
+    read_until(process, "compiling the training step")
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline().startswith("SIGINT: stopping after this step")
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == "ended at once; start the same command again\n"
 
 
 @pytest.mark.parametrize(
