@@ -215,10 +215,8 @@ def _give_up(given: Mapping[str, Any], seconds: int) -> None:
 
 
 def _why_unreachable(address: str, seconds: int) -> str:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except OSError as error:
+    error = _connect_to(address)
+    if error is not None:
         return (
             f"the coordinator {address} (process 0) could not be reached within "
             f"{seconds} seconds ({error.strerror or error})"
@@ -227,6 +225,16 @@ def _why_unreachable(address: str, seconds: int) -> str:
         f"the coordinator {address} answers, but not all processes came within "
         f"{seconds} seconds"
     )
+
+
+def _connect_to(address: str) -> OSError | None:
+    """What is in the way of a connection; None: somebody listens there."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        return error
+    return None
 
 
 # GPUs.
@@ -344,16 +352,24 @@ def banner(devices_in_words: str) -> str:
     )
 
 
-def leave(message: str, status: int) -> NoReturn:
+def leave(message: str, status: int, *, all_say_it: bool = False) -> NoReturn:
     """Ends the process with a message; one of several does not wait for the others.
 
     They are not coming: most wait for this one, in an exchange or at the end.
+
+    Args:
+      message: for standard error, none if it is empty.
+      status: the exit status.
+      all_say_it: the others have probably made the same mistake. What process 0 says
+        is then not repeated.
     """
     if not jax.distributed.is_initialized():
         if message:
             print(message, file=sys.stderr)
         sys.exit(status)
     this = jax_distributed.global_state.process_id
+    if message and all_say_it and _is_said_by_process_0(message):
+        message = "error: the same as in process 0"
     if message:
         print(f"process {this}: {message}", file=sys.stderr)
     sys.stdout.flush()
@@ -361,6 +377,19 @@ def leave(message: str, status: int) -> NoReturn:
     if this == 0:
         time.sleep(LEAVE_SECONDS)
     os._exit(status)
+
+
+def _is_said_by_process_0(message: str) -> bool:
+    """Whether another process leaves, or is about to leave, with the same message."""
+    state: Any = jax_distributed.global_state
+    key, wait = "alexnet_jax/mistake", round(1000 * LEAVE_SECONDS / 2)
+    try:
+        if state.process_id == 0:
+            state.client.key_value_set(key, message)
+            return False
+        return state.client.blocking_key_value_get(key, wait) == message
+    except RuntimeError:  # XLA's: it has made no mistake, or is gone
+        return False
 
 
 def describe_failure(error: BaseException) -> str:
@@ -372,6 +401,15 @@ def describe_failure(error: BaseException) -> str:
     if not lost:
         return "".join(traceback.format_exception(error)).rstrip()
     return (
-        f"error: another process is gone ({text.splitlines()[0][:200]}); its own "
-        "output says why. The same command goes on from the last checkpoint."
+        f"error: {_who_is_gone()} is gone ({text.splitlines()[0][:200]}); its own "
+        "output says why. The same command goes on, from the last checkpoint if there "
+        "is one."
     )
+
+
+def _who_is_gone() -> str:
+    state: Any = jax_distributed.global_state
+    address = str(state.coordinator_address)
+    if state.process_id == 0 or _connect_to(address) is None:
+        return "another process"
+    return f"process 0 (the coordinator, {address})"

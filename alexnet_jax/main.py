@@ -199,11 +199,11 @@ def run() -> None:
         with stopping.answering():
             app.run(main, flags_parser=_parse)
     except FloatingPointError as error:
-        distributed.leave(f"error: {error}", experiment.DIVERGED)
+        distributed.leave(f"error: {error}", experiment.DIVERGED, all_say_it=True)
     except _USER_ERRORS as error:
         # What ml_collections says when a broken config file is asked for once more.
         words = str(error).rpartition(" failure to load: ")[2]
-        distributed.leave(f"error: {words}", 1)
+        distributed.leave(f"error: {words}", 1, all_say_it=True)
     except stopping.Interrupted as stopped:  # which has said its line
         distributed.leave("", stopped.status)
     except KeyboardInterrupt as stopped:

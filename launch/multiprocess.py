@@ -140,7 +140,7 @@ def end_others(
     if left:
         how += f"; ended process {', '.join(map(str, left))} too"
     # 128 and more: by a signal, after which nothing has to be mended.
-    hint = "The same command goes on from the last checkpoint."
+    hint = "The same command goes on, from the last checkpoint if there is one."
     if 0 < status < 128:
         hint = "Its own lines above say why."
     print(

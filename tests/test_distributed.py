@@ -245,7 +245,7 @@ def pid_of(workdir, index):
 # What the others say: the trainer, from an exchange that failed, or before it jax, from
 # what the coordinator told it or no longer tells it.
 LOST = re.compile(
-    r"process \d: error: another process is gone|another task died; see the other task"
+    r"process \d: error: (another process|process 0 \(.*\)) is gone|another task died; see the other task"
 )
 LONG = ("--config.max_steps=600", "--config.checkpoint.every_steps=10")
 
@@ -345,16 +345,53 @@ def test_a_process_that_waits_for_the_others_ends_at_once(config_file, tmp_path)
     assert err == "stopped by SIGTERM; start the same command again\n"
 
 
-def test_a_mistake_is_said_by_all_and_nothing_is_left(config_file, tmp_path):
+def test_a_mistake_is_said_once_and_nothing_is_left(config_file, tmp_path):
     workdir = tmp_path / "run"
     mesh = ("--config.parallel.data=2", "--config.parallel.column=2")
     process = launch(config_file, workdir, 2, *mesh)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     words = r"Asked for 4 devices \(2 data x 2 column\), found 2 \(cpu\) in 2 processes"
-    assert len(re.findall(words, out)) == 2, out
+    assert len(re.findall(words, out)) == 1, out
+    assert "[1] process 1: error: the same as in process 0" in out
     assert "Its own lines above say why" in out
     assert not workdir.exists()
+
+
+class Client:
+    """The part of jax's client that leaving uses, with what process 0 has said."""
+
+    def __init__(self, said):
+        self.said = said
+
+    def blocking_key_value_get(self, key, milliseconds):
+        if self.said is None:
+            raise RuntimeError("DEADLINE_EXCEEDED")
+        return self.said
+
+
+@pytest.mark.parametrize("said", [None, "error: another mistake"])
+def test_a_mistake_of_its_own_is_said_by_a_process_itself(said, monkeypatch, capsys):
+    state = SimpleNamespace(process_id=1, client=Client(said))
+    monkeypatch.setattr(distributed.jax_distributed, "global_state", state)
+    monkeypatch.setattr(distributed.jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit):
+        distributed.leave("error: no room", 1, all_say_it=True)
+    assert capsys.readouterr().err == "process 1: error: no room\n"
+
+
+def test_a_coordinator_that_is_gone_is_named(monkeypatch):
+    lost = RuntimeError("Gloo all-gather: Connection closed by peer")
+    with socket.create_server(("127.0.0.1", 0)) as coordinator:
+        address = f"127.0.0.1:{coordinator.getsockname()[1]}"
+        state = SimpleNamespace(process_id=1, coordinator_address=address)
+        monkeypatch.setattr(distributed.jax_distributed, "global_state", state)
+        said = distributed.describe_failure(lost)
+        assert said.startswith("error: another process is gone (Gloo all-gather")
+    said = distributed.describe_failure(lost)
+    assert said.startswith(f"error: process 0 (the coordinator, {address}) is gone (Gl")
+    assert said.endswith("goes on, from the last checkpoint if there is one.")
 
 
 def free_port():

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from alexnet_jax import prepare, stopping
+from alexnet_jax import pictures, prepare, stopping
 
 STOPPED = "stopped by {}; start the same command again\n"
 
@@ -117,3 +117,18 @@ def test_data_that_were_being_prepared_are_not_half_there(tmp_path, monkeypatch,
     assert not [
         path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size
     ]
+
+
+def test_a_figure_that_was_being_drawn_leaves_the_old_one(tmp_path, capfd):
+    """In the commands that look at pictures; `report` writes in the same way."""
+
+    class Figure:
+        def savefig(self, file, format, dpi):
+            file.write(b"half")
+            send(signal.SIGINT)
+
+    path = tmp_path / "figure.png"
+    path.write_bytes(b"whole")
+    assert pictures.exit_status(lambda: pictures.save_figure(Figure(), path)) == 130
+    assert capfd.readouterr().err == STOPPED.format("SIGINT")
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"whole"]
