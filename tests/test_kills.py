@@ -1,0 +1,21 @@
+"""Killed, with its checkpoints damaged: the short form of benchmarks/kills.py."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import kills
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_and_nothing_let_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["kills", "--short", f"--out={tmp_path}"])
+    assert kills.main() == 0
+    record = json.loads((tmp_path / "kills.json").read_text())
+    assert record["summary"]["losses"] == []
+    by_phase = record["summary"]["kills_by_phase"]
+    for phase in (kills.COMPILING, kills.BEFORE_MANIFEST, kills.EVALUATION):
+        assert by_phase[phase]["one process"] >= 1
+    assert record["summary"]["kills"] == len(kills.SHORT_AIMS)
+    assert record["summary"]["damaged_checkpoints"] >= 1
