@@ -22,8 +22,6 @@ from typing import Any, NoReturn
 import jax
 from jax._src import distributed as jax_distributed
 
-from alexnet_jax import stopping
-
 MODES = ("auto", "on", "off")
 # A process that has not been heard of for so long is dead, and the run with it.
 HEARTBEAT_SECONDS = 40
@@ -85,17 +83,16 @@ def start(
     giving_up.daemon = True
     giving_up.start()
     try:
-        with stopping.at_once():
-            jax.distributed.initialize(
-                **given,
-                local_device_ids=local_device_ids,
-                # Where all is said jax need not ask, as it would ask Kubernetes' server.
-                cluster_detection_method="deactivate" if coordinator_address else None,
-                # XLA's own end of patience is an abort with a stack trace.
-                initialization_timeout=connect_seconds + 60,
-                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-            )
+        jax.distributed.initialize(
+            **given,
+            local_device_ids=local_device_ids,
+            # Where all is said jax need not ask, as it would ask Kubernetes' server.
+            cluster_detection_method="deactivate" if coordinator_address else None,
+            # XLA's own end of patience is an abort with a stack trace.
+            initialization_timeout=connect_seconds + 60,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
     except (ValueError, RuntimeError) as error:
         raise DistributedError(f"the processes could not be connected: {error}") from (
             error

@@ -104,9 +104,10 @@ def main(argv: Sequence[str]) -> None:
         # Before jax starts; afterwards it has no effect.
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
-    _connect()
     fields = experiment.flat(experiment.as_json(_CONFIG.value), "config.")
-    distributed.require_same({"mode": _MODE.value, "workdir": workdir} | fields)
+    with stopping.at_once():  # they wait for the other processes
+        _connect()
+        distributed.require_same({"mode": _MODE.value, "workdir": workdir} | fields)
     if _MODE.value != "describe":
         _keep_compiled_programs()
     if _MODE.value == "describe":
