@@ -550,7 +550,22 @@ class _Run:
           train_step: the compiled one.
           last: the number of steps after which it showed.
         """
-        inspect: Any = None
+        try:
+            found = self._look_for_not_finite(train_step, last)
+        except _CutShort:
+            return "Asked to stop before the layer was found."
+        if found:
+            return f"The first to go, in step {self.step + 1}: {found}."
+        return (
+            "Taken again, the same steps stay finite: so it is the machine, or a library "
+            "whose sums do not repeat (docs/reliability.md), rather than the network."
+        )
+
+    def _look_for_not_finite(self, train_step: Any, last: int) -> str | None:
+        network, inspect = self.experiment.model.network, None
+        by_evaluation = self.config.schedule.name == "plateau"  # the learning rate
+        if by_evaluation and self.evaluation_owed:
+            self._evaluate()
         with self.experiment.train_batches(self.step) as batches:
             while self.step < last:
                 batch = self._put(next(batches))
@@ -558,24 +573,16 @@ class _Run:
                 if self.step >= last - 2:  # a gradient may have spoilt the next step
                     inspect = inspect or self.experiment.inspection_step()
                     largest = jax.device_get(inspect(*args))
-                    network = self.experiment.model.network
                     found = divergence.first_not_finite(network, largest)
                     if found:
-                        return f"The first to go, in step {self.step + 1}: {found}."
+                        return found
                 self.state, metrics = train_step(*args)
                 self.step += 1
                 metrics["loss"].block_until_ready()
-                try:
-                    self._go_on_unless_asked()
-                    if self.config.schedule.name == "plateau":
-                        if self._evaluation_is_due():
-                            self._evaluate()  # it may lower the learning rate
-                except _CutShort:
-                    return "Asked to stop before the layer was found."
-        return (
-            "Taken again, the same steps stay finite: so it is the machine, or a library "
-            "whose sums do not repeat (docs/reliability.md), rather than the network."
-        )
+                self._go_on_unless_asked()
+                if by_evaluation and self._evaluation_is_due():
+                    self._evaluate()
+        return None
 
     # Records.
 
