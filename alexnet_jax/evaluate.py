@@ -15,8 +15,14 @@ import numpy as np
 
 from alexnet_jax import metrics
 from alexnet_jax.data.files import read_npz, replacing
+from alexnet_jax.data.images import resize_to_square
+from alexnet_jax.data.sources import Sample, Source
 
 Sums = dict[str, jax.Array]
+# Pictures whose thumbnails tell a split from another, and their side in pixels.
+THUMBNAILS, THUMBNAIL_SIDE = 64, 4
+# Grey levels by which they may differ: networks have their pictures in other sizes.
+_SAME_PICTURE = 4
 # Pictures that are ranked at once: some hundred MB with a thousand classes.
 _BLOCK = 8192
 
@@ -90,6 +96,7 @@ class Predictions:
       labels: int [N].
       class_names: K of them, by label.
       split: which pictures these are, in words.
+      thumbnails: the same as `thumbnails_of` the source; None: not known.
     """
 
     centre: np.ndarray
@@ -98,6 +105,7 @@ class Predictions:
     labels: np.ndarray
     class_names: tuple[str, ...]
     split: str
+    thumbnails: np.ndarray | None = None
 
     @property
     def best(self) -> np.ndarray:
@@ -108,6 +116,15 @@ class Predictions:
         """Writes an .npz, whole or not at all, for `load_predictions` and NumPy."""
         with replacing(path) as file:
             np.savez(file, **{k: v for k, v in vars(self).items() if v is not None})
+
+
+def thumbnails_of(source: Source) -> np.ndarray:
+    """uint8 [64, 4, 4, 3], less of a smaller source: some of its pictures, very small."""
+    sample = Sample(source, THUMBNAILS)
+    count, side = sample.num_examples, sample.image_size
+    pictures = np.empty((count, side, side, 3), np.uint8)
+    sample.fetch(np.arange(count), pictures, np.empty(count, np.int32))
+    return np.stack([resize_to_square(p, THUMBNAIL_SIDE) for p in pictures])
 
 
 def load_predictions(path: str | os.PathLike[str]) -> Predictions:
@@ -138,6 +155,13 @@ def load_predictions(path: str | os.PathLike[str]) -> Predictions:
                 f"{path}: {name} is {values.dtype} {values.shape}; for {shape[0]} "
                 f"labels of {shape[1]} classes it must be floating point {shape}."
             )
+    thumbnails = found["thumbnails"]
+    side = THUMBNAIL_SIDE
+    if thumbnails.dtype != np.uint8 or thumbnails.shape[1:] != (side, side, 3):
+        raise PredictionsError(
+            f"{path}: thumbnails are {thumbnails.dtype} {thumbnails.shape}; they must be "
+            f"uint8 (pictures, {side}, {side}, 3)."
+        )
     return Predictions(
         found["centre"],
         found.get("views"),
@@ -145,6 +169,7 @@ def load_predictions(path: str | os.PathLike[str]) -> Predictions:
         labels,
         tuple(names),
         str(found["split"]),
+        thumbnails,
     )
 
 
@@ -202,6 +227,11 @@ def average(members: Sequence[Predictions]) -> Predictions:
                 f"Predictions of other pictures: {len(first.labels)} of {first.split}, "
                 f"{len(other.labels)} of {other.split}, and their labels differ."
             )
+        if not _same_pictures(other.thumbnails, first.thumbnails):
+            raise PredictionsError(
+                f"Predictions of other pictures: {first.split} and {other.split} have "
+                "as many of each class, but do not look alike."
+            )
     views = None
     alike = len({member.num_views for member in members}) == 1
     if alike and all(member.views is not None for member in members):
@@ -212,6 +242,15 @@ def average(members: Sequence[Predictions]) -> Predictions:
         views=views,
         num_views=1 if views is None else first.num_views,
     )
+
+
+def _same_pictures(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    if a is None or b is None:
+        return True
+    if a.shape != b.shape:
+        return False
+    difference = np.abs(a.astype(int) - b.astype(int)).mean(axis=(1, 2, 3))
+    return bool((difference < _SAME_PICTURE).all())
 
 
 def _log_mean(logs: Sequence[np.ndarray]) -> np.ndarray:

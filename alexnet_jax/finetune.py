@@ -50,9 +50,15 @@ def begin(experiment: Experiment) -> tuple[Experiment, TrainState, list[str]]:
     state = experiment.init_state()
     state = dataclasses.replace(
         state,
-        params=_over(state.params, kept["params"]),
-        batch_stats=_over(state.batch_stats, kept["batch_stats"]),
+        params=over(state.params, kept["params"]),
+        batch_stats=over(state.batch_stats, kept["batch_stats"]),
     )
+    experiment = with_mean_of(experiment, weights)
+    return experiment, state, _describe(experiment, weights, anew)
+
+
+def with_mean_of(experiment: Experiment, weights: Weights) -> Experiment:
+    """With the mean image that weights were trained to see less of."""
     mean = experiment.statistics.mean_image
     if np.shape(weights.mean) == mean.shape:
         mean = np.asarray(weights.mean)
@@ -60,8 +66,7 @@ def begin(experiment: Experiment) -> tuple[Experiment, TrainState, list[str]]:
         pixel = np.reshape(weights.mean, (-1, 3)).mean(axis=0, dtype=np.float64)
         mean = np.broadcast_to(pixel.astype(mean.dtype), mean.shape)
     statistics = dataclasses.replace(experiment.statistics, mean_image=mean)
-    experiment = dataclasses.replace(experiment, statistics=statistics)
-    return experiment, state, _describe(experiment, weights, anew)
+    return dataclasses.replace(experiment, statistics=statistics)
 
 
 def check_source(config: Config) -> None:
@@ -126,10 +131,10 @@ def _difference(
     return ""
 
 
-def _over(tree: Any, kept: Mapping[str, Any]) -> Any:
+def over(tree: Any, kept: Mapping[str, Any]) -> Any:
     """The tree with the layers that are kept, each array where the tree's is."""
 
-    def put(old: jax.Array, new: Any) -> jax.Array:
+    def put(old: Any, new: Any) -> jax.Array:
         whole = np.asarray(new, old.dtype)
         return jax.make_array_from_callback(
             old.shape, old.sharding, lambda index: whole[index]

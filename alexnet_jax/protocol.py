@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from alexnet_jax import experiment as experiment_lib
-from alexnet_jax import train
+from alexnet_jax import finetune, train
 from alexnet_jax.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -29,6 +29,7 @@ from alexnet_jax.evaluate import (
     errors,
     load_predictions,
     predict,
+    thumbnails_of,
     worst_confusions,
 )
 from alexnet_jax.experiment import Config, ConfigError, Experiment
@@ -39,10 +40,10 @@ WORST = 10
 
 @dataclass(frozen=True)
 class Member:
-    """A network to be tested: a checkpoint, or predictions that it once made.
+    """A network to be tested: a checkpoint, weights, or predictions that it once made.
 
     Attributes:
-      path: the workdir of a run, or an .npz.
+      path: the workdir of a run, a file of weights, or an .npz.
       step: which checkpoint; "best" (without evaluations the newest), or "latest".
     """
 
@@ -50,12 +51,16 @@ class Member:
     step: int | str = "best"
 
     @property
-    def is_file(self) -> bool:
+    def is_predictions(self) -> bool:
         return self.path.suffix == ".npz"
+
+    @property
+    def is_weights(self) -> bool:
+        return not self.is_predictions and experiment_lib.is_weights_file(self.path)
 
     @classmethod
     def parse(cls, text: str) -> "Member":
-        """DIR, DIR@STEP, DIR@best, DIR@latest or FILE.npz.
+        """DIR, DIR@STEP, DIR@best, DIR@latest, FILE.safetensors ... or FILE.npz.
 
         Raises:
           CheckpointError: for another word after the "@".
@@ -76,8 +81,8 @@ def evaluate_runs(
     that it returns.
 
     Args:
-      config: says which data, how many views and which devices. Of one member also the
-        network, which has to be the workdir's; of several each keeps its own.
+      config: says which data, how many views and which devices. Of one workdir also the
+        network, which has to be its own; of several, and of weights, each keeps its own.
       members: at least one.
       save_to: an .npz for the predictions, averaged over the members.
 
@@ -95,16 +100,19 @@ def evaluate_runs(
     if save_to is not None and Path(save_to).suffix != ".npz":
         raise ConfigError(f"--predictions={save_to} must be a file FILE.npz.")
     for member in members:  # all of them, before the first is computed
-        if not member.is_file:
+        if not member.is_predictions and not member.is_weights:
             _require_checkpoint(member)
     found, records = [], []
     for member in members:
         step = None
-        if member.is_file:
+        if member.is_predictions:
             predictions = load_predictions(member.path)
+        elif member.is_weights:
+            predictions = _predictions(*_from_weights(config, member.path))
         else:
             own = config if len(members) == 1 else _of_its_own(config, member.path)
-            step, predictions = _predictions(own, member)
+            step, experiment, variables = _from_run(own, member)
+            predictions = _predictions(experiment, variables)
         found.append(predictions)
         at = {} if step is None else {"step": step}
         records.append({"name": str(member.path)} | at | _metrics(predictions))
@@ -165,12 +173,50 @@ def _of_its_own(config: Config, workdir: Path) -> Config:
     return experiment_lib.with_network_of(config, workdir)
 
 
-def _predictions(config: Config, member: Member) -> tuple[int, Predictions]:
-    """A checkpoint's step, and what its network says about the evaluation split."""
+def _from_run(config: Config, member: Member) -> tuple[int, Experiment, dict[str, Any]]:
+    """A checkpoint's step, what its network is tested in, and its variables."""
     workdir = member.path.absolute()
     _, experiment = train.prepare(config, workdir)
     step, variables = _restore(experiment, workdir, member.step)
-    predict_step = experiment.predict_step(config.eval_views)
+    return step, experiment, variables
+
+
+def _from_weights(config: Config, path: Path) -> tuple[Experiment, dict[str, Any]]:
+    """What a file's network is tested in, and its variables.
+
+    Raises:
+      ConfigError: if its classes are not those of the data.
+    """
+    weights = experiment_lib.read_network(path)
+    own = experiment_lib.with_network_of(config, path)
+    experiment = experiment_lib.build(own)
+    names = experiment.train_source.class_names
+    known = weights.class_names
+    if weights.settings["num_classes"] != len(names) or known not in (None, names):
+        raise ConfigError(
+            f"{path} knows {weights.settings['num_classes']} classes ("
+            f"{_some_names(known)}); {experiment.train_source.description} has "
+            f"{len(names)} ({_some_names(names)}). Give the data that it was trained on."
+        )
+    target = experiment.abstract_state()
+    variables = {
+        part: finetune.over(tree, weights.variables.get(part, {}))
+        for part, tree in (
+            ("params", target.params),
+            ("batch_stats", target.batch_stats),
+        )
+    }
+    return finetune.with_mean_of(experiment, weights), variables
+
+
+def _some_names(names: Sequence[str] | None) -> str:
+    return "it does not say which" if names is None else f"{', '.join(names[:3])} ..."
+
+
+def _predictions(experiment: Experiment, variables: dict[str, Any]) -> Predictions:
+    """What a network says about the evaluation split."""
+    num_views = experiment.config.eval_views
+    predict_step = experiment.predict_step(num_views)
     statistics = experiment.pixel_statistics()
     batch_stats = variables.get("batch_stats", {})
     source = experiment.eval_source
@@ -183,13 +229,14 @@ def _predictions(config: Config, member: Member) -> tuple[int, Predictions]:
             (experiment.put(batch) for batch in batches),
             expected_count=source.num_examples,
         )
-    return step, Predictions(
+    return Predictions(
         centre=logs["centre"],
         views=logs.get("views"),
-        num_views=config.eval_views,
+        num_views=num_views,
         labels=source.labels_of(np.arange(source.num_examples)),
         class_names=source.class_names,
         split=source.description,
+        thumbnails=thumbnails_of(source),
     )
 
 

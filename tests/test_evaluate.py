@@ -33,6 +33,7 @@ def make(centre, views=None, **changes):
         "labels": LABELS,
         "class_names": NAMES,
         "split": "a test",
+        "thumbnails": np.full((6, 4, 4, 3), 100, np.uint8),
     }
     return Predictions(**(fields | changes))
 
@@ -102,6 +103,14 @@ def test_members_of_other_pictures_or_classes_are_refused():
         evaluate.average([good, other])
     with pytest.raises(PredictionsError, match="other classes"):
         evaluate.average([good, make(MISTAKEN, class_names=NAMES[::-1])])
+    # As many of each class, but other pictures; made smaller a little otherwise.
+    looks = np.random.default_rng(0).integers(0, 250, (6, 4, 4, 3)).astype(np.uint8)
+    one = make(probabilities(0), thumbnails=looks)
+    evaluate.average([one, make(probabilities(1), thumbnails=looks + np.uint8(2))])
+    with pytest.raises(
+        PredictionsError, match="a test and a test .* do not look alike"
+    ):
+        evaluate.average([one, make(probabilities(1), thumbnails=looks[::-1])])
 
 
 @pytest.mark.parametrize("views", [None, probabilities(1)])

@@ -1,6 +1,7 @@
 """The test protocol on real, small runs: any checkpoint, several views, ensembles."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,7 +11,8 @@ from test_train import PICTURES, columns_config, folder, records, small_config  
 from alexnet_jax import evaluate, load, protocol, train
 from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.evaluate import PredictionsError
-from alexnet_jax.experiment import ConfigError
+from alexnet_jax.experiment import ConfigError, read_network
+from alexnet_jax.pretrained import save_safetensors
 from alexnet_jax.protocol import Member
 
 
@@ -111,6 +113,40 @@ def test_an_ensemble_is_the_mean_of_its_members_probabilities(
         protocol.evaluate_runs(config, members, save_to=tmp_path / "p.txt")
     with pytest.raises(PredictionsError, match="no such file"):
         protocol.evaluate_runs(config, [Member(tmp_path / "q.npz"), *members])
+
+
+def test_pictures_with_the_same_labels_are_told_apart(runs, tmp_path):
+    root, config = runs
+    member, path = Member(root / "seed_0"), tmp_path / "test.npz"
+    protocol.evaluate_runs(config, [member], save_to=path)
+    with pytest.raises(PredictionsError, match="do not look alike"):
+        swapped = config.copy_and_resolve_references()
+        swapped.data.eval_split = "train"
+        protocol.evaluate_runs(swapped, [member, Member(path)])
+
+
+def test_a_file_of_weights_is_tested_as_the_run_that_it_is_of(
+    runs,
+    folder,  # noqa: F811
+    tmp_path,
+):
+    root, config = runs
+    path = tmp_path / "weights.safetensors"
+    save_safetensors(path, read_network(root / "seed_0"))
+    run = protocol.evaluate_runs(config, [Member(root / "seed_0")])
+    other = columns_config(folder)  # its network is not asked for
+    other.eval_views = config.eval_views
+    other.parallel.mode, other.parallel.column = "data", -1
+    record = protocol.evaluate_runs(other, [Member.parse(str(path))])
+    assert record == pytest.approx({k: v for k, v in run.items() if k != "step"})
+    shutil.copytree(folder, tmp_path / "pictures")
+    shutil.move(tmp_path / "pictures/train/red", tmp_path / "pictures/train/rot")
+    shutil.move(tmp_path / "pictures/test/red", tmp_path / "pictures/test/rot")
+    other.data.source = f"folder:{tmp_path / 'pictures'}"
+    with pytest.raises(
+        ConfigError, match=r"3 classes \(blue, green, red ...\); folder"
+    ):
+        protocol.evaluate_runs(other, [Member(path)])
 
 
 @pytest.mark.slow
