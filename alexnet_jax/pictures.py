@@ -27,6 +27,8 @@ from alexnet_jax.experiment import (
 )
 from alexnet_jax.writers import progress
 
+# Kinds of files that figures are written to.
+FIGURES = ("png", "jpg", "svg", "pdf")
 # Pictures that go through the network at once.
 BATCH = 64
 
@@ -197,14 +199,30 @@ def parser(module: str, about: str | None, *, top: int) -> argparse.ArgumentPars
     made.add_argument("--step", type=int, help="which checkpoint; else the best")
     made.add_argument("--top", type=int, default=top, help="answers a picture")
     made.add_argument("--format", choices=["text", "json"], default="text")
-    made.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw them")
+    made.add_argument(
+        "--figure", type=figure_file, metavar="FILE.png", help="also draw them"
+    )
     return made
+
+
+def figure_file(text: str) -> Path:
+    """The path of a figure; for argparse.
+
+    Raises:
+      ArgumentTypeError: if it does not end in one of `FIGURES`.
+    """
+    path = Path(text)
+    if path.suffix.removeprefix(".").lower() not in FIGURES:
+        raise argparse.ArgumentTypeError(
+            f"{text} must end in one of .{', .'.join(FIGURES)}"
+        )
+    return path
 
 
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a matplotlib figure, whole or not at all, and the folder it goes to."""
     with replacing(path) as file:
-        figure.savefig(file, format=path.suffix.removeprefix(".") or None, dpi=150)
+        figure.savefig(file, format=path.suffix.removeprefix(".").lower(), dpi=150)
 
 
 def exit_status(command: Callable[[], bool]) -> int:

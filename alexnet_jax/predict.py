@@ -2,10 +2,11 @@
 
 python -m alexnet_jax.predict --workdir=DIR cat.jpg dog.png ...
 python -m alexnet_jax.predict --workdir=DIR --format=json --figure=FILE.png *.jpg
+python -m alexnet_jax.predict --workdir=DIR --feature_maps=FILE.png cat.jpg
 
-The centre view of each picture, as the evaluation sees it; the figure is of the first 48
-that can be read. A picture that cannot be
-read is named on standard error, the others are done, and the exit status is 1.
+The centre view of each picture, as the evaluation sees it. The figure is of the first 48
+that can be read, the feature maps, layer by layer, are of the first. A picture that
+cannot be read is named on standard error, the others are done, and the exit status is 1.
 """
 
 import argparse
@@ -21,10 +22,12 @@ import numpy as np
 
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import short_names
+from alexnet_jax.experiment import load
 from alexnet_jax.pictures import (
     BATCH,
     Extractor,
     exit_status,
+    figure_file,
     parser,
     read,
     save_figure,
@@ -126,8 +129,26 @@ def _draw(found: Sequence[Prediction], path: Path) -> None:
     save_figure(figure, path)
 
 
+def _draw_feature_maps(
+    workdir: Path, step: int | None, picture: Any, path: Path
+) -> None:
+    """What each layer makes of a square picture."""
+    from alexnet_jax.analysis import feature_maps
+
+    model, variables, preprocess = load(workdir, step=step)
+    # Not jitted: that would put the layers in the order of the alphabet.
+    features: Any = model.apply(variables, preprocess(picture), method="features")
+    save_figure(feature_maps(picture, features), path)
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made = parser("alexnet_jax.predict", __doc__, top=5)
+    made.add_argument(
+        "--feature_maps",
+        type=figure_file,
+        metavar="FILE.png",
+        help="also draw what each layer makes of the first picture",
+    )
     made.add_argument("pictures", nargs="+", metavar="PICTURE")
     options = made.parse_args(argv)
     if options.top < 1:
@@ -154,10 +175,14 @@ def _predict(options: argparse.Namespace) -> bool:
             print(json.dumps(as_json(found, options.top)), flush=True)
         else:
             print(as_text(found, options.top), flush=True)
-        if options.figure is not None and len(drawn) < MOST_DRAWN:
+        if len(drawn) < MOST_DRAWN:
             drawn.append(found)
     if drawn and options.figure is not None:
         _draw(drawn, options.figure)
+    if drawn and options.feature_maps is not None:
+        _draw_feature_maps(
+            options.workdir, options.step, drawn[0].picture, options.feature_maps
+        )
     return all_read
 
 

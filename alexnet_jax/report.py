@@ -4,7 +4,8 @@ python -m alexnet_jax.report --workdir=DIR
 
 writes DIR/report.html, a page in one file: errors, curves, mistakes, filters, predictions,
 neighbours, where the time went, the configuration. It asks for nothing else, from nowhere,
-and prints on A4. Beside it DIR/filters.png (the first layer's kernels, a panel a column)
+and prints on A4. Beside it DIR/filters.png (the first layer's kernels, a panel a column),
+DIR/filter_statistics.png (how coloured and how directed the kernels of each column are)
 and DIR/curves.png (loss and error over the epochs). For the mistakes and the neighbours
 the network looks at the run's own pictures; where they are no longer there, the page says
 so and has the rest.
@@ -22,7 +23,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alexnet_jax.analysis import first_layer_filters, training_curves
+from alexnet_jax.analysis import (
+    filter_statistics_by_column,
+    first_layer_filters,
+    training_curves,
+)
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.images import short_names
 from alexnet_jax.experiment import CONFIG_FILE, read_config
@@ -80,12 +85,14 @@ def report(workdir: Path, *, python: str = "python") -> list[str]:
     filters, curves = workdir / "filters.png", workdir / "curves.png"
     kernel, columns = first_kernel(run)
     _save(first_layer_filters(kernel, columns=columns), filters)
+    statistics = workdir / "filter_statistics.png"
+    _save(filter_statistics_by_column(kernel, columns=columns), statistics)
     _save(training_curves(run.records), curves)
     with replacing(workdir / REPORT_FILE) as file:
         file.write(html)
     return [
         *_errors_in_words(run.records),
-        f"first-layer filters: {filters}",
+        f"first-layer filters: {filters}, {statistics.name}",
         f"training curves:     {curves}",
         f"report:              {workdir / REPORT_FILE}",
     ]

@@ -73,6 +73,21 @@ def test_a_picture_that_cannot_be_read_does_not_stop_the_others(
     assert predict.main([f"--workdir={workdir}", str(missing)]) == 1
 
 
+def test_feature_maps_are_drawn_of_the_first_picture(workdir, pictures, tmp_path):
+    path = tmp_path / "maps.png"
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"")
+    arguments = [f"--workdir={workdir}", f"--feature_maps={path}", str(broken)]
+    assert predict.main([*arguments, pictures[0]]) == 1
+    with Image.open(path) as figure:
+        width, height = figure.size
+    # The picture and its three convolutions, before and after pooling and norm.
+    assert height > width / 2
+    path.unlink()
+    assert predict.main(arguments) == 1
+    assert not path.exists()
+
+
 def test_wrong_arguments_are_one_message(workdir, pictures, tmp_path, capsys):
     assert predict.main([f"--workdir={tmp_path}", pictures[0]]) == 1
     assert "is not the workdir of a run" in capsys.readouterr().err

@@ -51,6 +51,9 @@ def pictures(tmp_path_factory):
     return root
 
 
+FIGURES = ("filters.png", "filter_statistics.png", "curves.png")
+
+
 @pytest.fixture(scope="module")
 def made(pictures, tmp_path_factory):
     """(the workdir of a run, the lines of its report)."""
@@ -176,9 +179,9 @@ def test_headline_errors_are_those_of_the_records(made, parsed):
     )
     assert lines[1].startswith(f"over several views: top-1 {views}")
     assert [line.split("/")[-1] for line in lines[2:]] == [
-        *("filters.png", "curves.png", "report.html")
+        *("filters.png, filter_statistics.png", "curves.png", "report.html")
     ]
-    for name in ("filters.png", "curves.png"):
+    for name in FIGURES:
         assert min(Image.open(made[0] / name).size) > 100
 
 
@@ -346,7 +349,7 @@ def test_a_run_without_evaluations_and_records(copied, monkeypatch):
 
 
 def test_nothing_half_written_stays(copied, monkeypatch):
-    for name in ("filters.png", "curves.png"):
+    for name in FIGURES:
         (copied / name).unlink()
     before = sorted(path.name for path in copied.iterdir())
     save, calls = Figure.savefig, []
