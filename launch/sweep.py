@@ -408,7 +408,10 @@ def _is_queued(job: Job) -> bool:
 
 
 def _last_words(job: Job, status: int) -> str:
-    """The error in a broken run's log, from "error:" on, else its last lines."""
+    """The error in a broken run's log, from "error:" on, else its last lines.
+
+    Of a run that was killed, which has no time to say anything, by which signal.
+    """
     lines = [f"(exit status {status}, nothing in its log)"]
     for name, offset in ((LOG, job.offset), (SUBMITTED, 0)):
         path = job.folder / name
@@ -417,7 +420,12 @@ def _last_words(job: Job, status: int) -> str:
             lines = found.decode("utf-8", "replace").strip().splitlines()
             break
     starts = [i for i, line in enumerate(lines) if line.startswith("error:")]
-    return "\n".join(lines[starts[-1] if starts else -LAST_LINES :])
+    shown = lines[starts[-1] if starts else -LAST_LINES :]
+    if status < 0:
+        name = signal.Signals(-status).name
+        hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
+        shown = [f"killed by {name}{hint}; the end of its log:", *shown]
+    return "\n".join(shown)
 
 
 # What is shown.
@@ -558,8 +566,13 @@ def _page(
     left = [job for job in jobs if job.state != "finished"]
     if left:
         parts.append("## Not in these numbers")
-        parts.append("\n".join(f"- {job.run.name}: {job.state}" for job in left))
+        parts.append("\n".join(map(_why_left_out, left)))
     return "\n\n".join(parts) + "\n"
+
+
+def _why_left_out(job: Job) -> str:
+    first = job.error.splitlines()[0] if job.error else ""
+    return f"- {job.run.name}: {job.state}{f' ({first})' if first else ''}"
 
 
 def _write_csv(path: Path, lines: Sequence[Line]) -> None:

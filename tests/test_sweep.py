@@ -575,3 +575,14 @@ def test_slurm_jobs_are_submitted_cancelled_and_reported(command, tmp_path):
     done = run(command, {**environment, "PYTHON": "refused"})
     assert done.returncode == 1
     assert "sbatch: error: no such partition" in done.stderr
+
+
+def test_a_killed_run_is_told_from_one_with_an_error(tmp_path):
+    run = launcher.Job(run=None, folder=tmp_path)
+    (tmp_path / "log.txt").write_text("no checkpoint in DIR: starting from scratch\n")
+    killed = launcher._last_words(run, -signal.SIGKILL)
+    first, *rest = killed.splitlines()
+    assert first.startswith("killed by SIGKILL, perhaps for want of memory; the end of")
+    assert rest == ["no checkpoint in DIR: starting from scratch"]
+    (tmp_path / "log.txt").write_text("step 1\nerror: no such data\n")
+    assert launcher._last_words(run, 1) == "error: no such data"
