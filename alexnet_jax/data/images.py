@@ -4,54 +4,138 @@ The resize is the one the 2012 pictures went through: the shorter side to S, the
 the central S x S (Krizhevsky et al. 2012, section 2; cuda-convnet2's make-data
 shrinks by pixel area and enlarges by cubic interpolation). Every picture becomes
 RGB: about twenty ImageNet files are CMYK, one is a PNG. EXIF orientation is NOT
-applied: the published ImageNet numbers were obtained without it.
+applied: the published ImageNet numbers were obtained without it. Of an animation the
+first frame counts.
+
+Whatever a file claims to be, memory is bounded: more than MAX_BYTES are not read and
+more than MAX_PIXELS not decoded, which is known before they are.
 """
 
+import contextlib
+import functools
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from alexnet_jax.data.errors import DataError
 
+# Pillow's own bound, above which it warns: 256 MiB as RGB.
+MAX_PIXELS = 89_478_485
+# As many as such a picture has when it is not compressed.
+MAX_BYTES = 2**28
+# Those of Pillow's formats that are taken. Of the others some start a program (EPS) and
+# most are never met.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+TAKE_OUT = "Replace the file by an intact copy or take it out of the data set"
 _JPEG_START = b"\xff\xd8"
 # libjpeg converts these to RGB by itself; CMYK and YCCK go through Pillow.
 _JPEG_COLORS = ("YCbCr", "RGB", "Gray")
 
 
+def read(path: str | os.PathLike) -> bytes:
+    """A file, for `decode`: no more of it than shows that it is too large.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        # A pipe or a device says 0.
+        if 0 < os.fstat(file.fileno()).st_size <= MAX_BYTES:
+            return file.read()
+        return file.read(MAX_BYTES + 1)
+
+
 def decode(
-    data: bytes, size: int, name: str, out: np.ndarray | None = None
+    data: bytes,
+    size: int,
+    name: str,
+    out: np.ndarray | None = None,
+    *,
+    remedy: str = TAKE_OUT,
 ) -> np.ndarray:
     """Decodes one picture file to RGB, resized and cut to a square.
 
     Args:
-      data: the whole file (JPEG, PNG, BMP, WebP, whatever Pillow reads).
+      data: the whole file: JPEG, PNG, WebP, BMP, GIF, TIFF, PPM, JPEG 2000 or AVIF,
+        whatever it is called.
       size: side S of the result in pixels.
       name: file or record, for the error message.
       out: where to write, uint8 [S, S, 3], C-contiguous; allocated when absent.
+      remedy: what to do about a broken one, for the error message.
 
     Returns:
       `out`: uint8 [S, S, 3], 0..255.
 
     Raises:
-      DataError: (a ValueError) the picture is broken; the message says which one.
+      DataError: (a ValueError) the picture is broken or too large; the message says
+        which one, and why.
+      OSError: there is not enough memory for it.
     """
     if out is None:
         out = np.empty((size, size, 3), np.uint8)
-    try:
+    with _naming(f"{name} ({len(data)} bytes)", remedy):
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"files of more than {MAX_BYTES:,} bytes are not read")
         if not _decode_plain_jpeg(data, size, out):
-            with Image.open(io.BytesIO(data)) as picture:
-                out[...] = resize_to_square(_to_rgb(picture), size)
-    except Exception as error:  # Pillow also lets zlib's, struct's ... errors through
-        raise DataError(
-            f"cannot decode {name} ({len(data)} bytes): {error}. Replace the file "
-            "by an intact copy or take it out of the data set."
-        ) from error
+            with _open(data) as picture:
+                out[...] = _square(picture, size)
     return out
+
+
+@contextlib.contextmanager
+def _naming(name: str, remedy: str) -> Iterator[None]:
+    """What goes wrong while a picture is decoded, with its name and what to do."""
+    try:
+        yield
+    except MemoryError as error:
+        # Not the picture's fault: it must not count as broken.
+        raise OSError(
+            f"not enough memory to decode {name}; decode fewer at once (workers)"
+        ) from error
+    except Exception as error:  # Pillow also lets zlib's, struct's ... errors through
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        if isinstance(error, Image.DecompressionBombError):
+            reason = _TOO_LARGE.format("")
+        remedy = f". {remedy}." if remedy else ""
+        raise DataError(f"cannot decode {name}: {reason}{remedy}") from error
+
+
+@functools.cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def _open(data: bytes) -> Image.Image:
+    """Reads the header only."""
+    try:
+        return Image.open(io.BytesIO(data), formats=_formats())
+    except UnidentifiedImageError:  # Pillow names a buffer at an address
+        if not data:
+            raise ValueError("the file is empty") from None
+        raise ValueError(
+            f"it is damaged or no picture ({', '.join(_FORMATS)}); it begins with "
+            f"{data[:8]!r}"
+        ) from None
+
+
+_TOO_LARGE = f"it has {{}}more than {MAX_PIXELS:,} pixels; make it smaller"
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(_TOO_LARGE.format(f"{width:,} x {height:,}, "))
+
+
+def _square(picture: Image.Image, size: int) -> np.ndarray:
+    """As of `resize_to_square`, of a picture that may not be decoded yet."""
+    _check_pixels(*picture.size)
+    return resize_to_square(_to_rgb(picture), size)
 
 
 def _decode_plain_jpeg(data: bytes, size: int, out: np.ndarray) -> bool:
@@ -60,7 +144,7 @@ def _decode_plain_jpeg(data: bytes, size: int, out: np.ndarray) -> bool:
         return False
     try:
         height, width, color, _ = simplejpeg.decode_jpeg_header(data)
-        if color not in _JPEG_COLORS:
+        if color not in _JPEG_COLORS or int(width) * int(height) > MAX_PIXELS:
             return False
         if height == width == size and out.flags.c_contiguous:
             simplejpeg.decode_jpeg(data, buffer=out)
@@ -84,6 +168,9 @@ def resize_to_square(image: np.ndarray | Image.Image, size: int) -> np.ndarray:
       uint8 [size, size, 3]; a picture that already has this size is not resampled.
       Shrinking averages areas (Pillow BOX), enlarging is BICUBIC. When the number of
       pixels to cut is odd, the larger part goes at the right and the bottom.
+
+    Raises:
+      ValueError: a strip that would be enlarged to more than MAX_PIXELS.
     """
     if not isinstance(image, Image.Image):
         if image.shape == (size, size, 3):
@@ -97,6 +184,11 @@ def resize_to_square(image: np.ndarray | Image.Image, size: int) -> np.ndarray:
             max(size, round(width * size / short)),
             max(size, round(height * size / short)),
         )
+        if short < size and scaled[0] * scaled[1] > MAX_PIXELS:
+            raise ValueError(
+                f"it has {width:,} x {height:,} pixels, too long a strip to be enlarged "
+                f"to {scaled[0]:,} x {scaled[1]:,}; cut it"
+            )
         resampling = Image.Resampling.BOX if short > size else Image.Resampling.BICUBIC
         image = image.resize(scaled, resampling)
         width, height = scaled
@@ -117,21 +209,25 @@ def load_picture(
       uint8 [S, S, 3], RGB, 0..255; never a view of the argument.
 
     Raises:
-      ValueError: a broken file, or an array that is not a uint8 picture.
-      OSError: there is no such file.
+      ValueError: a broken file or picture, or one of more than MAX_PIXELS (a
+        DataError); an array that is not a uint8 picture.
+      OSError: there is no such file, or not enough memory.
     """
+    remedy = "Give an intact copy or another picture"
     if isinstance(picture, (str, os.PathLike)):
-        with open(picture, "rb") as file:
-            return decode(file.read(), size, os.fspath(picture))
+        return decode(read(picture), size, os.fspath(picture), remedy=remedy)
     if isinstance(picture, np.ndarray):
         channels = picture.shape[2:]
-        if picture.dtype != np.uint8 or channels not in ((), (3,), (4,)):
+        shaped = channels in ((), (3,), (4,)) and picture.size
+        if picture.dtype != np.uint8 or not shaped:
             raise ValueError(
                 "a picture array must be uint8 (0..255) of shape [H, W], [H, W, 3] "
                 f"or [H, W, 4]; got {picture.dtype} {list(picture.shape)}"
             )
         picture = Image.fromarray(picture)
-    return np.array(resize_to_square(_to_rgb(picture), size))
+    name = str(getattr(picture, "filename", "")) or "the picture"
+    with _naming(name, remedy):
+        return np.array(_square(picture, size))
 
 
 def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
@@ -148,7 +244,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "RGB":
         return picture
     if picture.mode.startswith("I"):  # 16-bit grey; convert("RGB") would clip it
-        values = np.asarray(picture).astype(np.int64)
+        values = np.asarray(picture)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError("more than 16 bits a channel")
         picture = Image.fromarray((values >> 8).astype(np.uint8))
