@@ -4,6 +4,7 @@ import argparse
 import copy
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from alexnet_jax.experiment import (
     read_config,
     read_network,
 )
-from alexnet_jax.writers import progress
+from alexnet_jax.writers import progress, show_every_name
 
 # Kinds of files that figures are written to.
 FIGURES = ("png", "jpg", "svg", "pdf")
@@ -228,6 +229,8 @@ def save_figure(figure: Any, path: Path) -> None:
 def exit_status(command: Callable[[], bool]) -> int:
     """Runs a command that says whether all went well; mistakes in words, status 1."""
     logging.set_verbosity(logging.WARNING)
+    show_every_name()
+    warnings.filterwarnings("ignore", module="PIL")  # an error says all that matters
     try:
         with stopping.answering():
             return 0 if command() else 1

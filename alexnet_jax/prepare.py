@@ -24,6 +24,7 @@ python -m alexnet_jax.prepare statistics --source=folder:PATH [--data_dir=DIR]
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,8 +34,8 @@ from tqdm import tqdm
 
 from alexnet_jax import stopping
 from alexnet_jax.data import eval_batches, sources, statistics
-from alexnet_jax.data.files import replacing
-from alexnet_jax.writers import progress
+from alexnet_jax.data.files import existing_parent, replacing
+from alexnet_jax.writers import progress, show_every_name
 
 # Flags of its own, not absl's global ones: several command lines of this package
 # may be imported into one process and use the same names.
@@ -138,7 +139,7 @@ def _check() -> int:
 
 def _check_writable(folder: Path) -> None:
     """Before work of hours: `folder` can be made and written."""
-    existing = sources.existing_parent(folder)
+    existing = existing_parent(folder)
     if not existing.is_dir():
         raise ValueError(f"cannot write to {folder}: {existing} is not a folder")
     if not os.access(existing, os.W_OK):
@@ -232,6 +233,8 @@ COMMANDS: dict[str, Callable[[], int]] = {
 
 def main(argv: list[str]) -> int:
     """Runs one command; returns the exit status, 1 after an error in words."""
+    show_every_name()
+    warnings.filterwarnings("ignore", module="PIL")  # an error says all that matters
     for name in FLAGS:
         FLAGS[name].unparse()  # back to its default: main may be called again
     try:

@@ -12,6 +12,7 @@ nowhere.
 """
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -285,6 +286,13 @@ def progress_bar(stream: TextIO, **options: Any) -> Any:
         {"dynamic_ncols": True} if has_width else {"ncols": 80, "nrows": 24}
     )
     return tqdm(file=stream, leave=False, **width, **options)
+
+
+def show_every_name() -> None:
+    """Names of files that are no text are printed with \\x.., instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not in a notebook
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager

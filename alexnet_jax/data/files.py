@@ -43,16 +43,26 @@ def telling_of_a_full_disk(
         ]
         if not reasons:
             raise
-        room = f"{bytes_in_words(shutil.disk_usage(existing_parent(folder)).free)} free"
+        room = f"{_in_words(shutil.disk_usage(existing_parent(folder)).free)} free"
         if needed is not None:
-            room += f", about {bytes_in_words(needed())} more needed"
+            room += f", about {_in_words(needed())} more needed"
         raise FullDiskError(
             f"cannot write in {folder}: {reasons[0]} ({room}). Make room there and start "
             "the same command again"
         ) from error
 
 
-def bytes_in_words(count: int) -> str:
+def check_room(folder: Path, needed: int) -> None:
+    """Raises FullDiskError unless a folder, made or not, has room for so many bytes."""
+    free = shutil.disk_usage(existing_parent(folder)).free
+    if free < needed:
+        raise FullDiskError(
+            f"{folder} has {_in_words(free)} free; about {_in_words(needed)} are "
+            "needed. Make room there, or take another folder"
+        )
+
+
+def _in_words(count: int) -> str:
     """Such as 12.3 MB."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 

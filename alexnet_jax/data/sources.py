@@ -6,7 +6,8 @@ arrays that the caller owns. It holds no order and no state; that is the loader'
 
 import os
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -24,8 +25,11 @@ HOW_TO_GET_IMAGENET = (
     '(all tasks)", 6.3 GB; put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, '
     "packed as they are, into one folder"
 )
+_PREPARE_AGAIN = "Delete the directory and prepare the data set again"
 _OTHER_FILES = 64  # that a process has open besides the data
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
+# Control characters, and bytes that are no UTF-8 as Python has them in names.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class Source(Protocol):
@@ -118,12 +122,22 @@ def check_same_classes(train: Source, evaluation: Source) -> None:
         return
     only_train = sorted(set(train.class_names) - set(evaluation.class_names))
     only_eval = sorted(set(evaluation.class_names) - set(train.class_names))
+    forms = [
+        {unicodedata.normalize("NFC", name) for name in names}
+        for names in (only_train, only_eval)
+    ]
+    hint = ""
+    if only_train and forms[0] == forms[1]:
+        hint = (
+            ". They look alike, but their accents are written in two ways, Unicode's NFC "
+            "and NFD: rename the folders of one split"
+        )
     raise DataError(
         "training and evaluation data have different classes "
         f"({train.num_classes} and {evaluation.num_classes}): "
         f"only in training {some(only_train)}; "
         f"only in evaluation {some(only_eval)} "
-        f"(training: {train.description}; evaluation: {evaluation.description})"
+        f"(training: {train.description}; evaluation: {evaluation.description}){hint}"
     )
 
 
@@ -131,34 +145,40 @@ class FolderSource:
     """PATH/{train, test|val|validation}/<class>/<picture>.
 
     Labels are the positions of the class names in sorted order (by code point, so
-    ImageNet's WNIDs get their usual labels); files are sorted too. Folders inside a
-    class folder and hidden files are ignored. Attributes: see `Source`.
+    ImageNet's WNIDs get their usual labels); files are sorted too. Hidden files are
+    ignored; so are files of other kinds and folders inside a class folder, but of these
+    the description tells. Attributes: see `Source`.
     """
 
     def __init__(self, path: str | os.PathLike, split: str, image_size: int):
         root = Path(path).expanduser()
         self._folder = _split_folder(root, split)
         self.image_size = image_size
-        self.class_names = tuple(
-            sorted(e.name for e in visible(self._folder) if e.is_dir())
-        )
+        inside = {entry.name: is_folder(entry) for entry in visible(self._folder)}
+        self.class_names = tuple(sorted(name for name in inside if inside[name]))
         if not self.class_names:
-            found = some(sorted(e.name for e in visible(self._folder)))
             raise DataError(
-                f"no class folders in {self._folder} (found there: {found}). "
+                f"no class folders in {self._folder} (found there: "
+                f"{some(sorted(inside))}). "
                 f"Expected {self._folder / '<class>' / '<picture>.jpg'}, one folder "
                 "a class; change --config.data.source or move the pictures"
             )
         # File names only: ImageNet's 1.3 million full paths would take 200 MB.
         self._files: list[str] = []
         labels: list[int] = []
+        ignored = sorted(name for name in inside if not inside[name])
         for label, name in enumerate(self.class_names):
-            files = picture_files(self._folder / name)
+            check_name(name, f"folder {self._folder}")
+            files, others = class_files(self._folder / name)
             self._files += files
             labels += [label] * len(files)
+            ignored += [f"{name}/{other}" for other in others]
         self._labels = np.asarray(labels, np.int32)
         self.num_examples = len(self._files)
         self.description = f"folder {self._folder}"
+        if ignored:
+            what = some(ignored, limit=3)
+            self.description += f"; ignored, because they are no pictures: {what}"
         self.statistics_path = root / _statistics_name(split, image_size)
 
     @property
@@ -177,7 +197,7 @@ class FolderSource:
         for i, index in enumerate(indices):
             path = self._folder / self.class_names[labels[i]] / self._files[index]
             try:
-                data = path.read_bytes()
+                data = images_lib.read(path)
             except OSError as error:
                 raise DataError(
                     f"cannot read {path}: {error.strerror}. It was there when the "
@@ -195,15 +215,8 @@ class TfdsSource:
 
     def __init__(self, directory: Path, split: str, image_size: int):
         import tensorflow_datasets as tfds
-        from google.protobuf import json_format
 
-        try:
-            builder = tfds.builder_from_directory(directory)
-        except json_format.ParseError as error:
-            raise DataError(
-                f"{directory / 'dataset_info.json'} is damaged ({error}); delete the "
-                "directory and prepare the data set again"
-            ) from error
+        builder = tfds_builder(directory)
         self._image_key, self._label_key, classes = _image_and_label(builder.info)
         try:
             # Raw records: parsing the protocol buffer here takes half the time of
@@ -230,13 +243,7 @@ class TfdsSource:
             ) from error
         # Now, not when the first evaluation comes to it after hours.
         files = {i.filename for i in builder.info.splits[split].file_instructions}
-        missing = sorted(name for name in files if not os.path.exists(name))
-        if missing:
-            raise DataError(
-                f"{len(missing)} of {len(files)} files of {directory} [{split}] are "
-                f"missing: {some([os.path.basename(name) for name in missing])}. "
-                "Bring them back, or delete the directory and prepare it again"
-            )
+        check_files(files, f"{directory} [{split}]")
         _allow_open_files(len(files), f"{directory} [{split}]")
         self._parse = example_message().FromString
         self.num_examples = len(self._records)
@@ -257,30 +264,35 @@ class TfdsSource:
         self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
     ) -> None:
         """See `Source.fetch`."""
+        remedy = _PREPARE_AGAIN
         for i, index in enumerate(indices.tolist()):
             labels[i], data = self.record(index)
-            images_lib.decode(data, self.image_size, self._name(index), images[i])
+            name = self._name(index)
+            images_lib.decode(data, self.image_size, name, images[i], remedy=remedy)
 
     def record(self, index: int) -> tuple[int, bytes]:
         """Label and picture file of an example."""
+        from google.protobuf.message import DecodeError
+
         # One record a call: for a list of them array_record starts a new pool
         # of up to 64 threads each time.
         try:
             features = self._parse(self._records[index]).features.feature
-        except RuntimeError as error:  # array_record's
+            label = features[self._label_key].int64_list.value[0]
+            data = features[self._image_key].bytes_list.value[0]
+        except (RuntimeError, DecodeError, LookupError) as error:
             if "open() failed" in str(error):
                 raise DataError(f"cannot read {self._name(index)}: {error}") from error
             raise DataError(
-                f"{self._name(index)} is damaged: {error}. Delete the directory and "
-                "prepare the data set again"
+                f"{self._name(index)} is damaged: {error}. {_PREPARE_AGAIN}"
             ) from error
-        label = features[self._label_key].int64_list.value[0]
         if not 0 <= label < self.num_classes:
             raise DataError(
                 f"{self._name(index)} has label {label}, outside "
-                f"0..{self.num_classes - 1}; a split without labels cannot be used"
+                f"0..{self.num_classes - 1}; a split without labels cannot be used. "
+                f"{_PREPARE_AGAIN}, or take another split"
             )
-        return label, features[self._image_key].bytes_list.value[0]
+        return label, data
 
     def _name(self, index: int) -> str:
         return f"record {index} of {self.description}"
@@ -402,13 +414,6 @@ def _allow_open_files(count: int, what: str) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def existing_parent(path: Path) -> Path:
-    """`path`, or the nearest folder above it that is there."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
-
-
 def example_message() -> Any:
     """The protocol buffer class of a tfds record; it is made at run time."""
     from tensorflow_datasets.proto import tf_example_pb2
@@ -459,17 +464,80 @@ def _split_folder(root: Path, split: str) -> Path:
     )
 
 
-def picture_files(folder: Path) -> list[str]:
-    """The sorted names of the pictures in a folder; DataError if there are none."""
-    entries = visible(folder)
-    files = sorted(e.name for e in entries if e.name.lower().endswith(PICTURE_SUFFIXES))
+def class_files(folder: Path) -> tuple[list[str], list[str]]:
+    """The sorted names of the pictures in a class folder, and of what else is there.
+
+    Raises:
+      DataError: there are no pictures, or one of them is no file.
+    """
+    files, others = [], []
+    for entry in visible(folder):
+        named = entry.name.lower().endswith(PICTURE_SUFFIXES)
+        (files if named else others).append(entry.name)
+        if named and is_folder(entry):
+            raise DataError(
+                f"{entry.path} is a folder with the name of a picture: rename it, or "
+                "move its pictures"
+            )
     if files:
-        return files
+        return sorted(files), sorted(others)
     raise DataError(
         f"class folder {folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)}; "
-        f"found there: {some(sorted(e.name for e in entries))}). Fill it or remove "
+        f"found there: {some(sorted(others))}). Fill it or remove "
         "it: an empty class would shift the labels unnoticed"
     )
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether it is a folder, otherwise it is a file; links are followed.
+
+    Raises:
+      DataError: it is neither: left out without a word, it would be lost.
+    """
+    try:
+        if entry.is_dir():
+            return True
+        if entry.is_file():
+            return False
+        reason = "it is neither a file nor a folder"
+        if entry.is_symlink():
+            reason = f"it is a link to {os.readlink(entry)}, which is not there"
+    except OSError as error:  # links in a circle
+        reason = str(error.strerror)
+    raise DataError(f"{entry.path} cannot be read: {reason}. Mend it or remove it")
+
+
+def check_name(name: str, where: str) -> None:
+    """Raises DataError for a name that cannot be shown or stored as text."""
+    if _UNPRINTABLE.search(name):
+        raise DataError(
+            f"{name!r} in {where} has control characters in its name, or bytes that are "
+            "no UTF-8: rename it"
+        )
+
+
+def tfds_builder(directory: Path) -> Any:
+    """tfds's builder of a prepared data set; DataError if its description is damaged."""
+    import tensorflow_datasets as tfds
+    from google.protobuf import json_format
+
+    try:
+        return tfds.builder_from_directory(directory)
+    except json_format.ParseError as error:
+        raise DataError(
+            f"{directory / 'dataset_info.json'} is damaged ({error}). {_PREPARE_AGAIN}"
+        ) from error
+
+
+def check_files(files: Collection[str], what: str) -> None:
+    """Raises DataError unless all files of a data set are there."""
+    missing = sorted(name for name in files if not os.path.exists(name))
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(files)} files of {what} are missing: "
+            f"{some([os.path.basename(name) for name in missing])}. Bring them back, or "
+            "delete the directory and prepare it again"
+        )
 
 
 def _versions(folder: Path) -> list[Path]:

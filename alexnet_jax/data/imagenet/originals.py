@@ -9,17 +9,18 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import io
 import os
 import struct
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 from zipfile import BadZipFile
 
 import numpy as np
 
-from alexnet_jax.data import sources
+from alexnet_jax.data import images, sources
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.imagenet.classes import (
@@ -40,7 +41,10 @@ OFFICIAL_MD5 = {
 _FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
 _KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
 _BLOCK = 512  # a tar archive's unit
+_MOST_HEADER = 2**20  # bytes; a long name takes some kilobytes
+_MOST_PADDING = 2**20  # bytes after an archive's end mark; GNU tar has 10,240
 _COLUMNS = ("place", "name", "offset", "size", "label")
+_MEND = "Prepare that data set again"
 _FROM_RECORD = -1  # a label that is known only when the record is read
 
 Progress = Callable[[int], object]
@@ -120,19 +124,26 @@ class Originals:
                 record = _reader(place).read([offset])[0]
             except RuntimeError as error:
                 raise OSError(
-                    f"cannot read record {offset} of {place}: {error}"
+                    f"cannot read record {offset} of {place}: {error}. {_MEND}, or start "
+                    "the same command when it can be read"
                 ) from error
-            return _from_example(record, name)
+            return _from_example(record, name, place)
         path = place if offset >= 0 else os.path.join(place, name)
+        wanted = min(size, images.MAX_BYTES + 1)  # `decode` refuses what is larger
         try:
             with open(path, "rb") as file:
                 file.seek(max(0, offset))
-                data = file.read(size)
+                data = file.read(wanted)
         except OSError as error:
-            raise OSError(f"cannot read {name} of {place}: {error.strerror}") from error
-        if len(data) < size:
+            raise OSError(
+                f"cannot read {name} of {place}: {error.strerror}. Start the same "
+                "command again when it can be read"
+            ) from error
+        if len(data) < wanted:
             raise OSError(f"{name} of {place} ends after {len(data)} of {size} bytes")
-        return (name, label, data) if self.kind == "file" else _from_example(data, name)
+        if self.kind == "file":
+            return name, label, data
+        return _from_example(data, name, place)
 
 
 def find(
@@ -310,31 +321,78 @@ def _members(
     where = f"{path}, archive {inner}.tar" if inner else str(path)
     end = start
     try:
-        with open(path, "rb") as file:
+        with _Headers(path) as file:
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
                     blocks = -(-member.size // _BLOCK) if member.isreg() else 0
                     end = member.offset_data + blocks * _BLOCK
-                    if end > start + size:
+                    if blocks < 0 or end > start + size:
                         raise tarfile.ReadError("unexpected end of data")
                     hidden = os.path.basename(member.name).startswith(".")
                     if member.isdir() or hidden:
                         continue
-                    if not member.isreg():
-                        raise DataError(
-                            f"{where} holds {member.name}, which is a link or a "
-                            "device and not a picture; take the official archive"
-                        )
+                    _check_member(member, where)
                     yield member
-            # An archive ends in two blocks of zeros. Cut off between two files it
-            # would look whole but for that.
-            file.seek(end)
-            mark = file.read(min(2 * _BLOCK, start + size - end))
-            if mark != bytes(2 * _BLOCK):
-                raise tarfile.ReadError("there is no end mark")
-    except tarfile.TarError as error:
+            _check_end(file, end, start + size)
+    except DataError:
+        raise
+    except _BAD_ARCHIVE as error:
         raise DataError(_cut_off(path, f"{where}: {error}")) from error
+
+
+# What tarfile lets through when headers are nonsense.
+_BAD_ARCHIVE = (
+    tarfile.TarError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    RecursionError,
+)
+
+
+class _Headers(io.FileIO):
+    """An archive of which the headers alone are read.
+
+    A header may claim that a name of terabytes follows, and tarfile would read it.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _MOST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size) or b""
+
+
+def _check_member(member: tarfile.TarInfo, where: str) -> None:
+    """Raises DataError for what no archive of pictures holds.
+
+    Nothing is unpacked, and of a name only the last part is used: this refuses what
+    was made to deceive, or by another program for another end.
+    """
+    if not member.isreg() or member.issparse():
+        problem = "a link, a device or a sparse file and not a picture"
+    elif member.name.startswith("/") or ".." in member.name.split("/"):
+        problem = "a name that leads out of the archive"
+    else:
+        sources.check_name(member.name, where)
+        return
+    raise DataError(
+        f"{where} holds {member.name!r}: {problem}; take the official archive"
+    )
+
+
+def _check_end(file: BinaryIO, end: int, stop: int) -> None:
+    """Raises tarfile.ReadError unless an archive is whole, and alone, up to `stop`.
+
+    It ends in two blocks of zeros: cut off between two files it would look whole but for
+    that. What follows them nobody would see.
+    """
+    file.seek(end)
+    if file.read(min(2 * _BLOCK, stop - end)) != bytes(2 * _BLOCK):
+        raise tarfile.ReadError("there is no end mark")
+    padding = stop - file.tell()
+    if padding > _MOST_PADDING or any(file.read(padding)):
+        raise tarfile.ReadError("there is more after its end mark")
 
 
 def _cut_off(path: Path, what: str) -> str:
@@ -373,40 +431,35 @@ def md5_problem(split: str, path: Path, progress: Progress) -> str | None:
 
 def _folder(folder: Path, split: str, progress: Progress) -> Originals:
     """Class folders, or the validation pictures side by side."""
-    classes = sorted(entry.name for entry in sources.visible(folder) if entry.is_dir())
+    inside = {e.name: sources.is_folder(e) for e in sources.visible(folder)}
+    classes = sorted(name for name in inside if inside[name])
     flat = split == "validation" and not classes
-    if not flat:
-        _refuse_others([folder], ())
+    for name in classes:
+        sources.check_name(name, f"folder {folder}")
     places = [folder] if flat else [folder / wnid for wnid in classes]
-    _refuse_others(places, sources.PICTURE_SUFFIXES)
+    unclear = (
+        [] if flat else [folder / name for name in sorted(inside.keys() - classes)]
+    )
     rows = []
     for number, place in enumerate(places):
-        names = sources.picture_files(place)
-        with os.scandir(place) as entries:
-            sizes = {entry.name: entry.stat().st_size for entry in entries}
+        names, others = sources.class_files(place)
+        unclear += [place / name for name in others]
         for name in names:
+            sources.check_name(name, f"folder {place}")
             wnid = validation_wnid(name, str(place)) if flat else place.name
             label = _label(wnid, f"folder {place}")
             check_label(name, wnid, str(place))
-            rows.append((number, os.fsencode(name), -1, sizes[name], label))
+            size = os.stat(place / name).st_size
+            rows.append((number, os.fsencode(name), -1, size, label))
         progress(len(names))
-    return _table(f"folder {folder}", [str(place) for place in places], rows)
-
-
-def _refuse_others(folders: list[Path], suffixes: tuple[str, ...]) -> None:
-    """Files that are not taken are named: no picture is left out without a word."""
-    others = [
-        os.path.relpath(entry.path, folders[0].parent)
-        for folder in folders
-        for entry in sources.visible(folder)
-        if not entry.is_dir() and not entry.name.lower().endswith(suffixes)
-    ]
-    if others:
+    if unclear:  # no picture is left out without a word
+        relative = [os.path.relpath(path, folder.parent) for path in unclear]
         raise DataError(
-            f"in {folders[0].parent} it is unclear what to do with {sources.some(others)}: "
+            f"in {folder.parent} it is unclear what to do with {sources.some(relative)}: "
             "expected class folders, and in them pictures only "
             f"({', '.join(sources.PICTURE_SUFFIXES)}). Unpack, move or remove them"
         )
+    return _table(f"folder {folder}", [str(place) for place in places], rows)
 
 
 # tfds.
@@ -422,9 +475,7 @@ def _tfds_directory(source: Path) -> Path | None:
 
 
 def _tfds(directory: Path, split: str) -> Originals:
-    import tensorflow_datasets as tfds
-
-    info: Any = tfds.builder_from_directory(directory).info
+    info: Any = sources.tfds_builder(directory).info
     features = dict(info.features.items())
     names = getattr(features.get("label"), "names", None)
     if tuple(names or ()) != wnids() or "image" not in features:
@@ -440,6 +491,7 @@ def _tfds(directory: Path, split: str) -> Originals:
         )
     kind = info.file_format and info.file_format.value
     files = [os.fspath(path) for path in info.splits[split].filepaths]
+    sources.check_files(files, f"{directory} [{split}]")
     if kind == "array_record":
         lengths = info.splits[split].shard_lengths
         sizes = [os.path.getsize(path) for path in files]  # tells data sets apart
@@ -473,7 +525,7 @@ def _tfrecord_spans(path: Path) -> list[tuple[int, int]]:
             length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else end
             spans.append((file.tell(), length))
             if file.tell() + length + 4 > end:
-                raise DataError(f"{path} is cut off at {end:,} bytes; prepare it again")
+                raise DataError(f"{path} is cut off at {end:,} bytes. {_MEND}")
             file.seek(length + 4, os.SEEK_CUR)
     return spans
 
@@ -485,12 +537,24 @@ def _reader(path: str) -> Any:
     return module.ArrayRecordReader(path)
 
 
-def _from_example(record: bytes, name: str) -> tuple[str, int, bytes]:
-    features = sources.example_message().FromString(record).features.feature
-    label = features["label"].int64_list.value[0]
+def _from_example(record: bytes, name: str, place: str) -> tuple[str, int, bytes]:
+    from google.protobuf.message import DecodeError
+
+    try:
+        features = sources.example_message().FromString(record).features.feature
+        label = features["label"].int64_list.value[0]
+        data = features["image"].bytes_list.value[0]
+        if "file_name" in features:
+            name = features["file_name"].bytes_list.value[0].decode()
+    except (DecodeError, LookupError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"record {name} of {place} is damaged: {error}. {_MEND}"
+        ) from error
     if not 0 <= label < len(_LABELS):
-        raise DataError(f"{name} has the label {label}, outside 0..{len(_LABELS) - 1}")
-    if "file_name" in features:
-        name = features["file_name"].bytes_list.value[0].decode()
-        check_label(name, wnids()[label], "the tfds data set")
-    return name, label, features["image"].bytes_list.value[0]
+        raise DataError(
+            f"{name} of {place} has the label {label}, outside 0..{len(_LABELS) - 1}. "
+            f"{_MEND}"
+        )
+    sources.check_name(name, place)
+    check_label(name, wnids()[label], place)
+    return name, label, data

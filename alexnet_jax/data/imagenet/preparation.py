@@ -33,7 +33,7 @@ import simplejpeg
 
 from alexnet_jax.data import images, locks, sources, statistics
 from alexnet_jax.data.errors import DataError
-from alexnet_jax.data.files import replacing
+from alexnet_jax.data.files import check_room, replacing, telling_of_a_full_disk
 from alexnet_jax.data.imagenet import originals as originals_lib
 from alexnet_jax.data.imagenet.classes import OFFICIAL_COUNTS, wnids
 from alexnet_jax.data.imagenet.originals import SPLITS, Originals
@@ -47,6 +47,7 @@ PICTURES_A_SHARD = 1250  # about 43 MB, and some ten seconds of work
 # A small set is spread over the cores as well, but no shard may be empty.
 _FEWEST_SHARDS, _FEWEST_PICTURES = 8, 64
 _BYTES_A_PICTURE = 36_000  # 34,400 on average over 1,000 ImageNet pictures
+_BYTES_BESIDE = 2_000_000  # for the mean image and the descriptions
 
 # Called with (what is done, in all, in what unit); gives a context that yields a
 # function to be called with how many more are done.
@@ -87,6 +88,9 @@ def prepare(
     unfinished = directory.with_name(f"{VERSION}.incomplete")
     # All that can be checked first is, and nothing is made if it fails.
     _check_apart(source, data_dir)
+    if (data_dir / NAME).exists():
+        with _alone(data_dir / NAME):
+            pass  # who is refused learns it before the tables are read
     with bar("reading tables of contents", None, "pictures") as progress:
         found = originals_lib.find(source, progress, cache=unfinished / "parts")
     for split, originals in found.items():
@@ -94,8 +98,11 @@ def prepare(
     if verify:
         _verify(source, bar)
     shards = _shards(found, unfinished)
-    _check_disk(data_dir, [shard for shard in shards if not shard.is_done()])
-    with _alone(data_dir / NAME):
+    check_room(data_dir, _bytes_missing(shards))
+    with (
+        telling_of_a_full_disk(data_dir, lambda: _bytes_missing(shards)),
+        _alone(data_dir / NAME),
+    ):
         if directory.exists():  # another process was faster
             return _found_already(directory, source, log)
         _begin(unfinished, found, shards)
@@ -113,8 +120,12 @@ def _found_already(directory: Path, source: Path, log: Callable[[str], object]) 
     for split in SPLITS:
         found = sources.TfdsSource(directory, split, SIZE)
         log(_count(split, found.num_examples, found.description))
-    record = directory / RECORD_FILE
-    made_of = json.loads(record.read_text())["source"] if record.exists() else "?"
+    record: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):  # not there, or torn by a crash
+        record = json.loads((directory / RECORD_FILE).read_text())
+    if record.get("unreadable"):
+        log(f"left out when it was made, {_pictures(len(record['unreadable']))}")
+    made_of = record.get("source", "?")
     if made_of != str(source):
         raise DataError(
             f"{directory} is there already, made of {made_of}, not of {source}; delete "
@@ -193,14 +204,10 @@ def _verify(source: Path, bar: Bar) -> None:
         raise DataError("; ".join(problem for problem in problems if problem))
 
 
-def _check_disk(data_dir: Path, missing: "list[Shard]") -> None:
-    needed = sum(len(shard.originals) for shard in missing) * _BYTES_A_PICTURE
-    free = shutil.disk_usage(sources.existing_parent(data_dir)).free
-    if free < needed:
-        raise DataError(
-            f"{data_dir} has {free / 1e9:.1f} GB free; the pictures need "
-            f"{needed / 1e9:.1f} GB. Make room, or give another --data_dir"
-        )
+def _bytes_missing(shards: "list[Shard]") -> int:
+    """About how many are still to be written."""
+    missing = sum(len(shard.originals) for shard in shards if not shard.is_done())
+    return missing * _BYTES_A_PICTURE + _BYTES_BESIDE
 
 
 # Shards.
@@ -305,7 +312,8 @@ def _check_unreadable(unreadable: list[list[str]], max_unreadable: int) -> None:
     if len(unreadable) > max_unreadable:
         raise DataError(
             f"{_pictures(len(unreadable))} cannot be read; --max_unreadable="
-            f"{max_unreadable} allows no more:\n{_reasons(unreadable)}"
+            f"{max_unreadable} allows no more. Put intact copies in their place, or "
+            f"leave out as many with a larger one:\n{_reasons(unreadable)}"
         )
 
 
@@ -355,7 +363,7 @@ def write_shard(shard: Shard) -> None:
                 return
             name, label, data = shard.originals.read(index)
             try:
-                picture = images.decode(data, SIZE, name)
+                picture = images.decode(data, SIZE, name, remedy="")
             except DataError as error:
                 unreadable.append([name, str(error)])
                 continue
@@ -415,8 +423,8 @@ def _finish(
     """Description, statistics and record of the data set, all shards being there."""
     results = {shard: shard.result() for shard in shards}
     unreadable = [pair for shard in shards for pair in results[shard]["unreadable"]]
-    if unreadable:
-        log(f"left out, {_pictures(len(unreadable))}:\n{_reasons(unreadable)}")
+    reasons = f":\n{_reasons(unreadable)}" if unreadable else ""
+    log(f"left out, {_pictures(len(unreadable))}{reasons}")
     write_metadata(unfinished, shards)
     train = sources.TfdsSource(unfinished, "train", SIZE)
     with bar("mean image and colour PCA", train.num_examples, "pictures") as progress:

@@ -7,9 +7,12 @@ import time
 from pathlib import Path
 
 from alexnet_jax.data import locks
+from alexnet_jax.data.files import check_room, telling_of_a_full_disk
 from alexnet_jax.data.textures.drawing import CLASS_NAMES, draw
 
 __all__ = ["CLASS_NAMES", "build", "draw"]
+
+_BYTES_A_PICTURE = 25_500  # on average over the 5,000
 
 
 def build(data_dir: Path, *, tiny: bool = False) -> str:
@@ -24,7 +27,7 @@ def build(data_dir: Path, *, tiny: bool = False) -> str:
       The full tfds name, with the config and version, for `sources.TfdsSource`.
 
     Raises:
-      OSError: `data_dir` cannot be written.
+      OSError: `data_dir` cannot be written, or is full.
     """
     import tensorflow_datasets as tfds
 
@@ -41,9 +44,13 @@ def build(data_dir: Path, *, tiny: bool = False) -> str:
     data_dir.mkdir(parents=True, exist_ok=True)
     # The processes of one run build once. Where there are no locks each one builds:
     # tfds writes to a directory of its own and renames it.
-    with locks.held(data_dir / ".textures.lock", wait=True):
+    with (
+        telling_of_a_full_disk(data_dir),
+        locks.held(data_dir / ".textures.lock", wait=True),
+    ):
         if (directory / "dataset_info.json").exists():  # another process was faster
             return name
+        check_room(data_dir, (300 if tiny else 5000) * _BYTES_A_PICTURE)
         print(f"Drawing the textures data set into {directory} ...", file=sys.stderr)
         started = time.perf_counter()
         builder = module.Builder(
