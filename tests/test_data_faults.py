@@ -850,7 +850,7 @@ ARCHIVE_FAULTS = [
     (_cut_in_a_class, f"archive {WNIDS[0]}.tar: unexpected end of data"),
     (_cut_in_a_header, "there is no end mark. It has"),
     (_cut_in_a_header_of_a_class, f"archive {WNIDS[0]}.tar: there is no end mark"),
-    (_two_put_together, "there is more after its end mark"),
+    (_two_put_together, "another archive follows its end mark. It has"),
     (_compressed, "is compressed; the official archive is not"),
     (_sorted_wrongly, f"{WNIDS[1]}_0.JPEG in"),
     (_without_validation, "no validation split (ILSVRC2012_img_val.tar or val/"),
@@ -1065,6 +1065,13 @@ def leaving(disk: Path, free: int) -> Iterator[None]:
         (disk / "others").unlink()
 
 
+def check_finished_shards(unfinished: Path) -> None:
+    """What a later start takes for whole is whole."""
+    for result in unfinished.glob("parts/*.json"):
+        shard = unfinished / result.stem
+        assert json.loads(result.read_text())["bytes"] == shard.stat().st_size
+
+
 def test_a_disk_that_becomes_full_while_imagenet_is_prepared(
     small_disk, tmp_path, monkeypatch, capsys
 ):
@@ -1087,9 +1094,7 @@ def test_a_disk_that_becomes_full_while_imagenet_is_prepared(
         assert "Make room there and start the same command again" in error
         assert not directory.exists()
         unfinished = directory.with_name("1.0.0.incomplete")
-        for result in unfinished.glob("parts/*.json"):
-            shard = unfinished / result.stem
-            assert json.loads(result.read_text())["bytes"] == shard.stat().st_size
+        check_finished_shards(unfinished)
         assert not [*unfinished.rglob(".*"), *unfinished.rglob("*.tmp")]
     assert failures >= 5
     assert len(made) == len(set(made)) == 3  # what was finished was not made again
@@ -1097,6 +1102,23 @@ def test_a_disk_that_becomes_full_while_imagenet_is_prepared(
     train_split = TfdsSource(directory, "train", 256)
     stored = statistics.load(statistics.statistics_path(train_split))
     assert stored.num_examples == len(TRAIN)
+
+
+@pytest.mark.slow
+def test_a_disk_that_becomes_full_under_worker_processes(small_disk, tmp_path, capsys):
+    """Noise takes twice the room that pictures are expected to."""
+    disk, data = small_disk(6), encoded(noise(300), "JPEG", quality=95)
+    train_files = {f"{wnid}_{i}.JPEG": (0, data) for wnid in WNIDS for i in range(33)}
+    source = write_archives(tmp_path / "source", train_files)
+    arguments = (f"--source={source}", f"--data_dir={disk}", "--workers=2")
+    assert imagenet(*arguments) == 1
+    error = capsys.readouterr().err
+    assert f"prepare: cannot write in {disk}: No space left on device" in error
+    assert " MB more needed). Make room there and start" in error
+    assert error.count("\n") == 1
+    unfinished = disk / "imagenet2012_256" / "1.0.0.incomplete"
+    assert not [*disk.rglob(".*.tmp"), *disk.rglob("*dataset_info*")]
+    check_finished_shards(unfinished)
 
 
 def test_what_does_not_fit_is_not_begun(small_disk, tmp_path, capsys):

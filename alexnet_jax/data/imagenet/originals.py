@@ -42,7 +42,7 @@ _FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
 _KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
 _BLOCK = 512  # a tar archive's unit
 _MOST_HEADER = 2**20  # bytes; a long name takes some kilobytes
-_MOST_PADDING = 2**20  # bytes after an archive's end mark; GNU tar has 10,240
+_MOST_PADDING = 2**20  # bytes after an archive's end mark; GNU tar has up to 10,240
 _COLUMNS = ("place", "name", "offset", "size", "label")
 _MEND = "Prepare that data set again"
 _FROM_RECORD = -1  # a label that is known only when the record is read
@@ -385,14 +385,13 @@ def _check_end(file: BinaryIO, end: int, stop: int) -> None:
     """Raises tarfile.ReadError unless an archive is whole, and alone, up to `stop`.
 
     It ends in two blocks of zeros: cut off between two files it would look whole but for
-    that. What follows them nobody would see.
+    that. Another archive that was put behind them nobody would see.
     """
     file.seek(end)
     if file.read(min(2 * _BLOCK, stop - end)) != bytes(2 * _BLOCK):
         raise tarfile.ReadError("there is no end mark")
-    padding = stop - file.tell()
-    if padding > _MOST_PADDING or any(file.read(padding)):
-        raise tarfile.ReadError("there is more after its end mark")
+    if b"ustar" in file.read(min(_MOST_PADDING, stop - file.tell())):
+        raise tarfile.ReadError("another archive follows its end mark")
 
 
 def _cut_off(path: Path, what: str) -> str:

@@ -21,6 +21,7 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import process
@@ -334,6 +335,7 @@ _stopping: Any = None  # in a worker: the event that asks it to end
 def _begin_worker(stopping: Any) -> None:
     global _stopping
     _stopping = stopping
+    warnings.filterwarnings("ignore", module="PIL")  # of pictures that it can read
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
