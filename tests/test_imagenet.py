@@ -1,6 +1,7 @@
 """From archives to `imagenet2012_256`: labels, pictures, order, faults; the checks."""
 
 import io
+import os
 import shutil
 import signal
 import struct
