@@ -179,6 +179,8 @@ def read(paths: Sequence[str], size: int) -> list[np.ndarray | Exception]:
     for path in paths:
         try:
             found.append(load_picture(path, size))
+        except FileNotFoundError:
+            found.append(FileNotFoundError(f"{path}: there is no such file."))
         except (OSError, ValueError) as error:
             found.append(error)
     return found

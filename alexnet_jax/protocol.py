@@ -151,7 +151,8 @@ def describe_mistakes(predictions: Predictions, most: int = WORST) -> list[str]:
     lines.append("most frequent confusions:")
     for label, predicted, count, share in confusions:
         pair = f"{names[label]:<{width}}  taken for {names[predicted]:<{width}}"
-        lines.append(f"  {pair}  {count} times, {100 * share:.1f}% of its pictures")
+        times = "once" if count == 1 else f"{count} times"
+        lines.append(f"  {pair}  {times}, {100 * share:.1f}% of its pictures")
     return lines
 
 

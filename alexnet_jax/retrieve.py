@@ -41,9 +41,10 @@ from alexnet_jax.analysis.retrieval import (
     nearest,
     shrink,
 )
+from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import short_names
-from alexnet_jax.data.sources import Source
+from alexnet_jax.data.sources import FolderSource, Source
 from alexnet_jax.pictures import (
     Extractor,
     exit_status,
@@ -272,15 +273,20 @@ def _search(
 
 
 def _answer(
-    index: Index, rows: np.ndarray, distances: np.ndarray, unit: str
+    index: Index,
+    folder: FolderSource | None,
+    rows: np.ndarray,
+    distances: np.ndarray,
+    unit: str,
 ) -> list[Any]:
     """Of one query: {"row", "label", "name", "words", unit} a neighbour.
 
-    `unit` is "distance", Euclidean, or "bits".
+    Of an index of a folder also its "file". `unit` is "distance", Euclidean, or "bits".
     """
     return [
         {
             "row": int(row),
+            **({"file": str(folder.path_of(row))} if folder is not None else {}),
             "label": int(index.labels[row]),
             "name": index.class_names[index.labels[row]],
             "words": words(index.class_names[index.labels[row]]),
@@ -288,6 +294,20 @@ def _answer(
         }
         for row, distance in zip(rows, distances, strict=True)
     ]
+
+
+def _folder(index: Index, features_of: Extractor) -> FolderSource | None:
+    """The folder that an index was made of, which knows the files of its rows."""
+    if not index.source.startswith("folder:"):
+        return None
+    try:
+        source = features_of.open(index.split, source=index.source)
+    except DataError:  # moved since; what is stored is told all the same
+        return None
+    same = np.array_equal(
+        source.labels_of(np.arange(source.num_examples)), index.labels
+    )
+    return source if same and isinstance(source, FolderSource) else None
 
 
 def _look_up(
@@ -310,15 +330,17 @@ def _look_up(
     distances, rows = _search(options, index, codes, features_of(pictures))
     in_bits = codes is not None and options.shortlist is None
     unit, form = ("bits", "5d") if in_bits else ("distance", "10.3f")
+    folder = _folder(index, features_of)
     for path, near, far in zip(paths, rows, distances, strict=True):
-        answer = _answer(index, near, far, unit)
+        answer = _answer(index, folder, near, far, unit)
         if options.format == "json":
             print(json.dumps({"file": path, "neighbours": answer}))
             continue
         print(path)
         for item in answer:
             how_far = f"{item[unit]:{form}}{' bits' if in_bits else ''}"
-            print(f"  {how_far}  {item['row']:8d}  {item['words']}")
+            file = f"  {item['file']}" if "file" in item else ""
+            print(f"  {how_far}  {item['row']:8d}  {item['words']}{file}")
     if options.figure is not None:
         source = features_of.open(
             index.split, source=index.source, data_dir=options.data_dir

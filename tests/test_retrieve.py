@@ -111,12 +111,14 @@ def test_pictures_are_looked_up(index_file, workdir, folder, tmp_path, capsys): 
         assert len(answer["neighbours"]) == 3
         best = answer["neighbours"][0]
         assert best["row"] == row and best["distance"] < 1e-3
+        assert best["file"] == paths[row]
         assert best["name"] == paths[row].split("/")[-2]
     assert f"cannot decode {broken}" in err
     assert Image.open(figure).size[0] > 300
     assert retrieve.main([*base, paths[0]]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == paths[0] and len(lines) == 4 and lines[1].endswith(" 0  blue")
+    assert lines[0] == paths[0] and len(lines) == 4
+    assert lines[1].endswith(f" 0  blue  {paths[0]}")
 
 
 def test_pictures_are_looked_up_by_codes(
@@ -150,7 +152,7 @@ def test_pictures_are_looked_up_by_codes(
     assert "distance" not in found[0] and Image.open(figure).size[0] > 300
     assert retrieve.main([*base, paths[3]]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["0", "bits", str(order[0]), "blue"]
+    assert lines[1].split() == ["0", "bits", str(order[0]), "blue", paths[order[0]]]
 
     exact = [*base[:3], "--format=json", paths[3]]
     assert retrieve.main(exact) == 0

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 _INCHES = 0.95
+_LONGEST = 19  # letters of a title that are as wide as a picture
 
 
 def nearest_pictures(
@@ -66,4 +67,6 @@ def _show(axes: Axes, picture: np.ndarray, title: str | None) -> None:
     axes.imshow(picture)
     axes.axis("off")
     if title is not None:
-        axes.set_title(title[:16], fontsize=6, pad=2, parse_math=False)
+        # A longer one keeps its end, which tells files apart.
+        short = title if len(title) <= _LONGEST else f"...{title[3 - _LONGEST :]}"
+        axes.set_title(short, fontsize=6, pad=2, parse_math=False)

@@ -189,13 +189,17 @@ class FolderSource:
         """See `Source.labels_of`."""
         return self._labels[indices]
 
+    def path_of(self, index: int) -> Path:
+        """The file of an example."""
+        return self._folder / self.class_names[self._labels[index]] / self._files[index]
+
     def fetch(
         self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
     ) -> None:
         """See `Source.fetch`."""
         labels[:] = self.labels_of(indices)
         for i, index in enumerate(indices):
-            path = self._folder / self.class_names[labels[i]] / self._files[index]
+            path = self.path_of(index)
             try:
                 data = images_lib.read(path)
             except OSError as error:
