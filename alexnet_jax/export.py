@@ -14,11 +14,10 @@ picture; the mean is subtracted inside. The output is `logits` [batch, classes].
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_jax import pretrained
+from alexnet_jax import pretrained, stopping
 from alexnet_jax.experiment import read_network
 from alexnet_jax.pictures import exit_status
 
@@ -101,4 +100,4 @@ def _export(options: argparse.Namespace) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stopping.run(main)

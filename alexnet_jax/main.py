@@ -206,7 +206,9 @@ def run() -> None:
         words = str(error).rpartition(" failure to load: ")[2]
         distributed.leave(f"error: {words}", 1, all_say_it=True)
     except stopping.Interrupted as stopped:  # which has said its line
-        distributed.leave("", stopped.status)
+        if jax.distributed.is_initialized():
+            distributed.leave("", stopped.status)
+        stopping.end(stopped.status)
     except KeyboardInterrupt as stopped:
         if stopped.args:  # by a checkpointed stop, which all processes agreed on
             sys.exit(130)

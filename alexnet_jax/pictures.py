@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 
 from alexnet_jax import data as data_lib
-from alexnet_jax import ops, stopping
+from alexnet_jax import ops
 from alexnet_jax.checkpoint import CheckpointError, split_step
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.files import replacing
@@ -234,10 +234,7 @@ def exit_status(command: Callable[[], bool]) -> int:
     show_every_name()
     warnings.filterwarnings("ignore", module="PIL")  # an error says all that matters
     try:
-        with stopping.answering():
-            return 0 if command() else 1
-    except stopping.Interrupted as stopped:
-        return stopped.status
+        return 0 if command() else 1
     except BrokenPipeError:  # "| head" has seen enough; nothing is left to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (CheckpointError, OSError, ValueError) as error:

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from alexnet_jax import stopping
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import short_names
 from alexnet_jax.experiment import load
@@ -187,4 +188,4 @@ def _predict(options: argparse.Namespace) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stopping.run(main)

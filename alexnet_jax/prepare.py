@@ -247,14 +247,11 @@ def main(argv: list[str]) -> int:
                 f"expected one command of {', '.join(COMMANDS)}; got "
                 f"{' '.join(words) or 'none'} (--help shows more)"
             )
-        with stopping.answering():
-            return COMMANDS[words[0]]()
+        return COMMANDS[words[0]]()
     except (flags.Error, ValueError, OSError) as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 1
-    except stopping.Interrupted as stopped:
-        return stopped.status
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    stopping.run(lambda: main(sys.argv))

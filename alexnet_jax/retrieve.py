@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from alexnet_jax import stopping
 from alexnet_jax.analysis.codes import (
     STEPS,
     Codes,
@@ -379,4 +380,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stopping.run(main)

@@ -10,10 +10,13 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any, NoReturn
 
 # Windows has no SIGUSR1.
 SIGNALS = [
@@ -42,6 +45,28 @@ class Stop:
     signal: int | None = None
 
 
+def run(command: Callable[[], int]) -> NoReturn:
+    """Runs a command, `answering`, and ends the process with the status it returns."""
+    try:
+        with answering():
+            status = command()
+    except Interrupted as stopped:
+        end(stopped.status)
+    sys.exit(status)
+
+
+def end(status: int) -> NoReturn:
+    """Ends the process without the interpreter's own end.
+
+    It would take modules apart under threads that an interrupted command has left in
+    the middle of their work, and can crash.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)
+
+
 @contextlib.contextmanager
 def answering() -> Iterator[None]:
     """Within, a signal gives one line, and `Interrupted` in the main thread.
@@ -63,7 +88,7 @@ def answering() -> Iterator[None]:
 
     _listener = listener
     try:
-        with _handled_by(interrupt), listener.listening():
+        with _handled_by(interrupt), listener.listening(), _not_dropped(listener):
             yield
     finally:
         _listener = None
@@ -129,7 +154,10 @@ def _say(line: str) -> None:
 
 # How signals are heard.
 
-_MARK = b"\0"  # among the numbers of signals
+# Among the numbers of signals.
+_MARK, _AGAIN = b"\0", b"\xff"
+# A callback, of jax in the garbage collector, has ended after so long.
+_AGAIN_SECONDS = 0.01
 
 
 class _Listener:
@@ -152,6 +180,9 @@ class _Listener:
         self._writing.setblocking(False)  # as `set_wakeup_fd` wants it
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._caught_up = threading.Event()
+        self._main_thread = threading.get_ident()
+        self._first = 0  # the signal that was answered first
+        self._own = 0  # signals on their way that this listener has sent
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -173,17 +204,27 @@ class _Listener:
             self._writing.send(_MARK)
             self._caught_up.wait()
 
+    def interrupt_again(self) -> None:
+        """Soon, the first signal's handler."""
+        self._writing.send(_AGAIN)
+
     def _listen(self) -> None:
-        heard = False
         while number := self._reading.recv(1):
             if number == _MARK:
                 self._caught_up.set()
+            elif number == _AGAIN:
+                time.sleep(_AGAIN_SECONDS)
+                self._own += 1
+                self.answered = False
+                signal.pthread_kill(self._main_thread, self._first)
+            elif number[0] in SIGNALS and self._own:
+                self._own -= 1
             elif number[0] in SIGNALS:
-                self._answer(number[0], again=heard)
-                heard = True
+                self._answer(number[0])
 
-    def _answer(self, number: int, *, again: bool) -> None:
-        if not again:
+    def _answer(self, number: int) -> None:
+        if not self._first:
+            self._first = number
             _say(self.words(number))
             if self.then_exit:
                 os._exit(128 + number)
@@ -193,6 +234,28 @@ class _Listener:
 
 
 _listener: _Listener | None = None  # of this process, which has one set of handlers
+
+
+@contextlib.contextmanager
+def _not_dropped(listener: _Listener) -> Iterator[None]:
+    """An `Interrupted` from where Python drops exceptions is raised once more.
+
+    That is in destructors and in callbacks of the garbage collector. jax has one of
+    these, and a signal that comes in the middle of work often meets it.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, Interrupted):
+            listener.interrupt_again()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextlib.contextmanager

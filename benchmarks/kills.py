@@ -84,7 +84,7 @@ AIMS = (
 )
 SHORT_AIMS = (COMPILING, None, BEFORE_MANIFEST, EVALUATION, LAST_SAVE)
 # The share of kills after which a checkpoint is damaged, where there are two.
-DAMAGED = {"short": 1.0, "long": 1 / 3}
+DAMAGED = {"short": 1.0, "long": 2 / 3}
 # Between two looks at a life: less than a phase takes.
 LOOK_SECONDS = 0.0005
 # What the other process of a killed one gets to end by itself, as from

@@ -1,7 +1,6 @@
 """From archives to `imagenet2012_256`: labels, pictures, order, faults; the checks."""
 
 import io
-import os
 import shutil
 import signal
 import struct
@@ -17,7 +16,7 @@ import simplejpeg
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from alexnet_jax import load, prepare, writers
+from alexnet_jax import load, prepare, stopping, writers
 from alexnet_jax.analysis import contact_sheet
 from alexnet_jax.data import (
     DataError,
@@ -473,13 +472,14 @@ def test_another_process_that_was_faster_is_noticed(
 
 def test_torn_bookkeeping_is_done_again(tmp_path, in_this_process, monkeypatch):
     def stop(*_):
-        os.kill(os.getpid(), signal.SIGINT)
+        raise stopping.Interrupted(signal.SIGTERM)
 
     source = write_archives(tmp_path / "source")
     arguments = ("imagenet", f"--source={source}", f"--data_dir={tmp_path}")
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "_finish", stop)
-        assert run(*arguments) == 130
+        with pytest.raises(stopping.Interrupted):
+            run(*arguments)
     parts = tmp_path / "imagenet2012_256" / "1.0.0.incomplete" / "parts"
     for path in parts.iterdir():
         path.write_bytes(path.read_bytes()[:10])

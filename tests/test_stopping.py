@@ -1,10 +1,12 @@
 """Asked to stop: what is said, and how the process ends."""
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -37,6 +39,25 @@ def test_a_command_says_one_line_and_has_the_signals_status(number, capfd):
     assert signal.set_wakeup_fd(-1) == -1
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_garbage_collector_is_not_lost(number, capfd):
+    """Python drops what a callback of it raises; jax has such a callback."""
+    left = [number]
+
+    def collecting(phase, info):
+        if left:
+            send(left.pop())
+
+    gc.callbacks.append(collecting)
+    try:
+        with pytest.raises(stopping.Interrupted), stopping.answering():
+            gc.collect()
+            time.sleep(60)
+    finally:
+        gc.callbacks.remove(collecting)
+    assert capfd.readouterr().err == STOPPED.format(number.name)
+
+
 @pytest.mark.parametrize("in_a_command", [True, False])
 def test_a_run_is_asked_by_the_first_signal(in_a_command, capfd):
     with stopping.answering() if in_a_command else contextlib.nullcontext():
@@ -60,6 +81,13 @@ def test_outside_a_command_a_second_ctrl_c_is_pythons_own(capfd):
         assert stop.signal == signal.SIGINT
         send(signal.SIGINT)
     assert "; a second Ctrl-C ends at once\n" in capfd.readouterr().err
+
+
+def test_a_commands_status_is_the_processes():
+    code = "import os\nfrom alexnet_jax import stopping\nstopping.run(lambda: {})"
+    for command, status in (("7", 7), ("os.kill(os.getpid(), 15)", 143)):
+        done = subprocess.run([sys.executable, "-c", code.format(command)], check=False)
+        assert done.returncode == status
 
 
 # The main thread is busy outside Python, as in a compilation, for very long.
@@ -112,7 +140,8 @@ def test_data_that_were_being_prepared_are_not_half_there(tmp_path, monkeypatch,
     arguments = ["prepare", "textures", f"--data_dir={tmp_path}"]
     with monkeypatch.context() as patch:
         patch.setattr(builder.Builder, "_generate_examples", draw_and_be_stopped)
-        assert prepare.main(arguments) == 143
+        with pytest.raises(stopping.Interrupted), stopping.answering():
+            prepare.main(arguments)
     assert STOPPED.format("SIGTERM") in capfd.readouterr().err
     assert not [
         path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size
@@ -129,6 +158,7 @@ def test_a_figure_that_was_being_drawn_leaves_the_old_one(tmp_path, capfd):
 
     path = tmp_path / "figure.png"
     path.write_bytes(b"whole")
-    assert pictures.exit_status(lambda: pictures.save_figure(Figure(), path)) == 130
+    with pytest.raises(stopping.Interrupted), stopping.answering():
+        pictures.exit_status(lambda: pictures.save_figure(Figure(), path))
     assert capfd.readouterr().err == STOPPED.format("SIGINT")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"whole"]
