@@ -33,8 +33,14 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from alexnet_jax import kinds
 from alexnet_jax.data import locks
-from alexnet_jax.data.files import FullDiskError, telling_of_a_full_disk
+from alexnet_jax.data.files import (
+    FullDiskError,
+    check_unpacked,
+    parse_json,
+    telling_of_a_full_disk,
+)
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -344,10 +350,12 @@ class Checkpointer:
         return self._read_metadata(step)
 
     def _read_metadata(self, step: int) -> dict[str, Any]:
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        )
-        return dict(restored["metadata"])
+        args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        with self._readable(step):
+            metadata = self._manager.restore(step, args=args)["metadata"]
+        if not isinstance(metadata, dict):
+            raise self._unreadable(step, "its metadata is no JSON object")
+        return metadata
 
     # Restoring.
 
@@ -406,16 +414,8 @@ class Checkpointer:
         step = self._choose(step)
         saved = self._saved_tree(step)
         if abstract is None:
-            sharding = jax.sharding.SingleDeviceSharding(
-                device or jax.local_devices()[0]
-            )
             wanted = {part: saved[part] for part in parts if saved.get(part)}
-            target = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(
-                    leaf.shape, leaf.dtype, sharding=sharding
-                ),
-                wanted,
-            )
+            target = self._on_one_device(step, wanted, device)
         else:
             target = {part: tree for part, tree in abstract.items() if tree}
             _require_shardings(target)
@@ -428,6 +428,24 @@ class Checkpointer:
             )
         arrays = self._restore_arrays(step, target, partial=True)
         return arrays, self._read_metadata(step)
+
+    def _on_one_device(self, step: int, tree: Any, device: Any) -> Any:
+        """What is saved as `jax.ShapeDtypeStruct`s; far larger than its files, refused.
+
+        Nothing else says then how large it may be.
+        """
+        sharding = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
+        files = _read_manifest(self._folder(step))["files"].values()
+        with self._readable(step):
+            target = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=sharding
+                ),
+                tree,
+            )
+            asked = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(target))
+            check_unpacked(asked, sum(file["size"] for file in files))
+        return target
 
     def _choose(self, step: int | None) -> int:
         """The step to restore, whole; raises `CheckpointError` when there is none."""
@@ -467,21 +485,48 @@ class Checkpointer:
 
     def _saved_tree(self, step: int) -> dict[str, Any]:
         """Shapes and dtypes in the checkpoint, as nested dicts and lists."""
-        # Orbax answers without reading any array.
-        return self._manager.item_metadata(step)["state"].tree
+        with self._readable(step):
+            # Orbax answers without reading any array.
+            tree = self._manager.item_metadata(step)["state"].tree
+            if not isinstance(tree, dict):
+                raise TypeError("its state is no tree of arrays")
+            for path, leaf in _leaves(tree).items():
+                if not all(side >= 0 for side in leaf.shape):
+                    raise ValueError(f"{path} has the shape {leaf.shape}")
+        return tree
 
     def _restore_arrays(self, step: int, target: Any, *, partial: bool) -> Any:
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(
-                    item=target,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                    partial_restore=partial,
-                )
-            ),
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(
+                item=target,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                partial_restore=partial,
+            )
         )
-        return restored["state"]
+        with self._readable(step):
+            return self._manager.restore(step, args=args)["state"]
+
+    @contextlib.contextmanager
+    def _readable(self, step: int) -> Iterator[None]:
+        """Within, what Orbax and TensorStore do not read is a `CheckpointError`.
+
+        Every file is as its manifest says, so the manifest was made for it: by another
+        version of Orbax, or by hand. Their own errors are many.
+        """
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:  # such as a device that is too small
+            raise
+        except Exception as error:
+            raise self._unreadable(step, str(error)) from error
+
+    def _unreadable(self, step: int, why: str) -> CheckpointError:
+        first = (why.strip().splitlines() or ["no reason given"])[0]
+        return CheckpointError(
+            f"the checkpoint of step {step} in {self.directory} matches its sums, but "
+            f"cannot be read: {first[:500].rstrip('.')}. Was it written by another "
+            f"version (here orbax-checkpoint {ocp.__version__}), or changed by hand?"
+        )
 
     def _require_same_leaves(self, step: int, wanted: Any, saved: Any) -> None:
         difference = _first_difference(_leaves(wanted), _leaves(saved))
@@ -557,22 +602,39 @@ def _problem(folder: pathlib.Path) -> str:
         )
     except (ValueError, OSError) as error:
         return f"{MANIFEST} cannot be used ({error})"
-    for name, expected in files.items():
-        try:
-            with open(folder / name, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != expected["size"]:
-                    return f"{name} has {size} bytes instead of {expected['size']}"
-                if (
-                    hashlib.file_digest(file, "sha256").hexdigest()
-                    != expected["sha256"]
-                ):
-                    return f"{name} does not match its SHA-256 sum"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+    # Its names are not opened but for these: what lies elsewhere is no part of a step.
+    there = _file_names(folder)
+    others = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if _is_odd(p)]
+    if others:
+        return f"{kinds.shown(min(others))} is neither a file nor a folder"
+    for name in sorted(files):
+        if name not in there:
+            return f"{kinds.shown(name)} cannot be read (No such file)"
+        problem = _file_problem(folder, name, files[name])
+        if problem:
+            return problem
     # A file that was not there when the sums were taken was not written by the save.
-    extra = set(_file_names(folder)) - set(files)
+    extra = set(there) - set(files)
     return f"{min(extra)} is not in {MANIFEST}" if extra else ""
+
+
+def _is_odd(path: pathlib.Path) -> bool:
+    """Whether reading it may have no end: a pipe, a device, a link to a folder above."""
+    return not path.is_file() and (path.is_symlink() or not path.is_dir())
+
+
+def _file_problem(folder: pathlib.Path, name: str, expected: Mapping[str, Any]) -> str:
+    """What keeps a file from being the one of the manifest, in words."""
+    try:
+        with open(folder / name, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != expected["size"]:
+                return f"{name} has {size} bytes instead of {expected['size']}"
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                return f"{name} does not match its SHA-256 sum"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return ""
 
 
 def _write_manifest(
@@ -591,12 +653,35 @@ def _write_manifest(
 def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     """The manifest as a dict; ValueError when it is not byte for byte as written."""
     text = (folder / MANIFEST).read_bytes()
-    body = json.loads(text)
-    if not isinstance(body, dict) or _manifest_text(body) != text:
+    body = parse_json(text)
+    if not isinstance(body, dict) or not _is_written_so(body, text):
         raise ValueError("it does not match its own SHA-256 sum")
-    if body["format"] != _FORMAT:
-        raise ValueError(f"format {body['format']}, this version reads {_FORMAT}")
-    return body
+    if body.get("format") != _FORMAT:
+        raise ValueError(
+            f"format {kinds.shown(body.get('format'))}, this version reads {_FORMAT}"
+        )
+    files, error = body.get("files"), body.get("top1_error")
+    if not isinstance(files, dict) or not all(map(_is_sum, files.values())):
+        raise ValueError("its files are not sizes and SHA-256 sums by name")
+    if error is not None and not (kinds.NUMBER.holds(error) and 0 <= error <= 1):
+        raise ValueError(f"a top-1 error of {kinds.shown(error)}")
+    return body | {"top1_error": error}
+
+
+def _is_written_so(body: Mapping[str, Any], text: bytes) -> bool:
+    try:
+        return _manifest_text(body) == text
+    except RecursionError:  # nested deeper than anything that is written here
+        return False
+
+
+def _is_sum(entry: Any) -> bool:
+    """Whether an entry of the manifest says what there is to say of a file."""
+    return (
+        isinstance(entry, dict)
+        and kinds.WHOLE.holds(entry.get("size"))
+        and kinds.TEXT.holds(entry.get("sha256"))
+    )
 
 
 def _manifest_text(body: Mapping[str, Any]) -> bytes:
@@ -691,7 +776,8 @@ def _list_steps(directory: pathlib.Path) -> list[int]:
     if not directory.is_dir():
         return []
     names = (path.name for path in directory.iterdir() if path.is_dir())
-    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+    numbers = (name for name in names if name.isascii() and name.isdigit())
+    return sorted(int(name) for name in numbers if str(int(name)) == name)
 
 
 def _finite(value: float | None) -> float | None:

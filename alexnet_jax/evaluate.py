@@ -23,6 +23,8 @@ Sums = dict[str, jax.Array]
 THUMBNAILS, THUMBNAIL_SIDE = 64, 4
 # Grey levels by which they may differ: networks have their pictures in other sizes.
 _SAME_PICTURE = 4
+# A probability of 1 may have been rounded up.
+LARGEST_LOG = 1e-3
 # Pictures that are ranked at once: some hundred MB with a thousand classes.
 _BLOCK = 8192
 
@@ -141,7 +143,9 @@ def load_predictions(path: str | os.PathLike[str]) -> Predictions:
             f"{path} holds no predictions: it has no {', '.join(missing)}. They are "
             "saved by --mode=eval --predictions=FILE.npz."
         )
-    labels, names = found["labels"], [str(n) for n in found["class_names"].ravel()]
+    if found["class_names"].dtype.kind != "U" or found["split"].dtype.kind != "U":
+        raise PredictionsError(f"{path}: class_names and split must be text.")
+    labels, names = found["labels"], found["class_names"].ravel().tolist()
     whole = labels.ndim == 1 and labels.dtype.kind in "iu" and labels.size > 0
     if not whole or labels.min() < 0 or labels.max() >= len(names):
         raise PredictionsError(
@@ -149,12 +153,17 @@ def load_predictions(path: str | os.PathLike[str]) -> Predictions:
         )
     shape = (len(labels), len(names))
     for name in ("centre", "views"):
-        values = found.get(name, found["centre"])
-        if values.shape != shape or values.dtype.kind != "f":
-            raise PredictionsError(
-                f"{path}: {name} is {values.dtype} {values.shape}; for {shape[0]} "
-                f"labels of {shape[1]} classes it must be floating point {shape}."
-            )
+        if name in found:
+            _check_logs(path, name, found[name], shape)
+    views = found["num_views"]
+    if (
+        views.shape
+        or views.dtype.kind not in "iu"
+        or (views != 1) != ("views" in found)
+    ):
+        raise PredictionsError(
+            f"{path}: num_views must be a number: 1 without views, else how many."
+        )
     thumbnails = found["thumbnails"]
     side = THUMBNAIL_SIDE
     if thumbnails.dtype != np.uint8 or thumbnails.shape[1:] != (side, side, 3):
@@ -165,12 +174,27 @@ def load_predictions(path: str | os.PathLike[str]) -> Predictions:
     return Predictions(
         found["centre"],
         found.get("views"),
-        int(found["num_views"].ravel()[0]),
-        labels,
+        int(views),
+        labels.astype(np.int64),
         tuple(names),
         str(found["split"]),
         thumbnails,
     )
+
+
+def _check_logs(
+    path: str | os.PathLike[str], name: str, values: np.ndarray, shape: tuple[int, int]
+) -> None:
+    """Raises PredictionsError for what cannot be logarithms of probabilities."""
+    if values.shape != shape or values.dtype not in (np.float32, np.float64):
+        raise PredictionsError(
+            f"{path}: {name} is {values.dtype} {values.shape}; for {shape[0]} labels of "
+            f"{shape[1]} classes it must be floating point {shape}."
+        )
+    if not values.max() <= LARGEST_LOG:
+        raise PredictionsError(
+            f"{path}: {name} must hold logarithms of probabilities, none above 0 or NaN."
+        )
 
 
 def predict(

@@ -17,9 +17,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_jax import pretrained, stopping
+from alexnet_jax import pretrained, stopping, variants
 from alexnet_jax.experiment import read_network
 from alexnet_jax.pictures import exit_status
+from alexnet_jax.pretrained.torchvision import VARIANT
 
 SUFFIXES = (".safetensors", ".onnx")
 
@@ -52,6 +53,8 @@ def export(
     if suffix == ".onnx" and names != "alexnet_jax":
         raise pretrained.WeightsError(f"--names={names} is of .safetensors, not {out}.")
     weights = read_network(source, step=step, variant=variant)
+    if names == "torchvision":
+        _require_full_width(source, weights)
     if suffix == ".safetensors":
         pretrained.save_safetensors(out, weights, names=names)
         return
@@ -63,6 +66,19 @@ def export(
         crop_size=weights.crop_size,
         class_names=weights.class_names,
     )
+
+
+def _require_full_width(source: Path, weights: pretrained.Weights) -> None:
+    """Raises WeightsError for layers that torchvision's AlexNet has in another width."""
+    network = weights.make_model().network
+    own = {row.name: row.features for row in network.layers[:-1]}
+    table = {row.name: row.features for row in variants.get(VARIANT).layers[:-1]}
+    if network.name == VARIANT and own != table:
+        raise pretrained.WeightsError(
+            f"{source} has {', '.join(map(str, own.values()))} features a layer; "
+            f"torchvision's AlexNet has {', '.join(map(str, table.values()))} and could "
+            "not read them. Leave --names out: alexnet_jax.load reads any width."
+        )
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -4,6 +4,7 @@ Nothing is drawn here. What is not there any more, such as data that were moved,
 `Missing` with the reason in words, and the rest is found all the same.
 """
 
+import math
 import runpy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,10 +76,11 @@ class Run:
     @property
     def training_pictures(self) -> int | None:
         """How many there are, as the records tell: steps and epochs."""
-        if self.last is None or not self.last["epoch"]:
+        epoch = 0.0 if self.last is None else self.last.get("epoch", 0.0)
+        if self.last is None or epoch <= 0:
             return None
-        batch = self.config["data"]["batch_size"]
-        return round(self.last["step"] * batch / self.last["epoch"])
+        pictures = self.last["step"] * self.config["data"]["batch_size"] / epoch
+        return round(pictures) if math.isfinite(pictures) else None
 
 
 def read_run(workdir: Path) -> Run:
@@ -302,7 +304,7 @@ def time_spent(run: Run) -> TimeSpent:
             done = (record["step"] - before) * batch
             before, images = record["step"], images + done
             seconds += done / rate
-            waited += done / rate * record["data_wait_frac"]
+            waited += done / rate * record.get("data_wait_frac", 0.0)
     rate = images / seconds if seconds else None
     if not run.times:
         parts = [
@@ -318,11 +320,11 @@ def time_spent(run: Run) -> TimeSpent:
     parts = [Part(what, value) for what, value in sums.items() if value > 0]
     parts.append(Part("starting and the rest", max(0.0, total - sum(sums.values()))))
     parts.sort(key=lambda part: -part.seconds)
-    covered = set()
-    for start in run.times:
-        covered |= set(range(start.first_step, start.last_step))
-    last = max([before, *(start.last_step for start in run.times)])
-    return TimeSpent(total, parts, rate, last - len(covered))
+    covered = end = 0  # steps of some start, those that two of them did once
+    for first, last in sorted((s.first_step, s.last_step) for s in run.times):
+        covered += max(0, last - max(first, end))
+        end = max(end, last)
+    return TimeSpent(total, parts, rate, max(before, end) - covered)
 
 
 # The configuration.

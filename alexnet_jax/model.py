@@ -7,7 +7,7 @@ mesh, with its share of features and examples and the exchanges between devices.
 
 import functools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from flax import linen as nn
 from jax import lax
 from jax.sharding import Mesh
 
-from alexnet_jax import ops, parallel, variants
+from alexnet_jax import kinds, ops, parallel, variants
+from alexnet_jax.ops.reference import pooled_length
 from alexnet_jax.variants import (
     Activation,
     BatchNorm,
@@ -35,6 +36,29 @@ from alexnet_jax.variants import (
 )
 
 INITS = ("paper", "caffe", "he")
+DTYPES = ("float32", "bfloat16", "float64")
+# Side of the largest pictures that a setting may ask for, in pixels: a mean image of
+# them takes 200 MB.
+LARGEST_PICTURE = 4096
+# Arguments of `create_model` that describe a network, `dtype` aside. All but the first
+# may be None, and are then as if they were not given.
+_SETTINGS = {
+    "variant": kinds.TEXT,
+    "num_classes": kinds.WHOLE,
+    "width": kinds.NUMBER,
+    "init": kinds.TEXT,
+    "lrn": kinds.SWITCH,
+    "pool_window": kinds.WHOLE,
+    "pool_stride": kinds.WHOLE,
+    "pool_kind": kinds.TEXT,
+    "activation": kinds.TEXT,
+    "columns": kinds.WHOLE,
+    "dropout": kinds.NUMBER,
+    "normalization": kinds.TEXT,
+    "norm_layers": kinds.NAMES,
+    "norm_place": kinds.TEXT,
+    "skip": kinds.NAMES,
+}
 # Of ImageNet's pixels about their mean, on the scale 0..255: the root of a third of
 # the sum of the three principal variances (augment.IMAGENET_PCA_STD_255).
 PIXEL_STD_255 = 74.4
@@ -459,6 +483,43 @@ def create_model(
     return AlexNet(network, dtype=jnp.dtype(dtype), init_name=init, fast=fast)
 
 
+def from_settings(settings: Mapping[str, Any]) -> AlexNet:
+    """`create_model` for settings that come from outside, which may be anything.
+
+    Args:
+      settings: its arguments but for `fast`; None is as if it were not given.
+
+    Raises:
+      ValueError: for names that there are not and values of another kind, all at once;
+        and as `create_model`.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    others = [name for name in given if name not in (*_SETTINGS, "dtype")]
+    wrong = kinds.problems(given, _SETTINGS)
+    if others or wrong:
+        unknown = [f"there is no setting {kinds.shown(name)}" for name in others]
+        raise ValueError(
+            "; ".join([*unknown, *(f"{name}={words}" for name, words in wrong.items())])
+            + "."
+        )
+    if "dtype" in given:
+        given["dtype"] = _dtype(given["dtype"])
+    return create_model(**given)
+
+
+def _dtype(value: Any) -> Any:
+    """The dtype of a name, or of what JAX takes for one; ValueError for others."""
+    try:
+        found = jnp.dtype(value)
+    except TypeError:
+        found = None
+    if found is None or found.name not in DTYPES:
+        raise ValueError(
+            f"dtype={kinds.shown(value)} must be one of {', '.join(DTYPES)}."
+        )
+    return found
+
+
 @dataclass(frozen=True)
 class LayerSummary:
     """A line of `summary`: shape without the batch; multiply-adds for one image."""
@@ -537,9 +598,14 @@ def _check_images(network: Variant, images: jax.Array) -> None:
 
 
 def check_image_size(network: Variant, size: int) -> None:
-    """Raises ValueError unless images of `size` give the table's first grid."""
+    """Raises ValueError unless images of `size` give the table's first grid.
+
+    And unless every layer then has an output, which too large a pooling window, or too
+    long a stride, does not leave.
+    """
     first = network.layers[0]
     if not isinstance(first, Conv) or _grid(first, size) == network.grid:
+        _check_sides(network, size)
         return
     fits = [n for n in range(1, 2048) if _grid(first, n) == network.grid]
     raise ValueError(
@@ -550,11 +616,35 @@ def check_image_size(network: Variant, size: int) -> None:
     )
 
 
-def _grid(row: Conv, size: int) -> int:
-    if size < row.kernel:
-        return 0
+def _check_sides(network: Variant, side: int) -> None:
+    """Follows the height and width of the maps, up to the first dense layer."""
+    for row in network.layers:
+        if isinstance(row, Dense):
+            return
+        side = _grid(row, side)
+        if side < 1:
+            raise ValueError(
+                f"Variant {network.name!r}: the maps before {row.name} are smaller than "
+                f"its {row.kernel}x{row.kernel} kernel; pool less "
+                "(--config.model.overrides.pool_window and pool_stride)."
+            )
+        for stage in row.then:
+            if not isinstance(stage, Pool):
+                continue
+            if max(stage.window, stage.stride) > side:
+                raise ValueError(
+                    f"Variant {network.name!r}: pool_window={stage.window} and "
+                    f"pool_stride={stage.stride} do not fit the {side}x{side} maps of "
+                    f"{row.name}: neither may be above {side}."
+                )
+            side = pooled_length(side, stage.window, stage.stride, ceil=stage.ceil)
+
+
+def _grid(row: Conv | Local, size: int) -> int:
+    """The side of a layer's output; 0 if its kernel is larger than its input."""
     _, sides = row.pads(size)
-    return 1 + (size + sum(sides) - row.kernel) // row.stride
+    stride = row.stride if isinstance(row, Conv) else 1
+    return max(0, 1 + (size + sum(sides) - row.kernel) // stride)
 
 
 def feature_names(row: Layer) -> list[str | None]:

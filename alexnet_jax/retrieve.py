@@ -246,7 +246,7 @@ def _make_codes(bits: int, path: Path, features: np.ndarray) -> Codes:
         coder = train_coder(
             features, bits=bits, rows=others, steps=STEPS, progress=advance
         )
-    codes = Codes(coder=coder, packed=coder.encode(features))
+    codes = Codes.of(coder, features)
     few, many = recall_of_rows(features, codes, held_out, among=(10, 100))
     codes.save(path)
     print(

@@ -14,10 +14,15 @@ import collections
 import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from alexnet_jax import kinds
+from alexnet_jax.data.files import parse_json
 
 TIMES_FILE = "times.jsonl"
 TRAINING, WAITING = "training", "waiting for data"
@@ -79,12 +84,29 @@ def read_times(path: str | os.PathLike[str]) -> list[Times]:
         lines = Path(path).read_bytes().decode("utf-8", "replace").splitlines()
     except FileNotFoundError:
         return []
-    found = []
-    for line in lines:
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            record = json.loads(line)
-            steps = int(record["first_step"]), int(record["last_step"])
-            seconds = {str(k): float(v) for k, v in dict(record["seconds"]).items()}
-            seconds["total"]  # a line without it says nothing
-            found.append(Times(*steps, seconds))
-    return found
+    times = (_parse(line) for line in lines)
+    return [found for found in times if found is not None]
+
+
+_NAMES = ("first_step", "last_step", "seconds")
+
+
+def _parse(line: str) -> Times | None:
+    """A start, or None for a line that is not whole."""
+    record: Any = None
+    with contextlib.suppress(ValueError):
+        record = parse_json(line)
+    if not isinstance(record, dict) or not {*_NAMES} <= {*record}:
+        return None
+    first, last, seconds = (record[name] for name in _NAMES)
+    whole = kinds.WHOLE.holds(first) and kinds.WHOLE.holds(last)
+    whole = whole and 0 <= first <= last < 2**63
+    # Without its total a line says nothing.
+    whole = whole and isinstance(seconds, dict) and "total" in seconds
+    if not whole or not all(map(_is_seconds, seconds.values())):
+        return None
+    return Times(first, last, {name: float(s) for name, s in seconds.items()})
+
+
+def _is_seconds(value: Any) -> bool:
+    return kinds.NUMBER.holds(value) and 0 <= value <= sys.float_info.max

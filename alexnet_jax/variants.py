@@ -17,6 +17,7 @@ and Fergus, "Visualizing and understanding convolutional networks", ECCV 2014.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ PoolKind = Literal["max", "avg"]
 POOL_KINDS: tuple[PoolKind, ...] = ("max", "avg")
 Place = Literal["before", "after"]
 PLACES: tuple[Place, ...] = ("before", "after")
+# Features that a layer may have: ImageNet has 22,000 classes, and of more than this a
+# fully connected layer would not fit any machine.
+MOST_FEATURES = 2**20
 
 
 @dataclass(frozen=True)
@@ -579,7 +583,8 @@ def customize(
     Args:
       table: the table to start from.
       num_classes: units of the last layer, at least 1.
-      width: factor on every number of features but the last layer's, above 0.
+      width: factor on every number of features but the last layer's, above 0. No layer
+        may have more than `MOST_FEATURES`.
       lrn: False takes every normalisation out, True is `normalization="lrn"`.
       normalization: "lrn", "batch" or "none". A table that normalises keeps its
         places (and, for "lrn", its constants); one that does not gets the paper's
@@ -641,6 +646,12 @@ def customize(
             table, Dropout, lambda s: dataclasses.replace(s, rate=float(dropout))
         )
     _check_columns(table)
+    for row in table.layers:
+        if row.features > MOST_FEATURES:
+            raise ValueError(
+                f"{row.name} would have {row.features:,} features; a layer may have "
+                f"{MOST_FEATURES:,} (width={width}, num_classes={num_classes})."
+            )
     return table
 
 
@@ -664,7 +675,7 @@ def _names(layers: Iterable[str]) -> tuple[str, ...]:
 
 
 def _positive(what: str, value: int) -> int:
-    if isinstance(value, bool) or value != int(value) or value < 1:
+    if isinstance(value, bool) or not 1 <= value < math.inf or value != int(value):
         raise ValueError(f"{what}={value!r} must be a whole number of at least 1.")
     return int(value)
 
@@ -691,8 +702,11 @@ def _map_stages(
 
 
 def _scaled(table: Variant, width: float) -> Variant:
-    if not width > 0:
-        raise ValueError(f"width={width} must be above 0; 0.25 is a quarter.")
+    if not 0 < width <= MOST_FEATURES:
+        raise ValueError(
+            f"width={width} must be above 0, at most {MOST_FEATURES:,}; 0.25 is a "
+            "quarter."
+        )
     columns = table.columns  # every column keeps the same number of features
 
     def scale(row: Layer) -> Layer:

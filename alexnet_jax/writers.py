@@ -25,7 +25,8 @@ from typing import Any, Protocol, Self, TextIO
 import numpy as np
 from absl import logging
 
-from alexnet_jax.data.files import replacing, telling_of_a_full_disk
+from alexnet_jax import kinds
+from alexnet_jax.data.files import parse_json, replacing, telling_of_a_full_disk
 
 METRICS_FILE = "metrics.jsonl"
 # How long an event may wait in memory; each flush waits for the disk.
@@ -452,11 +453,28 @@ def _number(value: Any) -> int | float:
     return number if isinstance(number, int) else float(number)
 
 
+# What is read of an evaluation wherever its loss is.
+_OF_EVALUATIONS = ("eval/top1_error", "eval/top5_error", "eval/count")
+
+
 def _parse(line: str) -> dict[str, Any] | None:
     """A record, or None for a line that is not one."""
-    try:
-        record = json.loads(line)
-    except ValueError:
+    record: Any = None
+    with contextlib.suppress(ValueError):
+        record = parse_json(line)
+    if not isinstance(record, dict) or "step" not in record:
         return None
-    whole = isinstance(record, dict) and isinstance(record.get("step"), int)
+    step, epoch = record["step"], record.get("epoch", 0.0)
+    whole = kinds.WHOLE.holds(step) and 0 <= step < 2**63
+    whole = whole and all(v is None or _is_float(v) for v in record.values())
+    whole = whole and epoch is not None and math.isfinite(epoch)
+    if "eval/loss" in record:
+        whole = whole and all(name in record for name in _OF_EVALUATIONS)
     return record if whole else None
+
+
+def _is_float(value: Any) -> bool:
+    """Whether it is a number that a float can be, NaN and infinity among them."""
+    if isinstance(value, float):
+        return True
+    return kinds.WHOLE.holds(value) and abs(value) <= sys.float_info.max

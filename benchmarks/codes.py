@@ -187,7 +187,7 @@ def speed(rows: int, width: int, *, rounds: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     features = rng.standard_normal((rows, width), np.float32)
     coder = random_planes(features, SPEED_BITS)
-    codes = Codes(coder=coder, packed=coder.encode(features))
+    codes = Codes.of(coder, features)
     seconds, cpu_seconds = {}, {}
     for count in SPEED_QUERIES:
         queries = rng.standard_normal((count, width), np.float32)

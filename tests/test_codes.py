@@ -43,7 +43,7 @@ def coder(features):
 
 @pytest.fixture(scope="module")
 def codes(coder, features):
-    return Codes(coder=coder, packed=coder.encode(features))
+    return Codes.of(coder, features)
 
 
 def plain_search(codes, queries, count):
@@ -191,14 +191,22 @@ def test_codes_are_kept_whole_and_know_their_features(features, codes, tmp_path)
     np.testing.assert_array_equal(again.coder.encode(features), codes.packed)
     assert again.are_of(features)
     assert not again.are_of(features[::-1])
+    for row, number in ((7, 3), (len(features) // 2, 40)):  # one bit of one number
+        other = features.copy()
+        other.view(np.uint32)[row, number] ^= 1
+        assert not again.are_of(other)
     assert not again.are_of(features[:-1]) and not again.are_of(features[:, 1:])
 
 
 def test_files_without_codes_are_refused(codes, tmp_path):
-    good = {"packed": codes.packed, **vars(codes.coder)}
+    checksum = np.uint32(codes.checksum)
+    good = {"packed": codes.packed, "checksum": checksum, **vars(codes.coder)}
     path = tmp_path / "codes.npz"
     for changes, words in (
         ({"packed": None}, "holds no codes: it has no packed"),
+        ({"checksum": None}, "has no checksum. Remove it, and it is made again"),
+        ({"checksum": np.int64(3)}, "checksum is int64"),
+        ({"mean": good["mean"] * np.nan}, "mean is infinite or NaN"),
         ({"kernel": good["kernel"][:-1]}, "mean is float32"),
         ({"packed": good["packed"][:, :2]}, "packed is uint8"),
         ({"bias": good["bias"].astype(float)}, "bias is float64"),

@@ -660,6 +660,18 @@ def test_mistakes_are_one_line(workdir, tmp_path, capsys, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_torchvision_is_given_its_own_widths_only(torch_files, tmp_path, capsys):
+    _, narrow, _ = torch_files
+    out = tmp_path / "x.safetensors"
+    arguments = [f"--workdir={narrow}", f"--out={out}"]
+    assert export.main([*arguments, "--names=torchvision"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "4, 12, 24, 16, 16, 256, 256 features a layer; torchvision's" in line
+    assert "64, 192, 384, 256, 256, 4096, 4096 and could not read them" in line
+    assert not out.exists()
+    assert export.main(arguments) == 0
+
+
 # --- wrong files --------------------------------------------------------------------
 
 

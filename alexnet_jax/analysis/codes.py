@@ -13,6 +13,7 @@ Hinton 2009).
 import dataclasses
 import functools
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -40,10 +41,6 @@ BLOCK = 16384
 STEPS = 500
 # Features that are encoded at once.
 _ROWS = 4096
-# Rows whose codes tell whether they are of these features, and the share of bits that
-# may differ: other devices add up in another order.
-_SAMPLE = 64
-_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -102,26 +99,33 @@ class Codes:
     Attributes:
       coder: for queries.
       packed: uint8 [N, ceil(bits / 8)], of `Coder.encode`.
+      checksum: of the features, see `checksum_of`.
     """
 
     coder: Coder
     packed: np.ndarray
+    checksum: int
+
+    @classmethod
+    def of(cls, coder: Coder, features: np.ndarray) -> "Codes":
+        """The codes of features [N, D]."""
+        return cls(coder, coder.encode(features), checksum_of(features))
 
     def are_of(self, features: np.ndarray) -> bool:
-        """Whether they are of these features [N, D], by some of the rows."""
-        if (len(self.packed), len(self.coder.mean)) != features.shape:
-            return False
-        rows = np.linspace(0, len(features) - 1, _SAMPLE, dtype=int)
-        again = self.coder.encode(features[rows])
-        differing = np.bitwise_xor(self.packed[rows], again)
-        return (
-            np.unpackbits(differing).sum() <= _TOLERANCE * len(rows) * self.coder.bits
-        )
+        """Whether they are of these features [N, D], to the bit."""
+        shape = (len(self.packed), len(self.coder.mean))
+        return shape == features.shape and self.checksum == checksum_of(features)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes an .npz, whole or not at all, for `load_codes` and NumPy."""
+        checksum = np.uint32(self.checksum)
         with replacing(path) as file:
-            np.savez(file, packed=self.packed, **vars(self.coder))
+            np.savez(file, packed=self.packed, checksum=checksum, **vars(self.coder))
+
+
+def checksum_of(features: np.ndarray) -> int:
+    """The CRC-32 of an array's bytes, row after row."""
+    return zlib.crc32(np.ascontiguousarray(features).data)
 
 
 def load_codes(path: str | os.PathLike[str]) -> Codes:
@@ -131,10 +135,13 @@ def load_codes(path: str | os.PathLike[str]) -> Codes:
       RetrievalError: if there is no such file, or something else in it.
     """
     names = [field.name for field in dataclasses.fields(Coder)]
-    found = read_npz(path, [*names, "packed"], RetrievalError)
-    missing = [name for name in (*names, "packed") if name not in found]
+    found = read_npz(path, [*names, "packed", "checksum"], RetrievalError)
+    missing = [name for name in (*names, "packed", "checksum") if name not in found]
     if missing:
-        raise RetrievalError(f"{path} holds no codes: it has no {', '.join(missing)}.")
+        raise RetrievalError(
+            f"{path} holds no codes: it has no {', '.join(missing)}. Remove it, and it "
+            "is made again."
+        )
     count = (*found["packed"].shape, 0)[0]
     width, bits = (*found["kernel"].shape, 0, 0)[:2]
     numbers = {
@@ -142,10 +149,14 @@ def load_codes(path: str | os.PathLike[str]) -> Codes:
         "kernel": (np.dtype(np.float32), (width, bits)),
         "bias": (np.dtype(np.float32), (bits,)),
         "packed": (np.dtype(np.uint8), (count, -(-bits // 8))),
+        "checksum": (np.dtype(np.uint32), ()),
     }
     check_arrays(path, found, numbers)
+    for name in names:
+        if not np.isfinite(found[name]).all():
+            raise RetrievalError(f"{path}: {name} is infinite or NaN.")
     coder = Coder(**{name: found[name] for name in names})
-    return Codes(coder=coder, packed=found["packed"])
+    return Codes(coder, found["packed"], int(found["checksum"]))
 
 
 class _Autoencoder(nn.Module):

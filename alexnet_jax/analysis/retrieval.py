@@ -73,7 +73,10 @@ def load_index(path: str | os.PathLike[str]) -> Index:
     missing = [name for name in names if name not in found]
     if missing:
         raise RetrievalError(f"{path} is no index: it has no {', '.join(missing)}.")
-    class_names = tuple(str(name) for name in found["class_names"].ravel())
+    for name in ("class_names", "layer", "source", "split"):
+        if found[name].dtype.kind != "U":
+            raise RetrievalError(f"{path}: {name} must be text.")
+    class_names = tuple(found["class_names"].ravel().tolist())
     count, width = (*found["features"].shape, 0, 0)[:2]
     numbers = {
         "features": (np.dtype(np.float32), (count, width)),
@@ -84,6 +87,8 @@ def load_index(path: str | os.PathLike[str]) -> Index:
     check_arrays(path, found, numbers)
     if found["labels"].min() < 0 or found["labels"].max() >= len(class_names):
         raise RetrievalError(f"{path}: labels must be 0 to {len(class_names) - 1}.")
+    if not np.isfinite(found["probe"]).all():
+        raise RetrievalError(f"{path}: the probe is infinite or NaN.")
     return Index(
         features=found["features"],
         pixels=found["pixels"],

@@ -1,15 +1,26 @@
-"""Files that are written whole or not at all, and arrays that are read from them."""
+"""Files that are written whole or not at all, and what is read from them.
+
+A file may come from anywhere, so how much memory it asks for is compared with its size
+before any is taken.
+"""
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import socket
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+
+# A packed file may unpack to so much, or to so many times its size if that is more:
+# trained weights and probabilities hardly become smaller when they are packed.
+MOST_UNPACKED = 2**26
+MOST_TIMES = 100
 
 
 class FullDiskError(OSError):
@@ -105,12 +116,68 @@ def read_npz(
     """Those of the arrays that are in an .npz; never through pickle.
 
     Raises:
-      error: if there is no such file, or it cannot be read.
+      error: if there is no such file, or it cannot be read, or is far larger unpacked.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            _check_members(archive, os.path.getsize(path))
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in names if name in file}
+            found = {name: file[name] for name in names if name in file}
+        if not all(isinstance(array, np.ndarray) for array in found.values()):
+            raise ValueError("it holds something else than arrays")
     except FileNotFoundError as problem:
         raise error(f"{path}: there is no such file.") from problem
     except Exception as problem:  # zipfile's, zlib's and NumPy's own are many
-        raise error(f"{path} is no .npz that can be read: {problem}") from problem
+        words = str(problem)[:300] or type(problem).__name__
+        raise error(f"{path} is no .npz that can be read: {words}") from problem
+    return found
+
+
+def _check_members(archive: zipfile.ZipFile, size: int) -> None:
+    """Raises ValueError for members that take far more memory than the file's bytes.
+
+    An array is allocated as its header says, before a byte of it is read.
+    """
+    unpacked = 0
+    for member in archive.infolist():
+        # Of the others a block may become any number of bytes at once.
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{member.filename} is packed by another method")
+        unpacked += member.file_size
+        check_unpacked(unpacked, size)
+        with archive.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            read = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }.get(version)
+            if read is None:
+                raise ValueError(f"{member.filename} is of version {version}")
+            shape, _, dtype = read(file)
+            asked = dtype.itemsize * int(np.prod(shape, dtype=object))
+            if asked > member.file_size and not dtype.hasobject:
+                raise ValueError(
+                    f"{member.filename} says that it has {asked:,} bytes; it has "
+                    f"{member.file_size:,}"
+                )
+
+
+def check_unpacked(unpacked: int, packed: int) -> None:
+    """Raises ValueError if a file of `packed` bytes would become so much more."""
+    if unpacked > max(MOST_UNPACKED, MOST_TIMES * packed):
+        raise ValueError(
+            f"it would unpack to {unpacked:,} bytes, more than {MOST_TIMES} times its "
+            f"own {packed:,}"
+        )
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON as Python values.
+
+    Raises:
+      ValueError: for anything else, text nested too deeply and numbers too long too.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from alexnet_jax.data.errors import DataError
-from alexnet_jax.data.files import replacing
+from alexnet_jax.data.files import read_npz, replacing
 from alexnet_jax.data.sources import Source
 
 _FIELDS = ("mean_image", "pca_std_255", "pca_vectors", "num_examples")
@@ -58,14 +58,22 @@ def load(path: str | os.PathLike) -> Statistics:
       FileNotFoundError: there is no such file.
       DataError: the file is broken or holds something else.
     """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{os.fspath(path)}: there is no such file.")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            mean, std, vectors, count = (file[name] for name in _FIELDS)
-        if mean.ndim != 3 or std.shape != (3,) or vectors.shape != (3, 3):
+        found = read_npz(path, _FIELDS, ValueError)
+        mean, std, vectors, count = (found[name] for name in _FIELDS)
+        square = mean.ndim == 3 and mean.shape == (len(mean), len(mean), 3)
+        if not square or std.shape != (3,) or vectors.shape != (3, 3) or count.shape:
             raise ValueError("wrong shapes")
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # NumPy raises BadZipFile, EOFError, KeyError ...
+        floats = (np.float32, np.float64)
+        if not all(array.dtype in floats for array in (mean, std, vectors)):
+            raise ValueError("arrays that are not floating point")
+        if not all(np.isfinite(array).all() for array in (mean, std, vectors)):
+            raise ValueError("numbers that are not finite")
+        if count.dtype.kind != "i" or count < 1:
+            raise ValueError("no number of pictures")
+    except (ValueError, KeyError) as error:
         raise DataError(
             f"{os.fspath(path)} is not a statistics file ({error}). Compute it again: "
             "python -m alexnet_jax.prepare statistics --source=..."

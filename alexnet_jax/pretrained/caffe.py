@@ -17,6 +17,8 @@ from alexnet_jax.pretrained import weights as weights_lib
 from alexnet_jax.pretrained.weights import Weights, WeightsError
 
 VARIANTS = ("caffe", "caffenet")
+# Messages of protocol buffers are smaller.
+_MOST_BYTES = 2**31
 # Of ImageNet's pictures in Caffe's own examples (104, 117, 123 in its order, BGR).
 MEAN_255 = (122.67891434, 116.66876762, 104.00698793)
 IMAGE_SIZE = 256
@@ -111,12 +113,17 @@ def _read_layers(path: Path) -> list[tuple[str, list[np.ndarray]]]:
     from google.protobuf.message import DecodeError
 
     net = messages()["NetParameter"]()
+    if path.stat().st_size >= _MOST_BYTES:
+        raise weights_lib.not_of_format(path, ".caffemodel", "it is 2 GiB or larger")
     try:
         net.ParseFromString(path.read_bytes())
         layers = [
             (layer.name, [_array(blob) for blob in layer.blobs])
             for layer in (*net.layers, *net.layer)
         ]
+        # A name that is no text comes as its bytes.
+        if odd := [name for name, _ in layers if isinstance(name, bytes)]:
+            raise ValueError(f"a layer is called {odd[0][:80]!r}")
     except (DecodeError, ValueError) as error:
         raise weights_lib.not_of_format(path, ".caffemodel", error) from error
     if not any(blobs for _, blobs in layers):
@@ -130,9 +137,12 @@ def _array(blob: Any) -> np.ndarray:
         values = np.frombuffer(b"".join(blob.double_data), "<f8").astype(np.float32)
     else:
         values = np.frombuffer(b"".join(blob.data), "<f4")
+    shape = (blob.num, blob.channels, blob.height, blob.width)
     if blob.HasField("shape"):
-        return values.reshape(tuple(blob.shape.dim))
-    return values.reshape(blob.num, blob.channels, blob.height, blob.width)
+        shape = tuple(blob.shape.dim)
+    if any(side < 0 for side in shape):  # NumPy would work one out
+        raise ValueError(f"a shape of {list(shape)}")
+    return values.reshape(shape)
 
 
 def _squeezed(
@@ -170,7 +180,7 @@ def _variables(
     tensors: dict[str, np.ndarray],
 ) -> dict[str, Any]:
     """Ours, of RGB; checked."""
-    model = weights_lib.make_model(settings)
+    model = weights_lib.model_of(path, settings)
     shapes = weights_lib.shapes_of(model, table.crop_size)
     expected = {}
     for row in table.layers:
@@ -180,6 +190,7 @@ def _variables(
     found = {name: array.shape for name, array in tensors.items()}
     what = f"the tensors of variant {table.name}"
     weights_lib.check_shapes(path, what, found, expected)
+    weights_lib.check_numbers(path, tensors)
 
     def blobs(layer: str) -> tuple[np.ndarray, np.ndarray]:
         weight = tensors[f"{layer} blob 0"]

@@ -1,5 +1,6 @@
 """`.safetensors`: our own files, which need nothing beside them, and torchvision's."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from alexnet_jax import kinds
 from alexnet_jax import model as model_lib
-from alexnet_jax.data.files import replacing
+from alexnet_jax.data.files import parse_json, replacing
 from alexnet_jax.pretrained import torchvision
 from alexnet_jax.pretrained import weights as weights_lib
 from alexnet_jax.pretrained.weights import Weights, WeightsError
@@ -22,6 +24,8 @@ NAMES = ("alexnet_jax", "torchvision")
 RECORD = "alexnet_jax"
 VERSION = 1
 _MEAN = "mean"
+# Of what the record says beside the settings.
+_SIZES = {"version": kinds.WHOLE, "image_size": kinds.WHOLE, "crop_size": kinds.WHOLE}
 
 
 def save_safetensors(
@@ -75,14 +79,15 @@ def read(path: Path, variant: str | None) -> Weights:
             metadata = file.metadata() or {}
             names = list(file.keys())
             tensors = {name: file.get_tensor(name) for name in names}
-    except (safetensors.SafetensorError, TypeError) as error:
+    except Exception as error:  # its own, and NumPy's of dtypes that it does not have
         raise weights_lib.not_of_format(path, ".safetensors", error) from error
+    weights_lib.check_numbers(path, tensors)
     record = _read_record(path, metadata)
     if any(name.startswith(("features.", "classifier.")) for name in tensors):
         weights_lib.check_variant(path, variant, (torchvision.VARIANT,))
         return _from_torchvision(path, tensors, metadata, record)
     if record is None:
-        names = ", ".join(list(tensors)[: weights_lib.MOST_NAMED]) or "nothing"
+        names = weights_lib.some(list(tensors)) or "nothing"
         raise WeightsError(
             f"{path} was written neither by alexnet_jax nor from torchvision's AlexNet "
             f"(params/conv1/kernel ... or features.0.weight ...); it holds {names}."
@@ -105,9 +110,19 @@ def _from_torchvision(
     )
     if record is None:
         return found
+    settings = {**record["settings"], **found.settings}
+    there, here = (
+        (network.name, [row.features for row in network.layers])
+        for network in (_model(record).network, found.make_model().network)
+    )
+    if there != here or torchvision.changed_settings(record["settings"]):
+        raise WeightsError(
+            f"{path}: its metadata {RECORD!r} and its tensors are of two networks, "
+            f"{record['settings']} and {found.settings}."
+        )
     return dataclasses.replace(
         found,
-        settings={**record["settings"], **found.settings},
+        settings=settings,
         image_size=record["image_size"],
         crop_size=record["crop_size"],
         class_names=record["class_names"],
@@ -120,14 +135,17 @@ def _triple(
     """Three numbers of the metadata, one a channel."""
     if name not in metadata:
         return default
-    try:
-        red, green, blue = json.loads(metadata[name])
-        return float(red), float(green), float(blue)
-    except (ValueError, TypeError) as error:
+    numbers: Any = None
+    with contextlib.suppress(ValueError):
+        numbers = parse_json(metadata[name])
+    finite = kinds.NUMBERS.holds(numbers) and all(abs(n) <= 1e6 for n in numbers)
+    if not finite or len(numbers) != 3 or name.endswith("std") and min(numbers) <= 0:
         raise WeightsError(
             f"{path}: its metadata {name!r} must be three numbers, [R, G, B]; got "
-            f"{metadata[name]!r}."
-        ) from error
+            f"{kinds.shown(metadata[name])}."
+        )
+    red, green, blue = map(float, numbers)
+    return red, green, blue
 
 
 def _record(weights: Weights) -> dict[str, Any]:
@@ -151,20 +169,43 @@ def _read_record(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | No
     if RECORD not in metadata:
         return None
     try:
-        record = json.loads(metadata[RECORD])
+        record = parse_json(metadata[RECORD])
+        if not _has_settings(record):
+            raise ValueError("it holds no settings")
+        if missing := [name for name in _SIZES if name not in record]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        for name, words in kinds.problems(record, _SIZES).items():
+            raise ValueError(f"{name}={words}")
         if record["version"] != VERSION:
             raise ValueError(f"version {record['version']}, expected {VERSION}")
-        model_lib.check_image_size(_model(record).network, record["crop_size"])
-        if not record["crop_size"] <= record["image_size"]:
-            raise ValueError("the crop is larger than the picture")
-        names = record["class_names"]
-        if names is not None:
-            record["class_names"] = tuple(str(name) for name in names)
-    except (ValueError, TypeError, KeyError) as error:
+        largest = model_lib.LARGEST_PICTURE
+        if not record["crop_size"] <= record["image_size"] <= largest:
+            raise ValueError(
+                f"the crop, {record['crop_size']}, is larger than the picture, "
+                f"{record['image_size']}, or that than {largest}"
+            )
+        network = _model(record).network
+        model_lib.check_image_size(network, record["crop_size"])
+        record["class_names"] = _names(record, network.layers[-1].features)
+    except ValueError as error:
         raise WeightsError(
             f"{path}: its metadata {RECORD!r} cannot be used: {error}"
         ) from error
     return record
+
+
+def _has_settings(record: Any) -> bool:
+    return isinstance(record, dict) and isinstance(record.get("settings"), dict)
+
+
+def _names(record: Mapping[str, Any], most: int) -> tuple[str, ...] | None:
+    """The record's class names; None if it has none."""
+    names = record.get("class_names")
+    if names is None:
+        return None
+    if not kinds.NAMES.holds(names) or len(names) > most:
+        raise ValueError(f"class_names must be names, one for each of {most} classes")
+    return tuple(names)
 
 
 def _model(record: Mapping[str, Any]) -> model_lib.AlexNet:

@@ -6,13 +6,14 @@ between the two, 255 times the standard deviation, goes into the first kernel: z
 around the picture are the mean colour in both, so that this is exact.
 """
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from alexnet_jax import variants
+from alexnet_jax import kinds, variants
 from alexnet_jax.pretrained import weights as weights_lib
 from alexnet_jax.pretrained.weights import Weights, WeightsError
 
@@ -67,7 +68,7 @@ def from_state(
         "num_classes": features.get(classifier.name) or classifier.features,
         "width": weights_lib.fitting_width(table, features),
     }
-    model = weights_lib.make_model(settings)
+    model = weights_lib.model_of(path, settings)
     found = {name: np.shape(array) for name, array in state.items()}
     expected = _expected(weights_lib.shapes_of(model, table.crop_size))
     weights_lib.check_shapes(path, "torchvision's AlexNet", found, expected)
@@ -78,9 +79,12 @@ def from_state(
             weight = weight / (255 * np.array(std, np.float32)[:, None, None])
         return weight, state[f"{_NAMES[layer]}.bias"]
 
+    with np.errstate(over="ignore"):  # of a deviation of nearly nothing
+        variables = weights_lib.params_of(model.network.layers, tensors)
+    weights_lib.check_numbers(path, weights_lib.flat(variables))
     return Weights(
         settings=settings,
-        variables=weights_lib.params_of(model.network.layers, tensors),
+        variables=variables,
         mean=(255 * np.array(mean)).astype(np.float32),
         image_size=IMAGE_SIZE,
         crop_size=table.crop_size,
@@ -95,11 +99,7 @@ def to_state(weights: Weights) -> dict[str, np.ndarray]:
       WeightsError: if the network is not torchvision's.
     """
     network = weights.make_model().network
-    changed = [
-        name
-        for name, value in weights.settings.items()
-        if value is not None and name not in ("variant", *_HARMLESS)
-    ]
+    changed = changed_settings(weights.settings)
     if network.name != VARIANT or changed:
         with_them = f" with {', '.join(changed)} changed" if changed else ""
         raise WeightsError(
@@ -120,6 +120,15 @@ def to_state(weights: Weights) -> dict[str, np.ndarray]:
     return state
 
 
+def changed_settings(settings: Mapping[str, Any]) -> list[str]:
+    """The settings that torchvision's network does not have, whatever its width."""
+    return [
+        name
+        for name, value in settings.items()
+        if value is not None and name not in ("variant", *_HARMLESS)
+    ]
+
+
 def _expected(shapes: weights_lib.Shapes) -> dict[str, tuple[int, ...]]:
     expected = {}
     for row, name in _NAMES.items():
@@ -138,6 +147,7 @@ def _read_state(path: Path) -> dict[str, np.ndarray]:
             f"reading {path} needs torch: pip install torch (or write it as "
             ".safetensors where torch is installed)."
         ) from error
+    _check_archive(path)
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's, zipfile's and torch's own are many
@@ -162,6 +172,54 @@ def _read_state(path: Path) -> dict[str, np.ndarray]:
         )
     # DataParallel puts "module." before the names of what it wraps.
     return {
-        name.replace("module.", ""): value.detach().float().numpy()
-        for name, value in found.items()
+        name.replace("module.", ""): value
+        for name, value in _arrays(path, found).items()
     }
+
+
+def _check_archive(path: Path) -> None:
+    """Raises WeightsError for a zip file that unpacks to more than its own size.
+
+    torch packs nothing, but would unpack whatever there is, all of it at once.
+    """
+    if not zipfile.is_zipfile(path):
+        return  # of torch before 1.6, where nothing is packed either
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+    except Exception as error:  # zipfile's own are many
+        raise weights_lib.not_of_format(path, ".pth", error) from error
+    if unpacked > path.stat().st_size:
+        why = f"it would unpack to {unpacked:,} bytes"
+        raise weights_lib.not_of_format(path, ".pth", why)
+
+
+def _arrays(path: Path, state: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """torch's tensors as float32.
+
+    Raises:
+      WeightsError: for tensors that are not plain floating-point ones, or hold more
+        numbers than the file can: views of few numbers can have any shape.
+    """
+    size, total = path.stat().st_size, 0
+    arrays = {}
+    for name, value in state.items():
+        plain = str(value.layout) == "torch.strided" and value.device.type == "cpu"
+        if not plain or not value.is_floating_point():
+            raise WeightsError(
+                f"{path}: {kinds.shown(name)} is {value.dtype} on {value.device.type}, "
+                f"{value.layout}; weights are plain floating-point tensors."
+            )
+        total += value.numel() * value.element_size()
+        if total > size:
+            raise WeightsError(
+                f"{path} is no state_dict: its tensors would have at least {total:,} "
+                f"bytes, the file has {size:,}."
+            )
+        try:
+            arrays[name] = value.detach().float().numpy()
+        except (RuntimeError, TypeError) as error:  # some tensors hold no numbers
+            raise WeightsError(
+                f"{path}: {kinds.shown(name)} cannot be read: {error}"
+            ) from error
+    return arrays

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from alexnet_jax import kinds, variants
 from alexnet_jax import model as model_lib
-from alexnet_jax import variants
 from alexnet_jax.data import imagenet
 
 # Tensors that an error message names before it only counts them.
@@ -45,7 +46,7 @@ class Weights:
       class_names: by label; None where the file does not say.
 
     Raises:
-      WeightsError: for a mean of another shape.
+      WeightsError: for a mean of another shape, or with numbers that are not finite.
     """
 
     settings: dict[str, Any]
@@ -62,6 +63,8 @@ class Weights:
                 f"the mean has shape {list(self.mean.shape)}, expected [3] or "
                 f"[{side}, {side}, 3]."
             )
+        if not np.isfinite(self.mean).all():
+            raise WeightsError("the mean holds numbers that are infinite or NaN.")
 
     def make_model(self) -> model_lib.AlexNet:
         """The network that the weights are of.
@@ -76,10 +79,17 @@ def make_model(settings: Mapping[str, Any]) -> model_lib.AlexNet:
     """`create_model` without its advice on how to start narrow networks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        try:
-            return model_lib.create_model(**settings)
-        except TypeError as error:  # an argument that there is not
-            raise ValueError(str(error)) from error
+        return model_lib.from_settings(settings)
+
+
+def model_of(
+    path: str | os.PathLike[str], settings: Mapping[str, Any]
+) -> model_lib.AlexNet:
+    """The network that a file's tensors seem to be of; WeightsError if there is none."""
+    try:
+        return make_model(settings)
+    except ValueError as error:
+        raise WeightsError(f"{path} is of no network of ours: {error}") from error
 
 
 def class_names(num_classes: int) -> tuple[str, ...] | None:
@@ -206,14 +216,33 @@ def check_shapes(
         if name in found and tuple(found[name]) != tuple(shape)
     ]
     problems = [
-        f"{kind} {_some(names)}"
+        f"{kind} {some(names)}"
         for kind, names in (("missing", missing), ("unexpected", extra))
         if names
     ]
     if wrong:
-        problems.append(f"of another shape {_some(wrong)}")
+        problems.append(f"of another shape {some(wrong)}")
     if problems:
         raise WeightsError(f"{path} does not hold {what}: {'; '.join(problems)}.")
+
+
+def check_numbers(where: object, tensors: Mapping[str, Any]) -> None:
+    """Raises WeightsError unless all of the tensors hold finite floating point."""
+    for name, tensor in tensors.items():
+        array = np.asarray(tensor)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise WeightsError(
+                f"{where}: {name} is {array.dtype}, and weights are floating point."
+            )
+        # A sum is one number, and NaN and infinity stay in it; an array of answers would
+        # take a quarter of the memory again.
+        with np.errstate(invalid="ignore", over="ignore"):
+            whole = np.isfinite(np.sum(array, dtype=np.float64))
+        if not whole and not np.isfinite(array.astype(np.float64)).all():
+            raise WeightsError(
+                f"{where}: {name} holds numbers that are infinite or NaN. Was it "
+                "written when training had failed?"
+            )
 
 
 def check_variant(path: Path, given: str | None, expected: tuple[str, ...]) -> None:
@@ -232,11 +261,13 @@ def not_of_format(path: Path, what: str, why: object) -> WeightsError:
     reason = (str(why).strip().splitlines() or ["no reason given"])[0]
     return WeightsError(
         f"{path} ({os.path.getsize(path):,} bytes, beginning with {start!r}) is no "
-        f"{what} that can be read: {reason.rstrip('.')}. Was it downloaded whole?"
+        f"{what} that can be read: {reason[:300].rstrip('.')}. Was it downloaded whole?"
     )
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first few, and how many more; in one line, whatever is in them."""
     rest = len(names) - MOST_NAMED
     more = f" and {rest} more" if rest > 0 else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+    shown = [n if n.isprintable() and len(n) < 80 else kinds.shown(n) for n in names]
+    return ", ".join(shown[:MOST_NAMED]) + more
