@@ -1,7 +1,6 @@
 """The one place where a config meets the code: check it, build from it, load a run."""
 
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -18,15 +17,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, model, optim, parallel, steps, variants
+from alexnet_jax import augment, kinds, model, optim, parallel, steps, variants
 from alexnet_jax import data as data_lib
+from alexnet_jax import fields as fields_lib
 from alexnet_jax.checkpoint import Checkpointer, CheckpointError, split_step
+from alexnet_jax.data import DataError
 from alexnet_jax.data import images as images_lib
 from alexnet_jax.data import statistics as statistics_lib
-from alexnet_jax.data.files import replacing
+from alexnet_jax.data.files import parse_json, replacing
 from alexnet_jax.data.sources import Source
 from alexnet_jax.data.statistics import Statistics
+from alexnet_jax.fields import ConfigError, flat
 from alexnet_jax.pretrained import SUFFIXES, Weights, WeightsError, read_weights
+from alexnet_jax.pretrained import weights as weights_lib
 
 # A ml_collections.ConfigDict, whose fields no type checker can know.
 Config = Any
@@ -38,14 +41,9 @@ CHECKPOINTS = "checkpoints"
 # main's exit status when the loss is no longer finite: for a sweep a result like others.
 DIVERGED = 3
 _MODEL_FIELDS = ("variant", "num_classes", "width", "dtype", "init")
-DTYPES = ("float32", "bfloat16", "float64")
 # Pictures that the mean image is computed from when no full statistics are stored:
 # its standard error is then below one grey level.
 STATISTICS_SAMPLE = 10_000
-
-
-class ConfigError(ValueError):
-    """What is wrong with a config, in words, all at once."""
 
 
 @dataclass(frozen=True)
@@ -196,101 +194,40 @@ def validate(config: Config, *, devices: bool = True) -> None:
     Raises:
       ConfigError: naming every field that is wrong, what it holds and what it may.
     """
-    problems = _range_problems(config)
-    network = None
-    try:
-        network = make_model(config, num_classes=config.model.num_classes or 2).network
-    except ValueError as error:
-        problems.append(str(error))
-    if network is not None:
+    tree = config.to_dict()
+    problems = fields_lib.kind_problems(tree)
+    # What is computed from several fields needs all of them to be of their kind.
+    if not problems:
+        problems = _combination_problems(config)
+        network = None
         try:
-            model.check_image_size(network, config.data.crop_size)
+            count = config.model.num_classes or 2
+            network = make_model(config, num_classes=count).network
         except ValueError as error:
             problems.append(str(error))
-        problems += _layer_factor_problems(config, network)
-        problems += _new_layer_problems(config, network)
-        if devices:
-            problems += _mesh_problems(config, network)
+        if network is not None:
+            try:
+                model.check_image_size(network, config.data.crop_size)
+            except ValueError as error:
+                problems.append(str(error))
+            problems += _layer_factor_problems(config, network)
+            problems += _new_layer_problems(config, network)
+            if devices:
+                problems += _mesh_problems(config, network)
+    _refuse(fields_lib.range_problems(tree) + problems)
+
+
+def _refuse(problems: list[str]) -> None:
+    """Raises ConfigError if there are problems, with all of them."""
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         count = f"{len(problems)} mistake{'s' if len(problems) > 1 else ''}"
         raise ConfigError(f"{count} in the config:\n{lines}")
 
 
-# Field -> (what its value must fulfil, in words). NaN fulfils none of them.
-_AT_LEAST_0 = (lambda v: v >= 0, "0 or more")
-_AT_LEAST_1 = (lambda v: v >= 1, "at least 1")
-_ABOVE_0 = (lambda v: 0 < v < math.inf, "above 0")
-_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "seed": (lambda v: 0 <= v < 2**32, "0 to 4294967295"),
-    "num_epochs": _ABOVE_0,
-    "max_steps": (lambda v: v >= -1, "-1 (off) or more"),
-    "log_every_steps": _AT_LEAST_1,
-    "eval_every_epochs": _AT_LEAST_0,
-    "stop_at_train_error": (lambda v: 0 <= v < 1, "0 (off) to below 1"),
-    "summaries_every_steps": _AT_LEAST_0,
-    "stall_after_steps": _AT_LEAST_0,
-    "profile": _AT_LEAST_0,
-    "model.num_classes": _AT_LEAST_0,
-    "data.batch_size": _AT_LEAST_1,
-    "data.image_size": _AT_LEAST_1,
-    "data.crop_size": _AT_LEAST_1,
-    "data.workers": _AT_LEAST_1,
-    "augment.min_area": (lambda v: 0 < v <= 1, "above 0, at most 1"),
-    "augment.lighting": _AT_LEAST_0,
-    "augment.lighting_until_epoch": (lambda v: v == -1 or v >= 0, "-1 or at least 0"),
-    "optim.learning_rate": _ABOVE_0,
-    "optim.momentum": (lambda v: 0 <= v < 1, "0 to below 1"),
-    "optim.weight_decay": _AT_LEAST_0,
-    "optim.bias_lr_mult": _AT_LEAST_0,
-    "optim.accumulate_steps": _AT_LEAST_1,
-    "optim.label_smoothing": (lambda v: 0 <= v < 1, "0 (none) to below 1"),
-    "optim.trust_coefficient": (lambda v: 0 <= v < math.inf, "0 (off) or more"),
-    "schedule.factor": (lambda v: 0 < v <= 1, "above 0, at most 1"),
-    "schedule.patience": _AT_LEAST_1,
-    "schedule.max_drops": _AT_LEAST_0,
-    "schedule.drop_epochs": (
-        lambda v: all(a < b for a, b in itertools.pairwise((0, *v))),
-        "above 0 and increasing",
-    ),
-    "schedule.warmup_epochs": _AT_LEAST_0,
-    "schedule.power": _ABOVE_0,
-    "parallel.data": (lambda v: v == -1 or v >= 1, "-1 (all there are) or at least 1"),
-    "parallel.column": (lambda v: v == -1 or v >= 1, "-1 (choose) or at least 1"),
-    "checkpoint.every_steps": _AT_LEAST_0,
-    "checkpoint.every_minutes": _AT_LEAST_0,
-    "checkpoint.keep": _AT_LEAST_1,
-}
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "eval_views": augment.VIEW_COUNTS,
-    "model.dtype": DTYPES,
-    "optim.form": optim.FORMS,
-    "schedule.name": optim.SCHEDULES,
-    "augment.lighting_form": augment.LIGHTING_FORMS,
-    "parallel.mode": parallel.MODES,
-    "parallel.transform": parallel.TRANSFORMS,
-}
-
-
-def _field(config: Config, path: str) -> Any:
-    value: Any = config
-    for name in path.split("."):
-        value = value[name]
-    return value
-
-
-def _range_problems(config: Config) -> list[str]:
-    problems = [
-        f"--config.{path}={_field(config, path)} is out of range: {words}."
-        for path, (holds, words) in _RANGES.items()
-        if not holds(_field(config, path))
-    ]
-    problems += [
-        f"--config.{path}={_field(config, path)!r} must be one of "
-        f"{', '.join(map(str, choices))}."
-        for path, choices in _CHOICES.items()
-        if _field(config, path) not in choices
-    ]
+def _combination_problems(config: Config) -> list[str]:
+    """Fields that do not go together."""
+    problems = []
     if config.data.crop_size > config.data.image_size:
         problems.append(
             f"--config.data.crop_size={config.data.crop_size} is larger than "
@@ -317,18 +254,14 @@ def _layer_factor_problems(config: Config, network: variants.Variant) -> list[st
     """What is wrong with `schedule.layer_factors`: layers, order, values."""
     names = [row.name for row in network.layers]
     before: dict[str, float] = {}
-    for change in config.schedule.layer_factors:
-        try:
-            layer, epoch, factor = change
-            right = layer in names and epoch > before.get(layer, -1)
-            right = right and epoch >= 0 and factor >= 0
-        except (TypeError, ValueError):
-            right = False
-        if not right:
+    for layer, epoch, factor in config.schedule.layer_factors:
+        right = layer in names and epoch > before.get(layer, -1)
+        right = right and 0 <= epoch <= fields_lib.MOST_EPOCHS
+        if not right or not 0 <= factor <= fields_lib.LARGEST:
             problem = (
-                f"--config.schedule.layer_factors: {change!r} must be (layer, epoch, "
-                f"factor), the layer one of {', '.join(names)}, its epochs 0 or more and "
-                "increasing, the factor 0 or more."
+                f"--config.schedule.layer_factors: {(layer, epoch, factor)} must be "
+                f"(layer, epoch, factor), the layer one of {', '.join(names)}, its "
+                "epochs 0 or more and increasing, the factor 0 or more."
             )
             return [problem]
         before[layer] = epoch
@@ -408,7 +341,7 @@ def mesh_shape(config: Config, network: variants.Variant) -> tuple[int, int]:
 
 def make_model(config: Config, num_classes: int | None) -> model.AlexNet:
     """The network of a config; None: with the variant's own number of classes."""
-    return model.create_model(**model_settings(config, num_classes))
+    return model.from_settings(model_settings(config, num_classes))
 
 
 def model_settings(config: Config, num_classes: int | None) -> dict[str, Any]:
@@ -418,9 +351,9 @@ def model_settings(config: Config, num_classes: int | None) -> dict[str, Any]:
         "variant": fields.variant,
         "num_classes": num_classes,
         "width": fields.width,
-        "dtype": fields.dtype if fields.dtype in DTYPES else "float32",
+        "dtype": fields.dtype if fields.dtype in model.DTYPES else "float32",
         "init": fields.init,
-        **fields.overrides,
+        **fields.get("overrides", {}),
     }
 
 
@@ -448,6 +381,7 @@ def build(
     mode = config.parallel.mode
     rows, columns = mesh_shape(config, network.network)
     steps_per_epoch = train.num_examples / config.data.batch_size
+    _require_countable(config, steps_per_epoch)
     total_steps = math.ceil(config.num_epochs * steps_per_epoch)
     if config.max_steps >= 0:
         total_steps = min(total_steps, config.max_steps)
@@ -463,6 +397,25 @@ def build(
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
     )
+
+
+def _require_countable(config: Config, steps_per_epoch: float) -> None:
+    """Raises ConfigError for epochs that are more steps than 32 bits can count."""
+    epochs = {
+        "num_epochs": config.num_epochs,
+        "augment.lighting_until_epoch": config.augment.lighting_until_epoch,
+        "schedule.drop_epochs": max(config.schedule.drop_epochs, default=0),
+        "schedule.layer_factors": max(
+            (epoch for _, epoch, _ in config.schedule.layer_factors), default=0
+        ),
+    }
+    for name, value in epochs.items():
+        if value * steps_per_epoch > fields_lib.MOST:
+            raise ConfigError(
+                f"--config.{name}: {value} epochs of {steps_per_epoch:,.1f} steps are "
+                f"more than {fields_lib.MOST:,} steps. Take fewer, or a larger "
+                "--config.data.batch_size."
+            )
 
 
 def make_augmentation(config: Config, steps_per_epoch: float) -> augment.Augmentation:
@@ -630,8 +583,9 @@ def load(
 
     Raises:
       FileNotFoundError: if `path` is neither a workdir nor a file.
-      CheckpointError: if it holds no whole checkpoint.
+      CheckpointError: if it holds no whole checkpoint, or not one of its network.
       WeightsError: if it is a file that cannot be used, and why; or another variant.
+      DataError, ConfigError: if the statistics or the class names are damaged.
     """
     weights = read_network(path, step=step, variant=variant)
     return weights.make_model(), weights.variables, make_preprocess(weights)
@@ -674,27 +628,74 @@ def read_network(
         raise CheckpointError(f"{path} says which step already; got step {step} too.")
     workdir = Path(folder).absolute()
     require_run(workdir)
-    statistics = statistics_lib.load(workdir / STATISTICS_FILE)
+    statistics = _read_statistics(workdir)
     with Checkpointer(workdir / CHECKPOINTS, read_only=True) as checkpointer:
         chosen = checkpointer.find(which if step is None else step)
         variables, metadata = checkpointer.restore_params(step=chosen)
-    config: Config = ConfigDict(metadata["config"])
+    where = f"the checkpoint {workdir / CHECKPOINTS / str(chosen)}"
+    try:
+        stored = fields_lib.check_stored(metadata.get("config"), where)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+    config: Config = ConfigDict(stored)
     if variant not in (None, config.model.variant):
         raise WeightsError(
             f"{path} holds a network of variant {config.model.variant}; got "
             f"variant={variant!r}."
         )
-    classifier = variants.get(config.model.variant).layers[-1].name
-    num_classes = variables["params"][classifier]["bias"].shape[0]
+    side = config.data.image_size
+    if statistics.mean_image.shape != (side, side, 3):
+        raise DataError(
+            f"{workdir / STATISTICS_FILE}: the mean image is "
+            f"{list(statistics.mean_image.shape)}, the run's pictures [{side}, {side}, 3]."
+        )
     names = read_class_names(workdir)
     return Weights(
-        settings=model_settings(config, num_classes),
+        settings=_settings_of(config, variables, where),
         variables=variables,
         mean=statistics.mean_image,
-        image_size=config.data.image_size,
+        image_size=side,
         crop_size=config.data.crop_size,
         class_names=None if names is None else tuple(names),
     )
+
+
+def _read_statistics(workdir: Path) -> Statistics:
+    path = workdir / STATISTICS_FILE
+    try:
+        return statistics_lib.load(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} is missing: the mean image that the network of this run is given "
+            "its pictures without. Copy it from where the run was trained."
+        ) from error
+
+
+def _settings_of(
+    config: Config, variables: dict[str, Any], where: str
+) -> dict[str, Any]:
+    """The settings of a run's network.
+
+    Raises:
+      CheckpointError: if its config is of no network, or the variables are of another.
+    """
+    leaves = weights_lib.flat(variables)
+    found = {name: np.shape(leaf) for name, leaf in leaves.items()}
+    side = config.data.crop_size
+    try:
+        settings = model_settings(config, None)
+        classifier = variants.get(settings["variant"]).layers[-1].name
+        units = found.get(f"params/{classifier}/bias", ())
+        settings["num_classes"] = units[0] if units else None
+        network = model.from_settings(settings)
+        model.check_image_size(network.network, side)
+        expected = weights_lib.shapes_of(network, side)
+        what = f"the weights of variant {network.network.name}"
+        weights_lib.check_shapes(where, what, found, expected)
+        weights_lib.check_numbers(where, leaves)
+    except ValueError as error:
+        raise CheckpointError(f"{where} cannot be used: {error}") from error
+    return settings
 
 
 def is_weights_file(path: str | os.PathLike[str]) -> bool:
@@ -741,11 +742,19 @@ def with_network_of(config: Config, path: str | os.PathLike[str]) -> Config:
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:
-    """The config that a workdir was trained with, None if it is not a workdir."""
+    """The config that a workdir was trained with, None if it is not a workdir.
+
+    Raises:
+      ConfigError: if the file is damaged.
+    """
+    path = workdir / CONFIG_FILE
     try:
-        return json.loads((workdir / CONFIG_FILE).read_text())
+        fields = parse_json(path.read_bytes())
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged: {error}. {fields_lib.COPY}") from error
+    return fields_lib.check_stored(fields, str(path))
 
 
 def write_config(workdir: Path, config: Config) -> None:
@@ -761,12 +770,12 @@ def read_class_names(workdir: Path) -> list[str] | None:
     """
     path = workdir / CLASSES_FILE
     try:
-        names = json.loads(path.read_text("utf-8"))
+        names = parse_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+    if not kinds.NAMES.holds(names):
         raise ConfigError(f"{path} must hold a list of class names.")
     return names
 
@@ -782,16 +791,15 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def as_json(config: Config) -> dict[str, Any]:
-    """The config as plain JSON values (tuples become lists)."""
-    return json.loads(config.to_json())
+    """The config as plain JSON values (tuples become lists).
 
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"data": {"dir": ""}} -> {"data.dir": ""}."""
-    fields: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            fields |= flat(value, f"{prefix}{key}.")
-        else:
-            fields[prefix + key] = value
-    return fields
+    Raises:
+      ConfigError: for a field of another kind than its own.
+    """
+    _refuse(fields_lib.kind_problems(config.to_dict()))
+    try:
+        return json.loads(config.to_json())
+    except (TypeError, ValueError) as error:  # in a field of one's own
+        raise ConfigError(
+            f"the config holds what JSON does not have: {error}"
+        ) from error

@@ -173,22 +173,47 @@ def _keep_compiled_programs() -> None:
 def _parse(argv: Sequence[str]) -> list[str]:
     """absl's flag parsing, with the mistakes of config flags in words too."""
     try:
-        return flags.FLAGS(list(argv))
+        rest = flags.FLAGS(list(argv))
+        _require_fields()
+        return rest
     except (AttributeError, KeyError) as error:
         # ml_collections puts one error's text, quotes and all, into another's.
         hint = re.sub(r"\\n|\s+", ". ", str(error.args[0]), count=1)
         hint = re.sub(r"[\\']", "", hint)
-        raise ConfigError(f"the config has no such field: {hint}") from error
-    except (flags.Error, OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"the config has no such field: {_cut(hint)}") from error
+    except ConfigError:
+        raise
+    except (
+        *(flags.Error, OSError, TypeError, ValueError, IndexError),
+        *(MemoryError, RecursionError, SyntaxError),  # of values that are nested deep
+    ) as error:
         raise ConfigError(f"the command line: {_in_words(error)}") from error
+
+
+def _require_fields() -> None:
+    """Raises ConfigError if the config file makes something else than a config."""
+    config = flags.FLAGS["config"]
+    # A file that could not be read has a stand-in of ml_collections' own.
+    if config.present and not type(config.value).__module__.startswith(
+        "ml_collections"
+    ):
+        raise ConfigError(
+            f"--config={config_flags.get_config_filename(config)}: get_config() must "
+            f"return a ConfigDict; it returns {type(config.value).__name__}."
+        )
 
 
 def _in_words(error: Exception) -> str:
     """What went wrong, without what ml_collections puts around a config file's errors."""
     lines = str(error).rpartition(" failure to load: ")[2].strip().splitlines()
     if any("Traceback (most recent call last)" in line for line in lines):
-        return lines[-1].partition(": ")[2] or lines[-1]
-    return " ".join(" ".join(lines).split())
+        return _cut(lines[-1].partition(": ")[2] or lines[-1])
+    return _cut(" ".join(" ".join(lines).split()))
+
+
+def _cut(text: str) -> str:
+    """A text, but for the rest of a very long one: absl repeats what it was given."""
+    return text if len(text) <= 500 else f"{text[:497]}..."
 
 
 def run() -> None:

@@ -7,7 +7,6 @@ what it consists of and the arithmetic of its summary: no processes, no drawing.
 import dataclasses
 import difflib
 import itertools
-import json
 import math
 import os
 import re
@@ -693,8 +692,20 @@ def published(sweep: Sweep) -> list[str]:
 
 
 def differences(run: Run, stored: Path) -> list[str]:
-    """How a workdir's config.json differs from what a run asks for now."""
-    old, new = experiment.flat(json.loads(stored.read_text())), run.fields()
+    """How a workdir's config.json differs from what a run asks for now.
+
+    A field that there was not yet when it was stored had what is now its default.
+
+    Raises:
+      SweepError: if the file is damaged.
+    """
+    try:
+        own = experiment.read_config(stored.parent)
+    except experiment.ConfigError as error:
+        raise SweepError(str(error)) from error
+    defaults = experiment.as_json(load_config("configs/common.py"))
+    old = experiment.flat(defaults) | experiment.flat(own or {})
+    new = run.fields()
     missing = "nothing"
     return [
         f"{name}: {old.get(name, missing)} there, {new.get(name, missing)} asked for"

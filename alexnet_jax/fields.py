@@ -1,0 +1,256 @@
+"""What each field of a config may hold, by itself; `experiment` has what goes together.
+
+configs/common.py explains them. Configs come from files of configs/, from command lines
+and from workdirs, whose `config.json` an older version may have written.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from alexnet_jax import augment, kinds, model, optim, parallel
+
+
+class ConfigError(ValueError):
+    """What is wrong with a config, in words, all at once."""
+
+
+# Field -> what kind of value it has; a test compares them with configs/common.py.
+_KINDS: dict[str, kinds.Kind] = {
+    "seed": kinds.WHOLE,
+    "num_epochs": kinds.NUMBER,
+    "max_steps": kinds.WHOLE,
+    "log_every_steps": kinds.WHOLE,
+    "eval_every_epochs": kinds.NUMBER,
+    "eval_views": kinds.WHOLE,
+    "stop_at_train_error": kinds.NUMBER,
+    "summaries_every_steps": kinds.WHOLE,
+    "stall_after_steps": kinds.WHOLE,
+    "profile": kinds.WHOLE,
+    "model.variant": kinds.TEXT,
+    "model.num_classes": kinds.WHOLE,
+    "model.width": kinds.NUMBER,
+    "model.dtype": kinds.TEXT,
+    "model.init": kinds.TEXT,
+    "finetune.source": kinds.TEXT,
+    "finetune.new_layers": kinds.NAMES,
+    "data.source": kinds.TEXT,
+    "data.dir": kinds.TEXT,
+    "data.train_split": kinds.TEXT,
+    "data.eval_split": kinds.TEXT,
+    "data.batch_size": kinds.WHOLE,
+    "data.image_size": kinds.WHOLE,
+    "data.crop_size": kinds.WHOLE,
+    "data.workers": kinds.WHOLE,
+    "augment.crop": kinds.SWITCH,
+    "augment.min_area": kinds.NUMBER,
+    "augment.flip": kinds.SWITCH,
+    "augment.lighting": kinds.NUMBER,
+    "augment.lighting_form": kinds.TEXT,
+    "augment.lighting_until_epoch": kinds.NUMBER,
+    "optim.learning_rate": kinds.NUMBER,
+    "optim.momentum": kinds.NUMBER,
+    "optim.weight_decay": kinds.NUMBER,
+    "optim.layer_weight_decay": kinds.SWITCH,
+    "optim.bias_lr_mult": kinds.NUMBER,
+    "optim.constant_bias_lr": kinds.SWITCH,
+    "optim.decay_bias": kinds.SWITCH,
+    "optim.form": kinds.TEXT,
+    "optim.accumulate_steps": kinds.WHOLE,
+    "optim.label_smoothing": kinds.NUMBER,
+    "optim.trust_coefficient": kinds.NUMBER,
+    "schedule.name": kinds.TEXT,
+    "schedule.factor": kinds.NUMBER,
+    "schedule.patience": kinds.WHOLE,
+    "schedule.max_drops": kinds.WHOLE,
+    "schedule.drop_epochs": kinds.NUMBERS,
+    "schedule.layer_factors": kinds.LAYER_FACTORS,
+    "schedule.warmup_epochs": kinds.NUMBER,
+    "schedule.power": kinds.NUMBER,
+    "parallel.mode": kinds.TEXT,
+    "parallel.data": kinds.WHOLE,
+    "parallel.column": kinds.WHOLE,
+    "parallel.transform": kinds.TEXT,
+    "checkpoint.every_steps": kinds.WHOLE,
+    "checkpoint.every_minutes": kinds.NUMBER,
+    "checkpoint.keep": kinds.WHOLE,
+}
+# Steps are counted in 32 bits, and numbers are computed with in float32. A run of more
+# epochs than this would not fit those either.
+MOST = 2**31 - 1
+LARGEST = float(np.finfo(np.float32).max)
+MOST_EPOCHS = 1_000_000
+# Field -> (what its value must fulfil, in words). NaN fulfils none of them.
+_AT_LEAST_0 = (lambda v: 0 <= v <= MOST, f"0 or more, at most {MOST}")
+_AT_LEAST_1 = (lambda v: 1 <= v <= MOST, f"at least 1, at most {MOST}")
+_ABOVE_0 = (lambda v: 0 < v <= LARGEST, "above 0, at most 3.4e38")
+_FROM_0 = (lambda v: 0 <= v <= LARGEST, "0 or more, at most 3.4e38")
+_SIDE = (
+    lambda v: 1 <= v <= model.LARGEST_PICTURE,
+    f"at least 1, at most {model.LARGEST_PICTURE}",
+)
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": (lambda v: 0 <= v < 2**32, "0 to 4294967295"),
+    "num_epochs": (
+        lambda v: 0 < v <= MOST_EPOCHS,
+        f"above 0, at most {MOST_EPOCHS}",
+    ),
+    "max_steps": (lambda v: -1 <= v <= MOST, f"-1 (off) or more, at most {MOST}"),
+    "log_every_steps": _AT_LEAST_1,
+    "eval_every_epochs": (
+        lambda v: 0 <= v <= MOST_EPOCHS,
+        f"0 or more, at most {MOST_EPOCHS}",
+    ),
+    "stop_at_train_error": (lambda v: 0 <= v < 1, "0 (off) to below 1"),
+    "summaries_every_steps": _AT_LEAST_0,
+    "stall_after_steps": _AT_LEAST_0,
+    "profile": _AT_LEAST_0,
+    "model.num_classes": _AT_LEAST_0,
+    "data.batch_size": _AT_LEAST_1,
+    "data.image_size": _SIDE,
+    "data.crop_size": _SIDE,
+    "data.workers": (lambda v: 1 <= v <= 1024, "at least 1, at most 1024"),
+    "augment.min_area": (lambda v: 0 < v <= 1, "above 0, at most 1"),
+    "augment.lighting": _FROM_0,
+    "augment.lighting_until_epoch": (
+        lambda v: v == -1 or 0 <= v <= MOST_EPOCHS,
+        f"-1 or at least 0, at most {MOST_EPOCHS}",
+    ),
+    "optim.learning_rate": _ABOVE_0,
+    "optim.momentum": (lambda v: 0 <= v < 1, "0 to below 1"),
+    "optim.weight_decay": _FROM_0,
+    "optim.bias_lr_mult": _FROM_0,
+    "optim.accumulate_steps": _AT_LEAST_1,
+    "optim.label_smoothing": (lambda v: 0 <= v < 1, "0 (none) to below 1"),
+    "optim.trust_coefficient": (
+        lambda v: 0 <= v <= LARGEST,
+        "0 (off) or more, at most 3.4e38",
+    ),
+    "schedule.factor": (lambda v: 0 < v <= 1, "above 0, at most 1"),
+    "schedule.patience": _AT_LEAST_1,
+    "schedule.max_drops": _AT_LEAST_0,
+    "schedule.drop_epochs": (
+        lambda v: all(a < b for a, b in itertools.pairwise((0, *v, MOST_EPOCHS))),
+        f"above 0 and increasing, below {MOST_EPOCHS}",
+    ),
+    "schedule.warmup_epochs": (
+        lambda v: 0 <= v <= MOST_EPOCHS,
+        f"0 or more, at most {MOST_EPOCHS}",
+    ),
+    "schedule.power": _ABOVE_0,
+    "parallel.data": (lambda v: v == -1 or v >= 1, "-1 (all there are) or at least 1"),
+    "parallel.column": (lambda v: v == -1 or v >= 1, "-1 (choose) or at least 1"),
+    "checkpoint.every_steps": _AT_LEAST_0,
+    "checkpoint.every_minutes": _FROM_0,
+    "checkpoint.keep": _AT_LEAST_1,
+}
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "eval_views": augment.VIEW_COUNTS,
+    "model.dtype": model.DTYPES,
+    "optim.form": optim.FORMS,
+    "schedule.name": optim.SCHEDULES,
+    "augment.lighting_form": augment.LIGHTING_FORMS,
+    "parallel.mode": parallel.MODES,
+    "parallel.transform": parallel.TRANSFORMS,
+}
+# Fields that a stored config has had from the beginning, and that are asked for.
+_STORED = (
+    *("model.variant", "model.width", "model.dtype", "model.init"),
+    *("data.source", "data.train_split", "data.eval_split", "data.batch_size"),
+    *("data.image_size", "data.crop_size"),
+)
+# What to do about a file of a workdir.
+COPY = "Copy it from where the run was trained."
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data": {"dir": ""}} -> {"data.dir": ""}."""
+    fields: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            fields |= flat(value, f"{prefix}{key}.")
+        else:
+            fields[prefix + key] = value
+    return fields
+
+
+def kind_problems(tree: dict[str, Any]) -> list[str]:
+    """Fields that are missing, or of another kind than theirs.
+
+    The overrides' kinds are those of `model.from_settings`.
+    """
+    fields = flat(tree)
+    problems = [f"--config.{name} is missing." for name in _KINDS if name not in fields]
+    if not _has_overrides(tree):
+        problems.append("--config.model.overrides must be fields (configs/common.py).")
+    wrong = kinds.problems(fields, _KINDS)
+    return problems + [f"--config.{name}={words}." for name, words in wrong.items()]
+
+
+def range_problems(tree: dict[str, Any]) -> list[str]:
+    """Of the fields that are of their kind, those with a value that they cannot have."""
+    fields = flat(tree)
+    wrong = kinds.problems(fields, _KINDS)
+    right = {name: value for name, value in fields.items() if name not in wrong}
+    problems = [
+        f"--config.{path}={kinds.shown(right[path])} is out of range: {words}."
+        for path, (holds, words) in _RANGES.items()
+        if path in right and not holds(right[path])
+    ]
+    return problems + [
+        f"--config.{path}={kinds.shown(right[path])} must be one of "
+        f"{', '.join(map(str, choices))}."
+        for path, choices in _CHOICES.items()
+        if path in right and right[path] not in choices
+    ]
+
+
+def check_stored(tree: Any, where: str) -> dict[str, Any]:
+    """A stored config, of this version or an older one, if it can have been a run's.
+
+    Fields that it lacks were not there when it was stored; others than today's are left
+    in it.
+
+    Args:
+      tree: what JSON says.
+      where: it was stored, for messages.
+
+    Raises:
+      ConfigError: if it is none, or a field has a value that no config can have.
+    """
+    try:
+        problems = _stored_problems(tree)
+    except RecursionError:
+        problems = ["it is nested too deeply"]
+    if problems:
+        words = "; ".join(p.removeprefix("--config.").rstrip(".") for p in problems)
+        raise ConfigError(f"{where} holds no config of a run: {words}. {COPY}")
+    return tree
+
+
+def _stored_problems(tree: Any) -> list[str]:
+    if not isinstance(tree, dict) or _has_dots(tree):
+        return ["it is not fields by name"]
+    fields = flat(tree)
+    problems = [f"{name} is missing" for name in _STORED if name not in fields]
+    if not _has_overrides(tree):
+        problems.append("model.overrides are no fields")
+    wrong = kinds.problems(fields, _KINDS)
+    problems += [f"{name}={words}" for name, words in wrong.items()]
+    return problems + range_problems(tree)
+
+
+def _has_overrides(tree: dict[str, Any]) -> bool:
+    """Whether there are overrides, or no model that should have some."""
+    fields = tree.get("model")
+    return not isinstance(fields, dict) or isinstance(fields.get("overrides"), dict)
+
+
+def _has_dots(tree: dict[str, Any]) -> bool:
+    """Whether a name would be taken for one of a group's."""
+    return any(
+        "." in name or (isinstance(value, dict) and _has_dots(value))
+        for name, value in tree.items()
+    )
