@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from alexnet_jax import experiment, fields, main, model, sweeps, train
+from alexnet_jax.checkpoint import MANIFEST
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.experiment import ConfigError
 from configs import common
@@ -448,7 +449,9 @@ def test_files_that_are_no_configs(text, words, monkeypatch, tmp_path):
 @pytest.fixture
 def workdir(tmp_path):
     """Of a run that has begun, as far as its config is concerned."""
-    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    step = tmp_path / "checkpoints" / "3"
+    step.mkdir(parents=True)
+    (step / MANIFEST).touch()
     experiment.write_config(tmp_path, small_config())
     STATISTICS.save(tmp_path / "statistics.npz")
     return tmp_path

@@ -430,7 +430,7 @@ def test_a_second_run_in_a_workdir_is_told_who_is_in_it(finished, folder, tmp_pa
         with pytest.raises(ConfigError) as raised:
             train.train_and_evaluate(config, tmp_path)
         load(tmp_path)  # who only reads is not kept waiting
-    words = rf"is in use by process {os.getpid()} on .* since .* \(.*pytest.*\)\. .*--w"
+    words = rf"is in use by process {os.getpid()} on .* since .* \(.*python.*\)\. .*--w"
     assert re.search(words, str(raised.value)), raised.value
     changed = {path for path in tmp_path.rglob("*") if path not in before}
     assert {path.name for path in changed} <= {train.LOCK_FILE, ".readers"}
