@@ -278,7 +278,9 @@ def _new_layer_problems(config: Config, network: variants.Variant) -> list[str]:
 
 
 def _mesh_problems(config: Config, network: variants.Variant) -> list[str]:
-    if config.parallel.mode not in parallel.MODES or config.data.batch_size < 1:
+    known = config.parallel.mode in parallel.MODES and config.data.batch_size >= 1
+    shape = config.parallel.data, config.parallel.column
+    if not known or not all(side == -1 or side >= 1 for side in shape):
         return []  # said already
     try:
         rows, columns = mesh_shape(config, network)

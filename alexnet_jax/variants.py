@@ -17,11 +17,12 @@ and Fergus, "Visualizing and understanding convolutional networks", ECCV 2014.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
+
+from alexnet_jax import kinds
 
 ActivationKind = Literal["relu", "tanh", "sigmoid"]
 ACTIVATIONS: tuple[ActivationKind, ...] = ("relu", "tanh", "sigmoid")
@@ -675,8 +676,15 @@ def _names(layers: Iterable[str]) -> tuple[str, ...]:
 
 
 def _positive(what: str, value: int) -> int:
-    if isinstance(value, bool) or not 1 <= value < math.inf or value != int(value):
-        raise ValueError(f"{what}={value!r} must be a whole number of at least 1.")
+    if (
+        isinstance(value, bool)
+        or not 1 <= value <= MOST_FEATURES
+        or value != int(value)
+    ):
+        raise ValueError(
+            f"{what}={kinds.shown(value)} must be a whole number of at least 1, at most "
+            f"{MOST_FEATURES:,}."
+        )
     return int(value)
 
 
@@ -704,7 +712,7 @@ def _map_stages(
 def _scaled(table: Variant, width: float) -> Variant:
     if not 0 < width <= MOST_FEATURES:
         raise ValueError(
-            f"width={width} must be above 0, at most {MOST_FEATURES:,}; 0.25 is a "
+            f"width={kinds.shown(width)} must be above 0, at most {MOST_FEATURES:,}; 0.25 is a "
             "quarter."
         )
     columns = table.columns  # every column keeps the same number of features
