@@ -135,8 +135,10 @@ def load_predictions(path: str | os.PathLike[str]) -> Predictions:
     Raises:
       PredictionsError: if there is no such file, or something else in it.
     """
-    needed = [f.name for f in dataclasses.fields(Predictions) if f.name != "views"]
-    found = read_npz(path, ("views", *needed), PredictionsError)
+    optional = ("views", "thumbnails")
+    every = [field.name for field in dataclasses.fields(Predictions)]
+    needed = [name for name in every if name not in optional]
+    found = read_npz(path, every, PredictionsError)
     missing = [name for name in needed if name not in found]
     if missing:
         raise PredictionsError(
@@ -164,9 +166,10 @@ def load_predictions(path: str | os.PathLike[str]) -> Predictions:
         raise PredictionsError(
             f"{path}: num_views must be a number: 1 without views, else how many."
         )
-    thumbnails = found["thumbnails"]
-    side = THUMBNAIL_SIDE
-    if thumbnails.dtype != np.uint8 or thumbnails.shape[1:] != (side, side, 3):
+    thumbnails, side = found.get("thumbnails"), THUMBNAIL_SIDE
+    if thumbnails is not None and (
+        thumbnails.dtype != np.uint8 or thumbnails.shape[1:] != (side, side, 3)
+    ):
         raise PredictionsError(
             f"{path}: thumbnails are {thumbnails.dtype} {thumbnails.shape}; they must be "
             f"uint8 (pictures, {side}, {side}, 3)."
