@@ -54,6 +54,8 @@ def clone(tmp_path_factory):
     root = tmp_path_factory.mktemp("clone")
     for folder in ("configs", "notebooks"):
         shutil.copytree(ROOT / folder, root / folder)
+    (root / "installed").mkdir()
+    (root / "installed" / "alexnet_jax").symlink_to(ROOT / "alexnet_jax")
     return root
 
 
@@ -62,7 +64,7 @@ def clone(tmp_path_factory):
 def test_notebook_runs(name, clone):
     notebook = read(name)
     env = os.environ | {
-        "PYTHONPATH": f"{clone}{os.pathsep}{ROOT}",
+        "PYTHONPATH": str(clone / "installed"),  # the package alone, as pip does
         "TFDS_DATA_DIR": str(clone / "data"),
         "IPYTHONDIR": str(clone / "ipython"),
         "JAX_PLATFORMS": "cpu",
