@@ -173,8 +173,8 @@ class Checkpointer:
             was none: such a step is never the best one.
 
         Raises:
-          CheckpointError: for a step below the newest one, in read-only use, or when the
-        disk is full: then nothing is left of the step.
+          CheckpointError: for a step below the newest one, in read-only use, or if the
+            disk is full; of that step nothing is left then.
           TypeError: for metadata that JSON cannot hold.
         """
         if self._read_only:
@@ -225,9 +225,9 @@ class Checkpointer:
                 yield
         except FullDiskError as error:
             if jax.process_index() == 0:
-                for folder in self.directory.glob(f"{step}*"):
-                    if folder.name == str(step) or "tmp" in folder.name:
-                        shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(self._folder(step), ignore_errors=True)
+                for folder in self.directory.glob(f"{step}.*"):  # Orbax's, not renamed
+                    shutil.rmtree(folder, ignore_errors=True)
             whole = max(self._known_whole_steps(), default=None)
             kept = "" if whole is None else f" The one of step {whole} is as it was."
             raise CheckpointError(
