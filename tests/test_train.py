@@ -844,34 +844,61 @@ def test_ctrl_c_while_compiling_and_once_more(tmp_path):
     assert out == "ended at once; start the same command again\n"
 
 
-@pytest.mark.parametrize(
-    "args, words",
-    [
-        (["stray"], "error: unknown on the command line: stray. A field of the config"),
-        (["--config.model.widht=1"], "no such field: widht. Did you mean"),
-        (["--config.seed=x"], "error: the command line: flag --config.seed=x"),
-        (["--nosuch=1"], "error: the command line: Unknown command line flag 'nosuch'"),
-        (["--config.data.source=folder:nowhere"], "nowhere does not exist"),
-        (["--config.data.batch_size=0"], "1 mistake in the config:"),
-    ],
-)
-def test_mistakes_on_the_command_line_are_one_message(args, words, tmp_path):
-    done = run_main(
-        "--config=configs/folder.py",
-        f"--workdir={tmp_path / 'run'}",
-        "--cpu_devices=1",
-        *args,
+FOLDER = ("--config=configs/folder.py", "--workdir={run}", "--cpu_devices=1")
+# What is given, and what has to be said.
+MISTAKES = {
+    (
+        *FOLDER,
+        "stray",
+    ): "error: unknown on the command line: stray. A field of the config",
+    (*FOLDER, "--config.model.widht=1"): "no such field: widht. Did you mean",
+    (*FOLDER, "--config.seed=x"): "error: the command line: flag --config.seed=x",
+    (*FOLDER, "--nosuch=1"): (
+        "error: the command line: Unknown command line flag 'nosuch'"
+    ),
+    (*FOLDER, "--config.data.source=folder:nowhere"): "nowhere does not exist",
+    (*FOLDER, "--config.data.batch_size=0"): "1 mistake in the config:",
+    (): "error: --config=FILE is missing",
+    ("--config=configs/paper.py",): "error: --workdir=DIR is missing",
+}
+# The command as it is started, but imported once: a fork for each of its mistakes.
+FORKS = """
+import json, os, sys
+from alexnet_jax import main
+for number, args in enumerate(json.loads(sys.argv[1])):
+    if not os.fork():
+        os.dup2(os.open(f"{sys.argv[2]}/{number}", os.O_CREAT | os.O_WRONLY), 2)
+        sys.argv[1:] = args
+        main.run()
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory):
+    """(exit status, standard error) of each of `MISTAKES`, and the workdir asked for."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    run = folder / "run"
+    commands = [[arg.format(run=run) for arg in args] for args in MISTAKES]
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, json.dumps(commands), str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert done.returncode == 1
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "run").exists()  # nothing half-written
+    said = [(folder / str(number)).read_text() for number in range(len(commands))]
+    statuses = [int(line) for line in done.stdout.splitlines()]
+    return dict(zip(MISTAKES, zip(statuses, said, strict=True), strict=True)), run
 
 
-def test_missing_config_and_workdir_are_said():
-    assert "error: --config=FILE is missing" in run_main().stderr
-    done = run_main("--config=configs/paper.py")
-    assert "error: --workdir=DIR is missing" in done.stderr
+@pytest.mark.parametrize("args", MISTAKES)
+def test_mistakes_on_the_command_line_are_one_message(args, mistaken):
+    (status, said), run = mistaken[0][args], mistaken[1]
+    assert status == 1
+    assert MISTAKES[args] in said
+    assert "Traceback" not in said
+    assert not run.exists()  # nothing half-written
 
 
 def test_describe_from_any_folder(tmp_path):
