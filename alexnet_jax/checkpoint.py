@@ -39,6 +39,7 @@ from alexnet_jax.data.files import (
     FullDiskError,
     check_unpacked,
     parse_json,
+    read_small,
     telling_of_a_full_disk,
 )
 
@@ -652,7 +653,7 @@ def _write_manifest(
 
 def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     """The manifest as a dict; ValueError when it is not byte for byte as written."""
-    text = (folder / MANIFEST).read_bytes()
+    text = read_small(folder / MANIFEST)
     body = parse_json(text)
     if not isinstance(body, dict) or not _is_written_so(body, text):
         raise ValueError("it does not match its own SHA-256 sum")

@@ -24,7 +24,7 @@ from alexnet_jax.checkpoint import Checkpointer, CheckpointError, split_step
 from alexnet_jax.data import DataError
 from alexnet_jax.data import images as images_lib
 from alexnet_jax.data import statistics as statistics_lib
-from alexnet_jax.data.files import parse_json, replacing
+from alexnet_jax.data.files import parse_json, read_small, replacing
 from alexnet_jax.data.sources import Source
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.fields import ConfigError, flat
@@ -751,7 +751,7 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
     """
     path = workdir / CONFIG_FILE
     try:
-        fields = parse_json(path.read_bytes())
+        fields = parse_json(read_small(path))
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -772,7 +772,7 @@ def read_class_names(workdir: Path) -> list[str] | None:
     """
     path = workdir / CLASSES_FILE
     try:
-        names = parse_json(path.read_bytes())
+        names = parse_json(read_small(path))
     except FileNotFoundError:
         return None
     except ValueError as error:

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from alexnet_jax import distributed, divergence, finetune, parallel
 from alexnet_jax import experiment as experiment_lib
-from alexnet_jax.checkpoint import Checkpointer, has_checkpoint
+from alexnet_jax.checkpoint import Checkpointer, CheckpointError, has_checkpoint
 from alexnet_jax.data import Batches, locks
 from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, wnids
@@ -82,7 +82,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
         143 or 138), once a checkpoint has been written.
     """
     watch = Stopwatch()
-    path = Path(workdir).absolute()
+    path = _folder(workdir)
     # Before anything is written: weights to start from may be the wrong ones.
     begun = has_checkpoint(path / experiment_lib.CHECKPOINTS)
     if not begun:
@@ -96,9 +96,12 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
             path / experiment_lib.CHECKPOINTS, keep=config.checkpoint.keep
         ) as checkpointer,
     ):
-        restored = checkpointer.restore(experiment.abstract_state())
+        restored = _restore(checkpointer, experiment, differences)
         if restored:
             state, host = restored
+            # What the checkpoint was trained with: the workdir may have been begun, or
+            # its config changed, since `prepare` looked.
+            differences = _differences(config, host["config"], path)
             origin = [
                 f"resuming from step {int(state.step)} ({checkpointer.directory})"
             ]
@@ -119,6 +122,32 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
             run = _Run(experiment, state, checkpointer, writers, host, watch)
             _train(run, path)
             return run.state
+
+
+def _folder(workdir: str | os.PathLike[str]) -> Path:
+    """The workdir, absolute; ConfigError if it cannot be one."""
+    if "://" in os.fspath(workdir):
+        raise ConfigError(
+            f"--workdir={workdir} must be a local or mounted folder: a run is resumed from "
+            "what is renamed there at once."
+        )
+    path = Path(workdir).absolute()
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--workdir={workdir} is a file; name a folder, or none yet.")
+    return path
+
+
+def _restore(
+    checkpointer: Checkpointer, experiment: Experiment, differences: Sequence[str]
+) -> tuple[TrainState, dict[str, Any]] | None:
+    """`Checkpointer.restore`; its error says how the configs differ, if they do."""
+    try:
+        return checkpointer.restore(experiment.abstract_state())
+    except CheckpointError as error:
+        if not differences:
+            raise
+        lines = "\n".join(["", *differences])
+        raise CheckpointError(f"{error}{lines}") from error
 
 
 class _NotFiniteError(FloatingPointError):
@@ -250,14 +279,17 @@ def prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
 
 
 def _compare_with_workdir(config: Config, workdir: Path) -> list[str]:
-    """Lines that say how the config differs from the workdir's own.
+    """`_differences` from the workdir's own config."""
+    saved = experiment_lib.read_config(workdir)
+    return [] if saved is None else _differences(config, saved, workdir)
+
+
+def _differences(config: Config, saved: dict[str, Any], workdir: Path) -> list[str]:
+    """Lines that say how the config differs from one that a workdir was trained with.
 
     Raises:
       ConfigError: when it describes another network.
     """
-    saved = experiment_lib.read_config(workdir)
-    if saved is None:
-        return []
     old = experiment_lib.flat(saved)
     new = experiment_lib.flat(experiment_lib.as_json(config))
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]

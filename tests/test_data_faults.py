@@ -605,6 +605,27 @@ def _damaged_description(root: Path) -> None:
     (root / "dataset_info.json").write_text("{")
 
 
+def _features(root: Path, old: str, new: str) -> None:
+    path = root / "features.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def _cut_features(root: Path) -> None:
+    (root / "features.json").write_text('{"featuresDict": {')
+
+
+def _feature_of_no_name(root: Path) -> None:
+    _features(root, "image_feature.Image", "image_feature.Imagf")
+
+
+def _feature_that_would_be_imported(root: Path) -> None:
+    """A module that stops the tests if it is."""
+    (root / "evil_module.py").write_text("raise SystemExit('imported')\n")
+    _features(root, "tensorflow_datasets.core.features.image_feature", "evil_module")
+
+
 def _with_record(root: Path, record: bytes) -> None:
     """Puts one record in the place of all."""
     from array_record.python import array_record_module
@@ -636,7 +657,10 @@ TFDS_FAULTS = [
     (_cut_shard, "chunk header hash mismatch"),
     (_empty_shard, "record 0 of "),
     (_flipped_bit, "chunk data hash mismatch"),
-    (_damaged_description, "dataset_info.json is damaged"),
+    (_damaged_description, "(dataset_info.json, features.json) is damaged: "),
+    (_cut_features, "(dataset_info.json, features.json) is damaged: "),
+    (_feature_of_no_name, "Unrecognized FeatureConnector type"),
+    (_feature_that_would_be_imported, "names the class 'evil_module.Image', which"),
     (_label_too_large, "label 1000, outside 0..999"),
     (_label_below_zero, "label -1, outside 0..999"),
     (_record_of_something_else, "is damaged: Error parsing message"),
@@ -658,6 +682,7 @@ def test_data_sets_that_are_wrong_are_one_message(
     root = tmp_path / "imagenet2012" / "5.1.0"
     shutil.copytree(data_set, root)
     damage(root)
+    monkeypatch.syspath_prepend(root)  # what `python -m` does with the folder it is in
     originals._reader.cache_clear()
     write_shards_here(monkeypatch)
     arguments = ["--source=imagenet2012", f"--data_dir={tmp_path}"]
@@ -1215,6 +1240,22 @@ def test_who_is_refused_is_told_who_holds_it(tmp_path):
         assert json.loads(path.read_text())["pid"] == os.getpid()
         assert f"process {os.getpid()} on" in refused(path)
     assert path.read_text() == ""
+
+
+def test_a_lock_that_is_a_link_is_not_written_through(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / ".lock").symlink_to(tmp_path / "file")
+    with pytest.raises(OSError), locks.held(tmp_path / ".lock", wait=False):
+        pass
+    with locks.shared(tmp_path / ".lock"):
+        pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_pipe_in_a_locks_place_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / ".readers")
+    with locks.shared(tmp_path / ".readers"):
+        pass
 
 
 def test_a_lock_file_that_says_nothing(tmp_path):

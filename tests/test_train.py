@@ -489,6 +489,34 @@ def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(
     assert records(workdir, "train/") == records(finished[1], "train/")
 
 
+def test_a_checkpoint_of_another_network_is_refused_whatever_the_workdir_says(
+    finished, folder, tmp_path
+):
+    # Its config is gone, or was another one's when it was looked at.
+    shutil.copytree(finished[1], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").unlink()
+    config = small_config(folder, num_epochs=9.0)
+    config.model.overrides.activation = "tanh"  # of the same shapes
+    with pytest.raises(ConfigError, match=r"activation: None in the workdir, now tanh"):
+        train.train_and_evaluate(config, tmp_path)
+
+
+def test_what_makes_a_checkpoint_unreadable_is_shown(finished, folder, tmp_path):
+    shutil.copytree(finished[1], tmp_path, dirs_exist_ok=True)
+    config = small_config(folder, num_epochs=9.0)
+    config.schedule.name = "cosine"
+    with pytest.raises(CheckpointError, match=r"schedule.name: plateau in the workdir"):
+        train.train_and_evaluate(config, tmp_path)
+
+
+def test_a_workdir_that_cannot_be_one(folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is a file; name a folder"):
+        train.train_and_evaluate(small_config(folder), tmp_path / "file")
+    with pytest.raises(ConfigError, match="gs://bucket/run must be a local or mounted"):
+        train.train_and_evaluate(small_config(folder), "gs://bucket/run")
+
+
 def test_load_gives_model_variables_and_preprocess(finished, folder):
     _, workdir = finished
     model, variables, preprocess = load(workdir)

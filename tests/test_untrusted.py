@@ -1450,6 +1450,26 @@ def test_pictures(data):
         assert found.shape == (16, 16, 3) and found.dtype == np.uint8
 
 
+# --- files that never end --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, read",
+    [
+        ("config.json", experiment.read_config),
+        ("classes.json", experiment.read_class_names),
+        ("checkpoints/3/manifest.json", experiment.load),
+    ],
+)
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_pipes_and_devices_are_not_read(name, read, make, whole_run, tmp_path):
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    (run / name).unlink()
+    make(run / name)
+    with pytest.raises((ConfigError, CheckpointError), match="no regular file"):
+        read(run)
+
+
 # --- no code from files -------------------------------------------------------------
 
 PICKLES = {

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -169,6 +170,22 @@ def check_unpacked(unpacked: int, packed: int) -> None:
             f"it would unpack to {unpacked:,} bytes, more than {MOST_TIMES} times its "
             f"own {packed:,}"
         )
+
+
+def read_small(path: str | os.PathLike[str]) -> bytes:
+    """The whole of a file that is a few lines or tables long.
+
+    Raises:
+      ValueError: if it is larger than `MOST_UNPACKED`, or a pipe or device, whose end
+        may never come.
+      OSError: if it cannot be read.
+    """
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError("it is no regular file")
+    if about.st_size > MOST_UNPACKED:
+        raise ValueError(f"it has {about.st_size:,} bytes")
+    return Path(path).read_bytes()
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -42,7 +42,9 @@ def held(path: Path, *, wait: bool) -> Iterator[None]:
         yield
         return
     # Not truncated: the line in it may be the holder's.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    # Nor followed: what is written into it must not be written elsewhere.
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(path, flags, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -70,10 +72,11 @@ def shared(path: Path) -> Iterator[None]:
         import fcntl
 
         try:
-            flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC
-            descriptor = os.open(path, flags, 0o666)
+            # Of a pipe, which must not be waited for, there is no lock.
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            descriptor = os.open(path, flags | os.O_CREAT, 0o666)
         except OSError:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(path, flags)
     except (ImportError, OSError):
         yield
         return

@@ -16,6 +16,7 @@ import numpy as np
 
 from alexnet_jax.data import images as images_lib
 from alexnet_jax.data.errors import DataError
+from alexnet_jax.data.files import parse_json, read_small
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _EVAL_FOLDERS = ("test", "val", "validation")
@@ -25,6 +26,7 @@ HOW_TO_GET_IMAGENET = (
     '(all tasks)", 6.3 GB; put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, '
     "packed as they are, into one folder"
 )
+_TFDS_CLASS = re.compile(r"tensorflow_datasets\.core\.features\.[\w.]+")
 _PREPARE_AGAIN = "Delete the directory and prepare the data set again"
 _OTHER_FILES = 64  # that a process has open besides the data
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -521,16 +523,55 @@ def check_name(name: str, where: str) -> None:
 
 
 def tfds_builder(directory: Path) -> Any:
-    """tfds's builder of a prepared data set; DataError if its description is damaged."""
+    """tfds's builder of a prepared data set.
+
+    Raises:
+      DataError: if its description is damaged, or names what is not tfds's.
+    """
     import tensorflow_datasets as tfds
     from google.protobuf import json_format
 
     try:
+        _check_features(directory / "features.json")
         return tfds.builder_from_directory(directory)
-    except json_format.ParseError as error:
+    except DataError:
+        raise
+    # Of a damaged description tfds's own errors are many.
+    except (
+        *(ValueError, TypeError, LookupError, AttributeError, ImportError),
+        json_format.Error,
+    ) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{directory / 'dataset_info.json'} is damaged ({error}). {_PREPARE_AGAIN}"
+            f"the description of the data set in {directory} (dataset_info.json, "
+            f"features.json) is damaged: {first[:300]}. {_PREPARE_AGAIN}"
         ) from error
+
+
+def _check_features(path: Path) -> None:
+    """Raises DataError if a data set asks for other classes than tfds's own.
+
+    tfds imports whatever module is named there, and so runs it.
+    """
+    if not path.exists():
+        return
+    found = [parse_json(read_small(path))]
+    while found:
+        value = found.pop()
+        if isinstance(value, list):
+            found += value
+        if not isinstance(value, dict):
+            continue
+        found += value.values()
+        for key in ("pythonClassName", "python_class_name", "type"):
+            name = value.get(key)
+            if not isinstance(name, str) or (key == "type" and "." not in name):
+                continue
+            if not _TFDS_CLASS.fullmatch(name):
+                raise DataError(
+                    f"{path} names the class {name[:100]!r}, which would be imported; "
+                    f"only tensorflow_datasets's own features are. {_PREPARE_AGAIN}"
+                )
 
 
 def check_files(files: Collection[str], what: str) -> None:
