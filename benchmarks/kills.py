@@ -82,7 +82,7 @@ AIMS = (
     (COMPILING, None, ARRAYS, None, None, LAST_SAVE),
     (None, None, BEFORE_MANIFEST, None, EVALUATION, LAST_SAVE),
 )
-SHORT_AIMS = (COMPILING, BEFORE_MANIFEST, EVALUATION)
+SHORT_AIMS = (COMPILING, BEFORE_MANIFEST, EVALUATION, LAST_SAVE)
 # The share of kills after which a checkpoint is damaged, where there are two.
 DAMAGED = {"short": 1.0, "long": 2 / 3}
 # Between two looks at a life: less than a phase takes.
