@@ -33,7 +33,7 @@ from alexnet_jax.data.files import replacing
 from alexnet_jax.data.images import short_names
 from alexnet_jax.experiment import CONFIG_FILE, read_config
 from alexnet_jax.findings import first_kernel, read_run
-from alexnet_jax.pictures import exit_status
+from alexnet_jax.pictures import exit_status, save_figure
 from alexnet_jax.report_page import build_page
 from alexnet_jax.writers import METRICS_FILE, read_metrics
 
@@ -48,12 +48,6 @@ _NEXT = """what next
                         --workdir=runs/paper --config.data.source=folder:PATH
   without LRN         add --config.model.overrides.lrn=False and a new --workdir
   in a notebook       model, variables, preprocess = alexnet_jax.load("{workdir}")"""
-
-
-def _save(figure: Any, path: Path, kind: str = "png") -> None:
-    """Writes a figure, whole or not at all."""
-    with replacing(path) as file:
-        figure.savefig(file, format=kind, dpi=150)
 
 
 def _errors_in_words(records: Sequence[dict[str, Any]]) -> list[str]:
@@ -85,10 +79,10 @@ def report(workdir: Path, *, python: str = "python") -> list[str]:
     html = build_page(run, python)  # before anything is written
     filters, curves = workdir / "filters.png", workdir / "curves.png"
     kernel, columns = first_kernel(run)
-    _save(first_layer_filters(kernel, columns=columns), filters)
+    save_figure(first_layer_filters(kernel, columns=columns), filters)
     statistics = workdir / "filter_statistics.png"
-    _save(filter_statistics_by_column(kernel, columns=columns), statistics)
-    _save(training_curves(run.records), curves)
+    save_figure(filter_statistics_by_column(kernel, columns=columns), statistics)
+    save_figure(training_curves(run.records), curves)
     with replacing(workdir / REPORT_FILE) as file:
         file.write(html)
     return [
@@ -126,7 +120,7 @@ def compare(workdirs: Sequence[Path], out: Path) -> list[str]:
         said = _errors_in_words(runs[name]) or ["no evaluation yet"]
         lines += [f"{name}: {line}" for line in said]
     figure = training_curves(runs)
-    _save(figure, out, kind)
+    save_figure(figure, out)
     return [*lines, f"curves of {len(runs)} runs: {out}"]
 
 
