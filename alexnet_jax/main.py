@@ -18,7 +18,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from alexnet_jax import distributed, experiment, protocol, stopping, train
+from alexnet_jax import distributed, experiment, memory, protocol, stopping, train
 from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.data import DataError
 from alexnet_jax.describe import describe, describe_modes
@@ -108,6 +108,7 @@ def main(argv: Sequence[str]) -> None:
     with stopping.at_once():  # they wait for the other processes
         _connect()
         distributed.require_same({"mode": _MODE.value, "workdir": workdir} | fields)
+    memory.return_freed_arrays()
     if _MODE.value != "describe":
         _keep_compiled_programs()
     if _MODE.value == "describe":
