@@ -1,6 +1,8 @@
 # Everything sets itself up: Python 3.11+ and make are enough.
 PYTHON ?= python3
 BIN := .venv/bin
+# Python compiles what is imported, when it is: a fraction of what is installed.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 # Two processes, a test file at a time: compiling, most of the work, uses one core.
 PARALLEL := --numprocesses=2 --dist=loadfile
 
@@ -43,14 +45,14 @@ clean:
 		f"Python 3.11 or newer is needed; $(PYTHON) is {v}. Name another one: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable .
+	$(INSTALL) --editable .
 	@touch $@
 
 .venv/.dev: .venv/.installed
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(INSTALL) --editable ".[dev]"
 	@touch $@
 
 # The peer. On a GPU machine: `pip install torch==2.13.0` by hand, with its CUDA.
 .venv/.bench: .venv/.dev
-	$(BIN)/python -m pip install --quiet "torch==2.13.0"
+	$(INSTALL) "torch==2.13.0"
 	@touch $@
