@@ -318,8 +318,8 @@ def test_gradients_are_exchanged_once_however_many_parts():
     # The loop's body is a computation of its own: all that is sent is outside it.
     entry = parts[parts.index("\nENTRY ") :]
     assert communication.collectives(entry) == communication.collectives(parts)
-    # The other loops are the random numbers'.
-    assert parts.count(" while(") == whole.count(" while(") + 1
+    # And it is a loop: unrolled it would have each convolution once more.
+    assert parts.count(" convolution(") == whole.count(" convolution(") > 0
 
 
 def test_batch_norm_in_parts_passes_its_statistics_on():

@@ -383,7 +383,7 @@ def test_a_dry_run_shows_the_commands_and_makes_nothing(tmp_path, capsys, monkey
     arguments = ["configs/sweeps/figure1.py", f"--out={out}", "--dry_run"]
     assert launcher.main([*arguments, "--seeds=0,1", "--slurm=--gres=none"]) == 0
     *commands, last = capsys.readouterr().out.splitlines()
-    assert len(commands) == 8
+    assert len(commands) == 3 + 3 + 2 + 4
     assert commands[0].startswith("sbatch --wait --parsable --nodes=1 ")
     assert "--gres=gpu:1" in commands[0].partition(" --gres=none ")[0]
     assert f"--workdir={out}/runs/relu-0.003/seed_0" in commands[0]
