@@ -90,6 +90,21 @@ def test_a_commands_status_is_the_processes():
         assert done.returncode == status
 
 
+def test_ctrl_c_while_a_command_is_imported(tmp_path):
+    """No traceback, and the status of a program that Ctrl-C has ended."""
+    (tmp_path / "jax.py").write_text(
+        "import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(60)\n"
+    )
+    for name in ("main", "predict"):
+        done = subprocess.run(
+            [sys.executable, "-m", f"alexnet_jax.{name}"],
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
+
+
 # The main thread is busy outside Python, as in a compilation, for very long.
 BUSY = """
 import hashlib
