@@ -42,11 +42,12 @@ from alexnet_jax.data.files import (
     read_small,
     telling_of_a_full_disk,
 )
+from alexnet_jax.data.paths import require_utf8
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _TEMPORARY = MANIFEST + ".tmp"
-_READERS = ".readers"
+READERS = ".readers"
 # Of a state's size: no state is compressed to less (at first half of it is zeros). With
 # less room than that on the disk nothing is begun.
 _LEAST_SHARE = 0.4
@@ -123,7 +124,7 @@ class Checkpointer:
         self._problems: dict[int, str] = {}
         self._reading = contextlib.ExitStack()
         if read_only:
-            self._reading.enter_context(locks.shared(self.directory / _READERS))
+            self._reading.enter_context(locks.shared(self.directory / READERS))
         # Orbax's own preservation policies are not used, for two reasons: they delete
         # before the new step has its manifest, and they count broken steps. Nor are
         # its metrics: one flipped bit in their JSON makes the manager refuse to open.
@@ -261,7 +262,7 @@ class Checkpointer:
         with contextlib.ExitStack() as alone:
             if old:
                 try:
-                    readers = self.directory / _READERS
+                    readers = self.directory / READERS
                     alone.enter_context(locks.held(readers, wait=False))
                 except locks.HeldError:
                     old = []  # somebody reads: they go after the next save
@@ -768,6 +769,7 @@ def _absolute(directory: str | os.PathLike[str]) -> pathlib.Path:
             f"{text}: checkpoints need a local or mounted folder, because the manifest "
             "relies on an atomic rename."
         )
+    require_utf8(text)
     return pathlib.Path(os.path.abspath(os.path.expanduser(text)))
 
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alexnet_jax import pretrained, stopping, variants
+from alexnet_jax.data.paths import require_writable_file
 from alexnet_jax.experiment import read_network
 from alexnet_jax.pictures import exit_status
 from alexnet_jax.pretrained.torchvision import VARIANT
@@ -43,6 +44,7 @@ def export(
 
     Raises:
       WeightsError: for another suffix, or what cannot be written in that form.
+      PathError: (an OSError) `out` cannot be written.
       FileNotFoundError, CheckpointError: as `experiment.load`.
     """
     suffix = out.suffix.lower()
@@ -52,6 +54,7 @@ def export(
         )
     if suffix == ".onnx" and names != "alexnet_jax":
         raise pretrained.WeightsError(f"--names={names} is of .safetensors, not {out}.")
+    require_writable_file(out)
     weights = read_network(source, step=step, variant=variant)
     if names == "torchvision":
         _require_full_width(source, weights)

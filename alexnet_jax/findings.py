@@ -18,6 +18,7 @@ from alexnet_jax import experiment, retrieve, stopwatch
 from alexnet_jax.analysis.retrieval import Index, nearest, shrink
 from alexnet_jax.checkpoint import Checkpointer
 from alexnet_jax.data import DataError
+from alexnet_jax.data.paths import message_of
 from alexnet_jax.data.sources import Sample, Source
 from alexnet_jax.evaluate import Predictions
 from alexnet_jax.model import LayerSummary, summary
@@ -263,7 +264,7 @@ def _or_missing(look: Callable[[], Any]) -> Any:
     try:
         return look()
     except (DataError, OSError) as error:
-        return Missing(str(error))
+        return Missing(message_of(error))
 
 
 # Where the time went.

@@ -21,11 +21,13 @@ from ml_collections import config_flags
 from alexnet_jax import distributed, experiment, memory, protocol, stopping, train
 from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.data import DataError
+from alexnet_jax.data.paths import message_of
 from alexnet_jax.describe import describe, describe_modes
 from alexnet_jax.distributed import DistributedError
 from alexnet_jax.evaluate import PredictionsError
 from alexnet_jax.experiment import ConfigError
 from alexnet_jax.pretrained import WeightsError
+from alexnet_jax.writers import show_every_name
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="A file of configs/, such as configs/paper.py."
@@ -220,6 +222,7 @@ def _cut(text: str) -> str:
 def run() -> None:
     """The command: exit status 1 (or 3) and one message for what the user can mend."""
     logging.set_verbosity(logging.WARNING)  # jax's and orbax's chatter
+    show_every_name()
     # The files of configs/ import one another, wherever the command is started.
     sys.path.append(str(Path(__file__).parent.parent))
     try:
@@ -229,7 +232,7 @@ def run() -> None:
         distributed.leave(f"error: {error}", experiment.DIVERGED, all_say_it=True)
     except _USER_ERRORS as error:
         # What ml_collections says when a broken config file is asked for once more.
-        words = str(error).rpartition(" failure to load: ")[2]
+        words = message_of(error).rpartition(" failure to load: ")[2]
         distributed.leave(f"error: {words}", 1, all_say_it=True)
     except stopping.Interrupted as stopped:  # which has said its line
         if jax.distributed.is_initialized():

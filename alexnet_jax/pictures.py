@@ -19,6 +19,7 @@ from alexnet_jax.checkpoint import CheckpointError, split_step
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.images import load_picture
+from alexnet_jax.data.paths import message_of
 from alexnet_jax.data.sources import Source
 from alexnet_jax.experiment import (
     is_weights_file,
@@ -238,5 +239,5 @@ def exit_status(command: Callable[[], bool]) -> int:
     except BrokenPipeError:  # "| head" has seen enough; nothing is left to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (CheckpointError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message_of(error)}", file=sys.stderr)
     return 1

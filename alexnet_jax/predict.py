@@ -23,6 +23,7 @@ import numpy as np
 from alexnet_jax import stopping
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import short_names
+from alexnet_jax.data.paths import message_of, printable, require_writable_file
 from alexnet_jax.experiment import load
 from alexnet_jax.pictures import (
     BATCH,
@@ -93,11 +94,11 @@ def predict(
 
 def as_text(prediction: Prediction, top: int) -> str:
     """The picture's path and a line a label, the best first."""
+    chances, names = prediction.probabilities, prediction.class_names
     lines = [
-        f"{100 * prediction.probabilities[k]:7.2f}%  {words(prediction.class_names[k])}"
-        for k in prediction.best(top)
+        f"{100 * chances[k]:7.2f}%  {words(names[k])}" for k in prediction.best(top)
     ]
-    return "\n".join([prediction.path, *lines])
+    return "\n".join(map(printable, [prediction.path, *lines]))
 
 
 def as_json(prediction: Prediction, top: int) -> dict[str, Any]:
@@ -165,11 +166,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _predict(options: argparse.Namespace) -> bool:
     """Prints what is in each picture; returns whether all could be read."""
+    for path in filter(None, (options.figure, options.feature_maps)):
+        require_writable_file(path)
     drawn: list[Prediction] = []
     all_read = True
     for found in predict(options.workdir, options.pictures, step=options.step):
         if isinstance(found, Exception):
-            print(f"error: {found}", file=sys.stderr)
+            print(f"error: {message_of(found)}", file=sys.stderr)
             all_read = False
             continue
         if options.format == "json":

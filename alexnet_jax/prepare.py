@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 from alexnet_jax import stopping
 from alexnet_jax.data import eval_batches, sources, statistics
-from alexnet_jax.data.files import existing_parent, replacing
+from alexnet_jax.data.files import replacing
+from alexnet_jax.data.paths import expanded, message_of, printable, require_writable
 from alexnet_jax.writers import progress, show_every_name
 
 # Flags of its own, not absl's global ones: several command lines of this package
@@ -81,9 +82,9 @@ def _imagenet() -> int:
     if not FLAGS.source:
         raise ValueError("--source is missing: the folder with the ImageNet archives")
     data_dir = sources.tfds_data_dir(FLAGS.data_dir)
-    _check_writable(data_dir)
+    require_writable(data_dir)
     preparation.prepare(
-        Path(FLAGS.source).expanduser().absolute(),
+        expanded(FLAGS.source).absolute(),
         data_dir.absolute(),
         workers=FLAGS.workers,
         max_unreadable=FLAGS.max_unreadable,
@@ -108,7 +109,7 @@ def _check() -> int:
         )
     if not FLAGS.split:
         raise ValueError("--split is empty: which split is trained on?")
-    _check_writable(out.absolute().parent)
+    require_writable(out.absolute().parent)
     train, evaluation = (
         sources.open_source(
             name, split, data_dir=FLAGS.data_dir, image_size=FLAGS.image_size
@@ -137,22 +138,13 @@ def _check() -> int:
     return 1 if wrong else 0
 
 
-def _check_writable(folder: Path) -> None:
-    """Before work of hours: `folder` can be made and written."""
-    existing = existing_parent(folder)
-    if not existing.is_dir():
-        raise ValueError(f"cannot write to {folder}: {existing} is not a folder")
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"cannot write to {folder}: no permission for {existing}")
-
-
 def _textures() -> int:
     from alexnet_jax.data.textures import baselines
 
+    train, test = _features("train"), _features("test")
     print(
         "error by chance 0.900; these must stay near it, both chosen on the test split:"
     )
-    train, test = _features("train"), _features("test")
     for name, error in (
         ("linear in the pixels", baselines.linear_error),
         ("colours only", baselines.color_error),
@@ -193,8 +185,7 @@ def _statistics() -> int:
         image_size=FLAGS.image_size,
     )
     path = statistics.statistics_path(source)
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"cannot write {path}: no permission")  # before the long pass
+    require_writable(path.parent)  # before the long pass
     count = min(source.num_examples, FLAGS.max_examples or source.num_examples)
     print(f"{source.description}: {count:,} of {source.num_examples:,} pictures")
     started = time.perf_counter()
@@ -218,8 +209,8 @@ def _numbers(values: np.ndarray) -> str:
     return "  ".join(f"{value:7.3f}" for value in values)
 
 
-def _say(line: str) -> None:
-    tqdm.write(line)
+def _say(text: str) -> None:
+    tqdm.write(printable(text, lines=True))
     sys.stdout.flush()
 
 
@@ -249,7 +240,7 @@ def main(argv: list[str]) -> int:
             )
         return COMMANDS[words[0]]()
     except (flags.Error, ValueError, OSError) as error:
-        print(f"prepare: {error}", file=sys.stderr)
+        print(f"prepare: {message_of(error)}", file=sys.stderr)
         return 1
 
 

@@ -22,6 +22,7 @@ from alexnet_jax.checkpoint import (
     split_step,
 )
 from alexnet_jax.data.imagenet import words
+from alexnet_jax.data.paths import printable, require_writable_file
 from alexnet_jax.evaluate import (
     Predictions,
     average,
@@ -63,8 +64,13 @@ class Member:
         """DIR, DIR@STEP, DIR@best, DIR@latest, FILE.safetensors ... or FILE.npz.
 
         Raises:
-          CheckpointError: for another word after the "@".
+          CheckpointError: for nothing, or another word after the "@".
         """
+        if not text:
+            raise CheckpointError(
+                "--workdir has a comma with nothing before or behind it; several are "
+                "given as DIR,DIR@STEP,FILE.npz."
+            )
         folder, step = split_step(text)
         return cls(Path(folder), step)
 
@@ -93,12 +99,15 @@ def evaluate_runs(
     Raises:
       CheckpointError: when there is no such checkpoint.
       PredictionsError: for a file without predictions, or of other pictures.
+      PathError: (an OSError) `save_to` cannot be written.
       ConfigError, DataError: as `train.train_and_evaluate`.
     """
     if not config.data.eval_split:
         raise ConfigError("--config.data.eval_split is empty: nothing to evaluate on.")
     if save_to is not None and Path(save_to).suffix != ".npz":
         raise ConfigError(f"--predictions={save_to} must be a file FILE.npz.")
+    if save_to is not None and jax.process_index() == 0:  # which writes it
+        require_writable_file(Path(save_to))
     for member in members:  # all of them, before the first is computed
         if not member.is_predictions and not member.is_weights:
             _require_checkpoint(member)
@@ -140,7 +149,7 @@ def describe_mistakes(predictions: Predictions, most: int = WORST) -> list[str]:
     confusions = worst_confusions(predictions, most)
     if not worst:
         return ["no picture is classified wrongly"]
-    names = {name: words(name) for name in predictions.class_names}
+    names = {name: printable(words(name)) for name in predictions.class_names}
     shown = [c.name for c in worst] + [n for c in confusions for n in c[:2]]
     width = max(len(names[name]) for name in shown)
     where = _views_in_words(predictions.num_views)
@@ -211,7 +220,11 @@ def _from_weights(config: Config, path: Path) -> tuple[Experiment, dict[str, Any
 
 
 def _some_names(names: Sequence[str] | None) -> str:
-    return "it does not say which" if names is None else f"{', '.join(names[:3])} ..."
+    return (
+        "it does not say which"
+        if names is None
+        else f"{', '.join(map(printable, names[:3]))} ..."
+    )
 
 
 def _predictions(experiment: Experiment, variables: dict[str, Any]) -> Predictions:

@@ -31,6 +31,7 @@ from alexnet_jax.analysis import (
 )
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.images import short_names
+from alexnet_jax.data.paths import printable, require_writable, require_writable_file
 from alexnet_jax.experiment import CONFIG_FILE, read_config
 from alexnet_jax.findings import first_kernel, read_run
 from alexnet_jax.pictures import exit_status, save_figure
@@ -74,8 +75,10 @@ def report(workdir: Path, *, python: str = "python") -> list[str]:
 
     Raises:
       FileNotFoundError, CheckpointError: as `experiment.load`.
+      PathError: (an OSError) nothing can be written there.
     """
     run = read_run(workdir)
+    require_writable(workdir)
     html = build_page(run, python)  # before anything is written
     filters, curves = workdir / "filters.png", workdir / "curves.png"
     kernel, columns = first_kernel(run)
@@ -98,14 +101,16 @@ def compare(workdirs: Sequence[Path], out: Path) -> list[str]:
 
     Raises:
       FileNotFoundError: for a folder that is not the workdir of a run.
+      PathError: (an OSError) `out` cannot be written.
       ValueError: for too many runs, one twice, or a kind of figure that is none of `FORMATS`.
     """
     kind = out.suffix.removeprefix(".").lower()
     if kind not in FORMATS:
         raise ValueError(f"--out={out} must end in one of .{', .'.join(FORMATS)}.")
+    require_writable_file(out)
     names = short_names(workdirs)
     if len(set(names)) < len(names):
-        names = [str(workdir) for workdir in workdirs]
+        names = [printable(str(workdir)) for workdir in workdirs]
     if len(set(names)) < len(names):
         raise ValueError("--workdir names a run twice.")
     runs, lines = {}, []
@@ -141,13 +146,17 @@ def _parse(argv: Sequence[str] | None) -> tuple[list[Path], Path | None]:
     )
     options = parser.parse_args(argv)
     whole = Path(options.workdir)
-    names = [whole] if whole.exists() else options.workdir.split(",")
-    workdirs = [Path(name) for name in names if str(name)]
+    names = [whole] if os.path.exists(whole) else options.workdir.split(",")
+    if "" in names:
+        parser.error(
+            f"--workdir={options.workdir} has a comma with nothing before or behind it."
+        )
+    workdirs = [Path(name) for name in names]
     if len(workdirs) > 1 and options.out is None:
         parser.error("--workdir has several runs: --out=FILE.png says where to draw.")
     if len(workdirs) < 2 and options.out is not None:
         parser.error("--out goes with several runs, --workdir=DIR,DIR.")
-    return workdirs or [whole], options.out
+    return workdirs, options.out
 
 
 def _report(workdirs: list[Path], out: Path | None) -> bool:

@@ -45,6 +45,7 @@ from alexnet_jax.analysis.retrieval import (
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import short_names
+from alexnet_jax.data.paths import message_of, printable, require_writable_file
 from alexnet_jax.data.sources import FolderSource, Source
 from alexnet_jax.pictures import (
     Extractor,
@@ -322,7 +323,7 @@ def _look_up(
     pictures, paths = [], []
     for path, picture in zip(options.pictures, found, strict=True):
         if isinstance(picture, Exception):
-            print(f"error: {picture}", file=sys.stderr)
+            print(f"error: {message_of(picture)}", file=sys.stderr)
         else:
             pictures.append(picture)
             paths.append(path)
@@ -337,11 +338,12 @@ def _look_up(
         if options.format == "json":
             print(json.dumps({"file": path, "neighbours": answer}))
             continue
-        print(path)
+        print(printable(path))
         for item in answer:
             how_far = f"{item[unit]:{form}}{' bits' if in_bits else ''}"
             file = f"  {item['file']}" if "file" in item else ""
-            print(f"  {how_far}  {item['row']:8d}  {item['words']}{file}")
+            line = f"  {how_far}  {item['row']:8d}  {item['words']}{file}"
+            print(printable(line))
     if options.figure is not None:
         source = features_of.open(
             index.split, source=index.source, data_dir=options.data_dir
@@ -360,6 +362,10 @@ def _look_up(
 
 def _retrieve(options: argparse.Namespace) -> bool:
     index, features_of = _stored(options), None
+    if index is None:
+        require_writable_file(options.index)
+    if options.figure is not None:
+        require_writable_file(options.figure)
     if index is None or options.pictures:
         layer = index.layer if index is not None else options.layer or "fc7"
         features_of = Extractor(options.workdir, layer, step=options.step)

@@ -18,11 +18,10 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from alexnet_jax import kinds
-from alexnet_jax.data.files import parse_json
+from alexnet_jax.data.files import parse_json, read_lines
 
 TIMES_FILE = "times.jsonl"
 TRAINING, WAITING = "training", "waiting for data"
@@ -79,9 +78,12 @@ def read_times(path: str | os.PathLike[str]) -> list[Times]:
     """The starts of a run that have ended by themselves; none: there is no such file.
 
     Lines that are not whole are left out.
+
+    Raises:
+      ValueError: if it is no regular file.
     """
     try:
-        lines = Path(path).read_bytes().decode("utf-8", "replace").splitlines()
+        lines = read_lines(path)
     except FileNotFoundError:
         return []
     times = (_parse(line) for line in lines)

@@ -19,11 +19,17 @@ from jax.experimental import multihost_utils
 
 from alexnet_jax import distributed, divergence, finetune, parallel
 from alexnet_jax import experiment as experiment_lib
-from alexnet_jax.checkpoint import Checkpointer, CheckpointError, has_checkpoint
+from alexnet_jax.checkpoint import (
+    READERS,
+    Checkpointer,
+    CheckpointError,
+    has_checkpoint,
+)
 from alexnet_jax.data import Batches, locks
 from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, wnids
 from alexnet_jax.data.loader import Batch
+from alexnet_jax.data.paths import require_places
 from alexnet_jax.evaluate import evaluate
 from alexnet_jax.experiment import Config, ConfigError, Experiment
 from alexnet_jax.model import INITS
@@ -46,6 +52,7 @@ from alexnet_jax.writers import METRICS_FILE, MultiWriter, last_step_with, make_
 
 # Held as long as a run trains; says who.
 LOCK_FILE = ".lock"
+PROFILE = "profile"
 # Steps that may be under way on the devices before the host waits for one: enough
 # to keep them busy, few enough to bound memory.
 STEPS_IN_FLIGHT = 2
@@ -74,6 +81,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
     Raises:
       ConfigError: for a config that is wrong, a workdir of another network, or one that
         another run is in.
+      PathError: (an OSError) the workdir cannot be written to, or holds something else.
       CheckpointError, FullDiskError: (the second is an OSError) there is no room for a
         checkpoint or a record; earlier checkpoints are as they were.
       FloatingPointError: when the loss is no longer finite; the last good checkpoint
@@ -125,7 +133,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
 
 
 def _folder(workdir: str | os.PathLike[str]) -> Path:
-    """The workdir, absolute; ConfigError if it cannot be one."""
+    """The workdir, absolute; ConfigError or PathError if it cannot be one."""
     if "://" in os.fspath(workdir):
         raise ConfigError(
             f"--workdir={workdir} must be a local or mounted folder: a run is resumed from "
@@ -134,6 +142,13 @@ def _folder(workdir: str | os.PathLike[str]) -> Path:
     path = Path(workdir).absolute()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--workdir={workdir} is a file; name a folder, or none yet.")
+    about = experiment_lib.CONFIG_FILE, experiment_lib.CLASSES_FILE
+    records = experiment_lib.STATISTICS_FILE, METRICS_FILE, TIMES_FILE
+    require_places(
+        path,
+        files=(LOCK_FILE, *about, *records, f"{experiment_lib.CHECKPOINTS}/{READERS}"),
+        folders=(experiment_lib.CHECKPOINTS, PROFILE),
+    )
     return path
 
 
@@ -203,7 +218,7 @@ def _train(run: "_Run", path: Path) -> None:
             metrics, "eval/views_" if several else "eval/"
         )
     profiler = Profiler(
-        path / "profile",
+        path / PROFILE,
         count=run.config.profile,
         start_step=run.step,
         say=run.writers.text,

@@ -26,7 +26,13 @@ import numpy as np
 from absl import logging
 
 from alexnet_jax import kinds
-from alexnet_jax.data.files import parse_json, replacing, telling_of_a_full_disk
+from alexnet_jax.data.files import (
+    parse_json,
+    read_lines,
+    replacing,
+    telling_of_a_full_disk,
+)
+from alexnet_jax.data.paths import printable
 
 METRICS_FILE = "metrics.jsonl"
 # How long an event may wait in memory; each flush waits for the disk.
@@ -164,8 +170,8 @@ class JsonlWriter:
         """Nothing: the file is closed after each line."""
 
     def _drop_after(self, resume_step: int) -> None:
-        lines = self._path.read_bytes().decode("utf-8", "replace").splitlines()
-        records = [(line, _parse(line)) for line in lines if line.strip()]
+        lines = filter(str.strip, read_lines(self._path))
+        records = [(line, _parse(line)) for line in lines]
         kept = [line for line, r in records if r and r["step"] <= resume_step]
         if unreadable := sum(record is None for _, record in records):
             logging.warning("%s: %d torn line(s) dropped.", self._path, unreadable)
@@ -179,9 +185,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     A last line torn by a kill, or being written at this moment, is left out.
 
     Raises:
-      ValueError: for a line before the last that is not a record.
+      ValueError: for a line before the last that is not a record, or no regular file.
     """
-    lines = pathlib.Path(path).read_bytes().decode("utf-8", "replace").splitlines()
+    lines = read_lines(path)
     records = []
     for number, line in enumerate(lines, start=1):
         record = _parse(line)
@@ -380,6 +386,7 @@ class ConsoleWriter:
 
     def text(self, line: str) -> None:
         """Prints `line`, above the bar if there is one."""
+        line = printable(line)
         if self._bar is not None:
             self._bar.write(line, file=self._stream)
         else:

@@ -243,7 +243,7 @@ def test_folder_errors(tmp_path):
         FileNotFoundError, r"data does not exist.*train/<class>.*config\.data\.source"
     )
     (tmp_path / "data" / "n01").mkdir(parents=True)
-    check(FileNotFoundError, r"no folder train in .*found there: n01")
+    check(FileNotFoundError, r"no folder train in .*found in .*: n01")
     (tmp_path / "data" / "train").mkdir()
     (tmp_path / "data" / "train" / "1.jpg").touch()
     check(DataError, r"no class folders in .*train \(found there: 1\.jpg\)")

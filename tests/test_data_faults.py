@@ -626,6 +626,21 @@ def _feature_that_would_be_imported(root: Path) -> None:
     _features(root, "tensorflow_datasets.core.features.image_feature", "evil_module")
 
 
+def _classes_below_zero(root: Path) -> None:
+    (root / "label.labels.txt").unlink()
+    _features(root, '"numClasses": "1000"', '"numClasses": "-3"')
+
+
+def _classes_beyond_memory(root: Path) -> None:
+    (root / "label.labels.txt").unlink()
+    _features(root, '"numClasses": "1000"', '"numClasses": "1000000000000"')
+
+
+def _pipe_of_names(root: Path) -> None:
+    (root / "label.labels.txt").unlink()
+    os.mkfifo(root / "label.labels.txt")
+
+
 def _with_record(root: Path, record: bytes) -> None:
     """Puts one record in the place of all."""
     from array_record.python import array_record_module
@@ -661,6 +676,9 @@ TFDS_FAULTS = [
     (_cut_features, "(dataset_info.json, features.json) is damaged: "),
     (_feature_of_no_name, "Unrecognized FeatureConnector type"),
     (_feature_that_would_be_imported, "names the class 'evil_module.Image', which"),
+    (_classes_below_zero, "label has -3 classes; 1 to 1,048,576 are possible"),
+    (_classes_beyond_memory, "its label has 1000000000000 classes; 1 to"),
+    (_pipe_of_names, "label.labels.txt is no file"),
     (_label_too_large, "label 1000, outside 0..999"),
     (_label_below_zero, "label -1, outside 0..999"),
     (_record_of_something_else, "is damaged: Error parsing message"),

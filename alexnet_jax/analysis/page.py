@@ -254,4 +254,4 @@ def document(title: str, *parts: Any, footer: Any = "") -> bytes:
         f"<title>{name}</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n<h1>{name}</h1>\n{joined(*parts)}</main>\n"
         f'<footer class="soft">{text(footer)}</footer>\n</body>\n</html>\n'
-    ).encode()
+    ).encode(errors="backslashreplace")  # names of files that are no text

@@ -10,13 +10,14 @@ import json
 import os
 import shutil
 import socket
-import stat
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from alexnet_jax.data.paths import existing_parent, require_regular
 
 # A packed file may unpack to so much, or to so many times its size if that is more:
 # trained weights and probabilities hardly become smaller when they are packed.
@@ -79,13 +80,6 @@ def _in_words(count: int) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
-def existing_parent(path: Path) -> Path:
-    """`path`, or the nearest folder above it that is there."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
-
-
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` once all of it is on the disk.
@@ -95,6 +89,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     Raises:
       FullDiskError: (an OSError) there is no room for it.
+      OSError: with the name `path`, if it cannot be written.
     """
     path = Path(path)
     process = f"{socket.gethostname()}.{os.getpid()}"  # in containers all have the same
@@ -107,8 +102,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+        except OSError as error:
+            if error.filename != os.fspath(temporary):
+                raise
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # on a disk that is read-only
+                temporary.unlink(missing_ok=True)
 
 
 def read_npz(
@@ -120,6 +120,7 @@ def read_npz(
       error: if there is no such file, or it cannot be read, or is far larger unpacked.
     """
     try:
+        require_regular(path)
         with zipfile.ZipFile(path) as archive:
             _check_members(archive, os.path.getsize(path))
         with np.load(path, allow_pickle=False) as file:
@@ -180,12 +181,24 @@ def read_small(path: str | os.PathLike[str]) -> bytes:
         may never come.
       OSError: if it cannot be read.
     """
-    about = os.stat(path)
-    if not stat.S_ISREG(about.st_mode):
-        raise ValueError("it is no regular file")
-    if about.st_size > MOST_UNPACKED:
-        raise ValueError(f"it has {about.st_size:,} bytes")
+    size = require_regular(path).st_size
+    if size > MOST_UNPACKED:
+        raise ValueError(f"it has {size:,} bytes")
     return Path(path).read_bytes()
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a text; what in it is no UTF-8 is replaced.
+
+    Raises:
+      ValueError: with its name, if it is a folder, or a pipe or device.
+      OSError: if it cannot be read.
+    """
+    try:
+        require_regular(path)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)} cannot be read: {error}.") from error
+    return Path(path).read_bytes().decode("utf-8", "replace").splitlines()
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -23,6 +23,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from alexnet_jax.data.errors import DataError
+from alexnet_jax.data.paths import printable
 
 # Pillow's own bound, above which it warns: 256 MiB as RGB.
 MAX_PIXELS = 89_478_485
@@ -231,8 +232,8 @@ def load_picture(
 
 
 def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """The files' names; with their folders' where several have the same."""
-    parts = [Path(path).parts for path in paths]
+    """The files' names, as they can be drawn; with their folders' where several are alike."""
+    parts = [[*map(printable, Path(path).parts or ".")] for path in paths]
     names = [part[-1] for part in parts]
     if len(set(names)) == len(names):
         return names

@@ -17,6 +17,7 @@ import numpy as np
 from alexnet_jax.data import images as images_lib
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.files import parse_json, read_small
+from alexnet_jax.data.paths import UNPRINTABLE, expanded, printable, require_utf8
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _EVAL_FOLDERS = ("test", "val", "validation")
@@ -30,8 +31,8 @@ _TFDS_CLASS = re.compile(r"tensorflow_datasets\.core\.features\.[\w.]+")
 _PREPARE_AGAIN = "Delete the directory and prepare the data set again"
 _OTHER_FILES = 64  # that a process has open besides the data
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
-# Control characters, and bytes that are no UTF-8 as Python has them in names.
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+# Classes of a data set; ImageNet's largest has 21,841.
+_MOST_CLASSES = 2**20
 
 
 class Source(Protocol):
@@ -153,7 +154,7 @@ class FolderSource:
     """
 
     def __init__(self, path: str | os.PathLike, split: str, image_size: int):
-        root = Path(path).expanduser()
+        root = expanded(path)
         self._folder = _split_folder(root, split)
         self.image_size = image_size
         inside = {entry.name: is_folder(entry) for entry in visible(self._folder)}
@@ -390,9 +391,15 @@ class Sample:
 
 
 def tfds_data_dir(data_dir: str | None) -> Path:
-    """The directory of tfds data sets: `data_dir`, else what tfds itself takes."""
+    """The directory of tfds data sets: `data_dir`, else what tfds itself takes.
+
+    Raises:
+      PathError: (an OSError) it cannot be one.
+    """
     chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return Path(chosen).expanduser()
+    directory = expanded(chosen)
+    require_utf8(directory)
+    return directory
 
 
 def _allow_open_files(count: int, what: str) -> None:
@@ -434,9 +441,8 @@ def _statistics_name(split: str, image_size: int) -> str:
 
 def some(names: Sequence[str], limit: int = 8) -> str:
     """'a, b, c' or 'a, b, ... (17 in all)' or 'nothing', for messages."""
-    if len(names) > limit:
-        return ", ".join(names[:limit]) + f", ... ({len(names)} in all)"
-    return ", ".join(names) or "nothing"
+    shown = ", ".join(map(printable, names[:limit])) or "nothing"
+    return f"{shown}, ... ({len(names)} in all)" if len(names) > limit else shown
 
 
 def visible(folder: Path) -> list[os.DirEntry]:
@@ -457,17 +463,19 @@ def _split_folder(root: Path, split: str) -> Path:
             f"{root} has no folder {split!r} but {some([f.name for f in found])}: "
             "say which with --config.data.eval_split"
         )
-    if not root.exists():
-        there = f"{root} does not exist"
-    elif not root.is_dir():
-        there = f"{root} is not a folder"
-    else:
-        there = f"found there: {some(sorted(e.name for e in visible(root)))}"
     raise FileNotFoundError(
-        f"no folder {' or '.join(names)} in {root.absolute()} ({there}). Expected "
-        f"{root}/train/<class>/<picture>.jpg and {root}/test/<class>/... (or val); "
-        "set --config.data.source=folder:PATH to the folder that holds them"
+        f"no folder {' or '.join(names)} in {root.absolute()} ({_what_is_in(root)}). "
+        f"Expected {root}/train/<class>/<picture>.jpg and {root}/test/<class>/... (or "
+        "val); set --config.data.source=folder:PATH to the folder that holds them"
     )
+
+
+def _what_is_in(folder: Path) -> str:
+    if not folder.exists():
+        return f"{folder} does not exist"
+    if not folder.is_dir():
+        return f"{folder} is not a folder"
+    return f"found in {folder}: {some(sorted(e.name for e in visible(folder)))}"
 
 
 def class_files(folder: Path) -> tuple[list[str], list[str]]:
@@ -515,7 +523,7 @@ def is_folder(entry: os.DirEntry) -> bool:
 
 def check_name(name: str, where: str) -> None:
     """Raises DataError for a name that cannot be shown or stored as text."""
-    if _UNPRINTABLE.search(name):
+    if UNPRINTABLE.search(name):
         raise DataError(
             f"{name!r} in {where} has control characters in its name, or bytes that are "
             "no UTF-8: rename it"
@@ -526,14 +534,21 @@ def tfds_builder(directory: Path) -> Any:
     """tfds's builder of a prepared data set.
 
     Raises:
-      DataError: if its description is damaged, or names what is not tfds's.
+      DataError: if its description is damaged, or names what is not tfds's, or there is
+        something that is no file.
     """
     import tensorflow_datasets as tfds
     from google.protobuf import json_format
 
+    for entry in visible(directory):
+        if not entry.is_file() and not entry.is_dir():
+            # Of a pipe tfds would wait for the end.
+            raise DataError(f"{entry.path} is no file. {_PREPARE_AGAIN}")
     try:
         _check_features(directory / "features.json")
-        return tfds.builder_from_directory(directory)
+        builder = tfds.builder_from_directory(directory)
+        _check_class_counts(directory, builder.info.features)
+        return builder
     except DataError:
         raise
     # Of a damaged description tfds's own errors are many.
@@ -574,9 +589,24 @@ def _check_features(path: Path) -> None:
                 )
 
 
+def _check_class_counts(directory: Path, features: Any) -> None:
+    """Raises DataError for so many classes that their names would fill the memory."""
+    import tensorflow_datasets as tfds
+
+    for name, feature in features.items():
+        if not isinstance(feature, tfds.features.ClassLabel):
+            continue
+        count = feature.num_classes
+        if count is not None and not 1 <= count <= _MOST_CLASSES:
+            raise DataError(
+                f"{directory} says that its {name} has {count} classes; 1 to "
+                f"{_MOST_CLASSES:,} are possible. {_PREPARE_AGAIN}"
+            )
+
+
 def check_files(files: Collection[str], what: str) -> None:
     """Raises DataError unless all files of a data set are there."""
-    missing = sorted(name for name in files if not os.path.exists(name))
+    missing = sorted(name for name in files if not os.path.isfile(name))
     if missing:
         raise DataError(
             f"{len(missing)} of {len(files)} files of {what} are missing: "
@@ -606,13 +636,8 @@ def tfds_directory(name: str, data_dir: Path) -> Path:
         if wanted and (candidate / "dataset_info.json").exists():
             return candidate
     where = folder if folder.is_dir() else data_dir
-    if not where.is_dir():
-        there = f"{where} does not exist"
-    else:
-        names = [p.name for p in where.iterdir() if not p.name.startswith(".")]
-        there = f"found in {where}: {some(sorted(names))}"
     raise FileNotFoundError(
-        f"no prepared tfds data set {name} in {data_dir} ({there}). "
+        f"no prepared tfds data set {name} in {data_dir} ({_what_is_in(where)}). "
         "The directory is --config.data.dir, else the environment variable "
         f"TFDS_DATA_DIR, else ~/tensorflow_datasets. {_how_to_prepare(name, data_dir)}"
     )
@@ -655,5 +680,6 @@ def _image_and_label(info: Any) -> tuple[str, str, tuple[str, ...]]:
             f"its features are {some(sorted(features))}"
         )
     feature = features[labels[0]]
-    names = feature.names or [str(k) for k in range(feature.num_classes or 0)]
-    return pictures[0], labels[0], tuple(names)
+    if feature.num_classes is None:
+        raise DataError(f"tfds data set {info.full_name} does not say its classes")
+    return pictures[0], labels[0], tuple(feature.names)
