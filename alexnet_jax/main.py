@@ -18,7 +18,15 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from alexnet_jax import distributed, experiment, memory, protocol, stopping, train
+from alexnet_jax import (
+    distributed,
+    experiment,
+    memory,
+    output,
+    protocol,
+    stopping,
+    train,
+)
 from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.data import DataError
 from alexnet_jax.data.paths import message_of
@@ -225,9 +233,16 @@ def run() -> None:
     show_every_name()
     # The files of configs/ import one another, wherever the command is started.
     sys.path.append(str(Path(__file__).parent.parent))
+    with output.required():
+        _run()
+
+
+def _run() -> None:
     try:
         with stopping.answering():
             app.run(main, flags_parser=_parse)
+    except output.OutputError as error:
+        distributed.leave(str(error), 1)
     except FloatingPointError as error:
         distributed.leave(f"error: {error}", experiment.DIVERGED, all_say_it=True)
     except _USER_ERRORS as error:

@@ -236,8 +236,6 @@ def exit_status(command: Callable[[], bool]) -> int:
     warnings.filterwarnings("ignore", module="PIL")  # an error says all that matters
     try:
         return 0 if command() else 1
-    except BrokenPipeError:  # "| head" has seen enough; nothing is left to flush
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (CheckpointError, OSError, ValueError) as error:
         print(f"error: {message_of(error)}", file=sys.stderr)
     return 1

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
 
+from alexnet_jax import output
+
 # Windows has no SIGUSR1.
 SIGNALS = [
     getattr(signal, name)
@@ -47,12 +49,13 @@ class Stop:
 
 def run(command: Callable[[], int]) -> NoReturn:
     """Runs a command, `answering`, and ends the process with the status it returns."""
-    try:
-        with answering():
-            status = command()
-    except Interrupted as stopped:
-        end(stopped.status)
-    sys.exit(status)
+    with output.required():
+        try:
+            with answering():
+                status = command()
+        except Interrupted as stopped:
+            end(stopped.status)
+        sys.exit(status)
 
 
 def end(status: int) -> NoReturn:
@@ -62,7 +65,7 @@ def end(status: int) -> NoReturn:
     the middle of their work, and can crash.
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, output.OutputError):
             stream.flush()
     os._exit(status)
 

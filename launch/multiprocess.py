@@ -100,7 +100,12 @@ def relay(process: subprocess.Popen[str], index: int) -> None:
     """Prints a process's lines with its number before each."""
     assert process.stdout is not None
     for line in process.stdout:
-        print(f"[{index}] {line}", end="", flush=True)
+        try:
+            print(f"[{index}] {line}", end="", flush=True)
+        except OSError:  # nobody reads them: a full pipe would stop the process
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, sys.stdout.fileno())
+            os.close(nothing)
 
 
 def hand_on(processes: Sequence[subprocess.Popen[str]], number: int) -> None:

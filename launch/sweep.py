@@ -37,7 +37,7 @@ from typing import Any, TextIO
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # configs/ and, where it is not installed, alexnet_jax
 
-from alexnet_jax import records, sweeps
+from alexnet_jax import output, records, sweeps
 from alexnet_jax.data.files import replacing
 from alexnet_jax.experiment import CHECKPOINTS, CONFIG_FILE, DIVERGED
 from alexnet_jax.sweeps import Line, Measurement, Plan, Run, SweepError
@@ -81,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs what is missing and sums up; returns the exit status."""
     options = _parse(argv)
     try:
-        return _sweep(options)
+        # Runs go on when nobody reads how far they are.
+        with output.required() if options.dry_run else output.dropped():
+            return _sweep(options)
     except SweepError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -309,10 +311,10 @@ class Launcher:
         job.offset = log.stat().st_size if log.exists() else 0
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         # SLURM writes the log itself; sbatch says the job's number.
-        output = log if self.slurm is None else job.folder / SUBMITTED
-        if output != log:
-            output.unlink(missing_ok=True)
-        with open(output, "ab") as stream:
+        printed = log if self.slurm is None else job.folder / SUBMITTED
+        if printed != log:
+            printed.unlink(missing_ok=True)
+        with open(printed, "ab") as stream:
             try:
                 job.process = subprocess.Popen(
                     self._command(job),

@@ -580,6 +580,16 @@ def test_a_fault_that_does_not_come_back_is_said(folder, tmp_path, monkeypatch):
     assert re.search(words, str(raised.value)), raised.value
 
 
+def test_a_run_goes_on_when_nobody_reads_its_lines(folder, tmp_path, monkeypatch):
+    config = small_config(folder, max_steps=3)
+    config.data.eval_split = ""
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert int(train.train_and_evaluate(config, tmp_path).step) == 3
+    assert records(tmp_path, "train/")[-1]["step"] == 3
+    load(tmp_path)
+
+
 def test_without_an_evaluation_split(folder, tmp_path):
     config = small_config(folder)
     config.data.eval_split = ""
