@@ -21,7 +21,6 @@ from alexnet_jax import augment, kinds, model, optim, parallel, steps, variants
 from alexnet_jax import data as data_lib
 from alexnet_jax import fields as fields_lib
 from alexnet_jax.checkpoint import Checkpointer, CheckpointError, split_step
-from alexnet_jax.data import DataError
 from alexnet_jax.data import images as images_lib
 from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.files import parse_json, read_small, replacing
@@ -41,6 +40,16 @@ CHECKPOINTS = "checkpoints"
 # main's exit status when the loss is no longer finite: for a sweep a result like others.
 DIVERGED = 3
 _MODEL_FIELDS = ("variant", "num_classes", "width", "dtype", "init")
+# What a checkpoint holds beside its arrays and the config; an older one holds less.
+_METADATA = {
+    "plateau": kinds.Kind(
+        "the best error, and how often the rule has waited and dropped",
+        optim.Plateau.is_progress,
+    ),
+    "target_reached": kinds.SWITCH,
+    "evaluation_owed": kinds.SWITCH,
+    "versions": kinds.Kind("names", lambda value: isinstance(value, dict)),
+}
 # Pictures that the mean image is computed from when no full statistics are stored:
 # its standard error is then below one grey level.
 STATISTICS_SAMPLE = 10_000
@@ -531,7 +540,7 @@ def _find_own_statistics(
 ) -> Statistics:
     path = source.statistics_path
     if path is not None and path.exists():
-        return statistics_lib.load(path)
+        return statistics_lib.load(path, source.image_size)
     count = min(STATISTICS_SAMPLE, source.num_examples)
     log(f"mean image and colour PCA: computing from {count} pictures")
     if count < source.num_examples and path is not None:
@@ -635,22 +644,14 @@ def read_network(
         chosen = checkpointer.find(which if step is None else step)
         variables, metadata = checkpointer.restore_params(step=chosen)
     where = f"the checkpoint {workdir / CHECKPOINTS / str(chosen)}"
-    try:
-        stored = fields_lib.check_stored(metadata.get("config"), where)
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from error
-    config: Config = ConfigDict(stored)
+    config: Config = ConfigDict(check_metadata(metadata, where)["config"])
     if variant not in (None, config.model.variant):
         raise WeightsError(
             f"{path} holds a network of variant {config.model.variant}; got "
             f"variant={variant!r}."
         )
     side = config.data.image_size
-    if statistics.mean_image.shape != (side, side, 3):
-        raise DataError(
-            f"{workdir / STATISTICS_FILE}: the mean image is "
-            f"{list(statistics.mean_image.shape)}, the run's pictures [{side}, {side}, 3]."
-        )
+    statistics_lib.require_size(statistics, side, workdir / STATISTICS_FILE)
     names = read_class_names(workdir)
     return Weights(
         settings=_settings_of(config, variables, where),
@@ -660,6 +661,30 @@ def read_network(
         crop_size=config.data.crop_size,
         class_names=None if names is None else tuple(names),
     )
+
+
+def check_metadata(metadata: dict[str, Any], where: str) -> dict[str, Any]:
+    """What a checkpoint holds beside its arrays, if a run can have saved it so.
+
+    Args:
+      metadata: of `Checkpointer`: the config, and what training goes on with.
+      where: it was stored, for messages.
+
+    Raises:
+      CheckpointError: naming what is wrong.
+    """
+    try:
+        fields_lib.check_stored(metadata.get("config"), where)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+    wrong = kinds.problems(metadata, _METADATA)
+    if wrong:
+        words = "; ".join(f"{name}={problem}" for name, problem in wrong.items())
+        raise CheckpointError(
+            f"{where} holds what no run saves: {words}. Was it changed by hand? Bring it "
+            "back from a copy, or delete its folder: the step before it is used then."
+        )
+    return metadata
 
 
 def _read_statistics(workdir: Path) -> Statistics:

@@ -159,7 +159,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 _STORED = (
     *("model.variant", "model.width", "model.dtype", "model.init"),
     *("data.source", "data.train_split", "data.eval_split", "data.batch_size"),
-    *("data.image_size", "data.crop_size"),
+    *("data.image_size", "data.crop_size", "optim.learning_rate"),
 )
 # What to do about a file of a workdir.
 COPY = "Copy it from where the run was trained."

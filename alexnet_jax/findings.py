@@ -97,7 +97,10 @@ def read_run(workdir: Path) -> Run:
     ) as saved:
         step = saved.find("best")
         assert step is not None  # else there was nothing to load
-        versions = saved.metadata(step).get("versions", {})
+        folder = saved.directory / str(step)
+        found = experiment.check_metadata(
+            saved.metadata(step), f"the checkpoint {folder}"
+        )
     config = experiment.read_config(workdir)
     assert config is not None
     layers = summary(logits_of.model, config["data"]["crop_size"])
@@ -108,7 +111,7 @@ def read_run(workdir: Path) -> Run:
         records=read_metrics(metrics) if metrics.exists() else [],
         times=read_times(workdir / TIMES_FILE),
         step=step,
-        versions=versions,
+        versions=found.get("versions", {}),
         layers=layers,
         names=logits_of.class_names,
         logits_of=logits_of,

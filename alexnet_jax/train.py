@@ -158,7 +158,12 @@ def _restore(
 ) -> tuple[TrainState, dict[str, Any]] | None:
     """`Checkpointer.restore`; its error says how the configs differ, if they do."""
     try:
-        return checkpointer.restore(experiment.abstract_state())
+        restored = checkpointer.restore(experiment.abstract_state())
+        if restored is None:
+            return None
+        state, host = restored
+        folder = checkpointer.directory / str(int(state.step))
+        return state, experiment_lib.check_metadata(host, f"the checkpoint {folder}")
     except CheckpointError as error:
         if not differences:
             raise
@@ -250,7 +255,7 @@ def _explained(run: "_Run", problem: _NotFiniteError) -> Exception:
     kept = run.checkpointer.latest_whole_step()
     again = "from the start" if kept is None else f"from the checkpoint of step {kept}"
     run.writers.text(f"{problem} Looking for the layer: the same steps {again} ...")
-    restored = run.checkpointer.restore(run.experiment.abstract_state())
+    restored = _restore(run.checkpointer, run.experiment, [])
     if restored:
         experiment, (state, host) = run.experiment, restored
     else:
@@ -283,7 +288,8 @@ def prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
     if begun:
         differences = _compare_with_workdir(config, workdir)
         stored = workdir / experiment_lib.STATISTICS_FILE
-        statistics = statistics_lib.load(stored) if stored.exists() else None
+        if stored.exists():
+            statistics = statistics_lib.load(stored, config.data.image_size)
     experiment = experiment_lib.build(config, statistics=statistics)
     if begun:
         _require_same_classes(experiment.train_source.class_names, workdir)
@@ -461,8 +467,8 @@ class _Run:
         # Whether the training error came down to `stop_at_train_error`, which ends a run.
         target = self.config.stop_at_train_error
         reached = host.get("target_reached", False)
-        self.target_reached = (
-            reached and target == host["config"]["stop_at_train_error"]
+        self.target_reached = reached and target == host["config"].get(
+            "stop_at_train_error"
         )
         self.saved_at = time.monotonic()
         self.stop = Stop()

@@ -8,6 +8,7 @@ was changed, or what it lets through can be built: its shapes, its schedules, it
 import dataclasses
 import json
 import math
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -21,9 +22,11 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from alexnet_jax import experiment, fields, main, model, sweeps, train
-from alexnet_jax.checkpoint import MANIFEST
+from alexnet_jax.checkpoint import MANIFEST, CheckpointError
+from alexnet_jax.data import DataError
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.experiment import ConfigError
+from alexnet_jax.optim import Plateau
 from configs import common
 
 ROOT = Path(__file__).parent.parent
@@ -589,6 +592,61 @@ def test_statistics_that_are_missing_are_said(workdir):
     (workdir / "statistics.npz").unlink()
     with pytest.raises(FileNotFoundError, match="statistics.npz is missing: the mean"):
         experiment.read_network(workdir)
+
+
+def test_statistics_of_another_size_are_said(workdir):
+    path = workdir / "statistics.npz"
+    others = np.zeros((32, 32, 3), np.float32)
+    dataclasses.replace(STATISTICS, mean_image=others).save(path)
+    words = f"{path}: the mean image is 32 x 32 pixels, the pictures here are 34 x 34"
+    with pytest.raises(DataError, match=re.escape(words)):
+        train.prepare(small_config(), workdir)
+    # Beside the data, under a name of their size.
+    pictures = Pictures(statistics_path=path)
+    with pytest.raises(DataError, match=re.escape(words)):
+        experiment._find_own_statistics(pictures, 1, print)
+
+
+METADATA = {
+    "config": experiment.as_json(small_config()),
+    "plateau": {"best": sys.float_info.max, "waited": 0, "drops": 0},
+    "target_reached": False,
+    "evaluation_owed": True,
+    "versions": {"jax": "0.10.2"},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, None),
+        ({"plateau": Plateau(1, best=0.25, waited=3, drops=2).progress()}, None),
+        ({"plateau": {"foo": 1}}, "plateau={'foo': 1} must be the best error, and how"),
+        ({"plateau": []}, "plateau=[] must be"),
+        ({"plateau": None}, "plateau=None must be"),
+        ({"plateau": {"best": math.nan, "waited": 0, "drops": 0}}, "must be the best"),
+        ({"plateau": {"best": 10**400, "waited": 0, "drops": 0}}, "must be the best"),
+        ({"plateau": {"best": 0.5, "waited": 0.5, "drops": 0}}, "must be the best"),
+        ({"plateau": {"best": 0.5, "waited": 0, "drops": -1}}, "must be the best"),
+        (
+            {"target_reached": 1, "evaluation_owed": "no"},
+            "target_reached=1 must be True or False; evaluation_owed='no' must be True",
+        ),
+        ({"versions": [1]}, "versions=[1] must be names"),
+        ({"config": None}, "/7 holds no config of a run: it is not fields by name"),
+        ({"config": {"optim": 5}}, "optim.learning_rate is missing"),
+    ],
+)
+def test_what_a_checkpoint_holds_beside_its_arrays(change, words):
+    metadata = METADATA | change
+    if words is None:
+        assert experiment.check_metadata(metadata, "checkpoint 7") is metadata
+        older = {"config": METADATA["config"]}
+        assert experiment.check_metadata(older, "checkpoint 7") == older
+        return
+    with pytest.raises(CheckpointError) as error:
+        experiment.check_metadata(metadata, "checkpoint /run/checkpoints/7")
+    assert words in str(error.value) and "/run/checkpoints/7" in str(error.value)
 
 
 def test_a_sweep_of_before_a_field_goes_on(workdir):

@@ -220,7 +220,7 @@ def _statistics(train: Source, is_imagenet: bool, workers: int) -> Iterator[Find
             "those of all)",
         )
         return
-    stored = statistics.load(path)
+    stored = statistics.load(path, train.image_size)
     count = min(_SAMPLE, train.num_examples)
     again = statistics.compute(train, max_examples=count, workers=workers)
     mean, new_mean = (s.mean_image.mean((0, 1)) for s in (stored, again))

@@ -51,8 +51,11 @@ class Statistics:
             )
 
 
-def load(path: str | os.PathLike) -> Statistics:
+def load(path: str | os.PathLike, image_size: int | None = None) -> Statistics:
     """Reads what `Statistics.save` wrote.
+
+    Args:
+      image_size: side of the pictures that they have to be of; None: of any.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -78,7 +81,21 @@ def load(path: str | os.PathLike) -> Statistics:
             f"{os.fspath(path)} is not a statistics file ({error}). Compute it again: "
             "python -m alexnet_jax.prepare statistics --source=..."
         ) from error
-    return Statistics(mean, std, vectors, int(count))
+    found = Statistics(mean, std, vectors, int(count))
+    if image_size is not None:
+        require_size(found, image_size, path)
+    return found
+
+
+def require_size(found: Statistics, image_size: int, path: str | os.PathLike) -> None:
+    """Raises DataError if what was read from `path` is of pictures of another size."""
+    side = len(found.mean_image)
+    if side != image_size:
+        raise DataError(
+            f"{os.fspath(path)}: the mean image is {side} x {side} pixels, the pictures "
+            f"here are {image_size} x {image_size}: it is of other data, or of another "
+            "run. Bring back their own; without one it is computed from the pictures."
+        )
 
 
 def statistics_path(source: Source) -> Path:
