@@ -12,12 +12,17 @@ over with a warning and the step before is used.
         state/            the arrays: parameters, optimiser state, step
         metadata/         JSON: config, host-side state such as the plateau rule
         manifest.json     written last; also holds the top-1 error of the step
+      .saving             names the step that is being saved, or was when a kill came
       .readers            locked by those who read; nothing is deleted meanwhile
+
+A step folder without a manifest that `.saving` does not name has lost it, or is not
+ours. It is never deleted, and without a whole step beside it nothing is begun there.
 """
 
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import logging as python_logging
 import math
@@ -48,6 +53,7 @@ MANIFEST = "manifest.json"
 _FORMAT = 1
 _TEMPORARY = MANIFEST + ".tmp"
 READERS = ".readers"
+_SAVING = ".saving"
 # Of a state's size: no state is compressed to less (at first half of it is zeros). With
 # less room than that on the disk nothing is begun.
 _LEAST_SHARE = 0.4
@@ -60,13 +66,13 @@ class CheckpointError(RuntimeError):
 def has_checkpoint(directory: str | os.PathLike[str]) -> bool:
     """Whether `directory` holds any saved step, whole or spoilt since.
 
-    A step without a manifest was never one: the run was killed while it saved it. Where
-    there is nothing else, this was its first save, and the run starts again. But a run
-    that finds only spoilt steps must not start from scratch in silence: it should go on
-    to `Checkpointer.restore`, which then raises `CheckpointError`.
+    The one that a run was killed in was never one. Where there is nothing else, this was
+    its first save, and the run starts again. But a run that finds only spoilt steps, or
+    folders that may be anything, must not start from scratch in silence: it should go
+    on to `Checkpointer.restore`, which then raises `CheckpointError`.
     """
     path = _absolute(directory)
-    return any((path / str(step) / MANIFEST).exists() for step in _list_steps(path))
+    return any(not _is_unfinished(path / str(step)) for step in _list_steps(path))
 
 
 def split_step(text: str) -> tuple[str, int | str]:
@@ -186,9 +192,10 @@ class Checkpointer:
         if self._agreed(lambda: self._is_whole(step)):
             self._add_error(step, top1_error)
             return
+        if (killed_in := self._agreed(self._unfinished_step)) >= 0:
+            self._remove([killed_in])
         if self._agreed(lambda: step in self.all_steps()):
-            # Left by a kill, or spoilt since: training has passed this step again.
-            self._remove([step])
+            self._make_way(step)
         newest = self._agreed(lambda: max(self._known_whole_steps(), default=-1))
         if step < newest:
             raise CheckpointError(
@@ -197,6 +204,8 @@ class Checkpointer:
                 "workdir, or delete the newer checkpoints."
             )
         with self._room_for(step, state):
+            if jax.process_index() == 0:
+                _write_saving(self.directory, step)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -209,6 +218,7 @@ class Checkpointer:
             if jax.process_index() == 0:
                 folder = self._folder(step)
                 _write_manifest(folder, _sums(folder), top1_error)
+                (self.directory / _SAVING).unlink(missing_ok=True)
         _wait_for_all(f"manifest {step}")
         self._problems[step] = ""
         self._remove_old_steps()
@@ -230,6 +240,7 @@ class Checkpointer:
                 shutil.rmtree(self._folder(step), ignore_errors=True)
                 for folder in self.directory.glob(f"{step}.*"):  # Orbax's, not renamed
                     shutil.rmtree(folder, ignore_errors=True)
+                (self.directory / _SAVING).unlink(missing_ok=True)
             whole = max(self._known_whole_steps(), default=None)
             kept = "" if whole is None else f" The one of step {whole} is as it was."
             raise CheckpointError(
@@ -257,7 +268,10 @@ class Checkpointer:
             old = [
                 step
                 for step in self.all_steps()
-                if step not in kept and step != best and step < kept[-1]
+                if step not in kept
+                and step != best
+                and step < kept[-1]
+                and self._is_ours(step)
             ]
         with contextlib.ExitStack() as alone:
             if old:
@@ -277,6 +291,33 @@ class Checkpointer:
                 self._problems.pop(step, None)
         _wait_for_all("removed")
         self._manager.reload()  # Orbax keeps its own list of steps
+
+    def _make_way(self, step: int) -> None:
+        """Removes a spoilt step that training has passed again.
+
+        A folder that may be anything is put aside.
+        """
+        if self._agreed(lambda: self._is_ours(step)):
+            self._remove([step])
+            return
+        if jax.process_index() == 0:
+            aside = _free_name(self.directory / f"aside_{step}")
+            os.rename(self._folder(step), aside)
+            logging.warning(
+                "%s has no %s: put aside as %s.", self._folder(step), MANIFEST, aside
+            )
+        self._problems.pop(step, None)
+        _wait_for_all("put aside")
+        self._manager.reload()
+
+    def _is_ours(self, step: int) -> bool:
+        """Whether a step's folder can be nothing but a checkpoint, whole or not."""
+        return (self._folder(step) / MANIFEST).exists()
+
+    def _unfinished_step(self) -> int:
+        """The step that a kill left unfinished; -1: there is none."""
+        found = (s for s in self.all_steps() if _is_unfinished(self._folder(s)))
+        return next(found, -1)
 
     def _agreed(self, number: Callable[[], int]) -> int:
         """What process 0 finds; a whole number, or a bool as one."""
@@ -481,7 +522,8 @@ class Checkpointer:
             reasons = "; ".join(f"step {s}: {self._problems[s]}" for s in steps)
             raise CheckpointError(
                 f"none of the checkpoints in {self.directory} is whole ({reasons}). "
-                "Restore the folder from a copy, or use a new workdir to start again."
+                "Restore the folder from a copy, move away what is not this run's, or use "
+                "a new workdir to start again."
             )
         return whole
 
@@ -599,9 +641,10 @@ def _problem(folder: pathlib.Path) -> str:
     try:
         files = _read_manifest(folder)["files"]
     except FileNotFoundError:
-        return (
-            f"{MANIFEST} is missing (its run is saving it, or was stopped while it did)"
-        )
+        why = "it was lost, or this is no checkpoint"
+        if _is_unfinished(folder):
+            why = "its run is saving it, or was stopped while it did"
+        return f"{MANIFEST} is missing ({why})"
     except (ValueError, OSError) as error:
         return f"{MANIFEST} cannot be used ({error})"
     # Its names are not opened but for these: what lies elsewhere is no part of a step.
@@ -618,6 +661,30 @@ def _problem(folder: pathlib.Path) -> str:
     # A file that was not there when the sums were taken was not written by the save.
     extra = set(there) - set(files)
     return f"{min(extra)} is not in {MANIFEST}" if extra else ""
+
+
+def _is_unfinished(folder: pathlib.Path) -> bool:
+    """Whether a step is being saved, or was when its run was killed."""
+    try:
+        saving = read_small(folder.parent / _SAVING).decode()
+    except (OSError, ValueError):
+        return False
+    return saving.strip() == folder.name and not (folder / MANIFEST).exists()
+
+
+def _write_saving(directory: pathlib.Path, step: int) -> None:
+    """Says that a step is being saved, before there is anything of it."""
+    with open(directory / _SAVING, "w") as file:
+        file.write(f"{step}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(directory)
+
+
+def _free_name(path: pathlib.Path) -> pathlib.Path:
+    """The path, or one with a number behind it if there is such a thing already."""
+    names = (path.with_name(f"{path.name}_{number}") for number in itertools.count(2))
+    return next(p for p in itertools.chain([path], names) if not os.path.lexists(p))
 
 
 def _is_odd(path: pathlib.Path) -> bool:

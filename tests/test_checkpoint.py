@@ -334,7 +334,7 @@ def test_the_last_whole_step_outlives_a_broken_newer_one(directory):
         assert checkpoints.latest_whole_step() == 15
         assert checkpoints.all_steps() == [10, 15, 20]  # 10 is the best one
         checkpoints.save(25, _make_state(25), metadata={}, top1_error=0.1)
-        assert checkpoints.all_steps() == [25]
+        assert checkpoints.all_steps() == [20, 25]  # what 20 is, nobody knows
 
 
 def test_nothing_is_deleted_while_somebody_reads(directory):
@@ -527,19 +527,80 @@ def test_all_broken_is_an_error_and_not_a_new_start(directory):
             checkpoints.restore_params()
 
 
-def test_a_first_save_that_was_killed_is_no_checkpoint(directory, caplog):
-    """Else the run could never start again. With a manifest there was a whole one."""
-    for step in ("10", "20"):
-        os.remove(directory / step / MANIFEST)
-    assert not has_checkpoint(directory)
-    with Checkpointer(directory) as checkpoints:
+def _save_and_be_killed(directory, step):
+    """A save that ends between Orbax's files and the manifest."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with (
+        Checkpointer(directory) as checkpoints,
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        patch.setattr(checkpoint, "_write_manifest", killed)
+        checkpoints.save(step, _make_state(step), metadata={})
+
+
+def test_a_first_save_that_was_killed_is_no_checkpoint(tmp_path, caplog):
+    """Else the run could never start again."""
+    _save_and_be_killed(tmp_path, 20)
+    assert not has_checkpoint(tmp_path)
+    with Checkpointer(tmp_path) as checkpoints:
+        assert checkpoints.all_steps() == [20]
         assert checkpoints.restore(_abstract(_make_state())) is None
-        assert "Checkpoint of step 20 passed over: manifest.json is miss" in caplog.text
+        assert "step 20 passed over: manifest.json is missing (its run" in caplog.text
+    _save_and_be_killed(tmp_path, 10)  # and once more, in another step
+    assert not has_checkpoint(tmp_path)
+    with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(10, _make_state(11), metadata={})
-    assert has_checkpoint(directory)
-    with Checkpointer(directory) as checkpoints:
         state, _ = _restore(checkpoints, _make_state())
     _assert_same_bits(state, _make_state(11))
+    assert sorted(os.listdir(tmp_path)) == ["10"]
+
+
+@pytest.mark.parametrize("killed_in", [None, 30])
+def test_a_directory_whose_manifests_are_lost_is_refused(directory, killed_in):
+    """With a save that was killed afterwards or not: a run does not start anew in it."""
+    if killed_in:
+        _save_and_be_killed(directory, killed_in)
+    for step in (10, 20):
+        os.remove(directory / str(step) / MANIFEST)
+    before = _files(directory)
+    assert has_checkpoint(directory)
+    with (
+        Checkpointer(directory) as checkpoints,
+        pytest.raises(
+            CheckpointError, match=r"step 10: manifest.json is missing \(it was"
+        ),
+    ):
+        checkpoints.restore(_abstract(_make_state()))
+    assert _files(directory) == before
+
+
+def test_a_folder_of_somebody_elses_is_not_deleted(directory, warnings_said):
+    for step in ("3", "30"):
+        (directory / step).mkdir()
+        (directory / step / "mine").touch()
+    with Checkpointer(directory, keep=1) as checkpoints:
+        _restore(checkpoints, _make_state())  # of step 20
+        assert "30 passed over: manifest.json is missing (it was" in warnings_said()[0]
+        for step in (30, 40):
+            checkpoints.save(step, _make_state(step), metadata={}, top1_error=0.1)
+        assert checkpoints.all_steps() == [3, 40]
+        assert checkpoints.latest_whole_step() == 40
+    assert f"put aside as {directory / 'aside_30'}." in "\n".join(warnings_said())
+    assert (directory / "3" / "mine").exists()
+    assert (directory / "aside_30" / "mine").exists()
+    # By itself it is taken for a checkpoint that has lost its manifest.
+    for step in ("10", "20", "40"):
+        shutil.rmtree(directory / step, ignore_errors=True)
+    with (
+        Checkpointer(directory) as checkpoints,
+        pytest.raises(CheckpointError) as error,
+    ):
+        checkpoints.restore(_abstract(_make_state()))
+    assert "move away what is not this run's" in str(error.value)
 
 
 @pytest.mark.parametrize("missing", [MANIFEST, "_CHECKPOINT_METADATA", "state"])
@@ -585,6 +646,7 @@ def test_the_manifest_comes_last(tmp_path, monkeypatch):
         assert checkpoints.latest_whole_step() == 1
         checkpoints.save(2, _make_state(2), metadata={})
         assert checkpoints.all_steps() == [2]
+    assert sorted(os.listdir(tmp_path)) == [".readers", "2"]  # nothing put aside
 
 
 def test_orbax_is_quiet_but_its_warnings_are_heard(tmp_path, caplog):
