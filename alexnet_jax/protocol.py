@@ -83,8 +83,8 @@ def evaluate_runs(
 ) -> dict[str, Any]:
     """Tests networks on the evaluation split, and several together as an ensemble.
 
-    Prints errors, the worst classes and confusions, and as the last line the record
-    that it returns.
+    Prints how the config differs from those that the runs were trained with, errors, the
+    worst classes and confusions, and as the last line the record that it returns.
 
     Args:
       config: says which data, how many views and which devices. Of one workdir also the
@@ -187,7 +187,11 @@ def _from_run(config: Config, member: Member) -> tuple[int, Experiment, dict[str
     """A checkpoint's step, what its network is tested in, and its variables."""
     workdir = member.path.absolute()
     _, experiment = train.prepare(config, workdir)
-    step, variables = _restore(experiment, workdir, member.step)
+    step, variables, trained_with = _restore(experiment, workdir, member.step)
+    # The checkpoint's own: config.json may be lost, or of a start since then.
+    differences = train.compare(config, trained_with, workdir)
+    if differences:
+        _say("\n".join([f"{member.path}: {differences[0]}", *differences[1:]]))
     return step, experiment, variables
 
 
@@ -256,16 +260,19 @@ def _predictions(experiment: Experiment, variables: dict[str, Any]) -> Predictio
 
 def _restore(
     experiment: Experiment, workdir: Path, which: int | str
-) -> tuple[int, dict[str, Any]]:
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """A checkpoint's step, its variables, and the config that it was trained with."""
     target = experiment.abstract_state()
     with Checkpointer(workdir / experiment_lib.CHECKPOINTS, read_only=True) as saved:
         step = saved.find(which)
-        variables, _ = saved.restore_params(
+        variables, metadata = saved.restore_params(
             step=step,
             abstract={"params": target.params, "batch_stats": target.batch_stats},
         )
+        where = f"the checkpoint {saved.directory / str(step)}"
     assert step is not None  # else there was no checkpoint to restore
-    return step, variables
+    metadata = experiment_lib.check_metadata(metadata, where)
+    return step, variables, metadata["config"]
 
 
 def _metrics(predictions: Predictions) -> dict[str, Any]:

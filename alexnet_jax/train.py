@@ -110,7 +110,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
             state, host = restored
             # What the checkpoint was trained with: the workdir may have been begun, or
             # its config changed, since `prepare` looked.
-            differences = _differences(config, host["config"], path)
+            differences = compare(config, host["config"], path)
             origin = [
                 f"resuming from step {int(state.step)} ({checkpointer.directory})"
             ]
@@ -301,12 +301,12 @@ def prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
 
 
 def _compare_with_workdir(config: Config, workdir: Path) -> list[str]:
-    """`_differences` from the workdir's own config."""
+    """`compare` with the workdir's own config."""
     saved = experiment_lib.read_config(workdir)
-    return [] if saved is None else _differences(config, saved, workdir)
+    return [] if saved is None else compare(config, saved, workdir)
 
 
-def _differences(config: Config, saved: dict[str, Any], workdir: Path) -> list[str]:
+def compare(config: Config, saved: dict[str, Any], workdir: Path) -> list[str]:
     """Lines that say how the config differs from one that a workdir was trained with.
 
     Raises:
@@ -316,7 +316,9 @@ def _differences(config: Config, saved: dict[str, Any], workdir: Path) -> list[s
     new = experiment_lib.flat(experiment_lib.as_json(config))
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     lines = [
-        f"  --config.{key}: {old.get(key)} in the workdir, now {new.get(key)}"
+        f"  --config.{key}: "
+        + (f"{old[key]} in the workdir" if key in old else "newer than the workdir")
+        + (f", now {new[key]}" if key in new else "; there is no such field any more")
         for key in changed
     ]
     fixed = ("model.", "data.image_size", "data.crop_size")

@@ -49,12 +49,31 @@ def test_evaluation_of_a_workdir_on_more_devices(runs, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1]) == record
     wrong = f"{100 * record['eval/top1_error']:.2f}%"
-    assert lines[0].startswith(f"step {record['step']}: top-1 error ")
-    assert f"top-1 error {wrong}, top-5 error 0.00% (centre view)" in lines[0]
+    assert lines[:4] == [
+        f"{root / 'seed_1'}: the config differs from this workdir's:",
+        "  --config.data.batch_size: 6 in the workdir, now 7",
+        "  --config.parallel.data: 1 in the workdir, now 7",
+        lines[3],
+    ]
+    assert lines[3].startswith(f"step {record['step']}: top-1 error ")
+    assert f"top-1 error {wrong}, top-5 error 0.00% (centre view)" in lines[3]
     assert any(line.endswith(f" of {PICTURES // 3} pictures") for line in lines), lines
     with pytest.raises(CheckpointError, match="There is no checkpoint in"):
         protocol.evaluate_runs(config, [Member(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+def test_another_network_is_refused_whatever_the_workdir_says(runs, tmp_path):
+    """Of the same shapes: its config is gone, and the checkpoint has its own."""
+    root, config = runs
+    workdir = shutil.copytree(root / "seed_0", tmp_path / "run")
+    config = config.copy_and_resolve_references()
+    config.model.overrides.activation = "tanh"
+    words = r"run holds another network:\n.*activation: None in the workdir, now tanh"
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=words):
+            protocol.evaluate_runs(config, [Member(workdir)])
+        (workdir / "config.json").unlink(missing_ok=True)
 
 
 def test_any_checkpoint_can_be_named(runs):
