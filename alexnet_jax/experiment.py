@@ -24,6 +24,7 @@ from alexnet_jax.checkpoint import Checkpointer, CheckpointError, split_step
 from alexnet_jax.data import images as images_lib
 from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.files import parse_json, read_small, replacing
+from alexnet_jax.data.loader import PREFETCH
 from alexnet_jax.data.sources import Source
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.fields import ConfigError, flat
@@ -392,6 +393,8 @@ def build(
     mode = config.parallel.mode
     rows, columns = mesh_shape(config, network.network)
     steps_per_epoch = train.num_examples / config.data.batch_size
+    mesh = parallel.make_mesh(rows, columns)
+    _require_memory(config, mesh)
     _require_countable(config, steps_per_epoch)
     total_steps = math.ceil(config.num_epochs * steps_per_epoch)
     if config.max_steps >= 0:
@@ -400,7 +403,7 @@ def build(
         config=config,
         model=network,
         tx=make_optimizer(config, network, steps_per_epoch),
-        mesh=parallel.make_mesh(rows, columns),
+        mesh=mesh,
         mode=mode,
         train_source=train,
         eval_source=evaluation,
@@ -427,6 +430,26 @@ def _require_countable(config: Config, steps_per_epoch: float) -> None:
                 f"more than {fields_lib.MOST:,} steps. Take fewer, or a larger "
                 "--config.data.batch_size."
             )
+
+
+def _require_memory(config: Config, mesh: Mesh) -> None:
+    """Raises ConfigError for batches that this machine cannot hold.
+
+    Linux lends more memory than there is, and then ends a process without a word.
+    """
+    batch, side, count = config.data.batch_size, config.data.image_size, PREFETCH + 1
+    low, high = parallel.positions(mesh, config.parallel.mode, batch)
+    needed = count * (high - low) * side * side * 3
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not said on this system
+        return
+    if needed > memory:
+        raise ConfigError(
+            f"--config.data.batch_size={batch}: the loader holds {count} batches of "
+            f"{high - low:,} pictures of {side} x {side} pixels, {needed / 1e9:,.1f} GB; "
+            f"this machine has {memory / 1e9:,.1f} GB. Take a smaller one."
+        )
 
 
 def make_augmentation(config: Config, steps_per_epoch: float) -> augment.Augmentation:

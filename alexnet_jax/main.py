@@ -10,6 +10,7 @@ python -m alexnet_jax.main --config=configs/paper.py --mode=describe
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from alexnet_jax.experiment import ConfigError
 from alexnet_jax.pretrained import WeightsError
 from alexnet_jax.writers import show_every_name
 
+# Virtual devices of a CPU. Each has threads of its own: of 100,000 none ever started.
+MOST_CPU_DEVICES = 1024
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="A file of configs/, such as configs/paper.py."
 )
@@ -59,6 +62,7 @@ _CPU_DEVICES = flags.DEFINE_integer(
     None,
     "Run on that many virtual devices of the CPU, whatever else there is.",
     lower_bound=1,
+    upper_bound=MOST_CPU_DEVICES,
 )
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
@@ -199,6 +203,15 @@ def _parse(argv: Sequence[str]) -> list[str]:
         *(MemoryError, RecursionError, SyntaxError),  # of values that are nested deep
     ) as error:
         raise ConfigError(f"the command line: {_in_words(error)}") from error
+    except (SystemExit, KeyboardInterrupt) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        from_file = any("config_flags" in frame.filename for frame in frames)
+        if not from_file or isinstance(error, stopping.Interrupted):
+            raise  # --help, or a real Ctrl-C
+        raise ConfigError(
+            f"--config: {frames[-1].filename}, line {frames[-1].lineno}, ends the command "
+            f"({_cut(repr(error))}); such a file must only make a config."
+        ) from error
 
 
 def _require_fields() -> None:

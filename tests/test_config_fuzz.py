@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from alexnet_jax import experiment, fields, main, model, sweeps, train
+from alexnet_jax import experiment, fields, main, model, stopping, sweeps, train
 from alexnet_jax.checkpoint import MANIFEST, CheckpointError
 from alexnet_jax.data import DataError
 from alexnet_jax.data.statistics import Statistics
@@ -307,6 +307,10 @@ def test_kinds_are_those_of_the_defaults():
         ),
         (("model", 5), "--config.model.variant is missing"),
         (("seed", "9" * 5000), "must be a whole number"),
+        (
+            ("data.batch_size", 2**31 - 8),
+            "batch_size=2147483640: the loader holds 5 batches of 2,147,483,640 pictures",
+        ),
     ],
 )
 def test_known_mistakes_are_sentences(change, words):
@@ -422,6 +426,7 @@ def test_command_lines_of_any_text(overrides, where):
         (["--workdir"], "Missing value for flag --workdir"),
         (["--mode=dance"], "--mode=dance"),
         (["--cpu_devices=0"], "--cpu_devices=0"),
+        (["--cpu_devices=100000"], "100000 is not an integer in the range [1, 1024]"),
     ],
 )
 def test_what_a_command_line_says(arguments, words, monkeypatch):
@@ -451,6 +456,15 @@ def test_a_change_before_its_file_is_said(monkeypatch):
         ("def get_config():\n    return {'seed': 1}\n", "it returns dict"),
         ("def get_config(:\n", "invalid syntax"),
         ("def get_config():\n    return int('x')\n", "invalid literal for int"),
+        (
+            "def get_config():\n    raise SystemExit(3)\n",
+            "own.py, line 2, ends the command (SystemExit(3)); such",
+        ),
+        (
+            "import sys\nsys.exit('no data')\n",
+            "line 2, ends the command (SystemExit('no data'))",
+        ),
+        ("raise KeyboardInterrupt\n", "line 1, ends the command (KeyboardInterrupt())"),
     ],
 )
 def test_files_that_are_no_configs(text, words, monkeypatch, tmp_path):
@@ -459,6 +473,13 @@ def test_files_that_are_no_configs(text, words, monkeypatch, tmp_path):
     with pytest.raises(ConfigError) as error:
         parsed(monkeypatch, f"--config={path}")
     assert words in str(error.value)
+
+
+def test_a_ctrl_c_while_a_config_file_is_read_is_none_of_its_own(monkeypatch, tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("import os\nos.kill(os.getpid(), 2)\nimport time\ntime.sleep(60)\n")
+    with pytest.raises(stopping.Interrupted), stopping.answering():
+        parsed(monkeypatch, f"--config={path}")
 
 
 @pytest.mark.parametrize(

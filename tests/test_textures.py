@@ -148,8 +148,17 @@ def test_slices_and_sizes(tiny):
 
 
 def test_split_errors(tiny):
-    for split in ("val", "train[:0%]", "train[:x]"):
-        with pytest.raises(ValueError, match=r"cannot read split .*its splits: test, "):
+    for split, words in {
+        "val": "Unknown split",
+        "train[:x]": "Error parsing",
+        "train[300:]": "incompatible with 200",
+        "train[:0%]": r"of the 200 examples of 'train' the slice \[0:0\] has none",
+        "train[50:20]": r"the slice \[50:20\] has none",
+        "train[51:50]": r"the slice \[51:50\] has none",  # tfds's own end is 200
+        "train+test[3:2]": r"of the 100 examples of 'test' the slice \[3:2\] has none",
+    }.items():
+        match = rf"cannot read split .*{words}.*its splits: test, train"
+        with pytest.raises(ValueError, match=match):
             open_source("textures/tiny", split, data_dir=str(tiny))
 
 

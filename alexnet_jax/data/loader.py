@@ -20,6 +20,8 @@ import numpy as np
 from alexnet_jax.data.sources import Source
 
 Batch = dict[str, np.ndarray]
+# Batches that are decoded ahead, beside the one that is used.
+PREFETCH = 4
 _ALIGNMENT = 64  # bytes; a cache line, and what XLA asks for
 
 
@@ -246,7 +248,7 @@ def train_batches(
     start_step: int = 0,
     positions: tuple[int, int] | None = None,
     workers: int = 2,
-    prefetch: int = 4,
+    prefetch: int = PREFETCH,
 ) -> Batches:
     """Endless shuffled batches, from `start_step` on.
 
@@ -289,7 +291,7 @@ def eval_batches(
     batch_size: int,
     positions: tuple[int, int] | None = None,
     workers: int = 2,
-    prefetch: int = 4,
+    prefetch: int = PREFETCH,
 ) -> Batches:
     """Every example exactly once, in order; the last batch is padded.
 

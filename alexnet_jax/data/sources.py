@@ -226,6 +226,7 @@ class TfdsSource:
         builder = tfds_builder(directory)
         self._image_key, self._label_key, classes = _image_and_label(builder.info)
         try:
+            _check_slices(builder.info, split)
             # Raw records: parsing the protocol buffer here takes half the time of
             # tfds's own deserialisation, and that time holds the interpreter lock.
             # (Any: tfds wraps its methods in ways that type checkers cannot see.)
@@ -661,6 +662,23 @@ def _how_to_prepare(name: str, data_dir: Path | str = "DIR") -> str:
         '.download_and_prepare()" (data sets whose builder needs TensorFlow: '
         'pip install "alexnet_jax[tf]" first; training does not need it)'
     )
+
+
+def _check_slices(info: Any, split: str) -> None:
+    """Raises ValueError for an empty part of a split.
+
+    tfds takes "train[51:50]" for "train[51:]", and counts -30 examples in "train[50:20]".
+    """
+    import tensorflow_datasets as tfds
+
+    for part in tfds.core.ReadInstruction.from_spec(split).to_absolute(info.splits):
+        count = info.splits[part.splitname].num_examples
+        start, end = part.from_ or 0, count if part.to is None else part.to
+        if start >= end:
+            raise ValueError(
+                f"of the {count:,} examples of {part.splitname!r} the slice "
+                f"[{start}:{end}] has none"
+            )
 
 
 def _image_and_label(info: Any) -> tuple[str, str, tuple[str, ...]]:
