@@ -42,9 +42,14 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class Stop:
-    """Whether a run was asked to end, and by which signal: the first one."""
+    """Whether a run was asked to end, and by which signal: the first one.
+
+    `ending`: it ends by itself now, once a last checkpoint is written; the run says so,
+    and a signal changes nothing.
+    """
 
     signal: int | None = None
+    ending: bool = False
 
 
 def run(command: Callable[[], int]) -> NoReturn:
@@ -108,6 +113,9 @@ def asking() -> Iterator[Stop]:
         yield stop
         return
 
+    def words(number: int) -> str:
+        return _asked(number, stop.ending)
+
     def ask(number: int, frame: FrameType | None) -> None:
         if stop.signal is not None:
             if number == signal.SIGINT:
@@ -115,11 +123,11 @@ def asking() -> Iterator[Stop]:
             return
         stop.signal = number
         if _listener is None:
-            _say(_asked(number))
+            _say(words(number))
         else:
             _listener.answered = True
 
-    with _handled_by(ask), _listener_says(_asked):
+    with _handled_by(ask), _listener_says(words):
         yield stop
 
 
@@ -140,12 +148,12 @@ def _ended(number: int) -> str:
     return f"stopped by {signal.Signals(number).name}; start the same command again"
 
 
-def _asked(number: int) -> str:
+def _asked(number: int, ending: bool) -> str:
     again = "a second" if number == signal.SIGINT else "a"
-    return (
-        f"{signal.Signals(number).name}: stopping after this step, or this batch of an "
-        f"evaluation, with a checkpoint; {again} Ctrl-C ends at once"
-    )
+    what = "stopping after this step, or this batch of an evaluation, with a checkpoint"
+    if ending:
+        what = "the run is at its end, and writes its last checkpoint"
+    return f"{signal.Signals(number).name}: {what}; {again} Ctrl-C ends at once"
 
 
 def _say(line: str) -> None:

@@ -497,6 +497,9 @@ class _Run:
                 self._end_again()
             else:
                 self._take_steps(profiler)
+            if stop.signal:  # it came too late
+                name = signal.Signals(stop.signal).name
+                self.writers.text(f"{name}: the run has ended, nothing is left to do")
         except _CutShort as cut:
             self._stopped(cut.signal)
 
@@ -507,7 +510,7 @@ class _Run:
         # new run of no steps.
         begun = self.checkpointer.latest_whole_step() == self.step
         if not begun or self.checkpointer.top1_error(self.step) is None:
-            self._save(self._evaluate(self.config.eval_views))
+            self._save_last(self._evaluate(self.config.eval_views))
 
     def _make_up_for_evaluation(self) -> None:
         """The evaluation of the restored step, whose checkpoint is of before it."""
@@ -546,10 +549,10 @@ class _Run:
         profiler.close()  # what follows is no training
         if asked.stop_signal and not self.ended:
             self._stopped(asked.stop_signal)
-        self._save()  # before an evaluation that may fail
-        if self.evaluated_step != self.step:
+        if self.evaluated_step != self.step and self.experiment.eval_source is not None:
+            self._save()  # before an evaluation that may fail
             self._evaluate(self.config.eval_views)
-        self._save(self.evaluated_error)
+        self._save_last(self.evaluated_error)
 
     def _keep(self, metrics: dict[str, jax.Array]) -> None:
         if self.step == 1:
@@ -832,6 +835,11 @@ class _Run:
         if self.saved_step != self.step:
             self.writers.text(f"checkpoint of step {self.step}")
         self.saved_step, self.saved_at = self.step, time.monotonic()
+
+    def _save_last(self, top1_error: float | None) -> None:
+        """A run that ends by itself: whoever asks it to stop now is told so."""
+        self.stop.ending = True
+        self._save(top1_error)
 
     def _stopped(self, number: int) -> None:
         self._save()

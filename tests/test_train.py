@@ -319,6 +319,30 @@ def test_a_stopped_run_goes_on_where_it_was(
     ]
 
 
+def test_a_signal_in_the_last_save_promises_nothing(
+    folder, tmp_path, monkeypatch, capfd
+):
+    """The run has ended, as its status says."""
+    save = train.Checkpointer.save
+
+    def save_and_signal(checkpointer, step, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(checkpointer, step, *args, **kwargs)
+
+    config = small_config(folder, max_steps=2)
+    config.data.eval_split = ""
+    monkeypatch.setattr(train.Checkpointer, "save", save_and_signal)
+    assert int(train.train_and_evaluate(config, tmp_path).step) == 2
+    out, err = capfd.readouterr()
+    assert err == (
+        "SIGTERM: the run is at its end, and writes its last checkpoint; a Ctrl-C ends "
+        "at once\n"
+    )
+    assert out.endswith(
+        "checkpoint of step 2\nSIGTERM: the run has ended, nothing is left to do\n"
+    )
+
+
 def stop_in_evaluation(patch, number=signal.SIGTERM, *, step, batch):
     """Sends this process a signal in an evaluation, when a batch is on the devices."""
     counts = collections.Counter()
