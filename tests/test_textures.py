@@ -3,6 +3,8 @@
 Its promise: colours alone and linear functions of the pixels do not give the class.
 """
 
+import errno
+import fcntl
 import hashlib
 import os
 import signal
@@ -219,7 +221,7 @@ def test_an_interrupted_build_is_not_taken_for_a_data_set(tmp_path):
     assert process.stderr is not None
     assert b"Drawing" in process.stderr.readline()
     deadline = time.monotonic() + 20
-    while not list(tmp_path.glob("textures/*incomplete*")):
+    while not list(tmp_path.glob("textures/incomplete.*_1.0.0")):  # tfds's name
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     time.sleep(0.5)
@@ -231,6 +233,28 @@ def test_an_interrupted_build_is_not_taken_for_a_data_set(tmp_path):
     # The lock died with the process.
     source = open_source("textures/tiny", "test", data_dir=str(tmp_path))
     assert source.num_examples == 100
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_what_killed_builds_have_left_is_removed(has_locks, tmp_path, monkeypatch):
+    """Without locks it may be another process's that is alive."""
+    seen = []
+
+    def prepare(builder):
+        seen.extend(sorted(p.name for p in (tmp_path / "textures" / "tiny").iterdir()))
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    left = "incomplete.ABC123_1.0.0"
+    others = ["incomplete.ABC123_2.0.0", "mine"]
+    for name in (left, *others):
+        (tmp_path / "textures" / "tiny" / name / "part").mkdir(parents=True)
+    monkeypatch.setattr(module.Builder, "download_and_prepare", prepare)
+    if not has_locks:
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+    build(tmp_path, tiny=True)
+    assert seen == (others if has_locks else [left, *others])
 
 
 def test_unwritable_directory_is_one_short_error(tmp_path, capsys):

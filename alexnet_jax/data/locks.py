@@ -27,11 +27,14 @@ class HeldError(OSError):
 
 
 @contextlib.contextmanager
-def held(path: Path, *, wait: bool) -> Iterator[None]:
+def held(path: Path, *, wait: bool) -> Iterator[bool]:
     """Holds the lock of a file, which is made, and says in it who does.
 
     A killed holder lets go. Where there are no locks (Windows, some network file
     systems) nobody waits: what is written under it must be harmless when written twice.
+
+    Yields:
+      Whether it is held, so that nobody else is here: False where there are no locks.
 
     Raises:
       HeldError: (an OSError) another process holds it, and `wait` is false.
@@ -39,22 +42,23 @@ def held(path: Path, *, wait: bool) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:
-        yield
+        yield False
         return
     # Not truncated: the line in it may be the holder's.
     # Nor followed: what is written into it must not be written elsewhere.
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(path, flags, 0o666)
+    is_held = True
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise HeldError(path, _read_holder(descriptor)) from None
         except OSError:
-            pass
+            is_held = False
         _write(descriptor, _this_process())
         try:
-            yield
+            yield is_held
         finally:
             _write(descriptor, b"")
     finally:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -46,10 +47,12 @@ def build(data_dir: Path, *, tiny: bool = False) -> str:
     # tfds writes to a directory of its own and renames it.
     with (
         telling_of_a_full_disk(data_dir),
-        locks.held(data_dir / ".textures.lock", wait=True),
+        locks.held(data_dir / ".textures.lock", wait=True) as is_held,
     ):
         if (directory / "dataset_info.json").exists():  # another process was faster
             return name
+        if is_held:
+            _remove_leftovers(directory)
         check_room(data_dir, (300 if tiny else 5000) * _BYTES_A_PICTURE)
         print(f"Drawing the textures data set into {directory} ...", file=sys.stderr)
         started = time.perf_counter()
@@ -66,3 +69,9 @@ def build(data_dir: Path, *, tiny: bool = False) -> str:
         seconds = time.perf_counter() - started
         print(f"Textures are ready ({seconds:.0f} s).", file=sys.stderr)
     return name
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Removes what killed preparations have left, under tfds's own name for it."""
+    for folder in directory.parent.glob(f"incomplete.*_{directory.name}"):
+        shutil.rmtree(folder, ignore_errors=True)
