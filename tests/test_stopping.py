@@ -42,7 +42,7 @@ def test_a_command_says_one_line_and_has_the_signals_status(number, capfd):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_garbage_collector_is_not_lost(number, capfd):
     """Python drops what a callback of it raises; jax has such a callback."""
-    left = [number]
+    left = []
 
     def collecting(phase, info):
         if left:
@@ -51,6 +51,7 @@ def test_a_signal_in_the_garbage_collector_is_not_lost(number, capfd):
     gc.callbacks.append(collecting)
     try:
         with pytest.raises(stopping.Interrupted), stopping.answering():
+            left.append(number)  # not before: Python collects when it likes
             gc.collect()
             time.sleep(60)
     finally:
