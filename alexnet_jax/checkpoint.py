@@ -45,6 +45,7 @@ from alexnet_jax.data.files import (
     check_unpacked,
     parse_json,
     read_small,
+    replacing,
     telling_of_a_full_disk,
 )
 from alexnet_jax.data.paths import require_utf8
@@ -53,7 +54,9 @@ MANIFEST = "manifest.json"
 _FORMAT = 1
 _TEMPORARY = MANIFEST + ".tmp"
 READERS = ".readers"
-_SAVING = ".saving"
+SAVING = ".saving"
+# What Orbax writes into a step, and how it calls one that is not whole yet.
+_ORBAX_FILE, _ORBAX_UNFINISHED = "_CHECKPOINT_METADATA", ".orbax-checkpoint-tmp"
 # Of a state's size: no state is compressed to less (at first half of it is zeros). With
 # less room than that on the disk nothing is begun.
 _LEAST_SHARE = 0.4
@@ -194,7 +197,7 @@ class Checkpointer:
             return
         if (killed_in := self._agreed(self._unfinished_step)) >= 0:
             self._remove([killed_in])
-        if self._agreed(lambda: step in self.all_steps()):
+        if self._agreed(lambda: os.path.lexists(self._folder(step))):
             self._make_way(step)
         newest = self._agreed(lambda: max(self._known_whole_steps(), default=-1))
         if step < newest:
@@ -218,7 +221,7 @@ class Checkpointer:
             if jax.process_index() == 0:
                 folder = self._folder(step)
                 _write_manifest(folder, _sums(folder), top1_error)
-                (self.directory / _SAVING).unlink(missing_ok=True)
+                (self.directory / SAVING).unlink(missing_ok=True)
         _wait_for_all(f"manifest {step}")
         self._problems[step] = ""
         self._remove_old_steps()
@@ -238,9 +241,9 @@ class Checkpointer:
         except FullDiskError as error:
             if jax.process_index() == 0:
                 shutil.rmtree(self._folder(step), ignore_errors=True)
-                for folder in self.directory.glob(f"{step}.*"):  # Orbax's, not renamed
+                for folder in self.directory.glob(f"{step}{_ORBAX_UNFINISHED}*"):
                     shutil.rmtree(folder, ignore_errors=True)
-                (self.directory / _SAVING).unlink(missing_ok=True)
+                (self.directory / SAVING).unlink(missing_ok=True)
             whole = max(self._known_whole_steps(), default=None)
             kept = "" if whole is None else f" The one of step {whole} is as it was."
             raise CheckpointError(
@@ -295,7 +298,7 @@ class Checkpointer:
     def _make_way(self, step: int) -> None:
         """Removes a spoilt step that training has passed again.
 
-        A folder that may be anything is put aside.
+        What may be anything, a file or a link too, is put aside.
         """
         if self._agreed(lambda: self._is_ours(step)):
             self._remove([step])
@@ -304,7 +307,8 @@ class Checkpointer:
             aside = _free_name(self.directory / f"aside_{step}")
             os.rename(self._folder(step), aside)
             logging.warning(
-                "%s has no %s: put aside as %s.", self._folder(step), MANIFEST, aside
+                "%s is no checkpoint, or has lost its %s: put aside as %s.",
+                *(self._folder(step), MANIFEST, aside),
             )
         self._problems.pop(step, None)
         _wait_for_all("put aside")
@@ -312,7 +316,8 @@ class Checkpointer:
 
     def _is_ours(self, step: int) -> bool:
         """Whether a step's folder can be nothing but a checkpoint, whole or not."""
-        return (self._folder(step) / MANIFEST).exists()
+        folder = self._folder(step)
+        return (folder / MANIFEST).is_file() and _is_of_orbax(folder)
 
     def _unfinished_step(self) -> int:
         """The step that a kill left unfinished; -1: there is none."""
@@ -666,18 +671,21 @@ def _problem(folder: pathlib.Path) -> str:
 def _is_unfinished(folder: pathlib.Path) -> bool:
     """Whether a step is being saved, or was when its run was killed."""
     try:
-        saving = read_small(folder.parent / _SAVING).decode()
+        saving = read_small(folder.parent / SAVING).decode()
     except (OSError, ValueError):
         return False
-    return saving.strip() == folder.name and not (folder / MANIFEST).exists()
+    is_named = saving.strip() == folder.name and _is_of_orbax(folder)
+    return is_named and not os.path.lexists(folder / MANIFEST)
+
+
+def _is_of_orbax(folder: pathlib.Path) -> bool:
+    return not folder.is_symlink() and (folder / _ORBAX_FILE).is_file()
 
 
 def _write_saving(directory: pathlib.Path, step: int) -> None:
     """Says that a step is being saved, before there is anything of it."""
-    with open(directory / _SAVING, "w") as file:
-        file.write(f"{step}\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with replacing(directory / SAVING) as file:
+        file.write(f"{step}\n".encode())
     _sync_folder(directory)
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -603,6 +604,55 @@ def test_a_folder_of_somebody_elses_is_not_deleted(directory, warnings_said):
     assert "move away what is not this run's" in str(error.value)
 
 
+def _folder_with(path, *names):
+    path.mkdir()
+    for name in names:
+        (path / name).write_text("{}")
+
+
+# What somebody else may have put among the checkpoints -> where it is after a save.
+OTHERS = {
+    "a file named like a step": (lambda d: (d / "30").write_text("mine"), "aside_30"),
+    "a link to nothing": (lambda d: (d / "30").symlink_to("/nowhere"), "aside_30"),
+    "a link to a checkpoint": (lambda d: (d / "3").symlink_to(d / "20"), "3"),
+    "another program's manifest": (lambda d: _folder_with(d / "3", MANIFEST), "3"),
+    "the folder that a killed save names": (
+        lambda d: (_folder_with(d / "35", "mine"), (d / ".saving").write_text("35")),
+        "35",
+    ),
+}
+
+
+@pytest.mark.parametrize("made", OTHERS)
+def test_what_is_somebody_elses_is_not_deleted(directory, made):
+    make, stays = OTHERS[made]
+    make(directory)
+    with Checkpointer(directory, keep=1) as checkpoints:
+        checkpoints.save(30, _make_state(30), metadata={}, top1_error=0.1)
+        assert checkpoints.latest_whole_step() == 30
+    assert os.path.lexists(directory / stays)
+
+
+def test_a_full_disk_removes_only_what_was_being_saved(directory, monkeypatch):
+    _folder_with(directory / "30.backup", "mine")
+    full = types.SimpleNamespace(free=0)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: full)
+    with (
+        Checkpointer(directory) as checkpoints,
+        pytest.raises(CheckpointError, match="no checkpoint of step 30: .* No space"),
+    ):
+        checkpoints.save(30, _make_state(30), metadata={})
+    assert (directory / "30.backup" / "mine").exists()
+
+
+def test_a_link_in_the_place_of_a_mark_is_not_followed(directory, tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (directory / ".saving").symlink_to(tmp_path / "precious")
+    with Checkpointer(directory) as checkpoints:
+        checkpoints.save(30, _make_state(30), metadata={})
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
 @pytest.mark.parametrize("missing", [MANIFEST, "_CHECKPOINT_METADATA", "state"])
 def test_a_broken_step_does_not_block_saving(directory, missing):
     path = directory / "20" / missing
@@ -634,8 +684,12 @@ def test_the_manifest_comes_last(tmp_path, monkeypatch):
     with Checkpointer(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, _make_state(1), metadata={})
 
-        def killed(*args):
-            raise KeyboardInterrupt
+        replace = os.replace
+
+        def killed(source, target):
+            if os.path.basename(target) == MANIFEST:
+                raise KeyboardInterrupt
+            replace(source, target)
 
         monkeypatch.setattr("alexnet_jax.checkpoint.os.replace", killed)
         with pytest.raises(KeyboardInterrupt):
