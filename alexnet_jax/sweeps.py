@@ -212,7 +212,7 @@ def load(path: str | os.PathLike[str]) -> Sweep:
     try:
         get_sweep = runpy.run_path(path)["get_sweep"]
         sweep = get_sweep(argument) if colon else get_sweep()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SweepError(
             f"{path} could not be read ({type(error).__name__}: {error}). It must "
             "define get_sweep(), which returns a sweeps.Sweep."

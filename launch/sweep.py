@@ -23,6 +23,7 @@ import datetime
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -37,8 +38,9 @@ from typing import Any, TextIO
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # configs/ and, where it is not installed, alexnet_jax
 
-from alexnet_jax import output, records, sweeps
-from alexnet_jax.data.files import replacing
+from alexnet_jax import kinds, output, records, sweeps
+from alexnet_jax.data.files import parse_json, read_small, replacing
+from alexnet_jax.data.paths import expanded, message_of, require_places
 from alexnet_jax.experiment import CHECKPOINTS, CONFIG_FILE, DIVERGED
 from alexnet_jax.sweeps import Line, Measurement, Plan, Run, SweepError
 from alexnet_jax.writers import METRICS_FILE, read_metrics
@@ -48,7 +50,15 @@ POLL_SECONDS = 0.5
 LAST_LINES = 3
 TAIL_BYTES = 16384
 SQUEUE_SECONDS = 30
+LOCK, RUNS = ".lock", "runs"
+SUMMARIES = "summary.md", "summary.csv", "summary.png", "sweep.json"
 STATUS, LOG, SUBMITTED = "status.json", "log.txt", "sbatch.txt"
+ENDED = "finished", "diverged", "broken"
+STATUS_KINDS = {
+    "state": kinds.Kind(f"one of {', '.join(ENDED)}", lambda value: value in ENDED),
+    "error": kinds.TEXT,
+    "beaten": kinds.SWITCH,
+}
 
 
 @dataclass
@@ -74,7 +84,7 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        return self.state in ("finished", "diverged", "broken")
+        return self.state in ENDED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Runs go on when nobody reads how far they are.
         with output.required() if options.dry_run else output.dropped():
             return _sweep(options)
-    except SweepError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (SweepError, OSError) as error:
+        print(f"error: {message_of(error)}", file=sys.stderr)
         return 1
 
 
@@ -117,18 +127,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _sweep(options: argparse.Namespace) -> int:
     plan = make_plan(options)
-    launcher = Launcher(plan, options.out, options.jobs, options.slurm)
+    out = expanded(options.out)
+    require_places(out, files=(LOCK, *SUMMARIES), folders=(RUNS,))
+    launcher = Launcher(plan, out, options.jobs, options.slurm)
     launcher.update()
     if options.dry_run:
         launcher.show_commands()
         return 0
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SweepError(f"--out={options.out}: {error.strerror}.") from error
-    with _alone(options.out) as lock:
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone(out) as lock:
         interrupted = launcher.work(lock)
-        write_summary(plan, launcher, options.out)
+        write_summary(plan, launcher, out)
     broken = [job for job in launcher.jobs.values() if job.state == "broken"]
     for job in broken:
         print(f"broken: {job.folder}\n{job.error}", file=sys.stderr)
@@ -141,7 +150,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     seeds = sweep.seeds
     if options.seeds is not None:
         words = options.seeds.split(",")
-        seeds = tuple(int(word) for word in words if word.isdecimal())
+        seeds = tuple(int(word) for word in words if re.fullmatch(r"\d{1,10}", word))
         if len(set(seeds)) < len(words):
             raise SweepError(
                 f"--seeds={options.seeds} must be different numbers, such as 0,1,2."
@@ -166,7 +175,9 @@ def make_plan(options: argparse.Namespace) -> Plan:
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[TextIO]:
     """A lock that this process, and every run it has started, holds on a sweep."""
-    with open(out / ".lock", "w") as lock:
+    # Not followed: what a link names is not to be emptied.
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    with open(os.open(out / LOCK, flags, 0o666), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -177,6 +188,16 @@ def _alone(out: Path) -> Iterator[TextIO]:
         except OSError:
             pass  # a file system without locks
         yield lock
+
+
+def _read_status(path: Path) -> dict[str, Any]:
+    """What a run came to; ValueError if the file says something else."""
+    status = parse_json(read_small(path))
+    if not isinstance(status, dict) or "state" not in status:
+        raise ValueError("it has no state")
+    for name, problem in kinds.problems(status, STATUS_KINDS).items():
+        raise ValueError(f"{name}={problem}")
+    return status
 
 
 class Launcher:
@@ -195,7 +216,7 @@ class Launcher:
         """Adds the runs that are known to be needed by now."""
         for run in self.plan.runs(self.results):
             if run.name not in self.jobs:
-                job = Job(run, self.out / "runs" / run.name)
+                job = Job(run, self.out / RUNS / run.name)
                 self._look(job)
                 self.jobs[run.name] = job
                 if job.state == "diverged":
@@ -207,6 +228,12 @@ class Launcher:
 
     def _look(self, job: Job) -> None:
         """What an earlier sweep has left of a run."""
+        if os.path.lexists(job.folder):
+            require_places(
+                job.folder,
+                files=(STATUS, LOG, SUBMITTED, METRICS_FILE, CONFIG_FILE),
+                folders=(CHECKPOINTS,),
+            )
         finished = (job.folder / STATUS).exists()
         stored = job.folder / CONFIG_FILE
         begun = finished or (job.folder / CHECKPOINTS).exists()
@@ -219,7 +246,7 @@ class Launcher:
             )
         if finished:
             try:
-                status = json.loads((job.folder / STATUS).read_text())
+                status = _read_status(job.folder / STATUS)
             except ValueError as error:
                 raise SweepError(
                     f"{job.folder / STATUS} is damaged ({error}); remove it, and the "
@@ -235,7 +262,12 @@ class Launcher:
 
     def _finish(self, job: Job) -> None:
         metrics = job.folder / METRICS_FILE
-        found = read_metrics(metrics) if metrics.exists() else []
+        try:
+            found = read_metrics(metrics) if metrics.exists() else []
+        except ValueError as error:
+            job.state, job.error = "broken", str(error)
+            self.results[job.run.name] = None
+            return
         result = self.plan.sweep.metric.measure(found)
         self.results[job.run.name] = result
         if result is None:

@@ -360,6 +360,7 @@ def test_a_command_is_told_without_paths():
         ([CIFAR], "must define get_sweep"),
         (["configs/sweeps/lrn.py", "--seeds=0,x"], "--seeds=0,x must be different"),
         (["configs/sweeps/lrn.py", "--seeds=1,1"], "--seeds=1,1 must be different"),
+        (["configs/sweeps/lrn.py", f"--seeds={'9' * 5000}"], "must be different"),
         (["configs/sweeps/lrn.py", "--jobs=0"], "--jobs=0 must be at least 1"),
         (["configs/sweeps/lrn.py", "--set", "num_epochs"], "must be FIELD=VALUE"),
         (["configs/sweeps/lrn.py", "--set", "num_epoch=2"], "--set num_epoch: .*no such"),
@@ -375,6 +376,67 @@ def test_what_is_wrong_on_the_command_line_is_told(
     assert said.startswith("error: ")
     assert re.search(words, said.replace("\n", " "))
     assert not (tmp_path / "out").exists()
+
+
+def _status(text):
+    def make(out):
+        folder = out / "runs" / "no_LRN" / "seed_0"
+        folder.mkdir(parents=True)
+        (folder / "status.json").write_text(text)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda out: out.write_text("mine"),
+            "/out is a file, where a folder has to be",
+        ),
+        (
+            lambda out: (out.mkdir(), os.mkfifo(out / ".lock")),
+            ".lock is no regular file",
+        ),
+        (
+            lambda out: (out.mkdir(), (out / ".lock").symlink_to("/nowhere")),
+            ".lock is a link to nothing; a file belongs there",
+        ),
+        (lambda out: (out.mkdir(), (out / "runs").touch()), "a folder belongs there"),
+        (lambda out: (out / "summary.md").mkdir(parents=True), "a file belongs there"),
+        (_status("[]"), r"status.json is damaged \(it has no state\); remove it"),
+        (_status('{"state": 5}'), "state=5 must be one of finished, diverged, broken"),
+        (_status("[" * 10**5), "status.json is damaged"),
+        (_status('{"state": "finished", "error": 7}'), "error=7 must be text"),
+    ],
+)
+def test_what_is_in_the_way_of_a_sweep_is_told(
+    make, words, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    make(tmp_path / "out")
+    arguments = ["configs/sweeps/lrn.py", f"--out={tmp_path / 'out'}", "--dry_run"]
+    assert launcher.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and re.search(words, said)
+
+
+def test_a_lock_that_is_a_link_is_not_emptied(tmp_path, capsys):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").symlink_to(tmp_path / "precious")
+    with (
+        pytest.raises(OSError, match="symbolic links"),
+        launcher._alone(tmp_path / "out"),
+    ):
+        pass
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_sweep_file_that_ends_the_command_is_named(tmp_path):
+    (tmp_path / "mine.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(SweepError, match="mine.py could not be read .SystemExit: 0"):
+        sweeps.load(tmp_path / "mine.py")
 
 
 def test_a_dry_run_shows_the_commands_and_makes_nothing(tmp_path, capsys, monkeypatch):
