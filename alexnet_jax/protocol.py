@@ -22,7 +22,7 @@ from alexnet_jax.checkpoint import (
     split_step,
 )
 from alexnet_jax.data.imagenet import words
-from alexnet_jax.data.paths import printable, require_writable_file
+from alexnet_jax.data.paths import expanded, printable, require_writable_file
 from alexnet_jax.evaluate import (
     Predictions,
     average,
@@ -72,7 +72,7 @@ class Member:
                 "given as DIR,DIR@STEP,FILE.npz."
             )
         folder, step = split_step(text)
-        return cls(Path(folder), step)
+        return cls(expanded(folder), step)
 
 
 def evaluate_runs(
@@ -104,6 +104,7 @@ def evaluate_runs(
     """
     if not config.data.eval_split:
         raise ConfigError("--config.data.eval_split is empty: nothing to evaluate on.")
+    save_to = save_to if save_to is None else expanded(save_to)
     if save_to is not None and Path(save_to).suffix != ".npz":
         raise ConfigError(f"--predictions={save_to} must be a file FILE.npz.")
     if save_to is not None and jax.process_index() == 0:  # which writes it

@@ -21,6 +21,7 @@ from alexnet_jax import distributed, divergence, finetune, output, parallel
 from alexnet_jax import experiment as experiment_lib
 from alexnet_jax.checkpoint import (
     READERS,
+    SAVING,
     Checkpointer,
     CheckpointError,
     has_checkpoint,
@@ -29,7 +30,7 @@ from alexnet_jax.data import Batches, locks
 from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, wnids
 from alexnet_jax.data.loader import Batch
-from alexnet_jax.data.paths import require_places
+from alexnet_jax.data.paths import expanded, require_places
 from alexnet_jax.evaluate import evaluate
 from alexnet_jax.experiment import Config, ConfigError, Experiment
 from alexnet_jax.model import INITS
@@ -140,14 +141,15 @@ def _folder(workdir: str | os.PathLike[str]) -> Path:
             f"--workdir={workdir} must be a local or mounted folder: a run is resumed from "
             "what is renamed there at once."
         )
-    path = Path(workdir).absolute()
+    path = expanded(workdir).absolute()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--workdir={workdir} is a file; name a folder, or none yet.")
     about = experiment_lib.CONFIG_FILE, experiment_lib.CLASSES_FILE
     records = experiment_lib.STATISTICS_FILE, METRICS_FILE, TIMES_FILE
+    locks_in = (f"{experiment_lib.CHECKPOINTS}/{name}" for name in (READERS, SAVING))
     require_places(
         path,
-        files=(LOCK_FILE, *about, *records, f"{experiment_lib.CHECKPOINTS}/{READERS}"),
+        files=(LOCK_FILE, *about, *records, *locks_in),
         folders=(experiment_lib.CHECKPOINTS, PROFILE),
     )
     return path
@@ -505,7 +507,9 @@ class _Run:
 
     def _end_again(self) -> None:
         """A run without a step left: its last evaluation, if that is missing."""
-        self.writers.text(f"nothing to do: the run ended at step {self.step}")
+        total = self.experiment.total_steps
+        shorter = f", and has {total} by now" if total < self.step else ""
+        self.writers.text(f"nothing to do: the run ended at step {self.step}{shorter}")
         # Unless it ended between the last checkpoint and the evaluation of it, or is a
         # new run of no steps.
         begun = self.checkpointer.latest_whole_step() == self.step

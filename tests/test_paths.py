@@ -69,6 +69,9 @@ MISTAKES = [
     (prepare, "statistics --source=folder:~nobodyx/p", NO_HOME),
     (prepare, "imagenet --source=~nobodyx/p --data_dir={new}", NO_HOME),
     (prepare, "textures --data_dir=~nobodyx", NO_HOME),
+    (main, "--workdir=~nobodyx/run", NO_HOME),
+    (main, "--mode=eval --workdir=~nobodyx/run", NO_HOME),
+    (main, "--mode=eval --workdir={run} --predictions=~nobodyx/x.npz", NO_HOME),
     (
         retrieve,
         "--workdir={run} --index={new}.npz --layer=logits --source=folder:~nobodyx",
@@ -134,7 +137,7 @@ def test_an_empty_part_of_several_runs_is_a_mistake(places, capsys):
 
 FILES = [
     *("config.json", "classes.json", "metrics.jsonl", "times.jsonl", "statistics.npz"),
-    *(".lock", "checkpoints/.readers"),
+    *(".lock", "checkpoints/.readers", "checkpoints/.saving"),
 ]
 
 

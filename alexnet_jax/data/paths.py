@@ -44,8 +44,8 @@ def require_writable(folder: Path) -> None:
 
 def require_writable_file(path: Path) -> None:
     """Raises PathError unless a file can be written; its folder may not be there yet."""
-    if path.is_dir():
-        raise PathError(f"cannot write {path}: it is a folder. Name a file")
+    if os.path.lexists(path) and not path.is_file():
+        raise PathError(f"cannot write {path}: it is {_what(path)}. Name a file")
     _require_writable(path.parent, str(path))
 
 
