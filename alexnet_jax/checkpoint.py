@@ -22,7 +22,6 @@ ours. It is never deleted, and without a whole step beside it nothing is begun t
 import contextlib
 import errno
 import hashlib
-import itertools
 import json
 import logging as python_logging
 import math
@@ -48,7 +47,7 @@ from alexnet_jax.data.files import (
     replacing,
     telling_of_a_full_disk,
 )
-from alexnet_jax.data.paths import require_utf8
+from alexnet_jax.data.paths import free_name, require_utf8
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -304,7 +303,7 @@ class Checkpointer:
             self._remove([step])
             return
         if jax.process_index() == 0:
-            aside = _free_name(self.directory / f"aside_{step}")
+            aside = free_name(self.directory / f"aside_{step}")
             os.rename(self._folder(step), aside)
             logging.warning(
                 "%s is no checkpoint, or has lost its %s: put aside as %s.",
@@ -687,12 +686,6 @@ def _write_saving(directory: pathlib.Path, step: int) -> None:
     with replacing(directory / SAVING) as file:
         file.write(f"{step}\n".encode())
     _sync_folder(directory)
-
-
-def _free_name(path: pathlib.Path) -> pathlib.Path:
-    """The path, or one with a number behind it if there is such a thing already."""
-    names = (path.with_name(f"{path.name}_{number}") for number in itertools.count(2))
-    return next(p for p in itertools.chain([path], names) if not os.path.lexists(p))
 
 
 def _is_odd(path: pathlib.Path) -> bool:

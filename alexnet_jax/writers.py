@@ -32,7 +32,7 @@ from alexnet_jax.data.files import (
     replacing,
     telling_of_a_full_disk,
 )
-from alexnet_jax.data.paths import printable
+from alexnet_jax.data.paths import free_name, printable
 
 METRICS_FILE = "metrics.jsonl"
 # How long an event may wait in memory; each flush waits for the disk.
@@ -132,7 +132,8 @@ class JsonlWriter:
 
     On resume, records beyond `resume_step` (of steps that the killed run took after
     its last checkpoint and that will be taken again) and a last line torn by the kill
-    are dropped. A new run (`resume_step` None) puts an earlier file aside as `.old`.
+    are dropped. A new run (`resume_step` None) puts an earlier file aside as `.old`,
+    or as `.old_2` if there is one already.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume_step: int | None = None):
@@ -140,7 +141,8 @@ class JsonlWriter:
         if resume_step is not None and self._path.exists():
             self._drop_after(resume_step)
         elif self._path.exists() and self._path.stat().st_size:
-            os.replace(self._path, self._path.with_name(self._path.name + ".old"))
+            name = self._path.name + ".old"
+            os.rename(self._path, free_name(self._path.with_name(name)))
         self._path.touch()
 
     def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:

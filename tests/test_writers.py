@@ -106,7 +106,9 @@ def test_a_new_run_puts_the_old_file_aside(tmp_path):
     _write_steps(path, [100, 200])
     _write_steps(path, [100])
     assert [r["step"] for r in read_metrics(path)] == [100]
+    _write_steps(path, [])
     assert len(read_metrics(tmp_path / (METRICS_FILE + ".old"))) == 2
+    assert len(read_metrics(tmp_path / (METRICS_FILE + ".old_2"))) == 1
 
 
 @pytest.mark.parametrize("torn", ['{"step": 3', '{"step": 300, "lr": 0.0', "{", "nul"])

@@ -1,6 +1,7 @@
 """Paths as users give them: what they have to be, and what is wrong with one, in words."""
 
 import errno
+import itertools
 import os
 import re
 import stat
@@ -35,6 +36,12 @@ def existing_parent(path: Path) -> Path:
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
+
+
+def free_name(path: Path) -> Path:
+    """The path, or one with a number behind it if there is such a thing already."""
+    names = (path.with_name(f"{path.name}_{number}") for number in itertools.count(2))
+    return next(p for p in itertools.chain([path], names) if not os.path.lexists(p))
 
 
 def require_writable(folder: Path) -> None:
