@@ -49,6 +49,7 @@ _METADATA = {
     ),
     "target_reached": kinds.SWITCH,
     "evaluation_owed": kinds.SWITCH,
+    "num_examples": kinds.WHOLE,
     "versions": kinds.Kind("names", lambda value: isinstance(value, dict)),
 }
 # Pictures that the mean image is computed from when no full statistics are stored:

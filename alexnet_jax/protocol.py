@@ -25,6 +25,7 @@ from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.paths import expanded, printable, require_writable_file
 from alexnet_jax.evaluate import (
     Predictions,
+    PredictionsError,
     average,
     class_errors,
     errors,
@@ -98,17 +99,14 @@ def evaluate_runs(
 
     Raises:
       CheckpointError: when there is no such checkpoint.
-      PredictionsError: for a file without predictions, or of other pictures.
+      PredictionsError: for a file without predictions, or of other pictures; or
+        `save_to` is there and holds something else.
       PathError: (an OSError) `save_to` cannot be written.
       ConfigError, DataError: as `train.train_and_evaluate`.
     """
     if not config.data.eval_split:
         raise ConfigError("--config.data.eval_split is empty: nothing to evaluate on.")
-    save_to = save_to if save_to is None else expanded(save_to)
-    if save_to is not None and Path(save_to).suffix != ".npz":
-        raise ConfigError(f"--predictions={save_to} must be a file FILE.npz.")
-    if save_to is not None and jax.process_index() == 0:  # which writes it
-        require_writable_file(Path(save_to))
+    save_to = None if save_to is None else _place_of_predictions(expanded(save_to))
     for member in members:  # all of them, before the first is computed
         if not member.is_predictions and not member.is_weights:
             _require_checkpoint(member)
@@ -142,6 +140,23 @@ def evaluate_runs(
         _say(line)
     _say(json.dumps(record))
     return record
+
+
+def _place_of_predictions(path: Path) -> Path:
+    """The file, if predictions can be written there, and over nothing else."""
+    if path.suffix != ".npz":
+        raise ConfigError(f"--predictions={path} must be a file FILE.npz.")
+    if jax.process_index() == 0:  # which writes it
+        require_writable_file(path)
+        if path.exists():
+            try:
+                load_predictions(path)
+            except PredictionsError as error:
+                raise PredictionsError(
+                    f"--predictions={path} is there, and is not replaced: {error} Name "
+                    "another file."
+                ) from error
+    return path
 
 
 def describe_mistakes(predictions: Predictions, most: int = WORST) -> list[str]:

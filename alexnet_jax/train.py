@@ -113,7 +113,8 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
             # its config changed, since `prepare` looked.
             differences = compare(config, host["config"], path)
             origin = [
-                f"resuming from step {int(state.step)} ({checkpointer.directory})"
+                *_changed_data(host, experiment),
+                f"resuming from step {int(state.step)} ({checkpointer.directory})",
             ]
         else:
             experiment, state, (how, *more) = first or finetune.begin(experiment)
@@ -153,6 +154,20 @@ def _folder(workdir: str | os.PathLike[str]) -> Path:
         folders=(experiment_lib.CHECKPOINTS, PROFILE),
     )
     return path
+
+
+def _changed_data(host: dict[str, Any], experiment: Experiment) -> list[str]:
+    """A line if the training pictures are not as many as when the run was saved."""
+    now = experiment.train_source.num_examples
+    before = host.get("num_examples", now)  # a workdir may be from before it was kept
+    if before == now:
+        return []
+    line = (
+        f"WARNING: the training data had {before:,} pictures when this run was saved, and "
+        f"has {now:,} now: its epochs have another length, and its mean image is of "
+        "the old ones."
+    )
+    return [line]
 
 
 def _restore(
@@ -832,6 +847,7 @@ class _Run:
                     "plateau": self.plateau.progress(),
                     "target_reached": self.target_reached,
                     "evaluation_owed": self.evaluation_owed,
+                    "num_examples": self.experiment.train_source.num_examples,
                     "versions": {"jax": jax.__version__},
                 },
                 top1_error=top1_error,

@@ -88,6 +88,11 @@ MISTAKES = [
     (main, "--workdir={nowhere}", "nowhere is a link to nothing, where a folder has"),
     (main, "--workdir={long}", "File name too long. Name another path"),
     (main, "--mode=eval --workdir={run} --predictions={file}/x.npz", FILE),
+    (
+        main,
+        "--mode=eval --workdir={run} --predictions={run}/statistics.npz",
+        "statistics.npz is there, and is not replaced: ",
+    ),
     (export, "--workdir={run} --out={file}/x.onnx", FILE),
     (report, "--workdir={run},{odd} --out={file}/x.png", FILE),
     (report, "--workdir={long}", "File name too long. Name another path"),

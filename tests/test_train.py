@@ -1017,6 +1017,19 @@ def test_waiting_for_data_is_told_from_computing(folder, tmp_path, monkeypatch):
     assert waited[10] < waited[30]
 
 
+def test_a_run_says_that_pictures_are_gone(folder, tmp_path, capsys):
+    data = shutil.copytree(folder, tmp_path / "data")
+    for steps, said in ((4, False), (5, False), (6, True)):
+        config = small_config(data, max_steps=steps, eval_every_epochs=0.0)
+        if said:
+            next((data / "train" / "red").iterdir()).unlink()
+        train.train_and_evaluate(config, tmp_path / "run")
+        line = (
+            f"had {PICTURES} pictures when this run was saved, and has {PICTURES - 1}"
+        )
+        assert (line in capsys.readouterr().out) is said
+
+
 class SimulatedClock:
     """A loader and devices that take as long as they are told, on a clock of their own."""
 
