@@ -17,7 +17,7 @@ quickstart: .venv/.installed  ## train a narrowed AlexNet in two columns, no dow
 		--workdir=runs/quickstart --cpu_devices=2
 	$(BIN)/python -m alexnet_jax.report --workdir=runs/quickstart
 
-test: .venv/.dev  ## the tests, in less than five minutes on two cores
+test: .venv/.dev  ## the tests; some minutes on two cores
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: .venv/.dev  ## the others: eight devices, killed processes, SLURM
