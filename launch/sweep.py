@@ -262,17 +262,15 @@ class Launcher:
 
     def _finish(self, job: Job) -> None:
         metrics = job.folder / METRICS_FILE
+        problem = f"{metrics} has no record for {self.plan.sweep.metric}."
         try:
             found = read_metrics(metrics) if metrics.exists() else []
         except ValueError as error:
-            job.state, job.error = "broken", str(error)
-            self.results[job.run.name] = None
-            return
+            found, problem = [], str(error)
         result = self.plan.sweep.metric.measure(found)
         self.results[job.run.name] = result
         if result is None:
-            job.state = "broken"
-            job.error = f"{metrics} has no record for {self.plan.sweep.metric}."
+            job.state, job.error = "broken", problem
 
     def show_commands(self) -> None:
         """Prints what would be run."""

@@ -421,6 +421,23 @@ def test_what_is_in_the_way_of_a_sweep_is_told(
     assert said.startswith("error: ") and re.search(words, said)
 
 
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [(None, "has no record for eval/top1_error"), ("{}\nx\n{}\n", "is not a record")],
+)
+def test_a_finished_run_without_its_records_is_broken(records, words, tmp_path):
+    _status('{"state": "finished"}')(tmp_path)
+    name = "no_LRN/seed_0"
+    if records:
+        (tmp_path / "runs" / name / "metrics.jsonl").write_text(records)
+    sweep = sweeps.load(ROOT / "configs/sweeps/lrn.py")
+    launched = launcher.Launcher(Plan("lrn", sweep, (0,)), tmp_path, 1, None)
+    launched.update()
+    assert launched.jobs[name].state == "broken"
+    assert words in launched.jobs[name].error
+    assert launched.results[name] is None
+
+
 def test_a_lock_that_is_a_link_is_not_emptied(tmp_path, capsys):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "out").mkdir()
