@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alexnet_jax import pretrained, stopping, variants
-from alexnet_jax.data.paths import require_writable_file
+from alexnet_jax.data.paths import path_argument, require_writable_file
 from alexnet_jax.experiment import read_network
 from alexnet_jax.pictures import exit_status
 from alexnet_jax.pretrained.torchvision import VARIANT
@@ -91,9 +91,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument(
-        "--workdir", type=Path, required=True, help="folder of a run, or a file"
+        "--workdir",
+        type=path_argument,
+        required=True,
+        help="folder of a run, or a file",
     )
-    made.add_argument("--out", type=Path, required=True, metavar="FILE")
+    made.add_argument("--out", type=path_argument, required=True, metavar="FILE")
     made.add_argument("--names", choices=pretrained.NAMES, default=pretrained.NAMES[0])
     made.add_argument("--step", type=int, help="which checkpoint; else the best")
     made.add_argument("--variant", help="of a file that does not say it")

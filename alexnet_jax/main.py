@@ -271,9 +271,24 @@ def _run() -> None:
             sys.exit(130)
         distributed.leave("", 130)
     except Exception as error:
+        if words := _out_of_memory(error):
+            distributed.leave(f"error: {words}", 1)
         if not jax.distributed.is_initialized():
             raise
         distributed.leave(distributed.describe_failure(error), 1)
+
+
+def _out_of_memory(error: Exception) -> str | None:
+    """What to say if the memory of a device was too small; None for other errors."""
+    words = str(error)
+    refused = words.startswith("RESOURCE_EXHAUSTED")
+    if not refused or not isinstance(error, jax.errors.JaxRuntimeError):
+        return None
+    return (
+        f"the memory of a device is too small ({_cut(words.splitlines()[0])}). Take a "
+        "smaller --config.data.batch_size, or more devices; the same command goes on, "
+        "from the last checkpoint if there is one."
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from alexnet_jax.checkpoint import CheckpointError, split_step
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.images import load_picture
-from alexnet_jax.data.paths import message_of
+from alexnet_jax.data.paths import message_of, path_argument
 from alexnet_jax.data.sources import Source
 from alexnet_jax.experiment import (
     is_weights_file,
@@ -196,7 +196,7 @@ def parser(module: str, about: str | None, *, top: int) -> argparse.ArgumentPars
     )
     made.add_argument(
         "--workdir",
-        type=Path,
+        type=path_argument,
         required=True,
         help="folder of a run, or a file of weights",
     )
@@ -215,7 +215,7 @@ def figure_file(text: str) -> Path:
     Raises:
       ArgumentTypeError: if it does not end in one of `FIGURES`.
     """
-    path = Path(text)
+    path = path_argument(text)
     if path.suffix.removeprefix(".").lower() not in FIGURES:
         raise argparse.ArgumentTypeError(
             f"{text} must end in one of .{', .'.join(FIGURES)}"

@@ -31,7 +31,12 @@ from alexnet_jax.analysis import (
 )
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.images import short_names
-from alexnet_jax.data.paths import printable, require_writable, require_writable_file
+from alexnet_jax.data.paths import (
+    path_argument,
+    printable,
+    require_writable,
+    require_writable_file,
+)
 from alexnet_jax.experiment import CONFIG_FILE, read_config
 from alexnet_jax.findings import first_kernel, read_run
 from alexnet_jax.pictures import exit_status, save_figure
@@ -137,26 +142,31 @@ def _parse(argv: Sequence[str] | None) -> tuple[list[Path], Path | None]:
     )
     parser.add_argument(
         "--workdir",
+        type=_workdirs,
         required=True,
         metavar="DIR[,DIR...]",
         help="folder of a run, or of several to compare",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE.png", help="figure of several runs"
+        "--out", type=path_argument, metavar="FILE.png", help="figure of several runs"
     )
     options = parser.parse_args(argv)
-    whole = Path(options.workdir)
-    names = [whole] if os.path.exists(whole) else options.workdir.split(",")
-    if "" in names:
-        parser.error(
-            f"--workdir={options.workdir} has a comma with nothing before or behind it."
-        )
-    workdirs = [Path(name) for name in names]
-    if len(workdirs) > 1 and options.out is None:
+    if len(options.workdir) > 1 and options.out is None:
         parser.error("--workdir has several runs: --out=FILE.png says where to draw.")
-    if len(workdirs) < 2 and options.out is not None:
+    if len(options.workdir) < 2 and options.out is not None:
         parser.error("--out goes with several runs, --workdir=DIR,DIR.")
-    return workdirs, options.out
+    return options.workdir, options.out
+
+
+def _workdirs(text: str) -> list[Path]:
+    """The folder of that name, or those between its commas; for argparse."""
+    if os.path.exists(whole := path_argument(text)):
+        return [whole]
+    if "" in (names := text.split(",")):
+        raise argparse.ArgumentTypeError(
+            f"{text} has a comma with nothing before or behind it."
+        )
+    return [path_argument(name) for name in names]
 
 
 def _report(workdirs: list[Path], out: Path | None) -> bool:

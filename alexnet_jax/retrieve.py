@@ -45,7 +45,12 @@ from alexnet_jax.analysis.retrieval import (
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import short_names
-from alexnet_jax.data.paths import message_of, printable, require_writable_file
+from alexnet_jax.data.paths import (
+    message_of,
+    path_argument,
+    printable,
+    require_writable_file,
+)
 from alexnet_jax.data.sources import FolderSource, Source
 from alexnet_jax.pictures import (
     Extractor,
@@ -157,7 +162,7 @@ def draw(
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made = parser("alexnet_jax.retrieve", __doc__, top=6)
     made.add_argument("pictures", nargs="*", metavar="PICTURE")
-    made.add_argument("--index", type=Path, required=True, metavar="FILE.npz")
+    made.add_argument("--index", type=path_argument, required=True, metavar="FILE.npz")
     for name, about in (
         ("source", "pictures of a new index; else the run's own"),
         ("split", "of these; else the run's training split"),

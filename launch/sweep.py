@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))  # configs/ and, where it is not installed, alexne
 
 from alexnet_jax import kinds, output, records, sweeps
 from alexnet_jax.data.files import parse_json, read_small, replacing
-from alexnet_jax.data.paths import expanded, message_of, require_places
+from alexnet_jax.data.paths import message_of, path_argument, require_places
 from alexnet_jax.experiment import CHECKPOINTS, CONFIG_FILE, DIVERGED
 from alexnet_jax.sweeps import Line, Measurement, Plan, Run, SweepError
 from alexnet_jax.writers import METRICS_FILE, read_metrics
@@ -104,7 +104,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sweep", help="a file such as configs/sweeps/lrn.py")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the sweep")
+    parser.add_argument(
+        "--out", type=path_argument, required=True, help="folder of the sweep"
+    )
     parser.add_argument("--seeds", help="such as 0,1,2; else the sweep's own")
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
@@ -127,7 +129,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _sweep(options: argparse.Namespace) -> int:
     plan = make_plan(options)
-    out = expanded(options.out)
+    out = options.out
     require_places(out, files=(LOCK, *SUMMARIES), folders=(RUNS,))
     launcher = Launcher(plan, out, options.jobs, options.slurm)
     launcher.update()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
@@ -138,6 +139,45 @@ def test_an_empty_part_of_several_runs_is_a_mistake(places, capsys):
             report.main([f"--workdir={given.format(**places)}", "--out=x.png"])
         assert ended.value.code == 2
         assert COMMA in capsys.readouterr().err
+
+
+def test_a_home_is_found_in_every_command(places, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(Path(places["run"]).parent))
+    assert export.main(["--workdir=~/run", f"--out={tmp_path / 'x.safetensors'}"]) == 0
+    assert predict.main(["--workdir=~/run", places["picture"]]) == 0
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert export.main([f"--workdir={places['run']}", "--out=~/y.safetensors"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("x.safetensors", "y.safetensors")
+    ]
+    capsys.readouterr()
+    for module, arguments in (
+        (export, ["--workdir=~nobodyx/run", "--out=x.onnx"]),
+        (export, ["--workdir=run", "--out=~nobodyx/x.onnx"]),
+        (predict, ["--workdir=~nobodyx/run", places["picture"]]),
+        (predict, ["--workdir=run", "--figure=~nobodyx/x.png", places["picture"]]),
+        (report, ["--workdir=~nobodyx/run"]),
+        (report, ["--workdir=run,~nobodyx/run", "--out=x.png"]),
+        (report, ["--workdir=run,run", "--out=~nobodyx/x.png"]),
+        (retrieve, ["--workdir=run", "--index=~nobodyx/x.npz"]),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            module.main(arguments)
+        assert ended.value.code == 2
+        assert NO_HOME in capsys.readouterr().err
+
+
+def test_a_memory_that_is_too_small_is_one_sentence(places, monkeypatch, capsys):
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffers: ..."
+        )
+
+    monkeypatch.setattr(train_lib, "train_and_evaluate", refuse)
+    assert started(main, [f"--workdir={places['new']}"], monkeypatch) == 1
+    err = capsys.readouterr().err
+    assert "allocating 9 bytes.). Take a smaller --config.data.batch_size" in err
+    assert err.count("\n") == 1 and "Traceback" not in err
 
 
 FILES = [

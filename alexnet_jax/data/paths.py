@@ -1,5 +1,6 @@
 """Paths as users give them: what they have to be, and what is wrong with one, in words."""
 
+import argparse
 import errno
 import itertools
 import os
@@ -29,6 +30,18 @@ def expanded(path: str | os.PathLike[str]) -> Path:
         raise PathError(
             f"{path}: there is no home {Path(path).parts[0]} here. Write the whole path"
         ) from error
+
+
+def path_argument(text: str) -> Path:
+    """A path on the command line, as `expanded`; for argparse.
+
+    Raises:
+      ArgumentTypeError: there is no such home.
+    """
+    try:
+        return expanded(text)
+    except PathError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def existing_parent(path: Path) -> Path:
