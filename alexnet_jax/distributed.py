@@ -318,26 +318,33 @@ def require_same(flags: Mapping[str, Any]) -> None:
     that nobody asked for.
 
     Raises:
-      DistributedError: naming the flags that differ, with both values.
+      DistributedError: in every process, naming the flags that differ, with both values.
     """
     if not jax.distributed.is_initialized():
         return
     state: Any = jax_distributed.global_state
-    key, mine = "alexnet_jax/flags", json.dumps(flags)
-    if state.process_id == 0:
-        state.client.key_value_set(key, mine)
-        return
-    first = json.loads(state.client.blocking_key_value_get(key, 60_000))
-    own = json.loads(mine)
-    different = [
-        f"--{name}={own.get(name)} (process 0: {first.get(name)})"
-        for name in sorted({*own, *first})
-        if own.get(name) != first.get(name)
-    ]
-    if different:
-        raise DistributedError(
-            f"not all processes were started alike: {', '.join(different)}."
-        )
+    this, wait = state.process_id, 60_000
+    given, found, all_found = (f"alexnet_jax/flags{end}" for end in ("", "/{}", "/all"))
+    mine = json.dumps(flags)
+    if this == 0:
+        state.client.key_value_set(given, mine)
+        others = range(1, state.num_processes)
+        said = [
+            state.client.blocking_key_value_get(found.format(i), wait) for i in others
+        ]
+        state.client.key_value_set(all_found, "; ".join(filter(None, said)))
+    else:
+        first = json.loads(state.client.blocking_key_value_get(given, wait))
+        own = json.loads(mine)
+        different = [
+            f"--{name}={own.get(name)} (process 0: {first.get(name)})"
+            for name in sorted({*own, *first})
+            if own.get(name) != first.get(name)
+        ]
+        words = f"process {this} has {', '.join(different)}" if different else ""
+        state.client.key_value_set(found.format(this), words)
+    if words := state.client.blocking_key_value_get(all_found, wait):
+        raise DistributedError(f"not all processes were started alike: {words}.")
 
 
 def banner(devices_in_words: str) -> str:
