@@ -101,7 +101,7 @@ def test_imagenet_archives_prepare_with_the_official_labels(data_dir, tmp_path):
 
 
 def test_cifar10_pictures_train(data_dir, tmp_path):
-    """Sixty steps on 2,000 pictures leave chance behind."""
+    """Thirty steps on 2,000 pictures leave chance behind."""
     from alexnet_jax.train import train_and_evaluate
     from alexnet_jax.writers import read_metrics
     from configs import cifar10
@@ -115,10 +115,10 @@ def test_cifar10_pictures_train(data_dir, tmp_path):
     config = cifar10.get_config("10")
     config.data.source = f"folder:{tmp_path}"
     config.model.init = "he"
-    config.max_steps = 60
+    config.max_steps = 30
     config.eval_every_epochs = 0.0
     train_and_evaluate(config, tmp_path / "run")
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last["eval/count"] == 2000
-    assert last["eval/loss"] < 0.95 * math.log(10)
-    assert last["eval/top1_error"] < 0.8
+    assert last["eval/loss"] < 0.9 * math.log(10)
+    assert last["eval/top1_error"] < 0.75
