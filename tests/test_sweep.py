@@ -514,7 +514,8 @@ def get_sweep():
         about="Does it work?",
         config="configs/cifar10.py",
         overrides={"max_steps": 60, "num_epochs": 1000.0, "data.batch_size": 8,
-                   "log_every_steps": 1, "eval_every_epochs": 0.0},
+                   "model.width": 0.25, "log_every_steps": 1,
+                   "eval_every_epochs": 0.0},
         rows=(
             Row("whole"),
             Row("fails", {"data.eval_split": "nowhere"}, paper=Paper(effect=1.0)),
@@ -566,11 +567,12 @@ def test_a_sweep_is_interrupted_goes_on_and_skips_what_is_finished(command, tmp_
     process = subprocess.Popen(
         [*command, "max_steps=300"], env=ENVIRONMENT, stdout=subprocess.PIPE
     )
-    metrics = whole / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.stat().st_size)
-    again = run([*command, "max_steps=300"])
+    wait_for(whole.exists)
+    again = run([*command, "max_steps=300"])  # while the other's runs are starting
     assert again.returncode == 1
     assert "is at work there" in again.stderr
+    metrics = whole / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 130
