@@ -709,7 +709,51 @@ def test_a_torch_archive_that_unpacks_to_more_is_refused(place, torch_inputs):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():
             archive.writestr(name, data if "data/" not in name else bytes(2**22))
-    with pytest.raises(WeightsError, match=r"bomb.pth .* it would unpack to \d"):
+    words = r"bomb.pth .* it would unpack to \d"
+    with pytest.raises(WeightsError, match=words):
+        read_weights(path)
+    # For Python this is no archive then; for torch it is.
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = b"PK\x05\x06ab"
+    assert not zipfile.is_zipfile(path)
+    with pytest.raises(WeightsError, match="bomb.pth"):
+        read_or_refused(".pth", lambda: read_weights(path), path, ())
+
+
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize(
+    "pickled, words",
+    [
+        (b"cbuiltins\nbytearray\n\x8a\x05\0\xe4\x0b\x54\x02\x85R.", "bytearray"),
+        (b"X\x08\0\0\0builtinsX\x09\0\0\0bytearray\x93.", "STACK_GLOBAL"),
+        (b"(X\x01\0\0\0aictorch._utils\n_rebuild_qtensor\n.", "INST"),
+        (b"ctorch\nFloatStorage\n\x8a\x05\0\xe4\x0b\x54\x02\x85R.", "not read it"),
+    ],
+)
+def test_a_few_bytes_do_not_fill_the_memory(place, torch_inputs, pickled, words, new):
+    """`bytearray(10**10)` is among what torch.load with weights_only=True may make."""
+    pickled, path = b"\x80\x02" + pickled, place / "small.pth"
+    old = torch_inputs[1][1]
+    if new:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in (("data.pkl", pickled), ("version", b"3")):
+                archive.writestr(f"archive/{name}", data)
+    else:  # the fourth of five pickles
+        start = old.index(b"\x80\x02", old.index(b"long") + 1)
+        path.write_bytes(old[:start] + pickled + b"\x80\x02].")
+    with pytest.raises(WeightsError, match=words):
+        read_or_refused(".pth", lambda: read_weights(path), path, ())
+
+
+def test_an_old_file_of_torch_that_is_a_tar_archive_too_is_refused(place, torch_inputs):
+    """Such ones torch reads by yet another way."""
+    old = bytearray(torch_inputs[1][1])
+    old[100:156], old[156:157], old[329:345] = b"0" * 48 + b" " * 8, b"0", b"0" * 16
+    old[148:156] = b"%06o\0 " % sum(old[:512])
+    path = place / "tar.pth"
+    path.write_bytes(old)
+    assert tarfile.is_tarfile(path)
+    with pytest.raises(WeightsError, match="no file of torch.save begins so"):
         read_weights(path)
 
 

@@ -6,14 +6,14 @@ between the two, 255 times the standard deviation, goes into the first kernel: z
 around the picture are the mean colour in both, so that this is exact.
 """
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from alexnet_jax import kinds, variants
+from alexnet_jax import variants
+from alexnet_jax.pretrained import torch_files
 from alexnet_jax.pretrained import weights as weights_lib
 from alexnet_jax.pretrained.weights import Weights, WeightsError
 
@@ -39,7 +39,9 @@ _HARMLESS = ("num_classes", "width", "dtype", "init", "dropout")
 def read(path: Path, variant: str | None) -> Weights:
     """Reads a `.pth`; arguments, result and errors as `read_weights`."""
     weights_lib.check_variant(path, variant, (VARIANT,))
-    return from_state(path, _read_state(path))
+    # DataParallel puts "module." before the names of what it wraps.
+    state = torch_files.read_state(path)
+    return from_state(path, {n.replace("module.", ""): a for n, a in state.items()})
 
 
 def from_state(
@@ -136,90 +138,3 @@ def _expected(shapes: weights_lib.Shapes) -> dict[str, tuple[int, ...]]:
         expected[f"{name}.weight"] = weights_lib.first_shape(kernel)
         expected[f"{name}.bias"] = kernel[-1:]
     return expected
-
-
-def _read_state(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a `.pth`, by torchvision's names; never through plain pickle."""
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise WeightsError(
-            f"reading {path} needs torch: pip install torch (or write it as "
-            ".safetensors where torch is installed)."
-        ) from error
-    _check_archive(path)
-    try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle's, zipfile's and torch's own are many
-        if "GLOBAL" in str(error):
-            raise WeightsError(
-                f"{path} is refused: it holds more than tensors, which could run "
-                "code (torch.load with weights_only=True). Expected the state_dict of "
-                "torchvision's AlexNet: torch.save(model.state_dict(), PATH)."
-            ) from error
-        # Not torch's own words, which advise to read it by plain pickle.
-        why = "torch.load with weights_only=True does not read it"
-        raise weights_lib.not_of_format(path, ".pth", why) from error
-    if isinstance(found, dict) and "state_dict" in found:
-        found = found["state_dict"]  # as pytorch/examples keeps it
-    if not isinstance(found, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor)
-        for name, value in found.items()
-    ):
-        raise WeightsError(
-            f"{path} holds no state_dict. Expected that of torchvision's AlexNet: "
-            "torch.save(model.state_dict(), PATH)."
-        )
-    # DataParallel puts "module." before the names of what it wraps.
-    return {
-        name.replace("module.", ""): value
-        for name, value in _arrays(path, found).items()
-    }
-
-
-def _check_archive(path: Path) -> None:
-    """Raises WeightsError for a zip file that unpacks to more than its own size.
-
-    torch packs nothing, but would unpack whatever there is, all of it at once.
-    """
-    if not zipfile.is_zipfile(path):
-        return  # of torch before 1.6, where nothing is packed either
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-    except Exception as error:  # zipfile's own are many
-        raise weights_lib.not_of_format(path, ".pth", error) from error
-    if unpacked > path.stat().st_size:
-        why = f"it would unpack to {unpacked:,} bytes"
-        raise weights_lib.not_of_format(path, ".pth", why)
-
-
-def _arrays(path: Path, state: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """torch's tensors as float32.
-
-    Raises:
-      WeightsError: for tensors that are not plain floating-point ones, or hold more
-        numbers than the file can: views of few numbers can have any shape.
-    """
-    size, total = path.stat().st_size, 0
-    arrays = {}
-    for name, value in state.items():
-        plain = str(value.layout) == "torch.strided" and value.device.type == "cpu"
-        if not plain or not value.is_floating_point():
-            raise WeightsError(
-                f"{path}: {kinds.shown(name)} is {value.dtype} on {value.device.type}, "
-                f"{value.layout}; weights are plain floating-point tensors."
-            )
-        total += value.numel() * value.element_size()
-        if total > size:
-            raise WeightsError(
-                f"{path} is no state_dict: its tensors would have at least {total:,} "
-                f"bytes, the file has {size:,}."
-            )
-        try:
-            arrays[name] = value.detach().float().numpy()
-        except (RuntimeError, TypeError) as error:  # some tensors hold no numbers
-            raise WeightsError(
-                f"{path}: {kinds.shown(name)} cannot be read: {error}"
-            ) from error
-    return arrays
