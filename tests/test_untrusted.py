@@ -995,9 +995,15 @@ def test_statistics(place, data):
             ),
             "says that it has 4,000,000,000,000 bytes; it has",
         ),
+        (
+            npy_that_says(
+                "{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }", bytes(64)
+            ),
+            "says that it has 8 bytes; it has 64",
+        ),
         (executed_pickle(), "Object arrays cannot be loaded"),
     ],
-    ids=["bomb", "header", "pickle"],
+    ids=["bomb", "header", "less", "pickle"],
 )
 def test_memory_is_asked_for_after_sizes_are_compared(place, member, words):
     path = place / "bomb.npz"

@@ -7,8 +7,8 @@ RGB: about twenty ImageNet files are CMYK, one is a PNG. EXIF orientation is NOT
 applied: the published ImageNet numbers were obtained without it. Of an animation the
 first frame counts.
 
-Whatever a file claims to be, memory is bounded: more than MAX_BYTES are not read and
-more than MAX_PIXELS not decoded, which is known before they are.
+Whatever a file claims to be, memory and time are bounded: more than MAX_BYTES are not
+read, more than MAX_PIXELS and MAX_SCANS not decoded, which is known before they are.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.paths import printable
@@ -29,11 +29,15 @@ from alexnet_jax.data.paths import printable
 MAX_PIXELS = 89_478_485
 # As many as such a picture has when it is not compressed.
 MAX_BYTES = 2**28
-# Those of Pillow's formats that are taken. Of the others some start a program (EPS) and
-# most are never met.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+# A progressive JPEG has ten or so, each as long to decode as a whole picture.
+MAX_SCANS = 100
+# Those of Pillow's formats that are taken. Of the others some start a program (EPS), some
+# take gigabytes for a file of 150 bytes (JPEG 2000) and most are never met.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 TAKE_OUT = "Replace the file by an intact copy or take it out of the data set"
-_JPEG_START = b"\xff\xd8"
+_JPEG_START, _SCAN_START = b"\xff\xd8", b"\xff\xda"
+# Numbers of the tags of a TIFF that say how large its tiles are.
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
 # libjpeg converts these to RGB by itself; CMYK and YCCK go through Pillow.
 _JPEG_COLORS = ("YCbCr", "RGB", "Gray")
 
@@ -62,8 +66,8 @@ def decode(
     """Decodes one picture file to RGB, resized and cut to a square.
 
     Args:
-      data: the whole file: JPEG, PNG, WebP, BMP, GIF, TIFF, PPM, JPEG 2000 or AVIF,
-        whatever it is called.
+      data: the whole file: JPEG, PNG, WebP, BMP, GIF, TIFF, PPM or AVIF, whatever it is
+        called.
       size: side S of the result in pixels.
       name: file or record, for the error message.
       out: where to write, uint8 [S, S, 3], C-contiguous; allocated when absent.
@@ -82,6 +86,7 @@ def decode(
     with _naming(f"{name} ({len(data)} bytes)", remedy):
         if len(data) > MAX_BYTES:
             raise ValueError(f"files of more than {MAX_BYTES:,} bytes are not read")
+        _check_scans(data)
         if not _decode_plain_jpeg(data, size, out):
             with _open(data) as picture:
                 out[...] = _square(picture, size)
@@ -133,9 +138,26 @@ def _check_pixels(width: int, height: int) -> None:
         raise ValueError(_TOO_LARGE.format(f"{width:,} x {height:,}, "))
 
 
+def _check_scans(data: bytes) -> None:
+    """Within a scan a byte 0xFF is followed by 0; a thumbnail has a few scans itself."""
+    scans = data.count(_SCAN_START) if data.startswith(_JPEG_START) else 0
+    if scans > MAX_SCANS:
+        raise ValueError(f"it has {scans:,} scans, more than {MAX_SCANS}")
+
+
+def _check_tiles(picture: TiffImagePlugin.TiffImageFile) -> None:
+    """Of a TIFF, where a tile may be larger than the picture, or be any JPEG."""
+    tags = picture.tag_v2
+    _check_pixels(int(tags.get(_TILE_WIDTH, 1)), int(tags.get(_TILE_LENGTH, 1)))
+    if "jpeg" in str(picture.info.get("compression")):
+        raise ValueError("it is a TIFF with JPEG in it, which is not read")
+
+
 def _square(picture: Image.Image, size: int) -> np.ndarray:
     """As of `resize_to_square`, of a picture that may not be decoded yet."""
     _check_pixels(*picture.size)
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):
+        _check_tiles(picture)
     return resize_to_square(_to_rgb(picture), size)
 
 
