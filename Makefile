@@ -5,6 +5,8 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 # Two processes, a test file at a time: compiling, most of the work, uses one core.
 PARALLEL := --numprocesses=2 --dist=loadfile
+# The slow tests often wait for processes of their own: the third works meanwhile.
+WAITING := --numprocesses=3
 
 # Each is `python -m benchmarks.NAME`; without --short they are what is published.
 BENCHMARKS := train_step inference operators growth start_up \
@@ -21,7 +23,7 @@ test: .venv/.dev  ## the tests; some minutes on two cores
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: .venv/.dev  ## the others: eight devices, killed processes, SLURM
-	$(BIN)/python -m pytest $(PARALLEL) -m slow
+	$(BIN)/python -m pytest $(PARALLEL) $(WAITING) -m slow
 
 test-all: .venv/.dev  ## all of them, with the programs compiled as users run them
 	ALEXNET_TEST_OPTIMIZED=1 $(BIN)/python -m pytest $(PARALLEL) -m ""
