@@ -38,6 +38,7 @@ from alexnet_jax.analysis.codes import (
 from alexnet_jax.analysis.retrieval import (
     Index,
     RetrievalError,
+    feature_problem,
     load_index,
     nearest,
     shrink,
@@ -85,11 +86,18 @@ def build_index(
 
     Raises:
       DataError: as `open_source`.
+      RetrievalError: the network has no numbers for some picture.
     """
     source = source or str(features_of.data["source"])
     split = split or str(features_of.data["train_split"])
     pictures = features_of.open(split, source=source, data_dir=data_dir)
-    return index_of(features_of, layer, pictures, source=source, split=split)
+    index = index_of(features_of, layer, pictures, source=source, split=split)
+    if problem := feature_problem(index.features):
+        raise RetrievalError(
+            f"features of {layer} are {problem}: this network finds nothing. Take another "
+            "checkpoint, --step=N."
+        )
+    return index
 
 
 def index_of(

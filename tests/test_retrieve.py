@@ -1,5 +1,6 @@
 """Neighbours by features: exact, from the command line, and of the right network."""
 
+import dataclasses
 import json
 import shutil
 
@@ -208,6 +209,27 @@ def test_what_does_not_fit_is_refused(index_file, workdir, folder, tmp_path, cap
     assert {path.name for path in tmp_path.iterdir()} == {"other"}
 
 
+def with_number(array, number):
+    """A copy whose last number is another."""
+    copy = array.copy()
+    copy.flat[-1] = number
+    return copy
+
+
+def test_features_that_are_no_numbers_are_not_kept(
+    index_file, workdir, tmp_path, capsys, monkeypatch
+):
+    index = retrieval.load_index(index_file)
+    broken = dataclasses.replace(index, features=with_number(index.features, np.nan))
+    monkeypatch.setattr(retrieve, "index_of", lambda *_, **options: broken)
+    path = tmp_path / "new.npz"
+    arguments = [f"--workdir={workdir}", f"--index={path}", "--layer=pool3"]
+    assert retrieve.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: features of pool3 are infinite, NaN")
+    assert not path.exists()
+
+
 def test_files_that_are_no_index_are_refused(index_file, tmp_path):
     good = vars(retrieval.load_index(index_file))
     path = tmp_path / "index.npz"
@@ -218,6 +240,11 @@ def test_files_that_are_no_index_are_refused(index_file, tmp_path):
         ({"labels": good["labels"][1:]}, r"labels is int32 \(24,\); it must be"),
         ({"labels": good["labels"] + 2}, "labels must be 0 to 2"),
         ({"pixels": good["pixels"][:, 1:]}, "pixels is uint8"),
+        ({"features": with_number(good["features"], np.nan)}, "features are infinite"),
+        ({"features": with_number(good["features"], -np.inf)}, "features are infinite"),
+        # Its square is more than float32 holds.
+        ({"features": with_number(good["features"], 1e30)}, "NaN or larger than 3e"),
+        ({"probe": with_number(good["probe"], np.nan)}, "probe are infinite"),
         ({"class_names": np.array([{}])}, "Object arrays cannot be loaded"),
     ):
         fields = {k: v for k, v in (good | changes).items() if v is not None}

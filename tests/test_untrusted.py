@@ -930,7 +930,8 @@ def test_indexes(place, data):
     if found is not None:
         count, width = found.features.shape
         assert found.pixels.shape == (count, 3 * PIXELS**2)
-        assert found.probe.shape == (width,) and np.isfinite(found.probe).all()
+        assert found.probe.shape == (width,)
+        assert np.isfinite(found.probe).all() and np.isfinite(found.features).all()
         assert [found.class_names[k] for k in found.labels]
 
 

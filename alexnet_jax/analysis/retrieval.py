@@ -87,8 +87,12 @@ def load_index(path: str | os.PathLike[str]) -> Index:
     check_arrays(path, found, numbers)
     if found["labels"].min() < 0 or found["labels"].max() >= len(class_names):
         raise RetrievalError(f"{path}: labels must be 0 to {len(class_names) - 1}.")
-    if not np.isfinite(found["probe"]).all():
-        raise RetrievalError(f"{path}: the probe is infinite or NaN.")
+    for name in ("features", "probe"):
+        if problem := feature_problem(found[name]):
+            raise RetrievalError(
+                f"{path}: {name} are {problem}. Remove the file, and the index is made "
+                "again."
+            )
     return Index(
         features=found["features"],
         pixels=found["pixels"],
@@ -99,6 +103,19 @@ def load_index(path: str | os.PathLike[str]) -> Index:
         source=str(found["source"]),
         split=str(found["split"]),
     )
+
+
+def feature_problem(features: np.ndarray) -> str:
+    """Why features [..., D] cannot be searched, in words; "" if they can be.
+
+    The square of a distance has to fit into float32: one that is infinite or NaN is no
+    nearer than none at all, and the first row would be found in its place.
+    """
+    largest = np.sqrt(np.finfo(np.float32).max / (4 * features.shape[-1]))
+    # No array of their size is made; a NaN is in both ends, and in no range.
+    if features.min() >= -largest and features.max() <= largest:
+        return ""
+    return f"infinite, NaN or larger than {largest:.0e}"
 
 
 def check_arrays(
