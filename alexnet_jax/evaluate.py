@@ -254,7 +254,7 @@ def average(members: Sequence[Predictions]) -> Predictions:
                 f"Predictions of other pictures: {len(first.labels)} of {first.split}, "
                 f"{len(other.labels)} of {other.split}, and their labels differ."
             )
-        if not _same_pictures(other.thumbnails, first.thumbnails):
+        if not same_pictures(other.thumbnails, first.thumbnails):
             raise PredictionsError(
                 f"Predictions of other pictures: {first.split} and {other.split} have "
                 "as many of each class, but do not look alike."
@@ -271,7 +271,8 @@ def average(members: Sequence[Predictions]) -> Predictions:
     )
 
 
-def _same_pictures(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+def same_pictures(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    """Whether small pictures, uint8 [N, S, S, 3], look alike; None: not known."""
     if a is None or b is None:
         return True
     if a.shape != b.shape:

@@ -36,6 +36,7 @@ from alexnet_jax.analysis.codes import (
     train_coder,
 )
 from alexnet_jax.analysis.retrieval import (
+    PIXELS,
     Index,
     RetrievalError,
     feature_problem,
@@ -53,7 +54,9 @@ from alexnet_jax.data.paths import (
     require_writable_file,
 )
 from alexnet_jax.data.sources import FolderSource, Source
+from alexnet_jax.evaluate import same_pictures
 from alexnet_jax.pictures import (
+    BATCH,
     Extractor,
     exit_status,
     parser,
@@ -90,7 +93,7 @@ def build_index(
     """
     source = source or str(features_of.data["source"])
     split = split or str(features_of.data["train_split"])
-    pictures = features_of.open(split, source=source, data_dir=data_dir)
+    pictures = _open(features_of, split, source, data_dir)
     index = index_of(features_of, layer, pictures, source=source, split=split)
     if problem := feature_problem(index.features):
         raise RetrievalError(
@@ -120,6 +123,54 @@ def index_of(
     )
 
 
+def _open(
+    features_of: Extractor, split: str, source: str, data_dir: str | None
+) -> Source:
+    """As `Extractor.open`; a message names this command's own flag.
+
+    Raises:
+      DataError: as `Extractor.open`, and for a folder that is not there.
+    """
+    try:
+        return features_of.open(split, source=source, data_dir=data_dir)
+    except (DataError, FileNotFoundError) as error:
+        words = str(error).replace("--config.data.source", "--source")
+        raise DataError(words) from error
+
+
+def fetch_rows(index: Index, source: Source, rows: np.ndarray) -> np.ndarray:
+    """The pictures of some rows of an index, uint8 [R, S, S, 3].
+
+    Args:
+      source: what the index was made of; it may have other pictures by now.
+      rows: int [R].
+
+    Raises:
+      RetrievalError: there is another number of pictures, or one of these has another
+        label or does not look like the one in the index. Of other rows nothing is known.
+      DataError: as `Source.fetch`.
+    """
+    if source.num_examples != len(index.labels):
+        raise RetrievalError(
+            f"{source.description} has {source.num_examples:,} pictures now, the index "
+            f"{len(index.labels):,}. Make it again: remove its file."
+        )
+    size = source.image_size
+    pictures = np.empty((len(rows), size, size, 3), np.uint8)
+    labels = np.empty(len(rows), np.int32)
+    source.fetch(rows, pictures, labels)
+    alike = same_pictures(
+        shrink(pictures).reshape(-1, PIXELS, PIXELS, 3),
+        index.pixels[rows].reshape(-1, PIXELS, PIXELS, 3),
+    )
+    if not alike or not np.array_equal(labels, index.labels[rows]):
+        raise RetrievalError(
+            f"{source.description} has other pictures now than the index. Make it again: "
+            "remove its file."
+        )
+    return pictures
+
+
 def check_index(index: Index, features_of: Extractor) -> None:
     """Raises RetrievalError if the index is of another network's features."""
     probe = features_of.probe()
@@ -147,14 +198,16 @@ def draw(
       source: the pictures of the index.
       rows: int [Q, N] of the index, by features; those by pixels are found here.
       titles: `query_titles`, `layer`, of `analysis.nearest_pictures`.
+
+    Raises:
+      RetrievalError, DataError: as `fetch_rows`.
     """
     from alexnet_jax.analysis import nearest_pictures  # matplotlib
 
     count = rows.shape[1]
     _, by_pixels = nearest(index.pixels, shrink(pictures), count)
     both = np.concatenate([rows, by_pixels], axis=1)
-    shown = np.empty((both.size, *pictures.shape[1:]), np.uint8)
-    source.fetch(both.ravel(), shown, np.empty(both.size, np.int32))
+    shown = fetch_rows(index, source, both.ravel())
     shown = shown.reshape(*both.shape, *pictures.shape[1:])
     names = [[words(index.class_names[k]) for k in index.labels[row]] for row in both]
     return nearest_pictures(
@@ -311,18 +364,24 @@ def _answer(
     ]
 
 
-def _folder(index: Index, features_of: Extractor) -> FolderSource | None:
-    """The folder that an index was made of, which knows the files of its rows."""
+def _folder(
+    index: Index, rows: np.ndarray, features_of: Extractor
+) -> FolderSource | None:
+    """The folder that an index was made of, which knows the files of its rows.
+
+    None, and a line that says why, if these rows have other pictures there by now.
+    """
     if not index.source.startswith("folder:"):
         return None
     try:
-        source = features_of.open(index.split, source=index.source)
-    except DataError:  # moved since; what is stored is told all the same
+        source = _open(features_of, index.split, index.source, None)
+        different = np.unique(rows)
+        for start in range(0, len(different), BATCH):
+            fetch_rows(index, source, different[start : start + BATCH])
+    except (OSError, ValueError) as error:  # what is stored is told all the same
+        print(f"no files are named: {message_of(error)}", file=sys.stderr)
         return None
-    same = np.array_equal(
-        source.labels_of(np.arange(source.num_examples)), index.labels
-    )
-    return source if same and isinstance(source, FolderSource) else None
+    return source if isinstance(source, FolderSource) else None
 
 
 def _look_up(
@@ -345,7 +404,7 @@ def _look_up(
     distances, rows = _search(options, index, codes, features_of(pictures))
     in_bits = codes is not None and options.shortlist is None
     unit, form = ("bits", "5d") if in_bits else ("distance", "10.3f")
-    folder = _folder(index, features_of)
+    folder = _folder(index, rows, features_of)
     for path, near, far in zip(paths, rows, distances, strict=True):
         answer = _answer(index, folder, near, far, unit)
         if options.format == "json":
@@ -358,9 +417,7 @@ def _look_up(
             line = f"  {how_far}  {item['row']:8d}  {item['words']}{file}"
             print(printable(line))
     if options.figure is not None:
-        source = features_of.open(
-            index.split, source=index.source, data_dir=options.data_dir
-        )
+        source = _open(features_of, index.split, index.source, options.data_dir)
         figure = draw(
             index,
             source,

@@ -122,6 +122,67 @@ def test_pictures_are_looked_up(index_file, workdir, folder, tmp_path, capsys): 
     assert lines[1].endswith(f" 0  blue  {paths[0]}")
 
 
+def _lose_one(pictures):
+    (pictures / "train" / "red" / "000.png").unlink()
+
+
+def _exchange_two(pictures):
+    first, second = sorted((pictures / "train" / "blue").iterdir())[:2]
+    kept = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(kept)
+
+
+def _exchange_labels(pictures):
+    for name, new in (("blue", "x"), ("green", "blue"), ("x", "green")):
+        (pictures / "train" / name).rename(pictures / "train" / new)
+
+
+def _move(pictures):
+    pictures.rename(pictures.with_name("moved"))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (_lose_one, "has 24 pictures now, the index 25. Make it again"),
+        (_exchange_two, "has other pictures now than the index. Make it again"),
+        (_exchange_labels, "has other pictures now than the index. Make it again"),
+        (_move, "does not exist). Expected "),
+    ],
+)
+def test_pictures_that_have_changed_are_not_taken_for_those_of_the_index(
+    change,
+    words,
+    index_file,
+    workdir,
+    folder,  # noqa: F811
+    tmp_path,
+    capsys,
+):
+    """Neighbours are told all the same, but neither named nor drawn."""
+    pictures, path = tmp_path / "pictures", tmp_path / "index.npz"
+    shutil.copytree(folder, pictures)
+    index = retrieval.load_index(index_file)
+    dataclasses.replace(index, source=f"folder:{pictures}").save(path)
+    asked = str(min(folder.glob("train/blue/*.png")))
+    base = [f"--workdir={workdir}", f"--index={path}", "--top=2", asked]
+    assert retrieve.main(base) == 0
+    before, said = capsys.readouterr()
+    assert before.count(str(pictures)) == 2 and not said
+    change(pictures)
+    assert retrieve.main(base) == 0
+    after, said = capsys.readouterr()
+    names = [line.partition(str(pictures))[0].rstrip() for line in before.splitlines()]
+    assert after.splitlines() == names
+    assert said.startswith("no files are named: ") and words in said
+    assert "--config" not in said and said.count("\n") == 1
+    figure = tmp_path / "figure.png"
+    assert retrieve.main([*base, f"--figure={figure}"]) == 1
+    assert f"error: {said.partition(': ')[2]}" in capsys.readouterr().err
+    assert not figure.exists()
+
+
 def test_pictures_are_looked_up_by_codes(
     index_file,
     workdir,
