@@ -4,6 +4,7 @@ over networks, and class by class.
 
 import collections
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import metrics
+from alexnet_jax import kinds, metrics
+from alexnet_jax.augment import VIEW_COUNTS
 from alexnet_jax.data.files import read_npz, replacing
 from alexnet_jax.data.images import resize_to_square
 from alexnet_jax.data.sources import Sample, Source
@@ -23,8 +25,8 @@ Sums = dict[str, jax.Array]
 THUMBNAILS, THUMBNAIL_SIDE = 64, 4
 # Grey levels by which they may differ: networks have their pictures in other sizes.
 _SAME_PICTURE = 4
-# A probability of 1 may have been rounded up.
-LARGEST_LOG = 1e-3
+# By so much the sum of a picture's probabilities may have been rounded.
+ROUNDED = 1e-3
 # Pictures that are ranked at once: some hundred MB with a thousand classes.
 _BLOCK = 8192
 
@@ -158,13 +160,11 @@ def load_predictions(path: str | os.PathLike[str]) -> Predictions:
         if name in found:
             _check_logs(path, name, found[name], shape)
     views = found["num_views"]
-    if (
-        views.shape
-        or views.dtype.kind not in "iu"
-        or (views != 1) != ("views" in found)
-    ):
+    counts = [n for n in VIEW_COUNTS if (n > 1) == ("views" in found)]
+    if views.shape or views.dtype.kind not in "iu" or views not in counts:
         raise PredictionsError(
-            f"{path}: num_views must be a number: 1 without views, else how many."
+            f"{path}: num_views is {kinds.shown(views.tolist())}; it must be 1 without "
+            f"views, else how many: {', '.join(str(n) for n in VIEW_COUNTS if n > 1)}."
         )
     thumbnails, side = found.get("thumbnails"), THUMBNAIL_SIDE
     if thumbnails is not None and (
@@ -194,10 +194,18 @@ def _check_logs(
             f"{path}: {name} is {values.dtype} {values.shape}; for {shape[0]} labels of "
             f"{shape[1]} classes it must be floating point {shape}."
         )
-    if not values.max() <= LARGEST_LOG:
-        raise PredictionsError(
-            f"{path}: {name} must hold logarithms of probabilities, none above 0 or NaN."
-        )
+    for first in range(0, len(values), _BLOCK):
+        block = values[first : first + _BLOCK]
+        with np.errstate(over="ignore"):  # of what is far too large the sum is too
+            sums = np.exp(block).sum(axis=1, dtype=np.float64)
+        right = np.isfinite(block.min(axis=1)) & (np.abs(sums - 1) <= ROUNDED)
+        if not right.all():
+            row = int(np.argmin(right))
+            raise PredictionsError(
+                f"{path}: {name} must hold finite logarithms of probabilities whose sum "
+                f"is 1; that of picture {first + row} is {sums[row]:.4g}, the smallest "
+                f"logarithm {block[row].min():.4g}."
+            )
 
 
 def predict(
@@ -245,9 +253,13 @@ def average(members: Sequence[Predictions]) -> Predictions:
     first = members[0]
     for other in members[1:]:
         if other.class_names != first.class_names:
+            names = first.class_names, other.class_names
+            pairs = enumerate(itertools.zip_longest(*names, fillvalue="none"))
+            label, (one, another) = next((k, p) for k, p in pairs if p[0] != p[1])
             raise PredictionsError(
-                f"Predictions of other classes: {len(first.class_names)} of "
-                f"{first.split}, {len(other.class_names)} of {other.split}."
+                f"Predictions of other classes: {len(names[0])} of {first.split}, label "
+                f"{label} is {one!r}; {len(names[1])} of {other.split}, label {label} is "
+                f"{another!r}."
             )
         if not np.array_equal(other.labels, first.labels):
             raise PredictionsError(

@@ -85,7 +85,8 @@ def evaluate_runs(
     """Tests networks on the evaluation split, and several together as an ensemble.
 
     Prints how the config differs from those that the runs were trained with, errors, the
-    worst classes and confusions, and as the last line the record that it returns.
+    worst classes and confusions, and as the last line the record that it returns, NaN and
+    infinities as null.
 
     Args:
       config: says which data, how many views and which devices. Of one workdir also the
@@ -138,8 +139,14 @@ def evaluate_runs(
     _say(f"{who}{_in_words(record, together.num_views)}")
     for line in describe_mistakes(together):
         _say(line)
-    _say(json.dumps(record))
+    _say(_as_json(record))
     return record
+
+
+def _as_json(record: dict[str, Any]) -> str:
+    """A line that every JSON parser reads: no NaN or Infinity, as in metrics.jsonl."""
+    finite = json.loads(json.dumps(record), parse_constant=lambda name: None)
+    return json.dumps(finite)
 
 
 def _place_of_predictions(path: Path) -> Path:

@@ -101,8 +101,13 @@ def test_members_of_other_pictures_or_classes_are_refused():
     other = make(MISTAKEN, labels=LABELS[::-1].copy(), split="another")
     with pytest.raises(PredictionsError, match="6 of a test, 6 of another"):
         evaluate.average([good, other])
-    with pytest.raises(PredictionsError, match="other classes"):
-        evaluate.average([good, make(MISTAKEN, class_names=NAMES[::-1])])
+    words = "other classes: 7 of a test, label 1 is 'bee'; 7 of more, label 1 is 'wasp'"
+    renamed = (NAMES[0], "wasp", *NAMES[2:])
+    with pytest.raises(PredictionsError, match=words):
+        evaluate.average([good, make(MISTAKEN, class_names=renamed, split="more")])
+    words = "7 of a test, label 6 is 'gnu'; 6 of a test, label 6 is 'none'"
+    with pytest.raises(PredictionsError, match=words):
+        evaluate.average([good, make(MISTAKEN[:, :-1], class_names=NAMES[:-1])])
     # As many of each class, but other pictures; made smaller a little otherwise.
     looks = np.random.default_rng(0).integers(0, 250, (6, 4, 4, 3)).astype(np.uint8)
     one = make(probabilities(0), thumbnails=looks)
@@ -126,6 +131,18 @@ def test_saved_predictions_come_back(views, tmp_path):
         np.testing.assert_array_equal(found, value)
 
 
+def with_number(number):
+    """Logarithms of probabilities, but that the last class cannot have its own.
+
+    The others' sum is 1: the sum alone would not tell an infinite one.
+    """
+    found = probabilities(0)
+    found[-1] /= found[-1, :-1].sum()
+    found = np.log(found)
+    found[-1, -1] = number
+    return found
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -134,6 +151,24 @@ def test_saved_predictions_come_back(views, tmp_path):
         ({"labels": LABELS[:0]}, "labels must be"),
         ({"labels": LABELS[:5]}, r"centre is float32 \(6, 7\); .* point \(5, 7\)"),
         ({"views": np.zeros((6, 7), int)}, "views is int"),
+        ({"centre": np.zeros((6, 7), np.float32)}, "that of picture 0 is 7, the small"),
+        (
+            {"centre": with_number(-np.inf)},
+            "whose sum is 1; that of picture 5 is 1, the",
+        ),
+        ({"centre": with_number(np.nan)}, "finite logarithms .* picture 5 is nan"),
+        ({"centre": with_number(1e30)}, "finite logarithms .* picture 5 is inf"),
+        ({"num_views": -3}, "num_views is -3; it must be 1 without views"),
+        ({"num_views": 10}, "num_views is 10; it must be 1 without views"),
+        ({"num_views": 1.0}, r"num_views is 1\.0"),
+        (
+            {"views": np.log(probabilities(1)), "num_views": np.uint64(2**64 - 1)},
+            ": 9, 10",
+        ),
+        (
+            {"views": np.log(probabilities(1))},
+            "num_views is 1; .* else how many: 9, 10",
+        ),
         ({"centre": np.array([{}])}, "Object arrays cannot be loaded"),
     ],
 )

@@ -134,6 +134,26 @@ def test_an_ensemble_is_the_mean_of_its_members_probabilities(
         protocol.evaluate_runs(config, [Member(tmp_path / "q.npz"), *members])
 
 
+def test_the_last_line_is_json_whatever_the_network_says(runs, monkeypatch, capsys):
+    """One that has diverged; NaN and Infinity are no JSON."""
+    root, config = runs
+    member = Member(root / "seed_0")
+    found = {"loss": np.nan, "views_loss": np.inf, "views_top1_error": 1.0}
+    found |= {
+        "top1_error": 1.0,
+        "top5_error": 1.0,
+        "views_top5_error": 1.0,
+        "count": 24,
+    }
+    monkeypatch.setattr(protocol, "errors", lambda predictions: found)
+    record = protocol.evaluate_runs(config, [member, member])
+    assert np.isnan(record["eval/loss"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    said = json.loads(line, parse_constant=pytest.fail)
+    assert said["eval/loss"] is said["members"][1]["eval/views_loss"] is None
+    assert said["eval/count"] == 24
+
+
 def test_pictures_with_the_same_labels_are_told_apart(runs, tmp_path):
     root, config = runs
     member, path = Member(root / "seed_0"), tmp_path / "test.npz"
