@@ -34,16 +34,17 @@ from alexnet_jax.data.images import short_names
 from alexnet_jax.data.paths import (
     path_argument,
     printable,
-    require_writable,
+    require_places,
     require_writable_file,
 )
-from alexnet_jax.experiment import CONFIG_FILE, read_config
+from alexnet_jax.experiment import CONFIG_FILE, read_config, require_run
 from alexnet_jax.findings import first_kernel, read_run
 from alexnet_jax.pictures import exit_status, save_figure
 from alexnet_jax.report_page import build_page
 from alexnet_jax.writers import METRICS_FILE, read_metrics
 
 REPORT_FILE = "report.html"
+FIGURES = ("filters.png", "filter_statistics.png", "curves.png")
 # Kinds of figures that several runs can be drawn into.
 FORMATS = ("png", "svg", "pdf")
 
@@ -80,15 +81,16 @@ def report(workdir: Path, *, python: str = "python") -> list[str]:
 
     Raises:
       FileNotFoundError, CheckpointError: as `experiment.load`.
-      PathError: (an OSError) nothing can be written there.
+      PathError: (an OSError) nothing can be written there, or something else is in the
+        place of the page or of a figure.
     """
+    require_run(workdir)
+    require_places(workdir, (REPORT_FILE, *FIGURES), ())
     run = read_run(workdir)
-    require_writable(workdir)
     html = build_page(run, python)  # before anything is written
-    filters, curves = workdir / "filters.png", workdir / "curves.png"
+    filters, statistics, curves = (workdir / name for name in FIGURES)
     kernel, columns = first_kernel(run)
     save_figure(first_layer_filters(kernel, columns=columns), filters)
-    statistics = workdir / "filter_statistics.png"
     save_figure(filter_statistics_by_column(kernel, columns=columns), statistics)
     save_figure(training_curves(run.records), curves)
     with replacing(workdir / REPORT_FILE) as file:

@@ -51,9 +51,6 @@ def pictures(tmp_path_factory):
     return root
 
 
-FIGURES = ("filters.png", "filter_statistics.png", "curves.png")
-
-
 @pytest.fixture(scope="module")
 def made(pictures, tmp_path_factory):
     """(the workdir of a run, the lines of its report)."""
@@ -181,7 +178,7 @@ def test_headline_errors_are_those_of_the_records(made, parsed):
     assert [line.split("/")[-1] for line in lines[2:]] == [
         *("filters.png, filter_statistics.png", "curves.png", "report.html")
     ]
-    for name in FIGURES:
+    for name in report.FIGURES:
         assert min(Image.open(made[0] / name).size) > 100
 
 
@@ -349,7 +346,7 @@ def test_a_run_without_evaluations_and_records(copied, monkeypatch):
 
 
 def test_nothing_half_written_stays(copied, monkeypatch):
-    for name in FIGURES:
+    for name in report.FIGURES:
         (copied / name).unlink()
     before = sorted(path.name for path in copied.iterdir())
     save, calls = Figure.savefig, []
@@ -367,6 +364,21 @@ def test_nothing_half_written_stays(copied, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", torn)
     assert report.main([f"--workdir={copied}"]) == 1
     assert len(calls) > 3
+    assert sorted(path.name for path in copied.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["report.html", "curves.png"])
+def test_what_is_in_the_way_is_said_before_anything_is_done(
+    name, copied, monkeypatch, capsys
+):
+    monkeypatch.setattr(report, "read_run", lambda workdir: pytest.fail("begun"))
+    for figure in report.FIGURES:
+        (copied / figure).unlink()
+    (copied / name).mkdir()
+    before = sorted(path.name for path in copied.iterdir())
+    assert report.main([f"--workdir={copied}"]) == 1
+    said = f"error: {copied / name} is a folder; a file belongs there. Move it away"
+    assert capsys.readouterr().err.startswith(said)
     assert sorted(path.name for path in copied.iterdir()) == before
 
 
