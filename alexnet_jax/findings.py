@@ -77,10 +77,10 @@ class Run:
     @property
     def training_pictures(self) -> int | None:
         """How many there are, as the records tell: steps and epochs."""
-        epoch = 0.0 if self.last is None else self.last.get("epoch", 0.0)
-        if self.last is None or epoch <= 0:
+        if self.last is None or self.last["epoch"] <= 0:
             return None
-        pictures = self.last["step"] * self.config["data"]["batch_size"] / epoch
+        images = self.last["step"] * self.config["data"]["batch_size"]
+        pictures = images / self.last["epoch"]
         return round(pictures) if math.isfinite(pictures) else None
 
 

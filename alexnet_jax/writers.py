@@ -462,8 +462,11 @@ def _number(value: Any) -> int | float:
     return number if isinstance(number, int) else float(number)
 
 
-# What is read of an evaluation wherever its loss is.
-_OF_EVALUATIONS = ("eval/top1_error", "eval/top5_error", "eval/count")
+# What is read of an evaluation wherever its loss is, and of one over several views.
+_WITH_LOSS = {
+    "eval/loss": ("eval/top1_error", "eval/top5_error", "eval/count"),
+    "eval/views_loss": ("eval/views_top1_error", "eval/views_top5_error"),
+}
 
 
 def _parse(line: str) -> dict[str, Any] | None:
@@ -471,14 +474,14 @@ def _parse(line: str) -> dict[str, Any] | None:
     record: Any = None
     with contextlib.suppress(ValueError):
         record = parse_json(line)
-    if not isinstance(record, dict) or "step" not in record:
+    if not isinstance(record, dict) or not {"step", "epoch"} <= record.keys():
         return None
-    step, epoch = record["step"], record.get("epoch", 0.0)
+    step, epoch = record["step"], record["epoch"]
     whole = kinds.WHOLE.holds(step) and 0 <= step < 2**63
     whole = whole and all(v is None or _is_float(v) for v in record.values())
     whole = whole and epoch is not None and math.isfinite(epoch)
-    if "eval/loss" in record:
-        whole = whole and all(name in record for name in _OF_EVALUATIONS)
+    for loss, names in _WITH_LOSS.items():
+        whole = whole and (loss not in record or all(name in record for name in names))
     return record if whole else None
 
 

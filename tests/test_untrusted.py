@@ -39,7 +39,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from alexnet_jax import experiment, findings, pretrained, records, report
+from alexnet_jax import experiment, findings, pretrained, records, report, report_page
 from alexnet_jax.analysis.codes import Coder, Codes, load_codes
 from alexnet_jax.analysis.retrieval import PIXELS, Index, RetrievalError, load_index
 from alexnet_jax.checkpoint import MANIFEST, Checkpointer, CheckpointError
@@ -1065,7 +1065,8 @@ RECORDS = [
     {"step": 5, "epoch": 0.5, "train/loss": 2.3, "train/top1_error": 0.9, "lr": 0.01}
     | {"images_per_sec": 100.0, "data_wait_frac": 0.1},
     {"step": 10, "epoch": 1.0, "eval/loss": 2.2, "eval/top1_error": 0.8}
-    | {"eval/top5_error": 0.5, "eval/count": 100},
+    | {"eval/top5_error": 0.5, "eval/count": 100, "eval/views_loss": 2.1}
+    | {"eval/views_top1_error": 0.7, "eval/views_top5_error": 0.4},
     {"step": 15, "epoch": 1.5, "train/loss": None},
 ]
 
@@ -1091,9 +1092,12 @@ def test_records(place, data, times):
     assert all(isinstance(v, int | float) for r in found for v in r.values())
     report._errors_in_words(found)
     starts = [findings.Times(0, 2**62, {"total": 9.0, "training": 5.0})] * times
+    config = {"data": {"batch_size": 8, "eval_split": ""}}
+    config |= {"num_epochs": 2.0, "eval_views": 10}
     run = findings.Run(
-        *(place, {"data": {"batch_size": 8}}, found, starts, 0, {}, [], [], None)
+        *(place, config, found, starts, 0, {}, [], [*"abcdef"], None),
     )
+    report_page._headline(run)
     findings.time_spent(run)
     assert run.training_pictures is None or run.training_pictures >= 0
 
