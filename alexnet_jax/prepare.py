@@ -97,6 +97,25 @@ def _imagenet() -> int:
     return 0
 
 
+def _open(name: str, split: str) -> sources.Source:
+    """A split of a data set, its pictures of --image_size.
+
+    Raises:
+      ValueError: if no config could have such a `data.image_size`; DataError: as
+        `open_source`.
+    """
+    from alexnet_jax.model import LARGEST_PICTURE  # the workers of imagenet need no JAX
+
+    if FLAGS.image_size > LARGEST_PICTURE:
+        raise ValueError(
+            f"--image_size={FLAGS.image_size} must be at most {LARGEST_PICTURE} pixels, "
+            "as data.image_size of a config"
+        )
+    return sources.open_source(
+        name, split, data_dir=FLAGS.data_dir, image_size=FLAGS.image_size
+    )
+
+
 def _check() -> int:
     from alexnet_jax.analysis import contact_sheet
     from alexnet_jax.data import check
@@ -111,11 +130,7 @@ def _check() -> int:
         raise ValueError("--split is empty: which split is trained on?")
     require_writable(out.absolute().parent)
     train, evaluation = (
-        sources.open_source(
-            name, split, data_dir=FLAGS.data_dir, image_size=FLAGS.image_size
-        )
-        if split
-        else None
+        _open(name, split) if split else None
         for split in (FLAGS.split, FLAGS.eval_split)
     )
     assert train is not None  # its split is named
@@ -178,12 +193,7 @@ def _features(split: str) -> dict[str, np.ndarray]:
 def _statistics() -> int:
     if not FLAGS.source:
         raise ValueError("--source is missing: folder:PATH or a tfds data set")
-    source = sources.open_source(
-        FLAGS.source,
-        FLAGS.split,
-        data_dir=FLAGS.data_dir,
-        image_size=FLAGS.image_size,
-    )
+    source = _open(FLAGS.source, FLAGS.split)
     path = statistics.statistics_path(source)
     require_writable(path.parent)  # before the long pass
     count = min(source.num_examples, FLAGS.max_examples or source.num_examples)
