@@ -19,7 +19,12 @@ from alexnet_jax.checkpoint import CheckpointError, split_step
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.images import load_picture
-from alexnet_jax.data.paths import message_of, path_argument
+from alexnet_jax.data.paths import (
+    PathError,
+    message_of,
+    path_argument,
+    require_writable_file,
+)
 from alexnet_jax.data.sources import Source
 from alexnet_jax.experiment import (
     is_weights_file,
@@ -221,6 +226,21 @@ def figure_file(text: str) -> Path:
             f"{text} must end in one of .{', .'.join(FIGURES)}"
         )
     return path
+
+
+def require_place_of_figure(figure: Path, pictures: Sequence[str]) -> None:
+    """Raises PathError if a figure cannot be written, or is one of the pictures.
+
+    Args:
+      pictures: those that are looked at; it would take the place of one, which is lost.
+    """
+    require_writable_file(figure)
+    for picture in filter(os.path.exists, pictures):
+        if figure.exists() and figure.samefile(picture):
+            raise PathError(
+                f"cannot write {figure}: it is {picture}, one of the pictures that are "
+                "looked at. Name another file"
+            )
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from alexnet_jax import stopping
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import short_names
-from alexnet_jax.data.paths import message_of, printable, require_writable_file
+from alexnet_jax.data.paths import message_of, printable
 from alexnet_jax.experiment import load
 from alexnet_jax.pictures import (
     BATCH,
@@ -32,6 +32,7 @@ from alexnet_jax.pictures import (
     figure_file,
     parser,
     read,
+    require_place_of_figure,
     save_figure,
 )
 
@@ -167,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _predict(options: argparse.Namespace) -> bool:
     """Prints what is in each picture; returns whether all could be read."""
     for path in filter(None, (options.figure, options.feature_maps)):
-        require_writable_file(path)
+        require_place_of_figure(path, options.pictures)
     drawn: list[Prediction] = []
     all_read = True
     for found in predict(options.workdir, options.pictures, step=options.step):

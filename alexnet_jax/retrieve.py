@@ -61,6 +61,7 @@ from alexnet_jax.pictures import (
     exit_status,
     parser,
     read,
+    require_place_of_figure,
     save_figure,
 )
 from alexnet_jax.writers import progress
@@ -435,7 +436,7 @@ def _retrieve(options: argparse.Namespace) -> bool:
     if index is None:
         require_writable_file(options.index)
     if options.figure is not None:
-        require_writable_file(options.figure)
+        require_place_of_figure(options.figure, options.pictures)
     if index is None or options.pictures:
         layer = index.layer if index is not None else options.layer or "fc7"
         features_of = Extractor(options.workdir, layer, step=options.step)

@@ -48,8 +48,9 @@ def places(whole_run, tmp_path_factory):  # noqa: F811
     (folder / "nowhere").symlink_to("gone")
     Image.new("RGB", (40, 40)).save(folder / "picture.png")
     found = {name: str(folder / name) for name in ("file", "run", "nowhere", "new")}
-    picture = str(folder / "picture.png")
-    return found | {"odd": str(folder / ODD), "long": "x" * 300, "picture": picture}
+    (folder / "link.png").symlink_to("picture.png")
+    found |= {name: str(folder / f"{name}.png") for name in ("picture", "link")}
+    return found | {"odd": str(folder / ODD), "long": "x" * 300}
 
 
 NO_HOME = "there is no home ~nobodyx here. Write the whole path"
@@ -59,6 +60,7 @@ LATE = "file is a file, where a folder has to be. Name another path"
 NO_UTF8 = (
     " is no UTF-8, as the paths of checkpoints and prepared data have to be. Rename"
 )
+OWN = "one of the pictures that are looked at. Name another file"
 COMMA = "has a comma with nothing before or behind it"
 MISTAKES = [
     (main, "--workdir={new} --config.data.source=folder:~nobodyx/p", NO_HOME),
@@ -100,6 +102,9 @@ MISTAKES = [
     (predict, "--workdir={run} --figure={file}/x.png {picture}", FILE),
     (predict, "--workdir={run} --feature_maps={file}/x.png {picture}", FILE),
     (retrieve, "--workdir={run} --index={file}/x.npz", FILE),
+    (predict, "--workdir={run} --figure={picture} {new}.png {picture}", OWN),
+    (predict, "--workdir={run} --feature_maps={picture} {link}", OWN),
+    (retrieve, "--workdir={run} --index={new}.npz --figure={picture} {picture}", OWN),
     (main, "--workdir={odd}", NO_UTF8),
     (main, "--mode=eval --workdir={odd}", NO_UTF8),
     (predict, "--workdir={odd} {picture}", NO_UTF8),
