@@ -12,11 +12,25 @@ over with a warning and the step before is used.
         state/            the arrays: parameters, optimiser state, step
         metadata/         JSON: config, host-side state such as the plateau rule
         manifest.json     written last; also holds the top-1 error of the step
+      1300.orbax-checkpoint-tmp/    not finished by Orbax yet, or half removed
       .saving             names the step that is being saved, or was when a kill came
       .readers            locked by those who read; nothing is deleted meanwhile
 
 A step folder without a manifest that `.saving` does not name has lost it, or is not
 ours. It is never deleted, and without a whole step beside it nothing is begun there.
+
+What a kill leaves, wherever it comes, and what is made of it:
+
+    in a save, before Orbax has renamed its folder: N.orbax-checkpoint-tmp, which can
+        be no step; the next start deletes it
+    from then until the manifest is renamed: N without one, which `.saving` names;
+        passed over, and removed by the next save
+    until `.saving` is gone: N is whole; the next start deletes `.saving`, so that N is
+        not taken for unfinished should it lose its manifest one day
+    in a removal, of an old step, a spoilt one or an unfinished one: N as it was before
+        the folder is renamed, and N.orbax-checkpoint-tmp from then on. Never a part of
+        N under its own name: that has lost its marks, and might be anything
+    when an error is added to a whole step: one manifest or the other, both whole
 """
 
 import contextlib
@@ -27,6 +41,7 @@ import logging as python_logging
 import math
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -56,6 +71,11 @@ READERS = ".readers"
 SAVING = ".saving"
 # What Orbax writes into a step, and how it calls one that is not whole yet.
 _ORBAX_FILE, _ORBAX_UNFINISHED = "_CHECKPOINT_METADATA", ".orbax-checkpoint-tmp"
+# With a number behind it where the name was taken; Orbax once put the time there. What
+# has no step's number before it is somebody else's, whatever Orbax would make of it.
+_UNFINISHED_NAME = re.compile(
+    rf"(0|[1-9][0-9]*){re.escape(_ORBAX_UNFINISHED)}([-_][0-9]+)?"
+)
 # Of a state's size: no state is compressed to less (at first half of it is zeros). With
 # less room than that on the disk nothing is begun.
 _LEAST_SHARE = 0.4
@@ -63,6 +83,22 @@ _LEAST_SHARE = 0.4
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or used; the message says what to do."""
+
+
+class _StepNames(ocp.path.step.NameFormat[ocp.path.step.Metadata]):
+    """Where Orbax finds a step. It is not to look for any by itself.
+
+    It would read in every folder with a number, and warn of each that is none of its.
+    """
+
+    def build_name(self, step: int) -> str:
+        return str(step)
+
+    def find_all(self, base_path: Any) -> Iterator[ocp.path.step.Metadata]:
+        return iter(())
+
+    def find_step(self, base_path: Any, step: int) -> ocp.path.step.Metadata:
+        return ocp.path.step.Metadata(step=step, path=base_path / str(step))
 
 
 def has_checkpoint(directory: str | os.PathLike[str]) -> bool:
@@ -133,6 +169,8 @@ class Checkpointer:
         self._reading = contextlib.ExitStack()
         if read_only:
             self._reading.enter_context(locks.shared(self.directory / READERS))
+        elif jax.process_index() == 0:
+            _clear_after_a_kill(self.directory)
         # Orbax's own preservation policies are not used, for two reasons: they delete
         # before the new step has its manifest, and they count broken steps. Nor are
         # its metrics: one flipped bit in their JSON makes the manager refuse to open.
@@ -140,10 +178,9 @@ class Checkpointer:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 create=not read_only,
-                cleanup_tmp_directories=not read_only,
                 enable_async_checkpointing=False,
-                lightweight_initialize=True,
                 save_root_metadata=False,
+                step_name_format=_StepNames(),
                 preservation_policy=ocp.checkpoint_managers.LatestN(n=None),
             ),
             handler_registry=_handlers(),
@@ -239,10 +276,12 @@ class Checkpointer:
                 yield
         except FullDiskError as error:
             if jax.process_index() == 0:
-                shutil.rmtree(self._folder(step), ignore_errors=True)
+                with contextlib.suppress(OSError):  # it may not be there
+                    _remove_folder(self._folder(step))
                 for folder in self.directory.glob(f"{step}{_ORBAX_UNFINISHED}*"):
                     shutil.rmtree(folder, ignore_errors=True)
-                (self.directory / SAVING).unlink(missing_ok=True)
+                if not os.path.lexists(self._folder(step)):
+                    (self.directory / SAVING).unlink(missing_ok=True)
             whole = max(self._known_whole_steps(), default=None)
             kept = "" if whole is None else f" The one of step {whole} is as it was."
             raise CheckpointError(
@@ -289,10 +328,10 @@ class Checkpointer:
         """Process 0 deletes the folders of `steps`; the others wait for it."""
         if jax.process_index() == 0:
             for step in steps:
-                shutil.rmtree(self._folder(step))
+                _remove_folder(self._folder(step))
                 self._problems.pop(step, None)
         _wait_for_all("removed")
-        self._manager.reload()  # Orbax keeps its own list of steps
+        self._manager.reload()  # Orbax keeps a list of what it has saved
 
     def _make_way(self, step: int) -> None:
         """Removes a spoilt step that training has passed again.
@@ -669,12 +708,15 @@ def _problem(folder: pathlib.Path) -> str:
 
 def _is_unfinished(folder: pathlib.Path) -> bool:
     """Whether a step is being saved, or was when its run was killed."""
+    is_named = _is_in_saving(folder) and _is_of_orbax(folder)
+    return is_named and not os.path.lexists(folder / MANIFEST)
+
+
+def _is_in_saving(folder: pathlib.Path) -> bool:
     try:
-        saving = read_small(folder.parent / SAVING).decode()
+        return read_small(folder.parent / SAVING).decode().strip() == folder.name
     except (OSError, ValueError):
         return False
-    is_named = saving.strip() == folder.name and _is_of_orbax(folder)
-    return is_named and not os.path.lexists(folder / MANIFEST)
 
 
 def _is_of_orbax(folder: pathlib.Path) -> bool:
@@ -686,6 +728,27 @@ def _write_saving(directory: pathlib.Path, step: int) -> None:
     with replacing(directory / SAVING) as file:
         file.write(f"{step}\n".encode())
     _sync_folder(directory)
+
+
+def _clear_after_a_kill(directory: pathlib.Path) -> None:
+    """Deletes what can be nothing but the rest of a save or of a removal."""
+    if not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        is_rest = _UNFINISHED_NAME.fullmatch(path.name) and path.is_dir()
+        if is_rest and not path.is_symlink():
+            shutil.rmtree(path)
+    for folder in (directory / str(step) for step in _list_steps(directory)):
+        if _is_in_saving(folder) and os.path.lexists(folder / MANIFEST):
+            (directory / SAVING).unlink()
+
+
+def _remove_folder(folder: pathlib.Path) -> None:
+    """Deletes the folder of a step; a kill leaves all of it, or no step at all."""
+    rest = free_name(folder.with_name(folder.name + _ORBAX_UNFINISHED))
+    os.rename(folder, rest)
+    _sync_folder(folder.parent)
+    shutil.rmtree(rest)
 
 
 def _is_odd(path: pathlib.Path) -> bool:

@@ -1,5 +1,6 @@
 """Checkpoints: bit-exact, movable between devices, and never half of one."""
 
+import itertools
 import json
 import logging
 import os
@@ -560,6 +561,82 @@ def test_a_first_save_that_was_killed_is_no_checkpoint(tmp_path, caplog):
     assert sorted(os.listdir(tmp_path)) == ["10"]
 
 
+def _is_killed(call, after):
+    """Whether it makes more changes to folders than `after`; the next one kills it."""
+    left = after
+
+    def counted(change):
+        def wrapped(*arguments, **options):
+            nonlocal left
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+            return change(*arguments, **options)
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("rename", "unlink", "rmdir"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        try:
+            call()
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+def test_a_removal_killed_anywhere_leaves_a_step_or_none(two_steps, tmp_path):
+    def remove(checkpoints):
+        return lambda: checkpoints._remove([10])
+
+    for after in itertools.count():
+        directory = shutil.copytree(two_steps, tmp_path / str(after))
+        with Checkpointer(directory) as checkpoints:
+            killed = _is_killed(remove(checkpoints), after)
+        kept = ["10"] if after == 0 else []
+        assert checkpoint._list_steps(directory) == [*map(int, kept), 20]
+        with Checkpointer(directory):  # clears the rest
+            pass
+        assert {*os.listdir(directory)} - {".readers"} == {*kept, "20"}
+        if not killed:
+            break
+    assert after > len(
+        _files(two_steps / "10")
+    )  # each of them was a place to be killed
+
+
+def test_a_first_save_and_its_removal_that_were_killed_are_no_checkpoint(tmp_path):
+    _save_and_be_killed(tmp_path, 20)
+    with Checkpointer(tmp_path) as checkpoints:
+        assert _is_killed(lambda: checkpoints.save(10, _make_state(), metadata={}), 5)
+    assert not has_checkpoint(tmp_path)
+    with Checkpointer(tmp_path) as checkpoints:
+        assert checkpoints.restore(_abstract(_make_state())) is None
+        checkpoints.save(10, _make_state(11), metadata={})
+    assert sorted(os.listdir(tmp_path)) == ["10"]
+
+
+def test_a_save_killed_after_its_manifest_is_whole_and_stays_a_checkpoint(directory):
+    (directory / ".saving").write_text("20\n")
+    with Checkpointer(directory) as checkpoints:
+        assert checkpoints.latest_whole_step() == 20
+    # Not unfinished all at once, when its manifest is lost some day.
+    shutil.rmtree(directory / "10")
+    os.remove(directory / "20" / MANIFEST)
+    assert has_checkpoint(directory)
+
+
+def test_what_is_passed_over_is_not_looked_into_by_orbax(directory, warnings_said):
+    # A ruin of a checkpoint, and something else.
+    for name in ("3/state", "99999"):
+        (directory / name).mkdir(parents=True)
+    with Checkpointer(directory, keep=1) as checkpoints:
+        for step in (30, 40):
+            checkpoints.save(step, _make_state(step), metadata={}, top1_error=0.1)
+        assert checkpoints.all_steps() == [3, 40, 99999]
+    assert warnings_said() == []
+
+
 @pytest.mark.parametrize("killed_in", [None, 30])
 def test_a_directory_whose_manifests_are_lost_is_refused(directory, killed_in):
     """With a save that was killed afterwards or not: a run does not start anew in it."""
@@ -669,6 +746,10 @@ def test_what_a_killed_save_leaves_is_cleared(directory):
     """Orbax writes under another name first; such a folder is not a step."""
     left = directory / "99.orbax-checkpoint-tmp"
     shutil.copytree(directory / "20", left)
+    others = [directory / f"{name}.orbax-checkpoint-tmp" for name in ("notes", "098")]
+    for other in others:
+        _folder_with(other, "mine")
+    (directory / "97.orbax-checkpoint-tmp").symlink_to(others[0])
     with Checkpointer(directory, read_only=True) as checkpoints:
         assert checkpoints.all_steps() == [10, 20]
     assert left.exists()
@@ -677,6 +758,7 @@ def test_what_a_killed_save_leaves_is_cleared(directory):
         checkpoints.save(30, _make_state(30), metadata={})
         assert checkpoints.latest_whole_step() == 30
     assert not left.exists()
+    assert all((other / "mine").exists() for other in others)
 
 
 def test_the_manifest_comes_last(tmp_path, monkeypatch):
