@@ -5,13 +5,14 @@ devices is restored on one or on four. It notices a truncated file but not a fli
 bit, and a run can be killed between two of its files. So each step folder holds a
 `manifest.json`, written after everything else, with the size and the sum of every
 file. A step without a valid manifest, or with a file that does not match it, is passed
-over with a warning and the step before is used.
+over with a warning and the step before is used. So is a folder with another name than
+that of its step, such as a copy; manifests from before they named it are believed.
 
     checkpoints/
       1200/               one folder a step, named by Orbax
         state/            the arrays: parameters, optimiser state, step
         metadata/         JSON: config, host-side state such as the plateau rule
-        manifest.json     written last; also holds the top-1 error of the step
+        manifest.json     written last; also holds the step and its top-1 error
       1300.orbax-checkpoint-tmp/    not finished by Orbax yet, or half removed
       .saving             names the step that is being saved, or was when a kill came
       .readers            locked by those who read; nothing is deleted meanwhile
@@ -71,11 +72,14 @@ READERS = ".readers"
 SAVING = ".saving"
 # What Orbax writes into a step, and how it calls one that is not whole yet.
 _ORBAX_FILE, _ORBAX_UNFINISHED = "_CHECKPOINT_METADATA", ".orbax-checkpoint-tmp"
+_STEP_NAME = re.compile(r"0|[1-9][0-9]*")
 # With a number behind it where the name was taken; Orbax once put the time there. What
 # has no step's number before it is somebody else's, whatever Orbax would make of it.
 _UNFINISHED_NAME = re.compile(
-    rf"(0|[1-9][0-9]*){re.escape(_ORBAX_UNFINISHED)}([-_][0-9]+)?"
+    rf"({_STEP_NAME.pattern}){re.escape(_ORBAX_UNFINISHED)}([-_][0-9]+)?"
 )
+# A state counts its steps in int32, and so do processes that agree on one.
+_MOST_STEPS = 2**31 - 1
 # Of a state's size: no state is compressed to less (at first half of it is zeros). With
 # less room than that on the disk nothing is begun.
 _LEAST_SHARE = 0.4
@@ -213,7 +217,8 @@ class Checkpointer:
         and not before is added to it. A broken step of the same number is replaced.
 
         Args:
-          step: number of finished training steps, not below the newest whole step.
+          step: number of finished training steps, not below the newest whole step and
+            less than 2**31.
           state: pytree of arrays, sharded or not.
           metadata: plain JSON values; tuples come back as lists, keys as strings.
           top1_error: in [0, 1], of the evaluation at this step; None or NaN if there
@@ -222,11 +227,14 @@ class Checkpointer:
         Raises:
           CheckpointError: for a step below the newest one, in read-only use, or if the
             disk is full; of that step nothing is left then.
+          ValueError: for a step that cannot be one.
           TypeError: for metadata that JSON cannot hold.
         """
         if self._read_only:
             raise CheckpointError(f"{self.directory} was opened read-only.")
         step = int(step)
+        if not 0 <= step <= _MOST_STEPS:
+            raise ValueError(f"step {step} must be from 0 to {_MOST_STEPS}.")
         metadata = _json_values(metadata)
         if self._agreed(lambda: self._is_whole(step)):
             self._add_error(step, top1_error)
@@ -256,7 +264,7 @@ class Checkpointer:
             self._manager.wait_until_finished()
             if jax.process_index() == 0:
                 folder = self._folder(step)
-                _write_manifest(folder, _sums(folder), top1_error)
+                _write_manifest(folder, _sums(folder), top1_error, step)
                 (self.directory / SAVING).unlink(missing_ok=True)
         _wait_for_all(f"manifest {step}")
         self._problems[step] = ""
@@ -295,7 +303,8 @@ class Checkpointer:
         if jax.process_index() == 0:
             manifest = _read_manifest(self._folder(step))
             if manifest["top1_error"] is None:
-                _write_manifest(self._folder(step), manifest["files"], top1_error)
+                files, saved_as = manifest["files"], manifest["step"]
+                _write_manifest(self._folder(step), files, top1_error, saved_as)
         _wait_for_all(f"error {step}")
 
     def _remove_old_steps(self) -> None:
@@ -336,7 +345,8 @@ class Checkpointer:
     def _make_way(self, step: int) -> None:
         """Removes a spoilt step that training has passed again.
 
-        What may be anything, a file or a link too, is put aside.
+        What may be anything, a file or a link too, is put aside, and so is another
+        step's checkpoint, which may be whole.
         """
         if self._agreed(lambda: self._is_ours(step)):
             self._remove([step])
@@ -345,17 +355,22 @@ class Checkpointer:
             aside = free_name(self.directory / f"aside_{step}")
             os.rename(self._folder(step), aside)
             logging.warning(
-                "%s is no checkpoint, or has lost its %s: put aside as %s.",
-                *(self._folder(step), MANIFEST, aside),
+                "%s is no checkpoint of step %d, or has lost its %s: put aside as %s.",
+                *(self._folder(step), step, MANIFEST, aside),
             )
         self._problems.pop(step, None)
         _wait_for_all("put aside")
         self._manager.reload()
 
     def _is_ours(self, step: int) -> bool:
-        """Whether a step's folder can be nothing but a checkpoint, whole or not."""
+        """Whether a step's folder can be nothing but its checkpoint, whole or not."""
         folder = self._folder(step)
-        return (folder / MANIFEST).is_file() and _is_of_orbax(folder)
+        if not (folder / MANIFEST).is_file() or not _is_of_orbax(folder):
+            return False
+        try:
+            return _is_named_rightly(folder, _read_manifest(folder))
+        except (ValueError, OSError):
+            return True  # spoilt
 
     def _unfinished_step(self) -> int:
         """The step that a kill left unfinished; -1: there is none."""
@@ -363,7 +378,7 @@ class Checkpointer:
         return next(found, -1)
 
     def _agreed(self, number: Callable[[], int]) -> int:
-        """What process 0 finds; a whole number, or a bool as one."""
+        """What process 0 finds; a whole number of int32, or a bool as one."""
         if jax.process_count() == 1:
             return number()
         own = number() if jax.process_index() == 0 else 0
@@ -682,7 +697,7 @@ def _sums(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
 def _problem(folder: pathlib.Path) -> str:
     """What keeps the step in `folder` from being whole, in words; "" if nothing does."""
     try:
-        files = _read_manifest(folder)["files"]
+        manifest = _read_manifest(folder)
     except FileNotFoundError:
         why = "it was lost, or this is no checkpoint"
         if _is_unfinished(folder):
@@ -690,6 +705,10 @@ def _problem(folder: pathlib.Path) -> str:
         return f"{MANIFEST} is missing ({why})"
     except (ValueError, OSError) as error:
         return f"{MANIFEST} cannot be used ({error})"
+    if not _is_named_rightly(folder, manifest):
+        of = f"the checkpoint of step {manifest['step']}"
+        return f"it is {of}, whose name it should have"
+    files = manifest["files"]
     # Its names are not opened but for these: what lies elsewhere is no part of a step.
     there = _file_names(folder)
     others = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if _is_odd(p)]
@@ -704,6 +723,11 @@ def _problem(folder: pathlib.Path) -> str:
     # A file that was not there when the sums were taken was not written by the save.
     extra = set(there) - set(files)
     return f"{min(extra)} is not in {MANIFEST}" if extra else ""
+
+
+def _is_named_rightly(folder: pathlib.Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether a folder has the name of the step in it, as far as its manifest says."""
+    return manifest["step"] is None or str(manifest["step"]) == folder.name
 
 
 def _is_unfinished(folder: pathlib.Path) -> bool:
@@ -771,9 +795,14 @@ def _file_problem(folder: pathlib.Path, name: str, expected: Mapping[str, Any]) 
 
 
 def _write_manifest(
-    folder: pathlib.Path, files: Mapping[str, Any], top1_error: float | None
+    folder: pathlib.Path,
+    files: Mapping[str, Any],
+    top1_error: float | None,
+    step: int | None,
 ) -> None:
     body = {"files": files, "format": _FORMAT, "top1_error": _finite(top1_error)}
+    if step is not None:  # it is where an error is added to an old manifest
+        body["step"] = step
     temporary = folder / _TEMPORARY
     with open(temporary, "wb") as file:
         file.write(_manifest_text(body))
@@ -793,12 +822,14 @@ def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
         raise ValueError(
             f"format {kinds.shown(body.get('format'))}, this version reads {_FORMAT}"
         )
-    files, error = body.get("files"), body.get("top1_error")
+    files, error, step = (body.get(key) for key in ("files", "top1_error", "step"))
     if not isinstance(files, dict) or not all(map(_is_sum, files.values())):
         raise ValueError("its files are not sizes and SHA-256 sums by name")
     if error is not None and not (kinds.NUMBER.holds(error) and 0 <= error <= 1):
         raise ValueError(f"a top-1 error of {kinds.shown(error)}")
-    return body | {"top1_error": error}
+    if step is not None and not kinds.WHOLE.holds(step):
+        raise ValueError(f"a step of {kinds.shown(step)}")
+    return body | {"top1_error": error, "step": step}
 
 
 def _is_written_so(body: Mapping[str, Any], text: bytes) -> bool:
@@ -910,8 +941,8 @@ def _list_steps(directory: pathlib.Path) -> list[int]:
     if not directory.is_dir():
         return []
     names = (path.name for path in directory.iterdir() if path.is_dir())
-    numbers = (name for name in names if name.isascii() and name.isdigit())
-    return sorted(int(name) for name in numbers if str(int(name)) == name)
+    numbers = (int(name) for name in names if _STEP_NAME.fullmatch(name))
+    return sorted(number for number in numbers if number <= _MOST_STEPS)
 
 
 def _finite(value: float | None) -> float | None:

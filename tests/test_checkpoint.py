@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import types
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -515,6 +515,77 @@ def test_a_manifest_of_another_format(directory, warnings_said):
     path = directory / "20" / MANIFEST
     path.write_text(json.dumps({"format": 99}))
     _assert_falls_back(directory, warnings_said, MANIFEST)
+
+
+def test_a_copy_with_another_steps_name_is_passed_over(directory, warnings_said):
+    for step in ("3", "30"):
+        shutil.copytree(directory / "20", directory / step)
+    with Checkpointer(directory, keep=1) as checkpoints:
+        state, _ = _restore(checkpoints, _make_state())
+        _assert_same_bits(state, _make_state(20))
+        assert (
+            "step 30 passed over: it is the checkpoint of step 20"
+            in (warnings_said()[0])
+        )
+        with pytest.raises(CheckpointError, match="step 30 .* it is the .* of step 20"):
+            checkpoints.restore(_abstract(state), step=30)
+        for step in (25, 30):  # below the copy, and in its place
+            checkpoints.save(step, _make_state(step), metadata={}, top1_error=0.1)
+        state, _ = _restore(checkpoints, _make_state())
+    _assert_same_bits(state, _make_state(30))
+    # A user has made them, so they stay.
+    for copy in ("3", "aside_30"):
+        assert checkpoint._read_manifest(directory / copy)["step"] == 20
+
+
+def test_two_steps_whose_names_were_exchanged_are_an_error(directory):
+    for old, new in (("10", "kept"), ("20", "10"), ("kept", "20")):
+        (directory / old).rename(directory / new)
+    with (
+        Checkpointer(directory) as checkpoints,
+        pytest.raises(
+            CheckpointError, match="step 10: it is .* step 20.*; step 20: it is .* 10"
+        ),
+    ):
+        checkpoints.restore(_abstract(_make_state()))
+
+
+def test_a_manifest_that_does_not_name_its_step_is_believed(directory):
+    """As those of older versions are; they stay so when an error is added."""
+    for step in ("10", "20"):
+        folder = directory / step
+        checkpoint._write_manifest(folder, checkpoint._sums(folder), None, None)
+    with Checkpointer(directory) as checkpoints:
+        checkpoints.save(20, _make_state(), metadata={}, top1_error=0.3)
+        state, _ = _restore(checkpoints, _make_state())
+        assert checkpoints.best_step() == 20
+    _assert_same_bits(state, _make_state(20))
+    assert "step" not in json.loads((directory / "20" / MANIFEST).read_text())
+
+
+def test_an_error_that_is_added_keeps_the_step_in_the_manifest(tmp_path):
+    with Checkpointer(tmp_path) as checkpoints:
+        for error in (None, 0.3):
+            checkpoints.save(1, _make_state(), metadata={}, top1_error=error)
+    assert checkpoint._read_manifest(tmp_path / "1")["step"] == 1
+
+
+def test_a_step_in_a_manifest_is_a_number(directory, warnings_said):
+    folder, wrong = directory / "20", cast(Any, ["20"])
+    checkpoint._write_manifest(folder, checkpoint._sums(folder), None, wrong)
+    _assert_falls_back(directory, warnings_said, MANIFEST, "a step of ['20']")
+
+
+def test_a_number_that_no_step_has_is_no_steps_name(directory):
+    """Processes agree on a step in int32."""
+    for name in ("3000000000", "9" * 250):
+        shutil.copytree(directory / "20", directory / name)
+    with Checkpointer(directory) as checkpoints:
+        assert checkpoints.all_steps() == [10, 20]
+        assert checkpoints.latest_whole_step() == 20
+        for step in (2**31, -1):
+            with pytest.raises(ValueError, match="must be from 0 to 2147483647"):
+                checkpoints.save(step, _make_state(), metadata={})
 
 
 def test_all_broken_is_an_error_and_not_a_new_start(directory):

@@ -542,7 +542,7 @@ def test_a_checkpoint_signed_again_with_another_rule_is_refused(
             metadata = json.loads((step / "metadata" / "metadata").read_text())
             metadata["plateau"] = {"foo": 1}
             (step / "metadata" / "metadata").write_text(json.dumps(metadata))
-            checkpoint._write_manifest(step, checkpoint._sums(step), None)
+            checkpoint._write_manifest(step, checkpoint._sums(step), None, None)
     with pytest.raises(CheckpointError, match=r"/34 holds .* plateau={'foo': 1} must"):
         train.train_and_evaluate(small_config(folder, num_epochs=9.0), tmp_path)
 
