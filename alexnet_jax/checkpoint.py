@@ -803,8 +803,11 @@ def _write_manifest(
     body = {"files": files, "format": _FORMAT, "top1_error": _finite(top1_error)}
     if step is not None:  # it is where an error is added to an old manifest
         body["step"] = step
+    # Not by `replacing`: under another name, what a kill leaves of it in a whole step
+    # would be a file too many. Whatever lies there is not written through.
     temporary = folder / _TEMPORARY
-    with open(temporary, "wb") as file:
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "xb") as file:
         file.write(_manifest_text(body))
         file.flush()
         os.fsync(file.fileno())

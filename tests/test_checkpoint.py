@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import types
 from typing import Any, NamedTuple, cast
 
@@ -794,11 +795,21 @@ def test_a_full_disk_removes_only_what_was_being_saved(directory, monkeypatch):
 
 
 def test_a_link_in_the_place_of_a_mark_is_not_followed(directory, tmp_path):
+    folder = directory / "20"  # with no error yet, so that one is added
+    checkpoint._write_manifest(folder, checkpoint._sums(folder), None, 20)
     (tmp_path / "precious").write_text("precious")
-    (directory / ".saving").symlink_to(tmp_path / "precious")
+    for path in (
+        folder / f"{MANIFEST}.tmp",
+        directory / ".saving",
+        directory / f"..saving.{socket.gethostname()}.{os.getpid()}.tmp",
+    ):
+        path.symlink_to(tmp_path / "precious")
     with Checkpointer(directory) as checkpoints:
+        checkpoints.save(20, _make_state(20), metadata={}, top1_error=0.3)
+        assert checkpoints.top1_error(20) == 0.3
         checkpoints.save(30, _make_state(30), metadata={})
     assert (tmp_path / "precious").read_text() == "precious"
+    assert not any(path.is_symlink() for path in directory.rglob("*"))
 
 
 @pytest.mark.parametrize("missing", [MANIFEST, "_CHECKPOINT_METADATA", "state"])

@@ -97,7 +97,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     with telling_of_a_full_disk(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "wb") as file:
+            temporary.unlink(missing_ok=True)  # it may be a link to another's file
+            with open(temporary, "xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
