@@ -147,11 +147,12 @@ def _folder(workdir: str | os.PathLike[str]) -> Path:
         raise ConfigError(f"--workdir={workdir} is a file; name a folder, or none yet.")
     about = experiment_lib.CONFIG_FILE, experiment_lib.CLASSES_FILE
     records = experiment_lib.STATISTICS_FILE, METRICS_FILE, TIMES_FILE
-    locks_in = (f"{experiment_lib.CHECKPOINTS}/{name}" for name in (READERS, SAVING))
+    checkpoints = experiment_lib.CHECKPOINTS
     require_places(
         path,
-        files=(LOCK_FILE, *about, *records, *locks_in),
-        folders=(experiment_lib.CHECKPOINTS, PROFILE),
+        files=(*about, *records, f"{checkpoints}/{SAVING}"),
+        folders=(checkpoints, PROFILE),
+        locks=(LOCK_FILE, f"{checkpoints}/{READERS}"),
     )
     return path
 

@@ -16,7 +16,7 @@ from test_untrusted import place, small_config, whole_run  # noqa: F401
 
 from alexnet_jax import export, main, predict, prepare, protocol, report, retrieve
 from alexnet_jax import train as train_lib
-from alexnet_jax.data import paths
+from alexnet_jax.data import locks, paths
 from alexnet_jax.data.files import replacing
 from alexnet_jax.evaluate import Predictions
 
@@ -213,6 +213,29 @@ def test_what_is_no_file_of_a_workdir_is_not_trained_over(name, make, tmp_path):
     assert f"{path} is {is_}; {belongs}" in str(raised.value)
     assert "belongs there. Move it away, or name another folder" in str(raised.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", [".lock", "checkpoints/.readers"])
+@pytest.mark.parametrize("target", ["mine", "nothing"])
+def test_a_lock_that_is_a_link_is_said_at_the_start(name, target, tmp_path):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    (tmp_path / "mine").write_text("mine")
+    path.symlink_to(tmp_path / target)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(paths.PathError, match=f"^{path} is a link; .*Move it away"):
+        train_lib.train_and_evaluate(small_config(), tmp_path / "run")
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(OSError) as raised, locks.held(path, wait=False):
+        pass
+    said = paths.message_of(raised.value)
+    assert f"cannot use {path}: it is a link, which a lock may not be. Name" in said
+
+
+def test_other_files_of_a_workdir_may_be_links(tmp_path):
+    (tmp_path / "elsewhere").touch()
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "elsewhere")
+    paths.require_places(tmp_path, files=["metrics.jsonl"], folders=[])
 
 
 def test_a_read_only_workdir_is_read_and_not_written(places, small_disk, capsys):

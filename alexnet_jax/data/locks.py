@@ -38,6 +38,7 @@ def held(path: Path, *, wait: bool) -> Iterator[bool]:
 
     Raises:
       HeldError: (an OSError) another process holds it, and `wait` is false.
+      OSError: it cannot be opened, or is a link.
     """
     try:
         import fcntl
@@ -47,7 +48,14 @@ def held(path: Path, *, wait: bool) -> Iterator[bool]:
     # Not truncated: the line in it may be the holder's.
     # Nor followed: what is written into it must not be written elsewhere.
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(path, flags, 0o666)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if not path.is_symlink():
+            raise
+        # The system speaks of too many of them.
+        words = "it is a link, which a lock may not be"
+        raise OSError(error.errno, words, os.fspath(path)) from error
     is_held = True
     try:
         try:

@@ -82,16 +82,28 @@ def _require_writable(folder: Path, what: str) -> None:
     )
 
 
-def require_places(folder: Path, files: Sequence[str], folders: Sequence[str]) -> None:
+def require_places(
+    folder: Path,
+    files: Sequence[str],
+    folders: Sequence[str],
+    locks: Sequence[str] = (),
+) -> None:
     """Raises PathError unless a folder is fit for what will be written into it.
 
     Args:
       folder: there, or to be made.
       files, folders: names in it; what is already there has to be of its kind.
+      locks: names of files that may not be links either (`locks.held`).
     """
     require_writable(folder)
+    for path in (folder / name for name in locks):
+        if path.is_symlink():
+            raise PathError(
+                f"{path} is a link; a lock is never looked for elsewhere. Move it away, "
+                "or name another folder"
+            )
     for names, fits, kind in (
-        (files, Path.is_file, "file"),
+        ((*files, *locks), Path.is_file, "file"),
         (folders, Path.is_dir, "folder"),
     ):
         for path in (folder / name for name in names):
