@@ -32,9 +32,8 @@ def first_not_finite(
         for kind, found in largest.items()
     }
     forward, loss = values["activation"], values["loss"][""]
-    for layer in _in_order(network, values["parameters"]):
-        if not math.isfinite(value := values["parameters"][layer]):
-            return f"the parameters of {layer} ({value}), which that step started with"
+    if found := first_of_parameters(network, largest):
+        return f"{found}, which that step started with"
     before = ""
     for name in _in_order(network, forward):
         if not math.isfinite(forward[name]):
@@ -47,6 +46,17 @@ def first_not_finite(
     for layer in reversed(_in_order(network, values["gradient"])):
         if not math.isfinite(value := values["gradient"][layer]):
             return f"the gradient of {layer} ({value}), {most}"
+    return None
+
+
+def first_of_parameters(
+    network: Variant, largest: Mapping[str, Mapping[str, Any]]
+) -> str | None:
+    """Such as "the parameters of conv2 (inf)"; None if all are finite. Arguments as of
+    `first_not_finite`."""
+    for layer in _in_order(network, largest["parameters"]):
+        if not math.isfinite(value := float(np.max(largest["parameters"][layer]))):
+            return f"the parameters of {layer} ({value})"
     return None
 
 

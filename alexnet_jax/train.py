@@ -278,6 +278,8 @@ def _explained(run: "_Run", problem: _NotFiniteError) -> Exception:
         experiment, (state, host) = run.experiment, restored
     else:
         (experiment, state, _), host = finetune.begin(run.experiment), {}
+    for leaf in jax.tree.leaves(run.state):  # room for the copies that are taken here
+        leaf.delete()
     silent = MultiWriter([])
     retaken = _Run(experiment, state, run.checkpointer, silent, host, Stopwatch())
     retaken.stop = run.stop
@@ -629,39 +631,52 @@ class _Run:
           train_step: the compiled one.
           last: the number of steps after which it showed.
         """
+        least = self.step + 1
         try:
             found = self._look_for_not_finite(train_step, last)
         except _CutShort:
             return "Asked to stop before the layer was found."
         if found:
-            return f"The first to go, in step {self.step + 1}: {found}."
+            return (
+                f"The steps from {least} on were taken again. The first to go, in step "
+                f"{self.step}: {found}."
+            )
         return (
-            "Taken again, the same steps stay finite: so it is the machine, or a library "
-            "whose sums do not repeat (docs/reliability.md), rather than the network."
+            f"Taken again, steps {least} to {last} stay finite: so it is the machine, or "
+            "a library whose sums do not repeat (docs/reliability.md), rather than the "
+            "network."
         )
 
     def _look_for_not_finite(self, train_step: Any, last: int) -> str | None:
-        network, inspect = self.experiment.model.network, None
+        """What goes first in the first step that leaves something not finite behind."""
         by_evaluation = self.config.schedule.name == "plateau"  # the learning rate
         if by_evaluation and self.evaluation_owed:
             self._evaluate()
         with self.experiment.train_batches(self.step) as batches:
             while self.step < last:
                 batch = self._put(next(batches))
-                args = (self.state, batch, self.statistics)
-                if self.step >= last - 2:  # a gradient may have spoilt the next step
-                    inspect = inspect or self.experiment.inspection_step()
-                    largest = jax.device_get(inspect(*args))
-                    found = divergence.first_not_finite(network, largest)
-                    if found:
-                        return found
-                self.state, metrics = train_step(*args)
+                before = jax.tree.map(jnp.copy, self.state)  # the step takes its own
+                self.state, metrics = train_step(self.state, batch, self.statistics)
                 self.step += 1
-                metrics["loss"].block_until_ready()
+                # A gradient may spoil the parameters steps before a loss shows it, and
+                # nothing looks at them before a checkpoint.
+                if not _all_finite((metrics["loss"], self.state.params)):
+                    return self._inspect(before, batch)
                 self._go_on_unless_asked()
                 if by_evaluation and self._evaluation_is_due():
                     self._evaluate()
         return None
+
+    def _inspect(self, before: TrainState, batch: Any) -> str | None:
+        """What went first in the step just taken, which started with `before`."""
+        network = self.experiment.model.network
+        inspect = self.experiment.inspection_step()
+        largest = jax.device_get(inspect(before, batch, self.statistics))
+        if found := divergence.first_not_finite(network, largest):
+            return found
+        largest = jax.device_get(inspect(self.state, batch, self.statistics))
+        found = divergence.first_of_parameters(network, largest)
+        return found and f"{found}, by its update; its gradients are finite"
 
     # Records.
 
@@ -694,7 +709,7 @@ class _Run:
             raise _NotFiniteError(
                 f"The loss of step {first} is {losses[np.argmin(finite)]} (those of "
                 f"steps {least} to {self.step} were looked at together).",
-                first,
+                self.step,
             )
         waited_here = waited - self.clock_waited
         self.watch.add(WAITING, waited_here)

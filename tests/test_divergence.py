@@ -11,7 +11,7 @@ import pytest
 from test_parallel import BATCH, CROP, batch, narrow, statistics
 
 from alexnet_jax import augment, optim, parallel, steps
-from alexnet_jax.divergence import first_not_finite
+from alexnet_jax.divergence import first_not_finite, first_of_parameters
 
 MODE = "columns"
 
@@ -85,3 +85,9 @@ def test_what_goes_first_is_named(leaves, words):
     message = first_not_finite(*planted(**leaves))
     assert message is not None
     assert re.search(words, message), message
+
+
+def test_parameters_that_an_update_made_too_large_are_named():
+    network, found = planted(fc6_bias=np.inf, fc7_bias=np.nan)
+    assert first_of_parameters(network, found) == "the parameters of fc6 (inf)"
+    assert first_of_parameters(*planted()) is None
