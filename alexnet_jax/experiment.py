@@ -675,7 +675,12 @@ def read_network(
             f"variant={variant!r}."
         )
     side = config.data.image_size
-    statistics_lib.require_size(statistics, side, workdir / STATISTICS_FILE)
+    statistics_lib.require_size(
+        statistics,
+        side,
+        workdir / STATISTICS_FILE,
+        remedy=statistics_lib.TRAIN_AGAIN,
+    )
     names = read_class_names(workdir)
     return Weights(
         settings=_settings_of(config, variables, where),
@@ -714,7 +719,7 @@ def check_metadata(metadata: dict[str, Any], where: str) -> dict[str, Any]:
 def _read_statistics(workdir: Path) -> Statistics:
     path = workdir / STATISTICS_FILE
     try:
-        return statistics_lib.load(path)
+        return statistics_lib.load(path, remedy=statistics_lib.TRAIN_AGAIN)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{path} is missing: the mean image that the network of this run is given "

@@ -309,7 +309,9 @@ def prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
         differences = _compare_with_workdir(config, workdir)
         stored = workdir / experiment_lib.STATISTICS_FILE
         if stored.exists():
-            statistics = statistics_lib.load(stored, config.data.image_size)
+            statistics = statistics_lib.load(
+                stored, config.data.image_size, remedy=statistics_lib.TRAIN_AGAIN
+            )
     experiment = experiment_lib.build(config, statistics=statistics)
     if begun:
         _require_same_classes(experiment.train_source.class_names, workdir)

@@ -2,6 +2,8 @@
 
 import collections
 import contextlib
+import dataclasses
+import functools
 import gzip
 import json
 import math
@@ -23,7 +25,7 @@ from test_parallel import fast_loops
 
 from alexnet_jax import checkpoint, load, main, train
 from alexnet_jax.checkpoint import CheckpointError
-from alexnet_jax.data import locks
+from alexnet_jax.data import DataError, locks, statistics
 from alexnet_jax.data.sources import FolderSource
 from alexnet_jax.experiment import ConfigError
 from alexnet_jax.stopwatch import read_times
@@ -545,6 +547,22 @@ def test_a_checkpoint_signed_again_with_another_rule_is_refused(
             checkpoint._write_manifest(step, checkpoint._sums(step), None, None)
     with pytest.raises(CheckpointError, match=r"/34 holds .* plateau={'foo': 1} must"):
         train.train_and_evaluate(small_config(folder, num_epochs=9.0), tmp_path)
+
+
+def test_the_advice_about_spoilt_statistics_of_a_workdir_mends_them(
+    finished, folder, tmp_path
+):
+    shutil.copytree(finished[1], tmp_path, dirs_exist_ok=True)
+    path, config = tmp_path / "statistics.npz", small_config(folder)
+    good = statistics.load(path)
+    for mean in (good.mean_image * np.nan, good.mean_image[:32, :32]):
+        dataclasses.replace(good, mean_image=mean).save(path)
+        for use in (functools.partial(train.train_and_evaluate, config), load):
+            with pytest.raises(DataError, match=r"delete it and start the training"):
+                use(tmp_path)
+    path.unlink()
+    train.train_and_evaluate(config, tmp_path)
+    np.testing.assert_array_equal(statistics.load(path).mean_image, good.mean_image)
 
 
 def test_a_workdir_that_cannot_be_one(folder, tmp_path):

@@ -18,6 +18,15 @@ from alexnet_jax.data.sources import Source
 
 _FIELDS = ("mean_image", "pca_std_255", "pca_vectors", "num_examples")
 _CHUNK = 16  # pictures a thread holds at a time
+# What mends a stored file that is broken or of other pictures: beside the data, and in
+# a run's workdir.
+COMPUTE_AGAIN = (
+    "Compute it again: python -m alexnet_jax.prepare statistics --source=..."
+)
+TRAIN_AGAIN = (
+    "Bring it back from a copy; or delete it and start the training command again, "
+    "which makes it anew."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +60,17 @@ class Statistics:
             )
 
 
-def load(path: str | os.PathLike, image_size: int | None = None) -> Statistics:
+def load(
+    path: str | os.PathLike,
+    image_size: int | None = None,
+    *,
+    remedy: str = COMPUTE_AGAIN,
+) -> Statistics:
     """Reads what `Statistics.save` wrote.
 
     Args:
       image_size: side of the pictures that they have to be of; None: of any.
+      remedy: what the error advises: `TRAIN_AGAIN` for the file of a workdir.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -78,23 +93,28 @@ def load(path: str | os.PathLike, image_size: int | None = None) -> Statistics:
             raise ValueError("no number of pictures")
     except (ValueError, KeyError) as error:
         raise DataError(
-            f"{os.fspath(path)} is not a statistics file ({error}). Compute it again: "
-            "python -m alexnet_jax.prepare statistics --source=..."
+            f"{os.fspath(path)} is not a statistics file ({error}). {remedy}"
         ) from error
     found = Statistics(mean, std, vectors, int(count))
     if image_size is not None:
-        require_size(found, image_size, path)
+        require_size(found, image_size, path, remedy=remedy)
     return found
 
 
-def require_size(found: Statistics, image_size: int, path: str | os.PathLike) -> None:
+def require_size(
+    found: Statistics,
+    image_size: int,
+    path: str | os.PathLike,
+    *,
+    remedy: str = COMPUTE_AGAIN,
+) -> None:
     """Raises DataError if what was read from `path` is of pictures of another size."""
     side = len(found.mean_image)
     if side != image_size:
         raise DataError(
             f"{os.fspath(path)}: the mean image is {side} x {side} pixels, the pictures "
             f"here are {image_size} x {image_size}: it is of other data, or of another "
-            "run. Bring back their own; without one it is computed from the pictures."
+            f"run. {remedy}"
         )
 
 
