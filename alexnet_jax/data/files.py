@@ -48,21 +48,24 @@ def telling_of_a_full_disk(
     except FullDiskError:
         raise
     except (OSError, RuntimeError, ValueError) as error:
-        codes = errno.ENOSPC, errno.EDQUOT
-        reasons = [
-            os.strerror(code)
-            for code in codes
-            if code == getattr(error, "errno", 0) or os.strerror(code) in str(error)
-        ]
-        if not reasons:
+        reason = full_disk_in(error)
+        if not reason:
             raise
         room = f"{_in_words(shutil.disk_usage(existing_parent(folder)).free)} free"
         if needed is not None:
             room += f", about {_in_words(needed())} more needed"
         raise FullDiskError(
-            f"cannot write in {folder}: {reasons[0]} ({room}). Make room there and start "
+            f"cannot write in {folder}: {reason} ({room}). Make room there and start "
             "the same command again"
         ) from error
+
+
+def full_disk_in(error: BaseException | str) -> str:
+    """How an error, or its text, tells of a full disk or quota; "" if it does not."""
+    for code in (errno.ENOSPC, errno.EDQUOT):
+        if code == getattr(error, "errno", 0) or os.strerror(code) in str(error):
+            return os.strerror(code)
+    return ""
 
 
 def check_room(folder: Path, needed: int) -> None:
