@@ -5,6 +5,7 @@ a cluster at all, which GPUs are this process's own, and errors in words instead
 abort inside XLA.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -30,6 +31,11 @@ SHUTDOWN_SECONDS = 60
 # Process 0 keeps the connections of all; it leaves last, so that a mistake that all
 # make is said by all.
 LEAVE_SECONDS = 2.0
+_GO_ON = (
+    "its own output says why. The same command goes on, from the last checkpoint if "
+    "there is one."
+)
+_MISTAKE = "alexnet_jax/mistake"  # under which all find what process 0 leaves with
 
 
 class DistributedError(RuntimeError):
@@ -386,14 +392,44 @@ def leave(message: str, status: int, *, all_say_it: bool = False) -> NoReturn:
 def _is_said_by_process_0(message: str) -> bool:
     """Whether another process leaves, or is about to leave, with the same message."""
     state: Any = jax_distributed.global_state
-    key, wait = "alexnet_jax/mistake", round(1000 * LEAVE_SECONDS / 2)
+    wait = round(1000 * LEAVE_SECONDS / 2)
     try:
         if state.process_id == 0:
-            state.client.key_value_set(key, message)
+            state.client.key_value_set(_MISTAKE, message)
             return False
-        return state.client.blocking_key_value_get(key, wait) == message
+        return state.client.blocking_key_value_get(_MISTAKE, wait) == message
     except RuntimeError:  # XLA's: it has made no mistake, or is gone
         return False
+
+
+@contextlib.contextmanager
+def heeding_process_0() -> Iterator[None]:
+    """Within, this process ends, with a line, before process 0 does with a mistake.
+
+    For a save, in which Orbax's threads wait for what process 0 makes: XLA would hear
+    that it is gone before they do, and can only abort.
+    """
+    state: Any = jax_distributed.global_state
+    if not jax.distributed.is_initialized() or state.process_id == 0:
+        yield
+        return
+    over = threading.Event()
+
+    def heed() -> None:
+        while not over.wait(LEAVE_SECONDS / 10):
+            with contextlib.suppress(RuntimeError):  # XLA's: nothing is said
+                state.client.key_value_try_get(_MISTAKE)
+                break
+        if not over.wait(LEAVE_SECONDS / 4):  # it has made no mistake of its own
+            leave(f"error: process 0 is gone; {_GO_ON}", 1)
+
+    thread = threading.Thread(target=heed, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def describe_failure(error: BaseException) -> str:
@@ -404,11 +440,7 @@ def describe_failure(error: BaseException) -> str:
     )
     if not lost:
         return "".join(traceback.format_exception(error)).rstrip()
-    return (
-        f"error: {_who_is_gone()} is gone ({text.splitlines()[0][:200]}); its own "
-        "output says why. The same command goes on, from the last checkpoint if there "
-        "is one."
-    )
+    return f"error: {_who_is_gone()} is gone ({text.splitlines()[0][:200]}); {_GO_ON}"
 
 
 def _who_is_gone() -> str:

@@ -857,19 +857,18 @@ class _Run:
                     "was written.",
                     self.step,
                 )
-            self.checkpointer.save(
-                self.step,
-                self.state,
-                metadata={
-                    "config": experiment_lib.as_json(self.config),
-                    "plateau": self.plateau.progress(),
-                    "target_reached": self.target_reached,
-                    "evaluation_owed": self.evaluation_owed,
-                    "num_examples": self.experiment.train_source.num_examples,
-                    "versions": {"jax": jax.__version__},
-                },
-                top1_error=top1_error,
-            )
+            metadata = {
+                "config": experiment_lib.as_json(self.config),
+                "plateau": self.plateau.progress(),
+                "target_reached": self.target_reached,
+                "evaluation_owed": self.evaluation_owed,
+                "num_examples": self.experiment.train_source.num_examples,
+                "versions": {"jax": jax.__version__},
+            }
+            with distributed.heeding_process_0():
+                self.checkpointer.save(
+                    self.step, self.state, metadata=metadata, top1_error=top1_error
+                )
         if self.saved_step != self.step:
             self.writers.text(f"checkpoint of step {self.step}")
         self.saved_step, self.saved_at = self.step, time.monotonic()

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -369,6 +370,9 @@ class Client:
             raise RuntimeError("DEADLINE_EXCEEDED")
         return self.said
 
+    def key_value_try_get(self, key):
+        return self.blocking_key_value_get(key, 0)
+
 
 @pytest.mark.parametrize("said", [None, "error: another mistake"])
 def test_a_mistake_of_its_own_is_said_by_a_process_itself(said, monkeypatch, capsys):
@@ -379,6 +383,32 @@ def test_a_mistake_of_its_own_is_said_by_a_process_itself(said, monkeypatch, cap
     with pytest.raises(SystemExit):
         distributed.leave("error: no room", 1, all_say_it=True)
     assert capsys.readouterr().err == "process 1: error: no room\n"
+
+
+@pytest.mark.parametrize(
+    ("process", "said", "left"),
+    [(1, "error: no room", [1]), (1, None, []), (0, "error: no room", [])],
+)
+def test_who_waits_for_process_0_in_a_save_leaves_before_it(
+    process, said, left, monkeypatch, capsys
+):
+    """XLA aborts, with a hundred lines, what is still there when process 0 is gone."""
+    state = SimpleNamespace(process_id=process, client=Client(said))
+    monkeypatch.setattr(distributed.jax_distributed, "global_state", state)
+    monkeypatch.setattr(distributed.jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "LEAVE_SECONDS", 0.1)
+    gone, statuses = threading.Event(), []
+
+    def leave(status):
+        statuses.append(status)
+        gone.set()
+
+    monkeypatch.setattr(distributed.os, "_exit", leave)
+    with distributed.heeding_process_0():
+        gone.wait(60 if left else 0.3)
+    assert statuses == left
+    words = "process 1: error: process 0 is gone; its own output says why."
+    assert (words in capsys.readouterr().err) == bool(left)
 
 
 def test_a_coordinator_that_is_gone_is_named(monkeypatch):
