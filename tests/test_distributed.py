@@ -385,6 +385,33 @@ def test_a_mistake_of_its_own_is_said_by_a_process_itself(said, monkeypatch, cap
     assert capsys.readouterr().err == "process 1: error: no room\n"
 
 
+# A disk that is full when process 0 makes a folder for which the others' threads wait.
+FULL_DISK = """
+import errno, os, sys
+def refuse(event, arguments):
+    if event == "os.mkdir" and "/state.orbax-checkpoint-tmp" in str(arguments[0]):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+sys.addaudithook(refuse)
+"""
+
+
+@pytest.mark.slow
+def test_on_a_full_disk_all_processes_end_with_a_line(
+    config_file, tmp_path, monkeypatch
+):
+    (tmp_path / "sitecustomize.py").write_text(FULL_DISK)
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
+    processes = start_by_hand(
+        config_file, tmp_path / "run", *2 * [["--config.max_steps=1"]]
+    )
+    outs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], outs
+    last = [out.splitlines()[-1] for out in outs]
+    assert re.match(r"process 0: error: no checkpoint of step 1: .* No space", last[0])
+    assert re.match(r"process 1: error: process 0 is gone; its own output", last[1])
+    assert not [out for out in outs if "Traceback" in out or "ERROR" in out]
+
+
 @pytest.mark.parametrize(
     ("process", "said", "left"),
     [(1, "error: no room", [1]), (1, None, []), (0, "error: no room", [])],
