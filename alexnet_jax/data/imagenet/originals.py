@@ -4,7 +4,6 @@ Nothing is unpacked. A split becomes a table, one row a picture, that says in wh
 file and at which bytes it lies; any process can then read any picture by itself.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -16,13 +15,12 @@ import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
-from zipfile import BadZipFile
 
 import numpy as np
 
 from alexnet_jax.data import images, sources
 from alexnet_jax.data.errors import DataError
-from alexnet_jax.data.files import replacing
+from alexnet_jax.data.files import read_npz, replacing
 from alexnet_jax.data.imagenet.classes import (
     OFFICIAL_COUNTS,
     check_label,
@@ -147,7 +145,10 @@ class Originals:
 
 
 def find(
-    source: Path, progress: Progress | None = None, cache: Path | None = None
+    source: Path,
+    progress: Progress | None = None,
+    cache: Path | None = None,
+    log: Callable[[str], object] = lambda _: None,
 ) -> dict[str, Originals]:
     """The originals of both splits in a folder.
 
@@ -157,6 +158,7 @@ def find(
       progress: called with the number of pictures found since its last call.
       cache: where `keep_tables` may have kept the archives' tables of contents;
         reading them anew takes minutes to half an hour, as the disk is.
+      log: told of a table that is damaged, and so is read anew.
 
     Raises:
       DataError, FileNotFoundError: a split is missing, an archive is cut off, a class
@@ -174,7 +176,10 @@ def find(
         folder = next((path for path in folders if path.is_dir()), None)
         report = progress or (lambda _: None)
         if archive.is_file():
-            found[split] = functools.partial(_archive, archive, split, report, cache)
+            kept = cache and cache / _TABLE.format(split)
+            found[split] = functools.partial(
+                _archive, archive, split, report, kept, log
+            )
         elif folder is not None:
             found[split] = functools.partial(_folder, folder, split, report)
     if len(found) < len(SPLITS):
@@ -245,18 +250,54 @@ _LABELS = {wnid: label for label, wnid in enumerate(wnids())}
 
 
 def _archive(
-    path: Path, split: str, progress: Progress, cache: Path | None
+    path: Path,
+    split: str,
+    progress: Progress,
+    kept: Path | None,
+    log: Callable[[str], object],
 ) -> Originals:
-    kept = cache and cache / _TABLE.format(split)
-    # One that was torn by a crash is as good as none.
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, BadZipFile):
-        if kept:
-            with open(kept, "rb") as raw, np.load(raw) as file:
-                if str(file["state"]) == _state(path):
-                    columns = {name: file[name] for name in _COLUMNS}
-                    return Originals(_about(path), "file", (str(path),), **columns)
+    """An archive's table of contents: the one that is kept, if it is the archive's."""
+    if kept is not None and os.path.lexists(kept):
+        try:
+            table = _kept_table(kept, path)
+        except DataError as error:  # torn by a crash: as good as none
+            log(f"{error}. Instead the archive's table of contents is read anew")
+        else:
+            if table is not None:
+                return table
     read = _train_archive if split == "train" else _validation_archive
     return read(path, progress)
+
+
+def _kept_table(kept: Path, archive: Path) -> Originals | None:
+    """What `keep_tables` has kept; None if the archive has changed since.
+
+    Raises:
+      DataError: it is damaged.
+    """
+    arrays = read_npz(kept, ("state", *_COLUMNS), DataError)
+    if set(arrays) != {"state", *_COLUMNS}:
+        raise DataError(f"{kept} is damaged: it lacks columns")
+    if str(arrays.pop("state")) != _state(archive):
+        return None
+    table = Originals(_about(archive), "file", (str(archive),), **arrays)
+    alike = _table("", [], [(0, b"", 0, 0, 0)])
+    for name in _COLUMNS:
+        column, other = getattr(table, name), getattr(alike, name)
+        kind = (
+            column.dtype.kind == "S" if name == "name" else column.dtype == other.dtype
+        )
+        if not kind or column.ndim != 1 or column.shape != table.name.shape:
+            raise DataError(
+                f"{kept} is damaged: its column {name} is {column.dtype} {column.shape}, "
+                f"beside the names' {table.name.shape}"
+            )
+    room = archive.stat().st_size - table.offset
+    inside = (table.offset >= 0) & (table.size >= 0) & (table.size <= room)
+    known = (table.place == 0) & (table.label >= 0) & (table.label < len(_LABELS))
+    if not (inside & known).all():
+        raise DataError(f"{kept} is damaged: it names bytes that {archive} has not")
+    return table
 
 
 def keep_tables(found: dict[str, Originals], cache: Path) -> None:

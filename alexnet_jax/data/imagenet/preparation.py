@@ -32,12 +32,20 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
+from alexnet_jax import kinds
 from alexnet_jax.data import images, locks, sources, statistics
 from alexnet_jax.data.errors import DataError
-from alexnet_jax.data.files import check_room, replacing, telling_of_a_full_disk
+from alexnet_jax.data.files import (
+    check_room,
+    parse_json,
+    read_small,
+    replacing,
+    telling_of_a_full_disk,
+)
 from alexnet_jax.data.imagenet import originals as originals_lib
 from alexnet_jax.data.imagenet.classes import OFFICIAL_COUNTS, wnids
 from alexnet_jax.data.imagenet.originals import SPLITS, Originals
+from alexnet_jax.data.paths import require_places
 
 NAME = "imagenet2012_256"
 VERSION = "1.0.0"
@@ -49,6 +57,19 @@ PICTURES_A_SHARD = 1250  # about 43 MB, and some ten seconds of work
 _FEWEST_SHARDS, _FEWEST_PICTURES = 8, 64
 _BYTES_A_PICTURE = 36_000  # 34,400 on average over 1,000 ImageNet pictures
 _BYTES_BESIDE = 2_000_000  # for the mean image and the descriptions
+# What is kept of a shard, see `Shard`.
+_RESULT = {
+    "records": kinds.WHOLE,
+    "bytes": kinds.WHOLE,
+    "made_of": kinds.TEXT,
+    "unreadable": kinds.Kind(
+        "pairs of texts",
+        lambda pairs: (
+            isinstance(pairs, list)
+            and all(kinds.NAMES.holds(pair) and len(pair) == 2 for pair in pairs)
+        ),
+    ),
+}
 
 # Called with (what is done, in all, in what unit); gives a context that yields a
 # function to be called with how many more are done.
@@ -93,12 +114,13 @@ def prepare(
         with _alone(data_dir / NAME):
             pass  # who is refused learns it before the tables are read
     with bar("reading tables of contents", None, "pictures") as progress:
-        found = originals_lib.find(source, progress, cache=unfinished / "parts")
+        found = originals_lib.find(source, progress, unfinished / "parts", log)
     for split, originals in found.items():
         log(_description(split, originals))
     if verify:
         _verify(source, bar)
     shards = _shards(found, unfinished)
+    _check_leftovers(unfinished, shards, log)
     check_room(data_dir, _bytes_missing(shards))
     with (
         telling_of_a_full_disk(data_dir, lambda: _bytes_missing(shards)),
@@ -121,11 +143,13 @@ def _found_already(directory: Path, source: Path, log: Callable[[str], object]) 
     for split in SPLITS:
         found = sources.TfdsSource(directory, split, SIZE)
         log(_count(split, found.num_examples, found.description))
-    record: dict[str, Any] = {}
+    record: Any = {}
     with contextlib.suppress(OSError, ValueError):  # not there, or torn by a crash
-        record = json.loads((directory / RECORD_FILE).read_text())
-    if record.get("unreadable"):
-        log(f"left out when it was made, {_pictures(len(record['unreadable']))}")
+        record = parse_json(read_small(directory / RECORD_FILE))
+    record = record if isinstance(record, dict) else {}
+    unreadable = record.get("unreadable")
+    if unreadable and isinstance(unreadable, list):
+        log(f"left out when it was made, {_pictures(len(unreadable))}")
     made_of = record.get("source", "?")
     if made_of != str(source):
         raise DataError(
@@ -161,6 +185,25 @@ def _check_apart(source: Path, data_dir: Path) -> None:
                 f"--data_dir={data_dir} lies among the pictures of {source / name}; "
                 "give a folder outside of it"
             )
+
+
+def _check_leftovers(
+    unfinished: Path, shards: "list[Shard]", log: Callable[[str], object]
+) -> None:
+    """Says which notes of an earlier start are damaged: those shards are made again.
+
+    Raises:
+      PathError: (an OSError) there is something else where a file has to be.
+    """
+    paths = [p for s in shards for p in (s.path, s.temporary_path, s.result_path)]
+    names = [os.path.relpath(path, unfinished) for path in paths]
+    require_places(unfinished, files=names, folders=("parts",))
+    damaged = [shard.result_path.name for shard in shards if shard.is_damaged()]
+    if damaged:
+        log(
+            f"damaged in {unfinished / 'parts'}: {sources.some(damaged)}; what these "
+            "tell of is made again"
+        )
 
 
 def _begin(
@@ -228,6 +271,11 @@ class Shard:
     originals: Originals
 
     @property
+    def temporary_path(self) -> Path:
+        """Its name until it is whole."""
+        return self.path.with_name(f".{self.path.name}.tmp")
+
+    @property
     def result_path(self) -> Path:
         return self.path.parent / "parts" / f"{self.path.name}.json"
 
@@ -237,13 +285,40 @@ class Shard:
             result, size = self.result(), self.path.stat().st_size
         except (OSError, ValueError):  # not made, or torn by a crash
             return False
-        made_of = self.originals.fingerprint()
-        whole = (result["bytes"], result["made_of"]) == (size, made_of)
         # A picture that could not be read may have been mended since.
-        return whole and not result["unreadable"]
+        whole = result["bytes"] == size and not result["unreadable"]
+        return whole and result["made_of"] == self.originals.fingerprint()
+
+    def is_damaged(self) -> bool:
+        """Whether what is kept of it cannot be what was written."""
+        try:
+            self.result()
+        except FileNotFoundError:
+            return False
+        except ValueError:
+            return True
+        return False
 
     def result(self) -> dict[str, Any]:
-        return json.loads(self.result_path.read_text())
+        """What came of it.
+
+        Raises:
+          ValueError: the file is damaged, or cannot be about these pictures.
+          OSError: it cannot be read.
+        """
+        result = parse_json(read_small(self.result_path))
+        if not isinstance(result, dict) or result.keys() != _RESULT.keys():
+            raise ValueError(f"{self.result_path} is damaged: its names are others")
+        for name, words in kinds.problems(result, _RESULT).items():
+            raise ValueError(f"{self.result_path} is damaged: {name}={words}")
+        count = result["records"] + len(result["unreadable"])
+        own = result["made_of"] == self.originals.fingerprint()
+        if own and count != len(self.originals):
+            raise ValueError(
+                f"{self.result_path} is damaged: it tells of {count} pictures, not of "
+                f"{len(self.originals)}"
+            )
+        return result
 
 
 def _shards(found: dict[str, Originals], unfinished: Path) -> list[Shard]:
@@ -355,7 +430,7 @@ def write_shard(shard: Shard) -> None:
         whose bytes are there and are no picture is counted instead.)
     """
     module: Any = importlib.import_module("array_record.python.array_record_module")
-    temporary = shard.path.with_name(f".{shard.path.name}.tmp")
+    temporary = shard.temporary_path
     records, unreadable = 0, []
     try:
         # One record a block: training reads them in random order. JPEGs do not shrink.
