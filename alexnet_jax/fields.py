@@ -166,13 +166,22 @@ COPY = "Copy it from where the run was trained."
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"data": {"dir": ""}} -> {"data.dir": ""}."""
+    """{"data": {"dir": ""}} -> {"data.dir": ""}.
+
+    Raises:
+      ConfigError: for fields that hold themselves, or nearly without end.
+    """
     fields: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            fields |= flat(value, f"{prefix}{key}.")
-        else:
-            fields[prefix + key] = value
+    try:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                fields |= flat(value, f"{prefix}{key}.")
+            else:
+                fields[prefix + key] = value
+    except RecursionError as error:
+        raise ConfigError(
+            "the config is nested too deeply: do fields hold themselves?"
+        ) from error
     return fields
 
 

@@ -37,7 +37,10 @@ def _is_layer_factor(value: Any) -> bool:
 WHOLE = Kind("a whole number", _is_whole)
 NUMBER = Kind("a number", _is_number)
 SWITCH = Kind("True or False", lambda value: isinstance(value, bool))
-TEXT = Kind("text", lambda value: isinstance(value, str))
+# No path and no name of a system's can hold a NUL.
+TEXT = Kind(
+    "text without NUL", lambda value: isinstance(value, str) and "\0" not in value
+)
 NUMBERS = Kind("numbers in a tuple", _all(_is_number))
 NAMES = Kind("names in a tuple", _all(TEXT.holds))
 LAYER_FACTORS = Kind(

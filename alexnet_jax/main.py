@@ -10,16 +10,16 @@ python -m alexnet_jax.main --config=configs/paper.py --mode=describe
 import os
 import re
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax import (
+    config_files,
     distributed,
     experiment,
     memory,
@@ -29,6 +29,7 @@ from alexnet_jax import (
     train,
 )
 from alexnet_jax.checkpoint import CheckpointError
+from alexnet_jax.config_files import shortened
 from alexnet_jax.data import DataError
 from alexnet_jax.data.paths import message_of
 from alexnet_jax.describe import describe, describe_modes
@@ -40,9 +41,29 @@ from alexnet_jax.writers import show_every_name
 
 # Virtual devices of a CPU. Each has threads of its own: of 100,000 none ever started.
 MOST_CPU_DEVICES = 1024
+
+
+class _NotLoadedError(Exception):
+    """Why there is no config is its cause: absl would take that for its own."""
+
+
+class _ConfigFile(flags.ArgumentParser):
+    """Reads the file of --config, as launch/sweep.py does."""
+
+    def parse(self, argument: str) -> ConfigDict:
+        try:
+            return config_files.load_config(argument)
+        except Exception as error:
+            raise _NotLoadedError from error
+
+    def flag_type(self) -> str:
+        return "config file"
+
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="A file of configs/, such as configs/paper.py."
 )
+flags.FLAGS["config"].parser = _ConfigFile()
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
@@ -106,9 +127,6 @@ def main(argv: Sequence[str]) -> None:
         )
     if not flags.FLAGS["config"].present:
         raise ConfigError("--config=FILE is missing, such as configs/paper.py.")
-    filename = config_flags.get_config_filename(flags.FLAGS["config"])
-    if not Path(filename.partition(":")[0]).is_file():
-        raise ConfigError(f"--config={filename}: there is no such file in {Path.cwd()}")
     workdir = _WORKDIR.value or ""
     if _MODE.value != "describe" and not workdir:
         raise ConfigError("--workdir=DIR is missing: the folder that keeps the run.")
@@ -188,56 +206,22 @@ def _keep_compiled_programs() -> None:
 def _parse(argv: Sequence[str]) -> list[str]:
     """absl's flag parsing, with the mistakes of config flags in words too."""
     try:
-        rest = flags.FLAGS(list(argv))
-        _require_fields()
-        return rest
+        return flags.FLAGS(list(argv))
+    except _NotLoadedError as error:
+        assert error.__cause__ is not None
+        raise error.__cause__ from None
     except (AttributeError, KeyError) as error:
         # ml_collections puts one error's text, quotes and all, into another's.
         hint = re.sub(r"\\n|\s+", ". ", str(error.args[0]), count=1)
-        hint = re.sub(r"[\\']", "", hint)
-        raise ConfigError(f"the config has no such field: {_cut(hint)}") from error
-    except ConfigError:
-        raise
+        hint = shortened(re.sub(r"[\\']", "", hint))
+        raise ConfigError(f"the config has no such field: {hint}") from error
     except (
         *(flags.Error, OSError, TypeError, ValueError, IndexError),
         *(MemoryError, RecursionError, SyntaxError),  # of values that are nested deep
     ) as error:
-        raise ConfigError(f"the command line: {_in_words(error)}") from error
-    except (SystemExit, KeyboardInterrupt) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        from_file = any("config_flags" in frame.filename for frame in frames)
-        if not from_file or isinstance(error, stopping.Interrupted):
-            raise  # --help, or a real Ctrl-C
-        raise ConfigError(
-            f"--config: {frames[-1].filename}, line {frames[-1].lineno}, ends the command "
-            f"({_cut(repr(error))}); such a file must only make a config."
-        ) from error
-
-
-def _require_fields() -> None:
-    """Raises ConfigError if the config file makes something else than a config."""
-    config = flags.FLAGS["config"]
-    # A file that could not be read has a stand-in of ml_collections' own.
-    if config.present and not type(config.value).__module__.startswith(
-        "ml_collections"
-    ):
-        raise ConfigError(
-            f"--config={config_flags.get_config_filename(config)}: get_config() must "
-            f"return a ConfigDict; it returns {type(config.value).__name__}."
-        )
-
-
-def _in_words(error: Exception) -> str:
-    """What went wrong, without what ml_collections puts around a config file's errors."""
-    lines = str(error).rpartition(" failure to load: ")[2].strip().splitlines()
-    if any("Traceback (most recent call last)" in line for line in lines):
-        return _cut(lines[-1].partition(": ")[2] or lines[-1])
-    return _cut(" ".join(" ".join(lines).split()))
-
-
-def _cut(text: str) -> str:
-    """A text, but for the rest of a very long one: absl repeats what it was given."""
-    return text if len(text) <= 500 else f"{text[:497]}..."
+        # absl repeats what it was given.
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"the command line: {shortened(words)}") from error
 
 
 def run() -> None:
@@ -259,9 +243,7 @@ def _run() -> None:
     except FloatingPointError as error:
         distributed.leave(f"error: {error}", experiment.DIVERGED, all_say_it=True)
     except _USER_ERRORS as error:
-        # What ml_collections says when a broken config file is asked for once more.
-        words = message_of(error).rpartition(" failure to load: ")[2]
-        distributed.leave(f"error: {words}", 1, all_say_it=True)
+        distributed.leave(f"error: {message_of(error)}", 1, all_say_it=True)
     except stopping.Interrupted as stopped:  # which has said its line
         if jax.distributed.is_initialized():
             distributed.leave("", stopped.status)
@@ -285,7 +267,7 @@ def _out_of_memory(error: Exception) -> str | None:
     if not refused or not isinstance(error, jax.errors.JaxRuntimeError):
         return None
     return (
-        f"the memory of a device is too small ({_cut(words.splitlines()[0])}). Take a "
+        f"the memory of a device is too small ({shortened(words.splitlines()[0])}). Take a "
         "smaller --config.data.batch_size, or more devices; the same command goes on, "
         "from the last checkpoint if there is one."
     )

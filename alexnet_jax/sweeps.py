@@ -10,7 +10,6 @@ import itertools
 import math
 import os
 import re
-import runpy
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from typing import Any, Literal
 from absl import flags
 from ml_collections import config_flags
 
-from alexnet_jax import experiment
+from alexnet_jax import config_files, experiment
 from alexnet_jax.experiment import Config
 
 ROOT = Path(__file__).parent.parent
@@ -210,12 +209,10 @@ def load(path: str | os.PathLike[str]) -> Sweep:
             f"{', '.join(shipped)}."
         )
     try:
-        get_sweep = runpy.run_path(path)["get_sweep"]
-        sweep = get_sweep(argument) if colon else get_sweep()
-    except (Exception, SystemExit) as error:
+        sweep = config_files.load(f"{path}{colon}{argument}", "get_sweep")
+    except experiment.ConfigError as error:
         raise SweepError(
-            f"{path} could not be read ({type(error).__name__}: {error}). It must "
-            "define get_sweep(), which returns a sweeps.Sweep."
+            f"{error} It must define get_sweep(), which returns a sweeps.Sweep."
         ) from error
     if not isinstance(sweep, Sweep):
         raise SweepError(f"{path}: get_sweep() must return a sweeps.Sweep.")
@@ -393,15 +390,15 @@ def slug(text: str) -> str:
 
 
 def load_config(file: str) -> Config:
-    """The config of a file of configs/, such as "configs/cifar10.py:3"."""
-    path, _, argument = _config_path(file).partition(":")
+    """The config of a file of configs/, such as "configs/cifar10.py:3".
+
+    Raises:
+      SweepError: if there is none, or it makes no config.
+    """
     try:
-        get_config = runpy.run_path(path)["get_config"]
-        return get_config(argument) if argument else get_config()
-    except Exception as error:
-        raise SweepError(
-            f"config {file!r} could not be read ({type(error).__name__}: {error})."
-        ) from error
+        return config_files.load_config(_config_path(file))
+    except experiment.ConfigError as error:
+        raise SweepError(f"config {file!r}: {error}") from error
 
 
 def _config_path(file: str) -> str:

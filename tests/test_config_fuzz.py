@@ -8,6 +8,7 @@ was changed, or what it lets through can be built: its shapes, its schedules, it
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 import warnings
@@ -24,6 +25,7 @@ from safetensors.numpy import save_file
 from alexnet_jax import experiment, fields, main, model, stopping, sweeps, train
 from alexnet_jax.checkpoint import MANIFEST, CheckpointError
 from alexnet_jax.data import DataError
+from alexnet_jax.data.paths import printable
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.experiment import ConfigError
 from alexnet_jax.optim import Plateau
@@ -446,6 +448,9 @@ def test_a_change_before_its_file_is_said(monkeypatch):
         parsed(monkeypatch, "--config.seed=1", "--config=configs/tiny.py")
 
 
+OWN = "from configs import tiny\ndef get_config():\n    config = tiny.get_config()\n"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -458,21 +463,88 @@ def test_a_change_before_its_file_is_said(monkeypatch):
         ("def get_config():\n    return int('x')\n", "invalid literal for int"),
         (
             "def get_config():\n    raise SystemExit(3)\n",
-            "own.py, line 2, ends the command (SystemExit(3)); such",
+            "(SystemExit: 3; {own}, line 2). Such a file must not end the command",
         ),
         (
             "import sys\nsys.exit('no data')\n",
-            "line 2, ends the command (SystemExit('no data'))",
+            "(SystemExit: no data; {own}, line 2). Such a file",
         ),
-        ("raise KeyboardInterrupt\n", "line 1, ends the command (KeyboardInterrupt())"),
+        (
+            "raise KeyboardInterrupt\n",
+            "(KeyboardInterrupt; {own}, line 1). Such a file",
+        ),
+        ("seed = 1\n", "{own} could not be used: it defines no get_config()"),
+        (OWN + "    config.seed = 1 // 0\n", "(ZeroDivisionError: integer division"),
+        (OWN + "    assert False\n", "(AssertionError; {own}, line 4)"),
+        (
+            OWN + "    raise RuntimeError('a\\nb\\x1b[31m')\n",
+            r"(RuntimeError: a b\x1b[31m; ",
+        ),
+        (OWN + "    raise StopIteration\n", "(StopIteration; {own}, line 4)"),
+        (OWN + "    raise GeneratorExit('x')\n", "(GeneratorExit: x; {own}, line 4)"),
+        (OWN + "    raise MemoryError\n", "(MemoryError; {own}, line 4)"),
+        (OWN + "    return get_config()\n", "(RecursionError: maximum recursion depth"),
+        (OWN + "    open('/no/file')\n", "'/no/file'; {own}, line 4)"),
+        (OWN + "    config.widht = 1\n    config.to_dict(1, 2, 3)\n", "{own}, line 5)"),
+        (
+            "class E(BaseException):\n    pass\nraise E('boo')\n",
+            "(E: boo; {own}, line 3)",
+        ),
+        (
+            "class E(Exception):\n    def __str__(self):\n        1 / 0\nraise E\n",
+            "(E: <exception str() failed>; {own}, line 4)",
+        ),
+        ("(" * 9999, "(SyntaxError: too many nested parentheses; {own}, line 1)"),
+        ("import nosuch\n", "(ModuleNotFoundError: No module named 'nosuch'; {own}, "),
+        ("\0", "could not be read ("),
+        (
+            "from alexnet_jax import augment\naugment.imagenet_statistics(1, 2, 3)\n",
+            "{own}, line 2)",
+        ),
+        (OWN + "    config.model.me = config\n    return config\n", "hold themselves"),
+        (
+            "from ml_collections import config_dict\n"
+            + OWN
+            + "    config.data.own = config_dict.required_placeholder(str)\n"
+            "    return config\n",
+            "{own}: a field is a required placeholder",
+        ),
+        (
+            OWN + "    config.data.dir = 'a\\0b'\n    return config\n",
+            r"--config.data.dir='a\x00b' must be text without NUL",
+        ),
     ],
 )
 def test_files_that_are_no_configs(text, words, monkeypatch, tmp_path):
     path = tmp_path / "own.py"
     path.write_text(text)
     with pytest.raises(ConfigError) as error:
+        experiment.as_json(parsed(monkeypatch, f"--config={path}"))
+    said = str(error.value)
+    assert words.format(own=path) in said and "Traceback" not in said
+    assert printable(said, lines=True) == said
+
+
+def test_a_config_that_is_no_regular_file_is_not_opened(monkeypatch, tmp_path):
+    os.mkfifo(tmp_path / "own.py")
+    for path in (tmp_path / "own.py", tmp_path, Path("/dev/zero")):
+        with pytest.raises(
+            ConfigError, match="could not be read: it is no regular file"
+        ):
+            parsed(monkeypatch, f"--config={path}")
+    with pytest.raises(ConfigError, match=f"there is no such file in {Path.cwd()}"):
+        parsed(monkeypatch, f"--config={tmp_path / 'none.py'}")
+
+
+def test_what_goes_wrong_in_the_project_keeps_its_traceback(monkeypatch, tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from alexnet_jax import augment\naugment.imagenet_statistics('x')\n"
+    )
+    with pytest.raises(TypeError) as error:
         parsed(monkeypatch, f"--config={path}")
-    assert words in str(error.value)
+    files = [Path(entry.path) for entry in error.traceback]
+    assert path in files and ROOT / "alexnet_jax" / "augment.py" in files
 
 
 def test_a_ctrl_c_while_a_config_file_is_read_is_none_of_its_own(monkeypatch, tmp_path):

@@ -1,0 +1,131 @@
+"""Config and sweep files: Python that is run, and so can fail in any way.
+
+Whatever one raises is said in a sentence. What goes wrong in this package's own code is
+no mistake of a file's, and keeps its traceback.
+"""
+
+import os
+import runpy
+import sysconfig
+import traceback
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections.config_dict import RequiredValueError
+
+from alexnet_jax import stopping
+from alexnet_jax.data.paths import printable, require_regular
+from alexnet_jax.fields import ConfigError
+
+_PACKAGE = str(Path(__file__).parent)
+_LIBRARIES = tuple(
+    sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")
+)
+_MOST_CHARACTERS = 500
+
+
+def load_config(name: str) -> ConfigDict:
+    """The config of a file such as "configs/quickstart.py", locked; else as `load`.
+
+    Raises:
+      ConfigError: as `load`, and for anything else than a config.
+    """
+    config = load(name, "get_config")
+    if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
+        raise ConfigError(
+            f"{name}: get_config() must return a ConfigDict; it returns "
+            f"{type(config).__name__}."
+        )
+    try:
+        return config.lock()
+    except RequiredValueError as error:  # nothing could be set before it is locked
+        raise ConfigError(
+            f"{name}: a field is a required placeholder; give it a value in the file."
+        ) from error
+
+
+def load(name: str, function: str) -> Any:
+    """What a function of a Python file returns; "FILE:TEXT" is function("TEXT").
+
+    Raises:
+      ConfigError: there is no such file, it has no such function, or it has raised
+        something: of what kind, with what words, in which line of which file.
+      Exception: what this package's own code has raised, other than a ValueError:
+        that is how it answers a wrong argument.
+      Interrupted: the command was asked to stop.
+    """
+    path, colon, argument = name.partition(":")
+    try:
+        require_regular(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: there is no such file in {Path.cwd()}.") from error
+    except (OSError, ValueError) as error:
+        words = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{path} could not be read: {words}.") from error
+    try:
+        found = runpy.run_path(path).get(function)
+        if callable(found):
+            return found(argument) if colon else found()
+    except stopping.Interrupted:
+        raise
+    except BaseException as error:
+        if _is_ours(error):
+            raise
+        raise ConfigError(_sentence(path, error)) from error
+    raise ConfigError(f"{path} could not be used: it defines no {function}().")
+
+
+def shortened(text: str) -> str:
+    """A text, but for the rest of a very long one."""
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    return f"{text[: _MOST_CHARACTERS - 3]}..."
+
+
+def _sentence(path: str, error: BaseException) -> str:
+    """What a file has raised, and where."""
+    if isinstance(error, SyntaxError):  # of which Python would show the code as well
+        words = f"{type(error).__name__}: {error.msg}"
+    else:
+        # Whatever its own class's __str__ may do.
+        words = "".join(traceback.format_exception_only(error))
+    words = shortened(printable(" ".join(words.removeprefix("<run_path>.").split())))
+    place = _place(error)
+    if place:
+        words += f"; {place[0]}, line {place[1]}"
+    hint = ""
+    if isinstance(error, SystemExit | KeyboardInterrupt):
+        hint = " Such a file must not end the command."
+    return f"{path} could not be read ({words}).{hint}"
+
+
+def _place(error: BaseException) -> tuple[str, int | None] | None:
+    """The last line that was run of a file that is neither ours nor a library's."""
+    if isinstance(error, SyntaxError) and os.path.isfile(error.filename or ""):
+        return str(error.filename), error.lineno
+    places = [place for place in _places(error) if not _is_in(place[0], _PACKAGE)]
+    return places[-1] if places else None
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether code of this package, not of the file, has raised it in error."""
+    places = _places(error)
+    ours = bool(places) and _is_in(places[-1][0], _PACKAGE)
+    return ours and not isinstance(error, ValueError)
+
+
+def _places(error: BaseException) -> list[tuple[str, int]]:
+    """(file, line) of the calls that led to an error, from `load` on; no libraries."""
+    frames = list(traceback.walk_tb(error.__traceback__))[1:]
+    places = [(frame.f_code.co_filename, line) for frame, line in frames]
+    return [
+        (file, line)
+        for file, line in places
+        if _is_in(file, _PACKAGE) or not _is_in(file, "<", *_LIBRARIES)
+    ]
+
+
+def _is_in(file: str, *folders: str) -> bool:
+    """Whether code lies in one of them; "<": in no file."""
+    return file.startswith(tuple(f if f == "<" else f + os.sep for f in folders))
