@@ -16,7 +16,7 @@ from ml_collections.config_dict import RequiredValueError
 
 from alexnet_jax import stopping
 from alexnet_jax.data.paths import printable, require_regular
-from alexnet_jax.fields import ConfigError
+from alexnet_jax.fields import ConfigError, flat
 
 _PACKAGE = str(Path(__file__).parent)
 _LIBRARIES = tuple(
@@ -38,11 +38,16 @@ def load_config(name: str) -> ConfigDict:
             f"{type(config).__name__}."
         )
     try:
-        return config.lock()
+        flat(config.lock().to_dict())
     except RequiredValueError as error:  # nothing could be set before it is locked
         raise ConfigError(
             f"{name}: a field is a required placeholder; give it a value in the file."
         ) from error
+    except Exception as error:  # of what fields refer to, or hold: others, themselves
+        raise ConfigError(
+            f"{name}: its fields cannot be read ({_words(error)})."
+        ) from error
+    return config
 
 
 def load(name: str, function: str) -> Any:
@@ -85,12 +90,7 @@ def shortened(text: str) -> str:
 
 def _sentence(path: str, error: BaseException) -> str:
     """What a file has raised, and where."""
-    if isinstance(error, SyntaxError):  # of which Python would show the code as well
-        words = f"{type(error).__name__}: {error.msg}"
-    else:
-        # Whatever its own class's __str__ may do.
-        words = "".join(traceback.format_exception_only(error))
-    words = shortened(printable(" ".join(words.removeprefix("<run_path>.").split())))
+    words = _words(error)
     place = _place(error)
     if place:
         words += f"; {place[0]}, line {place[1]}"
@@ -98,6 +98,16 @@ def _sentence(path: str, error: BaseException) -> str:
     if isinstance(error, SystemExit | KeyboardInterrupt):
         hint = " Such a file must not end the command."
     return f"{path} could not be read ({words}).{hint}"
+
+
+def _words(error: BaseException) -> str:
+    """Of what kind it is and what it says, in one line."""
+    if isinstance(error, SyntaxError):  # of which Python would show the code as well
+        words = f"{type(error).__name__}: {error.msg}"
+    else:
+        # Whatever its own class's __str__ may do.
+        words = "".join(traceback.format_exception_only(error))
+    return shortened(printable(" ".join(words.removeprefix("<run_path>.").split())))
 
 
 def _place(error: BaseException) -> tuple[str, int | None] | None:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from absl import flags
 from ml_collections import config_flags
 
-from alexnet_jax import config_files, experiment
+from alexnet_jax import config_files, experiment, kinds
 from alexnet_jax.experiment import Config
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +33,61 @@ class SweepError(ValueError):
 
 
 # What a sweep consists of.
+
+
+def _is_fields(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(map(kinds.TEXT.holds, value))
+
+
+def _are_seeds(value: Any) -> bool:
+    if not isinstance(value, list | tuple) or not all(map(kinds.WHOLE.holds, value)):
+        return False
+    in_range = all(0 <= seed < 2**32 for seed in value)
+    return in_range and 0 < len(set(value)) == len(value)
+
+
+_FIELDS = kinds.Kind('values by field, such as {"num_epochs": 2.0}', _is_fields)
+_TEXT_OR_NONE = kinds.Kind(
+    "text or None", lambda value: value is None or kinds.TEXT.holds(value)
+)
+_ROW_KINDS = {
+    "name": kinds.TEXT,
+    "overrides": _FIELDS,
+    "paper": kinds.Kind(
+        "a sweeps.Paper or None", lambda value: value is None or type(value) is Paper
+    ),
+    "config": _TEXT_OR_NONE,
+    "baseline": _TEXT_OR_NONE,
+}
+_SWEEP_KINDS = {
+    "about": kinds.TEXT,
+    "config": kinds.TEXT,
+    "rows": kinds.Kind(
+        "sweeps.Rows in a tuple",
+        lambda value: (
+            isinstance(value, list | tuple)
+            and len(value) > 0
+            and all(isinstance(row, Row) for row in value)
+        ),
+    ),
+    "baseline": kinds.TEXT,
+    "measured_on": kinds.TEXT,
+    "overrides": _FIELDS,
+    "metric": kinds.Kind(
+        "a sweeps.FinalError or a sweeps.EpochsTo",
+        lambda value: isinstance(value, FinalError | EpochsTo),
+    ),
+    "compare": kinds.Kind(" or ".join(COMPARISONS), lambda value: value in COMPARISONS),
+    "seeds": kinds.Kind(
+        "different numbers from 0 to 4294967295, in a tuple", _are_seeds
+    ),
+}
+
+
+def _require_kinds(part: Any, wanted: Mapping[str, kinds.Kind], where: str) -> None:
+    """Raises SweepError, beginning with `where`, for the first field of another kind."""
+    for name, words in kinds.problems(vars(part), wanted).items():
+        raise SweepError(f"{where}{name}={words}.")
 
 
 @dataclass(frozen=True)
@@ -75,6 +130,20 @@ class Row:
     config: str | None = None
     search: Mapping[str, Sequence[Any]] | None = None
     baseline: str | None = None
+
+    def __post_init__(self) -> None:
+        where = f"row {kinds.shown(self.name)}: "
+        _require_kinds(self, _ROW_KINDS, where)
+        if self.search is not None and (
+            not _is_fields(self.search)
+            or len(self.search) != 1
+            or not isinstance(self.candidates(), list | tuple)
+            or not self.candidates()
+        ):
+            raise SweepError(
+                f"{where}search={kinds.shown(self.search)} must be one field and its "
+                'candidates, such as {"optim.learning_rate": (1e-3, 3e-3)}.'
+            )
 
     def candidates(self) -> Sequence[Any]:
         """The values that are searched; (None,) without a search."""
@@ -170,6 +239,7 @@ class Sweep:
     seeds: Sequence[int] = (0,)
 
     def __post_init__(self) -> None:
+        _require_kinds(self, _SWEEP_KINDS, "")
         names = [row.name for row in self.rows]
         if len(set(names)) < len(names):
             raise SweepError(f"rows {', '.join(names)}: two have the same name.")
@@ -180,18 +250,6 @@ class Sweep:
             if baseline is not None and baseline not in names:
                 raise SweepError(
                     f"baseline={baseline!r} must be a row: {', '.join(names)}."
-                )
-        if self.compare not in COMPARISONS:
-            raise SweepError(
-                f"compare={self.compare!r} must be {' or '.join(COMPARISONS)}."
-            )
-        for row in self.rows:
-            if row.search is not None and (
-                len(row.search) != 1 or not row.candidates()
-            ):
-                raise SweepError(
-                    f"row {row.name!r}: search={row.search!r} must be one field and "
-                    'its candidates, such as {"optim.learning_rate": (1e-3, 3e-3)}.'
                 )
 
 

@@ -38,10 +38,11 @@ from typing import Any, TextIO
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # configs/ and, where it is not installed, alexnet_jax
 
-from alexnet_jax import kinds, output, records, sweeps
-from alexnet_jax.data.files import parse_json, read_small, replacing
+from alexnet_jax import kinds, output, records, stopping, sweeps
+from alexnet_jax.config_files import shortened
+from alexnet_jax.data.files import parse_json, read_lines, read_small, replacing
 from alexnet_jax.data.paths import message_of, path_argument, require_places
-from alexnet_jax.experiment import CHECKPOINTS, CONFIG_FILE, DIVERGED
+from alexnet_jax.experiment import CHECKPOINTS, CONFIG_FILE, DIVERGED, ConfigError
 from alexnet_jax.sweeps import Line, Measurement, Plan, Run, SweepError
 from alexnet_jax.writers import METRICS_FILE, read_metrics
 
@@ -94,9 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Runs go on when nobody reads how far they are.
         with output.required() if options.dry_run else output.dropped():
             return _sweep(options)
-    except (SweepError, OSError) as error:
+    except (SweepError, ConfigError, OSError) as error:
         print(f"error: {message_of(error)}", file=sys.stderr)
         return 1
+    except stopping.Interrupted as stopped:
+        return stopped.status
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -128,7 +131,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    plan = make_plan(options)
+    with stopping.answering():  # while files of Python run, nothing is lost
+        plan = make_plan(options)
     out = options.out
     require_places(out, files=(LOCK, *SUMMARIES), folders=(RUNS,))
     launcher = Launcher(plan, out, options.jobs, options.slurm)
@@ -151,14 +155,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     sweep = sweeps.load(options.sweep)
     seeds = sweep.seeds
     if options.seeds is not None:
-        words = options.seeds.split(",")
-        seeds = tuple(int(word) for word in words if re.fullmatch(r"\d{1,10}", word))
-        if len(set(seeds)) < len(words):
-            raise SweepError(
-                f"--seeds={options.seeds} must be different numbers, such as 0,1,2."
-            )
-        if max(seeds) >= 2**32:
-            raise SweepError(f"--seeds={options.seeds}: they must be below 2**32.")
+        seeds = _seeds(options.seeds)
     try:
         shlex.split(options.slurm or "")
     except ValueError as error:
@@ -172,6 +169,20 @@ def make_plan(options: argparse.Namespace) -> Plan:
             raise SweepError(f"--set {word} must be FIELD=VALUE, as num_epochs=2.0.")
         settings[name] = value
     return Plan(Path(options.sweep.partition(":")[0]).stem, sweep, seeds, settings)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    """Such as "0,1,2"."""
+    words, shown = text.split(","), shortened(text)
+    if not all(re.fullmatch("[0-9]+", word) for word in words):
+        raise SweepError(f"--seeds={shown} must be numbers, such as 0,1,2.")
+    # Python does not read a number of thousands of digits.
+    short = [word.lstrip("0") for word in words]
+    if any(len(word) > 10 or int(word or "0") >= 2**32 for word in short):
+        raise SweepError(f"--seeds={shown}: they must be below 2**32.")
+    if len(set(short)) < len(words):
+        raise SweepError(f"--seeds={shown} must be different numbers, such as 0,1,2.")
+    return tuple(int(word or "0") for word in short)
 
 
 @contextlib.contextmanager
@@ -420,9 +431,9 @@ class Launcher:
 
 def _job_id(job: Job) -> str:
     """What sbatch --parsable has printed: the number of the job; "" so far."""
-    words = (job.folder / SUBMITTED).read_text().split()
+    words = " ".join(read_lines(job.folder / SUBMITTED)).split()
     number = words[0].partition(";")[0] if words else ""
-    return number if number.isdigit() else ""
+    return number if re.fullmatch("[0-9]+", number) else ""
 
 
 def _is_queued(job: Job) -> bool:
@@ -546,7 +557,9 @@ def _last_record(path: Path) -> dict[str, Any]:
         return {}
     for line in reversed(lines):
         with contextlib.suppress(ValueError):  # torn, or its start is cut off
-            record = json.loads(line)
+            record = parse_json(line)
+            if not isinstance(record, dict):
+                continue
             if record.get("train/loss") is not None and "images_per_sec" in record:
                 return record
     return {}
@@ -692,4 +705,5 @@ def _write(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with output.required():  # --help too
+        sys.exit(main())

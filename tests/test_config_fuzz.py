@@ -480,6 +480,11 @@ OWN = "from configs import tiny\ndef get_config():\n    config = tiny.get_config
             OWN + "    raise RuntimeError('a\\nb\\x1b[31m')\n",
             r"(RuntimeError: a b\x1b[31m; ",
         ),
+        (
+            OWN + "    config.own = 1 // config.get_ref('max_steps')\n"
+            "    config.max_steps = 0\n    return config\n",
+            "{own}: its fields cannot be read (ZeroDivisionError",
+        ),
         (OWN + "    raise StopIteration\n", "(StopIteration; {own}, line 4)"),
         (OWN + "    raise GeneratorExit('x')\n", "(GeneratorExit: x; {own}, line 4)"),
         (OWN + "    raise MemoryError\n", "(MemoryError; {own}, line 4)"),
@@ -501,7 +506,10 @@ OWN = "from configs import tiny\ndef get_config():\n    config = tiny.get_config
             "from alexnet_jax import augment\naugment.imagenet_statistics(1, 2, 3)\n",
             "{own}, line 2)",
         ),
-        (OWN + "    config.model.me = config\n    return config\n", "hold themselves"),
+        (
+            OWN + "    config.model.me = config\n    return config\n",
+            "{own}: its fields cannot be read",
+        ),
         (
             "from ml_collections import config_dict\n"
             + OWN
