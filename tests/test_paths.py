@@ -280,6 +280,10 @@ def test_a_file_that_cannot_be_replaced_keeps_its_name_in_the_error(tmp_path):
             PermissionError(13, "Permission denied", "a/b"),
             "cannot use a/b: no permissi",
         ),
+        (
+            PermissionError(13, "Permission denied", Path("a/b")),  # as of io.FileIO
+            "cannot use a/b: no permission. Name another path",
+        ),
         (OSError(30, "Read-only file system", "a/b"), "its file system is read-only"),
         (
             FileNotFoundError(2, "No such file", "a/b"),

@@ -164,7 +164,7 @@ def message_of(error: BaseException) -> str:
 
 def _sentence(error: OSError) -> str:
     """Which path, why, and what to do."""
-    if not isinstance(error.filename, str | bytes):
+    if not isinstance(error.filename, str | bytes | os.PathLike):
         return f"the system says: {error.strerror}"
     path = Path(os.fsdecode(error.filename))
     blocking = _not_a_folder(path)
