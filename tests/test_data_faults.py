@@ -601,6 +601,9 @@ def test_a_picture_that_has_gone_is_named(tmp_path):
     path.unlink()
     with pytest.raises(DataError, match=rf"cannot read {path}: No such file.*moved"):
         fetched(source, 0)
+    path.symlink_to(path.name)  # to itself: there, and yet it cannot be read
+    with pytest.raises(DataError, match=rf"cannot read {path}: .*\. Mend it or remove"):
+        fetched(source, 0)
 
 
 # Data sets of tfds.
@@ -631,6 +634,22 @@ def _flipped_bit(root: Path) -> None:
 
 def _damaged_description(root: Path) -> None:
     (root / "dataset_info.json").write_text("{")
+
+
+def _lengths(root: Path, *lengths: int) -> None:
+    path = root / "dataset_info.json"
+    about = json.loads(path.read_text())
+    [split] = (split for split in about["splits"] if split["name"] == "train")
+    split["shardLengths"] = [str(length) for length in lengths]
+    path.write_text(json.dumps(about))
+
+
+def _lengths_beyond_memory(root: Path) -> None:
+    _lengths(root, 99_999_999_999)
+
+
+def _files_without_end(root: Path) -> None:
+    _lengths(root, *[1] * 70_000)
 
 
 def _features(root: Path, old: str, new: str) -> None:
@@ -698,7 +717,9 @@ def _record_without_label(root: Path) -> None:
 TFDS_FAULTS = [
     (_missing_shard, "1 of 1 files of "),
     (_cut_shard, "chunk header hash mismatch"),
-    (_empty_shard, "record 0 of "),
+    (_empty_shard, "has 0 bytes, and dataset_info.json says that it has 18 records"),
+    (_lengths_beyond_memory, "says that it has 99,999,999,999 records"),
+    (_files_without_end, "says that its split train has 70,000 files; at most 65,536"),
     (_flipped_bit, "chunk data hash mismatch"),
     (_damaged_description, "(dataset_info.json, features.json) is damaged: "),
     (_cut_features, "(dataset_info.json, features.json) is damaged: "),

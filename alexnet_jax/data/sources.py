@@ -7,7 +7,7 @@ arrays that the caller owns. It holds no order and no state; that is the loader'
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -33,6 +33,8 @@ _OTHER_FILES = 64  # that a process has open besides the data
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 # Classes of a data set; ImageNet's largest has 21,841.
 _MOST_CLASSES = 2**20
+# Files of a split; ImageNet has 1,025, and training keeps all of them open.
+_MOST_SHARDS = 2**16
 
 
 class Source(Protocol):
@@ -205,10 +207,15 @@ class FolderSource:
             path = self.path_of(index)
             try:
                 data = images_lib.read(path)
-            except OSError as error:
+            except FileNotFoundError as error:
                 raise DataError(
                     f"cannot read {path}: {error.strerror}. It was there when the "
                     "run started: were files moved meanwhile?"
+                ) from error
+            except OSError as error:
+                raise DataError(
+                    f"cannot read {path}: {error.strerror}. Mend it or remove it, and "
+                    "start the same command again"
                 ) from error
             images_lib.decode(data, self.image_size, str(path), images[i])
 
@@ -250,7 +257,8 @@ class TfdsSource:
                 "'train[:90%]'). Change --config.data.train_split or eval_split"
             ) from error
         # Now, not when the first evaluation comes to it after hours.
-        files = {i.filename for i in builder.info.splits[split].file_instructions}
+        parts = builder.info.splits[split].file_instructions
+        files = {part.filename: part.examples_in_shard for part in parts}
         check_files(files, f"{directory} [{split}]")
         _allow_open_files(len(files), f"{directory} [{split}]")
         self._parse = example_message().FromString
@@ -549,6 +557,7 @@ def tfds_builder(directory: Path) -> Any:
         _check_features(directory / "features.json")
         builder = tfds.builder_from_directory(directory)
         _check_class_counts(directory, builder.info.features)
+        _check_shard_counts(directory, builder.info.splits)
         return builder
     except DataError:
         raise
@@ -605,8 +614,23 @@ def _check_class_counts(directory: Path, features: Any) -> None:
             )
 
 
-def check_files(files: Collection[str], what: str) -> None:
-    """Raises DataError unless all files of a data set are there."""
+def _check_shard_counts(directory: Path, splits: Any) -> None:
+    """Raises DataError for so many files that even looking for them takes minutes."""
+    for name, split in splits.items():
+        if len(split.shard_lengths) > _MOST_SHARDS:
+            raise DataError(
+                f"{directory} says that its split {name} has "
+                f"{len(split.shard_lengths):,} files; at most {_MOST_SHARDS:,} are "
+                f"possible. {_PREPARE_AGAIN}"
+            )
+
+
+def check_files(files: Mapping[str, int], what: str) -> None:
+    """Raises DataError unless all files of a data set are there, and may be as long.
+
+    Args:
+      files: name -> how many records it is said to have.
+    """
     missing = sorted(name for name in files if not os.path.isfile(name))
     if missing:
         raise DataError(
@@ -614,6 +638,13 @@ def check_files(files: Collection[str], what: str) -> None:
             f"{some([os.path.basename(name) for name in missing])}. Bring them back, or "
             "delete the directory and prepare it again"
         )
+    for name, count in files.items():
+        size = os.path.getsize(name)
+        if count > size:  # a record has a byte at least; memory is taken for each
+            raise DataError(
+                f"{name} has {size:,} bytes, and dataset_info.json says that it has "
+                f"{count:,} records: one of them is damaged. {_PREPARE_AGAIN}"
+            )
 
 
 def _versions(folder: Path) -> list[Path]:

@@ -531,9 +531,10 @@ def _tfds(directory: Path, split: str) -> Originals:
         )
     kind = info.file_format and info.file_format.value
     files = [os.fspath(path) for path in info.splits[split].filepaths]
-    sources.check_files(files, f"{directory} [{split}]")
+    lengths = info.splits[split].shard_lengths
+    said = dict(zip(files, lengths, strict=True))
+    sources.check_files(said, f"{directory} [{split}]")
     if kind == "array_record":
-        lengths = info.splits[split].shard_lengths
         sizes = [os.path.getsize(path) for path in files]  # tells data sets apart
         spans = [
             [(number, size) for number in range(length)]
