@@ -134,7 +134,7 @@ def _sweep(options: argparse.Namespace) -> int:
     with stopping.answering():  # while files of Python run, nothing is lost
         plan = make_plan(options)
     out = options.out
-    require_places(out, files=(LOCK, *SUMMARIES), folders=(RUNS,))
+    require_places(out, files=SUMMARIES, folders=(RUNS,), locks=(LOCK,))
     launcher = Launcher(plan, out, options.jobs, options.slurm)
     launcher.update()
     if options.dry_run:
