@@ -405,7 +405,7 @@ def _status(text):
         ),
         (
             lambda out: (out.mkdir(), (out / ".lock").symlink_to("/nowhere")),
-            ".lock is a link to nothing; a file belongs there",
+            ".lock is a link; a lock is never looked for elsewhere",
         ),
         (lambda out: (out.mkdir(), (out / "runs").touch()), "a folder belongs there"),
         (lambda out: (out / "summary.md").mkdir(parents=True), "a file belongs there"),
