@@ -102,6 +102,8 @@ def test_imagenet_archives_prepare_with_the_official_labels(data_dir, tmp_path):
 
 def test_cifar10_pictures_train(data_dir, tmp_path):
     """Thirty steps on 2,000 pictures leave chance behind."""
+    from test_parallel import fast_loops
+
     from alexnet_jax.train import train_and_evaluate
     from alexnet_jax.writers import read_metrics
     from configs import cifar10
@@ -117,7 +119,8 @@ def test_cifar10_pictures_train(data_dir, tmp_path):
     config.model.init = "he"
     config.max_steps = 30
     config.eval_every_epochs = 0.0
-    train_and_evaluate(config, tmp_path / "run")
+    with fast_loops():
+        train_and_evaluate(config, tmp_path / "run")
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last["eval/count"] == 2000
     assert last["eval/loss"] < 0.9 * math.log(10)

@@ -662,10 +662,10 @@ def test_a_sweep_is_interrupted_goes_on_and_skips_what_is_finished(command, tmp_
     out = tmp_path / "out"
     whole = out / "runs" / "whole" / "seed_0"
     process = subprocess.Popen(
-        [*command, "max_steps=300"], env=ENVIRONMENT, stdout=subprocess.PIPE
+        [*command, "max_steps=150"], env=ENVIRONMENT, stdout=subprocess.PIPE
     )
     wait_for(whole.exists)
-    again = run([*command, "max_steps=300"])  # while the other's runs are starting
+    again = run([*command, "max_steps=150"])  # while the other's runs are starting
     assert again.returncode == 1
     assert "is at work there" in again.stderr
     metrics = whole / "metrics.jsonl"
@@ -675,7 +675,7 @@ def test_a_sweep_is_interrupted_goes_on_and_skips_what_is_finished(command, tmp_
     assert process.returncode == 130
     assert "stopped" in (out / "summary.md").read_text()
     assert not (whole / "status.json").exists()
-    command = [*command, "max_steps=300"]
+    command = [*command, "max_steps=150"]
 
     done = run(command)
     assert done.returncode == 1, done.stderr

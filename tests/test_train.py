@@ -36,6 +36,13 @@ ROOT = Path(__file__).parent.parent
 PICTURES, CLASSES = 25, 3  # 25 does not divide by 6: the last batch is padded
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _fast_loops():
+    """These runs take more steps than their compilation is worth saving at."""
+    with fast_loops():
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Three classes of blurred colours: easy, but not for nothing."""
@@ -219,8 +226,7 @@ def test_ten_steps_and_ten_more_are_twenty(make_config, folder, tmp_path, capsys
 def in_float64():
     jax.config.update("jax_enable_x64", True)
     try:
-        with fast_loops():
-            yield
+        yield
     finally:
         jax.config.update("jax_enable_x64", False)
 
