@@ -258,8 +258,8 @@ def average(members: Sequence[Predictions]) -> Predictions:
             label, (one, another) = next((k, p) for k, p in pairs if p[0] != p[1])
             raise PredictionsError(
                 f"Predictions of other classes: {len(names[0])} of {first.split}, label "
-                f"{label} is {one!r}; {len(names[1])} of {other.split}, label {label} is "
-                f"{another!r}."
+                f"{label} is {kinds.shown(one)}; {len(names[1])} of {other.split}, label {label} is "
+                f"{kinds.shown(another)}."
             )
         if not np.array_equal(other.labels, first.labels):
             raise PredictionsError(

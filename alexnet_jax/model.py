@@ -457,7 +457,7 @@ def create_model(
       ValueError: for a name that does not exist or a value out of range.
     """
     if init not in INITS:
-        raise ValueError(f"init={init!r} must be one of {', '.join(INITS)}.")
+        raise ValueError(f"init={kinds.shown(init)} must be one of {', '.join(INITS)}.")
     if width < 1 and init != "he":
         warnings.warn(
             f"A network of width {width} started with init={init!r} seldom leaves a "

@@ -666,7 +666,7 @@ def get(name: str) -> Variant:
     """The table of that name; ValueError with the names there are."""
     if name not in VARIANTS:
         raise ValueError(
-            f"There is no variant {name!r}; the variants are {', '.join(VARIANTS)}."
+            f"There is no variant {kinds.shown(name)}; the variants are {', '.join(VARIANTS)}."
         )
     return VARIANTS[name]
 
@@ -690,7 +690,9 @@ def _positive(what: str, value: int) -> int:
 
 def _one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{what}={value!r} must be one of {', '.join(choices)}.")
+        raise ValueError(
+            f"{what}={kinds.shown(value)} must be one of {', '.join(choices)}."
+        )
 
 
 def _map_layers(table: Variant, change: Callable[[Layer], Layer]) -> Variant:
@@ -765,7 +767,7 @@ def _normalized_only_in(table: Variant, names: tuple[str, ...]) -> Variant:
     for name in names:
         if name not in normalized:
             raise ValueError(
-                f"norm_layers={list(names)!r}: {name!r} of variant {table.name!r} is "
+                f"norm_layers={kinds.shown(list(names))}: {kinds.shown(name)} of variant {table.name!r} is "
                 f"not normalised; these are: {', '.join(normalized) or 'none'}."
             )
 
@@ -809,7 +811,7 @@ def _without(table: Variant, names: tuple[str, ...]) -> Variant:
     for name in names:
         if name not in can_go:
             raise ValueError(
-                f"skip={list(names)!r}: {name!r} cannot be left out of variant "
+                f"skip={kinds.shown(list(names))}: {kinds.shown(name)} cannot be left out of variant "
                 f"{table.name!r}; these can: {', '.join(can_go)}."
             )
     rows: list[Layer] = []

@@ -791,6 +791,7 @@ def test_wrong_safetensors(tmp_path):
     for change, words in (
         ({"version": 2}, "version 2, expected 1"),
         ({"settings": {"variant": "vgg"}}, "no variant 'vgg'"),
+        ({"settings": {"variant": "9" * 9999}}, "99...; the variants are"),
         ({"settings": {"variant": "cifar", "depth": 5}}, "'depth'"),
         ({"crop_size": 31}, "32x32 grid"),
         ({"crop_size": "32"}, "cannot be used"),
