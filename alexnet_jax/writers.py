@@ -173,7 +173,7 @@ class JsonlWriter:
 
     def _drop_after(self, resume_step: int) -> None:
         lines = filter(str.strip, read_lines(self._path))
-        records = [(line, _parse(line)) for line in lines]
+        records = [(line, parse_record(line)) for line in lines]
         kept = [line for line, r in records if r and r["step"] <= resume_step]
         if unreadable := sum(record is None for _, record in records):
             logging.warning("%s: %d torn line(s) dropped.", self._path, unreadable)
@@ -192,7 +192,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     lines = read_lines(path)
     records = []
     for number, line in enumerate(lines, start=1):
-        record = _parse(line)
+        record = parse_record(line)
         if record is None:
             if number == len(lines):
                 break
@@ -469,7 +469,7 @@ _WITH_LOSS = {
 }
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def parse_record(line: str) -> dict[str, Any] | None:
     """A record, or None for a line that is not one."""
     record: Any = None
     with contextlib.suppress(ValueError):

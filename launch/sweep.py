@@ -44,7 +44,7 @@ from alexnet_jax.data.files import parse_json, read_lines, read_small, replacing
 from alexnet_jax.data.paths import message_of, path_argument, require_places
 from alexnet_jax.experiment import CHECKPOINTS, CONFIG_FILE, DIVERGED, ConfigError
 from alexnet_jax.sweeps import Line, Measurement, Plan, Run, SweepError
-from alexnet_jax.writers import METRICS_FILE, read_metrics
+from alexnet_jax.writers import METRICS_FILE, parse_record, read_metrics
 
 POLL_SECONDS = 0.5
 # What is shown of the log of a broken run that does not say "error:", in lines.
@@ -532,7 +532,7 @@ def progress(job: Job) -> tuple[str, str, str, str]:
     if not last:
         return "", "", "", ""
     training = f"loss {last['train/loss']:.3f}"
-    if "train/top1_error" in last:
+    if last.get("train/top1_error") is not None:
         training = f"error {100 * last['train/top1_error']:.1f}%"
     rate = last["images_per_sec"]
     left = ""
@@ -555,13 +555,11 @@ def _last_record(path: Path) -> dict[str, Any]:
             lines = file.read().decode("utf-8", "replace").splitlines()
     except OSError:
         return {}
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError):  # torn, or its start is cut off
-            record = parse_json(line)
-            if not isinstance(record, dict):
-                continue
-            if record.get("train/loss") is not None and "images_per_sec" in record:
-                return record
+    # The first and the last line may be torn.
+    for record in filter(None, map(parse_record, reversed(lines))):
+        has_rate = record.get("images_per_sec") and record["epoch"] > 0
+        if has_rate and record.get("train/loss") is not None:
+            return record
     return {}
 
 
