@@ -745,6 +745,18 @@ def test_a_few_bytes_do_not_fill_the_memory(place, torch_inputs, pickled, words,
         read_or_refused(".pth", lambda: read_weights(path), path, ())
 
 
+def test_a_pickle_of_many_keys_with_one_hash_is_refused(place, torch_inputs):
+    """Python takes hours for a million of them."""
+    keys = [(i * (2**61 - 1)).to_bytes(11, "little") for i in range(1, 30_000)]
+    pickled = b"\x80\x02}(" + b"".join(b"\x8a\x0b" + k + b"N" for k in keys) + b"u."
+    path = place / "keys.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", b"3")
+    with pytest.raises(WeightsError, match="what it pickles has more than 131,072 b"):
+        read_or_refused(".pth", lambda: read_weights(path), path, ())
+
+
 def test_an_old_file_of_torch_that_is_a_tar_archive_too_is_refused(place, torch_inputs):
     """Such ones torch reads by yet another way."""
     old = bytearray(torch_inputs[1][1])

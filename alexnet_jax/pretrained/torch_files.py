@@ -25,6 +25,9 @@ _ZIP_START = b"PK\x03\x04"  # by which torch tells an archive
 # A file of torch before 1.6 begins with this number, pickled; it is the first of five
 # pickles, and the tensors' bytes come after them.
 _OLD_START, _OLD_PICKLES = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", 5
+# AlexNet's have some 3,000 bytes, with an optimiser's state 10,000. Of a million bytes a
+# dictionary can be made that takes hours: all of its keys have one hash.
+MOST_PICKLED = 2**17
 # What a state_dict is made of, and how pickle names it and puts it together.
 _PARTS = re.compile(
     r"collections OrderedDict|torch Size|torch \w+Storage"
@@ -119,7 +122,10 @@ class _OtherPartError(ValueError):
 
 def _check_pickle(file: io.BytesIO) -> None:
     """Reads to the end of one pickle, without making anything of it."""
+    start = file.tell()
     for opcode, argument, _ in pickletools.genops(file):
+        if file.tell() - start > MOST_PICKLED:
+            raise ValueError(f"what it pickles has more than {MOST_PICKLED:,} bytes")
         if opcode.name in _OTHER_NAMING:
             raise _OtherPartError(f"by the opcode {opcode.name}")
         if opcode.name == "GLOBAL" and not _PARTS.fullmatch(str(argument)):
