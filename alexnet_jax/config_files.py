@@ -4,10 +4,14 @@ Whatever one raises is said in a sentence. What goes wrong in this package's own
 no mistake of a file's, and keeps its traceback.
 """
 
+import contextlib
 import os
 import runpy
+import sys
 import sysconfig
 import traceback
+import types
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +73,11 @@ def load(name: str, function: str) -> Any:
         words = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(f"{path} could not be read: {words}.") from error
     try:
-        found = runpy.run_path(path).get(function)
+        names = runpy.run_path(path)
+        found = names.get(function)
         if callable(found):
-            return found(argument) if colon else found()
+            with _as_module(names):
+                return found(argument) if colon else found()
     except stopping.Interrupted:
         raise
     except BaseException as error:
@@ -79,6 +85,18 @@ def load(name: str, function: str) -> Any:
             raise
         raise ConfigError(_sentence(path, error)) from error
     raise ConfigError(f"{path} could not be used: it defines no {function}().")
+
+
+@contextlib.contextmanager
+def _as_module(names: Mapping[str, Any]) -> Iterator[None]:
+    """What a file has defined can be looked up, as classes that it makes then do."""
+    module = types.ModuleType(names["__name__"])
+    vars(module).update(names)
+    sys.modules[module.__name__] = module
+    try:
+        yield
+    finally:
+        sys.modules.pop(module.__name__, None)
 
 
 def shortened(text: str) -> str:

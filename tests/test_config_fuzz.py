@@ -22,7 +22,16 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from alexnet_jax import experiment, fields, main, model, stopping, sweeps, train
+from alexnet_jax import (
+    config_files,
+    experiment,
+    fields,
+    main,
+    model,
+    stopping,
+    sweeps,
+    train,
+)
 from alexnet_jax.checkpoint import MANIFEST, CheckpointError
 from alexnet_jax.data import DataError
 from alexnet_jax.data.paths import printable
@@ -770,3 +779,16 @@ def test_a_sweep_of_before_a_field_goes_on(workdir):
     path.write_text("{")
     with pytest.raises(sweeps.SweepError, match="config.json is damaged"):
         sweeps.differences(row, path)
+
+
+def test_a_config_file_may_make_classes(tmp_path):
+    """dataclasses look up the module of a class with annotations that are texts."""
+    path = tmp_path / "classes.py"
+    path.write_text(
+        "from __future__ import annotations\nimport dataclasses\n"
+        "from configs import quickstart\n\n"
+        "def get_config():\n    @dataclasses.dataclass\n    class Size:\n"
+        "        side: int = 3\n    config = quickstart.get_config()\n"
+        "    config.seed = Size().side\n    return config\n"
+    )
+    assert config_files.load_config(str(path)).seed == 3
