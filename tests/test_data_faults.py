@@ -150,7 +150,7 @@ def tiled_tiff(tile: int) -> bytes:
 def with_scans(count: int) -> bytes:
     """A JPEG with so many scans more, all of them without anything in them."""
     data = encoded(noise(), "JPEG")
-    return data[:-2] + b"\xff\xda" * count + data[-2:]
+    return data[:-2] + b"\xff\xda\0\2" * count + data[-2:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +216,12 @@ FAULTS = [
     # Some of 150 bytes take gigabytes.
     Fault("JPEG 2000", encoded(_PLAIN, "JPEG2000"), "it is damaged or no picture"),
     Fault("scans", with_scans(100), "it has 101 scans, more than 100"),
+    Fault(
+        "bytes as of scans in a comment and behind it",
+        encoded(_PLAIN, "JPEG", quality=95, comment=b"\xff\xda" * 99)
+        + b"\xff\xda" * 99,
+        (200, 100, 50),
+    ),
 ]
 NAMES = {fault.name: f"{WNIDS[0]}_{i}.JPEG" for i, fault in enumerate(FAULTS)}
 FOLDER, TFDS, NOTEBOOK, COMMAND = "folder:PATH", "tfds", "load_picture", "predict"

@@ -139,8 +139,22 @@ def _check_pixels(width: int, height: int) -> None:
 
 
 def _check_scans(data: bytes) -> None:
-    """Within a scan a byte 0xFF is followed by 0; a thumbnail has a few scans itself."""
-    scans = data.count(_SCAN_START) if data.startswith(_JPEG_START) else 0
+    # The same bytes may be in other segments and behind the picture: they are looked at
+    # closely where there are many.
+    if not data.startswith(_JPEG_START) or data.count(_SCAN_START) <= MAX_SCANS:
+        return
+    scans, place = 0, len(_JPEG_START)
+    while 0 <= (place := data.find(b"\xff", place)) < len(data) - 1:
+        marker = data[place + 1]
+        if marker == 0xD9:  # the end of the picture
+            break
+        if marker == 0xFF:  # any number of these may be before a marker
+            place += 1
+        elif marker in (0, 1) or 0xD0 <= marker <= 0xD8:  # no segment follows
+            place += 2
+        else:
+            scans += marker == _SCAN_START[1]
+            place += 2 + max(2, int.from_bytes(data[place + 2 : place + 4], "big"))
     if scans > MAX_SCANS:
         raise ValueError(f"it has {scans:,} scans, more than {MAX_SCANS}")
 
@@ -150,7 +164,9 @@ def _check_tiles(picture: TiffImagePlugin.TiffImageFile) -> None:
     tags = picture.tag_v2
     _check_pixels(int(tags.get(_TILE_WIDTH, 1)), int(tags.get(_TILE_LENGTH, 1)))
     if "jpeg" in str(picture.info.get("compression")):
-        raise ValueError("it is a TIFF with JPEG in it, which is not read")
+        raise ValueError(
+            "it is a TIFF with JPEG in it, which is not read; save it as JPEG or PNG"
+        )
 
 
 def _square(picture: Image.Image, size: int) -> np.ndarray:
