@@ -192,7 +192,7 @@ def _check_logs(
     if values.shape != shape or values.dtype not in (np.float32, np.float64):
         raise PredictionsError(
             f"{path}: {name} is {values.dtype} {values.shape}; for {shape[0]} labels of "
-            f"{shape[1]} classes it must be floating point {shape}."
+            f"{shape[1]} classes it must be float32 or float64 {shape}."
         )
     for first in range(0, len(values), _BLOCK):
         block = values[first : first + _BLOCK]

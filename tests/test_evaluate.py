@@ -149,7 +149,7 @@ def with_number(number):
         ({"labels": None}, "holds no predictions: it has no labels"),
         ({"labels": LABELS + 5}, "labels must be numbers from 0 to 6"),
         ({"labels": LABELS[:0]}, "labels must be"),
-        ({"labels": LABELS[:5]}, r"centre is float32 \(6, 7\); .* point \(5, 7\)"),
+        ({"labels": LABELS[:5]}, r"centre is float32 \(6, 7\); .* float64 \(5, 7\)"),
         ({"views": np.zeros((6, 7), int)}, "views is int"),
         ({"centre": np.zeros((6, 7), np.float32)}, "that of picture 0 is 7, the small"),
         (

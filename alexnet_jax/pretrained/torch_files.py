@@ -30,12 +30,23 @@ _OLD_START, _OLD_PICKLES = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", 5
 MOST_PICKLED = 2**17
 # What a state_dict is made of, and how pickle names it and puts it together.
 _PARTS = re.compile(
-    r"collections OrderedDict|torch Size|torch \w+Storage"
-    r"|torch\._utils _rebuild_(tensor_v2|parameter)"
+    r"torch\._utils _rebuild_(tensor|tensor_v2|parameter|parameter_with_state)"
+    r"|torch (Size|device|\w+Storage|b?float\d+|u?int\d+|complex\d+|bool)"
+    r"|collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)"
 )
-_OTHER_NAMING = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"} | {
-    f"EXT{number}" for number in (1, 2, 4)
-}
+_OTHER_NAMING = {
+    "STACK_GLOBAL",
+    "INST",
+    "OBJ",
+    "NEWOBJ",
+    "NEWOBJ_EX",
+    "DUP",
+    "MEMOIZE",
+} | {f"EXT{number}" for number in (1, 2, 4)}
+# How often something that is made of other things may be used once more, such as a
+# tuple of an optimiser. Each time may double what there is.
+MOST_REPEATED = 20
+_SIMPLE = re.compile(r"GLOBAL|.*(UNICODE|STRING|BYTES|INT|LONG|FLOAT).*|NONE|NEW.*")
 
 
 def read_state(path: Path) -> dict[str, np.ndarray]:
@@ -122,8 +133,16 @@ class _OtherPartError(ValueError):
 
 def _check_pickle(file: io.BytesIO) -> None:
     """Reads to the end of one pickle, without making anything of it."""
-    start = file.tell()
+    start, before, made, repeated = file.tell(), "", set(), 0
     for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            if not _SIMPLE.fullmatch(before):
+                made.add(argument)
+        elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+            repeated += argument in made
+        before = opcode.name
+        if repeated > MOST_REPEATED:
+            raise ValueError(f"it repeats more than {MOST_REPEATED} of its objects")
         if file.tell() - start > MOST_PICKLED:
             raise ValueError(f"what it pickles has more than {MOST_PICKLED:,} bytes")
         if opcode.name in _OTHER_NAMING:
