@@ -751,12 +751,19 @@ def test_a_pickle_of_many_keys_with_one_hash_is_refused(place, torch_inputs):
     nested = b"".join(
         b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60)
     )
+    # The same where each is remembered twice, the second time behind the first.
+    aliased = b"".join(
+        b"r" + bytes([2 * i, 0, 0, 0]) + b"q" + bytes([2 * i + 1]) + b"h"
+        + bytes([2 * i + 1]) + b"\x86"
+        for i in range(60)
+    )  # fmt: skip
     keys = [(i * (2**61 - 1)).to_bytes(11, "little") for i in range(1, 30_000)]
     pickled = b"\x80\x02}(" + b"".join(b"\x8a\x0b" + k + b"N" for k in keys) + b"u."
     path = place / "keys.pth"
     for data, words in (
         (pickled, "what it pickles has more than 131,072 bytes"),
         (b"\x80\x02}K\x01\x85" + nested + b"Ns.", "it repeats more than 20 of its"),
+        (b"\x80\x02}K\x01\x85" + aliased + b"Ns.", "it repeats more than 20 of its"),
     ):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", data)

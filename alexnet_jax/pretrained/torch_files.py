@@ -46,7 +46,11 @@ _OTHER_NAMING = {
 # How often something that is made of other things may be used once more, such as a
 # tuple of an optimiser. Each time may double what there is.
 MOST_REPEATED = 20
-_SIMPLE = re.compile(r"GLOBAL|.*(UNICODE|STRING|BYTES|INT|LONG|FLOAT).*|NONE|NEW.*")
+# Opcodes that put down what is made of nothing else.
+_SIMPLE = re.compile(
+    r"GLOBAL|NONE|NEWTRUE|NEWFALSE|INT|BININT[12]?|LONG[14]?|(BIN)?FLOAT"
+    r"|((SHORT_)?BIN)?(STRING|UNICODE|BYTES)8?"
+)
 
 
 def read_state(path: Path) -> dict[str, np.ndarray]:
