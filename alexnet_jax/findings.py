@@ -5,7 +5,6 @@ Nothing is drawn here. What is not there any more, such as data that were moved,
 """
 
 import math
-import runpy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from alexnet_jax import experiment, retrieve, stopwatch
+from alexnet_jax import config_files, experiment, retrieve, stopwatch
 from alexnet_jax.analysis.retrieval import Index, nearest, shrink
 from alexnet_jax.checkpoint import Checkpointer
 from alexnet_jax.data import DataError
@@ -347,7 +346,7 @@ def differences(config: dict[str, Any]) -> list[Difference] | None:
     path = Path(__file__).parent.parent / "configs" / "common.py"  # beside the package
     if not path.exists():
         return None
-    common = runpy.run_path(str(path))["get_config"]()
+    common = config_files.load_config(str(path))
     defaults = experiment.flat(experiment.as_json(common))
     own = experiment.flat(config)
     return [
