@@ -657,9 +657,12 @@ def customize(
 
 
 def stage_name(kind: str, layer: str) -> str:
-    """The name of what follows a layer: ("norm", "conv1") -> "norm1"."""
-    number = re.search(r"\d+$", layer)
-    return f"{kind}{number[0] if number else '_' + layer}"
+    """Return the name of what follows a layer, which no other layer's has.
+
+    ("norm", "conv1") -> "norm1", as published; ("norm", "fc6") -> "norm_fc6".
+    """
+    number = re.fullmatch(r"conv(\d+)", layer)
+    return f"{kind}{number[1]}" if number else f"{kind}_{layer}"
 
 
 def get(name: str) -> Variant:

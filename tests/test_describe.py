@@ -2,8 +2,9 @@
 
 import jax
 import pytest
+from test_variants import TWO_SIXES
 
-from alexnet_jax import communication, describe, experiment
+from alexnet_jax import communication, describe, experiment, variants
 from alexnet_jax.parallel import MODES
 from configs import common
 
@@ -93,3 +94,15 @@ def test_every_mode_is_described(monkeypatch, capsys):
     assert [line.split()[0] for line in text.splitlines() if " x " in line[8:18]] == [
         *("data", "hybrid"),
     ]
+
+
+def test_two_layers_of_one_number_are_described_in_every_mode(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    monkeypatch.setitem(variants.VARIANTS, TWO_SIXES.name, TWO_SIXES)
+    config = config_on("data", 2, 1, variant=TWO_SIXES.name)
+    config.data.image_size = config.data.crop_size = TWO_SIXES.crop_size
+    layers = [line.split()[0] for line in describe.describe(config).splitlines()[4:-2]]
+    assert layers == ["conv1", "conv6", "norm6", "fc6", "norm_fc6", "fc8"]
+    text = describe.describe_modes(config, log=lambda _: None)
+    found = [line.split()[0] for line in text.splitlines() if " x " in line[8:18]]
+    assert found == ["data", "columns", "hybrid"]

@@ -11,9 +11,19 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_train import columns_config, folder, small_config  # noqa: F401
+from test_variants import TWO_SIXES
 
-from alexnet_jax import experiment, export, finetune, load, train
+from alexnet_jax import (
+    experiment,
+    export,
+    finetune,
+    load,
+    pretrained,
+    train,
+    variants,
+)
 from alexnet_jax.experiment import ConfigError
+from alexnet_jax.pretrained.weights import flat, nested
 from alexnet_jax.writers import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -131,6 +141,31 @@ def test_columns_take_the_weights_of_one_device(folder, tmp_path):  # noqa: F811
         assert same == (layer != "fc8" or kind == "bias"), name
     kernel = state.params["fc6"]["kernel"]
     assert len(kernel.sharding.device_set) == 2 and not kernel.is_fully_replicated
+
+
+def test_a_new_layer_restarts_its_own_norm_only(shapes, tmp_path, monkeypatch):
+    monkeypatch.setitem(variants.VARIANTS, TWO_SIXES.name, TWO_SIXES)
+    config = small_config(shapes)
+    config.model.variant = TWO_SIXES.name
+    config.data.image_size = config.data.crop_size = side = TWO_SIXES.crop_size
+    built = experiment.build(config)
+    state = built.init_state()
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    scratch = {name: np.asarray(leaf) for name, leaf in flat(variables).items()}
+    trained = {name: leaf + np.float32(1) for name, leaf in scratch.items()}
+    settings = {"variant": TWO_SIXES.name, "num_classes": 2, "init": "he"}
+    mean = np.full(3, 99, np.float32)
+    weights = pretrained.Weights(settings, nested(trained), mean, side, side)
+    config.finetune.source = str(tmp_path / "trained.safetensors")
+    pretrained.save_safetensors(config.finetune.source, weights)
+    config.finetune.new_layers = ("fc6",)
+    _, begun, _ = finetune.begin(built)
+    found = flat({"params": begun.params, "batch_stats": begun.batch_stats})
+    for name, leaf in found.items():
+        anew = name.split("/")[1] in ("fc6", "norm_fc6", "fc8")
+        want = scratch[name] if anew else trained[name]
+        np.testing.assert_array_equal(leaf, want, err_msg=name)
+    assert {"batch_stats/norm6/mean", "batch_stats/norm_fc6/mean"} < set(found)
 
 
 def test_the_config_takes_the_network_of_its_source(source):

@@ -13,8 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_variants import TWO_SIXES
 
-from alexnet_jax import augment, communication, metrics, optim, parallel, steps
+from alexnet_jax import (
+    augment,
+    communication,
+    metrics,
+    optim,
+    parallel,
+    steps,
+    variants,
+)
 from alexnet_jax.communication import PHASES
 from alexnet_jax.model import create_model
 
@@ -297,6 +306,35 @@ def test_batch_norm_sees_the_whole_batch(mode, rows, columns):
     want = on_one_device(mode, rows, columns, normalization="batch")
     got = three_steps(mode, rows, columns, normalization="batch")
     assert_same_leaves(got[0][-1], want[0][-1], 1e-10)
+
+
+@pytest.mark.parametrize("mode, rows", [("hybrid", 1), ("hybrid", 2), ("columns", 2)])
+def test_batch_norms_of_one_number_are_split_with_their_own_layers(
+    mode, rows, monkeypatch
+):
+    monkeypatch.setitem(variants.VARIANTS, TWO_SIXES.name, TWO_SIXES)
+    model = create_model(TWO_SIXES.name, dtype="float64", init="he")
+    tx, side = optim.make_optimizer(0.01), TWO_SIXES.crop_size
+    examples = batch(8)
+    examples["image"] = examples["image"][:, :side, :side]
+    examples["label"] %= TWO_SIXES.layers[-1].features
+    stats = jax.tree.map(np.asarray, augment.imagenet_statistics(side))
+
+    def after_three_steps(mode, rows, columns):
+        mesh = parallel.make_mesh(rows, columns)
+        kwargs = {"mesh": mesh, "mode": mode, "seed": 0}
+        state = steps.init_state(model, tx, crop_size=side, **kwargs)
+        step = steps.make_train_step(model, tx, augment.Augmentation(side), **kwargs)
+        on_device = parallel.put_batch(examples, mesh, mode, 8)
+        for _ in range(3):
+            state, _ = step(state, on_device, stats)
+        return jax.device_get((state.params, state.batch_stats))
+
+    with jax.enable_x64(True):
+        want = after_three_steps("data", 1, 1)
+        got = after_three_steps(mode, rows, 2)
+    assert_same_leaves(got, want, 1e-10)
+    assert np.ptp(got[0]["norm_fc6"]["scale"]) > 0 < np.ptp(got[0]["norm6"]["scale"])
 
 
 @pytest.mark.parametrize(

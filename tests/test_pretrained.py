@@ -22,6 +22,7 @@ import safetensors
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from test_train import folder, small_config  # noqa: F401
+from test_variants import TWO_SIXES
 
 from alexnet_jax import export, load, pretrained, train, variants
 from alexnet_jax.data import imagenet, images
@@ -170,6 +171,17 @@ def test_onnx_gives_our_logits(name, kind, onnx_folder):
     for row in model.network.layers:
         if any(isinstance(stage, NORMS) for stage in row.then):
             assert_lrn_matters(wanted, row)
+
+
+def test_onnx_keeps_batch_norms_of_one_number_apart(onnx_folder, monkeypatch):
+    monkeypatch.setitem(variants.VARIANTS, TWO_SIXES.name, TWO_SIXES)
+    model = make_model({"variant": TWO_SIXES.name})
+    variables = random_variables(model, TWO_SIXES.crop_size)
+    path = onnx_folder / "two_sixes.onnx"
+    pretrained.export_onnx(path, model, variables)
+    batch = pictures("random", TWO_SIXES.crop_size) - MEAN
+    (found,) = onnx_session(path).run(None, {"images": batch.transpose(0, 3, 1, 2)})
+    assert_same_logits(found, np.asarray(model.apply(variables, batch)))
 
 
 def assert_lrn_matters(features, row):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from alexnet_jax import variants
-from alexnet_jax.model import create_model, summary
+from alexnet_jax.model import create_model, feature_names, summary
 
 # Total parameters and multiply-adds. `paper` 60,965,224 and 724,406,816, `owt`
 # 61,100,840 and 714,188,480 (torchvision's own count), `one_tower` 62,378,344 and
@@ -39,6 +39,20 @@ PAPER_LAYERS = {
     "fc7": ((4096,), 16_781_312, 16_777_216),
     "fc8": ((1000,), 4_097_000, 4_096_000),
 }
+# Two layers of one number, each with batch norm.
+_RELU_NORM = (variants.RELU, variants.BatchNorm())
+TWO_SIXES = variants.Variant(
+    "two_sixes",
+    columns=2,
+    grid=8,
+    crop_size=16,
+    layers=(
+        variants.Conv("conv1", 4, kernel=3, stride=2, padding=1, then=(variants.RELU,)),
+        variants.Conv("conv6", 8, kernel=3, padding=1, sees="own", then=_RELU_NORM),
+        variants.Dense("fc6", 16, then=(*_RELU_NORM, variants.PAPER_DROPOUT)),
+        variants.Dense("fc8", 5, then=()),
+    ),
+)
 
 
 def totals(model, size=None):
@@ -82,6 +96,36 @@ def test_both_input_sizes_of_the_paper_give_the_same_network():
         summary(create_model("caffe"), 224)
     with pytest.raises(ValueError, match=r"224 to 227 pixels.*228 pixels give 56x56"):
         summary(create_model("paper"), 228)
+
+
+def test_stages_keep_their_published_names():
+    for table in variants.VARIANTS.values():
+        for row in table.layers:
+            number = row.name.removeprefix("conv")
+            published = {row.name, f"norm{number}", f"pool{number}", None}
+            assert set(feature_names(row)) <= published, (table.name, row.name)
+
+
+def test_layers_of_one_number_have_stages_of_their_own(monkeypatch):
+    monkeypatch.setitem(variants.VARIANTS, TWO_SIXES.name, TWO_SIXES)
+    model = create_model("two_sixes", init="he")
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    scales = {
+        name: layer["scale"].shape
+        for name, layer in shapes["params"].items()
+        if "scale" in layer
+    }
+    assert scales == {"norm6": (8,), "norm_fc6": (16,)}
+    assert set(shapes["batch_stats"]) == set(scales)
+    # Kernel and bias of each layer, two numbers per feature in the norms.
+    assert [(row.name, row.parameters) for row in summary(model)] == [
+        ("conv1", 27 * 4 + 4),
+        ("conv6", 18 * 8 + 8),
+        ("norm6", 2 * 8),
+        ("fc6", 512 * 16 + 16),
+        ("norm_fc6", 2 * 16),
+        ("fc8", 16 * 5 + 5),
+    ]
 
 
 def stages(name, **overrides):
