@@ -401,6 +401,30 @@ def test_caffemodel_of_doubles_in_chunks_with_a_classifier_of_another_name(tmp_p
     jax.tree.map(np.testing.assert_array_equal, found.variables, plain.variables)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "layer"),
+    [
+        ("fc8_age", "fc8_gender", "fc8"),
+        ("fc8", "fc8_gender", "fc8"),
+        ("conv3", "conv3", "conv3"),
+    ],
+)
+def test_two_caffe_layers_for_one_of_ours_are_refused(tmp_path, first, second, layer):
+    path = write_caffemodel(tmp_path / "x.caffemodel", caffe_tensors("caffe"))
+    net = caffe.messages()["NetParameter"].FromString(path.read_bytes())
+    (found,) = (row for row in net.layer if row.name == layer)
+    net.layer.add().CopyFrom(found)
+    found.name, net.layer[-1].name = first, second
+    path.write_bytes(net.SerializeToString())
+    refused(
+        path, f"holds both {first!r} and {second!r} for {layer!r}", "one of the two"
+    )
+    # A layer without weights, such as a second data layer, is no second one.
+    del net.layer[-1].blobs[:]
+    path.write_bytes(net.SerializeToString())
+    assert read_weights(path).settings["num_classes"] == CLASSES
+
+
 def test_a_thousand_classes_are_imagenets(tmp_path):
     tensors = caffe_tensors("caffenet", classes=1000)
     path = write_caffemodel(tmp_path / "x.caffemodel", tensors, ("pool1", "norm1"))
@@ -516,6 +540,65 @@ def test_pth_and_safetensors_are_the_same(torch, torch_files, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, found.variables, wanted.variables)
     np.testing.assert_allclose(wanted.mean, [123.675, 116.28, 103.53], rtol=1e-6)
     assert (wanted.image_size, wanted.crop_size) == (256, 224)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", "module."),
+        ("", "_orig_mod."),
+        ("", "model."),
+        ("", "module._orig_mod."),
+        ("", "backbone.net."),
+        ("features.", "features.module."),  # pytorch/examples wraps only these
+    ],
+)
+def test_prefixes_and_counters_are_left_out(
+    torch, torch_files, tmp_path, before, after
+):
+    net, path, _ = torch_files
+    wanted = read_weights(path)
+    state = {
+        after + name.removeprefix(before) if name.startswith(before) else name: value
+        for name, value in net.state_dict().items()
+    }
+    counters = {"n_averaged": torch.tensor(7), "bn.num_batches_tracked": torch.ones(1)}
+    torch.save({**counters, **state}, tmp_path / "x.pth")
+    arrays = {name: value.numpy() for name, value in {**state, **counters}.items()}
+    save_file(arrays, tmp_path / "x.safetensors")
+    for name in ("x.pth", "x.safetensors"):
+        found = read_weights(tmp_path / name)
+        assert found.settings == wanted.settings
+        jax.tree.map(np.testing.assert_array_equal, found.variables, wanted.variables)
+
+
+def test_two_tensors_that_differ_in_their_prefix_are_refused(
+    torch, torch_files, tmp_path
+):
+    net, *_ = torch_files
+    state = {n: a for n, a in net.state_dict().items() if n == "classifier.6.bias"}
+    both = {f"{who}.{n}": a for who in ("model", "ema") for n, a in state.items()}
+    torch.save(both, tmp_path / "x.pth")
+    arrays = {name: value.numpy() for name, value in both.items()}
+    save_file(arrays, tmp_path / "x.safetensors")
+    for suffix in ("pth", "safetensors"):
+        names = ("'model.classifier.6.bias'", "'ema.classifier.6.bias'")
+        refused(tmp_path / f"x.{suffix}", *names, " for 'classifier.6.bias'")
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "net"])
+def test_the_state_dict_is_found_under_its_usual_keys(
+    torch, torch_files, tmp_path, key
+):
+    net, path, _ = torch_files
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9).state_dict()
+    arch = {"model": "alexnet"} if key == "net" else {}
+    torch.save(
+        {**arch, "epoch": 3, key: net.state_dict(), "optimizer": optimizer},
+        tmp_path / "x.pth",
+    )
+    wanted, found = read_weights(path), read_weights(tmp_path / "x.pth")
+    jax.tree.map(np.testing.assert_array_equal, found.variables, wanted.variables)
 
 
 @pytest.mark.parametrize("kind", ["random", "real"])
@@ -756,7 +839,9 @@ def test_wrong_state_dicts(torch, torch_files, tmp_path):
     torch.save({**state, "features.8.weight": torch.zeros(16, 24, 5, 5)}, path)
     refused(path, "features.8.weight [16, 24, 5, 5] instead of [16, 24, 3, 3].")
     torch.save([1, 2], path)
-    refused(path, "holds no state_dict")
+    refused(path, "holds no state_dict: it is no dictionary")
+    torch.save({"weights": state, "epoch": 3}, path)
+    refused(path, "no tensor under its keys weights, epoch.", "model_state_dict, model")
 
 
 def test_pickled_code_is_not_run(torch, tmp_path):

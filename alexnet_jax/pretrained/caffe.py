@@ -84,12 +84,17 @@ def read(path: Path, variant: str | None) -> Weights:
     variant = _variant(path, [name for name, _ in layers], variant)
     table = variants.get(variant)
     classifier = table.layers[-1].name
-    tensors: dict[str, np.ndarray] = {}
-    for name, blobs in layers:
+    blobs_by_layer = weights_lib.renamed(
+        path,
+        [(name, blobs) for name, blobs in layers if blobs],
         # Fine-tuned networks call their classifier fc8_flickr and the like.
-        own = classifier if name.startswith(classifier) else name
-        for i, blob in enumerate(blobs):
-            tensors[f"{own} blob {i}"] = _squeezed(blob, own, i, table)
+        lambda name: classifier if name.startswith(classifier) else name,
+    )
+    tensors = {
+        f"{layer} blob {i}": _squeezed(blob, layer, i, table)
+        for layer, blobs in blobs_by_layer.items()
+        for i, blob in enumerate(blobs)
+    }
     rows = [row.name for row in table.layers]
     names = {row: (f"{row} blob 0", f"{row} blob 1") for row in rows}
     features = weights_lib.found_features(tensors, names)

@@ -78,12 +78,17 @@ def read(path: Path, variant: str | None) -> Weights:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             names = list(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {
+                name: file.get_tensor(name)
+                for name in names
+                if not weights_lib.is_counter(name)
+            }
     except Exception as error:  # its own, and NumPy's of dtypes that it does not have
         raise weights_lib.not_of_format(path, ".safetensors", error) from error
     weights_lib.check_numbers(path, tensors)
     record = _read_record(path, metadata)
-    if any(name.startswith(("features.", "classifier.")) for name in tensors):
+    own_names = map(torchvision.own_name, tensors)
+    if any(name.startswith(("features.", "classifier.")) for name in own_names):
         weights_lib.check_variant(path, variant, (torchvision.VARIANT,))
         return _from_torchvision(path, tensors, metadata, record)
     if record is None:

@@ -21,6 +21,8 @@ from alexnet_jax import kinds
 from alexnet_jax.pretrained import weights as weights_lib
 from alexnet_jax.pretrained.weights import WeightsError
 
+# Under which names training programs keep the state_dict in a checkpoint.
+_STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")
 _ZIP_START = b"PK\x03\x04"  # by which torch tells an archive
 # A file of torch before 1.6 begins with this number, pickled; it is the first of five
 # pickles, and the tensors' bytes come after them.
@@ -74,17 +76,22 @@ def read_state(path: Path) -> dict[str, np.ndarray]:
         # Not torch's own words, which advise to read it by plain pickle.
         why = "torch.load with weights_only=True does not read it"
         raise weights_lib.not_of_format(path, ".pth", why) from error
-    if isinstance(found, dict) and "state_dict" in found:
-        found = found["state_dict"]  # as pytorch/examples keeps it
-    if not isinstance(found, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor)
-        for name, value in found.items()
-    ):
+    checkpoint = found if isinstance(found, dict) else {}
+    nested = [checkpoint[k] for k in _STATE_KEYS if isinstance(checkpoint.get(k), dict)]
+    state = {
+        str(name): value
+        for name, value in (nested[0] if nested else checkpoint).items()
+        if not weights_lib.is_counter(str(name))
+    }
+    others = [n for n, value in state.items() if not isinstance(value, torch.Tensor)]
+    if others or not isinstance(found, dict):
+        what = f"there is no tensor under its keys {weights_lib.some(others)}"
         raise WeightsError(
-            f"{path} holds no state_dict. Expected that of torchvision's AlexNet: "
-            "torch.save(model.state_dict(), PATH)."
+            f"{path} holds no state_dict: {what if others else 'it is no dictionary'}. "
+            "Expected that of torchvision's AlexNet, alone or under one of the keys "
+            f"{', '.join(_STATE_KEYS)}: torch.save(model.state_dict(), PATH)."
         )
-    return _arrays(path, found)
+    return _arrays(path, state)
 
 
 def _checked(path: Path) -> io.BytesIO:

@@ -32,6 +32,9 @@ _NAMES = {
     "fc7": "classifier.4",
     "fc8": "classifier.6",
 }
+_PARTS = ("features", "classifier")
+# What DataParallel and torch.compile put before the names of what they wrap.
+_WRAPPERS = ("module", "_orig_mod")
 # Settings that say nothing about what a trained network computes.
 _HARMLESS = ("num_classes", "width", "dtype", "init", "dropout")
 
@@ -39,9 +42,17 @@ _HARMLESS = ("num_classes", "width", "dtype", "init", "dropout")
 def read(path: Path, variant: str | None) -> Weights:
     """Reads a `.pth`; arguments, result and errors as `read_weights`."""
     weights_lib.check_variant(path, variant, (VARIANT,))
-    # DataParallel puts "module." before the names of what it wraps.
-    state = torch_files.read_state(path)
-    return from_state(path, {n.replace("module.", ""): a for n, a in state.items()})
+    return from_state(path, torch_files.read_state(path))
+
+
+def own_name(name: str) -> str:
+    """Return a tensor's name in torchvision's AlexNet, without what wraps the network.
+
+    "model._orig_mod.features.module.0.weight" -> "features.0.weight".
+    """
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    start = next((i for i, part in enumerate(parts) if part in _PARTS), 0)
+    return ".".join(parts[start:])
 
 
 def from_state(
@@ -55,12 +66,15 @@ def from_state(
 
     Args:
       path: where they are from, for messages.
-      state: what `AlexNet.state_dict()` gives, as NumPy arrays.
+      state: what `AlexNet.state_dict()` gives, as NumPy arrays; the names may have any
+        prefix (`own_name`).
       mean, std: what `transforms.Normalize` is given.
 
     Raises:
-      WeightsError: naming tensors that are missing, unexpected or of another shape.
+      WeightsError: naming tensors that are missing, unexpected or of another shape, or
+        two that differ in their prefix only.
     """
+    state = weights_lib.renamed(path, state.items(), own_name)
     table = variants.get(VARIANT)
     names = {row: (f"{name}.weight", f"{name}.bias") for row, name in _NAMES.items()}
     features = weights_lib.found_features(state, names)

@@ -9,10 +9,10 @@ them a column sees, is the same everywhere.
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,11 @@ from alexnet_jax.data import imagenet
 
 # Tensors that an error message names before it only counts them.
 MOST_NAMED = 4
+# What torch's modules count, which is no weight.
+_COUNTERS = ("n_averaged", "num_batches_tracked")
 
 Shapes = Mapping[str, tuple[int, ...]]
+T = TypeVar("T")
 
 
 class WeightsError(ValueError):
@@ -169,6 +172,35 @@ def first_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) == 4:
         return shape[3], shape[2], shape[0], shape[1]
     return shape[::-1]
+
+
+def is_counter(name: str) -> bool:
+    """Return whether torch keeps a count under this name: `bn1.num_batches_tracked`."""
+    return name.rpartition(".")[2] in _COUNTERS
+
+
+def renamed(
+    path: str | os.PathLike[str],
+    named: Iterable[tuple[str, T]],
+    rename: Callable[[str], str],
+) -> dict[str, T]:
+    """Return what a file holds by the names that `rename` gives.
+
+    Raises:
+      WeightsError: naming two of the file's names that become one.
+    """
+    before: dict[str, str] = {}
+    found: dict[str, T] = {}
+    for old, value in named:
+        new = rename(old)
+        if new in found:
+            first, second, one = map(kinds.shown, (before[new], old, new))
+            raise WeightsError(
+                f"{path} holds both {first} and {second} for {one}, and the network has "
+                "one. Write a file that holds only one of the two."
+            )
+        before[new], found[new] = old, value
+    return found
 
 
 def found_features(
