@@ -14,11 +14,11 @@ resized crops of at least 0.08 of the area (Szegedy et al. 2015); labels smoothe
 has it. This code's own choice: He's start, and a warm-up of five epochs (Goyal et al.
 2017, arXiv:1706.02677).
 
-That learning rate belongs to pixels divided by their standard deviation, 74.4. Here
-pixels are 0..255 minus the mean, so conv1's kernel is that much smaller (`init="he"`)
-and its gradient that much larger: a rate divided by 74.4 squared gives the kernel the
-same steps (conv1's bias and its weight decay, which did not need it, are slowed as well).
-Without that, the loss of step 7 was not a number (benchmarks/results).
+That learning rate belongs to pixels divided by torchvision's standard deviations (58.4,
+57.1, 57.4 of 255), about 57.6. Here pixels are 0..255 minus the mean, so the same conv1 has
+a kernel that much smaller and a gradient that much larger: a rate divided by 57.6 squared
+gives it the same steps (conv1's bias and its weight decay, which did not need it, are
+slowed as well). Without that, the loss of step 7 was not a number (benchmarks/results).
 
 Expected on the 50,000 validation pictures of ILSVRC-2012, not run here: top-1 error
 about 40% on the centre view; 60.1% right is reported of a training with these constants,
@@ -44,6 +44,6 @@ def get_config():
     config.optim.label_smoothing = 0.1
     config.schedule.name = "cosine"
     config.schedule.warmup_epochs = 5.0
-    config.schedule.layer_factors = (("conv1", 0.0, 74.4**-2),)
+    config.schedule.layer_factors = (("conv1", 0.0, 57.6**-2),)
     config.checkpoint.every_steps = 5000
     return config
