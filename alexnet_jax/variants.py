@@ -317,7 +317,7 @@ NO_COMMUNICATION = dataclasses.replace(
 )
 
 # Experiment 146, the paper's "1 CNN*": "an extra sixth convolutional layer over the
-# last pooling layer" (section 6.1).
+# last pooling layer" (section 6).
 SIX_CONV = dataclasses.replace(
     ORIGINAL,
     name="six_conv",
@@ -325,6 +325,23 @@ SIX_CONV = dataclasses.replace(
         *ORIGINAL.layers[:5],
         Conv("conv6", 256, kernel=3, padding=1, weight_std=0.03, bias=1.0),
         *ORIGINAL.layers[5:],
+    ),
+)
+
+# Experiment 147: pooling without overlap, rounding up, and less padding in conv2 and
+# conv5. Grids: 55, pooled 28, 26, pooled 13, 13, 13, 11, pooled 6.
+_PAIRS = Pool(window=2, stride=2, ceil=True)
+_LESS_PADDING = {"conv2": {"padding": 1}, "conv5": {"padding": 0}}
+NO_OVERLAP = dataclasses.replace(
+    ORIGINAL,
+    name="no_overlap",
+    layers=tuple(
+        dataclasses.replace(
+            row,
+            then=tuple(_PAIRS if s == OVERLAPPING else s for s in row.then),
+            **_LESS_PADDING.get(row.name, {}),
+        )
+        for row in ORIGINAL.layers
     ),
 )
 
@@ -547,6 +564,7 @@ VARIANTS: dict[str, Variant] = {
         ORIGINAL,
         NO_COMMUNICATION,
         SIX_CONV,
+        NO_OVERLAP,
         ONE_GPU,
         CAFFE,
         CAFFENET,

@@ -38,8 +38,8 @@ def get_config() -> Any:
     config.profile = 0
 
     config.model = model = ConfigDict()
-    # Layer table: paper, original, no_communication, six_conv, one_gpu, caffe, caffenet,
-    # one_tower, owt, zfnet, cifar, cifar_13 or cifar_11.
+    # Layer table: paper, original, no_communication, six_conv, no_overlap, one_gpu, caffe,
+    # caffenet, one_tower, owt, zfnet, cifar, cifar_13 or cifar_11.
     model.variant = "paper"
     # Units of the classifier; 0: as many as the data set has classes.
     model.num_classes = 0
@@ -128,7 +128,7 @@ def get_config() -> Any:
     # Learning rate of the biases over that of the weights (Caffe: 2).
     optim.bias_lr_mult = 1.0
     # The biases' rate stays bias_lr_mult * learning_rate whatever the schedule does (as
-    # the original's did).
+    # in the original's run on ILSVRC-2012).
     optim.constant_bias_lr = False
     # Whether biases, and batch normalisation's scales, decay as well (the original's
     # and Caffe's biases: no; the paper: not said).

@@ -34,6 +34,7 @@ COUNTS = {
         724_406_816 - 74_760_192 + 36 * 128 * 4096,
     ),
     "six convolutions": (60_965_224 + 590_080, 724_406_816 + 36 * 589_824),
+    "original, no overlap": (60_965_224, 724_406_816 - 53 * 307_200 - 48 * 442_368),
     "ZFNet": (62_357_608, 1_168_032_896),
 }
 PLAN = sweeps.Plan("ablations", ablations.get_sweep(), seeds=(0,))
@@ -56,6 +57,26 @@ def test_geometry_and_parameters(name):
     pooled = [shape for shape in shapes.values() if len(shape) == 3][-1]
     assert pooled == (6, 6, 384 if name == "without conv5" else 256)
     assert [shapes[fc] for fc in ("fc7", "fc8")] == [(4096,), (1000,)]
+
+
+def test_published_figures():
+    """Effects are stated only between runs that differ in one thing."""
+    found = {
+        name: (row.paper.value, row.paper.effect, row.baseline)
+        for name, row in ablations.ROWS.items()
+        if row.paper is not None and "experiment" in row.paper.source
+    }
+    assert found == {
+        "one GPU": (39.17, 1.7, None),
+        "no column communication": (41.83, 1.17, "original"),
+        "no LRN": (42.03, 1.4, None),
+        "original": (40.66, None, None),
+        "original, LRN before ReLU": (41.10, None, "original"),
+        "original, LRN after conv1 only": (40.49, None, "original"),
+        "original, no overlap": (41.06, 0.40, "original"),
+    }
+    for name in ("no colour lighting", "without conv3"):
+        assert ablations.ROWS[name].paper.measured_on == ablations.NOT_NAMED
 
 
 def test_every_row_is_another_training():

@@ -190,6 +190,8 @@ ABLATED = ("original", "no_communication")
         ("original", "columns", 2, 2),
         *(slowly(name, "hybrid", 1, 4) for name in ABLATED),
         slowly("no_communication", "columns", 2, 2),
+        slowly("six_conv", "columns", 1, 2),
+        slowly("no_overlap", "columns", 1, 2),
         *(slowly(name, "data", 2, 1) for name in ABLATED),
         *(slowly(name, "hybrid", 2, 2) for name in ABLATED),
     ],

@@ -18,6 +18,8 @@ COUNTS = {
     # conv2 320 of 48, conv3 384 of 160, fc6 8,192 of 4,608, fc7 4,096 of 4,096.
     "no_communication": (60_714_408, 724_323_872),
     "six_conv": (61_555_304, 745_640_480),  # and 256 kernels of 3 x 3 x 256 at 6 x 6
+    # conv2 at 26 x 26 instead of 27 x 27, conv5 at 11 x 11 instead of 13 x 13.
+    "no_overlap": (60_965_224, 724_406_816 - 53 * 307_200 - 48 * 442_368),
     "caffe": (60_965_224, 724_406_816),
     "caffenet": (60_965_224, 724_406_816),
     "one_tower": (62_378_344, 1_135_256_096),
@@ -346,6 +348,20 @@ def test_the_original_is_experiment_145():
         assert rows[name].then == (relu, variants.Dropout(0.5, "test"))
     sees = [row.sees for row in table.layers]
     assert sees == ["all", "own", "all", "own", "own", "all", "all", "all"]
+
+
+def test_no_overlap_is_experiment_147():
+    """layers-147.cfg: what differs from layers-145.cfg."""
+    rows = {row.name: row.shape for row in summary(create_model("no_overlap"))}
+    names = ("conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5")
+    assert [rows[name][0] for name in names] == [55, 28, 26, 13, 13, 13, 11, 6]
+    table, original = variants.get("no_overlap"), variants.get("original")
+    assert [row.padding for row in table.convs] == ["ceil", 1, 1, 1, 0]
+    norms = [s for s in table.stages if isinstance(s, variants.NORMS)]
+    assert norms == [s for s in original.stages if isinstance(s, variants.NORMS)]
+    assert [row.weight_std for row in table.layers] == [
+        row.weight_std for row in original.layers
+    ]
 
 
 def test_without_communication_the_columns_meet_in_the_classifier():

@@ -4,7 +4,8 @@
 
 The paper: windows of 3 pixels with a stride of 2, against windows of 2, reduce the top-1
 error by 0.4 points and the top-5 error by 0.3. The original's logs: 41.06% against 40.66%
-on ILSVRC-2012 (experiments 147 and 145).
+on ILSVRC-2012 (experiments 147 and 145; 147, variant `no_overlap`, also pads conv2 and
+conv5 less, which "no overlap" here does not).
 
 Runs anywhere, a run in some minutes on two CPU cores, on the embedded pictures; see
 configs/sweeps/lrn.py for what that does and does not say.
