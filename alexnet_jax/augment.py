@@ -229,8 +229,8 @@ def pca_lighting(
     """Adds a random multiple of the principal components of colour to each image.
 
     Every pixel of an image gets the same vectors @ (z * std_255), z ~ N(0, sigma^2)
-    drawn once an image. The paper writes eigenvalues; on pixels of 0..255 these
-    would be thousands of grey levels, and the original uses their square roots.
+    drawn once an image. The paper writes eigenvalues; on pixels of 0..255 the first
+    would give a sigma of about 1,500 grey levels. The original uses their square roots.
 
     Args:
       images: float [B, H, W, 3], RGB, on the scale 0..255.

@@ -49,7 +49,7 @@ def make_optimizer(
       form: "paper", the learning rate inside the velocity; "torch", outside.
       layer_weight_decay: weight decay of single layers, by name, instead.
       bias_learning_rate: the biases' own rate, which no schedule lowers, instead of
-        `bias_lr_mult` (the original: 0.02 to the end).
+        `bias_lr_mult` (the original's run on ILSVRC-2012: 0.02 to the end).
       layer_factors: for single layers, by name, a schedule of a factor on their rate
         (see `make_layer_factors`). Biases with a rate of their own see only a factor
         of 0, which freezes the layer at once, whatever its velocity.

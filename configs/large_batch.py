@@ -14,9 +14,15 @@ thirty-second of the rate; in batches of 16,384 (`solver_16k.prototxt`) five, as
 There the learning rate is 32 and the trust coefficient 0.001. Kernels see the product
 only, 0.032; here it is 2.56 times 0.0125, because 2.56 is also what the parameters
 without a trust ratio take: 0.01 at 128 examples, times 256. Batch normalisation is
-after conv1 to conv4 there and has no parameters; here it takes the places of the
-paper's response normalisation, after conv1 and conv2. Not as there either: the biases'
-starts in the convolutions and fc8 (0.01 there), and pixels (divided by 256 there).
+after conv1 to conv4 there (in conv1 and conv2 after the pooling) and has no parameters;
+here it takes the places of the paper's response normalisation, after conv1 and conv2 and
+before the pooling. Not as there either: the biases' starts in the convolutions and fc8
+(0.01 there), and pixels (divided by 256 there).
+
+NVCaffe's solver of that time (September 2017) differs in three more ways. Its polynomial
+counts from iteration 0, not from the end of the warm-up: having risen to its peak the rate
+goes on from 0.81 of it (0.90 in batches of 16,384). Its biases decay and take the trust ratio. Its
+ratio is |w| / (|g| + 0.0005 |w|); here it is |w| / |g + 0.0005 w|.
 
 A batch is 6.4 GB of pictures; the devices hold one together, and the host, which decodes
 ahead, up to six. Each device takes its share in 32 parts, in evaluations too. Batch

@@ -9,9 +9,11 @@ on a prepared `imagenet2012_256`; on a folder of pictures, add
 With two devices or more the network is split into its two columns, as in 2012; with
 one it is computed whole, and gives the same numbers.
 
-Expected on ILSVRC-2012 after about 90 epochs, not run here: top-1 error about 42.5% and
-top-5 19.7% on the centre view, and 40.7% and 18.2% over ten views, the paper's protocol,
-which the evaluation at the end reports beside it. README, "What to expect", has the sources.
+Expected on ILSVRC-2012 after about 90 epochs, not run here: top-1 error 40.7% and top-5
+18.2% over ten views, the paper's protocol, which the evaluation at the end reports beside
+the centre view. On the centre view about 42.5% and 19.7%: nobody published these, they are
+interpolated between the original's experiment 170 and Caffe. README, "What to expect", has
+the sources.
 """
 
 from configs import common
