@@ -675,7 +675,7 @@ def customize(
 
 
 def stage_name(kind: str, layer: str) -> str:
-    """Return the name of what follows a layer, which no other layer's has.
+    """Return the name of a norm or pool after a layer, different for every layer.
 
     ("norm", "conv1") -> "norm1", as published; ("norm", "fc6") -> "norm_fc6".
     """

@@ -6,8 +6,8 @@
 PATH/train/<class>/* and PATH/test/<class>/*, 32 x 32 pixels. Constants: cuda-convnet's
 `layers-18pct.cfg` (no augmentation; learning rate 0.001, of the biases 0.002; divided
 by ten after 120 epochs and again after 10 more), which says 18% test error. It does not
-say where it ends: 140 epochs are this code's choice. `--config=configs/cifar10.py:3` is the same in three epochs: the learning rate drops at
-the same shares of the run.
+say where it ends: 140 epochs are this code's choice. `--config=configs/cifar10.py:3` is
+the same in three epochs: the learning rate drops at the same shares of the run.
 """
 
 from configs import common

@@ -21,8 +21,8 @@ before the pooling. Not as there either: the biases' starts in the convolutions 
 
 NVCaffe's solver of that time (September 2017) differs in three more ways. Its polynomial
 counts from iteration 0, not from the end of the warm-up: having risen to its peak the rate
-goes on from 0.81 of it (0.90 in batches of 16,384). Its biases decay and take the trust ratio. Its
-ratio is |w| / (|g| + 0.0005 |w|); here it is |w| / |g + 0.0005 w|.
+goes on from 0.81 of it (0.90 in batches of 16,384). Its biases decay and take the trust
+ratio. Its ratio is |w| / (|g| + 0.0005 |w|); here it is |w| / |g + 0.0005 w|.
 
 A batch is 6.4 GB of pictures; the devices hold one together, and the host, which decodes
 ahead, up to six. Each device takes its share in 32 parts, in evaluations too. Batch

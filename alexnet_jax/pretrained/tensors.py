@@ -87,8 +87,8 @@ def read(path: Path, variant: str | None) -> Weights:
         raise weights_lib.not_of_format(path, ".safetensors", error) from error
     weights_lib.check_numbers(path, tensors)
     record = _read_record(path, metadata)
-    own_names = map(torchvision.own_name, tensors)
-    if any(name.startswith(("features.", "classifier.")) for name in own_names):
+    first_parts = {torchvision.own_name(name).partition(".")[0] for name in tensors}
+    if first_parts & set(torchvision.PARTS):
         weights_lib.check_variant(path, variant, (torchvision.VARIANT,))
         return _from_torchvision(path, tensors, metadata, record)
     if record is None:

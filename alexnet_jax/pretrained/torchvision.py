@@ -32,7 +32,7 @@ _NAMES = {
     "fc7": "classifier.4",
     "fc8": "classifier.6",
 }
-_PARTS = ("features", "classifier")
+PARTS = ("features", "classifier")
 # What DataParallel and torch.compile put before the names of what they wrap.
 _WRAPPERS = ("module", "_orig_mod")
 # Settings that say nothing about what a trained network computes.
@@ -51,7 +51,7 @@ def own_name(name: str) -> str:
     "model._orig_mod.features.module.0.weight" -> "features.0.weight".
     """
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    start = next((i for i, part in enumerate(parts) if part in _PARTS), 0)
+    start = next((i for i, part in enumerate(parts) if part in PARTS), 0)
     return ".".join(parts[start:])
 
 
