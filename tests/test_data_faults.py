@@ -86,7 +86,18 @@ def animation() -> bytes:
 def with_much_text() -> bytes:
     info = PngImagePlugin.PngInfo()
     info.add_text("comment", "x" * 3_000_000, zip=True)
-    return encoded(noise(), "PNG", pnginfo=info)
+    """More than Pillow's 1 MB, and a colour profile of as much."""
+    info.add_itxt("comment", "x" * 3_000_000, zip=True)
+    return encoded(_PLAIN, "PNG", pnginfo=info, icc_profile=bytes(3_000_000))
+
+
+def sideways() -> bytes:
+    """Stored red beside blue; upright it is red above blue."""
+    picture = Image.new("RGB", (32, 32), "red")
+    picture.paste("blue", (16, 0, 32, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(picture, "JPEG", quality=95, exif=exif)
 
 
 def patched(data: bytes, place: int, layout: str, *values: int) -> bytes:
@@ -178,6 +189,11 @@ FAULTS = [
     ),
     Fault("animated GIF", animation(), (200, 0, 0)),
     Fault(
+    Fault(
+        "10 bits in 16",
+        encoded(Image.fromarray(np.full((9, 7), 1000, np.uint16)), "PNG"),
+        "its largest value is 1,000 of 65,535",
+    ),
         "1x1", encoded(Image.new("RGB", (1, 1), (10, 200, 30)), "PNG"), (10, 200, 30)
     ),
     Fault("a BMP by another name", encoded(_PLAIN, "BMP"), (200, 100, 50)),
@@ -197,7 +213,7 @@ FAULTS = [
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
         "begins with b'%!PS-Ado'",
     ),
-    Fault("much text", with_much_text(), "Decompressed data too large"),
+    Fault("much text", with_much_text(), (200, 100, 50)),
     Fault("strip", encoded(Image.new("L", (1, 2_000_000)), "PNG"), "too long a strip"),
     Fault("JPEG of 20,000", large_jpeg(20_000, 20_000), _LIMIT),
     Fault("JPEG of 10,000", large_jpeg(10_000, 10_000), f"10,000 x 10,000, {_LIMIT}"),
@@ -226,6 +242,7 @@ FAULTS = [
 NAMES = {fault.name: f"{WNIDS[0]}_{i}.JPEG" for i, fault in enumerate(FAULTS)}
 FOLDER, TFDS, NOTEBOOK, COMMAND = "folder:PATH", "tfds", "load_picture", "predict"
 PREPARED = ("archives", "folders", "imagenet2012/5.1.0")
+SIDEWAYS = f"{WNIDS[0]}_sideways.JPEG"  # sorted behind the others
 TAKE_OUT = "Replace the file by an intact copy or take it out of the data set."
 REMEDIES = {
     FOLDER: TAKE_OUT,
@@ -242,6 +259,7 @@ def originals_of_faults(tmp_path_factory) -> Path:
     train = {NAMES[fault.name]: (0, fault.data) for fault in FAULTS}
     write_archives(root / "archives", train)
     write_folders(root / "folders", flat=True, train=train)
+    train[SIDEWAYS] = 0, sideways()
     write_tfds(root / "imagenet2012" / "5.1.0", "array_record", train)
     return root
 
@@ -316,6 +334,20 @@ def test_a_picture_is_right_or_refused(
 
 def opened(door: str, root: Path, fault: Fault) -> tuple[Source, int]:
     if door == FOLDER:
+def check_is_sideways(picture: np.ndarray) -> None:
+    middle = picture[len(picture) // 2].astype(int)
+    np.testing.assert_allclose(middle[0], (255, 0, 0), atol=5)
+    np.testing.assert_allclose(middle[-1], (0, 0, 255), atol=5)
+
+
+def test_only_the_users_own_files_are_turned(originals_of_faults):
+    stored = TfdsSource(originals_of_faults / "imagenet2012" / "5.1.0", "train", 8)
+    check_is_sideways(fetched(stored, len(FAULTS)))
+    own = FolderSource(originals_of_faults / "folders", "train", 8)
+    assert own.path_of(len(FAULTS)).name == SIDEWAYS
+    check_is_sideways(fetched(own, len(FAULTS)).transpose(1, 0, 2))
+
+
         index = sorted(NAMES.values()).index(NAMES[fault.name])
         return FolderSource(root / "folders", "train", 8), index
     source = TfdsSource(root / "imagenet2012" / "5.1.0", "train", 8)
@@ -345,7 +377,9 @@ def check_outcome(
 def test_prepared_pictures_are_right_or_left_out_with_a_word(kind, prepared):
     target, record, said = prepared(kind)
     stored, left_out = records(target, "train"), dict(record["unreadable"])
-    assert set(stored) | set(left_out) == set(NAMES.values())
+    assert set(stored) | set(left_out) == {*NAMES.values(), SIDEWAYS}
+    # As in ImageNet's published protocol: not turned.
+    check_is_sideways(images.decode(stored[SIDEWAYS][1], 256, SIDEWAYS))
     for fault in FAULTS:
         name = NAMES[fault.name]
         picture = None
@@ -471,7 +505,7 @@ def _empty_class(root: Path) -> None:
 
 
 def _class_of_other_files(root: Path) -> None:
-    (_class(root) / "a.gif").touch()
+    (_class(root) / "a.svg").touch()
     (root / "train" / WNIDS[1] / ".hidden.jpg").touch()
 
 
@@ -513,7 +547,7 @@ def _class_of_two_lines(root: Path) -> None:
 
 FOLDER_FAULTS = [
     (_empty_class, f"train/{WNIDS[1]} holds no pictures", "Fill it or remove it"),
-    (_class_of_other_files, "found there: a.gif)", "Fill it or remove it"),
+    (_class_of_other_files, "found there: a.svg)", "Fill it or remove it"),
     (_class_that_links_to_itself, f"{WNIDS[1]} cannot be read: Too many", "remove it"),
     (_class_that_links_to_all, f"found there: {WNIDS[0]}, {WNIDS[1]}", "remove it"),
     (_class_that_links_nowhere, "a link to /no/such, which is not there", "remove it"),

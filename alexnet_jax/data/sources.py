@@ -17,9 +17,9 @@ import numpy as np
 from alexnet_jax.data import images as images_lib
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.files import parse_json, read_small
+from alexnet_jax.data.images import PICTURE_SUFFIXES
 from alexnet_jax.data.paths import UNPRINTABLE, expanded, printable, require_utf8
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _EVAL_FOLDERS = ("test", "val", "validation")
 HOW_TO_GET_IMAGENET = (
     "The archives are had from https://image-net.org/download-images after signing up "
@@ -217,14 +217,16 @@ class FolderSource:
                     f"cannot read {path}: {error.strerror}. Mend it or remove it, and "
                     "start the same command again"
                 ) from error
-            images_lib.decode(data, self.image_size, str(path), images[i])
+            name = str(path)
+            images_lib.decode(data, self.image_size, name, images[i], upright=True)
 
 
 class TfdsSource:
     """A prepared tfds data set in a random-access format (array_record).
 
     It needs an image and a class label among its features, whatever their names.
-    Nothing is downloaded or prepared here. Attributes: see `Source`.
+    Nothing is downloaded or prepared here. As in ImageNet's published protocol, pictures
+    are not turned by their EXIF orientation. Attributes: see `Source`.
     """
 
     def __init__(self, directory: Path, split: str, image_size: int):
