@@ -95,6 +95,7 @@ class NumberedSource:
     class_names = ("a",)
     num_classes = 1
     description = "numbers"
+    left_out = ""
     statistics_path = None
 
     def __init__(self, num_examples: int, broken: int = -1):
