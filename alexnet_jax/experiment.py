@@ -614,7 +614,8 @@ def load(
       model: the whole network, for one device.
       variables: what `model.apply` takes.
       preprocess: a path, a Pillow picture, a uint8 array [H, W, 3], or a list of
-        these -> images [B, crop, crop, 3], the centre view minus the mean.
+        these (see `load_picture`) -> images [B, crop, crop, 3], the centre view minus
+        the mean.
 
     Raises:
       FileNotFoundError: if `path` is neither a workdir nor a file.

@@ -10,6 +10,7 @@ python -m alexnet_jax.main --config=configs/paper.py --mode=describe
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 def run() -> None:
     """The command: exit status 1 (or 3) and one message for what the user can mend."""
     logging.set_verbosity(logging.WARNING)  # jax's and orbax's chatter
+    warnings.filterwarnings("ignore", module="PIL")  # such as of damaged EXIF
     show_every_name()
     # The files of configs/ import one another, wherever the command is started.
     sys.path.append(str(Path(__file__).parent.parent))

@@ -137,6 +137,8 @@ def _check() -> int:
     findings, labels = [], []
     for source in filter(None, (train, evaluation)):
         _say(source.description)
+        if source.left_out:
+            _say(f"WARNING: {source.left_out}")
         with progress("reading labels", source.num_examples, "records") as bar:
             labels.append(check.read_labels(source, bar))
     for finding in check.examine(
@@ -198,6 +200,8 @@ def _statistics() -> int:
     require_writable(path.parent)  # before the long pass
     count = min(source.num_examples, FLAGS.max_examples or source.num_examples)
     print(f"{source.description}: {count:,} of {source.num_examples:,} pictures")
+    if source.left_out:
+        print(f"WARNING: {source.left_out}")
     started = time.perf_counter()
     with progress("mean image and colour PCA", count, "pictures") as bar:
         result = statistics.compute(

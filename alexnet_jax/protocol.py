@@ -262,6 +262,8 @@ def _predictions(experiment: Experiment, variables: dict[str, Any]) -> Predictio
     batch_stats = variables.get("batch_stats", {})
     source = experiment.eval_source
     assert source is not None
+    if source.left_out:
+        _say(f"WARNING: {source.left_out}")
     with experiment.eval_batches() as batches:
         logs = predict(
             lambda batch: predict_step(

@@ -95,6 +95,8 @@ def build_index(
     source = source or str(features_of.data["source"])
     split = split or str(features_of.data["train_split"])
     pictures = _open(features_of, split, source, data_dir)
+    if pictures.left_out:
+        print(f"WARNING: {pictures.left_out}", file=sys.stderr)
     index = index_of(features_of, layer, pictures, source=source, split=split)
     if problem := feature_problem(index.features):
         raise RetrievalError(

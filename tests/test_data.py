@@ -5,11 +5,13 @@ import io
 import itertools
 import os
 import resource
+import struct
 import subprocess
 import sys
 import threading
 import time
 import types
+import zlib
 from pathlib import Path
 
 import grain
@@ -19,7 +21,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from alexnet_jax import prepare
+from alexnet_jax import pictures, prepare
 from alexnet_jax.data import (
     DataError,
     check_same_classes,
@@ -48,6 +50,44 @@ def random_picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     return rng.integers(0, 256, (height, width, 3), np.uint8)
 
 
+def deep_png(values: np.ndarray) -> bytes:
+    """A PNG of uint16 [H, W, C], which Pillow writes of one channel only."""
+    height, width, channels = values.shape
+    color = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    header = struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body))
+        + kind
+        + body
+        + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in parts
+    )
+
+
+def deep_tiff(values: np.ndarray, *, apart=False, white_is_zero=False) -> bytes:
+    """A TIFF of uint16 [H, W, C], which Pillow writes of one channel only."""
+    height, width, channels = values.shape
+    strips = np.split(values, channels, axis=2) if apart else [values]
+    size = strips[0].size * 2
+    starts = [8 + i * size for i in range(len(strips))]
+    places = struct.pack(f"<{2 * len(starts)}I", *starts, *[size] * len(starts))
+    end = 8 + values.size * 2
+    tags = {256: width, 257: height, 258: 16, 259: 1, 262: 2 if channels > 1 else 1}
+    tags |= {273: end, 277: channels, 278: height, 279: end + len(places) // 2}
+    tags |= {284: 1 + apart, 262: 0 if white_is_zero else tags[262]}
+    if not apart:
+        tags |= {273: 8, 279: size}
+    entries = b"".join(
+        struct.pack("<HHII", tag, 4, len(starts) if tag in (273, 279) else 1, tags[tag])
+        for tag in sorted(tags)
+    )
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    data = b"".join(strip.astype("<u2").tobytes() for strip in strips)
+    return b"II*\0" + struct.pack("<I", end + len(places)) + data + places + directory
+
+
 class NumberedSource:
     """Picture i is filled with i, its label is i; fails and waits on request."""
 
@@ -55,6 +95,7 @@ class NumberedSource:
     class_names = ("a",)
     num_classes = 1
     description = "numbers"
+    left_out = ""
     statistics_path = None
 
     def __init__(self, num_examples: int, broken: int = -1):
@@ -98,8 +139,8 @@ def test_decode_lossless_modes():
         "rgb": (Image.fromarray(rgb), rgb),
         "grey": (Image.fromarray(grey), grey_rgb),
         "16 bits": (Image.fromarray(deep), grey_rgb),
-        "alpha": (Image.fromarray(alpha), rgb),
-        "grey and alpha": (Image.fromarray(grey_rgb).convert("LA"), None),
+        "alpha": (Image.fromarray(alpha), on_white(alpha)),
+        "grey and opaque alpha": (Image.fromarray(grey_rgb).convert("LA"), None),
         "palette": (palette, grey_rgb),
         "one bit": (Image.fromarray(grey > 127), (grey_rgb > 127) * np.uint8(255)),
     }
@@ -110,11 +151,44 @@ def test_decode_lossless_modes():
             np.testing.assert_array_equal(result, expected, err_msg=name)
 
 
-def test_decode_transparent_palette_does_not_warn(recwarn):
-    picture = Image.fromarray(random_picture(SIZE, SIZE)).quantize(8)
-    data = encoded(picture, transparency=bytes(range(8)))
-    expected = np.asarray(picture.convert("RGB"))
-    np.testing.assert_array_equal(images.decode(data, SIZE, "p"), expected)
+def on_white(rgba: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 4] -> uint8 [H, W, 3], composited in exact arithmetic."""
+    color, alpha = rgba[..., :3].astype(int), rgba[..., 3:].astype(int)
+    return ((color * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def test_transparent_pictures_are_composited_on_white(recwarn):
+    rgba = np.zeros((SIZE, SIZE, 4), np.uint8)
+    rgba[..., :3] = random_picture(SIZE, SIZE)
+    rgba[..., 3] = np.arange(SIZE * SIZE).reshape(SIZE, SIZE)  # every alpha
+    grey = np.repeat(rgba[..., :1], 3, axis=2)
+    grey_alpha = np.concatenate([grey, rgba[..., 3:]], axis=2)
+    palette = Image.fromarray(rgba[..., :3]).quantize(8)
+    alphas = np.array([0, 255, 40, 80, 120, 160, 200, 240], np.uint8)
+    indexed = np.asarray(palette)[..., None]
+    palette_rgba = np.concatenate([palette.convert("RGB"), alphas[indexed]], axis=2)
+    key = tuple(rgba[3, 4, :3].tolist())  # one colour is transparent
+    keyed = rgba.copy()
+    keyed[..., 3] = np.where((rgba[..., :3] == key).all(2), 0, 255)
+    cases = {
+        "RGBA": (encoded(Image.fromarray(rgba)), rgba),
+        "WebP": (
+            encoded(Image.fromarray(rgba), "WEBP", lossless=True, exact=True),
+            rgba,
+        ),
+        "LA": (encoded(Image.fromarray(grey_alpha).convert("LA")), grey_alpha),
+        "P": (encoded(palette, transparency=alphas.tobytes()), palette_rgba),
+        "RGB": (encoded(Image.fromarray(rgba[..., :3]), transparency=key), keyed),
+        "RGBA of 16 bits": (deep_png(rgba.astype(np.uint16) * 257), rgba),
+    }
+    for name, (data, expected) in cases.items():
+        result = images.decode(data, SIZE, name).astype(int)
+        assert np.abs(result - on_white(expected)).max() <= 1, name
+        opaque, clear = expected[..., 3] == 255, expected[..., 3] == 0
+        np.testing.assert_array_equal(result[opaque], expected[opaque, :3], name)
+        assert clear.any() and (result[clear] == 255).all(), name
+    array = images.load_picture(rgba, SIZE)
+    np.testing.assert_array_equal(array, images.decode(cases["RGBA"][0], SIZE, "x"))
     assert not recwarn.list
 
 
@@ -139,13 +213,148 @@ def test_jpeg_fast_path_is_libjpeg_turbos_decoder_in_the_callers_memory():
     assert not batch[0].any() and not batch[2].any()
 
 
-def test_exif_orientation_is_not_applied():
-    picture = Image.fromarray(random_picture(SIZE, SIZE))
+# How a camera stores an upright picture [H, W, 3]: EXIF's "0th row" and "0th column".
+STORED = {
+    1: lambda upright: upright,
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: upright[::-1, ::-1],
+    4: lambda upright: upright[::-1],
+    5: lambda upright: upright.transpose(1, 0, 2),
+    6: lambda upright: upright[:, ::-1].transpose(1, 0, 2),
+    7: lambda upright: upright[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda upright: upright[::-1].transpose(1, 0, 2),
+}
+
+
+def with_orientation(orientation: int) -> Image.Exif:
     exif = Image.Exif()
-    exif[0x0112] = 6  # "turn by 90 degrees"
-    turned = images.decode(encoded(picture, "JPEG", exif=exif), SIZE, "x")
-    plain = images.decode(encoded(picture, "JPEG"), SIZE, "x")
-    np.testing.assert_array_equal(turned, plain)
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation_is_applied(kind, orientation, tmp_path):
+    smooth = np.zeros((SIZE, SIZE + 8, 3), np.uint8)  # JPEG keeps it but for rounding
+    smooth[..., 0] = 10 * np.arange(SIZE + 8)
+    smooth[..., 1] = 12 * np.arange(SIZE)[:, None]
+    picture = Image.fromarray(np.ascontiguousarray(STORED[orientation](smooth)))
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95}}.get(kind, {})
+    path = tmp_path / "train" / "a" / f"1.{kind.lower()}"
+    path.parent.mkdir(parents=True)
+    picture.save(path, kind, exif=with_orientation(orientation), **options)
+    with Image.open(path) as opened:
+        found = {"Pillow": images.load_picture(opened, SIZE)}
+    # `predict` and `retrieve` read files by `pictures.read`, an index its folder.
+    [found["file"]] = pictures.read([str(path)], SIZE)
+    source = open_source(f"folder:{tmp_path}", "train", image_size=SIZE)
+    found["folder"] = next(eval_batches(source, batch_size=1))["image"][0]
+    tolerance = 8 if kind == "JPEG" else 0
+    for door, result in found.items():
+        difference = np.abs(result.astype(int) - smooth[:, 4:-4])
+        assert difference.max() <= tolerance, door
+
+
+def test_orientation_of_xmp_behind_other_segments_is_applied():
+    picture = random_picture(SIZE, SIZE)
+    data = encoded(Image.fromarray(picture), "JPEG")
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="3"/>'
+    thumbnail = b"\xff\xed" + struct.pack(">H", len(data) + 2) + data
+    segment = b"\xff\xe1" + struct.pack(">H", len(xmp) + 2) + xmp
+    turned = images.decode(
+        data[:2] + thumbnail + segment + data[2:], SIZE, "x", upright=True
+    )
+    plain = images.decode(data, SIZE, "x").astype(int)
+    assert np.abs(turned - plain[::-1, ::-1]).mean() < 1  # by two decoders
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_orientation_is_ignored_unless_asked_for(kind):
+    """ImageNet's published numbers were obtained without it."""
+    picture = Image.fromarray(random_picture(SIZE, SIZE))
+    turned = encoded(picture, kind, exif=with_orientation(6))
+    np.testing.assert_array_equal(
+        images.decode(turned, SIZE, "x"),
+        images.decode(encoded(picture, kind), SIZE, "x"),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize(
+    "exif", [b"", b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01"]
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_is_ignored(kind, exif):
+    picture = Image.fromarray(random_picture(SIZE, SIZE))
+    data = encoded(picture, kind, exif=exif)
+    expected = images.decode(encoded(picture, kind), SIZE, "x")
+    np.testing.assert_array_equal(
+        images.decode(data, SIZE, "x", upright=True), expected
+    )
+
+
+DEEP = {"PNG": deep_png, "TIFF": deep_tiff}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", DEEP)
+@pytest.mark.parametrize(
+    "bits, factor", [(8, 256), (9, 64), (10, 64), (12, 16), (14, 4)]
+)
+def test_few_bits_stored_in_16_are_an_error(bits, factor, kind, channels, tmp_path):
+    values = np.zeros((SIZE, SIZE, channels), np.uint16)
+    values[3, 4] = largest = 2**bits - 1
+    said = f"{largest:,}" if channels == 1 else f"below {2**bits:,}"
+    path = tmp_path / "dark.png"
+    path.write_bytes(DEEP[kind](values))
+    with pytest.raises(DataError) as error:
+        images.load_picture(path, SIZE)
+    assert f"cannot decode {path} " in str(error.value)
+    assert f"its largest value is {said} of 65,535: it would" in str(error.value)
+    assert f"magick FILE -evaluate multiply {factor} NEW_FILE" in str(error.value)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", DEEP)
+def test_16_bits_keep_the_upper_8(kind, channels):
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 2**16, (SIZE, SIZE, channels), np.uint16)
+    result = images.decode(DEEP[kind](values), SIZE, "x")
+    np.testing.assert_array_equal(result, np.broadcast_to(values >> 8, result.shape))
+    # A dark picture, if there is one value that needs more than 14 bits; a black one.
+    dark = np.zeros_like(values)
+    dark[0, 0] = 2**14
+    assert images.decode(DEEP[kind](dark), SIZE, "x").max() == 64
+    if channels == 1:
+        assert not images.decode(DEEP[kind](0 * dark), SIZE, "x").any()
+
+
+def test_dark_pictures_of_8_bits_or_fewer_are_read():
+    """BMP's 16 bits are those of three channels together."""
+    data = bytearray(encoded(Image.new("RGB", (2, 2)), "BMP"))
+    data[28] = 16
+    assert not images.decode(bytes(data), 2, "x").any()
+    dark = np.full((SIZE, SIZE, 3), 3, np.uint8)
+    assert (images.decode(encoded(Image.fromarray(dark)), SIZE, "x") == 3).all()
+
+
+@pytest.mark.parametrize(
+    "values, layout, words",
+    [
+        (np.full((SIZE, SIZE, 3), 50_000), {"apart": True}, "channels stored apart"),
+        (
+            np.full((SIZE, SIZE, 1), 50_000),
+            {"white_is_zero": True},
+            "white stored as 0",
+        ),
+    ],
+)
+def test_16_bit_tiffs_that_pillow_reads_wrong_are_an_error(values, layout, words):
+    data = deep_tiff(values.astype(np.uint16), **layout)
+    with pytest.raises(
+        DataError, match=f"more than 8 bits with {words}.*save it as PNG"
+    ):
+        images.decode(data, SIZE, "x")
 
 
 def test_resize_shrinks_by_area_and_cuts_the_centre():

@@ -40,13 +40,15 @@ from test_imagenet import (
 )
 from test_train import folder, small_config  # noqa: F401, a fixture
 
-from alexnet_jax import predict, prepare, train
+from alexnet_jax import experiment as experiment_lib
+from alexnet_jax import predict, prepare, protocol, train
 from alexnet_jax.data import (
     DataError,
     check_same_classes,
     images,
     locks,
     open_source,
+    sources,
     statistics,
     textures,
 )
@@ -84,9 +86,20 @@ def animation() -> bytes:
 
 
 def with_much_text() -> bytes:
+    """More than Pillow's 1 MB, and a colour profile of as much."""
     info = PngImagePlugin.PngInfo()
     info.add_text("comment", "x" * 3_000_000, zip=True)
-    return encoded(noise(), "PNG", pnginfo=info)
+    info.add_itxt("comment", "x" * 3_000_000, zip=True)
+    return encoded(_PLAIN, "PNG", pnginfo=info, icc_profile=bytes(3_000_000))
+
+
+def sideways() -> bytes:
+    """Stored red beside blue; upright it is red above blue."""
+    picture = Image.new("RGB", (32, 32), "red")
+    picture.paste("blue", (16, 0, 32, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(picture, "JPEG", quality=95, exif=exif)
 
 
 def patched(data: bytes, place: int, layout: str, *values: int) -> bytes:
@@ -176,6 +189,11 @@ FAULTS = [
         encoded(Image.fromarray(np.full((9, 7), 0x804D, np.uint16)), "PNG"),
         (0x80, 0x80, 0x80),
     ),
+    Fault(
+        "10 bits in 16",
+        encoded(Image.fromarray(np.full((9, 7), 1000, np.uint16)), "PNG"),
+        "its largest value is 1,000 of 65,535",
+    ),
     Fault("animated GIF", animation(), (200, 0, 0)),
     Fault(
         "1x1", encoded(Image.new("RGB", (1, 1), (10, 200, 30)), "PNG"), (10, 200, 30)
@@ -197,7 +215,7 @@ FAULTS = [
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
         "begins with b'%!PS-Ado'",
     ),
-    Fault("much text", with_much_text(), "Decompressed data too large"),
+    Fault("much text", with_much_text(), (200, 100, 50)),
     Fault("strip", encoded(Image.new("L", (1, 2_000_000)), "PNG"), "too long a strip"),
     Fault("JPEG of 20,000", large_jpeg(20_000, 20_000), _LIMIT),
     Fault("JPEG of 10,000", large_jpeg(10_000, 10_000), f"10,000 x 10,000, {_LIMIT}"),
@@ -224,6 +242,7 @@ FAULTS = [
     ),
 ]
 NAMES = {fault.name: f"{WNIDS[0]}_{i}.JPEG" for i, fault in enumerate(FAULTS)}
+SIDEWAYS = f"{WNIDS[0]}_sideways.JPEG"  # sorted behind the others
 FOLDER, TFDS, NOTEBOOK, COMMAND = "folder:PATH", "tfds", "load_picture", "predict"
 PREPARED = ("archives", "folders", "imagenet2012/5.1.0")
 TAKE_OUT = "Replace the file by an intact copy or take it out of the data set."
@@ -240,6 +259,7 @@ def originals_of_faults(tmp_path_factory) -> Path:
     """All of them as archives, as class folders and as a tfds data set."""
     root = tmp_path_factory.mktemp("faults")
     train = {NAMES[fault.name]: (0, fault.data) for fault in FAULTS}
+    train[SIDEWAYS] = 0, sideways()
     write_archives(root / "archives", train)
     write_folders(root / "folders", flat=True, train=train)
     write_tfds(root / "imagenet2012" / "5.1.0", "array_record", train)
@@ -314,6 +334,20 @@ def test_a_picture_is_right_or_refused(
         assert message.endswith(f". {REMEDIES[door]}")
 
 
+def check_is_sideways(picture: np.ndarray) -> None:
+    middle = picture[len(picture) // 2].astype(int)
+    np.testing.assert_allclose(middle[0], (255, 0, 0), atol=5)
+    np.testing.assert_allclose(middle[-1], (0, 0, 255), atol=5)
+
+
+def test_only_the_users_own_files_are_turned(originals_of_faults):
+    stored = TfdsSource(originals_of_faults / "imagenet2012" / "5.1.0", "train", 8)
+    check_is_sideways(fetched(stored, len(FAULTS)))
+    own = FolderSource(originals_of_faults / "folders", "train", 8)
+    assert own.path_of(len(FAULTS)).name == SIDEWAYS
+    check_is_sideways(fetched(own, len(FAULTS)).transpose(1, 0, 2))
+
+
 def opened(door: str, root: Path, fault: Fault) -> tuple[Source, int]:
     if door == FOLDER:
         index = sorted(NAMES.values()).index(NAMES[fault.name])
@@ -345,7 +379,9 @@ def check_outcome(
 def test_prepared_pictures_are_right_or_left_out_with_a_word(kind, prepared):
     target, record, said = prepared(kind)
     stored, left_out = records(target, "train"), dict(record["unreadable"])
-    assert set(stored) | set(left_out) == set(NAMES.values())
+    assert set(stored) | set(left_out) == {*NAMES.values(), SIDEWAYS}
+    # As in ImageNet's published protocol: not turned.
+    check_is_sideways(images.decode(stored[SIDEWAYS][1], 256, SIDEWAYS))
     for fault in FAULTS:
         name = NAMES[fault.name]
         picture = None
@@ -471,7 +507,7 @@ def _empty_class(root: Path) -> None:
 
 
 def _class_of_other_files(root: Path) -> None:
-    (_class(root) / "a.gif").touch()
+    (_class(root) / "a.svg").touch()
     (root / "train" / WNIDS[1] / ".hidden.jpg").touch()
 
 
@@ -513,9 +549,9 @@ def _class_of_two_lines(root: Path) -> None:
 
 FOLDER_FAULTS = [
     (_empty_class, f"train/{WNIDS[1]} holds no pictures", "Fill it or remove it"),
-    (_class_of_other_files, "found there: a.gif)", "Fill it or remove it"),
+    (_class_of_other_files, "found there: a.svg)", "Fill it or remove it"),
     (_class_that_links_to_itself, f"{WNIDS[1]} cannot be read: Too many", "remove it"),
-    (_class_that_links_to_all, f"found there: {WNIDS[0]}, {WNIDS[1]}", "remove it"),
+    (_class_that_links_to_all, "holds pictures only in folders inside it", "Move them"),
     (_class_that_links_nowhere, "a link to /no/such, which is not there", "remove it"),
     (_picture_that_links_to_itself, "/1.jpg cannot be read: Too many", "remove it"),
     (_picture_that_links_nowhere, "a link to ../gone.jpg, which is not", "remove it"),
@@ -583,21 +619,77 @@ def test_names_that_only_look_alike_are_told(tmp_path):
         check_same_classes(*splits)
 
 
-def test_what_a_folder_ignores_is_told(tmp_path):
+def left_out_folder(root: Path) -> Path:
+    """Two classes of three pictures, and files that are not read."""
     picture = encoded(noise(), "PNG")
-    files = "a/2.png", "a/10.PNG", "a/.hidden.png", "a/notes.txt", "a/deep/1.png"
-    for name in (*files, ".git/1.png", "b/1.png", "b/1.gif", "readme.txt"):
-        path = tmp_path / "train" / name
+    files = "a/2.png", "a/10.PNG", "a/.hidden.png", "a/notes.txt", "a/.git/1.png"
+    deep = [f"a/deep/{i}.gif" for i in range(4)] + ["b/x/y/1.png", "b/x/.DS_Store"]
+    for name in (*files, *deep, ".git/1.png", "b/1.avif", "b/1.heic", "3.jpg"):
+        path = root / "train" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture)
-    source = FolderSource(tmp_path, "train", 8)
+    return root
+
+
+LEFT_OUT = (
+    "2 file(s) of other kinds (a/notes.txt, b/1.heic), 5 picture(s) in folders inside a "
+    "class (a/deep/0.gif, a/deep/1.gif, a/deep/2.gif, ...), 1 picture(s) outside class "
+    "folders (3.jpg)"
+)
+
+
+def test_left_out_files_are_counted_by_reason(tmp_path):
+    source = FolderSource(left_out_folder(tmp_path), "train", 8)
     assert source.class_names == ("a", "b")
     assert source.labels_of(np.arange(3)).tolist() == [0, 0, 1]
-    assert source._files == ["10.PNG", "2.png", "1.png"]
-    assert source.description == (
-        f"folder {tmp_path / 'train'}; ignored, because they are no pictures: "
-        "readme.txt, a/deep, a/notes.txt, ... (4 in all)"
+    assert source._files == ["10.PNG", "2.png", "1.avif"]
+    assert source.description == f"folder {tmp_path / 'train'}"
+    assert source.left_out == f"left out of {tmp_path / 'train'}: {LEFT_OUT}"
+    assert sources.Sample(source, 2).left_out == source.left_out
+
+
+def test_left_out_files_are_a_warning_of_every_command(tmp_path, capsys):
+    root = left_out_folder(tmp_path / "pictures")
+    (root / "train").rename(root / "test")
+    left_out_folder(root)
+    lines = [
+        f"WARNING: left out of {root / split}: {LEFT_OUT}\n"
+        for split in ("train", "test")
+    ]
+    run = small_config(root)
+    experiment = experiment_lib.build(run)
+    assert "".join(f"{line}\n" for line in train._describe(experiment)).endswith(
+        "".join(lines)
     )
+    capsys.readouterr()
+    state = experiment.init_state()
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    protocol._predictions(experiment, variables)
+    assert capsys.readouterr().out == lines[1]
+    common = [f"--source=folder:{root}", "--image_size=8"]
+    assert prepare.main(["prepare", "statistics", *common]) == 0
+    assert lines[0] in capsys.readouterr().out
+    common += ["--eval_split=test", f"--out={tmp_path / 'sheet.png'}"]
+    prepare.main(["prepare", "check", *common])
+    said = capsys.readouterr().out
+    assert [said.count(line) for line in lines] == [1, 1]
+
+
+@pytest.mark.parametrize("suffix", images.PICTURE_SUFFIXES)
+def test_every_readable_format_is_read_from_folders(suffix, tmp_path):
+    path = tmp_path / "train" / "a" / f"1{suffix.upper()}"
+    path.parent.mkdir(parents=True)
+    mode = {".pbm": "1", ".pgm": "L"}.get(suffix, "RGB")
+    Image.new(mode, (9, 9), 255 if mode != "RGB" else (255, 255, 255)).save(path)
+    assert (fetched(FolderSource(tmp_path, "train", 8), 0) > 250).all()
+
+
+def test_class_of_nested_pictures_only_says_so(tmp_path):
+    (tmp_path / "train" / "a" / "deep").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "deep" / "1.tif").touch()
+    words = r"a holds pictures only in folders inside it \(1 in deep\)\. Move them into"
+    with pytest.raises(DataError, match=words):
+        FolderSource(tmp_path, "train", 8)
 
 
 def test_a_picture_that_has_gone_is_named(tmp_path):

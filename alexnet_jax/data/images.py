@@ -3,9 +3,10 @@
 The resize is the one the 2012 pictures went through: the shorter side to S, then
 the central S x S (Krizhevsky et al. 2012, section 2; cuda-convnet2's make-data
 shrinks by pixel area and enlarges by cubic interpolation). Every picture becomes
-RGB: about twenty ImageNet files are CMYK, one is a PNG. EXIF orientation is NOT
-applied: the published ImageNet numbers were obtained without it. Of an animation the
-first frame counts.
+RGB: about twenty ImageNet files are CMYK, one is a PNG. Transparent pixels are composited
+on white. EXIF orientation is applied to the user's own files (`upright`), but not to
+ImageNet: its published numbers were obtained without it. An animation is read as its
+first frame.
 
 Whatever a file claims to be, memory and time are bounded: more than MAX_BYTES are not
 read, more than MAX_PIXELS and MAX_SCANS not decoded, which is known before they are.
@@ -14,13 +15,22 @@ read, more than MAX_PIXELS and MAX_SCANS not decoded, which is known before they
 import contextlib
 import functools
 import io
+import itertools
 import os
+import re
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import (
+    ExifTags,
+    Image,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
 
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.paths import printable
@@ -31,13 +41,37 @@ MAX_PIXELS = 89_478_485
 MAX_BYTES = 2**28
 # A progressive JPEG has ten or so, each as long to decode as a whole picture.
 MAX_SCANS = 100
-# Those of Pillow's formats that are taken. Of the others some start a program (EPS), some
-# take gigabytes for a file of 150 bytes (JPEG 2000) and most are never met.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+# Those of Pillow's formats that are taken, and how their files are called. Of the others
+# some start a program (EPS), some take gigabytes for a file of 150 bytes (JPEG 2000) and
+# most are never met.
+_FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "AVIF": (".avif",),
+}
+PICTURE_SUFFIXES = tuple(suffix for names in _FORMATS.values() for suffix in names)
 TAKE_OUT = "Replace the file by an intact copy or take it out of the data set"
 _JPEG_START, _SCAN_START = b"\xff\xd8", b"\xff\xda"
-# Numbers of the tags of a TIFF that say how large its tiles are.
-_TILE_WIDTH, _TILE_LENGTH = 322, 323
+_APP1 = 0xE1  # the segments of a JPEG that hold EXIF or XMP
+# Numbers of a TIFF's tags.
+_BITS, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 258, 262, 322, 323
+# Pillow's names of layouts of 16 bits a channel, of which it keeps the upper 8.
+_REDUCED = re.compile(r"(LA|RGB[AaX]?);16[BLN]")
+# What sets each EXIF orientation upright; 1 is upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # libjpeg converts these to RGB by itself; CMYK and YCCK go through Pillow.
 _JPEG_COLORS = ("YCbCr", "RGB", "Gray")
 
@@ -61,6 +95,7 @@ def decode(
     name: str,
     out: np.ndarray | None = None,
     *,
+    upright: bool = False,
     remedy: str = TAKE_OUT,
 ) -> np.ndarray:
     """Decodes one picture file to RGB, resized and cut to a square.
@@ -71,14 +106,15 @@ def decode(
       size: side S of the result in pixels.
       name: file or record, for the error message.
       out: where to write, uint8 [S, S, 3], C-contiguous; allocated when absent.
+      upright: turn it as its EXIF orientation says. (Pillow turns every TIFF.)
       remedy: what to do about a broken one, for the error message.
 
     Returns:
       `out`: uint8 [S, S, 3], 0..255.
 
     Raises:
-      DataError: (a ValueError) the picture is broken or too large; the message says
-        which one, and why.
+      DataError: (a ValueError) the picture is broken, too large, or has less than 15
+        bits stored in 16; the message says which one, and why.
       OSError: there is not enough memory for it.
     """
     if out is None:
@@ -87,9 +123,9 @@ def decode(
         if len(data) > MAX_BYTES:
             raise ValueError(f"files of more than {MAX_BYTES:,} bytes are not read")
         _check_scans(data)
-        if not _decode_plain_jpeg(data, size, out):
+        if not _decode_plain_jpeg(data, size, out, upright=upright):
             with _open(data) as picture:
-                out[...] = _square(picture, size)
+                out[...] = _square(picture, size, upright=upright)
     return out
 
 
@@ -119,13 +155,15 @@ def _formats() -> list[str]:
 
 def _open(data: bytes) -> Image.Image:
     """Reads the header only."""
+    # Pillow refuses intact files with more than 1 MB of compressed text or colour profile.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_BYTES
     try:
         return Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError:  # Pillow names a buffer at an address
         if not data:
             raise ValueError("the file is empty") from None
         raise ValueError(
-            f"it is damaged or no picture ({', '.join(_FORMATS)}); it begins with "
+            f"it is damaged or no picture ({', '.join(_formats())}); it begins with "
             f"{data[:8]!r}"
         ) from None
 
@@ -138,12 +176,9 @@ def _check_pixels(width: int, height: int) -> None:
         raise ValueError(_TOO_LARGE.format(f"{width:,} x {height:,}, "))
 
 
-def _check_scans(data: bytes) -> None:
-    # The same bytes may be in other segments and behind the picture: they are looked at
-    # closely where there are many.
-    if not data.startswith(_JPEG_START) or data.count(_SCAN_START) <= MAX_SCANS:
-        return
-    scans, place = 0, len(_JPEG_START)
+def _markers(data: bytes) -> Iterator[int]:
+    """Yield the marker of every segment of a JPEG, up to the end of the picture."""
+    place = len(_JPEG_START)
     while 0 <= (place := data.find(b"\xff", place)) < len(data) - 1:
         marker = data[place + 1]
         if marker == 0xD9:  # the end of the picture
@@ -153,34 +188,96 @@ def _check_scans(data: bytes) -> None:
         elif marker in (0, 1) or 0xD0 <= marker <= 0xD8:  # no segment follows
             place += 2
         else:
-            scans += marker == _SCAN_START[1]
+            yield marker
             place += 2 + max(2, int.from_bytes(data[place + 2 : place + 4], "big"))
+
+
+def _check_scans(data: bytes) -> None:
+    # The same bytes may be in other segments and behind the picture: they are looked at
+    # closely where there are many.
+    if not data.startswith(_JPEG_START) or data.count(_SCAN_START) <= MAX_SCANS:
+        return
+    scans = sum(marker == _SCAN_START[1] for marker in _markers(data))
     if scans > MAX_SCANS:
         raise ValueError(f"it has {scans:,} scans, more than {MAX_SCANS}")
 
 
-def _check_tiles(picture: TiffImagePlugin.TiffImageFile) -> None:
-    """Of a TIFF, where a tile may be larger than the picture, or be any JPEG."""
+def _check_tiff(picture: TiffImagePlugin.TiffImageFile) -> None:
+    """Raise ValueError for a TIFF that Pillow would read wrong, or without a bound.
+
+    A tile may be larger than the picture, or be any JPEG.
+    """
     tags = picture.tag_v2
     _check_pixels(int(tags.get(_TILE_WIDTH, 1)), int(tags.get(_TILE_LENGTH, 1)))
     if "jpeg" in str(picture.info.get("compression")):
         raise ValueError(
             "it is a TIFF with JPEG in it, which is not read; save it as JPEG or PNG"
         )
+    # Pillow reads channels that are stored apart as bytes, and does not invert these.
+    apart = picture.tile and ";" not in str(picture.tile)
+    inverted = tags.get(_PHOTOMETRIC) == 0
+    if max(tags.get(_BITS, (1,))) > 8 and (apart or inverted):
+        raise ValueError(
+            "it is a TIFF of more than 8 bits with "
+            f"{'channels stored apart' if apart else 'white stored as 0'}, which is not "
+            "read; save it as PNG"
+        )
 
 
-def _square(picture: Image.Image, size: int) -> np.ndarray:
+def _check_range(largest: int, in_words: str) -> None:
+    """Raise ValueError if 16 bits hold 14 or fewer: their upper 8 would look black.
+
+    Args:
+      largest: value of the picture, or the largest that it may have.
+      in_words: the same for the error message.
+    """
+    bits = max(8, largest.bit_length())
+    if bits > 14 or largest == 0:
+        return
+    factor = 2 ** (16 - bits - bits % 2)
+    raise ValueError(
+        f"it has 16 bits a channel, but its largest value is {in_words} of 65,535: it "
+        "would be read as nearly black. Multiply the values of all such files alike, for "
+        f"example by {factor}: magick FILE -evaluate multiply {factor} NEW_FILE"
+    )
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 without a tag that can be read."""
+    try:
+        return picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError, LookupError, TypeError, OSError, struct.error):
+        return 1  # a damaged tag makes no picture unreadable
+
+
+def _square(picture: Image.Image, size: int, *, upright: bool) -> np.ndarray:
     """As of `resize_to_square`, of a picture that may not be decoded yet."""
     _check_pixels(*picture.size)
     if isinstance(picture, TiffImagePlugin.TiffImageFile):
-        _check_tiles(picture)
-    return resize_to_square(_to_rgb(picture), size)
+        _check_tiff(picture)
+    reduced = _REDUCED.search(str(getattr(picture, "tile", "")))
+    picture.load()
+    if reduced:
+        above = 256 * (1 + np.asarray(picture.convert("RGB")).max().item())
+        _check_range(above - 1, f"below {above:,}")
+    orientation = _orientation(picture) if upright else 1
+    picture = _to_rgb(picture)
+    if orientation in _TURNS:
+        picture = picture.transpose(_TURNS[orientation])
+    return resize_to_square(picture, size)
 
 
-def _decode_plain_jpeg(data: bytes, size: int, out: np.ndarray) -> bool:
+def _decode_plain_jpeg(
+    data: bytes, size: int, out: np.ndarray, *, upright: bool
+) -> bool:
     """Fast path; False leaves the picture, and the verdict on it, to Pillow."""
     if data[:2] != _JPEG_START:
         return False
+    if upright:
+        # APP0 to APP15 and comments come before the tables.
+        first = itertools.takewhile(lambda marker: marker >= 0xE0, _markers(data))
+        if _APP1 in first and _orientation(_open(data)) in _TURNS:
+            return False
     try:
         height, width, color, _ = simplejpeg.decode_jpeg_header(data)
         if color not in _JPEG_COLORS or int(width) * int(height) > MAX_PIXELS:
@@ -241,7 +338,9 @@ def load_picture(
     """One picture, from a path, Pillow or an array, the way training sees it.
 
     Args:
-      picture: a path, a Pillow picture, or uint8 [H, W], [H, W, 3] or [H, W, 4].
+      picture: a path, a Pillow picture, or uint8 [H, W], [H, W, 3] or [H, W, 4]. Files
+        and Pillow pictures are turned by their EXIF orientation. RGBA is composited on
+        white.
       size: side S of the result in pixels.
 
     Returns:
@@ -254,7 +353,8 @@ def load_picture(
     """
     remedy = "Give an intact copy or another picture"
     if isinstance(picture, (str, os.PathLike)):
-        return decode(read(picture), size, os.fspath(picture), remedy=remedy)
+        name = os.fspath(picture)
+        return decode(read(picture), size, name, upright=True, remedy=remedy)
     if isinstance(picture, np.ndarray):
         channels = picture.shape[2:]
         shaped = channels in ((), (3,), (4,)) and picture.size
@@ -266,7 +366,7 @@ def load_picture(
         picture = Image.fromarray(picture)
     name = str(getattr(picture, "filename", "")) or "the picture"
     with _naming(name, remedy):
-        return np.array(_square(picture, size))
+        return np.array(_square(picture, size, upright=True))
 
 
 def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
@@ -279,16 +379,17 @@ def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB; transparency is dropped, 16 bits keep the upper 8."""
-    if picture.mode == "RGB":
-        return picture
+    """Convert any Pillow mode to RGB, composited on white; 16 bits keep the upper 8."""
     if picture.mode.startswith("I"):  # 16-bit grey; convert("RGB") would clip it
         values = np.asarray(picture)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError("more than 16 bits a channel")
+        _check_range(int(values.max()), f"{values.max():,}")
         picture = Image.fromarray((values >> 8).astype(np.uint8))
     elif picture.mode == "F":
         raise ValueError("floating-point pixels have no known range")
-    elif picture.mode in ("P", "PA", "LA"):
-        picture = picture.convert("RGBA")  # Pillow warns on the direct way
-    return picture.convert("RGB")
+    elif picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")

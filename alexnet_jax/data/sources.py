@@ -17,9 +17,9 @@ import numpy as np
 from alexnet_jax.data import images as images_lib
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.files import parse_json, read_small
+from alexnet_jax.data.images import PICTURE_SUFFIXES
 from alexnet_jax.data.paths import UNPRINTABLE, expanded, printable, require_utf8
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _EVAL_FOLDERS = ("test", "val", "validation")
 HOW_TO_GET_IMAGENET = (
     "The archives are had from https://image-net.org/download-images after signing up "
@@ -45,6 +45,7 @@ class Source(Protocol):
       class_names: names, indexed by label; `num_classes` is their number.
       image_size: side S of the pictures that `fetch` writes.
       description: one line that says where the examples lie.
+      left_out: one line that says which files there are not read; empty if all are.
       statistics_path: where the mean image and the colour PCA of this split are
         kept, beside the data; None if the source has no place of its own.
     """
@@ -57,6 +58,8 @@ class Source(Protocol):
     def image_size(self) -> int: ...
     @property
     def description(self) -> str: ...
+    @property
+    def left_out(self) -> str: ...
     @property
     def statistics_path(self) -> Path | None: ...
     @property
@@ -150,9 +153,9 @@ class FolderSource:
     """PATH/{train, test|val|validation}/<class>/<picture>.
 
     Labels are the positions of the class names in sorted order (by code point, so
-    ImageNet's WNIDs get their usual labels); files are sorted too. Hidden files are
-    ignored; so are files of other kinds and folders inside a class folder, but of these
-    the description tells. Attributes: see `Source`.
+    ImageNet's WNIDs get their usual labels); files are sorted too. Pictures are turned by
+    their EXIF orientation. Hidden files are ignored; files of other kinds and folders
+    inside a class folder are named in `left_out`. Attributes: see `Source`.
     """
 
     def __init__(self, path: str | os.PathLike, split: str, image_size: int):
@@ -181,9 +184,7 @@ class FolderSource:
         self._labels = np.asarray(labels, np.int32)
         self.num_examples = len(self._files)
         self.description = f"folder {self._folder}"
-        if ignored:
-            what = some(ignored, limit=3)
-            self.description += f"; ignored, because they are no pictures: {what}"
+        self.left_out = _left_out(self._folder, ignored)
         self.statistics_path = root / _statistics_name(split, image_size)
 
     @property
@@ -217,14 +218,16 @@ class FolderSource:
                     f"cannot read {path}: {error.strerror}. Mend it or remove it, and "
                     "start the same command again"
                 ) from error
-            images_lib.decode(data, self.image_size, str(path), images[i])
+            name = str(path)
+            images_lib.decode(data, self.image_size, name, images[i], upright=True)
 
 
 class TfdsSource:
     """A prepared tfds data set in a random-access format (array_record).
 
     It needs an image and a class label among its features, whatever their names.
-    Nothing is downloaded or prepared here. Attributes: see `Source`.
+    Nothing is downloaded or prepared here. As in ImageNet's published protocol, pictures
+    are not turned by their EXIF orientation. Attributes: see `Source`.
     """
 
     def __init__(self, directory: Path, split: str, image_size: int):
@@ -266,6 +269,7 @@ class TfdsSource:
         self.class_names = classes
         self.image_size = image_size
         self.description = f"tfds {directory} [{split}]"
+        self.left_out = ""
         self.statistics_path = directory / _statistics_name(split, image_size)
 
     @property
@@ -342,6 +346,7 @@ class FakeSource:
         self.class_names = tuple(f"class_{k}" for k in range(num_classes))
         self.image_size = image_size
         self.description = f"fake data, {num_examples} random pictures [{split}]"
+        self.left_out = ""
         self.statistics_path = None
         shape = (32, image_size, image_size, 3)
         self._pool = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
@@ -375,7 +380,7 @@ class Sample:
         self.num_examples = min(count, total)
         self._source = source
         self._chosen = np.arange(total)
-        self.description = source.description
+        self.description, self.left_out = source.description, source.left_out
         if self.num_examples < total:
             places = np.random.default_rng(0).random(count) + np.arange(count)
             self._chosen = (places * total / count).astype(np.int64)
@@ -488,14 +493,14 @@ def _what_is_in(folder: Path) -> str:
 
 
 def class_files(folder: Path) -> tuple[list[str], list[str]]:
-    """The sorted names of the pictures in a class folder, and of what else is there.
+    """Return the sorted names of the pictures in a class folder, and of all else.
 
     Raises:
       DataError: there are no pictures, or one of them is no file.
     """
     files, others = [], []
     for entry in visible(folder):
-        named = entry.name.lower().endswith(PICTURE_SUFFIXES)
+        named = _is_picture(entry.name)
         (files if named else others).append(entry.name)
         if named and is_folder(entry):
             raise DataError(
@@ -504,11 +509,58 @@ def class_files(folder: Path) -> tuple[list[str], list[str]]:
             )
     if files:
         return sorted(files), sorted(others)
+    below = [file for other in others for file in _files_below(folder, other)]
+    if count := sum(map(_is_picture, below)):
+        raise DataError(
+            f"class folder {folder} holds pictures only in folders inside it ({count:,} in "
+            f"{some(sorted(others))}). Move them into {folder} itself"
+        )
     raise DataError(
         f"class folder {folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)}; "
         f"found there: {some(sorted(others))}). Fill it or remove "
         "it: an empty class would shift the labels unnoticed"
     )
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(PICTURE_SUFFIXES)
+
+
+def _files_below(folder: Path, name: str) -> list[str]:
+    """Return the visible files in a folder of `folder`, at any depth; a file itself."""
+    if not (folder / name).is_dir():
+        return [name]
+    found = []
+    for place, folders, files in os.walk(folder / name):
+        folders[:] = [inner for inner in folders if not inner.startswith(".")]
+        visible_files = [file for file in files if not file.startswith(".")]
+        found += [os.path.relpath(Path(place, file), folder) for file in visible_files]
+    return found
+
+
+def _left_out(folder: Path, names: Sequence[str]) -> str:
+    """Describe by reason what is not read of a split; "" if all is read.
+
+    Args:
+      folder: of the split.
+      names: of the files and folders, relative to it.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        for file in _files_below(folder, name):
+            if not _is_picture(file):
+                reason = "file(s) of other kinds"
+            elif "/" in name:
+                reason = "picture(s) in folders inside a class"
+            else:
+                reason = "picture(s) outside class folders"
+            found.setdefault(reason, []).append(file)
+    parts = [
+        f"{len(files):,} {reason} ({', '.join(map(printable, sorted(files)[:3]))}"
+        f"{', ...' if len(files) > 3 else ''})"
+        for reason, files in sorted(found.items())
+    ]
+    return f"left out of {folder}: {', '.join(parts)}" if parts else ""
 
 
 def is_folder(entry: os.DirEntry) -> bool:

@@ -1,7 +1,8 @@
 """Makes the tfds data set `imagenet2012_256` of the original pictures, once.
 
 The paper's preprocessing (section 2): the shorter side to 256, then the central
-256 x 256; stored as JPEG of quality 95, as cuda-convnet2's make-data did.
+256 x 256; stored as JPEG of quality 95, as cuda-convnet2's make-data did. EXIF
+orientation is ignored, as in the published results.
 
 tfds's own `download_and_prepare` begins anew when it is interrupted, and works on one
 core. Here every shard is a task for any process: it is written under another name and
