@@ -93,6 +93,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
     """
     watch = Stopwatch()
     path = _folder(workdir)
+    experiment_lib.validate(config)
     # Before anything is written: weights to start from may be the wrong ones.
     begun = has_checkpoint(path / experiment_lib.CHECKPOINTS)
     if not begun:
@@ -301,7 +302,7 @@ def prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
     Raises:
       ConfigError: for a config that is wrong, or a workdir of another network.
     """
-    experiment_lib.validate(config)
+    experiment_lib.validate(config, training=False)
     differences, statistics = [], None
     # What a run without a checkpoint left behind may be of other data.
     begun = has_checkpoint(workdir / experiment_lib.CHECKPOINTS)
