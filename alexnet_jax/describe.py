@@ -23,7 +23,7 @@ def describe(config: Config) -> str:
     Raises:
       ConfigError: for a config that is wrong.
     """
-    experiment.validate(config)
+    experiment.validate(config, training=False)
     network = experiment.make_model(config, config.model.num_classes or None)
     size = config.data.crop_size
     rows = summary(network, size)

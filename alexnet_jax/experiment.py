@@ -196,17 +196,19 @@ class Experiment:
         )
 
 
-def validate(config: Config, *, devices: bool = True) -> None:
+def validate(config: Config, *, devices: bool = True, training: bool = True) -> None:
     """Checks everything that can be checked without the data.
 
     Args:
       devices: whether to look for devices, and check what is asked of them.
+      training: whether to refuse fields that would have no effect on a training.
 
     Raises:
       ConfigError: naming every field that is wrong, what it holds and what it may.
     """
     tree = config.to_dict()
     problems = fields_lib.kind_problems(tree)
+    out_of_range = fields_lib.range_problems(tree)
     # What is computed from several fields needs all of them to be of their kind.
     if not problems:
         problems = _combination_problems(config)
@@ -223,9 +225,12 @@ def validate(config: Config, *, devices: bool = True) -> None:
                 problems.append(str(error))
             problems += _layer_factor_problems(config, network)
             problems += _new_layer_problems(config, network)
+            if training and not out_of_range:
+                problems += _idle_schedule_problems(config)
+                problems += _idle_field_problems(config, network)
             if devices:
                 problems += _mesh_problems(config, network)
-    _refuse(fields_lib.range_problems(tree) + problems)
+    _refuse(out_of_range + problems)
 
 
 def _refuse(problems: list[str]) -> None:
@@ -249,14 +254,131 @@ def _combination_problems(config: Config) -> list[str]:
             f"--config.schedule.warmup_epochs={config.schedule.warmup_epochs} must be "
             f"below --config.num_epochs={config.num_epochs}."
         )
-    if config.augment.min_area < 1 and not config.augment.crop:
-        problems.append(
-            f"--config.augment.min_area={config.augment.min_area} is of random crops; "
-            "set --config.augment.crop=True, or --config.augment.min_area=1.0."
-        )
     if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         problems.append(
             "--config.model.dtype=float64 needs JAX_ENABLE_X64=1 in the environment."
+        )
+    return problems
+
+
+def _idle_schedule_problems(config: Config) -> list[str]:
+    """A schedule that lowers the learning rate by events that never come."""
+    schedule = config.schedule
+    split, every = config.data.eval_split, config.eval_every_epochs
+    if schedule.name == "plateau" and schedule.max_drops and not (split and every):
+        problem = (
+            "--config.schedule.name='plateau' lowers the learning rate by evaluations, "
+            f"and --config.data.eval_split={split!r} with --config.eval_every_epochs="
+            f"{every} leaves none. Evaluate, or take another schedule, such as constant "
+            "or cosine, or --config.schedule.max_drops=0."
+        )
+        return [problem]
+    first_drop = min(schedule.drop_epochs, default=0)
+    if schedule.name == "fixed" and first_drop >= config.num_epochs:
+        problem = (
+            f"--config.schedule.drop_epochs={tuple(schedule.drop_epochs)} are all after "
+            f"the end, --config.num_epochs={config.num_epochs}: the learning rate would "
+            "never drop. Set earlier ones, or --config.schedule.name=constant."
+        )
+        return [problem]
+    return []
+
+
+@dataclass(frozen=True)
+class _Need:
+    """What a field needs of other fields to have an effect.
+
+    Attributes:
+      field: such as "schedule.power".
+      idle: values that ask for nothing, the default first.
+      others: the fields that decide.
+      met: whether they, and the network, let the field have an effect.
+      words: what it needs of them.
+    """
+
+    field: str
+    idle: tuple[Any, ...]
+    others: tuple[str, ...]
+    met: Callable[[Config, variants.Variant], Any]
+    words: str
+
+
+def _on_schedule(*names: str) -> Callable[[Config, variants.Variant], bool]:
+    return lambda c, _: c.schedule.name in names
+
+
+def _with_stage(*kinds: type) -> Callable[[Config, variants.Variant], bool]:
+    return lambda _, network: any(isinstance(s, kinds) for s in network.stages)
+
+
+# Fields are not here if they only say what is so anyway: `optim.decay_bias=False` where
+# nothing decays, `checkpoint.every_steps=0`. Nor is what --mode=eval reads: `eval_views`.
+# fmt: off
+_NEEDS = (
+    _Need("eval_every_epochs", (1.0, 0.0), ("data.eval_split",),
+          lambda c, _: c.data.eval_split, "a split"),
+    _Need("finetune.new_layers", ((),), ("finetune.source",),
+          lambda c, _: c.finetune.source, "weights to start from"),
+    _Need("data.dir", ("",), ("data.source",),
+          lambda c, _: not c.data.source.startswith("folder:") and c.data.source != "fake",
+          "a tfds data set or textures"),
+    _Need("augment.min_area", (1.0,), ("augment.crop",),
+          lambda c, _: c.augment.crop, "True"),
+    _Need("augment.lighting_form", ("paper",), ("augment.lighting",),
+          lambda c, _: c.augment.lighting, "more than 0"),
+    _Need("augment.lighting_until_epoch", (-1.0,), ("augment.lighting",),
+          lambda c, _: c.augment.lighting, "more than 0"),
+    _Need("augment.lighting_until_epoch", (-1.0,), ("num_epochs",),
+          lambda c, _: c.augment.lighting_until_epoch < c.num_epochs, "a longer run"),
+    _Need("optim.form", ("paper",), ("optim.momentum",),
+          lambda c, _: c.optim.momentum, "more than 0"),
+    _Need("schedule.factor", (0.1,), ("schedule.name",),
+          _on_schedule("plateau", "fixed"), "plateau or fixed"),
+    _Need("schedule.patience", (5,), ("schedule.name",),
+          _on_schedule("plateau"), "plateau"),
+    _Need("schedule.patience", (5,), ("schedule.max_drops",),
+          lambda c, _: c.schedule.max_drops, "1 or more"),
+    _Need("schedule.max_drops", (3, 0), ("schedule.name",),
+          _on_schedule("plateau"), "plateau"),
+    _Need("schedule.drop_epochs", ((25.0, 51.0, 79.0), ()), ("schedule.name",),
+          _on_schedule("fixed"), "fixed"),
+    _Need("schedule.layer_factors", ((),), ("num_epochs",),
+          lambda c, _: min(e for _, e, _ in c.schedule.layer_factors) < c.num_epochs,
+          "a longer run"),
+    _Need("schedule.warmup_epochs", (0.0,), ("schedule.name",),
+          _on_schedule("cosine", "polynomial"), "cosine or polynomial"),
+    _Need("schedule.power", (2.0,), ("schedule.name",),
+          _on_schedule("polynomial"), "polynomial"),
+    _Need("model.overrides.dropout", (None, 0.0), ("model.variant",),
+          _with_stage(variants.Dropout), "a network with dropout"),
+    _Need("model.overrides.norm_place", (None,),
+          ("model.variant", "model.overrides.lrn", "model.overrides.normalization"),
+          _with_stage(*variants.NORMS), "a network with normalisation"),
+)
+# fmt: on
+
+
+def _idle_field_problems(config: Config, network: variants.Variant) -> list[str]:
+    """Fields that ask for something, and cannot have an effect beside the others."""
+    fields = flat(config.to_dict())
+    problems = []
+    for need in _NEEDS:
+        value = fields.get(need.field)
+        if isinstance(value, list):
+            value = tuple(value)
+        if value in need.idle or need.met(config, network):
+            continue
+        others = {name: fields.get(name) for name in need.others}
+        beside = ", ".join(
+            f"--config.{name}={kinds.shown(other)}"
+            for name, other in others.items()
+            if other is not None
+        )
+        default = need.idle[0]
+        left = "out" if default is None else f"at {kinds.shown(default)}"
+        problems.append(
+            f"--config.{need.field}={kinds.shown(value)} has no effect with {beside}; it "
+            f"needs {need.words}, or to be left {left}."
         )
     return problems
 
@@ -388,7 +510,7 @@ def build(
       ConfigError: for anything wrong with the config itself.
       ValueError, FileNotFoundError: for anything wrong with the data.
     """
-    validate(config)
+    validate(config, training=False)  # `train` refuses what a training ignores
     train, evaluation = _open_sources(config)
     network = make_model(config, _num_classes(config, train))
     mode = config.parallel.mode

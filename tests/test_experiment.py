@@ -138,17 +138,16 @@ def test_all_mistakes_at_once_in_words():
             "'caffe' cannot be split over 2 columns: its local response",
         ),
         ({"schedule__drop_epochs": (3.0, 2.0)}, "above 0 and increasing"),
-        ({"schedule__warmup_epochs": 100.0}, "must be below --config.num_epochs=90"),
+        (
+            {"schedule__warmup_epochs": 100.0, "schedule__name": "cosine"},
+            "must be below --config.num_epochs=90",
+        ),
         ({"optim__label_smoothing": 1.0}, "=1.0 is out of range: 0 .none. to below 1"),
         ({"optim__trust_coefficient": -0.1}, "out of range: 0 .off. or more"),
         ({"schedule__power": 0.0}, "power=0.0 is out of range: above 0"),
         (
             {"augment__min_area": 0.0},
             "min_area=0.0 is out of range: above 0, at most 1",
-        ),
-        (
-            {"augment__min_area": 0.5, "augment__crop": False},
-            "min_area=0.5 is of random crops; set --config.augment.crop=True",
         ),
         ({"model__dtype": "float64"}, "needs JAX_ENABLE_X64=1"),
         ({"model__overrides__dropout": 2.0}, "dropout=2.0 is not a rate"),
@@ -159,6 +158,79 @@ def test_each_mistake_is_said(changes, words):
     with pytest.raises(experiment.ConfigError, match=words) as error:
         experiment.validate(config_with(**changes))
     assert str(error.value).startswith("1 mistake in the config:")
+
+
+COSINE = {"schedule__name": "cosine"}
+# Changes to the common config, and what is said about them.
+IDLE = [
+    ({"schedule__warmup_epochs": 5.0},
+     ("--config.schedule.warmup_epochs=5.0 has no effect with --config.schedule.name="
+      "'plateau'; it needs cosine or polynomial, or to be left at 0.0.")),
+    (COSINE | {"schedule__factor": 0.5}, "it needs plateau or fixed"),
+    (COSINE | {"schedule__patience": 2}, "it needs plateau, or to be left at 5"),
+    (COSINE | {"schedule__max_drops": 2}, "it needs plateau, or to be left at 3"),
+    (COSINE | {"schedule__drop_epochs": (2.0,)}, "drop_epochs=(2.0,) has no effect"),
+    (COSINE | {"schedule__power": 3.0}, "it needs polynomial"),
+    ({"schedule__max_drops": 0, "schedule__patience": 2}, "it needs 1 or more"),
+    ({"schedule__layer_factors": (("conv1", 90, 0.1),)}, "effect with --config.num_epochs"),
+    ({"schedule__name": "fixed", "num_epochs": 25.0},
+     "drop_epochs=(25.0, 51.0, 79.0) are all after the end, --config.num_epochs=25.0"),
+    ({"data__eval_split": ""},
+     ("'plateau' lowers the learning rate by evaluations, and --config.data.eval_split='' "
+      "with --config.eval_every_epochs=1.0 leaves none. Evaluate, or take another schedule, such as constant or cosine, or "
+      "--config.schedule.max_drops=0.")),
+    ({"eval_every_epochs": 0.0}, "--config.data.eval_split='test' with --config.eval_every_epochs=0.0 leaves none."),
+    (COSINE | {"data__eval_split": "", "eval_every_epochs": 2.0},
+     "eval_every_epochs=2.0 has no effect with --config.data.eval_split=''"),
+    ({"augment__min_area": 0.5, "augment__crop": False}, "effect with --config.augment.crop"),
+    ({"augment__lighting": 0.0, "augment__lighting_form": "original"}, "lighting=0.0; it"),
+    ({"augment__lighting": 0.0, "augment__lighting_until_epoch": 6.0}, "lighting=0.0; it"),
+    ({"augment__lighting_until_epoch": 90.0}, "effect with --config.num_epochs=90.0"),
+    ({"optim__momentum": 0.0, "optim__form": "torch"}, "form='torch' has no effect"),
+    ({"finetune__new_layers": ("fc7",)}, "it needs weights to start from"),
+    ({"data__dir": "DATA", "data__source": "folder:PATH"}, "dir='DATA' has no effect"),
+    ({"data__dir": "DATA", "data__source": "fake"}, "it needs a tfds data set or textures"),
+    ({"model__variant": "cifar_13", "model__overrides__dropout": 0.5,
+      "data__image_size": 32, "data__crop_size": 24},
+     ("dropout=0.5 has no effect with --config.model.variant='cifar_13'; it needs a "
+      "network with dropout, or to be left out.")),
+    ({"model__overrides__norm_place": "before", "model__overrides__lrn": False},
+     "with --config.model.variant='paper', --config.model.overrides.lrn=False; it needs"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, words", IDLE)
+def test_a_field_without_effect_is_refused_in_training_only(changes, words):
+    config = config_with(**changes)
+    with pytest.raises(experiment.ConfigError, match=re.escape(words)) as error:
+        experiment.validate(config)
+    assert str(error.value).startswith("1 mistake in the config:")
+    experiment.validate(config, training=False)
+
+
+def test_a_field_that_has_an_effect_or_asks_for_nothing_is_not_refused():
+    for changes in (
+        COSINE | {"schedule__warmup_epochs": 5.0, "eval_every_epochs": 0.0},
+        COSINE | {"data__eval_split": "", "schedule__drop_epochs": ()},
+        {"data__eval_split": "", "schedule__max_drops": 0, "eval_views": 10},
+        {"schedule__name": "fixed", "num_epochs": 26.0, "schedule__factor": 0.5},
+        {"schedule__name": "fixed", "schedule__drop_epochs": ()},
+        {"schedule__name": "polynomial", "schedule__power": 3.0},
+        {"schedule__layer_factors": (("conv1", 9.0, 0.1), ("conv1", 95.0, 0.0))},
+        {"optim__weight_decay": 0.0, "optim__decay_bias": False},
+        {"data__dir": "DATA"},
+        {"model__variant": "owt", "model__overrides__lrn": False},
+        {"model__overrides__norm_place": "after", "model__overrides__dropout": 0.5},
+        {"finetune__source": "runs/a", "finetune__new_layers": ["fc7"]},
+    ):
+        experiment.validate(config_with(**changes))
+
+
+def test_defaults_ask_for_nothing():
+    defaults = experiment.flat(common.get_config().to_dict())
+    for need in experiment._NEEDS:
+        assert defaults[need.field] == need.idle[0], need.field
+        assert {*need.others} <= defaults.keys()
 
 
 def test_open_mesh_takes_what_there_is():

@@ -54,7 +54,7 @@ def shapes(tmp_path_factory):
 
 def config_from(source, shapes, **changes):
     config = small_config(shapes, num_epochs=1.0)
-    config.schedule.name = "cosine"
+    config.schedule.name, config.schedule.patience = "cosine", 5
     config.finetune.source = str(source)
     for name, value in changes.items():
         setattr(config, name, value)
@@ -129,8 +129,7 @@ def test_a_run_keeps_frozen_layers_and_goes_on_without_its_source(
 
 def test_columns_take_the_weights_of_one_device(folder, tmp_path):  # noqa: F811
     """Each its part, and the sum is the whole."""
-    config = columns_config(folder)
-    config.max_steps, config.data.eval_split = 0, ""
+    config = columns_config(folder, eval_split="", eval_every_epochs=0.0, max_steps=0)
     train.train_and_evaluate(config, tmp_path / "source")
     config.seed, config.finetune.source = 1, str(tmp_path / "source@latest")
     _, state, _ = finetune.begin(experiment.build(config))

@@ -41,6 +41,7 @@ def test_evaluation_of_a_workdir_on_more_devices(runs, tmp_path, capsys):
     best = min(records(root / "seed_1", "eval/"), key=lambda r: r["eval/top1_error"])
     config = config.copy_and_resolve_references()
     config.data.batch_size = config.parallel.data = 7
+    config.eval_every_epochs = 0.0  # a training by the plateau rule would be refused
     record = protocol.evaluate_runs(config, [Member(root / "seed_1")])
     assert record["eval/count"] == PICTURES
     for name in ("eval/top1_error", "eval/top5_error"):
@@ -49,14 +50,15 @@ def test_evaluation_of_a_workdir_on_more_devices(runs, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1]) == record
     wrong = f"{100 * record['eval/top1_error']:.2f}%"
-    assert lines[:4] == [
+    assert lines[:5] == [
         f"{root / 'seed_1'}: the config differs from this workdir's:",
         "  --config.data.batch_size: 6 in the workdir, now 7",
+        "  --config.eval_every_epochs: 1.0 in the workdir, now 0.0",
         "  --config.parallel.data: 1 in the workdir, now 7",
-        lines[3],
+        lines[4],
     ]
-    assert lines[3].startswith(f"step {record['step']}: top-1 error ")
-    assert f"top-1 error {wrong}, top-5 error 0.00% (centre view)" in lines[3]
+    assert lines[4].startswith(f"step {record['step']}: top-1 error ")
+    assert f"top-1 error {wrong}, top-5 error 0.00% (centre view)" in lines[4]
     assert any(line.endswith(f" of {PICTURES // 3} pictures") for line in lines), lines
     with pytest.raises(CheckpointError, match="There is no checkpoint in"):
         protocol.evaluate_runs(config, [Member(tmp_path)])

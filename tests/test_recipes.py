@@ -24,7 +24,7 @@ def test_two_steps_of_every_recipe(name, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "STATISTICS_SAMPLE", 8)
     config = recipe(name)
     config.data.source = "fake"
-    config.data.eval_split = ""
+    config.data.eval_split, config.schedule.max_drops = "", 0
     config.data.batch_size = 4
     config.model.width = 1 / 32
     config.model.init = "he"

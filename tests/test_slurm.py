@@ -43,6 +43,7 @@ def get_config():
     config.parallel.column = 2
     config.num_epochs = 28.0
     config.eval_every_epochs = 0.0
+    config.schedule.name = "constant"
     config.log_every_steps = 2
     return config
 """

@@ -127,13 +127,13 @@ def test_settings_win_over_the_sweep_but_not_over_what_its_rows_differ_in():
     sweep = make_sweep(
         Row("whole"), Row("other", {"augment.crop": True}), overrides={"max_steps": 5}
     )
-    plan = Plan("mine", sweep, (0, 1), {"max_steps": "7", "num_epochs": "2"})
+    plan = Plan("mine", sweep, (0, 1), {"max_steps": "7", "num_epochs": "200"})
     runs = plan.runs({})
     assert [run.name for run in runs] == [
         *("whole/seed_0", "whole/seed_1", "other/seed_0", "other/seed_1")
     ]
     assert runs[3].overrides == {
-        "max_steps": 7, "augment.crop": True, "num_epochs": 2.0, "seed": 1
+        "max_steps": 7, "augment.crop": True, "num_epochs": 200.0, "seed": 1
     }  # fmt: skip
     with pytest.raises(SweepError, match="rows of sweep 'mine' differ in it"):
         Plan("mine", sweep, (0,), {"augment.crop": "False"})

@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
     return root
 
 
-def small_config(folder, **changes):
+def small_config(folder, *, eval_split="test", **changes):
     config = common.get_config()
     config.data.source = f"folder:{folder}"
     config.data.image_size = 34
@@ -73,16 +73,20 @@ def small_config(folder, **changes):
     config.num_epochs = 8.0
     config.log_every_steps = 5
     config.eval_every_epochs = 1.0
-    config.schedule.patience = 1
     config.parallel.data = 1
+    config.data.eval_split = eval_split
     for name, value in changes.items():
         setattr(config, name, value)
+    if eval_split and config.eval_every_epochs:
+        config.schedule.patience = 1
+    else:  # nothing that the plateau rule could go by
+        config.schedule.name = "constant"
     return config
 
 
-def columns_config(folder):
+def columns_config(folder, **changes):
     """The paper's net, very narrow, in two columns."""
-    config = small_config(folder)
+    config = small_config(folder, **{"eval_every_epochs": 2.0} | changes)
     config.data.image_size = 226
     config.data.crop_size = 224
     config.model.variant = "paper"
@@ -90,7 +94,6 @@ def columns_config(folder):
     config.parallel.mode = "columns"
     config.parallel.column = 2
     config.optim.learning_rate = 1e-3
-    config.eval_every_epochs = 2.0
     config.num_epochs = 5.0
     return config
 
@@ -232,10 +235,9 @@ def in_float64():
 
 
 def float64_config(folder, mode, data, column):
-    config = columns_config(folder)
+    config = columns_config(folder, eval_split="", eval_every_epochs=0.0)
     config.model.dtype = "float64"
     config.data.batch_size = 8
-    config.data.eval_split = ""
     config.log_every_steps = 1
     config.max_steps = 10
     config.checkpoint.every_steps = 5
@@ -336,8 +338,7 @@ def test_a_signal_in_the_last_save_promises_nothing(
         os.kill(os.getpid(), signal.SIGTERM)
         save(checkpointer, step, *args, **kwargs)
 
-    config = small_config(folder, max_steps=2)
-    config.data.eval_split = ""
+    config = small_config(folder, max_steps=2, eval_split="")
     monkeypatch.setattr(train.Checkpointer, "save", save_and_signal)
     assert int(train.train_and_evaluate(config, tmp_path).step) == 2
     out, err = capfd.readouterr()
@@ -436,7 +437,7 @@ def test_the_plateau_rule_lowers_the_learning_rate(folder, tmp_path, capsys):
     assert "no better error in 1 evaluations\nlearning rate now 1e-13" in out
     # A lower rate asked for on resuming is followed.
     config.optim.learning_rate = 1e-10
-    config.schedule.max_drops = 0
+    config.schedule.max_drops, config.schedule.patience = 0, 5
     config.max_steps = 13
     state = train.train_and_evaluate(config, tmp_path)
     rate = state.opt_state.hyperparams["learning_rate"]
@@ -536,7 +537,7 @@ def test_a_checkpoint_of_another_network_is_refused_whatever_the_workdir_says(
 def test_what_makes_a_checkpoint_unreadable_is_shown(finished, folder, tmp_path):
     shutil.copytree(finished[1], tmp_path, dirs_exist_ok=True)
     config = small_config(folder, num_epochs=9.0)
-    config.schedule.name = "cosine"
+    config.schedule.name, config.schedule.patience = "cosine", 5
     with pytest.raises(CheckpointError, match=r"schedule.name: plateau in the workdir"):
         train.train_and_evaluate(config, tmp_path)
 
@@ -577,6 +578,11 @@ def test_a_workdir_that_cannot_be_one(folder, tmp_path):
         train.train_and_evaluate(small_config(folder), tmp_path / "file")
     with pytest.raises(ConfigError, match="gs://bucket/run must be a local or mounted"):
         train.train_and_evaluate(small_config(folder), "gs://bucket/run")
+    with pytest.raises(
+        ConfigError, match="a,b has a comma, which separates runs in --m"
+    ):
+        train.train_and_evaluate(small_config(folder), tmp_path / "a,b")
+    assert not (tmp_path / "a,b").exists()
 
 
 def test_load_gives_model_variables_and_preprocess(finished, folder):
@@ -630,9 +636,8 @@ def test_weights_that_were_spoilt_long_before_are_traced_back(folder, tmp_path):
     """Nothing looked at a loss or a parameter in the ten steps before the checkpoint."""
     messages = []
     for name, every in (("looked at in each step", 1), ("in none", 10)):
-        config = small_config(folder)
+        config = small_config(folder, eval_every_epochs=0.0)
         config.optim.learning_rate = 1e9
-        config.eval_every_epochs = 0.0
         config.log_every_steps = every if every == 1 else 20
         config.checkpoint.every_steps = every if every > 1 else 0
         with pytest.raises(FloatingPointError) as raised:
@@ -664,8 +669,7 @@ def test_a_fault_that_does_not_come_back_is_said(folder, tmp_path, monkeypatch):
 
 
 def test_a_run_goes_on_when_nobody_reads_its_lines(folder, tmp_path, monkeypatch):
-    config = small_config(folder, max_steps=3)
-    config.data.eval_split = ""
+    config = small_config(folder, max_steps=3, eval_split="")
     with open("/dev/full", "w") as full, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", full)
         assert int(train.train_and_evaluate(config, tmp_path).step) == 3
@@ -674,8 +678,7 @@ def test_a_run_goes_on_when_nobody_reads_its_lines(folder, tmp_path, monkeypatch
 
 
 def test_without_an_evaluation_split(folder, tmp_path):
-    config = small_config(folder)
-    config.data.eval_split = ""
+    config = small_config(folder, eval_split="")
     config.max_steps = 7
     assert int(train.train_and_evaluate(config, tmp_path).step) == 7
     assert not records(tmp_path, "eval/")
@@ -709,8 +712,7 @@ def test_summaries_change_nothing_and_are_written(finished, folder, tmp_path, ca
 
 @pytest.mark.parametrize("crash", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_resumed_run_has_each_summary_once(crash, folder, tmp_path, monkeypatch):
-    config = small_config(folder, summaries_every_steps=5, max_steps=18)
-    config.data.eval_split = ""
+    config = small_config(folder, summaries_every_steps=5, max_steps=18, eval_split="")
     config.checkpoint.every_steps = 10
     if crash:  # in step 11, so with the summary of step 10 written already
         keep = train._Run._keep
@@ -737,8 +739,7 @@ def test_a_resumed_run_has_each_summary_once(crash, folder, tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_a_batch_in_parts_trains_the_same(finished, folder, tmp_path):
-    config = small_config(folder)
-    config.data.eval_split = ""
+    config = small_config(folder, eval_split="")
     config.optim.accumulate_steps = 3
     config.max_steps = 5
     train.train_and_evaluate(config, tmp_path)
@@ -749,8 +750,7 @@ def test_a_batch_in_parts_trains_the_same(finished, folder, tmp_path):
 
 
 def test_a_loss_that_stays_at_guessing_is_said_once(folder, tmp_path, capsys):
-    config = small_config(folder, stall_after_steps=9, max_steps=20)
-    config.data.eval_split = ""
+    config = small_config(folder, stall_after_steps=9, max_steps=20, eval_split="")
     config.model.init = "caffe"
     config.optim.learning_rate = 1e-12
     train.train_and_evaluate(config, tmp_path)
@@ -775,8 +775,7 @@ def test_a_loss_that_stays_at_guessing_is_said_once(folder, tmp_path, capsys):
 
 
 def test_a_run_that_learns_is_not_warned_of(folder, tmp_path, capsys):
-    config = small_config(folder, stall_after_steps=20)
-    config.data.eval_split = ""
+    config = small_config(folder, stall_after_steps=20, eval_split="")
     train.train_and_evaluate(config, tmp_path)
     assert records(tmp_path, "train/")[-1]["train/loss"] < math.log(3) - 0.1
     assert "WARNING" not in capsys.readouterr().out
@@ -793,8 +792,7 @@ def traced_steps(workdir):
 
 @pytest.mark.slow
 def test_a_few_steps_are_traced(finished, folder, tmp_path, monkeypatch, capsys):
-    config = small_config(folder, profile=2, max_steps=8)
-    config.data.eval_split = ""
+    config = small_config(folder, profile=2, max_steps=8, eval_split="")
     train.train_and_evaluate(config, tmp_path / "whole")
     assert traced_steps(tmp_path / "whole") == [3, 4]
     out = capsys.readouterr().out
@@ -803,15 +801,13 @@ def test_a_few_steps_are_traced(finished, folder, tmp_path, monkeypatch, capsys)
     assert records(tmp_path / "whole", "train/")[0] == records(plain, "train/")[0]
     assert not (plain / "profile").exists()
     # Stopped in the middle: closed, or the next one could not be started.
-    config = small_config(folder, profile=50)
-    config.data.eval_split = ""
+    config = small_config(folder, profile=50, eval_split="")
     with monkeypatch.context() as patch:
         StopAt(patch, 5, signal.SIGTERM)
         with pytest.raises(SystemExit):
             train.train_and_evaluate(config, tmp_path / "stopped")
     assert traced_steps(tmp_path / "stopped") == [3, 4]
-    config = small_config(folder, profile=2, max_steps=3)
-    config.data.eval_split = ""
+    config = small_config(folder, profile=2, max_steps=3, eval_split="")
     capsys.readouterr()
     train.train_and_evaluate(config, tmp_path / "short")
     assert "no trace: --config.profile begins 3 steps after" in capsys.readouterr().out
@@ -1062,17 +1058,102 @@ def test_waiting_for_data_is_told_from_computing(folder, tmp_path, monkeypatch):
     assert waited[10] < waited[30]
 
 
-def test_a_run_says_that_pictures_are_gone(folder, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "batch_size, parts, remedy",
+    [
+        (
+            3,
+            1,
+            "Keep 6; --config.optim.accumulate_steps=2 is the same run in less memory",
+        ),
+        (
+            2,
+            2,
+            "Keep 6; --config.optim.accumulate_steps=6 is the same run in less memory",
+        ),
+        (
+            4,
+            1,
+            "Keep 6; --config.optim.accumulate_steps=N is the same run in less memory",
+        ),
+        (12, 1, "Keep 6. Or take a new --workdir"),
+    ],
+)
+def test_another_batch_size_is_refused_on_resuming(
+    batch_size, parts, remedy, finished, folder
+):
+    """Step 34 of batches of 6 is epoch 8.16; of batches of 3 it would be 4.08."""
+    _, workdir = finished
+    before = {path: path.stat().st_mtime_ns for path in workdir.iterdir()}
+    config = small_config(folder)
+    config.data.batch_size, config.optim.accumulate_steps = batch_size, parts
+    with pytest.raises(ConfigError) as raised:
+        train.train_and_evaluate(config, workdir)
+    message = str(raised.value)
+    assert message.startswith(
+        f"{workdir} has --config.data.batch_size=6, not {batch_size}: its steps would mean "
+        f"other epochs, learning rates and places in the data. {remedy}"
+    )
+    assert f"--config=configs/finetune.py:{workdir} starts it" in message
+    after = {path: path.stat().st_mtime_ns for path in workdir.iterdir()}
+    assert after.keys() == before.keys()
+    for name in ("config.json", "metrics.jsonl"):
+        assert after[workdir / name] == before[workdir / name]
+
+
+def test_the_remedy_for_memory_is_the_same_run(
+    ten_steps_on_two_devices, folder, tmp_path
+):
+    """From step 5 on each batch of 8 goes through the network in two parts."""
+    moved = tmp_path / "moved"
+    shutil.copytree(ten_steps_on_two_devices, moved)
+    shutil.rmtree(moved / "checkpoints" / "10")
+    config = float64_config(folder, "columns", 1, 2)
+    config.optim.accumulate_steps = 2
+    with in_float64():
+        state = train.train_and_evaluate(config, moved)
+        config.optim.accumulate_steps = 1
+        whole = train.train_and_evaluate(config, ten_steps_on_two_devices)  # has ended
+    assert int(state.step) == int(whole.step) == 10
+    for a, b in zip(leaves(state), leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
+    for prefix in ("train/loss", "lr"):
+        for row, wanted in zip(
+            records(moved, prefix),
+            records(ten_steps_on_two_devices, prefix),
+            strict=True,
+        ):
+            assert row == pytest.approx(wanted, rel=1e-10)
+
+
+def test_a_run_whose_pictures_changed_is_refused(folder, tmp_path):
     data = shutil.copytree(folder, tmp_path / "data")
-    for steps, said in ((4, False), (5, False), (6, True)):
-        config = small_config(data, max_steps=steps, eval_every_epochs=0.0)
-        if said:
-            next((data / "train" / "red").iterdir()).unlink()
+    config = small_config(data, max_steps=4, eval_every_epochs=0.0)
+    train.train_and_evaluate(config, tmp_path / "run")
+    next((data / "train" / "red").iterdir()).unlink()
+    config.max_steps = 6
+    words = (
+        f"run was trained on {PICTURES} pictures, and there are {PICTURES - 1} now: its "
+        "steps would mean other epochs, learning rates and places in the data. Bring the "
+        "old ones back. Or take a new --workdir"
+    )
+    with pytest.raises(ConfigError, match=re.escape(words)):
         train.train_and_evaluate(config, tmp_path / "run")
-        line = (
-            f"had {PICTURES} pictures when this run was saved, and has {PICTURES - 1}"
-        )
-        assert (line in capsys.readouterr().out) is said
+
+
+def test_a_longer_run_says_that_its_schedule_is_laid_out_anew(folder, tmp_path, capsys):
+    config = small_config(folder, max_steps=2, num_epochs=2.0, eval_split="")
+    config.schedule.name = "cosine"
+    train.train_and_evaluate(config, tmp_path)
+    config.num_epochs, config.max_steps = 4.0, 4
+    train.train_and_evaluate(config, tmp_path)
+    assert (
+        "the cosine schedule is laid out over 4 epochs instead of 2: from here on the "
+        "learning rate is another\nresuming from step 2"
+    ) in capsys.readouterr().out
+    # Step 3 of round(4 * 25 / 6) steps.
+    rate = records(tmp_path, "lr")[-1]["lr"]
+    assert rate == pytest.approx(1e-3 * (1 + math.cos(math.pi * 3 / 17)) / 2)
 
 
 class SimulatedClock:

@@ -34,6 +34,7 @@ def get_sweep(units="relu,tanh,sigmoid"):
             "num_epochs": 60.0,
             "stop_at_train_error": TARGET,
             "schedule.name": "constant",
+            "schedule.drop_epochs": (),
             "optim.weight_decay": 0.0,
             "optim.layer_weight_decay": False,
             "log_every_steps": 98,  # a quarter of an epoch
