@@ -88,7 +88,7 @@ _CPU_DEVICES = flags.DEFINE_integer(
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",
-    list(distributed.MODES),
+    ["auto", "on", "off"],
     "Whether this is one of several processes; auto: if the flags below say so, or the "
     "environment is of several SLURM or Open MPI tasks.",
 )
