@@ -24,6 +24,7 @@ from alexnet_jax import (
     experiment,
     memory,
     output,
+    parallel,
     protocol,
     stopping,
     train,
@@ -113,6 +114,7 @@ _USER_ERRORS = (
     DataError,
     CheckpointError,
     DistributedError,
+    parallel.DeviceError,
     PredictionsError,
     WeightsError,
     OSError,
@@ -140,6 +142,7 @@ def main(argv: Sequence[str]) -> None:
     with stopping.at_once():  # they wait for the other processes
         _connect()
         distributed.require_same({"mode": _MODE.value, "workdir": workdir} | fields)
+    parallel.require_devices()
     memory.return_freed_arrays()
     if _MODE.value != "describe":
         _keep_compiled_programs()

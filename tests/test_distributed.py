@@ -336,7 +336,7 @@ def test_one_process_is_not_connected(mode, environment, monkeypatch):
         ({"SLURM_STEP_NUM_TASKS": "1"}, ("slurm", 1)),
         # A batch script, outside of srun.
         ({name: value for name, value in SRUN.items() if "STEP" not in name}, (None, 1)),
-        # Where srun has left a name without a value.
+        # A variable without a value is none.
         ({"SLURM_STEP_NODELIST": ""}, (None, 1)),
     ],
 )  # fmt: skip
