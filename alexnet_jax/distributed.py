@@ -17,13 +17,11 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed as jax_distributed
 
-MODES = ("auto", "on", "off")
 # A process that has not been heard of for so long is dead, and the run with it.
 HEARTBEAT_SECONDS = 40
 # How long a process that has ended waits for the others to end.
@@ -54,9 +52,10 @@ def start(
     """Connects this process with the others of its run; before anything else of jax.
 
     Args:
-      mode: "off": this process is alone. "on": there are others, named by the
-        arguments or by the environment of SLURM or Open MPI. "auto": on if any
-        argument is given, or the environment is of a job of several tasks.
+      mode: "off": this process is alone, whatever the environment says. "on": there
+        are others, named by the arguments or by the environment of SLURM or Open MPI.
+        "auto": on if any argument is given, or SLURM or Open MPI has started several
+        tasks.
       coordinator_address: HOST:PORT of process 0, for all processes the same.
       num_processes, process_id: how many there are, and which one this is, from 0.
       local_device_ids: numbers of the GPUs that are this process's own; else SLURM
@@ -68,19 +67,28 @@ def start(
       Whether there are others.
 
     Raises:
-      DistributedError: for arguments that do not fit together, a port that is taken,
-        or two processes with one GPU. When the others do not come in time the
-        process ends with exit status 1 and a message: XLA can only abort.
+      DistributedError: for arguments that do not fit together, an environment as of
+        `find_launcher`, a port that is taken, or two processes with one GPU. When the
+        others do not come in time the process ends with exit status 1 and a message:
+        XLA can only abort.
     """
     given = {
         "coordinator_address": coordinator_address,
         "num_processes": num_processes,
         "process_id": process_id,
     }
-    found = _tasks(os.environ)
-    if not _wanted(mode, given, found):
+    some = [f"--{name}" for name, value in given.items() if value is not None]
+    if mode == "off":
+        if some:
+            raise DistributedError(f"--distributed=off contradicts {', '.join(some)}.")
         return False
-    _check_arguments(given, found)
+    launcher, tasks = (None, 1) if some else find_launcher(os.environ)
+    if mode == "auto" and not some and tasks == 1:
+        return False
+    if launcher is None:
+        _check_arguments(given)
+    else:
+        given["num_processes"] = tasks
     if coordinator_address and process_id == 0:
         _check_port_is_free(coordinator_address)
     # SIGTERM is the trainer's to answer; the service would swallow it.
@@ -92,8 +100,8 @@ def start(
         jax.distributed.initialize(
             **given,
             local_device_ids=local_device_ids,
-            # Where all is said jax need not ask, as it would ask Kubernetes' server.
-            cluster_detection_method="deactivate" if coordinator_address else None,
+            # Nothing else is asked, as Kubernetes' server would be.
+            cluster_detection_method=launcher or "deactivate",
             # XLA's own end of patience is an abort with a stack trace.
             initialization_timeout=connect_seconds + 60,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
@@ -107,35 +115,18 @@ def start(
         giving_up.cancel()
     settings: Any = jax.config
     if settings.jax_platforms != "cpu":
-        _settle_gpus(local_device_ids, found)
+        _settle_gpus(local_device_ids)
     return True
 
 
-def _wanted(mode: str, given: Mapping[str, Any], found: "_Tasks | None") -> bool:
-    if mode not in MODES:
-        raise DistributedError(
-            f"--distributed={mode} must be one of {', '.join(MODES)}."
-        )
-    some = [name for name, value in given.items() if value is not None]
-    if mode == "off" and some:
-        raise DistributedError(
-            f"--distributed=off and --{some[0]} contradict each other."
-        )
-    if mode == "auto":
-        return bool(some) or (found is not None and found.count > 1)
-    return mode == "on"
-
-
-def _check_arguments(given: Mapping[str, Any], found: "_Tasks | None") -> None:
+def _check_arguments(given: Mapping[str, Any]) -> None:
     missing = [name for name, value in given.items() if value is None]
-    if missing and not (found and len(missing) == len(given)):
+    if missing:
         raise DistributedError(
             "several processes need --coordinator_address=HOST:PORT, --num_processes=N "
-            f"and --process_id=I, or a task of SLURM (srun); missing: "
+            f"and --process_id=I, or a task of SLURM or Open MPI; missing: "
             f"{', '.join('--' + name for name in missing)}."
         )
-    if missing:
-        return
     address, count, this = given.values()
     if not re.fullmatch(r".+:\d+", address):
         raise DistributedError(
@@ -147,43 +138,57 @@ def _check_arguments(given: Mapping[str, Any], found: "_Tasks | None") -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Tasks:
-    """The tasks of this job as their launcher's environment has them.
+# What mpirun and srun set for their tasks and jax reads, the number of tasks first. In
+# jax's order: mpirun may itself be a step of SLURM. SLURM_NTASKS can be the job's number:
+# in a shell that salloc opens, which is one task.
+_VARIABLES = {
+    "ompi": "OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_LOCAL_RANK "
+    "OMPI_MCA_orte_hnp_uri",
+    "slurm": "SLURM_STEP_NUM_TASKS SLURM_STEP_NODELIST SLURM_NTASKS SLURM_PROCID "
+    "SLURM_LOCALID SLURM_JOB_ID",
+}
 
-    Attributes:
-      count: of the job; `on_node` of them on this node, this one the `local_id`-th.
+
+def find_launcher(environ: Mapping[str, str]) -> tuple[str | None, int]:
+    """Return jax's name for what started this process, and the number of its tasks.
+
+    (None, 1) if neither Open MPI's mpirun nor SLURM's srun did.
+
+    Raises:
+      DistributedError: if some of its variables are missing, unless there is one task,
+        which needs no others.
     """
-
-    count: int
-    on_node: int | None
-    local_id: int
-
-
-def _tasks(environ: Mapping[str, str]) -> _Tasks | None:
-    """What SLURM or Open MPI say, in the way that `jax.distributed` reads it."""
-    # Only within srun; the batch script itself has no step.
-    if "SLURM_STEP_NODELIST" in environ and "SLURM_LOCALID" in environ:
-        per_node = list(_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", "")))
-        node = int(environ.get("SLURM_NODEID", 0))
-        return _Tasks(
-            int(environ["SLURM_NTASKS"]),
-            per_node[node] if node < len(per_node) else None,
-            int(environ["SLURM_LOCALID"]),
-        )
-    if "OMPI_MCA_orte_hnp_uri" in environ:
-        return _Tasks(
-            int(environ["OMPI_COMM_WORLD_SIZE"]),
-            int(environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 0)) or None,
-            int(environ["OMPI_COMM_WORLD_LOCAL_RANK"]),
-        )
-    return None
+    for name, variables in _VARIABLES.items():
+        there = {v: environ[v] for v in variables.split() if environ.get(v)}
+        # Outside of srun, as in a batch script, SLURM has a job but no step.
+        if any(v.startswith(("OMPI_", "SLURM_STEP_")) for v in there):
+            tasks = there.get(variables.split()[0], "0")
+            missing = [v for v in variables.split() if v not in there]
+            if missing and tasks != "1":
+                raise DistributedError(
+                    "the environment of srun or mpirun is half set: it has "
+                    f"{', '.join(there)}, but not {', '.join(missing)}. Add "
+                    "--distributed=off to run one process alone, or "
+                    "--coordinator_address, --num_processes and --process_id to run "
+                    "several."
+                )
+            return name, int(tasks)
+    return None, 1
 
 
-def _per_node(text: str) -> Iterator[int]:
-    """SLURM's "4(x2),1" -> 4, 4, 1."""
+def tasks_on_node(environ: Mapping[str, str]) -> tuple[int, int] | None:
+    """Return how many tasks are on this node, and which this is; None if nobody says."""
+    if tasks := environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"):
+        return int(tasks), int(environ["OMPI_COMM_WORLD_LOCAL_RANK"])
+    # "4(x2),1" is 4, 4, 1.
+    text = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    per_node: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
-        yield from [int(count)] * int(times or 1)
+        per_node += [int(count)] * int(times or 1)
+    node = int(environ.get("SLURM_NODEID", 0))
+    if node < len(per_node):
+        return per_node[node], int(environ.get("SLURM_LOCALID", 0))
+    return None
 
 
 def _check_port_is_free(address: str) -> None:
@@ -203,7 +208,7 @@ def _give_up(given: Mapping[str, Any], seconds: int) -> None:
     """Ends the process with the reason why it is still alone."""
     state = jax_distributed.global_state
     address = given["coordinator_address"] or state.coordinator_address
-    this, count = state.process_id, given["num_processes"] or "all"
+    this, count = state.process_id, given["num_processes"]
     if this == 0:
         reason = f"not all of {count} processes came within {seconds} seconds"
     else:
@@ -212,6 +217,7 @@ def _give_up(given: Mapping[str, Any], seconds: int) -> None:
         f"error: process {this}: {reason}. Are all processes started, with the same "
         "--coordinator_address and --num_processes, and no firewall between them? "
         "--connect_seconds changes how long they wait."
+        + ("" if given["coordinator_address"] else " --distributed=off waits for none.")
     )
     print(message, file=sys.stderr, flush=True)
     os._exit(1)
@@ -243,13 +249,13 @@ def _connect_to(address: str) -> OSError | None:
 # GPUs.
 
 
-def _settle_gpus(asked: Sequence[int] | None, found: _Tasks | None) -> None:
+def _settle_gpus(asked: Sequence[int] | None) -> None:
     """Takes this process's share of its node's GPUs; an error if it is not its own."""
     gpus = visible_gpus(os.environ)
     if gpus is None:  # no nvidia-smi: jax's own choice, unchecked
         return
-    if asked is None and found is not None:
-        asked = share_of_gpus(len(gpus), found.on_node, found.local_id)
+    if asked is None and (place := tasks_on_node(os.environ)):
+        asked = share_of_gpus(len(gpus), *place)
         # jax would take the GPU number `local_id`, whatever the job was given.
         chosen = "all" if asked is None else ",".join(map(str, asked))
         jax.config.update("jax_cuda_visible_devices", chosen)
@@ -272,14 +278,14 @@ def _settle_gpus(asked: Sequence[int] | None, found: _Tasks | None) -> None:
                 )
 
 
-def share_of_gpus(gpus: int, tasks: int | None, local_id: int) -> list[int] | None:
+def share_of_gpus(gpus: int, tasks: int, local_id: int) -> list[int] | None:
     """The numbers of the GPUs that are this task's among those it sees; None: all.
 
     Raises:
       DistributedError: when `gpus` do not divide over `tasks`.
     """
     # One GPU is what a launcher shows that binds GPUs to tasks by itself.
-    if tasks is None or tasks == 1 or gpus <= 1:
+    if tasks == 1 or gpus <= 1:
         return None
     if gpus % tasks:
         raise DistributedError(

@@ -744,6 +744,7 @@ def load(
       CheckpointError: if it holds no whole checkpoint, or not one of its network.
       WeightsError: if it is a file that cannot be used, and why; or another variant.
       DataError, ConfigError: if the statistics or the class names are damaged.
+      DeviceError: if jax has no devices.
     """
     weights = read_network(path, step=step, variant=variant)
     return weights.make_model(), weights.variables, make_preprocess(weights)
@@ -775,6 +776,7 @@ def read_network(
 
     Arguments and errors are those of `load`.
     """
+    parallel.require_devices()
     if is_weights_file(path):
         if step is not None:
             raise WeightsError(f"{path} is a file of weights; it has no step {step}.")

@@ -25,6 +25,7 @@ from alexnet_jax import (
     experiment,
     memory,
     output,
+    parallel,
     protocol,
     stopping,
     train,
@@ -89,7 +90,7 @@ _CPU_DEVICES = flags.DEFINE_integer(
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",
-    list(distributed.MODES),
+    ["auto", "on", "off"],
     "Whether this is one of several processes; auto: if the flags below say so, or the "
     "environment is of several SLURM or Open MPI tasks.",
 )
@@ -114,6 +115,7 @@ _USER_ERRORS = (
     DataError,
     CheckpointError,
     DistributedError,
+    parallel.DeviceError,
     PredictionsError,
     WeightsError,
     OSError,
@@ -141,6 +143,7 @@ def main(argv: Sequence[str]) -> None:
     with stopping.at_once():  # they wait for the other processes
         _connect()
         distributed.require_same({"mode": _MODE.value, "workdir": workdir} | fields)
+    parallel.require_devices()
     memory.return_freed_arrays()
     if _MODE.value != "describe":
         _keep_compiled_programs()

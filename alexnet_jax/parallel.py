@@ -19,6 +19,7 @@ Parameters are always the one full tree; `PartitionSpec`s say how it is split. A
 checkpoint therefore moves between any numbers of devices.
 """
 
+import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,36 @@ TRANSFORMS = ("shard_map", "pmap")
 
 P = PartitionSpec
 PyTree = Any
+
+
+class DeviceError(ValueError):
+    """jax has no devices here; the message says what to install or to set."""
+
+
+def require_devices() -> None:
+    """Start jax's devices, after `distributed.start` and jax's settings.
+
+    Raises:
+      DeviceError: if there are none of a kind that JAX_PLATFORMS asks for, or they do not
+        start.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        # Without an NVIDIA GPU "cuda" is a bare AssertionError.
+        unknown = not str(error) or "known backends" in str(error)
+        if not unknown and jax.distributed.is_initialized():
+            raise  # another process may be gone
+        settings: Any = jax.config
+        reason = "" if unknown else f": {str(error).partition(' (set JAX_')[0]}"
+        plugins = importlib.metadata.entry_points(group="jax_plugins").names
+        raise DeviceError(
+            f"jax {jax.__version__} starts no devices with JAX_PLATFORMS="
+            f"{settings.jax_platforms or ''!r}{reason} (installed: "
+            f"{', '.join(['cpu', *sorted(plugins)])}). For an NVIDIA GPU, pip install "
+            '"jax[cuda13]" and set JAX_PLATFORMS=cuda (nvidia-smi must list the GPU); '
+            "for the CPU, set JAX_PLATFORMS=cpu or unset it."
+        ) from error
 
 
 def make_mesh(data: int, column: int = 1) -> Mesh:

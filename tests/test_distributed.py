@@ -258,13 +258,34 @@ def test_a_port_that_is_taken_is_named():
             )
 
 
+# What a task of srun and one of Open MPI 4 are told, as far as anybody here reads it.
 SRUN = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NUM_TASKS": "9",
     "SLURM_STEP_NODELIST": "node[1-3]",
     "SLURM_STEP_TASKS_PER_NODE": "4(x2),1",
     "SLURM_NTASKS": "9",
+    "SLURM_PROCID": "8",
     "SLURM_NODEID": "2",
     "SLURM_LOCALID": "0",
 }
+MPIRUN = {
+    "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+HALF = {"SLURM_STEP_NODELIST": "n1", "SLURM_LOCALID": "0"}
+
+
+def use(monkeypatch, environment):
+    """Puts these variables of launchers into the environment, and no others."""
+    for name in os.environ:
+        if name.startswith(("SLURM_", "OMPI_")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.parametrize(
@@ -273,8 +294,8 @@ SRUN = {
         ({"mode": "on"}, {}, "missing: --coordinator_address, --num_proc.* --process_id"),
         ({"num_processes": 2}, {}, "missing: --coordinator_address, --process_id"),
         ({"num_processes": 2}, SRUN, "missing: --coordinator_address, --process_id"),
-        ({"mode": "off", "process_id": 1}, {}, "contradict each other"),
-        ({"mode": "maybe"}, {}, "must be one of auto, on, off"),
+        ({"mode": "off", "process_id": 1}, {}, "off contradicts --process_id"),
+        ({"mode": "on"}, HALF, "but not SLURM_STEP_NUM_TASKS, SLURM_NTASKS, SLURM_PROC"),
         ({"coordinator_address": "host", "num_processes": 2, "process_id": 0}, {},
          "--coordinator_address=host must be HOST:PORT"),
         ({"coordinator_address": "host:1", "num_processes": 2, "process_id": 2}, {},
@@ -282,38 +303,96 @@ SRUN = {
     ],
 )  # fmt: skip
 def test_arguments_that_do_not_fit_together(arguments, environment, words, monkeypatch):
-    for name in SRUN:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    use(monkeypatch, environment)
     with pytest.raises(DistributedError, match=words):
         distributed.start(**arguments)
 
 
-def test_one_process_is_not_connected(monkeypatch):
-    monkeypatch.delenv("SLURM_STEP_NODELIST", raising=False)
-    assert distributed.start() is False
-    assert distributed.start("off") is False
-    for name, value in {**SRUN, "SLURM_NTASKS": "1"}.items():
-        monkeypatch.setenv(name, value)
-    assert distributed.start() is False
+@pytest.mark.parametrize(
+    "mode, environment",
+    [
+        ("auto", {}),
+        ("auto", {**SRUN, "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}),
+        ("off", {}),
+        ("off", SRUN),
+        ("off", HALF),
+        ("off", {"OMPI_MCA_orte_hnp_uri": "not one"}),
+    ],
+)
+def test_one_process_is_not_connected(mode, environment, monkeypatch):
+    use(monkeypatch, environment)
+    assert distributed.start(mode) is False
 
 
-def test_what_slurm_and_open_mpi_say():
-    tasks = distributed._tasks(SRUN)
-    assert (tasks.count, tasks.on_node, tasks.local_id) == (9, 1, 0)
-    first = distributed._tasks({**SRUN, "SLURM_NODEID": "0", "SLURM_LOCALID": "3"})
-    assert (first.on_node, first.local_id) == (4, 3)
-    # In a batch script, outside srun, there is no step.
-    assert distributed._tasks({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "9"}) is None
-    open_mpi = {
-        "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1",
-        "OMPI_COMM_WORLD_SIZE": "4",
-        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-    }
-    tasks = distributed._tasks(open_mpi)
-    assert (tasks.count, tasks.on_node, tasks.local_id) == (4, 2, 1)
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, (None, 1)),
+        (SRUN, ("slurm", 9)),
+        (MPIRUN, ("ompi", 4)),
+        (SRUN | MPIRUN, ("ompi", 4)),
+        # A shell that `salloc -n 9` opens, and `srun -n 1` in it.
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, ("slurm", 1)),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, ("slurm", 1)),
+        # A batch script, outside of srun.
+        ({name: value for name, value in SRUN.items() if "STEP" not in name}, (None, 1)),
+        # A variable without a value is none.
+        ({"SLURM_STEP_NODELIST": ""}, (None, 1)),
+    ],
+)  # fmt: skip
+def test_launcher_and_its_tasks(environment, expected):
+    assert distributed.find_launcher(environment) == expected
+
+
+@pytest.mark.parametrize(
+    "whole, missing",
+    [
+        (SRUN, "SLURM_STEP_NUM_TASKS"),
+        (SRUN, "SLURM_STEP_NODELIST"),
+        (SRUN, "SLURM_NTASKS"),
+        (SRUN, "SLURM_PROCID"),
+        (SRUN, "SLURM_LOCALID"),
+        (SRUN, "SLURM_JOB_ID"),
+        (MPIRUN, "OMPI_COMM_WORLD_SIZE"),
+        (MPIRUN, "OMPI_COMM_WORLD_RANK"),
+        (MPIRUN, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        (MPIRUN, "OMPI_MCA_orte_hnp_uri"),  # Open MPI 5
+    ],
+)
+def test_launcher_with_a_missing_variable_is_refused(whole, missing):
+    environment = {name: value for name, value in whole.items() if name != missing}
+    words = f"half set: it has .*, but not {missing}. Add --distributed=off"
+    with pytest.raises(DistributedError, match=words):
+        distributed.find_launcher(environment)
+
+
+def test_jax_reads_no_other_variables_of_launchers(monkeypatch):
+    from jax._src import clusters
+
+    for whole, cluster in (
+        (SRUN, clusters.SlurmCluster),
+        (MPIRUN, clusters.OmpiCluster),
+    ):
+        name, _ = distributed.find_launcher(whole)
+        read = {v: whole[v] for v in distributed._VARIABLES[name].split()}
+        use(monkeypatch, read)
+        assert name == cluster.name
+        assert cluster.is_env_present()
+        assert cluster.get_process_id() == (8 if name == "slurm" else 3)
+        assert cluster.get_local_process_id() == (0 if name == "slurm" else 1)
+        host = "node1" if name == "slurm" else "10.0.0.1"
+        address = cluster.get_coordinator_address(
+            timeout_secs=1, override_coordinator_port="1"
+        )
+        assert address == f"{host}:1"
+
+
+def test_tasks_of_a_node():
+    assert distributed.tasks_on_node(SRUN) == (1, 0)
+    first = {**SRUN, "SLURM_NODEID": "0", "SLURM_LOCALID": "3"}
+    assert distributed.tasks_on_node(first) == (4, 3)
+    assert distributed.tasks_on_node(MPIRUN) == (2, 1)
+    assert distributed.tasks_on_node({}) is None
 
 
 def test_shares_of_a_nodes_gpus():
@@ -321,7 +400,6 @@ def test_shares_of_a_nodes_gpus():
     assert distributed.share_of_gpus(8, 2, 1) == [4, 5, 6, 7]
     assert distributed.share_of_gpus(8, 1, 0) is None  # one process a node: all
     assert distributed.share_of_gpus(1, 4, 3) is None  # bound by the launcher
-    assert distributed.share_of_gpus(8, None, 0) is None
     with pytest.raises(DistributedError, match="3 processes on this node and 4 GPUs"):
         distributed.share_of_gpus(4, 3, 0)
 
@@ -367,7 +445,7 @@ class Stored:
         return list(self.values.items())
 
 
-def settle(monkeypatch, others, *, this, asked=None, tasks=None, visible=None):
+def settle(monkeypatch, others, *, this, asked=None, tasks=(), visible=None):
     """What `_settle_gpus` makes of the others' GPUs: the jax setting afterwards."""
     client = Stored(others)
     state = SimpleNamespace(client=client, process_id=this)
@@ -378,7 +456,8 @@ def settle(monkeypatch, others, *, this, asked=None, tasks=None, visible=None):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    distributed._settle_gpus(asked, tasks)
+    use(monkeypatch, dict(tasks))
+    distributed._settle_gpus(asked)
     return settings.get("jax_cuda_visible_devices"), client.values
 
 
@@ -396,7 +475,11 @@ def test_two_processes_on_one_gpu_are_named(three_gpus, monkeypatch):
 
 
 def test_under_slurm_each_process_takes_its_share(three_gpus, monkeypatch):
-    tasks = distributed._Tasks(count=6, on_node=3, local_id=2)
+    tasks = {
+        "SLURM_STEP_TASKS_PER_NODE": "3(x2)",
+        "SLURM_NODEID": "1",
+        "SLURM_LOCALID": "2",
+    }
     chosen, stored = settle(monkeypatch, {}, this=5, tasks=tasks)
     assert chosen == "2"
     assert json.loads(stored["alexnet_jax/gpus/5"]) == ["GPU-cc"]
@@ -404,7 +487,7 @@ def test_under_slurm_each_process_takes_its_share(three_gpus, monkeypatch):
     chosen, stored = settle(monkeypatch, {}, this=5, tasks=tasks, visible="1")
     assert chosen == "all"
     assert json.loads(stored["alexnet_jax/gpus/5"]) == ["GPU-bb"]
-    alone = distributed._Tasks(count=2, on_node=1, local_id=0)
+    alone = {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": "1"}
     chosen, stored = settle(monkeypatch, {}, this=1, tasks=alone)
     assert chosen == "all"
     assert len(json.loads(stored["alexnet_jax/gpus/1"])) == 3

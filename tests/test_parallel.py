@@ -7,6 +7,10 @@ by a hundredth.
 
 import contextlib
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +31,7 @@ from alexnet_jax import (
 from alexnet_jax.communication import PHASES
 from alexnet_jax.model import create_model
 
+ROOT = Path(__file__).parent.parent
 SIZE, CROP, BATCH, CLASSES = 226, 224, 4, 10
 SGD = optim.make_optimizer(0.01)
 QUICK = [
@@ -165,6 +170,61 @@ def assert_same_leaves(got, expected, tolerance):
     for (path, b), a in zip(leaves, jax.tree.leaves(got), strict=True):
         difference = np.linalg.norm(np.asarray(a - b)) / max(np.linalg.norm(b), 1e-300)
         assert difference < tolerance, jax.tree_util.keystr(path)
+
+
+NO_PLUGIN = "Backend 'rocm' is not in the list of known backends: ['cpu', 'tpu']."
+NO_LIBRARY = "INTERNAL: Failed to open libtpu.so"
+AUTOMATIC = " (set JAX_PLATFORMS='' to automatically choose an available backend)"
+
+
+# As jax 0.10 and 0.11 have them: for cuda, for gpu, and for tpu.
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (AssertionError(), ""),
+        (RuntimeError(f"{NO_PLUGIN}{AUTOMATIC}"), ""),
+        (RuntimeError(f"{NO_LIBRARY}{AUTOMATIC}"), f": {NO_LIBRARY}"),
+    ],
+)
+def test_devices_that_do_not_start_are_a_user_error(error, reason, monkeypatch):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", fail)
+    with pytest.raises(parallel.DeviceError) as raised:
+        parallel.require_devices()
+    words = f"starts no devices with JAX_PLATFORMS='cpu'{reason} (installed: cpu"
+    assert words in str(raised.value)
+    assert 'pip install "jax[cuda13]"' in str(raised.value)
+    assert "set JAX_PLATFORMS=cpu or unset it" in str(raised.value)
+    # Of several processes one may be gone instead, which `distributed` says.
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    with pytest.raises(RuntimeError if reason else parallel.DeviceError):
+        parallel.require_devices()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("main", f"--config={ROOT}/configs/tiny.py", "--mode=describe"),
+        ("export", "--workdir=run", "--out=weights.onnx"),
+    ],
+)
+def test_platform_that_is_not_there_ends_a_command_with_one_line(command, tmp_path):
+    name, *arguments = command
+    done = subprocess.run(
+        [sys.executable, "-m", f"alexnet_jax.{name}", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "JAX_PLATFORMS": "cdua", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: jax ")
+    assert "starts no devices with JAX_PLATFORMS='cdua' (installed:" in line
 
 
 @pytest.mark.parametrize("mode, rows, columns", MESHES)

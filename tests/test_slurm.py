@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from alexnet_jax.distributed import find_launcher
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
@@ -247,6 +249,17 @@ def test_an_exit_status_is_passed_on(slurm, stand_in, tmp_path):
     fields = slurm.wait_for_state(job, "FAILED", output)
     assert fields["ExitCode"] == "3:0"
     assert said(output, "task 0: started with -m alexnet_jax.main --distributed=off")
+
+
+def test_a_step_of_one_task_in_a_job_of_two_is_one_process(slurm):
+    def found(*srun):
+        lines = slurm.run("salloc", "--ntasks=2", "srun", *srun, "env").splitlines()
+        return find_launcher(dict(line.split("=", 1) for line in lines if "=" in line))
+
+    assert found() == ("slurm", 2)
+    assert found("--ntasks=1") == ("slurm", 1)
+    # The shell that salloc opens, by LaunchParameters=use_interactive_step.
+    assert found("--interactive", "--preserve-env") == ("slurm", 1)
 
 
 def test_a_missing_interpreter_is_said(slurm, tmp_path):
