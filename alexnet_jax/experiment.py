@@ -504,7 +504,7 @@ def build(
       config: see `configs/common.py`.
       statistics: of the training split, if already known (a resumed run has them);
         else they are read from beside the data, or computed from a sample.
-      log: where to say what is being done.
+      log: where process 0 says what is being done, and what is doubtful of the data.
 
     Raises:
       ConfigError: for anything wrong with the config itself.
@@ -512,6 +512,9 @@ def build(
     """
     validate(config, training=False)  # `train` refuses what a training ignores
     train, evaluation = _open_sources(config)
+    if jax.process_index() == 0:
+        for line in data_lib.warnings_about(train, evaluation):
+            log(line)
     network = make_model(config, _num_classes(config, train))
     mode = config.parallel.mode
     rows, columns = mesh_shape(config, network.network)
@@ -665,32 +668,36 @@ def _find_statistics(
     if jax.process_count() == 1:
         return _find_own_statistics(source, workers, log)
     side = source.image_size
-    shapes = {"mean_image": (side, side, 3), "pca_std_255": (3,), "pca_vectors": (3, 3)}
     found: dict[str, Any] = {
-        name: np.zeros(s, np.float32) for name, s in shapes.items()
+        "mean_image": np.zeros((side, side, 3), np.float32),
+        "pca_std_255": np.zeros(3, np.float32),
+        "pca_vectors": np.zeros((3, 3), np.float32),
+        "num_examples": np.int32(0),
+        "split_examples": np.int32(0),
     }
-    found["num_examples"] = np.int32(0)
     if jax.process_index() == 0:
         own = _find_own_statistics(source, workers, log)
-        found = {name: np.asarray(getattr(own, name)) for name in found}
-        found["num_examples"] = np.int32(own.num_examples)
+        found = {k: np.asarray(getattr(own, k), v.dtype) for k, v in found.items()}
     shared = jax.device_get(multihost_utils.broadcast_one_to_all(found))
-    count = int(shared.pop("num_examples"))
-    return Statistics(
-        **{k: np.asarray(v) for k, v in shared.items()}, num_examples=count
-    )
+    count, split = (int(shared.pop(k)) for k in ("num_examples", "split_examples"))
+    arrays = {name: np.asarray(array) for name, array in shared.items()}
+    return Statistics(**arrays, num_examples=count, split_examples=split)
 
 
 def _find_own_statistics(
     source: Source, workers: int, log: Callable[[str], object]
 ) -> Statistics:
-    path = source.statistics_path
+    path, why = source.statistics_path, ""
     if path is not None and path.exists():
-        return statistics_lib.load(path, source.image_size)
-    count = min(STATISTICS_SAMPLE, source.num_examples)
-    log(f"mean image and colour PCA: computing from {count} pictures")
-    if count < source.num_examples and path is not None:
-        log("  (python -m alexnet_jax.prepare statistics computes them from all)")
+        stored = statistics_lib.load(path, source.image_size)
+        if stored.split_examples == source.num_examples:
+            log(f"mean image: {path}, of {stored.extent}")
+            return stored
+        why = f", since {path} is of {stored.extent}"
+    count, total = min(STATISTICS_SAMPLE, source.num_examples), source.num_examples
+    log(f"mean image: computing it from {count:,} of {total:,} images{why}")
+    if path is not None and (why or count < total):
+        log("  (python -m alexnet_jax.prepare statistics stores that of all)")
     return statistics_lib.compute(source, max_examples=count, workers=workers)
 
 

@@ -147,7 +147,10 @@ def over(tree: Any, kept: Mapping[str, Any]) -> Any:
 def _describe(experiment: Experiment, weights: Weights, anew: list[str]) -> list[str]:
     source = experiment.config.finetune.source
     frozen = optim.frozen_layers(experiment.config.schedule.layer_factors)
-    line = f"starting from the weights of {source}, but new: {', '.join(anew)}"
+    line = (
+        f"starting from the weights and the mean image of {source}, but new: "
+        f"{', '.join(anew)}"
+    )
     lines = [line + (f"; frozen: {', '.join(sorted(frozen))}" if frozen else "")]
     here = experiment_lib.model_settings(experiment.config, None)
     other = [

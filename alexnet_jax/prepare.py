@@ -8,9 +8,9 @@ python -m alexnet_jax.prepare imagenet --source=DIR --data_dir=DIR
 
 python -m alexnet_jax.prepare check [--source=imagenet2012_256] [--data_dir=DIR]
     [--split=train] [--eval_split=validation] [--out=contact_sheet.png] [--partial]
-    Counts, labels, order, shuffling and statistics of a data set, and a picture of
-    it; exit status 1 if something is wrong. --partial accepts less than all of
-    ImageNet.
+    Counts, labels, order, shuffling, pixel values and statistics of a data set, images
+    that are in both splits, and a picture of it; exit status 1 if something is wrong.
+    Every file or record is read once. --partial accepts less than all of ImageNet.
 
 python -m alexnet_jax.prepare textures [--data_dir=DIR]
     Draws the embedded data set now instead of at its first use, and shows that
@@ -134,15 +134,19 @@ def _check() -> int:
         for split in (FLAGS.split, FLAGS.eval_split)
     )
     assert train is not None  # its split is named
-    findings, labels = [], []
+    findings, labels, hashes = [], [], []
     for source in filter(None, (train, evaluation)):
         _say(source.description)
         if source.left_out:
             _say(f"WARNING: {source.left_out}")
-        with progress("reading labels", source.num_examples, "records") as bar:
-            labels.append(check.read_labels(source, bar))
+        with progress(
+            "reading labels and images", source.num_examples, "records"
+        ) as bar:
+            of_split = check.read_records(source, FLAGS.workers, bar)
+        labels.append(of_split[0])
+        hashes.append(of_split[1])
     for finding in check.examine(
-        train, evaluation, labels, partial=FLAGS.partial, workers=FLAGS.workers
+        train, evaluation, labels, hashes, partial=FLAGS.partial, workers=FLAGS.workers
     ):
         _say(str(finding))
         findings += [finding.level] if finding.level else []

@@ -243,6 +243,7 @@ def _from_weights(config: Config, path: Path) -> tuple[Experiment, dict[str, Any
             ("batch_stats", target.batch_stats),
         )
     }
+    _say(f"mean image: {path}, of the weights")
     return finetune.with_mean_of(experiment, weights), variables
 
 

@@ -349,6 +349,10 @@ def prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
             statistics = statistics_lib.load(
                 stored, config.data.image_size, remedy=statistics_lib.TRAIN_AGAIN
             )
+            if jax.process_index() == 0:
+                tuned = config.finetune.source
+                images = "the weights" if tuned else statistics.extent
+                print(f"mean image: {stored}, of {images}", flush=True)
     experiment = experiment_lib.build(config, statistics=statistics)
     if begun:
         _require_same_classes(experiment.train_source.class_names, workdir)

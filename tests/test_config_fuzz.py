@@ -159,6 +159,9 @@ class Pictures:
     statistics_path: Path | None = None
     class_names: tuple[str, ...] = tuple("abcdefghij")
 
+    def labels_of(self, indices):
+        return indices % self.num_classes
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_pictures():
@@ -706,6 +709,15 @@ def test_statistics_that_are_missing_are_said(workdir):
     (workdir / "statistics.npz").unlink()
     with pytest.raises(FileNotFoundError, match="statistics.npz is missing: the mean"):
         experiment.read_network(workdir)
+
+
+def test_a_resumed_run_says_where_its_mean_image_comes_from(workdir, capsys):
+    path = workdir / "statistics.npz"
+    train.prepare(small_config(), workdir)
+    assert f"mean image: {path}, of 7 images\n" in capsys.readouterr().out
+    dataclasses.replace(STATISTICS, split_examples=70).save(path)
+    train.prepare(small_config(), workdir)
+    assert f"mean image: {path}, of 7 of 70 images\n" in capsys.readouterr().out
 
 
 def test_statistics_of_another_size_are_said(workdir):

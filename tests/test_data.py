@@ -19,6 +19,9 @@ import jax
 import numpy as np
 import pytest
 import simplejpeg
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from etils import epath
 from PIL import Image
 
 from alexnet_jax import pictures, prepare
@@ -32,6 +35,7 @@ from alexnet_jax.data import (
     sources,
     statistics,
     train_batches,
+    warnings_about,
 )
 from alexnet_jax.data.loader import TrainOrder
 
@@ -510,6 +514,135 @@ def test_a_data_set_of_more_files_than_may_be_open(tmp_path, monkeypatch):
         open_source("textures/tiny", "train", data_dir=str(tmp_path))
 
 
+def write_tfds(data_dir: Path, features: dict, supervised_keys=None) -> None:
+    """The tfds data set `own`, with one record that holds nothing."""
+    directory = data_dir / "own" / "1.0.0"
+    directory.mkdir(parents=True)
+    path = directory / "own-train.array_record-00000-of-00001"
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    writer.write(b"1")
+    writer.close()
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=epath.Path(directory),
+        dataset_name="own",
+        filetype_suffix="array_record",
+    )
+    split = tfds.core.SplitInfo(
+        name="train",
+        shard_lengths=[1],
+        num_bytes=1,
+        filename_template=template.replace(split="train"),
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=directory,
+        features=features,
+        split_infos=[split],
+        version="1.0.0",
+        filename_template=template,
+        check_data=False,
+        supervised_keys=supervised_keys,
+    )
+
+
+IMAGE = tfds.features.Image(shape=(4, 4, 3))
+LABEL = tfds.features.ClassLabel(names=["x", "y"])
+
+
+@pytest.mark.parametrize(
+    "features, message",
+    [
+        (
+            {"image": tfds.features.Image(shape=(4, 4, 1), dtype=np.float32)},
+            r"feature 'image' is an image of float32; only uint8 images, 0\.\.255, are",
+        ),
+        (
+            {"image": tfds.features.Image(shape=(4, 4, 3), dtype=np.uint16)},
+            "'image' is an image of uint16.*with tfds.features.Image",
+        ),
+        (
+            {"image": tfds.features.Tensor(shape=(4, 4, 3), dtype=np.uint8)},
+            r"no feature of type Image \(image: Tensor\(shape=\(4, 4, 3\), dtype=uint8\)",
+        ),
+        (
+            {"label": np.int64},
+            r"label: Tensor\(shape=\(\), dtype=int64\)\).*ClassLabel\(num_classes=N\)$",
+        ),
+        (
+            {"left": IMAGE},
+            "2 features of type Image: image, left. Name one in its super",
+        ),
+        ({"coarse": LABEL}, "2 features of type ClassLabel: coarse, label. Name one"),
+    ],
+    ids=["float32", "uint16", "tensor", "int64", "two images", "two labels"],
+)
+def test_unusable_tfds_features_are_refused(features, message, tmp_path):
+    write_tfds(tmp_path, {"image": IMAGE, "label": LABEL} | features)
+    with pytest.raises(DataError, match=message):
+        open_source("own", "train", data_dir=str(tmp_path))
+
+
+def test_supervised_keys_choose_the_features(tmp_path):
+    fine = tfds.features.ClassLabel(num_classes=5)
+    features = {"image": IMAGE, "left": IMAGE, "label": LABEL, "fine": fine}
+    write_tfds(tmp_path, features, supervised_keys=("left", "fine"))
+    source = open_source("own", "train", data_dir=str(tmp_path))
+    assert (source._image_key, source._label_key) == ("left", "fine")
+    assert source.num_classes == 5
+
+
+def test_overlapping_slices_are_counted(tmp_path):
+    def shared(train, evaluation):
+        splits = (train, evaluation)
+        return sources.num_shared(
+            *(open_source("textures/tiny", s, data_dir=str(tmp_path)) for s in splits)
+        )
+
+    assert shared("train[:90%]", "train[80%:]") == 20  # of 200
+    assert shared("train[:90%]", "train[90%:]") == 0
+    assert shared("train", "test") == 0
+    assert shared("train+test", "test[:10]") == 10
+    assert shared("train+train", "train") == 200
+
+
+def test_two_names_of_a_folder_share_its_images(tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for i in range(3):
+        (tmp_path / "train" / "a" / f"{i}.jpg").touch()
+    (tmp_path / "val").symlink_to("train")
+    train, evaluation = (open_source(f"folder:{tmp_path}", s) for s in ("train", "val"))
+    assert sources.num_shared(train, evaluation) == 3
+    one_class, of_evaluation, shared = warnings_about(train, evaluation)
+    words = "WARNING: every training image looked at (3 of 3) is of one class, a. A low"
+    assert one_class.startswith(words)
+    assert "every evaluation image looked at (3 of 3) is of one class" in of_evaluation
+    assert shared.startswith(
+        "WARNING: 3 of 3 evaluation images are training images too"
+    )
+
+
+def test_sound_data_gives_no_warnings(folder):
+    splits = (open_source(f"folder:{folder}", split) for split in ("train", "val"))
+    assert warnings_about(*splits) == []
+
+
+def test_a_missing_home_names_the_data_dir_options(tmp_path, monkeypatch):
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    options = r"with --config\.data\.dir .* or the environment variable TFDS_DATA_DIR"
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+        with pytest.raises(OSError, match=rf"cannot write to .*nobody.*, {options}"):
+            open_source("textures/tiny", "train")
+    assert not (tmp_path / "nobody").exists()
+
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    with pytest.raises(OSError, match=rf"no home here for ~/tensorflow_.* {options}"):
+        open_source("cifar10", "train")
+
+
 # Loader.
 
 
@@ -706,7 +839,7 @@ def test_statistics_are_numpys(folder, tmp_path):
     for name in ("mean_image", "pca_std_255", "pca_vectors"):
         np.testing.assert_array_equal(getattr(loaded, name), getattr(result, name))
         assert getattr(loaded, name).dtype == np.float32
-    assert loaded.num_examples == 9
+    assert loaded.num_examples == loaded.split_examples == 9
     assert os.listdir(tmp_path) == ["statistics.npz"]  # no temporary file left
 
 
@@ -714,7 +847,8 @@ def test_statistics_of_a_subset_are_spread(folder):
     source = open_source(f"folder:{folder}", "train", image_size=SIZE)
     result = statistics.compute(source, max_examples=3)
     expected = np.mean([random_picture(SIZE, SIZE, i) for i in (0, 3, 6)], axis=0)
-    assert result.num_examples == 3
+    assert (result.num_examples, result.split_examples) == (3, 9)
+    assert result.extent == "3 of 9 images"
     np.testing.assert_allclose(result.mean_image, expected, rtol=1e-6)
 
 

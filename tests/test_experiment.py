@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from alexnet_jax import augment, experiment, steps, variants
 from alexnet_jax.data import DataError
+from alexnet_jax.data.statistics import Statistics
 from configs import common
 
 ROOT = Path(__file__).parent.parent
@@ -249,8 +251,6 @@ def test_open_mesh_takes_what_there_is():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from PIL import Image
-
     root = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
@@ -296,22 +296,56 @@ def test_wrong_folders_are_named(folder, tmp_path):
 
 
 def test_statistics_are_taken_from_beside_the_data(folder):
-    from alexnet_jax.data.statistics import Statistics
-
     said = []
     built = experiment.build(small(folder), log=said.append)
-    assert "computing from 12 pictures" in said[0]
-    path = folder / "statistics_32.npz"
-    mean = np.full((32, 32, 3), 7, np.float32)
-    Statistics(mean, np.ones(3, np.float32), np.eye(3, dtype=np.float32), 12).save(path)
-    try:
-        said.clear()
-        again = experiment.build(small(folder), log=said.append)
-    finally:
-        path.unlink()
-    assert not said
+    assert said == ["mean image: computing it from 12 of 12 images"]
+    again, said = _built_beside(folder, Statistics(*SEVENS, 12))
+    assert said == [f"mean image: {folder}/statistics_32.npz, of 12 images"]
     assert (again.statistics.mean_image == 7).all()
     assert not (built.statistics.mean_image == 7).any()
+
+
+def test_partial_statistics_are_kept(folder):
+    built, said = _built_beside(folder, Statistics(*SEVENS, 5, 12))
+    assert said == [f"mean image: {folder}/statistics_32.npz, of 5 of 12 images"]
+    assert (built.statistics.mean_image == 7).all()
+
+
+def test_statistics_of_another_number_of_images_are_computed_again(folder):
+    built, (line, hint) = _built_beside(folder, Statistics(*SEVENS, 60))
+    path = folder / "statistics_32.npz"
+    assert line == (
+        f"mean image: computing it from 12 of 12 images, since {path} is of 60 images"
+    )
+    assert "prepare statistics stores" in hint
+    pictures = [Image.open(p) for p in sorted(folder.glob("train/*/*.png"))]
+    mean = np.mean([np.asarray(p)[4:36] for p in pictures], axis=0)  # of 40 x 32
+    np.testing.assert_allclose(built.statistics.mean_image, mean, rtol=1e-6)
+    assert built.statistics.split_examples == 12
+
+
+SEVENS = (
+    np.full((32, 32, 3), 7, np.float32),
+    np.ones(3, np.float32),
+    np.eye(3, dtype=np.float32),
+)
+
+
+def _built_beside(folder, stored):
+    """What is built, and said, with statistics beside the data."""
+    said, path = [], folder / "statistics_32.npz"
+    stored.save(path)
+    try:
+        return experiment.build(small(folder), log=said.append), said
+    finally:
+        path.unlink()
+
+
+def test_building_warns_about_images_in_both_splits(folder):
+    said = []
+    config = small(folder, data__eval_split="train")
+    experiment.build(config, log=said.append)
+    assert said[0].startswith("WARNING: 12 of 12 evaluation images are training images")
 
 
 def test_pipeline_gives_what_training_sees(folder):

@@ -85,7 +85,8 @@ def test_all_but_the_classifier_is_taken_over_and_the_mean_with_it(source, shape
     assert np.abs(of_source - built.statistics.mean_image).max() > 1
     own = built.statistics.pca_std_255
     np.testing.assert_array_equal(begun.statistics.pca_std_255, own)
-    assert lines == [f"starting from the weights of {source}, but new: fc10"]
+    line = f"starting from the weights and the mean image of {source}, but new: fc10"
+    assert lines == [line]
 
 
 def test_pictures_of_another_size_have_the_mean_colour(source, shapes):

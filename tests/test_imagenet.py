@@ -1,5 +1,6 @@
 """From archives to `imagenet2012_256`: labels, pictures, order, faults; the checks."""
 
+import dataclasses
 import io
 import json
 import os
@@ -698,14 +699,14 @@ class Labelled:
 
     def fetch(self, indices, images, labels):
         labels[:] = self.labels[indices]
-        images[...] = (40 * labels % 256).astype(np.uint8)[:, None, None, None]
+        images[...] = (80 * labels % 256).astype(np.uint8)[:, None, None, None]
 
 
 def findings(train, evaluation=None, **options) -> dict[str, list[str]]:
     splits = [s for s in (train, evaluation) if s is not None]
-    labels = [check.read_labels(s, lambda _: None) for s in splits]
+    contents = [check.read_records(s, 2, lambda _: None) for s in splits]
     found: dict[str, list[str]] = {}
-    for finding in check.examine(train, evaluation, labels, **options):
+    for finding in check.examine(train, evaluation, *zip(*contents), **options):
         found.setdefault(finding.level, []).append(finding.text)
     return found
 
@@ -718,7 +719,7 @@ def test_label_entropy_is_shannons():
 def test_a_good_data_set_passes():
     labels = np.random.default_rng(0).integers(0, 4, 1000)
     found = findings(Labelled(labels), Labelled(labels[:200]))
-    assert "WRONG" not in found and len(found["ok"]) == 6
+    assert "WRONG" not in found and len(found["ok"]) == 8
     assert any("order of storage: shuffled" in text for text in found["ok"])
 
 
@@ -733,12 +734,75 @@ def test_what_is_wrong_is_found():
         "shuffling: too few pictures to tell",
         "order of storage: too few pictures to tell",
     ]
-    [text, *_] = findings(Labelled(np.zeros(100, int)))["WRONG"]
-    assert "every picture has the same label, a" in text
+    [text, *_] = findings(Labelled(np.full(100, 1)))["WRONG"]
+    assert "every picture has the same label, b" in text
     [text] = findings(Labelled(rng.integers(0, 3, 300)))["WRONG"]
     assert "no pictures of d" in text
     [text] = findings(Labelled(labels), Labelled(labels, ("a", "b", "d", "c")))["WRONG"]
     assert "different classes" in text
+
+
+@pytest.mark.parametrize("bits, level", [(8, "ok"), (12, "WRONG"), (14, "WRONG")])
+def test_images_that_hardly_vary_are_found(bits, level):
+    """Values of `bits` in 16, of which a reader has taken the upper 8."""
+
+    class Deep(Labelled):
+        image_size = 16
+
+        def fetch(self, indices, images, labels):
+            every_value = np.tile(np.arange(256, dtype=np.uint8), 3)
+            images[...] = every_value.reshape(16, 16, 3) >> (-bits % 8)
+
+    finding = check._pixel_values("train", Deep(np.arange(300) % 4))
+    assert finding.level == level
+    expected = {
+        8: "pixel values from 0 to 255, standard deviation 73.9 (256 images)",
+        12: "from 0 to 15, standard deviation 4.6 (256 images): the images hardly",
+        14: "from 0 to 63, standard deviation 18.5 (256 images): the images hardly",
+    }
+    assert expected[bits] in finding.text
+
+
+def image_folder(root: Path, **splits: dict[str, bytes]) -> list:
+    """Sources of class folders, of files by "class/name"."""
+    for split, files in splits.items():
+        for name, data in files.items():
+            (root / split / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / split / name).write_bytes(data)
+    return [open_source(f"folder:{root}", split, image_size=8) for split in splits]
+
+
+@pytest.mark.parametrize("copies, level", [(0, "ok"), (1, "note"), (2, "WRONG")])
+def test_copies_of_training_images_are_found_by_content(tmp_path, copies, level):
+    """Under other names, in another class; one in more than a hundred is a note."""
+    train = {f"{'ab'[i % 2]}/{i}.jpg": file_of(i) for i in range(4)}
+    evaluation = {f"{'ab'[i % 2]}/{i}.jpg": b"%d" % i for i in range(150)}
+    for i in range(copies):
+        evaluation[f"a/copy{i}.jpg"] = train["b/1.jpg"]
+    splits = image_folder(tmp_path, train=train, val=evaluation)
+    hashes = [check.read_records(s, 2, lambda _: None)[1] for s in splits]
+    [finding] = check._in_both(*splits, hashes)
+    assert finding.level == level
+    if copies:
+        assert finding.text.startswith(
+            f"{copies} of {150 + copies} evaluation images are byte for byte training "
+            f"images, such as {tmp_path}/val/a/copy0.jpg and {tmp_path}/train/b/1.jpg"
+        )
+
+
+def test_identical_records_are_found(data_dir):
+    train, evaluation = (
+        open_source("imagenet2012_256", split, data_dir=str(data_dir))
+        for split in ("train[:12]", "train[12:]")
+    )
+    labels, hashes = check.read_records(train, 2, lambda _: None)
+    np.testing.assert_array_equal(labels, train.labels_of(np.arange(12)))
+    assert len(set(hashes.tolist())) == 12
+    [finding] = check._in_both(train, evaluation, [hashes, hashes[:6]])
+    assert finding.level == "WRONG" and "6 of 6 evaluation images" in finding.text
+    overlapping = open_source("imagenet2012_256", "train[9:]", data_dir=str(data_dir))
+    [finding] = check._in_both(train, overlapping, [hashes, hashes])
+    assert finding.level == "WRONG" and finding.text.startswith("3 of 9 evaluation")
 
 
 def test_unshuffled_batches_are_found(monkeypatch):
@@ -776,6 +840,12 @@ def test_statistics_of_other_data_are_found(data_dir, tmp_path):
         stored.mean_image + 1, stored.pca_std_255, stored.pca_vectors, len(TRAIN)
     ).save(train.statistics_path)
     assert [f.level for f in check._statistics(train, False, 2)] == ["WRONG"]
+    dataclasses.replace(stored, num_examples=60, split_examples=60).save(
+        train.statistics_path
+    )
+    [finding] = check._statistics(train, False, 2)
+    assert finding.level == "WRONG"
+    assert "is of 60 images, the split has 18: training does not use it" in finding.text
     train.statistics_path.unlink()
     assert [f.level for f in check._statistics(train, False, 2)] == ["note"]
 
@@ -806,8 +876,8 @@ def test_contact_sheet_pairs_the_splits():
     assert [axis.get_title() for axis in shown] == ["1  b", "2  c", "3  d"]
     for axis, label in zip(shown, (1, 2, 3), strict=True):
         pixels = np.asarray(axis.get_images()[0].get_array())
-        assert (pixels[:, :8] == 40 * label).all() and (
-            pixels[:, -8:] == 40 * label
+        assert (pixels[:, :8] == 80 * label).all() and (
+            pixels[:, -8:] == 80 * label
         ).all()
     alone = contact_sheet(train, train.labels, num_classes=2)
     assert [a.get_title() for a in alone.axes if a.get_images()] == ["0  a", "2  c"]

@@ -50,15 +50,16 @@ def test_evaluation_of_a_workdir_on_more_devices(runs, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1]) == record
     wrong = f"{100 * record['eval/top1_error']:.2f}%"
+    workdir = root / "seed_1"
     assert lines[:5] == [
-        f"{root / 'seed_1'}: the config differs from this workdir's:",
+        f"mean image: {workdir}/statistics.npz, of {PICTURES} images",
+        f"{workdir}: the config differs from this workdir's:",
         "  --config.data.batch_size: 6 in the workdir, now 7",
         "  --config.eval_every_epochs: 1.0 in the workdir, now 0.0",
         "  --config.parallel.data: 1 in the workdir, now 7",
-        lines[4],
     ]
-    assert lines[4].startswith(f"step {record['step']}: top-1 error ")
-    assert f"top-1 error {wrong}, top-5 error 0.00% (centre view)" in lines[4]
+    assert lines[5].startswith(f"step {record['step']}: top-1 error ")
+    assert f"top-1 error {wrong}, top-5 error 0.00% (centre view)" in lines[5]
     assert any(line.endswith(f" of {PICTURES // 3} pictures") for line in lines), lines
     with pytest.raises(CheckpointError, match="There is no checkpoint in"):
         protocol.evaluate_runs(config, [Member(tmp_path)])

@@ -9,7 +9,7 @@ TensorFlow.
 
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.loader import Batches, eval_batches, train_batches
-from alexnet_jax.data.sources import check_same_classes, open_source
+from alexnet_jax.data.sources import check_same_classes, open_source, warnings_about
 
 __all__ = [
     "Batches",
@@ -18,4 +18,5 @@ __all__ = [
     "eval_batches",
     "open_source",
     "train_batches",
+    "warnings_about",
 ]

@@ -18,7 +18,13 @@ from alexnet_jax.data import images as images_lib
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.files import parse_json, read_small
 from alexnet_jax.data.images import PICTURE_SUFFIXES
-from alexnet_jax.data.paths import UNPRINTABLE, expanded, printable, require_utf8
+from alexnet_jax.data.paths import (
+    UNPRINTABLE,
+    PathError,
+    expanded,
+    printable,
+    require_utf8,
+)
 
 _EVAL_FOLDERS = ("test", "val", "validation")
 HOW_TO_GET_IMAGENET = (
@@ -27,9 +33,14 @@ HOW_TO_GET_IMAGENET = (
     '(all tasks)", 6.3 GB; put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, '
     "packed as they are, into one folder"
 )
+HOW_TO_NAME_DATA_DIR = (
+    "with --config.data.dir (of prepare: --data_dir) or the environment variable "
+    "TFDS_DATA_DIR"
+)
 _TFDS_CLASS = re.compile(r"tensorflow_datasets\.core\.features\.[\w.]+")
 _PREPARE_AGAIN = "Delete the directory and prepare the data set again"
 _OTHER_FILES = 64  # that a process has open besides the data
+_LABELS_LOOKED_AT = 256  # before training: reading all of them may take minutes
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 # Classes of a data set; ImageNet's largest has 21,841.
 _MOST_CLASSES = 2**20
@@ -155,7 +166,8 @@ class FolderSource:
     Labels are the positions of the class names in sorted order (by code point, so
     ImageNet's WNIDs get their usual labels); files are sorted too. Pictures are turned by
     their EXIF orientation. Hidden files are ignored; files of other kinds and folders
-    inside a class folder are named in `left_out`. Attributes: see `Source`.
+    inside a class folder are named in `left_out`. Attributes: see `Source`; `ranges`: see
+    `num_shared`.
     """
 
     def __init__(self, path: str | os.PathLike, split: str, image_size: int):
@@ -183,6 +195,7 @@ class FolderSource:
             ignored += [f"{name}/{other}" for other in others]
         self._labels = np.asarray(labels, np.int32)
         self.num_examples = len(self._files)
+        self.ranges = ((os.path.realpath(self._folder), 0, self.num_examples),)
         self.description = f"folder {self._folder}"
         self.left_out = _left_out(self._folder, ignored)
         self.statistics_path = root / _statistics_name(split, image_size)
@@ -199,26 +212,33 @@ class FolderSource:
         """The file of an example."""
         return self._folder / self.class_names[self._labels[index]] / self._files[index]
 
+    def name_of(self, index: int) -> str:
+        """The file of an example, for messages."""
+        return str(self.path_of(index))
+
+    def record(self, index: int) -> tuple[int, bytes]:
+        """Label and picture file of an example."""
+        path = self.path_of(index)
+        try:
+            return int(self._labels[index]), images_lib.read(path)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"cannot read {path}: {error.strerror}. It was there when the "
+                "run started: were files moved meanwhile?"
+            ) from error
+        except OSError as error:
+            raise DataError(
+                f"cannot read {path}: {error.strerror}. Mend it or remove it, and "
+                "start the same command again"
+            ) from error
+
     def fetch(
         self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
     ) -> None:
         """See `Source.fetch`."""
-        labels[:] = self.labels_of(indices)
         for i, index in enumerate(indices):
-            path = self.path_of(index)
-            try:
-                data = images_lib.read(path)
-            except FileNotFoundError as error:
-                raise DataError(
-                    f"cannot read {path}: {error.strerror}. It was there when the "
-                    "run started: were files moved meanwhile?"
-                ) from error
-            except OSError as error:
-                raise DataError(
-                    f"cannot read {path}: {error.strerror}. Mend it or remove it, and "
-                    "start the same command again"
-                ) from error
-            name = str(path)
+            labels[i], data = self.record(index)
+            name = self.name_of(index)
             images_lib.decode(data, self.image_size, name, images[i], upright=True)
 
 
@@ -227,7 +247,8 @@ class TfdsSource:
 
     It needs an image and a class label among its features, whatever their names.
     Nothing is downloaded or prepared here. As in ImageNet's published protocol, pictures
-    are not turned by their EXIF orientation. Attributes: see `Source`.
+    are not turned by their EXIF orientation. Attributes: see `Source`; `ranges`: see
+    `num_shared`.
     """
 
     def __init__(self, directory: Path, split: str, image_size: int):
@@ -236,7 +257,7 @@ class TfdsSource:
         builder = tfds_builder(directory)
         self._image_key, self._label_key, classes = _image_and_label(builder.info)
         try:
-            _check_slices(builder.info, split)
+            parts = _slices(builder.info, split)
             # Raw records: parsing the protocol buffer here takes half the time of
             # tfds's own deserialisation, and that time holds the interpreter lock.
             # (Any: tfds wraps its methods in ways that type checkers cannot see.)
@@ -260,12 +281,14 @@ class TfdsSource:
                 "'train[:90%]'). Change --config.data.train_split or eval_split"
             ) from error
         # Now, not when the first evaluation comes to it after hours.
-        parts = builder.info.splits[split].file_instructions
-        files = {part.filename: part.examples_in_shard for part in parts}
+        shards = builder.info.splits[split].file_instructions
+        files = {shard.filename: shard.examples_in_shard for shard in shards}
         check_files(files, f"{directory} [{split}]")
         _allow_open_files(len(files), f"{directory} [{split}]")
         self._parse = example_message().FromString
         self.num_examples = len(self._records)
+        root = os.path.realpath(directory)
+        self.ranges = tuple((f"{root}/{name}", *part) for name, *part in parts)
         self.class_names = classes
         self.image_size = image_size
         self.description = f"tfds {directory} [{split}]"
@@ -287,7 +310,7 @@ class TfdsSource:
         remedy = _PREPARE_AGAIN
         for i, index in enumerate(indices.tolist()):
             labels[i], data = self.record(index)
-            name = self._name(index)
+            name = self.name_of(index)
             images_lib.decode(data, self.image_size, name, images[i], remedy=remedy)
 
     def record(self, index: int) -> tuple[int, bytes]:
@@ -302,19 +325,22 @@ class TfdsSource:
             data = features[self._image_key].bytes_list.value[0]
         except (RuntimeError, DecodeError, LookupError) as error:
             if "open() failed" in str(error):
-                raise DataError(f"cannot read {self._name(index)}: {error}") from error
+                raise DataError(
+                    f"cannot read {self.name_of(index)}: {error}"
+                ) from error
             raise DataError(
-                f"{self._name(index)} is damaged: {error}. {_PREPARE_AGAIN}"
+                f"{self.name_of(index)} is damaged: {error}. {_PREPARE_AGAIN}"
             ) from error
         if not 0 <= label < self.num_classes:
             raise DataError(
-                f"{self._name(index)} has label {label}, outside "
+                f"{self.name_of(index)} has label {label}, outside "
                 f"0..{self.num_classes - 1}; a split without labels cannot be used. "
                 f"{_PREPARE_AGAIN}, or take another split"
             )
         return label, data
 
-    def _name(self, index: int) -> str:
+    def name_of(self, index: int) -> str:
+        """An example, for messages."""
         return f"record {index} of {self.description}"
 
 
@@ -404,14 +430,72 @@ class Sample:
         self._source.fetch(self._chosen[indices], images, labels)
 
 
+StoredSource = FolderSource | TfdsSource
+
+
+def num_shared(train: Source, evaluation: Source) -> int:
+    """The number of evaluation images that are training images, by where they lie.
+
+    Compares `ranges`, the places (folder or split, start, end) of a source's examples:
+    tfds slices may overlap, and two names stand for one folder.
+    """
+    if not isinstance(train, StoredSource) or not isinstance(evaluation, StoredSource):
+        return 0
+    shared = sum(
+        max(0, min(end, other_end) - max(start, other_start))
+        for place, start, end in train.ranges
+        for other, other_start, other_end in evaluation.ranges
+        if place == other
+    )
+    return min(shared, evaluation.num_examples)
+
+
+def warnings_about(train: Source, evaluation: Source | None) -> list[str]:
+    """Lines on mistakes in the data at which training runs and its numbers look good."""
+    lines = []
+    for what, source in (("training", train), ("evaluation", evaluation)):
+        if source is None:
+            continue
+        sample = Sample(source, _LABELS_LOOKED_AT)
+        labels = sample.labels_of(np.arange(sample.num_examples))
+        if (labels == labels[0]).all():
+            lines.append(
+                f"WARNING: every {what} image looked at ({len(labels):,} of "
+                f"{source.num_examples:,}) is of one class, "
+                f"{printable(source.class_names[labels[0]])}. A low loss and error mean "
+                "nothing then: take a split of several classes"
+            )
+    if evaluation is not None and (shared := num_shared(train, evaluation)):
+        lines.append(f"WARNING: {shared_in_words(shared, train, evaluation)}")
+    return lines
+
+
+def shared_in_words(shared: int, train: Source, evaluation: Source) -> str:
+    """What `num_shared` found and what to do."""
+    return (
+        f"{shared:,} of {evaluation.num_examples:,} evaluation images are training images "
+        f"too, so their error is not that of unseen images (training: "
+        f"{train.description}; evaluation: {evaluation.description}). Take a split of "
+        "other images (of a tfds data set for example train[:90%] and train[90%:])"
+    )
+
+
 def tfds_data_dir(data_dir: str | None) -> Path:
     """The directory of tfds data sets: `data_dir`, else what tfds itself takes.
 
     Raises:
       PathError: (an OSError) it cannot be one.
     """
-    chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    directory = expanded(chosen)
+    chosen = data_dir or os.environ.get("TFDS_DATA_DIR")
+    try:
+        directory = expanded(chosen or "~/tensorflow_datasets")
+    except PathError as error:
+        if chosen:
+            raise
+        raise PathError(
+            "there is no home here for ~/tensorflow_datasets. Name another folder "
+            + HOW_TO_NAME_DATA_DIR
+        ) from error
     require_utf8(directory)
     return directory
 
@@ -747,13 +831,16 @@ def _how_to_prepare(name: str, data_dir: Path | str = "DIR") -> str:
     )
 
 
-def _check_slices(info: Any, split: str) -> None:
-    """Raises ValueError for an empty part of a split.
+def _slices(info: Any, split: str) -> list[tuple[str, int, int]]:
+    """The parts that a split consists of: (name, start, end).
 
-    tfds takes "train[51:50]" for "train[51:]", and counts -30 examples in "train[50:20]".
+    Raises:
+      ValueError: for an empty part. tfds takes "train[51:50]" for "train[51:]", and
+        counts -30 examples in "train[50:20]".
     """
     import tensorflow_datasets as tfds
 
+    slices = []
     for part in tfds.core.ReadInstruction.from_spec(split).to_absolute(info.splits):
         count = info.splits[part.splitname].num_examples
         start, end = part.from_ or 0, count if part.to is None else part.to
@@ -762,25 +849,52 @@ def _check_slices(info: Any, split: str) -> None:
                 f"of the {count:,} examples of {part.splitname!r} the slice "
                 f"[{start}:{end}] has none"
             )
+        slices.append((part.splitname, start, end))
+    return slices
 
 
 def _image_and_label(info: Any) -> tuple[str, str, tuple[str, ...]]:
     """Keys of the image and the class label, and the class names."""
-    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.features import ClassLabel, Image
 
-    features = dict(info.features.items())
-    pictures = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
-    labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
-    supervised = info.supervised_keys
-    if supervised and len(supervised) == 2:
-        pictures = [k for k in pictures if k == supervised[0]] or pictures
-        labels = [k for k in labels if k == supervised[1]] or labels
-    if len(pictures) != 1 or len(labels) != 1:
+    supervised = info.supervised_keys or ()
+    image = _only_feature(info, Image, supervised[:1], "tfds.features.Image()")
+    label = _only_feature(
+        info, ClassLabel, supervised[1:], "tfds.features.ClassLabel(num_classes=N)"
+    )
+    dtype = np.dtype(info.features[image].np_dtype)
+    if dtype != np.uint8:
         raise DataError(
-            f"tfds data set {info.full_name} must have one image and one class label; "
-            f"its features are {some(sorted(features))}"
+            f"tfds data set {info.full_name}: its feature {image!r} is an image of "
+            f"{dtype}; only uint8 images, 0..255, are read. Convert the values and "
+            "prepare it again with tfds.features.Image(), whose dtype is uint8"
         )
-    feature = features[labels[0]]
+    feature = info.features[label]
     if feature.num_classes is None:
         raise DataError(f"tfds data set {info.full_name} does not say its classes")
-    return pictures[0], labels[0], tuple(feature.names)
+    return image, label, tuple(feature.names)
+
+
+def _only_feature(info: Any, kind: type, supervised: Sequence[Any], needed: str) -> str:
+    """The key of the feature of a kind; of several the one that `supervised` names.
+
+    Raises:
+      DataError: there is none, or there are several.
+    """
+    features = dict(sorted(info.features.items()))
+    found = [key for key, feature in features.items() if isinstance(feature, kind)]
+    found = [key for key in found if key in supervised] or found
+    if len(found) == 1:
+        return found[0]
+    name = f"tfds data set {info.full_name}"
+    if found:
+        raise DataError(
+            f"{name} has {len(found)} features of type {kind.__name__}: {some(found)}. "
+            "Name one in its supervised_keys=(image, label), or prepare it again with "
+            "only one"
+        )
+    others = [f"{k}: {' '.join(repr(f).split())}" for k, f in features.items()]
+    raise DataError(
+        f"{name} has no feature of type {kind.__name__} ({some(others)}). Prepare it "
+        f"again with {needed}"
+    )

@@ -17,6 +17,7 @@ from alexnet_jax.data.files import read_npz, replacing
 from alexnet_jax.data.sources import Source
 
 _FIELDS = ("mean_image", "pca_std_255", "pca_vectors", "num_examples")
+_SPLIT = "split_examples"  # not in files of earlier versions
 _CHUNK = 16  # pictures a thread holds at a time
 # What mends a stored file that is broken or of other pictures: beside the data, and in
 # a run's workdir.
@@ -41,12 +42,25 @@ class Statistics:
       pca_vectors: float32 [3, 3], its unit eigenvectors in the COLUMNS, in the same
         order; rows are R, G, B. Signs: the largest component is positive.
       num_examples: pictures that were used.
+      split_examples: pictures that the split had then; all were used when absent.
     """
 
     mean_image: np.ndarray
     pca_std_255: np.ndarray
     pca_vectors: np.ndarray
     num_examples: int
+    split_examples: int = 0
+
+    def __post_init__(self) -> None:
+        split = self.split_examples or self.num_examples
+        object.__setattr__(self, "split_examples", split)
+
+    @property
+    def extent(self) -> str:
+        """Such as "10,000 of 50,000 images"."""
+        total = f"{self.split_examples:,} images"
+        is_part = self.num_examples < self.split_examples
+        return f"{self.num_examples:,} of {total}" if is_part else total
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes an .npz file, whole or not at all."""
@@ -57,6 +71,7 @@ class Statistics:
                 pca_std_255=self.pca_std_255,
                 pca_vectors=self.pca_vectors,
                 num_examples=np.int64(self.num_examples),
+                split_examples=np.int64(self.split_examples),
             )
 
 
@@ -79,23 +94,28 @@ def load(
     if not os.path.exists(path):
         raise FileNotFoundError(f"{os.fspath(path)}: there is no such file.")
     try:
-        found = read_npz(path, _FIELDS, ValueError)
+        found = read_npz(path, (*_FIELDS, _SPLIT), ValueError)
         mean, std, vectors, count = (found[name] for name in _FIELDS)
+        split = found.get(_SPLIT, count)
         square = mean.ndim == 3 and mean.shape == (len(mean), len(mean), 3)
-        if not square or std.shape != (3,) or vectors.shape != (3, 3) or count.shape:
+        if not square or std.shape != (3,) or vectors.shape != (3, 3):
             raise ValueError("wrong shapes")
         floats = (np.float32, np.float64)
         if not all(array.dtype in floats for array in (mean, std, vectors)):
             raise ValueError("arrays that are not floating point")
         if not all(np.isfinite(array).all() for array in (mean, std, vectors)):
             raise ValueError("numbers that are not finite")
-        if count.dtype.kind != "i" or count < 1:
+        counts = count, split
+        if (
+            any(c.shape or c.dtype.kind != "i" for c in counts)
+            or not 1 <= count <= split
+        ):
             raise ValueError("no number of pictures")
     except (ValueError, KeyError) as error:
         raise DataError(
             f"{os.fspath(path)} is not a statistics file ({error}). {remedy}"
         ) from error
-    found = Statistics(mean, std, vectors, int(count))
+    found = Statistics(mean, std, vectors, int(count), int(split))
     if image_size is not None:
         require_size(found, image_size, path, remedy=remedy)
     return found
@@ -181,7 +201,7 @@ def compute(
                 progress(done)
     finally:
         pool.shutdown(cancel_futures=True)
-    return _summary(total, products, count)
+    return _summary(total, products, count, source.num_examples)
 
 
 def _products(images: np.ndarray) -> np.ndarray:
@@ -207,7 +227,9 @@ def _products(images: np.ndarray) -> np.ndarray:
     return np.array([[rr, rg, rb], [rg, gg, gb], [rb, gb, bb]])
 
 
-def _summary(total: np.ndarray, products: np.ndarray, count: int) -> Statistics:
+def _summary(
+    total: np.ndarray, products: np.ndarray, count: int, split_examples: int
+) -> Statistics:
     """From the sum of the pictures and of RGB times RGB over all pixels."""
     num_pixels = count * total.shape[0] * total.shape[1]
     mean = total.reshape(-1, 3).sum(axis=0) / num_pixels
@@ -221,4 +243,5 @@ def _summary(total: np.ndarray, products: np.ndarray, count: int) -> Statistics:
         pca_std_255=np.sqrt(np.maximum(eigenvalues, 0)).astype(np.float32),
         pca_vectors=vectors.astype(np.float32),
         num_examples=count,
+        split_examples=split_examples,
     )

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from alexnet_jax.data import locks
 from alexnet_jax.data.files import check_room, telling_of_a_full_disk
+from alexnet_jax.data.paths import PathError, require_writable
+from alexnet_jax.data.sources import HOW_TO_NAME_DATA_DIR
 from alexnet_jax.data.textures.drawing import CLASS_NAMES, draw
 
 __all__ = ["CLASS_NAMES", "build", "draw"]
@@ -28,7 +30,7 @@ def build(data_dir: Path, *, tiny: bool = False) -> str:
       The full tfds name, with the config and version, for `sources.TfdsSource`.
 
     Raises:
-      OSError: `data_dir` cannot be written, or is full.
+      OSError: `data_dir` cannot be written (a PathError), or is full.
     """
     import tensorflow_datasets as tfds
 
@@ -42,6 +44,10 @@ def build(data_dir: Path, *, tiny: bool = False) -> str:
     directory = data_dir / name.replace(":", "/")
     if (directory / "dataset_info.json").exists():
         return name
+    try:
+        require_writable(data_dir)
+    except PathError as error:
+        raise PathError(f"{error}, {HOW_TO_NAME_DATA_DIR}") from error
     data_dir.mkdir(parents=True, exist_ok=True)
     # The processes of one run build once. Where there are no locks each one builds:
     # tfds writes to a directory of its own and renames it.
