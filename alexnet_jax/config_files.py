@@ -18,10 +18,12 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import RequiredValueError
 
-from alexnet_jax import stopping
+from alexnet_jax import experiment, stopping
 from alexnet_jax.data.paths import printable, require_regular
-from alexnet_jax.fields import ConfigError, flat
+from alexnet_jax.fields import COPY, ConfigError, flat
 
+# The default of every field; beside the package.
+COMMON = Path(__file__).parent.parent / "configs" / "common.py"
 _PACKAGE = str(Path(__file__).parent)
 _LIBRARIES = tuple(
     sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")
@@ -32,9 +34,13 @@ _MOST_CHARACTERS = 500
 def load_config(name: str) -> ConfigDict:
     """The config of a file such as "configs/quickstart.py", locked; else as `load`.
 
+    Or of a workdir, "runs/quickstart/config.json".
+
     Raises:
       ConfigError: as `load`, and for anything else than a config.
     """
+    if Path(name).name == experiment.CONFIG_FILE:
+        return _load_stored(Path(name))
     config = load(name, "get_config")
     if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
         raise ConfigError(
@@ -52,6 +58,32 @@ def load_config(name: str) -> ConfigDict:
             f"{name}: its fields cannot be read ({_words(error)})."
         ) from error
     return config
+
+
+def _load_stored(path: Path) -> ConfigDict:
+    """A workdir's config, of this version or an older one.
+
+    Fields that it lacks have their default; those that there are no longer are left out.
+
+    Raises:
+      ConfigError: there is none, or it is damaged.
+    """
+    stored = experiment.read_config(path.parent)
+    if stored is None:
+        raise ConfigError(f"{path}: there is no such file.")
+    config = load_config(str(COMMON))
+    known = flat(config.to_dict())
+    fields = {name: _as_tuples(v) for name, v in flat(stored).items() if name in known}
+    try:
+        config.update_from_flattened_dict(fields)
+    except TypeError as error:  # of an override
+        raise ConfigError(f"{path} is damaged: {_words(error)}. {COPY}") from error
+    return config
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists of JSON as the tuples that they were."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def load(name: str, function: str) -> Any:

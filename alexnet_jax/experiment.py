@@ -511,7 +511,7 @@ def build(
       ValueError, FileNotFoundError: for anything wrong with the data.
     """
     validate(config, training=False)  # `train` refuses what a training ignores
-    train, evaluation = _open_sources(config)
+    train, evaluation = _open_sources(config, log)
     if jax.process_index() == 0:
         for line in data_lib.warnings_about(train, evaluation):
             log(line)
@@ -536,6 +536,49 @@ def build(
         statistics=statistics or _find_statistics(train, config.data.workers, log),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
+    )
+
+
+def build_for_evaluation(
+    config: Config,
+    *,
+    class_names: Sequence[str] | None,
+    statistics: Statistics,
+    log: Callable[[str], object] = print,
+) -> Experiment:
+    """Builds what a trained network is tested in; the training split is not opened.
+
+    Args:
+      config: see `configs/common.py`; it has an evaluation split.
+      class_names: those that the network was trained on, by label; None: not known, so
+        those of the evaluation split.
+      statistics: those that it was trained with.
+      log: told of trained classes that the evaluation split has no images of.
+
+    Returns:
+      An experiment that cannot train: the evaluation split is its `train_source` too.
+
+    Raises:
+      ConfigError, ValueError, FileNotFoundError: as `build`.
+    """
+    validate(config, training=False)
+    source = _open_split(config, config.data.eval_split)
+    if class_names is not None:
+        source = data_lib.match_classes(source, class_names, log=log)
+    network = make_model(config, _num_classes(config, source))
+    mesh = parallel.make_mesh(*mesh_shape(config, network.network))
+    _require_memory(config, mesh)
+    return Experiment(
+        config=config,
+        model=network,
+        tx=optax.identity(),
+        mesh=mesh,
+        mode=config.parallel.mode,
+        train_source=source,
+        eval_source=source,
+        statistics=statistics,
+        steps_per_epoch=0.0,
+        total_steps=0,
     )
 
 
@@ -593,21 +636,28 @@ def make_augmentation(config: Config, steps_per_epoch: float) -> augment.Augment
     )
 
 
-def _open_sources(config: Config) -> tuple[Source, Source | None]:
-    def open_split(split: str) -> Source:
-        return data_lib.open_source(
-            config.data.source,
-            split,
-            data_dir=config.data.dir or None,
-            image_size=config.data.image_size,
-        )
-
-    train = open_split(config.data.train_split)
+def _open_sources(
+    config: Config, log: Callable[[str], object]
+) -> tuple[Source, Source | None]:
+    train = _open_split(config, config.data.train_split)
     if not config.data.eval_split:
         return train, None
-    evaluation = open_split(config.data.eval_split)
-    data_lib.check_same_classes(train, evaluation)
+    evaluation = _open_split(config, config.data.eval_split)
+    evaluation = data_lib.match_classes(
+        evaluation,
+        train.class_names,
+        log=log if jax.process_index() == 0 else lambda line: None,
+    )
     return train, evaluation
+
+
+def _open_split(config: Config, split: str) -> Source:
+    return data_lib.open_source(
+        config.data.source,
+        split,
+        data_dir=config.data.dir or None,
+        image_size=config.data.image_size,
+    )
 
 
 def _num_classes(config: Config, train: Source) -> int:
@@ -795,7 +845,7 @@ def read_network(
         raise CheckpointError(f"{path} says which step already; got step {step} too.")
     workdir = Path(folder).absolute()
     require_run(workdir)
-    statistics = _read_statistics(workdir)
+    statistics = read_statistics(workdir)
     with Checkpointer(workdir / CHECKPOINTS, read_only=True) as checkpointer:
         chosen = checkpointer.find(which if step is None else step)
         variables, metadata = checkpointer.restore_params(step=chosen)
@@ -848,15 +898,30 @@ def check_metadata(metadata: dict[str, Any], where: str) -> dict[str, Any]:
     return metadata
 
 
-def _read_statistics(workdir: Path) -> Statistics:
+def read_statistics(workdir: Path, image_size: int | None = None) -> Statistics:
+    """The statistics that a workdir was trained with.
+
+    Args:
+      image_size: side of the pictures that they have to be of; None: of any.
+
+    Raises:
+      FileNotFoundError, DataError: they are not there, or not those of such pictures.
+    """
     path = workdir / STATISTICS_FILE
     try:
-        return statistics_lib.load(path, remedy=statistics_lib.TRAIN_AGAIN)
+        return statistics_lib.load(path, image_size, remedy=statistics_lib.TRAIN_AGAIN)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{path} is missing: the mean image that the network of this run is given "
             "its pictures without. Copy it from where the run was trained."
         ) from error
+
+
+def about_mean(workdir: Path, statistics: Statistics, config: Any) -> str:
+    """The line that says where a run's mean image is from, and of how many images."""
+    tuned = config.get("finetune", {}).get("source")
+    images = "the weights" if tuned else statistics.extent
+    return f"mean image: {workdir / STATISTICS_FILE}, of {images}"
 
 
 def _settings_of(

@@ -16,7 +16,7 @@ import numpy as np
 from alexnet_jax import config_files, experiment, retrieve, stopwatch
 from alexnet_jax.analysis.retrieval import Index, nearest, shrink
 from alexnet_jax.checkpoint import Checkpointer
-from alexnet_jax.data import DataError
+from alexnet_jax.data import DataError, match_classes
 from alexnet_jax.data.paths import message_of
 from alexnet_jax.data.sources import Sample, Source
 from alexnet_jax.evaluate import Predictions
@@ -185,10 +185,8 @@ def look_at_held_out(run: Run) -> HeldOut | Missing:
     if not split:
         return Missing("this run has no held-out pictures (data.eval_split is empty)")
 
-    def look() -> HeldOut | Missing:
+    def look() -> HeldOut:
         source = _open(run, split)
-        if isinstance(source, Missing):
-            return source
         pictures = Sample(source, MOST_HELD_OUT)
         found = run.logits_of.over(pictures, "held-out pictures")
         logits = np.concatenate([logits for _, logits in found])
@@ -215,11 +213,9 @@ def look_for_alike(run: Run, held_out: HeldOut | Missing) -> Alike | Missing:
         return held_out
     layer = run.layers[-2].name
 
-    def look() -> Alike | Missing:
+    def look() -> Alike:
         split = run.config["data"]["train_split"]
         source = _open(run, split)
-        if isinstance(source, Missing):
-            return source
         indexed, features_of = Sample(source, MOST_INDEXED), run.logits_of.of(layer)
         kind = str(run.config["data"]["source"])
         index = retrieve.index_of(features_of, layer, indexed, source=kind, split=split)
@@ -248,17 +244,15 @@ def look_for_alike(run: Run, held_out: HeldOut | Missing) -> Alike | Missing:
     return _or_missing(look)
 
 
-def _open(run: Run, split: str) -> Source | Missing:
-    """A split of the run's own data, if its labels still mean what they meant."""
+def _open(run: Run, split: str) -> Source:
+    """A split of the run's own data, with the labels that it was trained on.
+
+    Raises:
+      DataError: as `match_classes` and `open_source`.
+    """
     source = run.logits_of.open(split)
     known = experiment.read_class_names(run.workdir)
-    if known is not None and list(source.class_names) != known:
-        return Missing(
-            f"the classes of {source.description} are not those that the run was "
-            f"trained on ({source.num_classes} there, {len(known)} in "
-            f"{experiment.CLASSES_FILE}, or other names)"
-        )
-    return source
+    return source if known is None else match_classes(source, known)
 
 
 def _or_missing(look: Callable[[], Any]) -> Any:
@@ -343,10 +337,9 @@ class Difference(NamedTuple):
 
 def differences(config: dict[str, Any]) -> list[Difference] | None:
     """What differs from configs/common.py; None where that is not installed."""
-    path = Path(__file__).parent.parent / "configs" / "common.py"  # beside the package
-    if not path.exists():
+    if not config_files.COMMON.exists():
         return None
-    common = config_files.load_config(str(path))
+    common = config_files.load_config(str(config_files.COMMON))
     defaults = experiment.flat(experiment.as_json(common))
     own = experiment.flat(config)
     return [

@@ -3,7 +3,7 @@
 One process, or one of several: see launch/README.md.
 
 python -m alexnet_jax.main --config=configs/paper.py --workdir=DIR
-python -m alexnet_jax.main --config=configs/paper.py --workdir=DIR,DIR --mode=eval
+python -m alexnet_jax.main --workdir=DIR --mode=eval
 python -m alexnet_jax.main --config=configs/paper.py --mode=describe
 """
 
@@ -50,7 +50,7 @@ class _NotLoadedError(Exception):
 
 
 class _ConfigFile(flags.ArgumentParser):
-    """Reads the file of --config, as launch/sweep.py does."""
+    """Reads the file of --config, as launch/sweep.py does, or a workdir's config."""
 
     def parse(self, argument: str) -> ConfigDict:
         try:
@@ -63,7 +63,9 @@ class _ConfigFile(flags.ArgumentParser):
 
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="A file of configs/, such as configs/paper.py."
+    "config",
+    help_string="A file of configs/, such as configs/paper.py. With --mode=eval its "
+    "default is the config of the (first) run in --workdir.",
 )
 flags.FLAGS["config"].parser = _ConfigFile()
 _WORKDIR = flags.DEFINE_string(
@@ -109,6 +111,7 @@ _LOCAL_DEVICE_IDS = flags.DEFINE_list(
 _CONNECT_SECONDS = flags.DEFINE_integer(
     "connect_seconds", 180, "How long to wait for the other processes.", lower_bound=1
 )
+_NO_WORKDIR = "--workdir=DIR is missing: the folder that keeps the run."
 # What a user can mend is said in words; anything else keeps its traceback.
 _USER_ERRORS = (
     ConfigError,
@@ -128,11 +131,9 @@ def main(argv: Sequence[str]) -> None:
             f"unknown on the command line: {' '.join(argv[1:])}. A field of the config "
             "is changed with --config.FIELD=VALUE."
         )
-    if not flags.FLAGS["config"].present:
-        raise ConfigError("--config=FILE is missing, such as configs/paper.py.")
     workdir = _WORKDIR.value or ""
     if _MODE.value != "describe" and not workdir:
-        raise ConfigError("--workdir=DIR is missing: the folder that keeps the run.")
+        raise ConfigError(_NO_WORKDIR)
     if _MODE.value != "eval" and _PREDICTIONS.value is not None:
         raise ConfigError("--predictions=FILE.npz goes with --mode=eval.")
     if _CPU_DEVICES.value:
@@ -207,10 +208,40 @@ def _keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
+def _stored_config() -> Path:
+    """The config that takes the place of a --config that is not given.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    missing = "--config=FILE is missing, such as configs/paper.py"
+    if _MODE.value != "eval":
+        raise ConfigError(f"{missing}.")
+    if not _WORKDIR.value:
+        raise ConfigError(_NO_WORKDIR)
+    members = map(protocol.Member.parse, _WORKDIR.value.split(","))
+    runs = [m.path for m in members if not m.is_predictions and not m.is_weights]
+    if not runs:
+        raise ConfigError(
+            f"{missing}: files do not say which pictures they are to be tested on."
+        )
+    experiment.require_run(runs[0])
+    return runs[0] / experiment.CONFIG_FILE
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
+    """absl's flag parsing; --mode=eval takes the config of the run that it tests."""
+    flags.FLAGS.set_gnu_getopt()
+    rest = _parse_flags(argv, known_only=True)
+    if not flags.FLAGS["config"].present:
+        rest.insert(1, f"--config={_stored_config()}")
+    return _parse_flags(rest)
+
+
+def _parse_flags(argv: Sequence[str], *, known_only: bool = False) -> list[str]:
     """absl's flag parsing, with the mistakes of config flags in words too."""
     try:
-        return flags.FLAGS(list(argv))
+        return flags.FLAGS(list(argv), known_only=known_only)
     except _NotLoadedError as error:
         assert error.__cause__ is not None
         raise error.__cause__ from None

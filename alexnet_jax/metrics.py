@@ -36,6 +36,11 @@ def in_top_k(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     return before.sum(-1) < k
 
 
+def shows_top5(num_classes: int) -> bool:
+    """Whether a top-5 error is worth showing: of five classes or fewer it is always 0."""
+    return num_classes > 5
+
+
 def log_mean_probabilities(logits: jax.Array) -> jax.Array:
     """[V, B, K] logits of V views -> [B, K] logarithms of the mean probabilities.
 
@@ -49,7 +54,7 @@ def log_mean_probabilities(logits: jax.Array) -> jax.Array:
 def sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
     """Sums over the examples whose mask is 1: loss, top1, top5 (right ones), count.
 
-    With fewer than five classes top5 is always right.
+    With five classes or fewer top5 is always right.
     """
     mask = mask.astype(jnp.promote_types(logits.dtype, jnp.float32))
     loss = jnp.where(mask > 0, cross_entropy(logits, labels), 0.0)

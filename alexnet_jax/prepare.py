@@ -21,6 +21,7 @@ python -m alexnet_jax.prepare statistics --source=folder:PATH [--data_dir=DIR]
     Computes the mean image and the colour PCA and stores them beside the data.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -33,7 +34,13 @@ from absl import flags
 from tqdm import tqdm
 
 from alexnet_jax import stopping
-from alexnet_jax.data import eval_batches, sources, statistics
+from alexnet_jax.data import (
+    DataError,
+    eval_batches,
+    match_classes,
+    sources,
+    statistics,
+)
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.paths import expanded, message_of, printable, require_writable
 from alexnet_jax.writers import progress, show_every_name
@@ -134,6 +141,9 @@ def _check() -> int:
         for split in (FLAGS.split, FLAGS.eval_split)
     )
     assert train is not None  # its split is named
+    if evaluation is not None:
+        with contextlib.suppress(DataError):  # `examine` says it
+            evaluation = match_classes(evaluation, train.class_names)
     findings, labels, hashes = [], [], []
     for source in filter(None, (train, evaluation)):
         _say(source.description)

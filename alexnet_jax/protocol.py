@@ -23,6 +23,8 @@ from alexnet_jax.checkpoint import (
 )
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.paths import expanded, printable, require_writable_file
+from alexnet_jax.data.sources import place_of_split
+from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.evaluate import (
     Predictions,
     PredictionsError,
@@ -35,6 +37,8 @@ from alexnet_jax.evaluate import (
     worst_confusions,
 )
 from alexnet_jax.experiment import Config, ConfigError, Experiment
+from alexnet_jax.metrics import shows_top5
+from alexnet_jax.writers import METRICS_FILE, read_metrics
 
 # Classes and confusions that are shown.
 WORST = 10
@@ -84,9 +88,9 @@ def evaluate_runs(
 ) -> dict[str, Any]:
     """Tests networks on the evaluation split, and several together as an ensemble.
 
-    Prints how the config differs from those that the runs were trained with, errors, the
-    worst classes and confusions, and as the last line the record that it returns, NaN and
-    infinities as null.
+    Prints how the config differs from those that the runs were trained with, which
+    checkpoints are tested, errors, the worst classes and confusions, and as the last line
+    the record that it returns, NaN and infinities as null.
 
     Args:
       config: says which data, how many views and which devices. Of one workdir also the
@@ -96,7 +100,9 @@ def evaluate_runs(
 
     Returns:
       {"step", "eval/loss", "eval/top1_error", ...} as in metrics.jsonl; of several the
-      ensemble's, without "step", and under "members" each one's own with its "name".
+      ensemble's, without "step", and under "members" each one's own with its "name". And
+      "best_of", the number of evaluations on this very split, if the checkpoint was
+      chosen by them; None if it is not known.
 
     Raises:
       CheckpointError: when there is no such checkpoint.
@@ -113,20 +119,19 @@ def evaluate_runs(
             _require_checkpoint(member)
     found, records = [], []
     for member in members:
-        step = None
+        about = {}
         if member.is_predictions:
             predictions = load_predictions(member.path)
         elif member.is_weights:
             predictions = _predictions(*_from_weights(config, member.path))
         else:
             own = config if len(members) == 1 else _of_its_own(config, member.path)
-            step, experiment, variables = _from_run(own, member)
+            about, experiment, variables = _from_run(own, member)
             predictions = _predictions(experiment, variables)
         found.append(predictions)
-        at = {} if step is None else {"step": step}
-        records.append({"name": str(member.path)} | at | _metrics(predictions))
+        records.append({"name": str(member.path)} | about | _metrics(predictions))
         if len(members) > 1:
-            _say(f"{member.path}: {_in_words(records[-1], predictions.num_views)}")
+            _say(f"{member.path}: {_in_words(records[-1], predictions)}")
     together = average(found)
     record: dict[str, Any] = records[0] | {}
     del record["name"]
@@ -136,7 +141,7 @@ def evaluate_runs(
         together.save(save_to)
         _say(f"predictions saved: {save_to}")
     who = f"{len(members)} networks averaged: " if len(members) > 1 else ""
-    _say(f"{who}{_in_words(record, together.num_views)}")
+    _say(f"{who}{_in_words(record, together)} of {printable(together.split)}")
     for line in describe_mistakes(together):
         _say(line)
     _say(_as_json(record))
@@ -178,7 +183,9 @@ def describe_mistakes(predictions: Predictions, most: int = WORST) -> list[str]:
     where = _views_in_words(predictions.num_views)
     lines = [f"classes with the highest error ({where}):"]
     for name, count, top1, top5 in worst:
-        rates = f"top-1 {100 * top1:5.1f}%  top-5 {100 * top5:5.1f}%"
+        rates = f"top-1 {100 * top1:5.1f}%"
+        if shows_top5(len(names)):
+            rates += f"  top-5 {100 * top5:5.1f}%"
         lines.append(f"  {names[name]:<{width}}  {rates}  of {count} pictures")
     lines.append("most frequent confusions:")
     for label, predicted, count, share in confusions:
@@ -206,16 +213,59 @@ def _of_its_own(config: Config, workdir: Path) -> Config:
     return experiment_lib.with_network_of(config, workdir)
 
 
-def _from_run(config: Config, member: Member) -> tuple[int, Experiment, dict[str, Any]]:
-    """A checkpoint's step, what its network is tested in, and its variables."""
+def _from_run(
+    config: Config, member: Member
+) -> tuple[dict[str, Any], Experiment, dict[str, Any]]:
+    """What is said of a checkpoint, what its network is tested in, its variables.
+
+    The first is {"step"}, and "best_of" as in the record of `evaluate_runs`.
+    """
     workdir = member.path.absolute()
-    _, experiment = train.prepare(config, workdir)
-    step, variables, trained_with = _restore(experiment, workdir, member.step)
+    if (stored := experiment_lib.read_config(workdir)) is not None:
+        train.compare(config, stored, workdir)  # another network is refused
+    statistics = experiment_lib.read_statistics(workdir, config.data.image_size)
+    _say(experiment_lib.about_mean(workdir, statistics, stored or {}))
+    experiment = experiment_lib.build_for_evaluation(
+        config,
+        class_names=experiment_lib.read_class_names(workdir),
+        statistics=statistics,
+        log=_say,
+    )
+    train.say_place(experiment)
+    with Checkpointer(workdir / experiment_lib.CHECKPOINTS, read_only=True) as saved:
+        step = saved.find(member.step)
+        is_best = member.step == "best" and saved.best_step() is not None
+        variables, trained_with = _restore(experiment, saved, step)
+    assert step is not None  # else there was no checkpoint to restore
     # The checkpoint's own: config.json may be lost, or of a start since then.
     differences = train.compare(config, trained_with, workdir)
     if differences:
         _say("\n".join([f"{member.path}: {differences[0]}", *differences[1:]]))
-    return step, experiment, variables
+    about: dict[str, Any] = {"step": step}
+    chosen = ""
+    same_split = _place(config.data) == _place(trained_with["data"])
+    if is_best and same_split and (count := _count_evaluations(workdir)) != 1:
+        about["best_of"] = count
+        chosen = (
+            f", chosen as the best of {count or 'its'} evaluations on this split, so its "
+            "error is a little optimistic"
+        )
+    path = member.path / experiment_lib.CHECKPOINTS / str(step)
+    _say(f"checkpoint of step {step} ({printable(str(path))}){chosen}")
+    return about, experiment, variables
+
+
+def _place(data: Any) -> Any:
+    return place_of_split(data["source"], data["eval_split"], data.get("dir", ""))
+
+
+def _count_evaluations(workdir: Path) -> int | None:
+    """How many evaluations a run has recorded; None if its records are lost."""
+    try:
+        records = read_metrics(workdir / METRICS_FILE)
+    except (OSError, ValueError):
+        return None
+    return len({r["step"] for r in records if "eval/top1_error" in r})
 
 
 def _from_weights(config: Config, path: Path) -> tuple[Experiment, dict[str, Any]]:
@@ -226,14 +276,23 @@ def _from_weights(config: Config, path: Path) -> tuple[Experiment, dict[str, Any
     """
     weights = experiment_lib.read_network(path)
     own = experiment_lib.with_network_of(config, path)
-    experiment = experiment_lib.build(own)
-    names = experiment.train_source.class_names
-    known = weights.class_names
-    if weights.settings["num_classes"] != len(names) or known not in (None, names):
+    own.model.num_classes = 0  # the data's, which are compared below
+    side = own.data.image_size
+    mean = np.broadcast_to(np.asarray(weights.mean), (side, side, 3))
+    experiment = experiment_lib.build_for_evaluation(
+        own,
+        class_names=weights.class_names,
+        statistics=Statistics(mean, np.zeros(3), np.eye(3), num_examples=1),
+        log=_say,
+    )
+    source = experiment.eval_source
+    assert source is not None
+    if weights.settings["num_classes"] != source.num_classes:
         raise ConfigError(
             f"{path} knows {weights.settings['num_classes']} classes ("
-            f"{_some_names(known)}); {experiment.train_source.description} has "
-            f"{len(names)} ({_some_names(names)}). Give the data that it was trained on."
+            f"{_some_names(weights.class_names)}); {source.description} has "
+            f"{source.num_classes} ({_some_names(source.class_names)}). Give the data "
+            "that it was trained on."
         )
     target = experiment.abstract_state()
     variables = {
@@ -244,7 +303,7 @@ def _from_weights(config: Config, path: Path) -> tuple[Experiment, dict[str, Any
         )
     }
     _say(f"mean image: {path}, of the weights")
-    return finetune.with_mean_of(experiment, weights), variables
+    return experiment, variables
 
 
 def _some_names(names: Sequence[str] | None) -> str:
@@ -285,20 +344,16 @@ def _predictions(experiment: Experiment, variables: dict[str, Any]) -> Predictio
 
 
 def _restore(
-    experiment: Experiment, workdir: Path, which: int | str
-) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """A checkpoint's step, its variables, and the config that it was trained with."""
+    experiment: Experiment, saved: Checkpointer, step: int | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A checkpoint's variables, and the config that it was trained with."""
     target = experiment.abstract_state()
-    with Checkpointer(workdir / experiment_lib.CHECKPOINTS, read_only=True) as saved:
-        step = saved.find(which)
-        variables, metadata = saved.restore_params(
-            step=step,
-            abstract={"params": target.params, "batch_stats": target.batch_stats},
-        )
-        where = f"the checkpoint {saved.directory / str(step)}"
-    assert step is not None  # else there was no checkpoint to restore
-    metadata = experiment_lib.check_metadata(metadata, where)
-    return step, variables, metadata["config"]
+    variables, metadata = saved.restore_params(
+        step=step,
+        abstract={"params": target.params, "batch_stats": target.batch_stats},
+    )
+    where = f"the checkpoint {saved.directory / str(step)}"
+    return variables, experiment_lib.check_metadata(metadata, where)["config"]
 
 
 def _metrics(predictions: Predictions) -> dict[str, Any]:
@@ -309,14 +364,17 @@ def _views_in_words(count: int) -> str:
     return "centre view" if count == 1 else f"{count} views"
 
 
-def _in_words(record: dict[str, Any], num_views: int) -> str:
+def _in_words(record: dict[str, Any], predictions: Predictions) -> str:
     """Such as "step 10: top-1 error 40.66%, top-5 error 18.21% (10 views); ..."."""
     parts = []
-    for prefix, count in (("eval/views_", num_views), ("eval/", 1)):
+    ks = (1, 5) if shows_top5(len(predictions.class_names)) else (1,)
+    for prefix, count in (("eval/views_", predictions.num_views), ("eval/", 1)):
         if f"{prefix}loss" in record:
-            top1, top5 = (100 * record[f"{prefix}top{k}_error"] for k in (1, 5))
-            where = _views_in_words(count)
-            parts.append(f"top-1 error {top1:.2f}%, top-5 error {top5:.2f}% ({where})")
+            rates = (
+                f"top-{k} error {100 * record[f'{prefix}top{k}_error']:.2f}%"
+                for k in ks
+            )
+            parts.append(f"{', '.join(rates)} ({_views_in_words(count)})")
     step = f"step {record['step']}: " if "step" in record else ""
     return f"{step}{'; '.join(parts)}; {record['eval/count']} pictures"
 

@@ -37,8 +37,14 @@ from alexnet_jax.data.paths import (
     require_places,
     require_writable_file,
 )
-from alexnet_jax.experiment import CONFIG_FILE, read_config, require_run
+from alexnet_jax.experiment import (
+    CONFIG_FILE,
+    read_class_names,
+    read_config,
+    require_run,
+)
 from alexnet_jax.findings import first_kernel, read_run
+from alexnet_jax.metrics import shows_top5
 from alexnet_jax.pictures import exit_status, save_figure
 from alexnet_jax.report_page import build_page
 from alexnet_jax.writers import METRICS_FILE, read_metrics
@@ -57,18 +63,22 @@ _NEXT = """what next
   in a notebook       model, variables, preprocess = alexnet_jax.load("{workdir}")"""
 
 
-def _errors_in_words(records: Sequence[dict[str, Any]]) -> list[str]:
+def _errors_in_words(records: Sequence[dict[str, Any]], top5: bool) -> list[str]:
     """The held-out errors of the last evaluation, a line each; none: nothing."""
     evaluations = [record for record in records if "eval/loss" in record]
     if not evaluations:
         return []
     last = evaluations[-1]
-    top1, top5 = 100 * last["eval/top1_error"], 100 * last["eval/top5_error"]
+
+    def errors(prefix: str) -> str:
+        ks = (1, 5) if top5 else (1,)
+        rates = ((k, 100 * last[f"{prefix}top{k}_error"]) for k in ks)
+        return ", ".join(f"top-{k} {rate:.2f}%" for k, rate in rates)
+
     pictures = f"{last['eval/count']:.0f} pictures, step {last['step']}"
-    lines = [f"held-out errors: top-1 {top1:.2f}%, top-5 {top5:.2f}% ({pictures})"]
+    lines = [f"held-out errors: {errors('eval/')} ({pictures})"]
     if "eval/views_loss" in last:
-        top1, top5 = (100 * last[f"eval/views_{k}_error"] for k in ("top1", "top5"))
-        lines.append(f"over several views: top-1 {top1:.2f}%, top-5 {top5:.2f}%")
+        lines.append(f"over several views: {errors('eval/views_')}")
     return lines
 
 
@@ -96,7 +106,7 @@ def report(workdir: Path, *, python: str = "python") -> list[str]:
     with replacing(workdir / REPORT_FILE) as file:
         file.write(html)
     return [
-        *_errors_in_words(run.records),
+        *_errors_in_words(run.records, shows_top5(len(run.names))),
         f"first-layer filters: {filters}, {statistics.name}",
         f"training curves:     {curves}",
         f"report:              {workdir / REPORT_FILE}",
@@ -129,7 +139,9 @@ def compare(workdirs: Sequence[Path], out: Path) -> list[str]:
                 f"{METRICS_FILE}. --workdir=DIR,DIR takes the folders of runs."
             )
         runs[name] = read_metrics(metrics)
-        said = _errors_in_words(runs[name]) or ["no evaluation yet"]
+        classes = read_class_names(workdir)
+        top5 = classes is None or shows_top5(len(classes))
+        said = _errors_in_words(runs[name], top5) or ["no evaluation yet"]
         lines += [f"{name}: {line}" for line in said]
     figure = training_curves(runs)
     save_figure(figure, out)

@@ -20,7 +20,7 @@ from alexnet_jax.analysis import (
 from alexnet_jax.analysis.page import Markup
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.evaluate import class_errors, errors, worst_confusions
-from alexnet_jax.experiment import flat
+from alexnet_jax.experiment import CONFIG_FILE, flat
 from alexnet_jax.findings import (
     Alike,
     Difference,
@@ -33,8 +33,8 @@ from alexnet_jax.findings import (
     look_for_alike,
     time_spent,
 )
+from alexnet_jax.metrics import shows_top5
 from alexnet_jax.stopwatch import TIMES_FILE
-from alexnet_jax.sweeps import as_text
 from alexnet_jax.writers import METRICS_FILE
 
 _EXAMPLES = 8  # pictures with their labels
@@ -65,7 +65,7 @@ def build_page(run: Run, python: str = "python") -> bytes:
         _time(run),
         _configuration(run, changed),
         _layers(run),
-        _commands(run, python, changed),
+        _commands(run, python, changed is not None),
         footer="Made by python -m alexnet_jax.report from the files of the run.",
     )
 
@@ -116,10 +116,10 @@ def _headline(run: Run) -> Markup:
             cells.append(
                 (_percent(found[f"{prefix}top1_error"]), f"top-1 error {where}")
             )
-            if classes > 5:  # else it is 0
+            if shows_top5(classes):
                 error = _percent(found[f"{prefix}top5_error"])
                 cells.append((error, "top-5 error of the same"))
-    top5 = f", top-5 {_percent(1 - 5 / classes, 1)}" if classes > 5 else ""
+    top5 = f", top-5 {_percent(1 - 5 / classes, 1)}" if shows_top5(classes) else ""
     cells += [
         (_percent(1 - 1 / classes, 1), f"error of guessing: {classes:,} classes{top5}"),
         (f"{count / 1e6:.1f} M", f"parameters ({count:,})")
@@ -203,12 +203,14 @@ def _mistakes(run: Run, held_out: HeldOut | Missing) -> Markup:
     chosen = found if len(found) <= _ALL_CLASSES else found[:_WORST]
     largest = max(max(c.top1_error for c in chosen), 1e-9)
     which = "" if len(chosen) == len(found) else f", the {len(chosen)} worst"
+    top5 = shows_top5(len(run.names))
+    header = ["class", "", "top-1", *(["top-5"] if top5 else []), "pictures"]
     rows = [
         (
             words(c.name),
             page.bar(c.top1_error / largest),
             _percent(c.top1_error, 1),
-            _percent(c.top5_error, 1),
+            *([_percent(c.top5_error, 1)] if top5 else []),
             f"{c.count:,}",
         )
         for c in chosen
@@ -220,11 +222,7 @@ def _mistakes(run: Run, held_out: HeldOut | Missing) -> Markup:
     seen = _of(len(predictions.labels), held_out.total)
     by_class = page.joined(
         page.heading(f"Error of each class{which}"),
-        page.table(
-            ["class", "", "top-1", "top-5", "pictures"],
-            rows,
-            columns="lbrrr",
-        ),
+        page.table(header, rows, columns="lb" + "r" * (len(header) - 2)),
     )
     confusions = (
         page.table(
@@ -237,8 +235,8 @@ def _mistakes(run: Run, held_out: HeldOut | Missing) -> Markup:
         title,
         page.paragraph(
             f"{seen} held-out pictures, centre view, by the checkpoint of step "
-            f"{run.step:,}: top-1 error {_percent(overall['top1_error'])}, top-5 "
-            f"{_percent(overall['top5_error'])}."
+            f"{run.step:,}: top-1 error {_percent(overall['top1_error'])}"
+            + (f", top-5 {_percent(overall['top5_error'])}." if top5 else ".")
         ),
         page.side_by_side(
             by_class,
@@ -448,7 +446,7 @@ def _layers(run: Run) -> Markup:
     )
 
 
-def _commands(run: Run, python: str, changed: list[Difference] | None) -> Markup:
+def _commands(run: Run, python: str, has_configs: bool) -> Markup:
     workdir = shlex.quote(str(run.workdir))
     predict = f"{python} -m alexnet_jax.predict \\\n    --workdir={workdir} PICTURE ..."
     alike = (
@@ -457,16 +455,19 @@ def _commands(run: Run, python: str, changed: list[Difference] | None) -> Markup
     )
     parts = [page.heading("What is in other pictures"), page.block(predict)]
     parts += [page.heading("Training pictures like them"), page.block(alike)]
-    if changed is not None:
-        lines = [f"{python} -m alexnet_jax.main"]
-        lines += ["--config=configs/common.py", f"--workdir={workdir}"]
-        lines += _flags(run, changed)
-        train = " \\\n    ".join(lines)
+    if has_configs:
+        words = [
+            f"{python} -m alexnet_jax.main",
+            f"--workdir={workdir}",
+            *_devices(run),
+        ]
+        config = shlex.quote(str(run.workdir / CONFIG_FILE))
+        test, train = (
+            " \\\n    ".join([*words, last])
+            for last in ("--mode=eval", f"--config={config}")
+        )
         if run.config["data"]["eval_split"]:
-            parts += [
-                page.heading("Test it again"),
-                page.block(f"{train} \\\n    --mode=eval"),
-            ]
+            parts += [page.heading("Test it again"), page.block(test)]
         cut = run.config["max_steps"] >= 0
         parts += [
             page.heading("Go on"),
@@ -490,19 +491,10 @@ def _commands(run: Run, python: str, changed: list[Difference] | None) -> Markup
     return page.section("Commands and versions", *parts)
 
 
-def _flags(run: Run, changed: list[Difference]) -> list[str]:
-    """What makes this run's config of configs/common.py."""
-    flags = []
-    for difference in changed:
-        value = shlex.quote(as_text(_tuples(difference.value)))
-        flags.append(f"--config.{difference.field}={value}")
+def _devices(run: Run) -> list[str]:
+    """The flag for the virtual devices that this run's config asks for."""
     parallel = run.config["parallel"]
     devices = max(1, parallel["data"]) * max(1, parallel["column"])
     if devices > 1 and jax.default_backend() == "cpu":
-        flags.append(f"--cpu_devices={devices}")
-    return flags
-
-
-def _tuples(value: Any) -> Any:
-    """Lists of JSON as the tuples that they were."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+        return [f"--cpu_devices={devices}"]
+    return []

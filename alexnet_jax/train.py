@@ -33,6 +33,7 @@ from alexnet_jax.data.loader import Batch
 from alexnet_jax.data.paths import expanded, require_places
 from alexnet_jax.evaluate import evaluate
 from alexnet_jax.experiment import Config, ConfigError, Experiment
+from alexnet_jax.metrics import shows_top5
 from alexnet_jax.model import INITS
 from alexnet_jax.optim import Plateau
 from alexnet_jax.profiler import Profiler
@@ -129,6 +130,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
             total_steps=experiment.total_steps,
             resume_step=int(state.step) if restored else None,
             enabled=jax.process_index() == 0,
+            show_top5=shows_top5(experiment.model.network.layers[-1].features),
         ) as writers:
             for line in (*_describe(experiment), *differences, *origin):
                 writers.text(line)
@@ -350,17 +352,20 @@ def prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
                 stored, config.data.image_size, remedy=statistics_lib.TRAIN_AGAIN
             )
             if jax.process_index() == 0:
-                tuned = config.finetune.source
-                images = "the weights" if tuned else statistics.extent
-                print(f"mean image: {stored}, of {images}", flush=True)
+                print(experiment_lib.about_mean(workdir, statistics, config), flush=True)
     experiment = experiment_lib.build(config, statistics=statistics)
     if begun:
         _require_same_classes(experiment.train_source.class_names, workdir)
-    if jax.process_count() > 1:  # each says where it is; the rest is process 0's
+    say_place(experiment)
+    return differences, experiment
+
+
+def say_place(experiment: Experiment) -> None:
+    """Each of several processes says where it is; the rest is process 0's."""
+    if jax.process_count() > 1:
         low, high = experiment.positions()
         part = f"examples {low} to {high - 1} of each batch"
         print(distributed.banner(f"{_mesh(experiment)}, {part}"), flush=True)
-    return differences, experiment
 
 
 def _compare_with_workdir(config: Config, workdir: Path) -> list[str]:

@@ -66,6 +66,7 @@ def make_writers(
     total_steps: int,
     resume_step: int | None = None,
     enabled: bool = True,
+    show_top5: bool = True,
 ) -> "MultiWriter":
     """The three writers of a run in `workdir`, which is created if need be.
 
@@ -74,6 +75,7 @@ def make_writers(
       resume_step: the step the run goes on from; records beyond it are dropped. None
         for a new run.
       enabled: False on every process but the first: nothing is created or written.
+      show_top5: whether the console shows top-5 errors; they are stored in any case.
     """
     if not enabled:
         return MultiWriter([])
@@ -83,7 +85,9 @@ def make_writers(
         [
             JsonlWriter(path, resume_step),
             TensorBoardWriter(workdir, resume_step),
-            ConsoleWriter(total_steps, start_step=resume_step or 0),
+            ConsoleWriter(
+                total_steps, start_step=resume_step or 0, show_top5=show_top5
+            ),
         ]
     )
 
@@ -350,12 +354,19 @@ class ConsoleWriter:
       total_steps: the step the run ends with.
       stream: standard output by default.
       start_step: where the bar starts after a resume.
+      show_top5: whether top-5 errors are shown.
     """
 
     def __init__(
-        self, total_steps: int, stream: TextIO | None = None, *, start_step: int = 0
+        self,
+        total_steps: int,
+        stream: TextIO | None = None,
+        *,
+        start_step: int = 0,
+        show_top5: bool = True,
     ):
         self._total = total_steps
+        self._show_top5 = show_top5
         self._stream = sys.stdout if stream is None else stream
         self._bar = None
         if self._stream.isatty():
@@ -374,6 +385,8 @@ class ConsoleWriter:
         previous = ""
         for name, value in _in_order(scalars):
             group, _, short = name.rpartition("/")
+            if short.endswith("top5_error") and not self._show_top5:
+                continue
             words = _words(short, float(value), group)
             # Say train: or eval: once, before the first number of that kind.
             new = group not in ("", previous)

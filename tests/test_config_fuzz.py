@@ -166,7 +166,7 @@ class Pictures:
 @pytest.fixture(autouse=True, scope="module")
 def _no_pictures():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "_open_sources", lambda _: (Pictures(), None))
+        patch.setattr(experiment, "_open_sources", lambda *_: (Pictures(), None))
         yield
 
 

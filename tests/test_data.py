@@ -27,10 +27,10 @@ from PIL import Image
 from alexnet_jax import pictures, prepare
 from alexnet_jax.data import (
     DataError,
-    check_same_classes,
     eval_batches,
     images,
     loader,
+    match_classes,
     open_source,
     sources,
     statistics,
@@ -464,12 +464,110 @@ def test_folder_errors(tmp_path):
         open_source("./pictures", "train")
 
 
-def test_check_same_classes(folder):
-    train = open_source(f"folder:{folder}", "train")
-    check_same_classes(train, open_source(f"folder:{folder}", "val"))
-    fake = sources.FakeSource(num_classes=2, image_size=4)
-    with pytest.raises(ValueError, match=r"only in training class_0, class_1; only in"):
-        check_same_classes(fake, train)
+def place_pictures(root, *names):
+    """Pictures of one colour each, the n-th of grey level 10 n."""
+    for level, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (SIZE, SIZE), (10 * level,) * 3).save(root / name, "PNG")
+
+
+def fetched(source, index):
+    """The picture of an example."""
+    picture = np.zeros((1, SIZE, SIZE, 3), np.uint8)
+    source.fetch(np.array([index]), picture, np.zeros(1, np.int32))
+    return picture[0]
+
+
+def test_labels_are_matched_by_class_name(tmp_path):
+    place_pictures(tmp_path, "test/b/1.png", "test/d/2.png")
+    source = open_source(f"folder:{tmp_path}", "test", image_size=SIZE)
+    assert match_classes(source, ["b", "d"]) is source
+    lines = []
+    matched = match_classes(source, ["d", "c", "b", "a"], log=lines.append)
+    assert matched.class_names == ("d", "c", "b", "a") and matched.num_classes == 4
+    assert matched.labels_of(np.arange(2)).tolist() == [2, 0]
+    pictures, labels = np.zeros((2, SIZE, SIZE, 3), np.uint8), np.zeros(2, np.int32)
+    matched.fetch(np.array([1, 0]), pictures, labels)
+    assert labels.tolist() == [0, 2] and pictures[:, 0, 0, 0].tolist() == [10, 0]
+    (line,) = lines
+    assert line.startswith("WARNING: no images of 2 of the 4 trained classes: a, c (")
+    match_classes(source, ["d", "b"], log=pytest.fail)
+    for trained, words in (
+        (
+            ["a", "b", "c"],
+            r"test has .* never trained: d and lacks a, c \(2 .* 3 trained",
+        ),
+        (["b"], r"never trained: d \(2 classes there, 1 trained\)$"),
+    ):
+        with pytest.raises(DataError, match=words):
+            match_classes(source, trained)
+
+
+def test_prepare_check_of_a_test_set_that_lacks_a_class(tmp_path, capsys):
+    train = [f"train/{name}/{i}.png" for name in "abc" for i in range(9)]
+    place_pictures(tmp_path, *train, "test/b/0.png", "test/c/0.png")
+    out = tmp_path / "sheet.png"
+    arguments = [f"--source=folder:{tmp_path}", "--eval_split=test", f"--out={out}"]
+    assert prepare.main(["prepare", "check", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "ok     labels mean the same classes in both splits" in printed
+    assert "no pictures of a" in printed
+
+
+TINY = [
+    "train/n01/images/n01_0.JPEG",
+    "train/n02/images/n02_0.JPEG",
+    "train/n02/images/n02_1.JPEG",
+    "val/images/val_0.JPEG",
+    "val/images/val_1.JPEG",
+    "test/images/test_0.JPEG",
+]
+
+
+def test_tiny_imagenet_is_read_as_it_is_unpacked(tmp_path):
+    place_pictures(tmp_path, *TINY)
+    for wnid in ("n01", "n02"):
+        (tmp_path / "train" / wnid / f"{wnid}_boxes.txt").write_text("n01_0.JPEG\t0")
+    annotations = tmp_path / "val" / "val_annotations.txt"
+    annotations.write_text("val_0.JPEG\tn02\t0\t0\t3\t3\nval_1.JPEG\tn01\t0\t0\t3\t3\n")
+    train, val = (
+        open_source(f"folder:{tmp_path}", split, image_size=SIZE)
+        for split in ("train", "val")
+    )
+    assert train.class_names == val.class_names == ("n01", "n02")
+    assert train.labels_of(np.arange(3)).tolist() == [0, 1, 1]
+    assert [fetched(train, i)[0, 0, 0] for i in range(3)] == [0, 10, 20]
+    assert [fetched(val, i)[0, 0, 0] for i in range(2)] == [40, 30]
+    assert "n01/n01_boxes.txt" in train.description
+    with pytest.raises(DataError, match=r"images have no classes: .*eval_split=val"):
+        open_source(f"folder:{tmp_path}", "test")
+    annotations.write_text("val_0.JPEG\tn02\t0\t0\t3\t3\n")
+    with pytest.raises(DataError, match=r"1 of 2 pictures in .*images have no class: "):
+        open_source(f"folder:{tmp_path}", "val")
+
+
+def test_names_of_imagenet_say_the_class(tmp_path):
+    """Hugging Face's, and the official ones: picture 1 is a sea snake, n01751748."""
+    place_pictures(
+        tmp_path,
+        "train/n01440764_10026_n01440764.JPEG",
+        "train/n01751748_7_n01751748.JPEG",
+        "val/ILSVRC2012_val_00000001_n01751748.JPEG",
+        "val/ILSVRC2012_val_00000999_n01440764.JPEG",
+        "validation/ILSVRC2012_val_00000001.JPEG",
+    )
+    train, val, official = (
+        open_source(f"folder:{tmp_path}", split, image_size=SIZE)
+        for split in ("train", "val", "validation")
+    )
+    assert train.class_names == val.class_names == ("n01440764", "n01751748")
+    assert [fetched(train, i)[0, 0, 0] for i in range(2)] == [0, 10]
+    assert [fetched(val, i)[0, 0, 0] for i in range(2)] == [30, 20]
+    assert val.labels_of(np.arange(2)).tolist() == [0, 1]
+    assert official.class_names == ("n01751748",)
+    place_pictures(tmp_path, "val/cat.png")
+    with pytest.raises(DataError, match=r"1 of 3 pictures in .*val have no class: cat"):
+        open_source(f"folder:{tmp_path}", "val")
 
 
 def test_fake_source():

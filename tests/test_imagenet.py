@@ -639,6 +639,37 @@ def test_wrong_sources_are_one_message(tmp_path, capsys):
     assert "configs/folder.py" in capsys.readouterr().err
 
 
+def test_hugging_faces_names_say_the_class(tmp_path):
+    for name, (label, data) in TRAIN.items():
+        place_file(tmp_path / "train" / f"{name[:-5]}_{WNIDS[label]}.JPEG", data)
+    for name, data in VALIDATION.items():
+        wnid = classes.validation_wnid(name)
+        place_file(tmp_path / "val" / f"{name[:-5]}_{wnid}.JPEG", data)
+    found = originals.find(tmp_path)
+    for index in range(len(TRAIN)):
+        name, label, data = found["train"].read(index)
+        assert TRAIN[f"{name.rpartition('_')[0]}.JPEG"] == (label, data)
+    for index in range(NUM_VALIDATION):
+        name, label, data = found["validation"].read(index)
+        official = f"{name.rpartition('_')[0]}.JPEG"
+        assert get_wnids()[label] == classes.validation_wnid(official)
+        assert VALIDATION[official] == data
+    wrong = f"ILSVRC2012_val_00000009_{WNIDS[0]}.JPEG"  # it is a mousetrap
+    next((tmp_path / "val").glob("*_00000009_*")).rename(tmp_path / "val" / wrong)
+    with pytest.raises(
+        DataError, match=rf"{wrong} in .*labelled n03794056 \(mousetrap"
+    ):
+        originals.find(tmp_path)
+    place_file(tmp_path / "train" / "cat.JPEG", b"")
+    with pytest.raises(DataError, match="cat.JPEG does not say its class"):
+        originals.find(tmp_path)
+
+
+def place_file(path: Path, data: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+
+
 def test_kaggles_layout_is_known_and_the_target_stays_out_of_it(tmp_path, capsys):
     source = write_folders(tmp_path / "k" / "ILSVRC" / "Data" / "CLS-LOC", flat=True)
     assert len(originals.find(tmp_path / "k")["train"]) == len(TRAIN)
@@ -738,8 +769,8 @@ def test_what_is_wrong_is_found():
     assert "every picture has the same label, b" in text
     [text] = findings(Labelled(rng.integers(0, 3, 300)))["WRONG"]
     assert "no pictures of d" in text
-    [text] = findings(Labelled(labels), Labelled(labels, ("a", "b", "d", "c")))["WRONG"]
-    assert "different classes" in text
+    [text] = findings(Labelled(labels), Labelled(labels, ("a", "b", "d", "e")))["WRONG"]
+    assert "never trained: e" in text
 
 
 @pytest.mark.parametrize("bits, level", [(8, "ok"), (12, "WRONG"), (14, "WRONG")])

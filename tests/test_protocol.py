@@ -1,15 +1,19 @@
 """The test protocol on real, small runs: any checkpoint, several views, ensembles."""
 
+import dataclasses
 import json
 import shutil
+import sys
 
 import jax
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from test_train import PICTURES, columns_config, folder, records, small_config  # noqa: F401
 
-from alexnet_jax import evaluate, load, protocol, train
+from alexnet_jax import config_files, evaluate, load, main, protocol, train
 from alexnet_jax.checkpoint import CheckpointError
+from alexnet_jax.data import DataError
 from alexnet_jax.evaluate import PredictionsError
 from alexnet_jax.experiment import ConfigError, read_network
 from alexnet_jax.pretrained import save_safetensors
@@ -58,12 +62,157 @@ def test_evaluation_of_a_workdir_on_more_devices(runs, tmp_path, capsys):
         "  --config.eval_every_epochs: 1.0 in the workdir, now 0.0",
         "  --config.parallel.data: 1 in the workdir, now 7",
     ]
-    assert lines[5].startswith(f"step {record['step']}: top-1 error ")
-    assert f"top-1 error {wrong}, top-5 error 0.00% (centre view)" in lines[5]
+    assert lines[6].startswith(f"step {record['step']}: top-1 error ")
+    assert f"; top-1 error {wrong} (centre view); {PICTURES} pictures of" in lines[6]
+    assert "top-5" not in "".join(lines[:-1])  # of three classes
     assert any(line.endswith(f" of {PICTURES // 3} pictures") for line in lines), lines
     with pytest.raises(CheckpointError, match="There is no checkpoint in"):
         protocol.evaluate_runs(config, [Member(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+def test_it_says_which_checkpoint_and_how_it_was_chosen(
+    runs,
+    folder,  # noqa: F811
+    tmp_path,
+    capsys,
+):
+    root, config = runs
+
+    def tested(name="seed_0", **data):
+        own = config.copy_and_resolve_references()
+        own.data.update(data)
+        record = protocol.evaluate_runs(own, [Member.parse(f"{root}/{name}")])
+        lines = capsys.readouterr().out.splitlines()
+        (line,) = [line for line in lines if line.startswith("checkpoint of step ")]
+        place = root / "seed_0" / "checkpoints" / str(record["step"])
+        about, _, chosen = line.partition(")")
+        assert about == f"checkpoint of step {record['step']} ({place}"
+        assert json.loads(lines[-1]) == record
+        return record.get("best_of"), chosen
+
+    optimistic = (
+        ", chosen as the best of 2 evaluations on this split, so its error is a little "
+        "optimistic"
+    )
+    assert tested() == (2, optimistic)
+    assert tested(eval_split="val") == (2, optimistic)  # the same folder
+    (tmp_path / "elsewhere").symlink_to(folder)
+    assert tested(source=f"folder:{tmp_path / 'elsewhere'}") == (2, optimistic)
+    assert tested("seed_0@best") == (2, optimistic)
+    assert tested("seed_0@latest") == tested("seed_0@5") == (None, "")
+    assert tested(eval_split="train") == (None, "")
+    shutil.copytree(folder / "test", tmp_path / "test")
+    assert tested(source=f"folder:{tmp_path}") == (None, "")
+
+
+def test_a_test_set_needs_no_training_pictures_and_not_every_class(
+    runs,
+    folder,  # noqa: F811
+    tmp_path,
+    capsys,
+):
+    root, config = runs
+    whole = tmp_path / "whole.npz"
+    protocol.evaluate_runs(config, [Member(root / "seed_0")], save_to=whole)
+    whole = evaluate.load_predictions(whole)
+    shutil.copytree(folder / "test", tmp_path / "pictures" / "test")
+    shutil.rmtree(tmp_path / "pictures" / "test" / "blue")  # the first by name
+    config = config.copy_and_resolve_references()
+    config.data.source = f"folder:{tmp_path / 'pictures'}"
+    path = tmp_path / "weights.safetensors"
+    save_safetensors(path, read_network(root / "seed_0"))
+    for member in (Member(root / "seed_0"), Member(path)):
+        capsys.readouterr()
+        saved = tmp_path / f"{member.path.name}.npz"
+        protocol.evaluate_runs(config, [member], save_to=saved)
+        found = evaluate.load_predictions(saved)
+        kept = whole.labels > 0
+        np.testing.assert_array_equal(found.labels, whole.labels[kept])
+        np.testing.assert_allclose(found.centre, whole.centre[kept], rtol=1e-4)
+        lines = capsys.readouterr().out.splitlines()
+        words = "WARNING: no images of 1 of the 3 trained classes: blue ("
+        assert sum(line.startswith(words) for line in lines) == 1
+        (tmp_path / "pictures/test/red").rename(tmp_path / "pictures/test/rot")
+        with pytest.raises(DataError, match="never trained: rot and lacks blue, red"):
+            protocol.evaluate_runs(config, [member])
+        (tmp_path / "pictures/test/rot").rename(tmp_path / "pictures/test/red")
+
+
+def started(monkeypatch, *arguments):
+    """The exit status of main."""
+    monkeypatch.setattr(sys, "argv", ["main", *arguments])
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+        main.run()
+    return ended.value.code or 0
+
+
+def test_evaluation_takes_the_config_of_the_run(runs, tmp_path, monkeypatch, capsys):
+    root, config = runs
+    name = root / "seed_1"
+    expected = protocol.evaluate_runs(config, [Member(name)])
+    lines = capsys.readouterr().out.splitlines()
+    # As its last start had it: seed 1, as the fixture left the config.
+    assert started(monkeypatch, "--mode=eval", f"--workdir={name}") == 0
+    assert capsys.readouterr().out.splitlines() == lines
+    assert json.loads(lines[-1]) == expected
+    # Only what is named is another.
+    changes = "--config.eval_views=1", "--config.data.batch_size", "5"
+    assert started(monkeypatch, *changes, f"--workdir={name}", "--mode=eval") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        f"{name}: the config differs from this workdir's:",
+        "  --config.data.batch_size: 6 in the workdir, now 5",
+        "  --config.eval_views: 10 in the workdir, now 1",
+    ]
+    record = json.loads(lines[-1])
+    assert "eval/views_loss" not in record
+    assert record["eval/loss"] == pytest.approx(expected["eval/loss"], rel=1e-5)
+    # Of several it is the first run's; files have none.
+    file = tmp_path / "p.npz"
+    both = f"--workdir={name},{root / 'seed_0'}"
+    arguments = "--mode=eval", both, f"--predictions={file}"
+    assert started(monkeypatch, *arguments) == 0
+    assert "2 networks averaged" in capsys.readouterr().out
+    assert started(monkeypatch, "--mode=eval", f"--workdir={file},{name}") == 0
+    capsys.readouterr()
+    for arguments, words in (
+        (["--mode=eval", f"--workdir={file}"], "files do not say which pictures"),
+        (["--mode=eval", f"--workdir={tmp_path}"], "has no config.json"),
+        (["--mode=eval"], "--workdir=DIR is missing"),
+        ([f"--workdir={name}", "--config.seed=1"], "--config=FILE is missing, such"),
+        (
+            ["--mode=eval", f"--workdir={name}", "--config.sed=1"],
+            "the config has no such field: ",
+        ),
+    ):
+        assert started(monkeypatch, *arguments) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_a_stored_config_of_another_version(runs, tmp_path):
+    """What it lacks has its default, what there is no more is left out."""
+    root, config = runs
+    stored = json.loads((root / "seed_1" / "config.json").read_text())
+    del stored["finetune"], stored["optim"]["trust_coefficient"]
+    stored["optim"]["gone"] = 3
+    stored["schedule"]["layer_factors"] = [["conv1", 0.0, 2.0]]
+    stored["model"]["overrides"]["norm_layers"] = ["conv1"]
+    stored["num_epochs"] = 2
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(stored))
+    found = config_files.load_config(str(path))
+    config = config.copy_and_resolve_references()
+    config.schedule.layer_factors = (("conv1", 0.0, 2.0),)
+    config.model.overrides.norm_layers = ("conv1",)
+    assert found.to_dict() == config.to_dict()
+    assert found.is_locked
+    stored["model"]["overrides"]["lrn"] = "no"
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match="config.json is damaged: TypeError"):
+        config_files.load_config(str(path))
+    with pytest.raises(ConfigError, match="there is no such file"):
+        config_files.load_config(str(tmp_path / "none" / "config.json"))
 
 
 def test_another_network_is_refused_whatever_the_workdir_says(runs, tmp_path):
@@ -174,20 +323,25 @@ def test_a_file_of_weights_is_tested_as_the_run_that_it_is_of(
 ):
     root, config = runs
     path = tmp_path / "weights.safetensors"
-    save_safetensors(path, read_network(root / "seed_0"))
+    weights = read_network(root / "seed_0")
+    save_safetensors(path, weights)
     run = protocol.evaluate_runs(config, [Member(root / "seed_0")])
     other = columns_config(folder)  # its network is not asked for
     other.eval_views = config.eval_views
     other.parallel.mode, other.parallel.column = "data", -1
     record = protocol.evaluate_runs(other, [Member.parse(str(path))])
-    assert record == pytest.approx({k: v for k, v in run.items() if k != "step"})
+    assert record == pytest.approx({k: run[k] for k in run if k.startswith("eval/")})
     shutil.copytree(folder, tmp_path / "pictures")
     shutil.move(tmp_path / "pictures/train/red", tmp_path / "pictures/train/rot")
     shutil.move(tmp_path / "pictures/test/red", tmp_path / "pictures/test/rot")
     other.data.source = f"folder:{tmp_path / 'pictures'}"
-    with pytest.raises(
-        ConfigError, match=r"3 classes \(blue, green, red ...\); folder"
-    ):
+    with pytest.raises(DataError, match="never trained: rot"):
+        protocol.evaluate_runs(other, [Member(path)])
+    (tmp_path / "pictures/test/rot").rename(tmp_path / "pictures/test/red")
+    shutil.rmtree(tmp_path / "pictures/test/blue")
+    save_safetensors(path, dataclasses.replace(weights, class_names=None))
+    words = r"3 classes \(it does not say which\); folder .* has 2 \(green, red"
+    with pytest.raises(ConfigError, match=words):
         protocol.evaluate_runs(other, [Member(path)])
 
 

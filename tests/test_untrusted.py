@@ -1117,7 +1117,7 @@ def test_records(place, data, times):
     if found is None:
         return
     assert all(isinstance(v, int | float) for r in found for v in r.values())
-    report._errors_in_words(found)
+    report._errors_in_words(found, top5=True)
     starts = [findings.Times(0, 2**62, {"total": 9.0, "training": 5.0})] * times
     config = {"data": {"batch_size": 8, "eval_split": ""}}
     config |= {"num_epochs": 2.0, "eval_views": 10}

@@ -257,6 +257,14 @@ def test_lines_on_a_stream_that_is_no_terminal(capsys):
     assert err == ""  # no bar either
 
 
+def test_top_5_is_not_shown_where_it_is_always_0(capsys):
+    ConsoleWriter(10, show_top5=False).write(10, 1.0, EVALUATION)
+    assert capsys.readouterr().out == (
+        "step 10/10  epoch 1.00  eval: loss 1.0000  top-1 error 50.00%"
+        "  several views: loss 0.9000  top-1 error 40.00%  on 8 images\n"
+    )
+
+
 @pytest.mark.parametrize(
     "seconds, words",
     [

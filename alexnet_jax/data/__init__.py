@@ -9,13 +9,13 @@ TensorFlow.
 
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.loader import Batches, eval_batches, train_batches
-from alexnet_jax.data.sources import check_same_classes, open_source, warnings_about
+from alexnet_jax.data.sources import match_classes, open_source, warnings_about
 
 __all__ = [
     "Batches",
     "DataError",
-    "check_same_classes",
     "eval_batches",
+    "match_classes",
     "open_source",
     "train_batches",
     "warnings_about",

@@ -4,10 +4,11 @@ A source knows how many examples there are and fetches any of them by index into
 arrays that the caller owns. It holds no order and no state; that is the loader's.
 """
 
+import contextlib
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -16,7 +17,8 @@ import numpy as np
 
 from alexnet_jax.data import images as images_lib
 from alexnet_jax.data.errors import DataError
-from alexnet_jax.data.files import parse_json, read_small
+from alexnet_jax.data.files import parse_json, read_lines, read_small
+from alexnet_jax.data.imagenet import named_wnid
 from alexnet_jax.data.images import PICTURE_SUFFIXES
 from alexnet_jax.data.paths import (
     UNPRINTABLE,
@@ -27,6 +29,9 @@ from alexnet_jax.data.paths import (
 )
 
 _EVAL_FOLDERS = ("test", "val", "validation")
+# tiny-imagenet's: a folder of pictures in each class and split, and the classes of a
+# split, a line a picture: file name, TAB, class, TAB, box.
+_IMAGES, _ANNOTATIONS = "images", "val_annotations.txt"
 HOW_TO_GET_IMAGENET = (
     "The archives are had from https://image-net.org/download-images after signing up "
     'there: ILSVRC2012, "Training images (Task 1 & 2)", 138 GB, and "Validation images '
@@ -132,32 +137,94 @@ def open_source(
     )
 
 
-def check_same_classes(train: Source, evaluation: Source) -> None:
-    """Raises DataError unless both splits have the same classes in the same order.
+def match_classes(
+    source: Source,
+    class_names: Sequence[str],
+    *,
+    log: Callable[[str], object] = lambda _: None,
+) -> Source:
+    """Return a split with the labels of the classes that a network is trained on.
 
-    Otherwise label k would mean one class in training and another in evaluation.
+    Classes are matched by name, so label k means the same in training and evaluation.
+
+    Args:
+      source: the split; it may lack some of the trained classes.
+      class_names: the trained classes, by label.
+      log: told of trained classes that the split has no images of.
+
+    Raises:
+      DataError: the split has classes that were never trained.
     """
-    if train.class_names == evaluation.class_names:
-        return
-    only_train = sorted(set(train.class_names) - set(evaluation.class_names))
-    only_eval = sorted(set(evaluation.class_names) - set(train.class_names))
-    forms = [
-        {unicodedata.normalize("NFC", name) for name in names}
-        for names in (only_train, only_eval)
-    ]
-    hint = ""
-    if only_train and forms[0] == forms[1]:
-        hint = (
-            ". They look alike, but their accents are written in two ways, Unicode's NFC "
-            "and NFD: rename the folders of one split"
+    if source.class_names == tuple(class_names):
+        return source
+    absent = sorted(set(class_names) - set(source.class_names))
+    unknown = sorted(set(source.class_names) - set(class_names))
+    if unknown:
+        lacking = f" and lacks {some(absent)}" if absent else ""
+        hint = ""
+        if _in_one_form(absent) == _in_one_form(unknown):
+            hint = (
+                ". They look alike, but their accents are written in two ways, Unicode's "
+                "NFC and NFD: rename the folders of one split"
+            )
+        raise DataError(
+            f"{source.description} has classes that were never trained: "
+            f"{some(unknown)}{lacking} ({source.num_classes} classes there, "
+            f"{len(class_names)} trained){hint}"
         )
-    raise DataError(
-        "training and evaluation data have different classes "
-        f"({train.num_classes} and {evaluation.num_classes}): "
-        f"only in training {some(only_train)}; "
-        f"only in evaluation {some(only_eval)} "
-        f"(training: {train.description}; evaluation: {evaluation.description}){hint}"
-    )
+    if absent:
+        log(
+            f"WARNING: no images of {len(absent)} of the {len(class_names)} trained "
+            f"classes: {some(absent)} ({source.description}); labels are matched by "
+            "class name"
+        )
+    return _Relabelled(source, class_names)
+
+
+def _in_one_form(names: Sequence[str]) -> set[str]:
+    return {unicodedata.normalize("NFC", name) for name in names}
+
+
+class _Relabelled:
+    """A stored split whose labels are positions in `class_names`.
+
+    Attributes: see `Source`; `ranges`: see `num_shared`.
+    """
+
+    def __init__(self, source: Any, class_names: Sequence[str]):
+        self._source = source
+        labels = {name: label for label, name in enumerate(class_names)}
+        self._labels = np.array([labels[name] for name in source.class_names], np.int32)
+        self.class_names = tuple(class_names)
+        self.num_examples = source.num_examples
+        self.image_size = source.image_size
+        self.description, self.left_out = source.description, source.left_out
+        self.statistics_path = source.statistics_path
+        self.ranges = source.ranges
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def name_of(self, index: int) -> str:
+        """The file or record of an example, for messages."""
+        return self._source.name_of(index)
+
+    def record(self, index: int) -> tuple[int, bytes]:
+        """Label and picture file of an example."""
+        label, data = self._source.record(index)
+        return int(self._labels[label]), data
+
+    def labels_of(self, indices: np.ndarray) -> np.ndarray:
+        """See `Source.labels_of`."""
+        return self._labels[self._source.labels_of(indices)]
+
+    def fetch(
+        self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
+    ) -> None:
+        """See `Source.fetch`."""
+        self._source.fetch(indices, images, labels)
+        labels[:] = self._labels[labels]
 
 
 class FolderSource:
@@ -166,8 +233,9 @@ class FolderSource:
     Labels are the positions of the class names in sorted order (by code point, so
     ImageNet's WNIDs get their usual labels); files are sorted too. Pictures are turned by
     their EXIF orientation. Hidden files are ignored; files of other kinds and folders
-    inside a class folder are named in `left_out`. Attributes: see `Source`; `ranges`: see
-    `num_shared`.
+    inside a class folder are named in `left_out`. ImageNet's pictures need no class folders
+    if their names say the class (`named_wnid`), and tiny-imagenet is read as it is unpacked.
+    Attributes: see `Source`; `ranges`: see `num_shared`.
     """
 
     def __init__(self, path: str | os.PathLike, split: str, image_size: int):
@@ -175,7 +243,8 @@ class FolderSource:
         self._folder = _split_folder(root, split)
         self.image_size = image_size
         inside = {entry.name: is_folder(entry) for entry in visible(self._folder)}
-        self.class_names = tuple(sorted(name for name in inside if inside[name]))
+        flat, ignored = _flat_split(self._folder, inside)
+        self.class_names = tuple(flat or sorted(n for n in inside if inside[n]))
         if not self.class_names:
             raise DataError(
                 f"no class folders in {self._folder} (found there: "
@@ -185,11 +254,12 @@ class FolderSource:
             )
         # File names only: ImageNet's 1.3 million full paths would take 200 MB.
         self._files: list[str] = []
+        self._places: list[Path] = []  # by label
         labels: list[int] = []
-        ignored = sorted(name for name in inside if not inside[name])
         for label, name in enumerate(self.class_names):
             check_name(name, f"folder {self._folder}")
-            files, others = class_files(self._folder / name)
+            place, files, others = flat.get(name) or _class_folder(self._folder / name)
+            self._places.append(place)
             self._files += files
             labels += [label] * len(files)
             ignored += [f"{name}/{other}" for other in others]
@@ -210,7 +280,7 @@ class FolderSource:
 
     def path_of(self, index: int) -> Path:
         """The file of an example."""
-        return self._folder / self.class_names[self._labels[index]] / self._files[index]
+        return self._places[self._labels[index]] / self._files[index]
 
     def name_of(self, index: int) -> str:
         """The file of an example, for messages."""
@@ -430,7 +500,7 @@ class Sample:
         self._source.fetch(self._chosen[indices], images, labels)
 
 
-StoredSource = FolderSource | TfdsSource
+StoredSource = FolderSource | TfdsSource | _Relabelled
 
 
 def num_shared(train: Source, evaluation: Source) -> int:
@@ -549,6 +619,19 @@ def visible(folder: Path) -> list[os.DirEntry]:
         return [entry for entry in entries if not entry.name.startswith(".")]
 
 
+def place_of_split(source: str, split: str, data_dir: str) -> Any:
+    """Return the same value for all names of a split: in folders, test may be val.
+
+    Args:
+      source, split, data_dir: fields of `config.data`.
+    """
+    if source.startswith("folder:"):
+        with contextlib.suppress(OSError, DataError):  # it may not be there
+            root = expanded(source.removeprefix("folder:"))
+            return _split_folder(root, split).resolve()
+    return source, split, data_dir
+
+
 def _split_folder(root: Path, split: str) -> Path:
     """The folder of a split; `test`, `val` and `validation` stand for each other."""
     aliases = [name for name in _EVAL_FOLDERS if name != split]
@@ -574,6 +657,66 @@ def _what_is_in(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder} is not a folder"
     return f"found in {folder}: {some(sorted(e.name for e in visible(folder)))}"
+
+
+def _flat_split(
+    folder: Path, inside: Mapping[str, bool]
+) -> tuple[dict[str, tuple[Path, list[str], list[str]]], list[str]]:
+    """Look for pictures that lie side by side, whatever their class.
+
+    Args:
+      folder: of the split.
+      inside: name -> whether it is a folder, of what is in it.
+
+    Returns:
+      ({class: (folder of its pictures, their sorted names, [])}, empty for a split with
+      class folders; what else is beside pictures or class folders).
+
+    Raises:
+      DataError: the class of a picture is not known.
+    """
+    folders = [name for name in inside if inside[name]]
+    beside = sorted(name for name in inside if not inside[name])
+    if folders == [_IMAGES]:
+        if _ANNOTATIONS not in inside:
+            raise DataError(
+                f"the pictures in {folder / _IMAGES} have no classes: there is no "
+                f"{_ANNOTATIONS} beside it, and tiny-imagenet's split test has none. Set "
+                "--config.data.eval_split=val, or move the pictures into class folders"
+            )
+        place = folder / _IMAGES
+        rows = [line.split("\t") for line in read_lines(folder / _ANNOTATIONS)]
+        class_of = {row[0]: row[1] for row in rows if len(row) > 1}
+    elif folders:
+        return {}, beside
+    else:
+        place = folder
+        class_of = {name: wnid for name in inside if (wnid := named_wnid(name))}
+        if not class_of:
+            return {}, beside
+    files, others = class_files(place)
+    unknown = [name for name in files if name not in class_of]
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} of {len(files)} pictures in {place} have no class: "
+            f"{some(unknown)}. Move them into class folders, or out of {folder}"
+        )
+    found: dict[str, tuple[Path, list[str], list[str]]] = {}
+    for name in files:
+        found.setdefault(class_of[name], (place, [], []))[1].append(name)
+    return dict(sorted(found.items())), others
+
+
+def _class_folder(folder: Path) -> tuple[Path, list[str], list[str]]:
+    """`class_files`, after the folder that they are in: tiny-imagenet has one inside."""
+    if not (folder / _IMAGES).is_dir():
+        return folder, *class_files(folder)
+    inside = {entry.name for entry in visible(folder)}
+    if any(name.lower().endswith(PICTURE_SUFFIXES) for name in inside):
+        return folder, *class_files(folder)
+    files, others = class_files(folder / _IMAGES)
+    beside = sorted(inside - {_IMAGES})
+    return folder / _IMAGES, files, [*beside, *(f"{_IMAGES}/{n}" for n in others)]
 
 
 def class_files(folder: Path) -> tuple[list[str], list[str]]:

@@ -8,8 +8,9 @@ them once, as the paper did, and stores them as a tfds data set.
 from alexnet_jax.data.imagenet.classes import (
     OFFICIAL_COUNTS,
     class_words,
+    named_wnid,
     wnids,
     words,
 )
 
-__all__ = ["OFFICIAL_COUNTS", "class_words", "wnids", "words"]
+__all__ = ["OFFICIAL_COUNTS", "class_words", "named_wnid", "wnids", "words"]

@@ -8,8 +8,9 @@ from alexnet_jax.data.errors import DataError
 
 # Pictures in the official archives (Russakovsky et al. 2015, table 2).
 OFFICIAL_COUNTS = {"train": 1_281_167, "validation": 50_000}
-_VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
-_TRAIN_NAME = re.compile(r"(n\d{8})_\d+\.jpe?g", re.IGNORECASE)
+# The official names, and Hugging Face's, which end in the class.
+_VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})(_n\d{8})?\.jpe?g", re.IGNORECASE)
+_WITH_WNID = re.compile(r"(n\d{8})_\d+\.jpe?g|.+_(n\d{8})\.jpe?g", re.IGNORECASE)
 
 
 @functools.cache
@@ -57,8 +58,8 @@ def _validation_wnids() -> tuple[str, ...]:
 def validation_wnid(file_name: str, where: str = "") -> str:
     """The class of ILSVRC2012_val_00000001.JPEG ... ILSVRC2012_val_00050000.JPEG.
 
-    By the number in the name: archives that were packed again have another order.
-    (`where` it lies is for the message.)
+    By the number in the name, with or without Hugging Face's ending: archives that were
+    packed again have another order. (`where` it lies is for the message.)
 
     Raises:
       DataError: for any other name.
@@ -75,16 +76,29 @@ def validation_wnid(file_name: str, where: str = "") -> str:
     return _validation_wnids()[number - 1]
 
 
+def named_wnid(file_name: str) -> str | None:
+    """The class that the name of a picture of ILSVRC-2012 says; None: it says none.
+
+    n01440764_10026.JPEG; ILSVRC2012_val_00000001.JPEG, by its number; and Hugging
+    Face's, by their ending: ILSVRC2012_val_00000001_n01751748.JPEG.
+
+    Raises:
+      DataError: there is no validation picture of that number.
+    """
+    if match := _WITH_WNID.fullmatch(file_name):
+        return match[1] or match[2]
+    if _VALIDATION_NAME.fullmatch(file_name):
+        return validation_wnid(file_name)
+    return None
+
+
 def check_label(file_name: str, wnid: str, where: str) -> None:
     """Compares a label with what an official file name says of it.
 
     Raises:
       DataError: they contradict each other. Other names say nothing.
     """
-    named = _TRAIN_NAME.fullmatch(file_name)
-    told = named[1] if named else wnid
-    if _VALIDATION_NAME.fullmatch(file_name):
-        told = validation_wnid(file_name)
+    told = named_wnid(file_name) or wnid
     if told != wnid:
         raise DataError(
             f"{file_name} in {where} is labelled {wnid} ({words(wnid)}), but it is of "

@@ -24,6 +24,7 @@ from alexnet_jax.data.files import read_npz, replacing
 from alexnet_jax.data.imagenet.classes import (
     OFFICIAL_COUNTS,
     check_label,
+    named_wnid,
     validation_wnid,
     wnids,
 )
@@ -153,8 +154,9 @@ def find(
     """The originals of both splits in a folder.
 
     Args:
-      source: holds the two archives, or train/<wnid>/ and val/ (class folders, or the
-        50,000 files as they are), or one of each; or a prepared tfds `imagenet2012`.
+      source: holds the two archives, or train/<wnid>/ and val/ (class folders, or files
+        side by side whose names say the class), or one of each; or a prepared tfds
+        `imagenet2012`.
       progress: called with the number of pictures found since its last call.
       cache: where `keep_tables` may have kept the archives' tables of contents;
         reading them anew takes minutes to half an hour, as the disk is.
@@ -470,10 +472,10 @@ def md5_problem(split: str, path: Path, progress: Progress) -> str | None:
 
 
 def _folder(folder: Path, split: str, progress: Progress) -> Originals:
-    """Class folders, or the validation pictures side by side."""
+    """Class folders, or pictures side by side whose names say the class."""
     inside = {e.name: sources.is_folder(e) for e in sources.visible(folder)}
     classes = sorted(name for name in inside if inside[name])
-    flat = split == "validation" and not classes
+    flat = not classes
     for name in classes:
         sources.check_name(name, f"folder {folder}")
     places = [folder] if flat else [folder / wnid for wnid in classes]
@@ -486,7 +488,7 @@ def _folder(folder: Path, split: str, progress: Progress) -> Originals:
         unclear += [place / name for name in others]
         for name in names:
             sources.check_name(name, f"folder {place}")
-            wnid = validation_wnid(name, str(place)) if flat else place.name
+            wnid = _wnid(name, split, place) if flat else place.name
             label = _label(wnid, f"folder {place}")
             check_label(name, wnid, str(place))
             size = os.stat(place / name).st_size
@@ -500,6 +502,18 @@ def _folder(folder: Path, split: str, progress: Progress) -> Originals:
             f"({', '.join(sources.PICTURE_SUFFIXES)}). Unpack, move or remove them"
         )
     return _table(f"folder {folder}", [str(place) for place in places], rows)
+
+
+def _wnid(name: str, split: str, folder: Path) -> str:
+    """The class of a picture that lies in no class folder."""
+    if split == "validation":
+        return validation_wnid(name, str(folder))
+    if wnid := named_wnid(name):
+        return wnid
+    raise DataError(
+        f"{folder / name} does not say its class: expected class folders, or names such "
+        "as n01440764_10026.JPEG"
+    )
 
 
 # tfds.
