@@ -267,9 +267,10 @@ def _out_of_memory(error: Exception) -> str | None:
     if not refused or not isinstance(error, jax.errors.JaxRuntimeError):
         return None
     return (
-        f"the memory of a device is too small ({shortened(words.splitlines()[0])}). Take a "
-        "smaller --config.data.batch_size, or more devices; the same command goes on, "
-        "from the last checkpoint if there is one."
+        f"the memory of a device is too small ({shortened(words.splitlines()[0])}). Set a "
+        "larger --config.optim.accumulate_steps (the same run in less memory, but for "
+        "batch normalisation), or take more devices; the same command goes on, from the "
+        "last checkpoint if there is one."
     )
 
 

@@ -81,8 +81,8 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
       The final state.
 
     Raises:
-      ConfigError: for a config that is wrong, a workdir of another network, or one that
-        another run is in.
+      ConfigError: for a config that is wrong, a workdir of another network or of epochs
+        of another length, or one that another run is in.
       PathError: (an OSError) the workdir cannot be written to, or holds something else.
       CheckpointError, FullDiskError: (the second is an OSError) there is no room for a
         checkpoint or a record; earlier checkpoints are as they were.
@@ -113,8 +113,9 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
             # What the checkpoint was trained with: the workdir may have been begun, or
             # its config changed, since `prepare` looked.
             differences = compare(config, host["config"], path)
+            _require_same_epochs(host, experiment, path)
             origin = [
-                *_changed_data(host, experiment),
+                *_new_length(host, config),
                 f"resuming from step {int(state.step)} ({checkpointer.directory})",
             ]
         else:
@@ -158,16 +159,46 @@ def _folder(workdir: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _changed_data(host: dict[str, Any], experiment: Experiment) -> list[str]:
-    """A line if the training pictures are not as many as when the run was saved."""
+def _require_same_epochs(
+    host: dict[str, Any], experiment: Experiment, workdir: Path
+) -> None:
+    """Raises ConfigError if an epoch has not as many steps as in the checkpoint.
+
+    The epoch, the learning rate and the place in the data follow from the step.
+    """
+    old, new = host["config"]["data"]["batch_size"], experiment.config.data.batch_size
     now = experiment.train_source.num_examples
     before = host.get("num_examples", now)  # a workdir may be from before it was kept
-    if before == now:
+    if old != new:
+        change = f"has --config.data.batch_size={old}, not {new}"
+        parts = experiment.config.optim.accumulate_steps
+        parts = "N" if old % new else old // new * parts
+        remedy = f"Keep {old}"
+        if new < old:
+            remedy += (
+                f"; --config.optim.accumulate_steps={parts} is the same run in less memory "
+                "(but for batch normalisation)"
+            )
+    elif before != now:
+        change = f"was trained on {before:,} pictures, and there are {now:,} now"
+        remedy = "Bring the old ones back"
+    else:
+        return
+    raise ConfigError(
+        f"{workdir} {change}: its steps would mean other epochs, learning rates and "
+        f"places in the data. {remedy}. Or take a new --workdir; "
+        f"--config=configs/finetune.py:{workdir} starts it from these weights."
+    )
+
+
+def _new_length(host: dict[str, Any], config: Config) -> list[str]:
+    """A line if the rest of a schedule is laid out anew, as the run's length changed."""
+    old, name = host["config"].get("num_epochs"), config.schedule.name
+    if name not in ("cosine", "polynomial") or old in (None, config.num_epochs):
         return []
     line = (
-        f"WARNING: the training data had {before:,} pictures when this run was saved, and "
-        f"has {now:,} now: its epochs have another length, and its mean image is of "
-        "the old ones."
+        f"the {name} schedule is laid out over {config.num_epochs:g} epochs instead of "
+        f"{old:g}: from here on the learning rate is another"
     )
     return [line]
 

@@ -20,7 +20,8 @@ def get_config() -> Any:
     config.max_steps = -1
     # Steps between two lines of the log; their metrics are averaged over the steps.
     config.log_every_steps = 100
-    # Epochs between two evaluations; there is one more at the end. 0: only that one.
+    # Epochs between two evaluations; there is one more at the end. 0: only that one,
+    # with another schedule than plateau.
     config.eval_every_epochs = 1.0
     # Views that the evaluation at the end, and --mode=eval, averages over as well: 10
     # (paper, section 4.1), 9 (cuda-convnet2's of CIFAR-10), or 1: the centre view only.
@@ -91,7 +92,7 @@ def get_config() -> Any:
     data.train_split = "train"
     # Split to evaluate on, empty: none. In folders test, val, validation are one.
     data.eval_split = "test"
-    # Examples in a step over ALL devices (paper, section 5: 128).
+    # Examples in a step over ALL devices (paper, section 5: 128). A run keeps it.
     data.batch_size = 128
     # Side of the stored pictures in pixels (paper, section 2: 256).
     data.image_size = 256
@@ -136,7 +137,8 @@ def get_config() -> Any:
     # paper: the learning rate inside the velocity; torch: outside.
     optim.form = "paper"
     # Parts that each device's share of a batch goes through the network in, one after
-    # the other: the same run in less memory. 1: all at once.
+    # the other: the same run in less memory (but for batch normalisation, which is of
+    # each part). 1: all at once.
     optim.accumulate_steps = 1
     # Share of the training target spread evenly over all classes; 0: none (Szegedy et
     # al. 2016: 0.1).

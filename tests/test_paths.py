@@ -181,7 +181,7 @@ def test_a_memory_that_is_too_small_is_one_sentence(places, monkeypatch, capsys)
     monkeypatch.setattr(train_lib, "train_and_evaluate", refuse)
     assert started(main, [f"--workdir={places['new']}"], monkeypatch) == 1
     err = capsys.readouterr().err
-    assert "allocating 9 bytes.). Take a smaller --config.data.batch_size" in err
+    assert "allocating 9 bytes.). Set a larger --config.optim.accumulate_steps" in err
     assert err.count("\n") == 1 and "Traceback" not in err
 
 

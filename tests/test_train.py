@@ -578,11 +578,6 @@ def test_a_workdir_that_cannot_be_one(folder, tmp_path):
         train.train_and_evaluate(small_config(folder), tmp_path / "file")
     with pytest.raises(ConfigError, match="gs://bucket/run must be a local or mounted"):
         train.train_and_evaluate(small_config(folder), "gs://bucket/run")
-    with pytest.raises(
-        ConfigError, match="a,b has a comma, which separates runs in --m"
-    ):
-        train.train_and_evaluate(small_config(folder), tmp_path / "a,b")
-    assert not (tmp_path / "a,b").exists()
 
 
 def test_load_gives_model_variables_and_preprocess(finished, folder):
@@ -1058,17 +1053,102 @@ def test_waiting_for_data_is_told_from_computing(folder, tmp_path, monkeypatch):
     assert waited[10] < waited[30]
 
 
-def test_a_run_says_that_pictures_are_gone(folder, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "batch_size, parts, remedy",
+    [
+        (
+            3,
+            1,
+            "Keep 6; --config.optim.accumulate_steps=2 is the same run in less memory",
+        ),
+        (
+            2,
+            2,
+            "Keep 6; --config.optim.accumulate_steps=6 is the same run in less memory",
+        ),
+        (
+            4,
+            1,
+            "Keep 6; --config.optim.accumulate_steps=N is the same run in less memory",
+        ),
+        (12, 1, "Keep 6. Or take a new --workdir"),
+    ],
+)
+def test_another_batch_size_is_refused_on_resuming(
+    batch_size, parts, remedy, finished, folder
+):
+    """Step 34 of batches of 6 is epoch 8.16; of batches of 3 it would be 4.08."""
+    _, workdir = finished
+    before = {path: path.stat().st_mtime_ns for path in workdir.iterdir()}
+    config = small_config(folder)
+    config.data.batch_size, config.optim.accumulate_steps = batch_size, parts
+    with pytest.raises(ConfigError) as raised:
+        train.train_and_evaluate(config, workdir)
+    message = str(raised.value)
+    assert message.startswith(
+        f"{workdir} has --config.data.batch_size=6, not {batch_size}: its steps would mean "
+        f"other epochs, learning rates and places in the data. {remedy}"
+    )
+    assert f"--config=configs/finetune.py:{workdir} starts it" in message
+    after = {path: path.stat().st_mtime_ns for path in workdir.iterdir()}
+    assert after.keys() == before.keys()
+    for name in ("config.json", "metrics.jsonl"):
+        assert after[workdir / name] == before[workdir / name]
+
+
+def test_the_remedy_for_memory_is_the_same_run(
+    ten_steps_on_two_devices, folder, tmp_path
+):
+    """From step 5 on each batch of 8 goes through the network in two parts."""
+    moved = tmp_path / "moved"
+    shutil.copytree(ten_steps_on_two_devices, moved)
+    shutil.rmtree(moved / "checkpoints" / "10")
+    config = float64_config(folder, "columns", 1, 2)
+    config.optim.accumulate_steps = 2
+    with in_float64():
+        state = train.train_and_evaluate(config, moved)
+        config.optim.accumulate_steps = 1
+        whole = train.train_and_evaluate(config, ten_steps_on_two_devices)  # has ended
+    assert int(state.step) == int(whole.step) == 10
+    for a, b in zip(leaves(state), leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
+    for prefix in ("train/loss", "lr"):
+        for row, wanted in zip(
+            records(moved, prefix),
+            records(ten_steps_on_two_devices, prefix),
+            strict=True,
+        ):
+            assert row == pytest.approx(wanted, rel=1e-10)
+
+
+def test_a_run_whose_pictures_changed_is_refused(folder, tmp_path):
     data = shutil.copytree(folder, tmp_path / "data")
-    for steps, said in ((4, False), (5, False), (6, True)):
-        config = small_config(data, max_steps=steps, eval_every_epochs=0.0)
-        if said:
-            next((data / "train" / "red").iterdir()).unlink()
+    config = small_config(data, max_steps=4, eval_every_epochs=0.0)
+    train.train_and_evaluate(config, tmp_path / "run")
+    next((data / "train" / "red").iterdir()).unlink()
+    config.max_steps = 6
+    words = (
+        f"run was trained on {PICTURES} pictures, and there are {PICTURES - 1} now: its "
+        "steps would mean other epochs, learning rates and places in the data. Bring the "
+        "old ones back. Or take a new --workdir"
+    )
+    with pytest.raises(ConfigError, match=re.escape(words)):
         train.train_and_evaluate(config, tmp_path / "run")
-        line = (
-            f"had {PICTURES} pictures when this run was saved, and has {PICTURES - 1}"
-        )
-        assert (line in capsys.readouterr().out) is said
+
+
+def test_a_longer_run_says_that_its_schedule_is_laid_out_anew(folder, tmp_path, capsys):
+    config = small_config(folder, max_steps=2, num_epochs=2.0, eval_split="")
+    config.schedule.name = "cosine"
+    train.train_and_evaluate(config, tmp_path)
+    config.num_epochs, config.max_steps = 4.0, 4
+    train.train_and_evaluate(config, tmp_path)
+    assert (
+        "the cosine schedule is laid out over 4 epochs instead of 2: from here on the "
+        "learning rate is another\nresuming from step 2"
+    ) in capsys.readouterr().out
+    # Step 3 of round(4 * 25 / 6) steps.
+    rate = records(tmp_path, "lr")[-1]["lr"]
+    assert rate == pytest.approx(1e-3 * (1 + math.cos(math.pi * 3 / 17)) / 2)
 
 
 class SimulatedClock:
