@@ -144,6 +144,11 @@ def _folder(workdir: str | os.PathLike[str]) -> Path:
             f"--workdir={workdir} must be a local or mounted folder: a run is resumed from "
             "what is renamed there at once."
         )
+    if "," in os.fspath(workdir):
+        raise ConfigError(
+            f"--workdir={workdir} has a comma, which separates runs in --mode=eval and in "
+            "the report: they could not read this one. Name a folder without a comma."
+        )
     path = expanded(workdir).absolute()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--workdir={workdir} is a file; name a folder, or none yet.")

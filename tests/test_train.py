@@ -578,6 +578,11 @@ def test_a_workdir_that_cannot_be_one(folder, tmp_path):
         train.train_and_evaluate(small_config(folder), tmp_path / "file")
     with pytest.raises(ConfigError, match="gs://bucket/run must be a local or mounted"):
         train.train_and_evaluate(small_config(folder), "gs://bucket/run")
+    with pytest.raises(
+        ConfigError, match="a,b has a comma, which separates runs in --m"
+    ):
+        train.train_and_evaluate(small_config(folder), tmp_path / "a,b")
+    assert not (tmp_path / "a,b").exists()
 
 
 def test_load_gives_model_variables_and_preprocess(finished, folder):
