@@ -282,7 +282,7 @@ def test_labels_are_matched_by_class_name(tmp_path):
     for trained, words in (
         (
             ["a", "b", "c"],
-            r"test has .* never trained: d and lacks a, c \(2 .* 3 trained",
+            r"test has .* never trained: d; it lacks a, c \(2 .* 3 trained",
         ),
         (["b"], r"never trained: d \(2 classes there, 1 trained\)$"),
     ):

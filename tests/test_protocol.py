@@ -130,7 +130,7 @@ def test_a_test_set_needs_no_training_pictures_and_not_every_class(
         words = "WARNING: no images of 1 of the 3 trained classes: blue ("
         assert sum(line.startswith(words) for line in lines) == 1
         (tmp_path / "pictures/test/red").rename(tmp_path / "pictures/test/rot")
-        with pytest.raises(DataError, match="never trained: rot and lacks blue, red"):
+        with pytest.raises(DataError, match="never trained: rot; it lacks blue, red"):
             protocol.evaluate_runs(config, [member])
         (tmp_path / "pictures/test/rot").rename(tmp_path / "pictures/test/red")
 
