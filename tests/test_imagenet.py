@@ -716,7 +716,7 @@ class Labelled:
     """A source of known labels; pictures are filled with the label."""
 
     image_size = 8
-    description = "labels"
+    description, left_out = "labels", ""
     statistics_path = None
 
     def __init__(self, labels, class_names=("a", "b", "c", "d")):

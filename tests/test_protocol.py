@@ -134,7 +134,7 @@ def test_a_test_set_needs_no_training_pictures_and_not_every_class(
         words = "WARNING: no images of 1 of the 3 trained classes: blue ("
         assert sum(line.startswith(words) for line in lines) == 1
         (tmp_path / "pictures/test/red").rename(tmp_path / "pictures/test/rot")
-        with pytest.raises(DataError, match="never trained: rot and lacks blue, red"):
+        with pytest.raises(DataError, match="never trained: rot; it lacks blue, red"):
             protocol.evaluate_runs(config, [member])
         (tmp_path / "pictures/test/rot").rename(tmp_path / "pictures/test/red")
 
@@ -160,7 +160,8 @@ def test_evaluation_takes_the_config_of_the_run(runs, tmp_path, monkeypatch, cap
     changes = "--config.eval_views=1", "--config.data.batch_size", "5"
     assert started(monkeypatch, *changes, f"--workdir={name}", "--mode=eval") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == [
+    assert lines[:4] == [
+        f"mean image: {name}/statistics.npz, of {PICTURES} images",
         f"{name}: the config differs from this workdir's:",
         "  --config.data.batch_size: 6 in the workdir, now 5",
         "  --config.eval_views: 10 in the workdir, now 1",

@@ -160,7 +160,7 @@ def match_classes(
     absent = sorted(set(class_names) - set(source.class_names))
     unknown = sorted(set(source.class_names) - set(class_names))
     if unknown:
-        lacking = f" and lacks {some(absent)}" if absent else ""
+        lacking = f"; it lacks {some(absent)}" if absent else ""
         hint = ""
         if _in_one_form(absent) == _in_one_form(unknown):
             hint = (
