@@ -42,6 +42,7 @@ from alexnet_jax.writers import show_every_name
 
 # Virtual devices of a CPU. Each has threads of its own: of 100,000 none ever started.
 MOST_CPU_DEVICES = 1024
+_NO_CONFIG = "--config=FILE is missing, such as --config=configs/paper.py."
 
 
 class _NotLoadedError(Exception):
@@ -53,6 +54,8 @@ class _ConfigFile(flags.ArgumentParser):
 
     def parse(self, argument: str) -> ConfigDict:
         try:
+            if argument[:1] in ("", "-"):  # "--config --workdir=DIR"
+                raise ConfigError(_NO_CONFIG)
             return config_files.load_config(argument)
         except Exception as error:
             raise _NotLoadedError from error
@@ -128,7 +131,7 @@ def main(argv: Sequence[str]) -> None:
             "is changed with --config.FIELD=VALUE."
         )
     if not flags.FLAGS["config"].present:
-        raise ConfigError("--config=FILE is missing, such as configs/paper.py.")
+        raise ConfigError(_NO_CONFIG)
     workdir = _WORKDIR.value or ""
     if _MODE.value != "describe" and not workdir:
         raise ConfigError("--workdir=DIR is missing: the folder that keeps the run.")
@@ -224,6 +227,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
     ) as error:
         # absl repeats what it was given.
         words = " ".join(str(error).split()) or type(error).__name__
+        if "Unknown command line flag 'config." in words:
+            raise ConfigError(_NO_CONFIG) from error
         raise ConfigError(f"the command line: {shortened(words)}") from error
 
 
