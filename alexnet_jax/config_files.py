@@ -90,7 +90,7 @@ def load(name: str, function: str) -> Any:
     """What a function of a Python file returns; "FILE:TEXT" is function("TEXT").
 
     Raises:
-      ConfigError: there is no such file, it has no such function, or it has raised
+      ConfigError: there is no such Python file, it has no such function, or it has raised
         something: of what kind, with what words, in which line of which file.
       Exception: what this package's own code has raised, other than a ValueError:
         that is how it answers a wrong argument.
@@ -104,6 +104,8 @@ def load(name: str, function: str) -> Any:
     except (OSError, ValueError) as error:
         words = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(f"{path} could not be read: {words}.") from error
+    if not path.endswith(".py"):  # a run's config.json, say
+        raise ConfigError(f"{path} is no Python file, as configs/paper.py is.")
     try:
         names = runpy.run_path(path)
         found = names.get(function)

@@ -43,6 +43,8 @@ from alexnet_jax.writers import show_every_name
 
 # Virtual devices of a CPU. Each has threads of its own: of 100,000 none ever started.
 MOST_CPU_DEVICES = 1024
+_NO_CONFIG = "--config=FILE is missing, such as --config=configs/paper.py."
+_NO_WORKDIR = "--workdir=DIR is missing: the folder that keeps the run."
 
 
 class _NotLoadedError(Exception):
@@ -54,6 +56,8 @@ class _ConfigFile(flags.ArgumentParser):
 
     def parse(self, argument: str) -> ConfigDict:
         try:
+            if argument[:1] in ("", "-"):  # "--config --workdir=DIR"
+                raise ConfigError(_NO_CONFIG)
             return config_files.load_config(argument)
         except Exception as error:
             raise _NotLoadedError from error
@@ -111,7 +115,6 @@ _LOCAL_DEVICE_IDS = flags.DEFINE_list(
 _CONNECT_SECONDS = flags.DEFINE_integer(
     "connect_seconds", 180, "How long to wait for the other processes.", lower_bound=1
 )
-_NO_WORKDIR = "--workdir=DIR is missing: the folder that keeps the run."
 # What a user can mend is said in words; anything else keeps its traceback.
 _USER_ERRORS = (
     ConfigError,
@@ -214,16 +217,15 @@ def _stored_config() -> Path:
     Raises:
       ConfigError: there is none.
     """
-    missing = "--config=FILE is missing, such as configs/paper.py"
     if _MODE.value != "eval":
-        raise ConfigError(f"{missing}.")
+        raise ConfigError(_NO_CONFIG)
     if not _WORKDIR.value:
         raise ConfigError(_NO_WORKDIR)
     members = map(protocol.Member.parse, _WORKDIR.value.split(","))
     runs = [m.path for m in members if not m.is_predictions and not m.is_weights]
     if not runs:
         raise ConfigError(
-            f"{missing}: files do not say which pictures they are to be tested on."
+            f"{_NO_CONFIG} Files do not say which pictures they are to be tested on."
         )
     experiment.require_run(runs[0])
     return runs[0] / experiment.CONFIG_FILE

@@ -352,7 +352,9 @@ def prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
                 stored, config.data.image_size, remedy=statistics_lib.TRAIN_AGAIN
             )
             if jax.process_index() == 0:
-                print(experiment_lib.about_mean(workdir, statistics, config), flush=True)
+                print(
+                    experiment_lib.about_mean(workdir, statistics, config), flush=True
+                )
     experiment = experiment_lib.build(config, statistics=statistics)
     if begun:
         _require_same_classes(experiment.train_source.class_names, workdir)

@@ -454,6 +454,21 @@ def test_what_a_command_line_says(arguments, words, monkeypatch):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config="], "--config=FILE is missing"),
+        (["--config", "--workdir=DIR"], "--config=FILE is missing"),
+        (["--config.seed=1"], "--config=FILE is missing"),
+        (["--config=README.md"], "README.md is no Python file, as configs/paper.py is"),
+    ],
+)
+def test_missing_config_file_is_named(arguments, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match=words):
+        parsed(monkeypatch, *arguments)
+
+
 def test_a_change_before_its_file_is_said(monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError, match=r"config\.seed=1 in argv before a value for"):

@@ -178,7 +178,7 @@ def test_evaluation_takes_the_config_of_the_run(runs, tmp_path, monkeypatch, cap
     assert started(monkeypatch, "--mode=eval", f"--workdir={file},{name}") == 0
     capsys.readouterr()
     for arguments, words in (
-        (["--mode=eval", f"--workdir={file}"], "files do not say which pictures"),
+        (["--mode=eval", f"--workdir={file}"], "Files do not say which pictures"),
         (["--mode=eval", f"--workdir={tmp_path}"], "has no config.json"),
         (["--mode=eval"], "--workdir=DIR is missing"),
         ([f"--workdir={name}", "--config.seed=1"], "--config=FILE is missing, such"),
