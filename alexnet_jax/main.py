@@ -23,7 +23,6 @@ from alexnet_jax import (
     distributed,
     experiment,
     memory,
-    output,
     protocol,
     stopping,
     train,
@@ -230,16 +229,11 @@ def run() -> None:
     show_every_name()
     # The files of configs/ import one another, wherever the command is started.
     sys.path.append(str(Path(__file__).parent.parent))
-    with output.required():
-        _run()
-
-
-def _run() -> None:
     try:
         with stopping.answering():
             app.run(main, flags_parser=_parse)
-    except output.OutputError as error:
-        distributed.leave(str(error), 1)
+    except BrokenPipeError:
+        sys.exit(stopping.discard_output())
     except FloatingPointError as error:
         distributed.leave(f"error: {error}", experiment.DIVERGED, all_say_it=True)
     except _USER_ERRORS as error:

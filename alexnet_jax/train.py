@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from alexnet_jax import distributed, divergence, finetune, output, parallel
+from alexnet_jax import distributed, divergence, finetune, parallel
 from alexnet_jax import experiment as experiment_lib
 from alexnet_jax.checkpoint import (
     READERS,
@@ -64,7 +64,6 @@ POLL_SHARE, POLL_SECONDS = 0.05, 0.0002
 STALL_MARGIN = 0.02
 
 
-@output.dropped()
 def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> TrainState:
     """Trains, or goes on training, and evaluates; everything lands in `workdir`.
 

@@ -183,3 +183,16 @@ def test_a_figure_that_was_being_drawn_leaves_the_old_one(tmp_path, capfd):
         pictures.exit_status(lambda: pictures.save_figure(Figure(), path))
     assert capfd.readouterr().err == STOPPED.format("SIGINT")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"whole"]
+
+
+def test_command_ends_quietly_when_its_reader_has_gone():
+    code = (
+        "from alexnet_jax import stopping\n"
+        "stopping.run(lambda: print('line\\n' * 100_000) or 0)"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
