@@ -54,7 +54,6 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from alexnet_jax import kinds
-from alexnet_jax.background import is_of_orbax, overheard
 from alexnet_jax.data import locks
 from alexnet_jax.data.files import (
     FullDiskError,
@@ -279,7 +278,7 @@ class Checkpointer:
         """
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         try:
-            with overheard(), telling_of_a_full_disk(self.directory, lambda: size):
+            with telling_of_a_full_disk(self.directory, lambda: size):
                 if shutil.disk_usage(self.directory).free < _LEAST_SHARE * size:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 yield
@@ -966,7 +965,8 @@ def _wait_for_all(name: str) -> None:
 
 
 def _worth_showing(record: python_logging.LogRecord) -> bool:
-    return record.levelno >= python_logging.WARNING or not is_of_orbax(record)
+    of_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
+    return record.levelno >= python_logging.WARNING or not of_orbax
 
 
 def _quiet_orbax() -> None:

@@ -7,6 +7,7 @@ python -m alexnet_jax.main --config=configs/paper.py --workdir=DIR,DIR --mode=ev
 python -m alexnet_jax.main --config=configs/paper.py --mode=describe
 """
 
+import ctypes
 import os
 import re
 import sys
@@ -22,7 +23,6 @@ from alexnet_jax import (
     config_files,
     distributed,
     experiment,
-    memory,
     protocol,
     stopping,
     train,
@@ -139,7 +139,7 @@ def main(argv: Sequence[str]) -> None:
     with stopping.at_once():  # they wait for the other processes
         _connect()
         distributed.require_same({"mode": _MODE.value, "workdir": workdir} | fields)
-    memory.return_freed_arrays()
+    _return_freed_arrays()
     if _MODE.value != "describe":
         _keep_compiled_programs()
     if _MODE.value == "describe":
@@ -177,6 +177,18 @@ def _connect() -> None:
         local_device_ids=None if ids is None else [int(i) for i in ids],
         connect_seconds=_CONNECT_SECONDS.value,
     )
+
+
+def _return_freed_arrays() -> None:
+    """Have glibc map arrays of 1 MiB and more one by one, so that free() returns them.
+
+    It raises that threshold by itself to 32 MiB, and a run of days then grows
+    (docs/reliability.md).
+    """
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ and sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt is not None:
+            mallopt(-3, 2**20)  # M_MMAP_THRESHOLD of glibc's <malloc.h>
 
 
 def _keep_compiled_programs() -> None:

@@ -91,26 +91,6 @@ def test_a_commands_status_is_the_processes():
         assert done.returncode == status
 
 
-def test_ctrl_c_while_a_command_is_imported(tmp_path):
-    """No traceback, and the status of a program that Ctrl-C has ended."""
-    (tmp_path / "jax.py").write_text(
-        "import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(60)\n"
-    )
-    # Who starts tests in the background may have all of them ignore Ctrl-C.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        for name in ("main", "predict"):
-            done = subprocess.run(
-                [sys.executable, "-m", f"alexnet_jax.{name}"],
-                env={**os.environ, "PYTHONPATH": str(tmp_path)},
-                capture_output=True,
-                check=False,
-            )
-            assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 # The main thread is busy outside Python, as in a compilation, for very long.
 BUSY = """
 import hashlib

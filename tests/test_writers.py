@@ -1,5 +1,7 @@
 """Metrics: what is written can be read, also after a kill, and lines stay whole."""
 
+import errno
+import io
 import json
 import math
 import os
@@ -255,6 +257,14 @@ def test_lines_on_a_stream_that_is_no_terminal(capsys):
         "compiled in 14.2 s\n"
     )
     assert err == ""  # no bar either
+
+
+def test_run_goes_on_when_its_output_cannot_be_written():
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    ConsoleWriter(10, Closed()).text("line")
 
 
 @pytest.mark.parametrize(
