@@ -646,8 +646,8 @@ class _Run:
             good = f"There is no checkpoint in {folder} yet."
         return FloatingPointError(
             f"{problem} {good} Try a lower --config.optim.learning_rate. To find the "
-            "layer, run the same command with --config.summaries_every_steps=1 (gradient "
-            "norms per layer) or with JAX_DEBUG_NANS=1 in the environment."
+            "layer, run the same command with --config.summaries_every_steps=1, which "
+            "prints the gradient norm of each layer."
         )
 
     def _warn_of_stall(self, loss: float) -> None:
