@@ -5,9 +5,8 @@ import json
 import logging
 import os
 import shutil
-import socket
 import types
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -571,24 +570,6 @@ def test_an_error_that_is_added_keeps_the_step_in_the_manifest(tmp_path):
     assert checkpoint._read_manifest(tmp_path / "1")["step"] == 1
 
 
-def test_a_step_in_a_manifest_is_a_number(directory, warnings_said):
-    folder, wrong = directory / "20", cast(Any, ["20"])
-    checkpoint._write_manifest(folder, checkpoint._sums(folder), None, wrong)
-    _assert_falls_back(directory, warnings_said, MANIFEST, "a step of ['20']")
-
-
-def test_a_number_that_no_step_has_is_no_steps_name(directory):
-    """Processes agree on a step in int32."""
-    for name in ("3000000000", "9" * 250):
-        shutil.copytree(directory / "20", directory / name)
-    with Checkpointer(directory) as checkpoints:
-        assert checkpoints.all_steps() == [10, 20]
-        assert checkpoints.latest_whole_step() == 20
-        for step in (2**31, -1):
-            with pytest.raises(ValueError, match="must be from 0 to 2147483647"):
-                checkpoints.save(step, _make_state(), metadata={})
-
-
 def test_all_broken_is_an_error_and_not_a_new_start(directory):
     os.remove(directory / "10" / MANIFEST)
     os.truncate(directory / "20" / "metadata" / "metadata", 1)
@@ -806,24 +787,6 @@ def test_full_disk_ends_a_save_and_keeps_earlier_steps(small_disk):
             checkpoints.save(2, state, metadata={})
         assert checkpoints.latest_whole_step() == 1
     assert [path.name for path in directory.glob("[!.]*")] == ["1"]
-
-
-def test_a_link_in_the_place_of_a_mark_is_not_followed(directory, tmp_path):
-    folder = directory / "20"  # with no error yet, so that one is added
-    checkpoint._write_manifest(folder, checkpoint._sums(folder), None, 20)
-    (tmp_path / "precious").write_text("precious")
-    for path in (
-        folder / f"{MANIFEST}.tmp",
-        directory / ".saving",
-        directory / f"..saving.{socket.gethostname()}.{os.getpid()}.tmp",
-    ):
-        path.symlink_to(tmp_path / "precious")
-    with Checkpointer(directory) as checkpoints:
-        checkpoints.save(20, _make_state(20), metadata={}, top1_error=0.3)
-        assert checkpoints.top1_error(20) == 0.3
-        checkpoints.save(30, _make_state(30), metadata={})
-    assert (tmp_path / "precious").read_text() == "precious"
-    assert not any(path.is_symlink() for path in directory.rglob("*"))
 
 
 @pytest.mark.parametrize("missing", [MANIFEST, "_CHECKPOINT_METADATA", "state"])
