@@ -5,8 +5,6 @@ model, variables, preprocess = alexnet_jax.load("runs/quickstart")
 """
 
 import importlib
-import signal
-import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,14 +13,6 @@ if TYPE_CHECKING:
     from alexnet_jax.ops import compiler_options
 
 __all__ = ["AlexNet", "compiler_options", "create_model", "load", "pipeline"]
-
-# `python -m alexnet_jax.COMMAND` imports for seconds before the command hears signals
-# (`stopping`). Until then Ctrl-C ends it as it ends other programs, with the same exit
-# status, instead of by a traceback out of some module.
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) == (
-    signal.default_int_handler
-):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 _HOMES = {"AlexNet": "model", "compiler_options": "ops", "create_model": "model"}
 

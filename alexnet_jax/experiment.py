@@ -115,10 +115,6 @@ class Experiment:
         transform = self.config.parallel.transform
         return self._step(steps.make_summary_step, transform=transform)
 
-    def inspection_step(self) -> Callable[..., dict[str, dict[str, jax.Array]]]:
-        """The jitted (state, batch, statistics) -> the largest magnitudes."""
-        return self._step(steps.make_inspection_step)
-
     def _step(self, make: Callable[..., Any], **more: Any) -> Callable[..., Any]:
         return make(
             self.model,

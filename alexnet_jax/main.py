@@ -7,6 +7,7 @@ python -m alexnet_jax.main --workdir=DIR --mode=eval
 python -m alexnet_jax.main --config=configs/paper.py --mode=describe
 """
 
+import ctypes
 import os
 import re
 import sys
@@ -23,8 +24,6 @@ from alexnet_jax import (
     config_files,
     distributed,
     experiment,
-    memory,
-    output,
     parallel,
     protocol,
     stopping,
@@ -148,7 +147,7 @@ def main(argv: Sequence[str]) -> None:
         _connect()
         distributed.require_same({"mode": _MODE.value, "workdir": workdir} | fields)
     parallel.require_devices()
-    memory.return_freed_arrays()
+    _return_freed_arrays()
     if _MODE.value != "describe":
         _keep_compiled_programs()
     if _MODE.value == "describe":
@@ -186,6 +185,18 @@ def _connect() -> None:
         local_device_ids=None if ids is None else [int(i) for i in ids],
         connect_seconds=_CONNECT_SECONDS.value,
     )
+
+
+def _return_freed_arrays() -> None:
+    """Have glibc map arrays of 1 MiB and more one by one, so that free() returns them.
+
+    It raises that threshold by itself to 32 MiB, and a run of days then grows
+    (docs/reliability.md).
+    """
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ and sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt is not None:
+            mallopt(-3, 2**20)  # M_MMAP_THRESHOLD of glibc's <malloc.h>
 
 
 def _keep_compiled_programs() -> None:
@@ -268,16 +279,11 @@ def run() -> None:
     show_every_name()
     # The files of configs/ import one another, wherever the command is started.
     sys.path.append(str(Path(__file__).parent.parent))
-    with output.required():
-        _run()
-
-
-def _run() -> None:
     try:
         with stopping.answering():
             app.run(main, flags_parser=_parse)
-    except output.OutputError as error:
-        distributed.leave(str(error), 1)
+    except BrokenPipeError:
+        sys.exit(stopping.discard_output())
     except FloatingPointError as error:
         distributed.leave(f"error: {error}", experiment.DIVERGED, all_say_it=True)
     except _USER_ERRORS as error:

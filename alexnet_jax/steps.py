@@ -449,68 +449,6 @@ def _device_summary_step(
     return scalars
 
 
-def make_inspection_step(
-    model: AlexNet,
-    tx: optax.GradientTransformation,
-    augmentation: augment.Augmentation,
-    *,
-    mesh: Mesh,
-    mode: str,
-    seed: int,
-    accumulate_steps: int = 1,
-    label_smoothing: float = 0.0,
-    frozen: Collection[str] = (),
-) -> Callable[..., dict[str, dict[str, jax.Array]]]:
-    """Returns the jitted (state, batch, statistics) -> the largest magnitudes.
-
-    They are of what the training step is about to compute, on the same batch, weights
-    and keys: {"parameters": {layer: ...}, "activation": {name: ...}, "loss": {"": ...},
-    "gradient": {layer: ...}}, each [devices], every device's own maximum of |x|, which
-    is not finite exactly if one of the values is not. Arguments as of `make_train_step`.
-    """
-    specs = state_specs(
-        model, tx, crop_size=augmentation.crop_size, mesh=mesh, mode=mode
-    )
-
-    def largest(tree: PyTree) -> jax.Array:
-        each = [jnp.abs(x).max().astype(_wide(x.dtype)) for x in jax.tree.leaves(tree)]
-        return jnp.max(jnp.array(each), keepdims=True)  # NaN stays NaN
-
-    through = _Pass(
-        model.local(mesh, mode, accumulate_steps),
-        augmentation,
-        seed,
-        accumulate_steps,
-        label_smoothing,
-        frozenset(frozen),
-        specs.params,
-        lambda features: {name: largest(x) for name, x in features.items()},
-    )
-
-    def device_step(
-        state: TrainState,
-        batch: dict[str, jax.Array],
-        statistics: augment.PixelStatistics,
-    ) -> dict[str, dict[str, jax.Array]]:
-        found = through.gradients(state, batch, statistics)
-        layers = state.params.items()
-        return {
-            "parameters": {layer: largest(tree) for layer, tree in layers},
-            "activation": {n: largest(x) for n, x in found.observed.items()},
-            "loss": {"": largest(found.loss)},
-            "gradient": {layer: largest(tree) for layer, tree in found.grads.items()},
-        }
-
-    axes = (parallel.DATA, parallel.COLUMN)
-    in_specs = (specs, P(through.batch_axes), P())
-    step = parallel.on_devices(device_step, mesh, in_specs, P(axes))
-    return jax.jit(
-        step,
-        out_shardings=NamedSharding(mesh, P()),
-        compiler_options=ops.compiler_options(),
-    )
-
-
 def make_eval_step(
     model: AlexNet,
     *,

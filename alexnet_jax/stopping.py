@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
 
-from alexnet_jax import output
-
 # Windows has no SIGUSR1.
 SIGNALS = [
     getattr(signal, name)
@@ -53,14 +51,25 @@ class Stop:
 
 
 def run(command: Callable[[], int]) -> NoReturn:
-    """Runs a command, `answering`, and ends the process with the status it returns."""
-    with output.required():
-        try:
-            with answering():
-                status = command()
-        except Interrupted as stopped:
-            end(stopped.status)
-        sys.exit(status)
+    """Runs a command, `answering`, and ends the process with the status it returns.
+
+    The status is 1 if nobody reads the output any more, as after `| head`.
+    """
+    try:
+        with answering():
+            status = command()
+            sys.stdout.flush()
+    except Interrupted as stopped:
+        end(stopped.status)
+    except BrokenPipeError:
+        status = discard_output()
+    sys.exit(status)
+
+
+def discard_output() -> int:
+    """Send further output nowhere, as nobody reads it; return exit status 1."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def end(status: int) -> NoReturn:
@@ -70,7 +79,7 @@ def end(status: int) -> NoReturn:
     the middle of their work, and can crash.
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, output.OutputError):
+        with contextlib.suppress(OSError):
             stream.flush()
     os._exit(status)
 

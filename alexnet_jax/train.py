@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from alexnet_jax import distributed, divergence, finetune, output, parallel
+from alexnet_jax import distributed, finetune, parallel
 from alexnet_jax import experiment as experiment_lib
 from alexnet_jax.checkpoint import (
     READERS,
@@ -65,7 +65,6 @@ POLL_SHARE, POLL_SECONDS = 0.05, 0.0002
 STALL_MARGIN = 0.02
 
 
-@output.dropped()
 def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> TrainState:
     """Trains, or goes on training, and evaluates; everything lands in `workdir`.
 
@@ -228,14 +227,6 @@ def _restore(
         raise CheckpointError(f"{error}{lines}") from error
 
 
-class _NotFiniteError(FloatingPointError):
-    """What is no longer finite, in words, and after how many steps it was seen."""
-
-    def __init__(self, words: str, step: int):
-        super().__init__(words)
-        self.step = step
-
-
 @contextlib.contextmanager
 def _alone_in(workdir: Path) -> Iterator[None]:
     """Holds a workdir for this run; process 0 does so for all of its processes.
@@ -289,11 +280,7 @@ def _train(run: "_Run", path: Path) -> None:
     first_step = run.step
     try:
         with asking() as stop, profiler:
-            try:
-                run.train(stop, profiler)
-            except _NotFiniteError as problem:
-                profiler.close()
-                raise _explained(run, problem) from problem
+            run.train(stop, profiler)
     finally:
         if jax.process_index() == 0 and run.step > first_step:
             # On a full disk what has ended the run is to be heard, not this.
@@ -301,37 +288,6 @@ def _train(run: "_Run", path: Path) -> None:
                 run.watch.append_to(
                     path / TIMES_FILE, first_step=first_step, last_step=run.step
                 )
-
-
-def _explained(run: "_Run", problem: _NotFiniteError) -> Exception:
-    """The error that ends a run that diverged: what, where, and what is left.
-
-    The steps since the last checkpoint are taken again, to look into the one that went
-    wrong. A run that is well pays nothing for it.
-    """
-    kept = run.checkpointer.latest_whole_step()
-    again = "from the start" if kept is None else f"from the checkpoint of step {kept}"
-    run.writers.text(f"{problem} Looking for the layer: the same steps {again} ...")
-    restored = _restore(run.checkpointer, run.experiment, [])
-    if restored:
-        experiment, (state, host) = run.experiment, restored
-    else:
-        (experiment, state, _), host = finetune.begin(run.experiment), {}
-    for leaf in jax.tree.leaves(run.state):  # room for the copies that are taken here
-        leaf.delete()
-    silent = MultiWriter([])
-    retaken = _Run(experiment, state, run.checkpointer, silent, host, Stopwatch())
-    retaken.stop = run.stop
-    found = retaken.first_not_finite(run.train_step, problem.step)
-    folder = run.checkpointer.directory
-    good = (
-        f"There is no checkpoint in {folder} yet."
-        if kept is None
-        else f"The checkpoint of step {kept} in {folder} is from before, and kept."
-    )
-    return FloatingPointError(
-        f"{problem} {found} {good} Try a lower --config.optim.learning_rate."
-    )
 
 
 def prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
@@ -676,60 +632,6 @@ class _Run:
             return False
         return self.step // every > (self.step - 1) // every
 
-    def first_not_finite(self, train_step: Any, last: int) -> str:
-        """Takes the steps up to `last` once more; a sentence on what went wrong first.
-
-        Args:
-          train_step: the compiled one.
-          last: the number of steps after which it showed.
-        """
-        least = self.step + 1
-        try:
-            found = self._look_for_not_finite(train_step, last)
-        except _CutShort:
-            return "Asked to stop before the layer was found."
-        if found:
-            return (
-                f"The steps from {least} on were taken again. The first to go, in step "
-                f"{self.step}: {found}."
-            )
-        return (
-            f"Taken again, steps {least} to {last} stay finite: so it is the machine, or "
-            "a library whose sums do not repeat (docs/reliability.md), rather than the "
-            "network."
-        )
-
-    def _look_for_not_finite(self, train_step: Any, last: int) -> str | None:
-        """What goes first in the first step that leaves something not finite behind."""
-        by_evaluation = self.config.schedule.name == "plateau"  # the learning rate
-        if by_evaluation and self.evaluation_owed:
-            self._evaluate()
-        with self.experiment.train_batches(self.step) as batches:
-            while self.step < last:
-                batch = self._put(next(batches))
-                before = jax.tree.map(jnp.copy, self.state)  # the step takes its own
-                self.state, metrics = train_step(self.state, batch, self.statistics)
-                self.step += 1
-                # A gradient may spoil the parameters steps before a loss shows it, and
-                # nothing looks at them before a checkpoint.
-                if not _all_finite((metrics["loss"], self.state.params)):
-                    return self._inspect(before, batch)
-                self._go_on_unless_asked()
-                if by_evaluation and self._evaluation_is_due():
-                    self._evaluate()
-        return None
-
-    def _inspect(self, before: TrainState, batch: Any) -> str | None:
-        """What went first in the step just taken, which started with `before`."""
-        network = self.experiment.model.network
-        inspect = self.experiment.inspection_step()
-        largest = jax.device_get(inspect(before, batch, self.statistics))
-        if found := divergence.first_not_finite(network, largest):
-            return found
-        largest = jax.device_get(inspect(self.state, batch, self.statistics))
-        found = divergence.first_of_parameters(network, largest)
-        return found and f"{found}, by its update; its gradients are finite"
-
     # Records.
 
     def _restart_clock(self, waited: float) -> None:
@@ -758,10 +660,9 @@ class _Run:
         if not finite.all():
             least = self.step - len(losses) + 1
             first = least + int(np.argmin(finite))
-            raise _NotFiniteError(
-                f"The loss of step {first} is {losses[np.argmin(finite)]} (those of "
-                f"steps {least} to {self.step} were looked at together).",
-                self.step,
+            raise self._not_finite(
+                f"The loss of step {first} is {losses[np.argmin(finite)]} (checked "
+                f"together: steps {least} to {self.step})."
             )
         waited_here = waited - self.clock_waited
         self.watch.add(WAITING, waited_here)
@@ -783,6 +684,21 @@ class _Run:
         if len(recent) == self.config.log_every_steps:
             error = float(np.mean([m["top1_error"] for m in recent]))
             self.target_reached = error <= self.config.stop_at_train_error > 0
+
+    def _not_finite(self, problem: str) -> FloatingPointError:
+        """The error that ends a run that diverged: what, what is left, what to do."""
+        kept, folder = (
+            self.checkpointer.latest_whole_step(),
+            self.checkpointer.directory,
+        )
+        good = f"The last good checkpoint is that of step {kept} in {folder}."
+        if kept is None:
+            good = f"There is no checkpoint in {folder} yet."
+        return FloatingPointError(
+            f"{problem} {good} Try a lower --config.optim.learning_rate. To find the "
+            "layer, run the same command with --config.summaries_every_steps=1, which "
+            "prints the gradient norm of each layer."
+        )
 
     def _warn_of_stall(self, loss: float) -> None:
         """Once, if from `stall_after_steps` on the network is still guessing."""
@@ -852,13 +768,10 @@ class _Run:
     def _until_asked(self, batches: Batches) -> Iterator[Batch]:
         """An evaluation's batches; raises _CutShort once the run is to stop."""
         for batch in batches:
-            self._go_on_unless_asked()
+            asked = self._agree()
+            if asked.stop_signal:
+                raise _CutShort(asked.stop_signal)
             yield batch
-
-    def _go_on_unless_asked(self) -> None:
-        asked = self._agree()
-        if asked.stop_signal:
-            raise _CutShort(asked.stop_signal)
 
     def _apply_plateau_rule(self, error: float) -> None:
         # The evaluation at the end of a run that is cut short by max_steps is not one
@@ -902,10 +815,9 @@ class _Run:
     def _save(self, top1_error: float | None = None) -> None:
         with self._off_the_clock(CHECKPOINTS):
             if not _all_finite(self.state.params):
-                raise _NotFiniteError(
+                raise self._not_finite(
                     f"The parameters of step {self.step} are not finite; no checkpoint "
-                    "was written.",
-                    self.step,
+                    "was written."
                 )
             metadata = {
                 "config": experiment_lib.as_json(self.config),

@@ -397,16 +397,21 @@ class ConsoleWriter:
     def progress(self, step: int) -> None:
         """Moves the bar to `step`."""
         if self._bar is not None:
-            self._bar.update(step - self._bar.n)
+            with contextlib.suppress(OSError):
+                self._bar.update(step - self._bar.n)
 
     def text(self, line: str) -> None:
-        """Prints `line`, above the bar if there is one."""
+        """Prints `line`, above the bar if there is one.
+
+        A run goes on if its output cannot be written: its records are in the workdir.
+        """
         line = printable(line)
-        if self._bar is not None:
-            self._bar.write(line, file=self._stream)
-        else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
+        with contextlib.suppress(OSError):
+            if self._bar is not None:
+                self._bar.write(line, file=self._stream)
+            else:
+                self._stream.write(line + "\n")
+            self._stream.flush()
 
     def close(self) -> None:
         """Removes the bar; the stream stays open."""

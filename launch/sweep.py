@@ -38,7 +38,7 @@ from typing import Any, TextIO
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # configs/ and, where it is not installed, alexnet_jax
 
-from alexnet_jax import kinds, output, records, stopping, sweeps
+from alexnet_jax import kinds, records, stopping, sweeps
 from alexnet_jax.config_files import shortened
 from alexnet_jax.data.files import parse_json, read_lines, read_small, replacing
 from alexnet_jax.data.paths import message_of, path_argument, require_places
@@ -92,9 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs what is missing and sums up; returns the exit status."""
     options = _parse(argv)
     try:
-        # Runs go on when nobody reads how far they are.
-        with output.required() if options.dry_run else output.dropped():
-            return _sweep(options)
+        return _sweep(options)
+    except BrokenPipeError:
+        return stopping.discard_output()
     except (SweepError, ConfigError, OSError) as error:
         print(f"error: {message_of(error)}", file=sys.stderr)
         return 1
@@ -703,5 +703,4 @@ def _write(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    with output.required():  # --help too
-        sys.exit(main())
+    sys.exit(main())

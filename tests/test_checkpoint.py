@@ -1,16 +1,12 @@
 """Checkpoints: bit-exact, movable between devices, and never half of one."""
 
-import gc
 import itertools
 import json
 import logging
 import os
 import shutil
-import socket
-import sys
-import threading
 import types
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +16,6 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from alexnet_jax import checkpoint
-from alexnet_jax.background import overheard
 from alexnet_jax.checkpoint import (
     MANIFEST,
     Checkpointer,
@@ -575,24 +570,6 @@ def test_an_error_that_is_added_keeps_the_step_in_the_manifest(tmp_path):
     assert checkpoint._read_manifest(tmp_path / "1")["step"] == 1
 
 
-def test_a_step_in_a_manifest_is_a_number(directory, warnings_said):
-    folder, wrong = directory / "20", cast(Any, ["20"])
-    checkpoint._write_manifest(folder, checkpoint._sums(folder), None, wrong)
-    _assert_falls_back(directory, warnings_said, MANIFEST, "a step of ['20']")
-
-
-def test_a_number_that_no_step_has_is_no_steps_name(directory):
-    """Processes agree on a step in int32."""
-    for name in ("3000000000", "9" * 250):
-        shutil.copytree(directory / "20", directory / name)
-    with Checkpointer(directory) as checkpoints:
-        assert checkpoints.all_steps() == [10, 20]
-        assert checkpoints.latest_whole_step() == 20
-        for step in (2**31, -1):
-            with pytest.raises(ValueError, match="must be from 0 to 2147483647"):
-                checkpoints.save(step, _make_state(), metadata={})
-
-
 def test_all_broken_is_an_error_and_not_a_new_start(directory):
     os.remove(directory / "10" / MANIFEST)
     os.truncate(directory / "20" / "metadata" / "metadata", 1)
@@ -798,10 +775,7 @@ def test_a_full_disk_removes_only_what_was_being_saved(directory, monkeypatch):
     assert (directory / "30.backup" / "mine").exists()
 
 
-def test_a_full_disk_is_told_of_once_by_the_error(small_disk, caplog, monkeypatch):
-    """Threads of Orbax and TensorStore fail one after the other; they are not heard."""
-    unraisable = []
-    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+def test_full_disk_ends_a_save_and_keeps_earlier_steps(small_disk):
     directory = small_disk(3) / "checkpoints"
     rng = np.random.default_rng(0)
     state = {f"layer{i}": rng.normal(size=2**15).astype("f4") for i in range(16)}
@@ -811,46 +785,8 @@ def test_a_full_disk_is_told_of_once_by_the_error(small_disk, caplog, monkeypatc
             CheckpointError, match=r"step 2: .* No space .* step 1 is as"
         ):
             checkpoints.save(2, state, metadata={})
-        threads = [type(thread).__module__ for thread in threading.enumerate()]
-        gc.collect()
         assert checkpoints.latest_whole_step() == 1
     assert [path.name for path in directory.glob("[!.]*")] == ["1"]
-    assert not [name for name in threads if name.startswith("orbax.")]
-    assert (caplog.messages, unraisable) == ([], [])
-
-
-def test_other_errors_of_a_save_are_heard(caplog):
-    """Also those of a full disk which the save has not ended with."""
-    logger = logging.getLogger("absl")
-    path = os.path.join("somewhere", "orbax", "checkpoint", "future.py")
-
-    def say(text):
-        logger.handle(logger.makeRecord("absl", logging.ERROR, path, 1, text, (), None))
-
-    with overheard():
-        say("Permission denied")
-        assert caplog.messages == ["Permission denied"]
-        say("No space left on device")
-        assert len(caplog.messages) == 1
-    assert caplog.messages[1:] == ["No space left on device"]
-
-
-def test_a_link_in_the_place_of_a_mark_is_not_followed(directory, tmp_path):
-    folder = directory / "20"  # with no error yet, so that one is added
-    checkpoint._write_manifest(folder, checkpoint._sums(folder), None, 20)
-    (tmp_path / "precious").write_text("precious")
-    for path in (
-        folder / f"{MANIFEST}.tmp",
-        directory / ".saving",
-        directory / f"..saving.{socket.gethostname()}.{os.getpid()}.tmp",
-    ):
-        path.symlink_to(tmp_path / "precious")
-    with Checkpointer(directory) as checkpoints:
-        checkpoints.save(20, _make_state(20), metadata={}, top1_error=0.3)
-        assert checkpoints.top1_error(20) == 0.3
-        checkpoints.save(30, _make_state(30), metadata={})
-    assert (tmp_path / "precious").read_text() == "precious"
-    assert not any(path.is_symlink() for path in directory.rglob("*"))
 
 
 @pytest.mark.parametrize("missing", [MANIFEST, "_CHECKPOINT_METADATA", "state"])

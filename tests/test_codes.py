@@ -205,12 +205,6 @@ def test_files_without_codes_are_refused(codes, tmp_path):
     for changes, words in (
         ({"packed": None}, "holds no codes: it has no packed"),
         ({"checksum": None}, "has no checksum. Remove it, and it is made again"),
-        ({"checksum": np.int64(3)}, "checksum is int64"),
-        ({"mean": good["mean"] * np.nan}, "mean is infinite or NaN"),
-        ({"kernel": good["kernel"][:-1]}, "mean is float32"),
-        ({"packed": good["packed"][:, :2]}, "packed is uint8"),
-        ({"bias": good["bias"].astype(float)}, "bias is float64"),
-        ({"packed": np.float32(0)}, "packed is float32"),
         ({"mean": np.array([{}])}, "Object arrays cannot be loaded"),
     ):
         fields = {k: v for k, v in (good | changes).items() if v is not None}

@@ -866,7 +866,6 @@ def test_data_sets_that_are_wrong_are_one_message(
 # Archives.
 
 TRAIN_TAR, VALIDATION_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-FIRST = "ILSVRC2012_val_00000001.JPEG"
 
 
 def _cut_in_a_picture(source: Path) -> None:
@@ -932,91 +931,6 @@ def _twice(source: Path) -> None:
     (source / TRAIN_TAR).write_bytes(whole)
 
 
-def _hostile(source: Path, name: str, *, file: bytes = b"x", **fields) -> None:
-    """One member in the place of the validation pictures; `file` follows its header."""
-    member = tarfile.TarInfo(name)
-    member.size = len(file)
-    for field, value in fields.items():
-        setattr(member, field, value)
-    packed = member.tobuf(
-        tarfile.PAX_FORMAT if member.pax_headers else tarfile.GNU_FORMAT
-    )
-    packed += file + bytes(-len(file) % 512)
-    (source / VALIDATION_TAR).write_bytes(packed + bytes(1024))
-
-
-def _absolute_name(source: Path) -> None:
-    _hostile(source, f"{source.parent}/outside/{FIRST}")
-
-
-def _name_that_leads_out(source: Path) -> None:
-    _hostile(source, f"../outside/{FIRST}")
-
-
-def _class_archive_that_leads_out(source: Path) -> None:
-    whole = tar_of({f"a/../../outside/{WNIDS[0]}.tar": tar_of({})})
-    (source / TRAIN_TAR).write_bytes(whole)
-
-
-def _link_out(source: Path) -> None:
-    _hostile(source, FIRST, file=b"", type=tarfile.SYMTYPE, linkname="../outside/x")
-
-
-def _hard_link(source: Path) -> None:
-    _hostile(source, FIRST, file=b"", type=tarfile.LNKTYPE, linkname="/etc/passwd")
-
-
-def _device(source: Path) -> None:
-    _hostile(source, FIRST, file=b"", type=tarfile.CHRTYPE, devmajor=1, devminor=5)
-
-
-def _sparse_member(source: Path) -> None:
-    _hostile(source, FIRST, type=tarfile.GNUTYPE_SPARSE)
-
-
-def _terabytes(source: Path) -> None:
-    _hostile(source, FIRST, size=1 << 42)
-
-
-def _more_than_any_file(source: Path) -> None:
-    _hostile(source, FIRST, size=1 << 80)
-
-
-def _negative_size(source: Path) -> None:
-    _hostile(source, FIRST, size=-512)
-
-
-def _name_of_terabytes(source: Path) -> None:
-    _hostile(source, "././@LongLink", type=tarfile.GNUTYPE_LONGNAME, size=1 << 42)
-
-
-def _name_of_negative_size(source: Path) -> None:
-    _hostile(source, "././@LongLink", type=tarfile.GNUTYPE_LONGNAME, size=-1024)
-
-
-def _name_with_a_newline(source: Path) -> None:
-    _hostile(source, f"a\nb/{FIRST}")
-
-
-def _name_with_nul(source: Path) -> None:
-    _hostile(source, "x", pax_headers={"path": f"a\0b/{FIRST}"})
-
-
-def _name_of_bytes(source: Path) -> None:
-    _hostile(source, os.fsdecode(b"\xff/" + FIRST.encode()))
-
-
-def _nonsense_in_extended_headers(source: Path) -> None:
-    headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
-    _hostile(source, FIRST, file=b"no number\n" * 200, pax_headers=headers)
-
-
-def _headers_of_headers(source: Path) -> None:
-    header = tarfile.TarInfo("x")
-    header.type = tarfile.XHDTYPE
-    (source / VALIDATION_TAR).write_bytes(header.tobuf() * 3000 + bytes(1024))
-
-
 def _cut_in_a_header(source: Path) -> None:
     with tarfile.open(source / VALIDATION_TAR) as archive:
         last = archive.getmembers()[-1]
@@ -1028,11 +942,6 @@ def _cut_in_a_header_of_a_class(source: Path) -> None:
     (source / TRAIN_TAR).write_bytes(tar_of({f"{WNIDS[0]}.tar": inner}))
 
 
-def _two_put_together(source: Path) -> None:
-    path = source / VALIDATION_TAR
-    path.write_bytes(path.read_bytes() + tar_of({"ILSVRC2012_val_00000020.JPEG": b"x"}))
-
-
 ARCHIVE_FAULTS = [
     (_cut_in_a_picture, "was the download cut off?"),
     (_cut_between_pictures, "was the download cut off?"),
@@ -1040,7 +949,6 @@ ARCHIVE_FAULTS = [
     (_cut_in_a_class, f"archive {WNIDS[0]}.tar: unexpected end of data"),
     (_cut_in_a_header, "there is no end mark. It has"),
     (_cut_in_a_header_of_a_class, f"archive {WNIDS[0]}.tar: there is no end mark"),
-    (_two_put_together, "another archive follows its end mark. It has"),
     (_compressed, "is compressed; the official archive is not"),
     (_sorted_wrongly, f"{WNIDS[1]}_0.JPEG in"),
     (_without_validation, "no validation split (ILSVRC2012_img_val.tar or val/"),
@@ -1049,23 +957,6 @@ ARCHIVE_FAULTS = [
     (_unknown_class, "none of the 1,000 classes of ILSVRC-2012"),
     (_other_validation_names, "is no validation picture of ILSVRC-2012"),
     (_twice, f"holds {WNIDS[0]}_0.JPEG more than once"),
-    (_absolute_name, "a name that leads out of the archive; take the official"),
-    (_name_that_leads_out, "a name that leads out of the archive; take the official"),
-    (_class_archive_that_leads_out, "a name that leads out of the archive"),
-    (_link_out, f"{FIRST}': a link, a device or a sparse file"),
-    (_hard_link, f"{FIRST}': a link, a device or a sparse file"),
-    (_device, f"{FIRST}': a link, a device or a sparse file"),
-    (_sparse_member, f"{FIRST}': a link, a device or a sparse file"),
-    (_terabytes, "unexpected end of data"),
-    (_more_than_any_file, "unexpected end of data"),
-    (_negative_size, "was the download cut off?"),  # newer Pythons say other words
-    (_name_of_terabytes, "a header of 4398046511104 bytes"),
-    (_name_of_negative_size, "was the download cut off?"),
-    (_name_with_a_newline, f"'a\\nb/{FIRST}' in "),
-    (_name_with_nul, f"'a\\x00b/{FIRST}' in "),
-    (_name_of_bytes, f"'\\udcff/{FIRST}' in "),
-    (_nonsense_in_extended_headers, "was the download cut off?"),
-    (_headers_of_headers, "was the download cut off?"),
 ]
 
 
@@ -1405,22 +1296,6 @@ def test_who_is_refused_is_told_who_holds_it(tmp_path):
         assert json.loads(path.read_text())["pid"] == os.getpid()
         assert f"process {os.getpid()} on" in refused(path)
     assert path.read_text() == ""
-
-
-def test_a_lock_that_is_a_link_is_not_written_through(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / ".lock").symlink_to(tmp_path / "file")
-    with pytest.raises(OSError), locks.held(tmp_path / ".lock", wait=False):
-        pass
-    with locks.shared(tmp_path / ".lock"):
-        pass
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_pipe_in_a_locks_place_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / ".readers")
-    with locks.shared(tmp_path / ".readers"):
-        pass
 
 
 def test_a_lock_file_that_says_nothing(tmp_path):

@@ -2,9 +2,6 @@
 
 import dataclasses
 import io
-import json
-import os
-import re
 import shutil
 import signal
 import struct
@@ -20,7 +17,7 @@ import simplejpeg
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from alexnet_jax import load, prepare, stopping, writers
+from alexnet_jax import load, prepare, writers
 from alexnet_jax.analysis import contact_sheet
 from alexnet_jax.data import (
     DataError,
@@ -428,7 +425,7 @@ def test_a_source_that_fails_for_a_moment_spoils_nothing(
         (source / "ILSVRC2012_img_train.tar").rename(source / "away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(originals, "keep_tables", unplug)  # after all the checks
+        patch.setattr(preparation, "_begin", unplug)  # after all the checks
         assert run(*arguments, "--max_unreadable=1000") == 1
     assert "cannot read n0" in capsys.readouterr().err
     (source / "away").rename(source / "ILSVRC2012_img_train.tar")
@@ -472,153 +469,6 @@ def test_another_process_that_was_faster_is_noticed(
     assert run(*arguments) == 0
     assert "is there already" in capsys.readouterr().out
     assert len(in_this_process) == 2 and not list(tmp_path.rglob("*.incomplete"))
-
-
-def test_torn_bookkeeping_is_done_again(tmp_path, in_this_process, monkeypatch, capsys):
-    def stop(*_):
-        raise stopping.Interrupted(signal.SIGTERM)
-
-    source = write_archives(tmp_path / "source")
-    arguments = ("imagenet", f"--source={source}", f"--data_dir={tmp_path}")
-    with monkeypatch.context() as patch:
-        patch.setattr(preparation, "_finish", stop)
-        with pytest.raises(stopping.Interrupted):
-            run(*arguments)
-    parts = tmp_path / "imagenet2012_256" / "1.0.0.incomplete" / "parts"
-    for path in parts.iterdir():
-        path.write_bytes(path.read_bytes()[:10])
-    stale = parts.parent / "imagenet2012_256-train.array_record-00000-of-00077"
-    stale.touch()  # of another source
-    assert run(*arguments) == 0
-    said = capsys.readouterr().out
-    assert f"damaged in {parts}: imagenet2012_256-train.array_record-0" in said
-    assert f"{parts / 'train_table.npz'} is no .npz that can be read" in said
-    assert len(in_this_process) == 4  # two shards, twice
-    assert set(records(tmp_path, "train")) == set(TRAIN)
-    names = {path.name for path in (tmp_path / "imagenet2012_256" / "1.0.0").iterdir()}
-    assert stale.name not in names and "parts" not in names
-
-
-def test_tables_of_contents_are_kept_until_the_archive_changes(tmp_path):
-    source, cache = write_archives(tmp_path / "source"), tmp_path
-    found = originals.find(source, cache=cache)
-    originals.keep_tables(found, cache)
-    first, counted = found["train"], []
-    again = originals.find(source, counted.append, cache)["train"]
-    assert not counted and again.fingerprint() == first.fingerprint()
-    assert again.read(3) == first.read(3)
-    write_archives(source, dict(list(TRAIN.items())[:-1]))
-    assert len(originals.find(source, cache=cache)["train"]) == len(TRAIN) - 1
-
-
-def a_pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def with_first(**values: int):
-    """Other values in the first row of a table."""
-
-    def spoil(path: Path) -> None:
-        with np.load(path) as file:
-            table = dict(file)
-        for name, value in values.items():
-            table[name][0] = value
-        np.savez(path, **table)
-
-    return spoil
-
-
-def with_fewer_names(path: Path) -> None:
-    """One bit of the names' header: 10 pictures in the place of 18."""
-    data = bytearray(path.read_bytes())
-    data[data.index(b"'shape': (18", data.index(b"name.npy")) + 11] ^= ord("8") ^ ord(
-        "0"
-    )
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (with_fewer_names, "train_table.npz is"),
-        (a_pipe, "no regular file"),
-        (with_first(label=1000), "names bytes that"),
-        (with_first(offset=2**40), "names bytes that"),
-        (with_first(place=1), "names bytes that"),
-    ],
-)
-def test_a_damaged_table_of_contents_is_read_anew(archives, tmp_path, spoil, said):
-    found = originals.find(archives)
-    originals.keep_tables(found, tmp_path)
-    spoil(tmp_path / "train_table.npz")
-    lines: list[str] = []
-    again = originals.find(archives, cache=tmp_path, log=lines.append)
-    assert again["train"].fingerprint() == found["train"].fingerprint()
-    assert said in lines[0] and "read anew" in lines[0] and len(lines) == 1
-
-
-@pytest.fixture(scope="module")
-def whole_shard(archives, tmp_path_factory) -> preparation.Shard:
-    folder = tmp_path_factory.mktemp("shard")
-    (folder / "parts").mkdir()
-    shard = preparation._shards(originals.find(archives), folder)[0]
-    preparation.write_shard(shard)
-    assert shard.is_done() and not shard.is_damaged()
-    return shard
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("[]", "names are others"),
-        ("{}", "names are others"),
-        ("[" * 100_000, "nested too deeply"),
-        ({"records": "x"}, "records='x' must be a whole number"),
-        ({"records": 17}, "tells of 17 pictures, not of 18"),
-        ({"unreadable": [["a"]]}, "must be pairs of texts"),
-        (None, "no regular file"),
-    ],
-)
-def test_a_damaged_note_of_a_shard_is_no_note(whole_shard, text, said):
-    path = whole_shard.result_path
-    before = path.read_text()
-    if isinstance(text, dict):
-        text = json.dumps(json.loads(before) | text)
-    try:
-        path.write_text(text) if text is not None else a_pipe(path)
-        assert whole_shard.is_damaged() and not whole_shard.is_done()
-        with pytest.raises(ValueError, match=re.escape(said)):
-            whole_shard.result()
-    finally:
-        path.unlink()
-        path.write_text(before)
-
-
-def test_what_is_no_file_is_named_before_any_work(archives, tmp_path, capsys):
-    parts = tmp_path / "imagenet2012_256" / "1.0.0.incomplete" / "parts"
-    name = preparation.shard_name("train", 0, 1)
-    for path in (
-        parts.parent / name,
-        parts.parent / f".{name}.tmp",
-        parts / f"{name}.json",
-    ):
-        path.mkdir(parents=True)
-        assert run("imagenet", f"--source={archives}", f"--data_dir={tmp_path}") == 1
-        error = capsys.readouterr().err
-        assert f"{path} is a folder; a file belongs there. Move it away" in error
-        path.rmdir()
-
-
-def test_a_damaged_record_of_a_finished_set_is_as_good_as_none(
-    archives, data_dir, tmp_path, capsys
-):
-    shutil.copytree(data_dir / "imagenet2012_256", tmp_path / "imagenet2012_256")
-    record = tmp_path / "imagenet2012_256" / "1.0.0" / preparation.RECORD_FILE
-    for text in ("[]", "[" * 100_000):
-        record.write_text(text)
-        assert run("imagenet", f"--source={archives}", f"--data_dir={tmp_path}") == 1
-        assert "is there already, made of ?, not of" in capsys.readouterr().err
 
 
 def test_wrong_sources_are_one_message(tmp_path, capsys):

@@ -296,16 +296,6 @@ def test_files_that_are_no_index_are_refused(index_file, tmp_path):
     path = tmp_path / "index.npz"
     for changes, words in (
         ({"probe": None}, "is no index: it has no probe"),
-        ({"features": good["features"].astype(int)}, "features is int"),
-        ({"features": good["features"][0]}, "features is float32"),
-        ({"labels": good["labels"][1:]}, r"labels is int32 \(24,\); it must be"),
-        ({"labels": good["labels"] + 2}, "labels must be 0 to 2"),
-        ({"pixels": good["pixels"][:, 1:]}, "pixels is uint8"),
-        ({"features": with_number(good["features"], np.nan)}, "features are infinite"),
-        ({"features": with_number(good["features"], -np.inf)}, "features are infinite"),
-        # Its square is more than float32 holds.
-        ({"features": with_number(good["features"], 1e30)}, "NaN or larger than 3e"),
-        ({"probe": with_number(good["probe"], np.nan)}, "probe are infinite"),
         ({"class_names": np.array([{}])}, "Object arrays cannot be loaded"),
     ):
         fields = {k: v for k, v in (good | changes).items() if v is not None}

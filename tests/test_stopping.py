@@ -91,26 +91,6 @@ def test_a_commands_status_is_the_processes():
         assert done.returncode == status
 
 
-def test_ctrl_c_while_a_command_is_imported(tmp_path):
-    """No traceback, and the status of a program that Ctrl-C has ended."""
-    (tmp_path / "jax.py").write_text(
-        "import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(60)\n"
-    )
-    # Who starts tests in the background may have all of them ignore Ctrl-C.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        for name in ("main", "predict"):
-            done = subprocess.run(
-                [sys.executable, "-m", f"alexnet_jax.{name}"],
-                env={**os.environ, "PYTHONPATH": str(tmp_path)},
-                capture_output=True,
-                check=False,
-            )
-            assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 # The main thread is busy outside Python, as in a compilation, for very long.
 BUSY = """
 import hashlib
@@ -183,3 +163,16 @@ def test_a_figure_that_was_being_drawn_leaves_the_old_one(tmp_path, capfd):
         pictures.exit_status(lambda: pictures.save_figure(Figure(), path))
     assert capfd.readouterr().err == STOPPED.format("SIGINT")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"whole"]
+
+
+def test_command_ends_quietly_when_its_reader_has_gone():
+    code = (
+        "from alexnet_jax import stopping\n"
+        "stopping.run(lambda: print('line\\n' * 100_000) or 0)"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")

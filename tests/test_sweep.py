@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -453,16 +452,6 @@ def test_a_lock_that_is_a_link_is_not_emptied(tmp_path, capsys):
     ):
         pass
     assert (tmp_path / "precious").read_text() == "precious"
-
-
-def test_help_that_cannot_be_printed_has_status_1(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["launch/sweep.py", "--help"])
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "stdout", full)
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "launch/sweep.py"), run_name="__main__")
-    assert ended.value.code == 1
-    assert "output cannot be written: No space left" in capsys.readouterr().err
 
 
 def test_a_sweep_file_that_ends_the_command_is_named(tmp_path):

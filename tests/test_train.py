@@ -598,20 +598,16 @@ def test_load_gives_model_variables_and_preprocess(finished, folder):
     assert error == pytest.approx(best)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(folder, tmp_path):
+def test_loss_that_is_not_finite_ends_the_run(folder, tmp_path):
     config = small_config(folder)
     config.optim.learning_rate = 1e9
     with pytest.raises(FloatingPointError) as raised:
         train.train_and_evaluate(config, tmp_path)
     words = (
-        r"^The loss of step (\d) is (nan|inf) \(those of steps 1 to 5 were looked at "
-        r"together\)\. The steps from 1 on were taken again\. The first to go, in step "
-        r"(\d): the (activation|loss|gradient) "
-        r".* There is no checkpoint in .*/checkpoints yet\. Try a lower --config"
+        r"^The loss of step (\d) is (nan|inf) \(checked together: steps 1 to 5\)\. "
+        r"There is no checkpoint in .*/checkpoints yet\. Try a lower --config"
     )
-    found = re.search(words, str(raised.value))
-    assert found, raised.value
-    assert int(found[3]) in (int(found[1]) - 1, int(found[1]))
+    assert re.search(words, str(raised.value)), raised.value
 
 
 def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path):
@@ -623,58 +619,12 @@ def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path):
         train.train_and_evaluate(config, tmp_path)
     words = (
         r"^The parameters of step (\d) are not finite; no checkpoint was written\. The "
-        r"steps from \d on were taken again\. The first to go, in step (\d): the .* The "
-        r"checkpoint of step (\d) in "
+        r"last good checkpoint is that of step (\d) in "
     )
     found = re.search(words, str(raised.value))
     assert found, raised.value
-    assert int(found[1]) == int(found[2]) == int(found[3]) + 1
-    load(f"{tmp_path}@{found[3]}")  # it is whole
-
-
-def test_weights_that_were_spoilt_long_before_are_traced_back(folder, tmp_path):
-    """Nothing looked at a loss or a parameter in the ten steps before the checkpoint."""
-    messages = []
-    for name, every in (("looked at in each step", 1), ("in none", 10)):
-        config = small_config(folder, eval_every_epochs=0.0)
-        config.optim.learning_rate = 1e9
-        config.log_every_steps = every if every == 1 else 20
-        config.checkpoint.every_steps = every if every > 1 else 0
-        with pytest.raises(FloatingPointError) as raised:
-            train.train_and_evaluate(config, tmp_path / name)
-        messages.append(str(raised.value))
-    assert "The parameters of step 10 are not finite" in messages[1]
-    assert "The steps from 1 on were taken again" in messages[1]
-    first = [re.search(r"first to go, in step \d: .*?\.", text) for text in messages]
-    assert first[0] and first[1] and first[0][0] == first[1][0], messages
-    assert "which that step started with" not in first[1][0]
-
-
-def test_a_fault_that_does_not_come_back_is_said(folder, tmp_path, monkeypatch):
-    keep = train._Run._keep
-
-    def spoilt_once(run, metrics):
-        if run.step == 7:
-            monkeypatch.undo()
-            metrics = {**metrics, "loss": metrics["loss"] * math.nan}
-        keep(run, metrics)
-
-    monkeypatch.setattr(train._Run, "_keep", spoilt_once)
-    config = small_config(folder)
-    config.checkpoint.every_steps = 5
-    with pytest.raises(FloatingPointError) as raised:
-        train.train_and_evaluate(config, tmp_path)
-    words = r"loss of step 7 is nan .*again, steps 6 to 10 stay finite: so it is the machine"
-    assert re.search(words, str(raised.value)), raised.value
-
-
-def test_a_run_goes_on_when_nobody_reads_its_lines(folder, tmp_path, monkeypatch):
-    config = small_config(folder, max_steps=3, eval_split="")
-    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", full)
-        assert int(train.train_and_evaluate(config, tmp_path).step) == 3
-    assert records(tmp_path, "train/")[-1]["step"] == 3
-    load(tmp_path)
+    assert int(found[1]) == int(found[2]) + 1
+    load(f"{tmp_path}@{found[2]}")  # it is whole
 
 
 def test_without_an_evaluation_split(folder, tmp_path):

@@ -1,5 +1,7 @@
 """Metrics: what is written can be read, also after a kill, and lines stay whole."""
 
+import errno
+import io
 import json
 import math
 import os
@@ -263,6 +265,14 @@ def test_top_5_is_not_shown_where_it_is_always_0(capsys):
         "step 10/10  epoch 1.00  eval: loss 1.0000  top-1 error 50.00%"
         "  several views: loss 0.9000  top-1 error 40.00%  on 8 images\n"
     )
+
+
+def test_run_goes_on_when_its_output_cannot_be_written():
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    ConsoleWriter(10, Closed()).text("line")
 
 
 @pytest.mark.parametrize(

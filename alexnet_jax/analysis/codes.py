@@ -27,7 +27,6 @@ from jax import lax
 from alexnet_jax.analysis.retrieval import (
     QUERIES,
     RetrievalError,
-    check_arrays,
     check_queries,
     keep_nearest,
     nearest,
@@ -142,19 +141,6 @@ def load_codes(path: str | os.PathLike[str]) -> Codes:
             f"{path} holds no codes: it has no {', '.join(missing)}. Remove it, and it "
             "is made again."
         )
-    count = (*found["packed"].shape, 0)[0]
-    width, bits = (*found["kernel"].shape, 0, 0)[:2]
-    numbers = {
-        "mean": (np.dtype(np.float32), (width,)),
-        "kernel": (np.dtype(np.float32), (width, bits)),
-        "bias": (np.dtype(np.float32), (bits,)),
-        "packed": (np.dtype(np.uint8), (count, -(-bits // 8))),
-        "checksum": (np.dtype(np.uint32), ()),
-    }
-    check_arrays(path, found, numbers)
-    for name in names:
-        if not np.isfinite(found[name]).all():
-            raise RetrievalError(f"{path}: {name} is infinite or NaN.")
     coder = Coder(**{name: found[name] for name in names})
     return Codes(coder, found["packed"], int(found["checksum"]))
 

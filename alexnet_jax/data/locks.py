@@ -10,8 +10,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-_MOST = 65_536  # bytes of a lock file that are read; who holds it takes a few hundred
-
 
 class HeldError(OSError):
     """Another process holds a lock.
@@ -38,7 +36,7 @@ def held(path: Path, *, wait: bool) -> Iterator[bool]:
 
     Raises:
       HeldError: (an OSError) another process holds it, and `wait` is false.
-      OSError: it cannot be opened, or is a link.
+      OSError: it cannot be opened.
     """
     try:
         import fcntl
@@ -46,16 +44,7 @@ def held(path: Path, *, wait: bool) -> Iterator[bool]:
         yield False
         return
     # Not truncated: the line in it may be the holder's.
-    # Nor followed: what is written into it must not be written elsewhere.
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    try:
-        descriptor = os.open(path, flags, 0o666)
-    except OSError as error:
-        if not path.is_symlink():
-            raise
-        # The system speaks of too many of them.
-        words = "it is a link, which a lock may not be"
-        raise OSError(error.errno, words, os.fspath(path)) from error
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     is_held = True
     try:
         try:
@@ -84,11 +73,9 @@ def shared(path: Path) -> Iterator[None]:
         import fcntl
 
         try:
-            # Of a pipe, which must not be waited for, there is no lock.
-            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-            descriptor = os.open(path, flags | os.O_CREAT, 0o666)
-        except OSError:
-            descriptor = os.open(path, flags)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_CREAT, 0o666)
+        except OSError:  # in a folder that only others may write to
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except (ImportError, OSError):
         yield
         return
@@ -122,7 +109,7 @@ def _write(descriptor: int, line: bytes) -> None:
 
 def _read_holder(descriptor: int) -> str:
     try:
-        found = json.loads(os.pread(descriptor, _MOST, 0))
+        found = json.loads(os.pread(descriptor, 65_536, 0))
         return "process {pid} on {host} since {since} ({command})".format(**found)
     except (OSError, ValueError, TypeError, KeyError):
         # It has only just got it, or the file was left by something else.

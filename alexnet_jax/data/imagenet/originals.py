@@ -8,19 +8,17 @@ import dataclasses
 import functools
 import hashlib
 import importlib
-import io
 import os
 import struct
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from alexnet_jax.data import images, sources
+from alexnet_jax.data import sources
 from alexnet_jax.data.errors import DataError
-from alexnet_jax.data.files import read_npz, replacing
 from alexnet_jax.data.imagenet.classes import (
     OFFICIAL_COUNTS,
     check_label,
@@ -38,10 +36,8 @@ OFFICIAL_MD5 = {
     "validation": "29b22e2961454d5413ddabcf34fc5622",
 }
 _FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
+_BLOCK = 512  # bytes, a tar archive's unit
 _KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
-_BLOCK = 512  # a tar archive's unit
-_MOST_HEADER = 2**20  # bytes; a long name takes some kilobytes
-_MOST_PADDING = 2**20  # bytes after an archive's end mark; GNU tar has up to 10,240
 _COLUMNS = ("place", "name", "offset", "size", "label")
 _MEND = "Prepare that data set again"
 _FROM_RECORD = -1  # a label that is known only when the record is read
@@ -128,29 +124,23 @@ class Originals:
                 ) from error
             return _from_example(record, name, place)
         path = place if offset >= 0 else os.path.join(place, name)
-        wanted = min(size, images.MAX_BYTES + 1)  # `decode` refuses what is larger
         try:
             with open(path, "rb") as file:
                 file.seek(max(0, offset))
-                data = file.read(wanted)
+                data = file.read(size)
         except OSError as error:
             raise OSError(
                 f"cannot read {name} of {place}: {error.strerror}. Start the same "
                 "command again when it can be read"
             ) from error
-        if len(data) < wanted:
+        if len(data) < size:
             raise OSError(f"{name} of {place} ends after {len(data)} of {size} bytes")
         if self.kind == "file":
             return name, label, data
         return _from_example(data, name, place)
 
 
-def find(
-    source: Path,
-    progress: Progress | None = None,
-    cache: Path | None = None,
-    log: Callable[[str], object] = lambda _: None,
-) -> dict[str, Originals]:
+def find(source: Path, progress: Progress | None = None) -> dict[str, Originals]:
     """The originals of both splits in a folder.
 
     Args:
@@ -158,9 +148,6 @@ def find(
         side by side whose names say the class), or one of each; or a prepared tfds
         `imagenet2012`.
       progress: called with the number of pictures found since its last call.
-      cache: where `keep_tables` may have kept the archives' tables of contents;
-        reading them anew takes minutes to half an hour, as the disk is.
-      log: told of a table that is damaged, and so is read anew.
 
     Raises:
       DataError, FileNotFoundError: a split is missing, an archive is cut off, a class
@@ -178,10 +165,8 @@ def find(
         folder = next((path for path in folders if path.is_dir()), None)
         report = progress or (lambda _: None)
         if archive.is_file():
-            kept = cache and cache / _TABLE.format(split)
-            found[split] = functools.partial(
-                _archive, archive, split, report, kept, log
-            )
+            read = _train_archive if split == "train" else _validation_archive
+            found[split] = functools.partial(read, archive, report)
         elif folder is not None:
             found[split] = functools.partial(_folder, folder, split, report)
     if len(found) < len(SPLITS):
@@ -251,77 +236,6 @@ _LABELS = {wnid: label for label, wnid in enumerate(wnids())}
 # Archives.
 
 
-def _archive(
-    path: Path,
-    split: str,
-    progress: Progress,
-    kept: Path | None,
-    log: Callable[[str], object],
-) -> Originals:
-    """An archive's table of contents: the one that is kept, if it is the archive's."""
-    if kept is not None and os.path.lexists(kept):
-        try:
-            table = _kept_table(kept, path)
-        except DataError as error:  # torn by a crash: as good as none
-            log(f"{error}. Instead the archive's table of contents is read anew")
-        else:
-            if table is not None:
-                return table
-    read = _train_archive if split == "train" else _validation_archive
-    return read(path, progress)
-
-
-def _kept_table(kept: Path, archive: Path) -> Originals | None:
-    """What `keep_tables` has kept; None if the archive has changed since.
-
-    Raises:
-      DataError: it is damaged.
-    """
-    arrays = read_npz(kept, ("state", *_COLUMNS), DataError)
-    if set(arrays) != {"state", *_COLUMNS}:
-        raise DataError(f"{kept} is damaged: it lacks columns")
-    if str(arrays.pop("state")) != _state(archive):
-        return None
-    table = Originals(_about(archive), "file", (str(archive),), **arrays)
-    alike = _table("", [], [(0, b"", 0, 0, 0)])
-    for name in _COLUMNS:
-        column, other = getattr(table, name), getattr(alike, name)
-        kind = (
-            column.dtype.kind == "S" if name == "name" else column.dtype == other.dtype
-        )
-        if not kind or column.ndim != 1 or column.shape != table.name.shape:
-            raise DataError(
-                f"{kept} is damaged: its column {name} is {column.dtype} {column.shape}, "
-                f"beside the names' {table.name.shape}"
-            )
-    room = archive.stat().st_size - table.offset
-    inside = (table.offset >= 0) & (table.size >= 0) & (table.size <= room)
-    known = (table.place == 0) & (table.label >= 0) & (table.label < len(_LABELS))
-    if not (inside & known).all():
-        raise DataError(f"{kept} is damaged: it names bytes that {archive} has not")
-    return table
-
-
-def keep_tables(found: dict[str, Originals], cache: Path) -> None:
-    """Keeps the archives' tables of contents where `find` looks for them."""
-    for split, originals in found.items():
-        if originals.description != _about(Path(originals.places[0])):
-            continue  # folders and tfds data sets are read quickly
-        columns = {name: getattr(originals, name) for name in _COLUMNS}
-        state = np.array(_state(Path(originals.places[0])))
-        with replacing(cache / _TABLE.format(split)) as file:
-            np.savez(file, state=state, **columns)
-
-
-_TABLE = "{}_table.npz"
-
-
-def _state(archive: Path) -> str:
-    """Changes when the file does."""
-    found = archive.stat()
-    return f"{archive} {found.st_size} {found.st_mtime_ns}"
-
-
 def _about(archive: Path) -> str:
     return f"archive {archive}"
 
@@ -364,77 +278,22 @@ def _members(
     where = f"{path}, archive {inner}.tar" if inner else str(path)
     end = start
     try:
-        with _Headers(path) as file:
+        with open(path, "rb") as file:
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
-                    blocks = -(-member.size // _BLOCK) if member.isreg() else 0
-                    end = member.offset_data + blocks * _BLOCK
-                    if blocks < 0 or end > start + size:
+                    end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+                    if end > start + size:
                         raise tarfile.ReadError("unexpected end of data")
                     hidden = os.path.basename(member.name).startswith(".")
-                    if member.isdir() or hidden:
-                        continue
-                    _check_member(member, where)
-                    yield member
-            _check_end(file, end, start + size)
-    except DataError:
-        raise
-    except _BAD_ARCHIVE as error:
+                    if member.isreg() and not hidden:
+                        yield member
+            # Cut off between two files an archive looks whole but for this.
+            file.seek(end)
+            if file.read(2 * _BLOCK) != bytes(2 * _BLOCK):
+                raise tarfile.ReadError("there is no end mark")
+    except tarfile.TarError as error:
         raise DataError(_cut_off(path, f"{where}: {error}")) from error
-
-
-# What tarfile lets through when headers are nonsense.
-_BAD_ARCHIVE = (
-    tarfile.TarError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    RecursionError,
-)
-
-
-class _Headers(io.FileIO):
-    """An archive of which the headers alone are read.
-
-    A header may claim that a name of terabytes follows, and tarfile would read it.
-    """
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= _MOST_HEADER:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return super().read(size) or b""
-
-
-def _check_member(member: tarfile.TarInfo, where: str) -> None:
-    """Raises DataError for what no archive of pictures holds.
-
-    Nothing is unpacked, and of a name only the last part is used: this refuses what
-    was made to deceive, or by another program for another end.
-    """
-    if not member.isreg() or member.issparse():
-        problem = "a link, a device or a sparse file and not a picture"
-    elif member.name.startswith("/") or ".." in member.name.split("/"):
-        problem = "a name that leads out of the archive"
-    else:
-        sources.check_name(member.name, where)
-        return
-    raise DataError(
-        f"{where} holds {member.name!r}: {problem}; take the official archive"
-    )
-
-
-def _check_end(file: BinaryIO, end: int, stop: int) -> None:
-    """Raises tarfile.ReadError unless an archive is whole, and alone, up to `stop`.
-
-    It ends in two blocks of zeros: cut off between two files it would look whole but for
-    that. Another archive that was put behind them nobody would see.
-    """
-    file.seek(end)
-    if file.read(min(2 * _BLOCK, stop - end)) != bytes(2 * _BLOCK):
-        raise tarfile.ReadError("there is no end mark")
-    if b"ustar" in file.read(min(_MOST_PADDING, stop - file.tell())):
-        raise tarfile.ReadError("another archive follows its end mark")
 
 
 def _cut_off(path: Path, what: str) -> str:
@@ -476,8 +335,6 @@ def _folder(folder: Path, split: str, progress: Progress) -> Originals:
     inside = {e.name: sources.is_folder(e) for e in sources.visible(folder)}
     classes = sorted(name for name in inside if inside[name])
     flat = not classes
-    for name in classes:
-        sources.check_name(name, f"folder {folder}")
     places = [folder] if flat else [folder / wnid for wnid in classes]
     unclear = (
         [] if flat else [folder / name for name in sorted(inside.keys() - classes)]
@@ -487,7 +344,6 @@ def _folder(folder: Path, split: str, progress: Progress) -> Originals:
         names, others = sources.class_files(place)
         unclear += [place / name for name in others]
         for name in names:
-            sources.check_name(name, f"folder {place}")
             wnid = _wnid(name, split, place) if flat else place.name
             label = _label(wnid, f"folder {place}")
             check_label(name, wnid, str(place))
@@ -610,6 +466,5 @@ def _from_example(record: bytes, name: str, place: str) -> tuple[str, int, bytes
             f"{name} of {place} has the label {label}, outside 0..{len(_LABELS) - 1}. "
             f"{_MEND}"
         )
-    sources.check_name(name, place)
     check_label(name, wnids()[label], place)
     return name, label, data

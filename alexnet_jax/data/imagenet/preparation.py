@@ -33,20 +33,17 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
-from alexnet_jax import kinds
 from alexnet_jax.data import images, locks, sources, statistics
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.files import (
     check_room,
-    parse_json,
-    read_small,
     replacing,
     telling_of_a_full_disk,
 )
 from alexnet_jax.data.imagenet import originals as originals_lib
 from alexnet_jax.data.imagenet.classes import OFFICIAL_COUNTS, wnids
 from alexnet_jax.data.imagenet.originals import SPLITS, Originals
-from alexnet_jax.data.paths import require_places
+from alexnet_jax.data.paths import require_writable
 
 NAME = "imagenet2012_256"
 VERSION = "1.0.0"
@@ -58,20 +55,6 @@ PICTURES_A_SHARD = 1250  # about 43 MB, and some ten seconds of work
 _FEWEST_SHARDS, _FEWEST_PICTURES = 8, 64
 _BYTES_A_PICTURE = 36_000  # 34,400 on average over 1,000 ImageNet pictures
 _BYTES_BESIDE = 2_000_000  # for the mean image and the descriptions
-# What is kept of a shard, see `Shard`.
-_RESULT = {
-    "records": kinds.WHOLE,
-    "bytes": kinds.WHOLE,
-    "made_of": kinds.TEXT,
-    "unreadable": kinds.Kind(
-        "pairs of texts",
-        lambda pairs: (
-            isinstance(pairs, list)
-            and all(kinds.NAMES.holds(pair) and len(pair) == 2 for pair in pairs)
-        ),
-    ),
-}
-
 # Called with (what is done, in all, in what unit); gives a context that yields a
 # function to be called with how many more are done.
 Bar = Callable[[str, int | None, str], contextlib.AbstractContextManager[Any]]
@@ -111,17 +94,17 @@ def prepare(
     unfinished = directory.with_name(f"{VERSION}.incomplete")
     # All that can be checked first is, and nothing is made if it fails.
     _check_apart(source, data_dir)
+    require_writable(data_dir)
     if (data_dir / NAME).exists():
         with _alone(data_dir / NAME):
             pass  # who is refused learns it before the tables are read
     with bar("reading tables of contents", None, "pictures") as progress:
-        found = originals_lib.find(source, progress, unfinished / "parts", log)
+        found = originals_lib.find(source, progress)
     for split, originals in found.items():
         log(_description(split, originals))
     if verify:
         _verify(source, bar)
     shards = _shards(found, unfinished)
-    _check_leftovers(unfinished, shards, log)
     check_room(data_dir, _bytes_missing(shards))
     with (
         telling_of_a_full_disk(data_dir, lambda: _bytes_missing(shards)),
@@ -129,7 +112,7 @@ def prepare(
     ):
         if directory.exists():  # another process was faster
             return _found_already(directory, source, log)
-        _begin(unfinished, found, shards)
+        _begin(unfinished, shards)
         _write_shards(shards, workers, max_unreadable, log, bar)
         _finish(unfinished, source, shards, workers, log, bar)
         os.rename(unfinished, directory)
@@ -144,17 +127,12 @@ def _found_already(directory: Path, source: Path, log: Callable[[str], object]) 
     for split in SPLITS:
         found = sources.TfdsSource(directory, split, SIZE)
         log(_count(split, found.num_examples, found.description))
-    record: Any = {}
-    with contextlib.suppress(OSError, ValueError):  # not there, or torn by a crash
-        record = parse_json(read_small(directory / RECORD_FILE))
-    record = record if isinstance(record, dict) else {}
-    unreadable = record.get("unreadable")
-    if unreadable and isinstance(unreadable, list):
-        log(f"left out when it was made, {_pictures(len(unreadable))}")
-    made_of = record.get("source", "?")
-    if made_of != str(source):
+    record = json.loads((directory / RECORD_FILE).read_text())
+    if record["unreadable"]:
+        log(f"left out when it was made, {_pictures(len(record['unreadable']))}")
+    if record["source"] != str(source):
         raise DataError(
-            f"{directory} is there already, made of {made_of}, not of {source}; delete "
+            f"{directory} is there already, made of {record['source']}, not of {source}; delete "
             "it first, or give another --data_dir"
         )
     log("it is there already; to make it anew, delete it first")
@@ -188,36 +166,13 @@ def _check_apart(source: Path, data_dir: Path) -> None:
             )
 
 
-def _check_leftovers(
-    unfinished: Path, shards: "list[Shard]", log: Callable[[str], object]
-) -> None:
-    """Says which notes of an earlier start are damaged: those shards are made again.
-
-    Raises:
-      PathError: (an OSError) there is something else where a file has to be.
-    """
-    paths = [p for s in shards for p in (s.path, s.temporary_path, s.result_path)]
-    names = [os.path.relpath(path, unfinished) for path in paths]
-    require_places(unfinished, files=names, folders=("parts",))
-    damaged = [shard.result_path.name for shard in shards if shard.is_damaged()]
-    if damaged:
-        log(
-            f"damaged in {unfinished / 'parts'}: {sources.some(damaged)}; what these "
-            "tell of is made again"
-        )
-
-
-def _begin(
-    unfinished: Path, found: dict[str, Originals], shards: "list[Shard]"
-) -> None:
+def _begin(unfinished: Path, shards: "list[Shard]") -> None:
     """Makes the directory; removes what an earlier start made of other pictures."""
-    parts = unfinished / "parts"
-    parts.mkdir(parents=True, exist_ok=True)
+    (unfinished / "parts").mkdir(parents=True, exist_ok=True)
     planned = {shard.path.name for shard in shards}
     for path in unfinished.glob("*.array_record-*"):
         if path.name not in planned:
             path.unlink()
-    originals_lib.keep_tables(found, parts)
 
 
 def _description(split: str, originals: Originals) -> str:
@@ -284,42 +239,15 @@ class Shard:
         """Whether it is there, whole, of these pictures, and all could be read."""
         try:
             result, size = self.result(), self.path.stat().st_size
-        except (OSError, ValueError):  # not made, or torn by a crash
+        except FileNotFoundError:
             return False
         # A picture that could not be read may have been mended since.
         whole = result["bytes"] == size and not result["unreadable"]
         return whole and result["made_of"] == self.originals.fingerprint()
 
-    def is_damaged(self) -> bool:
-        """Whether what is kept of it cannot be what was written."""
-        try:
-            self.result()
-        except FileNotFoundError:
-            return False
-        except ValueError:
-            return True
-        return False
-
     def result(self) -> dict[str, Any]:
-        """What came of it.
-
-        Raises:
-          ValueError: the file is damaged, or cannot be about these pictures.
-          OSError: it cannot be read.
-        """
-        result = parse_json(read_small(self.result_path))
-        if not isinstance(result, dict) or result.keys() != _RESULT.keys():
-            raise ValueError(f"{self.result_path} is damaged: its names are others")
-        for name, words in kinds.problems(result, _RESULT).items():
-            raise ValueError(f"{self.result_path} is damaged: {name}={words}")
-        count = result["records"] + len(result["unreadable"])
-        own = result["made_of"] == self.originals.fingerprint()
-        if own and count != len(self.originals):
-            raise ValueError(
-                f"{self.result_path} is damaged: it tells of {count} pictures, not of "
-                f"{len(self.originals)}"
-            )
-        return result
+        """What came of it; raises FileNotFoundError if it is not made yet."""
+        return json.loads(self.result_path.read_text())
 
 
 def _shards(found: dict[str, Originals], unfinished: Path) -> list[Shard]:
