@@ -90,8 +90,8 @@ def load(name: str, function: str) -> Any:
     """What a function of a Python file returns; "FILE:TEXT" is function("TEXT").
 
     Raises:
-      ConfigError: there is no such Python file, it has no such function, or it has raised
-        something: of what kind, with what words, in which line of which file.
+      ConfigError: there is no such Python file, it has no such function, or it has
+        raised something: of what kind, with what words, in which line of which file.
       Exception: what this package's own code has raised, other than a ValueError:
         that is how it answers a wrong argument.
       Interrupted: the command was asked to stop.

@@ -52,10 +52,9 @@ def start(
     """Connects this process with the others of its run; before anything else of jax.
 
     Args:
-      mode: "off": this process is alone, whatever the environment says. "on": there
-        are others, named by the arguments or by the environment of SLURM or Open MPI.
-        "auto": on if any argument is given, or SLURM or Open MPI has started several
-        tasks.
+      mode: "off": this process is alone. "on": there are others, named by the
+        arguments or by the environment of SLURM or Open MPI. "auto": on if any
+        argument is given, or the environment is of one of several tasks.
       coordinator_address: HOST:PORT of process 0, for all processes the same.
       num_processes, process_id: how many there are, and which one this is, from 0.
       local_device_ids: numbers of the GPUs that are this process's own; else SLURM
@@ -180,11 +179,9 @@ def tasks_on_node(environ: Mapping[str, str]) -> tuple[int, int] | None:
     """Return how many tasks are on this node, and which this is; None if nobody says."""
     if tasks := environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"):
         return int(tasks), int(environ["OMPI_COMM_WORLD_LOCAL_RANK"])
-    # "4(x2),1" is 4, 4, 1.
-    text = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
-    per_node: list[int] = []
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
-        per_node += [int(count)] * int(times or 1)
+    text = environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # "4(x2),1": 4, 4, 1
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    per_node = [int(count) for count, times in counts for _ in range(int(times or 1))]
     node = int(environ.get("SLURM_NODEID", 0))
     if node < len(per_node):
         return per_node[node], int(environ.get("SLURM_LOCALID", 0))
