@@ -562,11 +562,10 @@ def test_the_advice_about_spoilt_statistics_of_a_workdir_mends_them(
     shutil.copytree(finished[1], tmp_path, dirs_exist_ok=True)
     path, config = tmp_path / "statistics.npz", small_config(folder)
     good = statistics.load(path)
-    for mean in (good.mean_image * np.nan, good.mean_image[:32, :32]):
-        dataclasses.replace(good, mean_image=mean).save(path)
-        for use in (functools.partial(train.train_and_evaluate, config), load):
-            with pytest.raises(DataError, match=r"delete it and start the training"):
-                use(tmp_path)
+    dataclasses.replace(good, mean_image=good.mean_image[:32, :32]).save(path)
+    for use in (functools.partial(train.train_and_evaluate, config), load):
+        with pytest.raises(DataError, match=r"delete it and start the training"):
+            use(tmp_path)
     path.unlink()
     train.train_and_evaluate(config, tmp_path)
     np.testing.assert_array_equal(statistics.load(path).mean_image, good.mean_image)

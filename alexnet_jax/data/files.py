@@ -1,8 +1,4 @@
-"""Files that are written whole or not at all, and what is read from them.
-
-A file may come from anywhere, so how much memory it asks for is compared with its size
-before any is taken.
-"""
+"""Files that are written whole or not at all, and what is read from them."""
 
 import contextlib
 import errno
@@ -19,10 +15,7 @@ import numpy as np
 
 from alexnet_jax.data.paths import existing_parent, require_regular
 
-# A packed file may unpack to so much, or to so many times its size if that is more:
-# trained weights and probabilities hardly become smaller when they are packed.
-MOST_UNPACKED = 2**26
-MOST_TIMES = 100
+MOST_UNPACKED = 2**26  # bytes of a file that is a few lines or tables long
 
 
 class FullDiskError(OSError):

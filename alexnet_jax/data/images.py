@@ -7,15 +7,11 @@ RGB: about twenty ImageNet files are CMYK, one is a PNG. Transparent pixels are 
 on white. EXIF orientation is applied to the user's own files (`upright`), but not to
 ImageNet: its published numbers were obtained without it. An animation is read as its
 first frame.
-
-Whatever a file claims to be, memory and time are bounded: more than MAX_BYTES are not
-read, more than MAX_PIXELS and MAX_SCANS not decoded, which is known before they are.
 """
 
 import contextlib
 import functools
 import io
-import itertools
 import os
 import re
 import struct
@@ -33,17 +29,11 @@ from PIL import (
 )
 
 from alexnet_jax.data.errors import DataError
-from alexnet_jax.data.paths import printable
 
 # Pillow's own bound, above which it warns: 256 MiB as RGB.
 MAX_PIXELS = 89_478_485
-# As many as such a picture has when it is not compressed.
-MAX_BYTES = 2**28
-# A progressive JPEG has ten or so, each as long to decode as a whole picture.
-MAX_SCANS = 100
-# Those of Pillow's formats that are taken, and how their files are called. Of the others
-# some start a program (EPS), some take gigabytes for a file of 150 bytes (JPEG 2000) and
-# most are never met.
+# The formats that are read, and the suffixes of their files. Of Pillow's other formats
+# some start a program (EPS).
 _FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png",),
@@ -56,10 +46,9 @@ _FORMATS = {
 }
 PICTURE_SUFFIXES = tuple(suffix for names in _FORMATS.values() for suffix in names)
 TAKE_OUT = "Replace the file by an intact copy or take it out of the data set"
-_JPEG_START, _SCAN_START = b"\xff\xd8", b"\xff\xda"
-_APP1 = 0xE1  # the segments of a JPEG that hold EXIF or XMP
-# Numbers of a TIFF's tags.
-_BITS, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 258, 262, 322, 323
+_JPEG_START = b"\xff\xd8"
+_APP1 = b"\xff\xe1"  # starts the segment of a JPEG that holds EXIF or XMP
+_BITS, _PHOTOMETRIC = 258, 262  # numbers of a TIFF's tags
 # Pillow's names of layouts of 16 bits a channel, of which it keeps the upper 8.
 _REDUCED = re.compile(r"(LA|RGB[AaX]?);16[BLN]")
 # What sets each EXIF orientation upright; 1 is upright.
@@ -74,19 +63,6 @@ _TURNS = {
 }
 # libjpeg converts these to RGB by itself; CMYK and YCCK go through Pillow.
 _JPEG_COLORS = ("YCbCr", "RGB", "Gray")
-
-
-def read(path: str | os.PathLike) -> bytes:
-    """A file, for `decode`: no more of it than shows that it is too large.
-
-    Raises:
-      OSError: it cannot be read.
-    """
-    with open(path, "rb") as file:
-        # A pipe or a device says 0.
-        if 0 < os.fstat(file.fileno()).st_size <= MAX_BYTES:
-            return file.read()
-        return file.read(MAX_BYTES + 1)
 
 
 def decode(
@@ -115,14 +91,10 @@ def decode(
     Raises:
       DataError: (a ValueError) the picture is broken, too large, or has less than 15
         bits stored in 16; the message says which one, and why.
-      OSError: there is not enough memory for it.
     """
     if out is None:
         out = np.empty((size, size, 3), np.uint8)
     with _naming(f"{name} ({len(data)} bytes)", remedy):
-        if len(data) > MAX_BYTES:
-            raise ValueError(f"files of more than {MAX_BYTES:,} bytes are not read")
-        _check_scans(data)
         if not _decode_plain_jpeg(data, size, out, upright=upright):
             with _open(data) as picture:
                 out[...] = _square(picture, size, upright=upright)
@@ -131,18 +103,13 @@ def decode(
 
 @contextlib.contextmanager
 def _naming(name: str, remedy: str) -> Iterator[None]:
-    """What goes wrong while a picture is decoded, with its name and what to do."""
+    """Raise what goes wrong in decoding as a DataError with its name and what to do."""
     try:
         yield
-    except MemoryError as error:
-        # Not the picture's fault: it must not count as broken.
-        raise OSError(
-            f"not enough memory to decode {name}; decode fewer at once (workers)"
-        ) from error
+    except MemoryError:  # not the picture's fault: `prepare` must not leave it out
+        raise
     except Exception as error:  # Pillow also lets zlib's, struct's ... errors through
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        if isinstance(error, Image.DecompressionBombError):
-            reason = _TOO_LARGE.format("")
+        reason = str(error).rstrip(".") or type(error).__name__
         remedy = f". {remedy}." if remedy else ""
         raise DataError(f"cannot decode {name}: {reason}{remedy}") from error
 
@@ -154,65 +121,21 @@ def _formats() -> list[str]:
 
 
 def _open(data: bytes) -> Image.Image:
-    """Reads the header only."""
+    """Read the header only."""
     # Pillow refuses intact files with more than 1 MB of compressed text or colour profile.
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_BYTES
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
     try:
         return Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError:  # Pillow names a buffer at an address
-        if not data:
-            raise ValueError("the file is empty") from None
         raise ValueError(
             f"it is damaged or no picture ({', '.join(_formats())}); it begins with "
             f"{data[:8]!r}"
         ) from None
 
 
-_TOO_LARGE = f"it has {{}}more than {MAX_PIXELS:,} pixels; make it smaller"
-
-
-def _check_pixels(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ValueError(_TOO_LARGE.format(f"{width:,} x {height:,}, "))
-
-
-def _markers(data: bytes) -> Iterator[int]:
-    """Yield the marker of every segment of a JPEG, up to the end of the picture."""
-    place = len(_JPEG_START)
-    while 0 <= (place := data.find(b"\xff", place)) < len(data) - 1:
-        marker = data[place + 1]
-        if marker == 0xD9:  # the end of the picture
-            break
-        if marker == 0xFF:  # any number of these may be before a marker
-            place += 1
-        elif marker in (0, 1) or 0xD0 <= marker <= 0xD8:  # no segment follows
-            place += 2
-        else:
-            yield marker
-            place += 2 + max(2, int.from_bytes(data[place + 2 : place + 4], "big"))
-
-
-def _check_scans(data: bytes) -> None:
-    # The same bytes may be in other segments and behind the picture: they are looked at
-    # closely where there are many.
-    if not data.startswith(_JPEG_START) or data.count(_SCAN_START) <= MAX_SCANS:
-        return
-    scans = sum(marker == _SCAN_START[1] for marker in _markers(data))
-    if scans > MAX_SCANS:
-        raise ValueError(f"it has {scans:,} scans, more than {MAX_SCANS}")
-
-
 def _check_tiff(picture: TiffImagePlugin.TiffImageFile) -> None:
-    """Raise ValueError for a TIFF that Pillow would read wrong, or without a bound.
-
-    A tile may be larger than the picture, or be any JPEG.
-    """
+    """Raise ValueError for a TIFF that Pillow would read wrong."""
     tags = picture.tag_v2
-    _check_pixels(int(tags.get(_TILE_WIDTH, 1)), int(tags.get(_TILE_LENGTH, 1)))
-    if "jpeg" in str(picture.info.get("compression")):
-        raise ValueError(
-            "it is a TIFF with JPEG in it, which is not read; save it as JPEG or PNG"
-        )
     # Pillow reads channels that are stored apart as bytes, and does not invert these.
     apart = picture.tile and ";" not in str(picture.tile)
     inverted = tags.get(_PHOTOMETRIC) == 0
@@ -252,7 +175,12 @@ def _orientation(picture: Image.Image) -> int:
 
 def _square(picture: Image.Image, size: int, *, upright: bool) -> np.ndarray:
     """As of `resize_to_square`, of a picture that may not be decoded yet."""
-    _check_pixels(*picture.size)
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"it has {width:,} x {height:,}, more than {MAX_PIXELS:,} pixels; make it "
+            "smaller"
+        )
     if isinstance(picture, TiffImagePlugin.TiffImageFile):
         _check_tiff(picture)
     reduced = _REDUCED.search(str(getattr(picture, "tile", "")))
@@ -273,11 +201,8 @@ def _decode_plain_jpeg(
     """Fast path; False leaves the picture, and the verdict on it, to Pillow."""
     if data[:2] != _JPEG_START:
         return False
-    if upright:
-        # APP0 to APP15 and comments come before the tables.
-        first = itertools.takewhile(lambda marker: marker >= 0xE0, _markers(data))
-        if _APP1 in first and _orientation(_open(data)) in _TURNS:
-            return False
+    if upright and _APP1 in data and _orientation(_open(data)) in _TURNS:
+        return False
     try:
         height, width, color, _ = simplejpeg.decode_jpeg_header(data)
         if color not in _JPEG_COLORS or int(width) * int(height) > MAX_PIXELS:
@@ -304,9 +229,6 @@ def resize_to_square(image: np.ndarray | Image.Image, size: int) -> np.ndarray:
       uint8 [size, size, 3]; a picture that already has this size is not resampled.
       Shrinking averages areas (Pillow BOX), enlarging is BICUBIC. When the number of
       pixels to cut is odd, the larger part goes at the right and the bottom.
-
-    Raises:
-      ValueError: a strip that would be enlarged to more than MAX_PIXELS.
     """
     if not isinstance(image, Image.Image):
         if image.shape == (size, size, 3):
@@ -320,11 +242,6 @@ def resize_to_square(image: np.ndarray | Image.Image, size: int) -> np.ndarray:
             max(size, round(width * size / short)),
             max(size, round(height * size / short)),
         )
-        if short < size and scaled[0] * scaled[1] > MAX_PIXELS:
-            raise ValueError(
-                f"it has {width:,} x {height:,} pixels, too long a strip to be enlarged "
-                f"to {scaled[0]:,} x {scaled[1]:,}; cut it"
-            )
         resampling = Image.Resampling.BOX if short > size else Image.Resampling.BICUBIC
         image = image.resize(scaled, resampling)
         width, height = scaled
@@ -349,16 +266,16 @@ def load_picture(
     Raises:
       ValueError: a broken file or picture, or one of more than MAX_PIXELS (a
         DataError); an array that is not a uint8 picture.
-      OSError: there is no such file, or not enough memory.
+      OSError: there is no such file, or it cannot be read.
     """
     remedy = "Give an intact copy or another picture"
     if isinstance(picture, (str, os.PathLike)):
         name = os.fspath(picture)
-        return decode(read(picture), size, name, upright=True, remedy=remedy)
+        return decode(
+            Path(picture).read_bytes(), size, name, upright=True, remedy=remedy
+        )
     if isinstance(picture, np.ndarray):
-        channels = picture.shape[2:]
-        shaped = channels in ((), (3,), (4,)) and picture.size
-        if picture.dtype != np.uint8 or not shaped:
+        if picture.dtype != np.uint8 or picture.shape[2:] not in ((), (3,), (4,)):
             raise ValueError(
                 "a picture array must be uint8 (0..255) of shape [H, W], [H, W, 3] "
                 f"or [H, W, 4]; got {picture.dtype} {list(picture.shape)}"
@@ -370,8 +287,8 @@ def load_picture(
 
 
 def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """The files' names, as they can be drawn; with their folders' where several are alike."""
-    parts = [[*map(printable, Path(path).parts or ".")] for path in paths]
+    """The files' names; with their folders' where several are alike."""
+    parts = [Path(path).parts or (".",) for path in paths]
     names = [part[-1] for part in parts]
     if len(set(names)) == len(names):
         return names

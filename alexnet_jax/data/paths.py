@@ -114,17 +114,6 @@ def require_places(
                 )
 
 
-def require_utf8(path: str | os.PathLike[str]) -> None:
-    """Raises PathError for a path that TensorStore and array_record cannot open."""
-    try:
-        os.fspath(path).encode()
-    except UnicodeEncodeError as error:
-        raise PathError(
-            f"{path} is no UTF-8, as the paths of checkpoints and prepared data have to "
-            "be. Rename it"
-        ) from error
-
-
 def require_regular(path: str | os.PathLike[str]) -> os.stat_result:
     """What the system knows of a file that is to be read to its end.
 

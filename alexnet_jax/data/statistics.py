@@ -89,7 +89,7 @@ def load(
 
     Raises:
       FileNotFoundError: there is no such file.
-      DataError: the file is broken or holds something else.
+      DataError: the file is damaged, or of pictures of another size.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"{os.fspath(path)}: there is no such file.")
@@ -97,20 +97,6 @@ def load(
         found = read_npz(path, (*_FIELDS, _SPLIT), ValueError)
         mean, std, vectors, count = (found[name] for name in _FIELDS)
         split = found.get(_SPLIT, count)
-        square = mean.ndim == 3 and mean.shape == (len(mean), len(mean), 3)
-        if not square or std.shape != (3,) or vectors.shape != (3, 3):
-            raise ValueError("wrong shapes")
-        floats = (np.float32, np.float64)
-        if not all(array.dtype in floats for array in (mean, std, vectors)):
-            raise ValueError("arrays that are not floating point")
-        if not all(np.isfinite(array).all() for array in (mean, std, vectors)):
-            raise ValueError("numbers that are not finite")
-        counts = count, split
-        if (
-            any(c.shape or c.dtype.kind != "i" for c in counts)
-            or not 1 <= count <= split
-        ):
-            raise ValueError("no number of pictures")
     except (ValueError, KeyError) as error:
         raise DataError(
             f"{os.fspath(path)} is not a statistics file ({error}). {remedy}"

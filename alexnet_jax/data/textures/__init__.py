@@ -8,14 +8,12 @@ import time
 from pathlib import Path
 
 from alexnet_jax.data import locks
-from alexnet_jax.data.files import check_room, telling_of_a_full_disk
+from alexnet_jax.data.files import telling_of_a_full_disk
 from alexnet_jax.data.paths import PathError, require_writable
 from alexnet_jax.data.sources import HOW_TO_NAME_DATA_DIR
 from alexnet_jax.data.textures.drawing import CLASS_NAMES, draw
 
 __all__ = ["CLASS_NAMES", "build", "draw"]
-
-_BYTES_A_PICTURE = 25_500  # on average over the 5,000
 
 
 def build(data_dir: Path, *, tiny: bool = False) -> str:
@@ -57,9 +55,9 @@ def build(data_dir: Path, *, tiny: bool = False) -> str:
     ):
         if (directory / "dataset_info.json").exists():  # another process was faster
             return name
-        if is_held:
-            _remove_leftovers(directory)
-        check_room(data_dir, (300 if tiny else 5000) * _BYTES_A_PICTURE)
+        if is_held:  # else what looks left by a killed process may be a living one's
+            for folder in directory.parent.glob(f"incomplete.*_{directory.name}"):
+                shutil.rmtree(folder, ignore_errors=True)
         print(f"Drawing the textures data set into {directory} ...", file=sys.stderr)
         started = time.perf_counter()
         builder = module.Builder(
@@ -75,9 +73,3 @@ def build(data_dir: Path, *, tiny: bool = False) -> str:
         seconds = time.perf_counter() - started
         print(f"Textures are ready ({seconds:.0f} s).", file=sys.stderr)
     return name
-
-
-def _remove_leftovers(directory: Path) -> None:
-    """Removes what killed preparations have left, under tfds's own name for it."""
-    for folder in directory.parent.glob(f"incomplete.*_{directory.name}"):
-        shutil.rmtree(folder, ignore_errors=True)
