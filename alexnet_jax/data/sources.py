@@ -756,7 +756,7 @@ def tfds_builder(directory: Path) -> Any:
     try:
         _check_features(directory / "features.json")
         return tfds.builder_from_directory(directory)
-    except DataError:
+    except (DataError, OSError):
         raise
     except Exception as error:  # of a damaged description tfds's own errors are many
         raise DataError(
