@@ -1,6 +1,8 @@
 # Everything sets itself up: Python 3.11+ and make are enough.
 PYTHON ?= python3
-BIN := .venv/bin
+# Beside it, another Python: make test VENV=.venv-3.13 PYTHON=python3.13
+VENV ?= .venv
+BIN := $(VENV)/bin
 # Python compiles what is imported, when it is: a fraction of what is installed.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 # Two processes, a test file at a time: compiling, most of the work, uses one core.
@@ -14,47 +16,47 @@ BENCHMARKS := train_step inference operators growth start_up \
 
 .PHONY: quickstart test test-slow test-all lint bench clean
 
-quickstart: .venv/.installed  ## train a narrowed AlexNet in two columns, no download
+quickstart: $(VENV)/.installed  ## train a narrowed AlexNet in two columns, no download
 	$(BIN)/python -m alexnet_jax.main --config=configs/quickstart.py \
 		--workdir=runs/quickstart --cpu_devices=2
 	$(BIN)/python -m alexnet_jax.report --workdir=runs/quickstart
 
-test: .venv/.dev  ## the tests; some minutes on two cores
+test: $(VENV)/.dev  ## the tests; some minutes on two cores
 	$(BIN)/python -m pytest $(PARALLEL)
 
-test-slow: .venv/.dev  ## the others: eight devices, killed processes, SLURM
+test-slow: $(VENV)/.dev  ## the others: eight devices, killed processes, SLURM
 	$(BIN)/python -m pytest $(PARALLEL) $(WAITING) -m slow
 
-test-all: .venv/.dev  ## all of them, with the programs compiled as users run them
+test-all: $(VENV)/.dev  ## all of them, with the programs compiled as users run them
 	ALEXNET_TEST_OPTIMIZED=1 $(BIN)/python -m pytest $(PARALLEL) -m ""
 
-lint: .venv/.dev
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: .venv/.bench  ## every benchmark beside PyTorch, short form, into build/benchmarks
+bench: $(VENV)/.bench  ## every benchmark beside PyTorch, short form, into build/benchmarks
 	for name in $(BENCHMARKS); do \
 		$(BIN)/python -m benchmarks.$$name --short --out=build/benchmarks || exit 1; \
 	done
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache
 
-.venv/.installed: requirements.txt pyproject.toml
+$(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; \
 		sys.exit(0 if sys.version_info >= (3, 11) else \
 		f"Python 3.11 or newer is needed; $(PYTHON) is {v}. Name another one: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(INSTALL) --editable .
 	@touch $@
 
-.venv/.dev: .venv/.installed
+$(VENV)/.dev: $(VENV)/.installed
 	$(INSTALL) --editable ".[dev]"
 	@touch $@
 
 # The peer. On a GPU machine: `pip install torch==2.13.0` by hand, with its CUDA.
-.venv/.bench: .venv/.dev
+$(VENV)/.bench: $(VENV)/.dev
 	$(INSTALL) "torch==2.13.0"
 	@touch $@

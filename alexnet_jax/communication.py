@@ -19,6 +19,14 @@ KINDS = (
 _COLLECTIVE = re.compile(
     rf"= (?P<shape>\S.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<rest>.*)$"
 )
+_LISTS = re.compile(
+    r"\b(?:replica_groups|source_target_pairs)=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}"
+)
+_IOTA = re.compile(r"\breplica_groups=\[\d+,(\d+)\]<=\[")
+_MESH = re.compile(
+    r"\breplica_groups=mesh\[(?P<sizes>[^]]+)\](?:, device_ids=\(.*?\))? "
+    r"\{(?P<axes>[^}]+)\}"
+)
 _ARRAY = re.compile(r"\b(?P<dtype>[a-z]+\d*)\[(?P<dims>[\d,]*)\]")
 
 
@@ -132,11 +140,27 @@ def _phase(line: str) -> str:
 
 
 def _largest_group(attributes: str) -> int:
-    listed = re.search(r"replica_groups=\{(\{.*?\})\}", attributes)
-    if listed:
-        groups = re.findall(r"\{([\d,]*)\}", listed[1])
-        return max(len(group.split(",")) for group in groups)
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
-    if iota:
-        return int(iota[2])
-    return 2  # a form not known here: better counted than missed
+    """Return how many devices the largest of an operation's groups has.
+
+    XLA writes the groups as lists, as an iota ([groups, devices]<=[...]), or by the
+    axes of a mesh along which they lie. A permutation's groups are its pairs.
+
+    Raises:
+      ValueError: the groups are written in another form.
+    """
+    if lists := _LISTS.search(attributes):
+        groups = re.findall(r"[\d,]+(?=\})", lists[1])
+        return max(len(set(group.split(","))) for group in groups)
+    if iota := _IOTA.search(attributes):
+        return int(iota[1])
+    if mesh := _MESH.search(attributes):
+        sizes = dict(axis.split("=") for axis in mesh["sizes"].split(","))
+        # "'data':(1)2": a part of an axis, of 2 devices.
+        axes = (axis.partition(":") for axis in mesh["axes"].split(","))
+        return math.prod(
+            int(part.rpartition(")")[2] or sizes[axis]) for axis, _, part in axes
+        )
+    raise ValueError(
+        "unknown form of replica groups in the compiled program, try another version "
+        f"of jax that requirements.txt allows: {attributes}"
+    )

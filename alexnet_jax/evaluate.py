@@ -14,19 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import kinds, metrics
-from alexnet_jax.augment import VIEW_COUNTS
+from alexnet_jax import metrics
 from alexnet_jax.data.files import read_npz, replacing
-from alexnet_jax.data.images import resize_to_square
-from alexnet_jax.data.sources import Sample, Source
 
 Sums = dict[str, jax.Array]
-# Pictures whose thumbnails tell a split from another, and their side in pixels.
-THUMBNAILS, THUMBNAIL_SIDE = 64, 4
-# Grey levels by which they may differ: networks have their pictures in other sizes.
-_SAME_PICTURE = 4
-# By so much the sum of a picture's probabilities may have been rounded.
-ROUNDED = 1e-3
 # Pictures that are ranked at once: some hundred MB with a thousand classes.
 _BLOCK = 8192
 
@@ -100,7 +91,6 @@ class Predictions:
       labels: int [N].
       class_names: K of them, by label.
       split: which pictures these are, in words.
-      thumbnails: the same as `thumbnails_of` the source; None: not known.
     """
 
     centre: np.ndarray
@@ -109,7 +99,6 @@ class Predictions:
     labels: np.ndarray
     class_names: tuple[str, ...]
     split: str
-    thumbnails: np.ndarray | None = None
 
     @property
     def best(self) -> np.ndarray:
@@ -122,90 +111,28 @@ class Predictions:
             np.savez(file, **{k: v for k, v in vars(self).items() if v is not None})
 
 
-def thumbnails_of(source: Source) -> np.ndarray:
-    """uint8 [64, 4, 4, 3], less of a smaller source: some of its pictures, very small."""
-    sample = Sample(source, THUMBNAILS)
-    count, side = sample.num_examples, sample.image_size
-    pictures = np.empty((count, side, side, 3), np.uint8)
-    sample.fetch(np.arange(count), pictures, np.empty(count, np.int32))
-    return np.stack([resize_to_square(p, THUMBNAIL_SIDE) for p in pictures])
-
-
 def load_predictions(path: str | os.PathLike[str]) -> Predictions:
     """Reads what `Predictions.save` has written; never through pickle.
 
     Raises:
       PredictionsError: if there is no such file, or something else in it.
     """
-    optional = ("views", "thumbnails")
-    every = [field.name for field in dataclasses.fields(Predictions)]
-    needed = [name for name in every if name not in optional]
-    found = read_npz(path, every, PredictionsError)
-    missing = [name for name in needed if name not in found]
+    names = [field.name for field in dataclasses.fields(Predictions)]
+    found = read_npz(path, names, PredictionsError)
+    missing = [name for name in names if name not in found and name != "views"]
     if missing:
         raise PredictionsError(
             f"{path} holds no predictions: it has no {', '.join(missing)}. They are "
             "saved by --mode=eval --predictions=FILE.npz."
         )
-    if found["class_names"].dtype.kind != "U" or found["split"].dtype.kind != "U":
-        raise PredictionsError(f"{path}: class_names and split must be text.")
-    labels, names = found["labels"], found["class_names"].ravel().tolist()
-    whole = labels.ndim == 1 and labels.dtype.kind in "iu" and labels.size > 0
-    if not whole or labels.min() < 0 or labels.max() >= len(names):
-        raise PredictionsError(
-            f"{path}: labels must be numbers from 0 to {len(names) - 1}, one a picture."
-        )
-    shape = (len(labels), len(names))
-    for name in ("centre", "views"):
-        if name in found:
-            _check_logs(path, name, found[name], shape)
-    views = found["num_views"]
-    counts = [n for n in VIEW_COUNTS if (n > 1) == ("views" in found)]
-    if views.shape or views.dtype.kind not in "iu" or views not in counts:
-        raise PredictionsError(
-            f"{path}: num_views is {kinds.shown(views.tolist())}; it must be 1 without "
-            f"views, else how many: {', '.join(str(n) for n in VIEW_COUNTS if n > 1)}."
-        )
-    thumbnails, side = found.get("thumbnails"), THUMBNAIL_SIDE
-    if thumbnails is not None and (
-        thumbnails.dtype != np.uint8 or thumbnails.shape[1:] != (side, side, 3)
-    ):
-        raise PredictionsError(
-            f"{path}: thumbnails are {thumbnails.dtype} {thumbnails.shape}; they must be "
-            f"uint8 (pictures, {side}, {side}, 3)."
-        )
     return Predictions(
-        found["centre"],
-        found.get("views"),
-        int(views),
-        labels.astype(np.int64),
-        tuple(names),
-        str(found["split"]),
-        thumbnails,
+        centre=found["centre"],
+        views=found.get("views"),
+        num_views=int(found["num_views"]),
+        labels=found["labels"].astype(np.int64),
+        class_names=tuple(found["class_names"].tolist()),
+        split=str(found["split"]),
     )
-
-
-def _check_logs(
-    path: str | os.PathLike[str], name: str, values: np.ndarray, shape: tuple[int, int]
-) -> None:
-    """Raises PredictionsError for what cannot be logarithms of probabilities."""
-    if values.shape != shape or values.dtype not in (np.float32, np.float64):
-        raise PredictionsError(
-            f"{path}: {name} is {values.dtype} {values.shape}; for {shape[0]} labels of "
-            f"{shape[1]} classes it must be float32 or float64 {shape}."
-        )
-    for first in range(0, len(values), _BLOCK):
-        block = values[first : first + _BLOCK]
-        with np.errstate(over="ignore"):  # of what is far too large the sum is too
-            sums = np.exp(block).sum(axis=1, dtype=np.float64)
-        right = np.isfinite(block.min(axis=1)) & (np.abs(sums - 1) <= ROUNDED)
-        if not right.all():
-            row = int(np.argmin(right))
-            raise PredictionsError(
-                f"{path}: {name} must hold finite logarithms of probabilities whose sum "
-                f"is 1; that of picture {first + row} is {sums[row]:.4g}, the smallest "
-                f"logarithm {block[row].min():.4g}."
-            )
 
 
 def predict(
@@ -258,18 +185,13 @@ def average(members: Sequence[Predictions]) -> Predictions:
             label, (one, another) = next((k, p) for k, p in pairs if p[0] != p[1])
             raise PredictionsError(
                 f"Predictions of other classes: {len(names[0])} of {first.split}, label "
-                f"{label} is {kinds.shown(one)}; {len(names[1])} of {other.split}, label {label} is "
-                f"{kinds.shown(another)}."
+                f"{label} is {one!r}; {len(names[1])} of {other.split}, label {label} is "
+                f"{another!r}."
             )
         if not np.array_equal(other.labels, first.labels):
             raise PredictionsError(
                 f"Predictions of other pictures: {len(first.labels)} of {first.split}, "
                 f"{len(other.labels)} of {other.split}, and their labels differ."
-            )
-        if not same_pictures(other.thumbnails, first.thumbnails):
-            raise PredictionsError(
-                f"Predictions of other pictures: {first.split} and {other.split} have "
-                "as many of each class, but do not look alike."
             )
     views = None
     alike = len({member.num_views for member in members}) == 1
@@ -281,16 +203,6 @@ def average(members: Sequence[Predictions]) -> Predictions:
         views=views,
         num_views=1 if views is None else first.num_views,
     )
-
-
-def same_pictures(a: np.ndarray | None, b: np.ndarray | None) -> bool:
-    """Whether small pictures, uint8 [N, S, S, 3], look alike; None: not known."""
-    if a is None or b is None:
-        return True
-    if a.shape != b.shape:
-        return False
-    difference = np.abs(a.astype(int) - b.astype(int)).mean(axis=(1, 2, 3))
-    return bool((difference < _SAME_PICTURE).all())
 
 
 def _log_mean(logs: Sequence[np.ndarray]) -> np.ndarray:

@@ -4,7 +4,6 @@ Nothing is drawn here. What is not there any more, such as data that were moved,
 `Missing` with the reason in words, and the rest is found all the same.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from alexnet_jax import config_files, experiment, retrieve, stopwatch
 from alexnet_jax.analysis.retrieval import Index, nearest, shrink
 from alexnet_jax.checkpoint import Checkpointer
 from alexnet_jax.data import DataError, match_classes
-from alexnet_jax.data.paths import message_of
 from alexnet_jax.data.sources import Sample, Source
 from alexnet_jax.evaluate import Predictions
 from alexnet_jax.model import LayerSummary, summary
@@ -79,8 +77,7 @@ class Run:
         if self.last is None or self.last["epoch"] <= 0:
             return None
         images = self.last["step"] * self.config["data"]["batch_size"]
-        pictures = images / self.last["epoch"]
-        return round(pictures) if math.isfinite(pictures) else None
+        return round(images / self.last["epoch"])
 
 
 def read_run(workdir: Path) -> Run:
@@ -260,7 +257,7 @@ def _or_missing(look: Callable[[], Any]) -> Any:
     try:
         return look()
     except (DataError, OSError) as error:
-        return Missing(message_of(error))
+        return Missing(str(error))
 
 
 # Where the time went.

@@ -32,7 +32,6 @@ from alexnet_jax import (
 from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.config_files import shortened
 from alexnet_jax.data import DataError
-from alexnet_jax.data.paths import message_of
 from alexnet_jax.describe import describe, describe_modes
 from alexnet_jax.distributed import DistributedError
 from alexnet_jax.evaluate import PredictionsError
@@ -287,7 +286,7 @@ def run() -> None:
     except FloatingPointError as error:
         distributed.leave(f"error: {error}", experiment.DIVERGED, all_say_it=True)
     except _USER_ERRORS as error:
-        distributed.leave(f"error: {message_of(error)}", 1, all_say_it=True)
+        distributed.leave(f"error: {error}", 1, all_say_it=True)
     except stopping.Interrupted as stopped:  # which has said its line
         if jax.distributed.is_initialized():
             distributed.leave("", stopped.status)

@@ -19,12 +19,7 @@ from alexnet_jax.checkpoint import CheckpointError, split_step
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.images import load_picture
-from alexnet_jax.data.paths import (
-    PathError,
-    message_of,
-    path_argument,
-    require_writable_file,
-)
+from alexnet_jax.data.paths import path_argument
 from alexnet_jax.data.sources import Source
 from alexnet_jax.experiment import (
     is_weights_file,
@@ -185,8 +180,6 @@ def read(paths: Sequence[str], size: int) -> list[np.ndarray | Exception]:
     for path in paths:
         try:
             found.append(load_picture(path, size))
-        except FileNotFoundError:
-            found.append(FileNotFoundError(f"{path}: there is no such file."))
         except (OSError, ValueError) as error:
             found.append(error)
     return found
@@ -228,21 +221,6 @@ def figure_file(text: str) -> Path:
     return path
 
 
-def require_place_of_figure(figure: Path, pictures: Sequence[str]) -> None:
-    """Raises PathError if a figure cannot be written, or is one of the pictures.
-
-    Args:
-      pictures: those that are looked at; it would take the place of one, which is lost.
-    """
-    require_writable_file(figure)
-    for picture in filter(os.path.exists, pictures):
-        if figure.exists() and figure.samefile(picture):
-            raise PathError(
-                f"cannot write {figure}: it is {picture}, one of the pictures that are "
-                "looked at. Name another file"
-            )
-
-
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a matplotlib figure, whole or not at all, and the folder it goes to."""
     with replacing(path) as file:
@@ -259,5 +237,5 @@ def exit_status(command: Callable[[], bool]) -> int:
     except BrokenPipeError:  # no user error: `stopping.run` ends quietly
         raise
     except (CheckpointError, OSError, ValueError) as error:
-        print(f"error: {message_of(error)}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
     return 1

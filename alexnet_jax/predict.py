@@ -23,7 +23,7 @@ import numpy as np
 from alexnet_jax import stopping
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import short_names
-from alexnet_jax.data.paths import message_of, printable
+from alexnet_jax.data.paths import require_writable_file
 from alexnet_jax.experiment import load
 from alexnet_jax.pictures import (
     BATCH,
@@ -32,7 +32,6 @@ from alexnet_jax.pictures import (
     figure_file,
     parser,
     read,
-    require_place_of_figure,
     save_figure,
 )
 
@@ -99,7 +98,7 @@ def as_text(prediction: Prediction, top: int) -> str:
     lines = [
         f"{100 * chances[k]:7.2f}%  {words(names[k])}" for k in prediction.best(top)
     ]
-    return "\n".join(map(printable, [prediction.path, *lines]))
+    return "\n".join([prediction.path, *lines])
 
 
 def as_json(prediction: Prediction, top: int) -> dict[str, Any]:
@@ -168,12 +167,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _predict(options: argparse.Namespace) -> bool:
     """Prints what is in each picture; returns whether all could be read."""
     for path in filter(None, (options.figure, options.feature_maps)):
-        require_place_of_figure(path, options.pictures)
+        require_writable_file(path)
     drawn: list[Prediction] = []
     all_read = True
     for found in predict(options.workdir, options.pictures, step=options.step):
         if isinstance(found, Exception):
-            print(f"error: {message_of(found)}", file=sys.stderr)
+            print(f"error: {found}", file=sys.stderr)
             all_read = False
             continue
         if options.format == "json":

@@ -42,7 +42,7 @@ from alexnet_jax.data import (
     statistics,
 )
 from alexnet_jax.data.files import replacing
-from alexnet_jax.data.paths import expanded, message_of, printable, require_writable
+from alexnet_jax.data.paths import expanded, require_writable
 from alexnet_jax.writers import progress, show_every_name
 
 # Flags of its own, not absl's global ones: several command lines of this package
@@ -238,7 +238,7 @@ def _numbers(values: np.ndarray) -> str:
 
 
 def _say(text: str) -> None:
-    tqdm.write(printable(text, lines=True))
+    tqdm.write(text)
     sys.stdout.flush()
 
 
@@ -268,7 +268,7 @@ def main(argv: list[str]) -> int:
             )
         return COMMANDS[words[0]]()
     except (flags.Error, ValueError, OSError) as error:
-        print(f"prepare: {message_of(error)}", file=sys.stderr)
+        print(f"prepare: {error}", file=sys.stderr)
         return 1
 
 

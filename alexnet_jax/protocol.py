@@ -22,7 +22,7 @@ from alexnet_jax.checkpoint import (
     split_step,
 )
 from alexnet_jax.data.imagenet import words
-from alexnet_jax.data.paths import expanded, printable, require_writable_file
+from alexnet_jax.data.paths import expanded, require_writable_file
 from alexnet_jax.data.sources import place_of_split
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.evaluate import (
@@ -33,7 +33,6 @@ from alexnet_jax.evaluate import (
     errors,
     load_predictions,
     predict,
-    thumbnails_of,
     worst_confusions,
 )
 from alexnet_jax.experiment import Config, ConfigError, Experiment
@@ -141,7 +140,7 @@ def evaluate_runs(
         together.save(save_to)
         _say(f"predictions saved: {save_to}")
     who = f"{len(members)} networks averaged: " if len(members) > 1 else ""
-    _say(f"{who}{_in_words(record, together)} of {printable(together.split)}")
+    _say(f"{who}{_in_words(record, together)} of {together.split}")
     for line in describe_mistakes(together):
         _say(line)
     _say(_as_json(record))
@@ -177,7 +176,7 @@ def describe_mistakes(predictions: Predictions, most: int = WORST) -> list[str]:
     confusions = worst_confusions(predictions, most)
     if not worst:
         return ["no picture is classified wrongly"]
-    names = {name: printable(words(name)) for name in predictions.class_names}
+    names = {name: words(name) for name in predictions.class_names}
     shown = [c.name for c in worst] + [n for c in confusions for n in c[:2]]
     width = max(len(names[name]) for name in shown)
     where = _views_in_words(predictions.num_views)
@@ -251,7 +250,7 @@ def _from_run(
             "error is a little optimistic"
         )
     path = member.path / experiment_lib.CHECKPOINTS / str(step)
-    _say(f"checkpoint of step {step} ({printable(str(path))}){chosen}")
+    _say(f"checkpoint of step {step} ({path}){chosen}")
     return about, experiment, variables
 
 
@@ -307,11 +306,7 @@ def _from_weights(config: Config, path: Path) -> tuple[Experiment, dict[str, Any
 
 
 def _some_names(names: Sequence[str] | None) -> str:
-    return (
-        "it does not say which"
-        if names is None
-        else f"{', '.join(map(printable, names[:3]))} ..."
-    )
+    return "it does not say which" if names is None else f"{', '.join(names[:3])} ..."
 
 
 def _predictions(experiment: Experiment, variables: dict[str, Any]) -> Predictions:
@@ -339,7 +334,6 @@ def _predictions(experiment: Experiment, variables: dict[str, Any]) -> Predictio
         labels=source.labels_of(np.arange(source.num_examples)),
         class_names=source.class_names,
         split=source.description,
-        thumbnails=thumbnails_of(source),
     )
 
 

@@ -31,12 +31,7 @@ from alexnet_jax.analysis import (
 )
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.images import short_names
-from alexnet_jax.data.paths import (
-    path_argument,
-    printable,
-    require_places,
-    require_writable_file,
-)
+from alexnet_jax.data.paths import path_argument, require_writable_file
 from alexnet_jax.experiment import (
     CONFIG_FILE,
     read_class_names,
@@ -91,11 +86,11 @@ def report(workdir: Path, *, python: str = "python") -> list[str]:
 
     Raises:
       FileNotFoundError, CheckpointError: as `experiment.load`.
-      PathError: (an OSError) nothing can be written there, or something else is in the
-        place of the page or of a figure.
+      PathError: (an OSError) the page or a figure cannot be written.
     """
     require_run(workdir)
-    require_places(workdir, (REPORT_FILE, *FIGURES), ())
+    for name in (REPORT_FILE, *FIGURES):
+        require_writable_file(workdir / name)
     run = read_run(workdir)
     html = build_page(run, python)  # before anything is written
     filters, statistics, curves = (workdir / name for name in FIGURES)
@@ -127,7 +122,7 @@ def compare(workdirs: Sequence[Path], out: Path) -> list[str]:
     require_writable_file(out)
     names = short_names(workdirs)
     if len(set(names)) < len(names):
-        names = [printable(str(workdir)) for workdir in workdirs]
+        names = [str(workdir) for workdir in workdirs]
     if len(set(names)) < len(names):
         raise ValueError("--workdir names a run twice.")
     runs, lines = {}, []

@@ -19,18 +19,12 @@ from jax.experimental import multihost_utils
 
 from alexnet_jax import distributed, finetune, parallel
 from alexnet_jax import experiment as experiment_lib
-from alexnet_jax.checkpoint import (
-    READERS,
-    SAVING,
-    Checkpointer,
-    CheckpointError,
-    has_checkpoint,
-)
+from alexnet_jax.checkpoint import Checkpointer, CheckpointError, has_checkpoint
 from alexnet_jax.data import Batches, locks
 from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, wnids
 from alexnet_jax.data.loader import Batch
-from alexnet_jax.data.paths import expanded, require_places
+from alexnet_jax.data.paths import expanded, require_writable
 from alexnet_jax.evaluate import evaluate
 from alexnet_jax.experiment import Config, ConfigError, Experiment
 from alexnet_jax.metrics import shows_top5
@@ -83,7 +77,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
     Raises:
       ConfigError: for a config that is wrong, a workdir of another network or of epochs
         of another length, or one that another run is in.
-      PathError: (an OSError) the workdir cannot be written to, or holds something else.
+      PathError: (an OSError) the workdir cannot be written to.
       CheckpointError, FullDiskError: (the second is an OSError) there is no room for a
         checkpoint or a record; earlier checkpoints are as they were.
       FloatingPointError: when the loss is no longer finite; the last good checkpoint
@@ -153,15 +147,7 @@ def _folder(workdir: str | os.PathLike[str]) -> Path:
     path = expanded(workdir).absolute()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--workdir={workdir} is a file; name a folder, or none yet.")
-    about = experiment_lib.CONFIG_FILE, experiment_lib.CLASSES_FILE
-    records = experiment_lib.STATISTICS_FILE, METRICS_FILE, TIMES_FILE
-    checkpoints = experiment_lib.CHECKPOINTS
-    require_places(
-        path,
-        files=(*about, *records, f"{checkpoints}/{SAVING}"),
-        folders=(checkpoints, PROFILE),
-        locks=(LOCK_FILE, f"{checkpoints}/{READERS}"),
-    )
+    require_writable(path)
     return path
 
 

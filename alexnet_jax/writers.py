@@ -32,7 +32,7 @@ from alexnet_jax.data.files import (
     replacing,
     telling_of_a_full_disk,
 )
-from alexnet_jax.data.paths import free_name, printable
+from alexnet_jax.data.paths import free_name
 
 METRICS_FILE = "metrics.jsonl"
 # How long an event may wait in memory; each flush waits for the disk.
@@ -191,7 +191,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     A last line torn by a kill, or being written at this moment, is left out.
 
     Raises:
-      ValueError: for a line before the last that is not a record, or no regular file.
+      ValueError: for a line before the last that is not a record.
     """
     lines = read_lines(path)
     records = []
@@ -405,7 +405,6 @@ class ConsoleWriter:
 
         A run goes on if its output cannot be written: its records are in the workdir.
         """
-        line = printable(line)
         with contextlib.suppress(OSError):
             if self._bar is not None:
                 self._bar.write(line, file=self._stream)

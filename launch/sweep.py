@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT))  # configs/ and, where it is not installed, alexne
 from alexnet_jax import kinds, records, stopping, sweeps
 from alexnet_jax.config_files import shortened
 from alexnet_jax.data.files import parse_json, read_lines, read_small, replacing
-from alexnet_jax.data.paths import message_of, path_argument, require_places
+from alexnet_jax.data.paths import path_argument, require_writable
 from alexnet_jax.experiment import CHECKPOINTS, CONFIG_FILE, DIVERGED, ConfigError
 from alexnet_jax.sweeps import Line, Measurement, Plan, Run, SweepError
 from alexnet_jax.writers import METRICS_FILE, parse_record, read_metrics
@@ -52,7 +52,6 @@ LAST_LINES = 3
 TAIL_BYTES = 16384
 SQUEUE_SECONDS = 30
 LOCK, RUNS = ".lock", "runs"
-SUMMARIES = "summary.md", "summary.csv", "summary.png", "sweep.json"
 STATUS, LOG, SUBMITTED = "status.json", "log.txt", "sbatch.txt"
 ENDED = "finished", "diverged", "broken"
 STATUS_KINDS = {
@@ -96,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return stopping.discard_output()
     except (SweepError, ConfigError, OSError) as error:
-        print(f"error: {message_of(error)}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except stopping.Interrupted as stopped:
         return stopped.status
@@ -134,7 +133,7 @@ def _sweep(options: argparse.Namespace) -> int:
     with stopping.answering():  # while files of Python run, nothing is lost
         plan = make_plan(options)
     out = options.out
-    require_places(out, files=SUMMARIES, folders=(RUNS,), locks=(LOCK,))
+    require_writable(out)
     launcher = Launcher(plan, out, options.jobs, options.slurm)
     launcher.update()
     if options.dry_run:
@@ -241,12 +240,6 @@ class Launcher:
 
     def _look(self, job: Job) -> None:
         """What an earlier sweep has left of a run."""
-        if os.path.lexists(job.folder):
-            require_places(
-                job.folder,
-                files=(STATUS, LOG, SUBMITTED, METRICS_FILE, CONFIG_FILE),
-                folders=(CHECKPOINTS,),
-            )
         finished = (job.folder / STATUS).exists()
         stored = job.folder / CONFIG_FILE
         begun = finished or (job.folder / CHECKPOINTS).exists()

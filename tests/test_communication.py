@@ -1,5 +1,7 @@
 """Reading a compiled program's exchanges: forms of CPU and GPU, counts and bytes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -19,6 +21,57 @@ def test_groups_of_a_single_device_do_not_count():
       %d = f32[8]{0} all-gather(%x), replica_groups=[2,1]<=[2], dimensions={0}
     """
     assert communication.collectives(text) == {"all-reduce": 2, "all-gather": 1}
+
+
+@pytest.mark.parametrize(
+    "groups, devices",
+    [
+        ("replica_groups={{0,1,2,3}}", 4),
+        ("replica_groups={{0,2,4,6},{1,3,5,7}}", 4),
+        ("replica_groups={{0,1},{2,3,4},{5}}", 3),
+        ("replica_groups=[2,4]<=[8]", 4),
+        ("replica_groups=[1,8]<=[8]", 8),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", 2),
+        ("replica_groups=mesh['data'=4,'column'=2] {'data'}", 4),
+        ("replica_groups=mesh['data'=4,'column'=2] {'column'}", 2),
+        ("replica_groups=mesh['data'=4,'column'=2] {'data','column'}", 8),
+        ("replica_groups=mesh['data'=8,'column'=1] {'data'}", 8),
+        ("replica_groups=mesh['data'=8] {'data':(2)4}", 4),
+        ("replica_groups=mesh['data'=8,'column'=2] {'data':(1)2,'column'}", 4),
+        ("replica_groups=mesh[data=4,column=2] {data}", 4),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", 4),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(0,2,1,3) {'a','b'}", 4),
+    ],
+)
+def test_forms_of_replica_groups(groups, devices):
+    text = f"%a = f32[8]{{0}} all-reduce(%x), channel_id=1, {groups}, to_apply=%add"
+    assert [e.devices for e in communication.exchanges(text)] == [devices]
+
+
+def test_group_of_one_device_on_a_mesh():
+    text = (
+        "%a = f32[8]{0} all-reduce(%x), channel_id=1, "
+        "replica_groups=mesh['data'=4,'column'=1] {'column'}, to_apply=%add"
+    )
+    assert communication.exchanges(text) == []
+
+
+def test_pairs_of_a_permutation():
+    text = (
+        "%a = f32[8]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}\n"
+        "%b = f32[8]{0} collective-permute(%x), source_target_pairs={{0,0},{1,1}}"
+    )
+    (found,) = communication.exchanges(text)
+    assert (found.devices, found.sent_bytes) == (2, 32)
+
+
+@pytest.mark.parametrize(
+    "groups", ["replica_groups={}", "replica_groups=torus[2,4]", "to_apply=%add"]
+)
+def test_unknown_form_of_replica_groups(groups):
+    """An error that shows it: a guess would be wrong bytes."""
+    with pytest.raises(ValueError, match=f"unknown form.*{re.escape(groups)}"):
+        communication.exchanges(f"%a = f32[8]{{0}} all-reduce(%x), {groups}")
 
 
 def test_the_asynchronous_forms_of_a_gpu():

@@ -8,7 +8,6 @@ was changed, or what it lets through can be built: its shapes, its schedules, it
 import dataclasses
 import json
 import math
-import os
 import re
 import sys
 import warnings
@@ -34,7 +33,6 @@ from alexnet_jax import (
 )
 from alexnet_jax.checkpoint import MANIFEST, CheckpointError
 from alexnet_jax.data import DataError
-from alexnet_jax.data.paths import printable
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.experiment import ConfigError
 from alexnet_jax.optim import Plateau
@@ -504,10 +502,6 @@ OWN = "from configs import tiny\ndef get_config():\n    config = tiny.get_config
         (OWN + "    config.seed = 1 // 0\n", "(ZeroDivisionError: integer division"),
         (OWN + "    assert False\n", "(AssertionError; {own}, line 4)"),
         (
-            OWN + "    raise RuntimeError('a\\nb\\x1b[31m')\n",
-            r"(RuntimeError: a b\x1b[31m; ",
-        ),
-        (
             OWN + "    config.own = 1 // config.get_ref('max_steps')\n"
             "    config.max_steps = 0\n    return config\n",
             "{own}: its fields cannot be read (ZeroDivisionError",
@@ -557,16 +551,9 @@ def test_files_that_are_no_configs(text, words, monkeypatch, tmp_path):
         experiment.as_json(parsed(monkeypatch, f"--config={path}"))
     said = str(error.value)
     assert words.format(own=path) in said and "Traceback" not in said
-    assert printable(said, lines=True) == said
 
 
-def test_a_config_that_is_no_regular_file_is_not_opened(monkeypatch, tmp_path):
-    os.mkfifo(tmp_path / "own.py")
-    for path in (tmp_path / "own.py", tmp_path, Path("/dev/zero")):
-        with pytest.raises(
-            ConfigError, match="could not be read: it is no regular file"
-        ):
-            parsed(monkeypatch, f"--config={path}")
+def test_missing_config_is_named(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match=f"there is no such file in {Path.cwd()}"):
         parsed(monkeypatch, f"--config={tmp_path / 'none.py'}")
 

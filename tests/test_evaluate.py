@@ -33,7 +33,6 @@ def make(centre, views=None, **changes):
         "labels": LABELS,
         "class_names": NAMES,
         "split": "a test",
-        "thumbnails": np.full((6, 4, 4, 3), 100, np.uint8),
     }
     return Predictions(**(fields | changes))
 
@@ -108,14 +107,6 @@ def test_members_of_other_pictures_or_classes_are_refused():
     words = "7 of a test, label 6 is 'gnu'; 6 of a test, label 6 is 'none'"
     with pytest.raises(PredictionsError, match=words):
         evaluate.average([good, make(MISTAKEN[:, :-1], class_names=NAMES[:-1])])
-    # As many of each class, but other pictures; made smaller a little otherwise.
-    looks = np.random.default_rng(0).integers(0, 250, (6, 4, 4, 3)).astype(np.uint8)
-    one = make(probabilities(0), thumbnails=looks)
-    evaluate.average([one, make(probabilities(1), thumbnails=looks + np.uint8(2))])
-    with pytest.raises(
-        PredictionsError, match="a test and a test .* do not look alike"
-    ):
-        evaluate.average([one, make(probabilities(1), thumbnails=looks[::-1])])
 
 
 @pytest.mark.parametrize("views", [None, probabilities(1)])
@@ -123,52 +114,21 @@ def test_saved_predictions_come_back(views, tmp_path):
     before = make(probabilities(0), views)
     path = tmp_path / "deep" / "p.npz"
     before.save(path)
-    after = evaluate.load_predictions(path)
     assert [p.name for p in path.parent.iterdir()] == ["p.npz"]
+    with np.load(path) as arrays:
+        of_older_versions = {**arrays, "thumbnails": np.zeros((6, 4, 4, 3), np.uint8)}
+    np.savez(path, **of_older_versions)
+    after = evaluate.load_predictions(path)
     for name, value in vars(before).items():
         found = getattr(after, name)
         assert type(found) is type(value)
         np.testing.assert_array_equal(found, value)
 
 
-def with_number(number):
-    """Logarithms of probabilities, but that the last class cannot have its own.
-
-    The others' sum is 1: the sum alone would not tell an infinite one.
-    """
-    found = probabilities(0)
-    found[-1] /= found[-1, :-1].sum()
-    found = np.log(found)
-    found[-1, -1] = number
-    return found
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"labels": None}, "holds no predictions: it has no labels"),
-        ({"labels": LABELS + 5}, "labels must be numbers from 0 to 6"),
-        ({"labels": LABELS[:0]}, "labels must be"),
-        ({"labels": LABELS[:5]}, r"centre is float32 \(6, 7\); .* float64 \(5, 7\)"),
-        ({"views": np.zeros((6, 7), int)}, "views is int"),
-        ({"centre": np.zeros((6, 7), np.float32)}, "that of picture 0 is 7, the small"),
-        (
-            {"centre": with_number(-np.inf)},
-            "whose sum is 1; that of picture 5 is 1, the",
-        ),
-        ({"centre": with_number(np.nan)}, "finite logarithms .* picture 5 is nan"),
-        ({"centre": with_number(1e30)}, "finite logarithms .* picture 5 is inf"),
-        ({"num_views": -3}, "num_views is -3; it must be 1 without views"),
-        ({"num_views": 10}, "num_views is 10; it must be 1 without views"),
-        ({"num_views": 1.0}, r"num_views is 1\.0"),
-        (
-            {"views": np.log(probabilities(1)), "num_views": np.uint64(2**64 - 1)},
-            ": 9, 10",
-        ),
-        (
-            {"views": np.log(probabilities(1))},
-            "num_views is 1; .* else how many: 9, 10",
-        ),
         ({"centre": np.array([{}])}, "Object arrays cannot be loaded"),
     ],
 )

@@ -77,8 +77,6 @@ FILE = "file is a file, where a folder has to be. Name a place that can be writt
 COMMA = "has a comma with nothing before or behind it"
 MISTAKES = [
     (main, "--workdir=~nobodyx/run", NO_HOME),
-    (main, "--workdir={new} --config.data.source=folder:~nobodyx/p", NO_HOME),
-    (prepare, "textures --data_dir=~nobodyx", NO_HOME),
     (main, "--workdir={file}/x", FILE),
     (main, "--mode=eval --workdir={run} --predictions={file}/x.npz", FILE),
     (

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import os
-import pickle
 import sys
 import tarfile
 from pathlib import Path
@@ -841,25 +840,10 @@ def test_wrong_state_dicts(torch, torch_files, tmp_path):
     torch.save([1, 2], path)
     refused(path, "holds no state_dict: it is no dictionary")
     torch.save({"weights": state, "epoch": 3}, path)
-    refused(path, "no tensor under its keys weights, epoch.", "model_state_dict, model")
-
-
-def test_pickled_code_is_not_run(torch, tmp_path):
-    target = tmp_path / "owned"
-
-    class Payload:
-        def __reduce__(self):
-            return os.mkdir, (str(target),)
-
-    path = tmp_path / "x.pth"
-    torch.save({"features.0.weight": Payload()}, path)
-    refused(path, "is refused: it holds more than tensors")
-    path.write_bytes(pickle.dumps(Payload(), protocol=2))
-    refused(path)
-    assert not target.exists()
-    with pytest.raises(RuntimeError, match="magic number"):
-        torch.load(path, weights_only=False)  # it would have
-    assert target.exists()
+    keys = "no floating-point tensor is under its keys weights, epoch."
+    refused(path, keys, "model_state_dict, model")
+    torch.save({**state, "features.0.bias": torch.full((4,), float("nan"))}, path)
+    refused(path, "features.0.bias holds numbers that are infinite or NaN")
 
 
 def test_wrong_safetensors(tmp_path):
@@ -888,11 +872,7 @@ def test_wrong_safetensors(tmp_path):
     for change, words in (
         ({"version": 2}, "version 2, expected 1"),
         ({"settings": {"variant": "vgg"}}, "no variant 'vgg'"),
-        ({"settings": {"variant": "9" * 9999}}, "99...; the variants are"),
         ({"settings": {"variant": "cifar", "depth": 5}}, "'depth'"),
-        ({"crop_size": 31}, "32x32 grid"),
-        ({"crop_size": "32"}, "cannot be used"),
-        ({"image_size": 30}, "larger than the picture"),
     ):
         changed = {"alexnet_jax": json.dumps({**record, **change})}
         save_file(leaves, path, changed)

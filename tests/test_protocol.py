@@ -307,16 +307,6 @@ def test_the_last_line_is_json_whatever_the_network_says(runs, monkeypatch, caps
     assert said["eval/count"] == 24
 
 
-def test_pictures_with_the_same_labels_are_told_apart(runs, tmp_path):
-    root, config = runs
-    member, path = Member(root / "seed_0"), tmp_path / "test.npz"
-    protocol.evaluate_runs(config, [member], save_to=path)
-    with pytest.raises(PredictionsError, match="do not look alike"):
-        swapped = config.copy_and_resolve_references()
-        swapped.data.eval_split = "train"
-        protocol.evaluate_runs(swapped, [member, Member(path)])
-
-
 def test_a_file_of_weights_is_tested_as_the_run_that_it_is_of(
     runs,
     folder,  # noqa: F811

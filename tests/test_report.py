@@ -372,16 +372,14 @@ def test_nothing_half_written_stays(copied, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["report.html", "curves.png"])
-def test_what_is_in_the_way_is_said_before_anything_is_done(
-    name, copied, monkeypatch, capsys
-):
+def test_blocked_output_path_fails_early(name, copied, monkeypatch, capsys):
     monkeypatch.setattr(report, "read_run", lambda workdir: pytest.fail("begun"))
     for figure in report.FIGURES:
         (copied / figure).unlink()
     (copied / name).mkdir()
     before = sorted(path.name for path in copied.iterdir())
     assert report.main([f"--workdir={copied}"]) == 1
-    said = f"error: {copied / name} is a folder; a file belongs there. Move it away"
+    said = f"error: cannot write {copied / name}: it is no file. Name another place"
     assert capsys.readouterr().err.startswith(said)
     assert sorted(path.name for path in copied.iterdir()) == before
 

@@ -398,16 +398,6 @@ def _status(text):
             lambda out: out.write_text("mine"),
             "/out is a file, where a folder has to be",
         ),
-        (
-            lambda out: (out.mkdir(), os.mkfifo(out / ".lock")),
-            ".lock is no regular file",
-        ),
-        (
-            lambda out: (out.mkdir(), (out / ".lock").symlink_to("/nowhere")),
-            ".lock is a link; a lock is never looked for elsewhere",
-        ),
-        (lambda out: (out.mkdir(), (out / "runs").touch()), "a folder belongs there"),
-        (lambda out: (out / "summary.md").mkdir(parents=True), "a file belongs there"),
         (_status("[]"), r"status.json is damaged \(it has no state\); remove it"),
         (_status('{"state": 5}'), "state=5 must be one of finished, diverged, broken"),
         (_status("[" * 10**5), "status.json is damaged"),

@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from alexnet_jax.data.paths import printable
-
 _ACROSS = 4
 _RIGHT, _OTHER = "#ee6677", "#4477aa"  # the correct label is red in the paper
 
@@ -69,5 +67,4 @@ def best_labels(
 
 
 def _short(text: str, most: int) -> str:
-    text = printable(text)
     return text if len(text) <= most else text[: most - 1] + "…"

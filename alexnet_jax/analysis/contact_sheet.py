@@ -4,7 +4,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from alexnet_jax.data.imagenet import words
-from alexnet_jax.data.paths import printable
 from alexnet_jax.data.sources import Source
 
 _COLUMNS = 6
@@ -50,9 +49,9 @@ def contact_sheet(
         axis.axis("off")
     for axis, label, picture in zip(axes.flat, chosen, pictures, strict=False):
         axis.imshow(picture)
-        name = printable(words(train.class_names[label]))
+        name = words(train.class_names[label])
         axis.set_title(f"{label}  {name[:26]}", fontsize=9, parse_math=False)
-    sides = ("left: training, right: evaluation", printable(train.description))
+    sides = ("left: training, right: evaluation", train.description)
     figure.suptitle(sides[2 - len(splits)], fontsize=9, parse_math=False)
     return figure
 

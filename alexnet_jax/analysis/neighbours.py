@@ -7,8 +7,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alexnet_jax.data.paths import printable
-
 _INCHES = 0.95
 _LONGEST = 19  # letters of a title that are as wide as a picture
 
@@ -70,6 +68,5 @@ def _show(axes: Axes, picture: np.ndarray, title: str | None) -> None:
     axes.axis("off")
     if title is not None:
         # A longer one keeps its end, which tells files apart.
-        title = printable(title)
         short = title if len(title) <= _LONGEST else f"...{title[3 - _LONGEST :]}"
         axes.set_title(short, fontsize=6, pad=2, parse_math=False)

@@ -34,8 +34,8 @@ _FEWEST = 8  # pictures in a batch, for its entropy to say anything
 _CHUNK = 256  # records that a thread reads at a time
 _SAMPLE = 2000  # pictures that the statistics are computed from again
 _FEW = 256  # pictures whose pixel values are looked at
-# In grey levels, over all pixels and colours of these. ImageNet has 70, CIFAR-10 63 and
-# MNIST 79, all with values from 0 to 255. Values of 12 bits in 16 that were cut to the
+# In grey levels, over all pixels and colours of these. ImageNet has 70 and CIFAR-10 63,
+# both with values from 0 to 255. Values of 12 bits in 16 that were cut to the
 # upper 8 are 0 to 15, with a deviation of about 4; values of 14 bits are 0 to 63, and a
 # resize may go a little beyond.
 _LEAST_DEVIATION, _LEAST_RANGE = 8.0, 80

@@ -13,9 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from alexnet_jax.data.paths import existing_parent, require_regular
-
-MOST_UNPACKED = 2**26  # bytes of a file that is a few lines or tables long
+from alexnet_jax.data.paths import existing_parent
 
 
 class FullDiskError(OSError):
@@ -126,30 +124,12 @@ def read_npz(
 
 
 def read_small(path: str | os.PathLike[str]) -> bytes:
-    """The whole of a file that is a few lines or tables long.
-
-    Raises:
-      ValueError: if it is larger than `MOST_UNPACKED`, or a pipe or device, whose end
-        may never come.
-      OSError: if it cannot be read.
-    """
-    size = require_regular(path).st_size
-    if size > MOST_UNPACKED:
-        raise ValueError(f"it has {size:,} bytes")
+    """The whole of a file."""
     return Path(path).read_bytes()
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a text; what in it is no UTF-8 is replaced.
-
-    Raises:
-      ValueError: with its name, if it is a folder, or a pipe or device.
-      OSError: if it cannot be read.
-    """
-    try:
-        require_regular(path)
-    except ValueError as error:
-        raise ValueError(f"{os.fspath(path)} cannot be read: {error}.") from error
+    """The lines of a text; what in it is no UTF-8 is replaced."""
     return Path(path).read_bytes().decode("utf-8", "replace").splitlines()
 
 

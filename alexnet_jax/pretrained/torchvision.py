@@ -6,9 +6,8 @@ between the two, 255 times the standard deviation, goes into the first kernel: z
 around the picture are the mean colour in both, so that this is exact.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -42,7 +41,9 @@ _HARMLESS = ("num_classes", "width", "dtype", "init", "dropout")
 def read(path: Path, variant: str | None) -> Weights:
     """Reads a `.pth`; arguments, result and errors as `read_weights`."""
     weights_lib.check_variant(path, variant, (VARIANT,))
-    return from_state(path, torch_files.read_state(path))
+    state = torch_files.read_state(path)
+    weights_lib.check_numbers(path, state)
+    return from_state(path, state)
 
 
 def own_name(name: str) -> str:
@@ -59,8 +60,8 @@ def from_state(
     path: Path,
     state: Mapping[str, np.ndarray],
     *,
-    mean: tuple[float, ...] = MEAN,
-    std: tuple[float, ...] = STD,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
 ) -> Weights:
     """Weights from torchvision's tensors by name.
 
@@ -81,10 +82,10 @@ def from_state(
     classifier = table.layers[-1]
     settings = {
         "variant": VARIANT,
-        "num_classes": features.get(classifier.name) or classifier.features,
+        "num_classes": features.get(classifier.name, classifier.features),
         "width": weights_lib.fitting_width(table, features),
     }
-    model = weights_lib.model_of(path, settings)
+    model = weights_lib.make_model(settings)
     found = {name: np.shape(array) for name, array in state.items()}
     expected = _expected(weights_lib.shapes_of(model, table.crop_size))
     weights_lib.check_shapes(path, "torchvision's AlexNet", found, expected)
@@ -95,12 +96,9 @@ def from_state(
             weight = weight / (255 * np.array(std, np.float32)[:, None, None])
         return weight, state[f"{_NAMES[layer]}.bias"]
 
-    with np.errstate(over="ignore"):  # of a deviation of nearly nothing
-        variables = weights_lib.params_of(model.network.layers, tensors)
-    weights_lib.check_numbers(path, weights_lib.flat(variables))
     return Weights(
         settings=settings,
-        variables=variables,
+        variables=weights_lib.params_of(model.network.layers, tensors),
         mean=(255 * np.array(mean)).astype(np.float32),
         image_size=IMAGE_SIZE,
         crop_size=table.crop_size,
@@ -115,7 +113,11 @@ def to_state(weights: Weights) -> dict[str, np.ndarray]:
       WeightsError: if the network is not torchvision's.
     """
     network = weights.make_model().network
-    changed = changed_settings(weights.settings)
+    changed = [
+        name
+        for name, value in weights.settings.items()
+        if value is not None and name not in ("variant", *_HARMLESS)
+    ]
     if network.name != VARIANT or changed:
         with_them = f" with {', '.join(changed)} changed" if changed else ""
         raise WeightsError(
@@ -134,15 +136,6 @@ def to_state(weights: Weights) -> dict[str, np.ndarray]:
         state[f"{_NAMES[row.name]}.bias"] = np.asarray(leaves["bias"], np.float32)
         channels = row.features
     return state
-
-
-def changed_settings(settings: Mapping[str, Any]) -> list[str]:
-    """The settings that torchvision's network does not have, whatever its width."""
-    return [
-        name
-        for name, value in settings.items()
-        if value is not None and name not in ("variant", *_HARMLESS)
-    ]
 
 
 def _expected(shapes: weights_lib.Shapes) -> dict[str, tuple[int, ...]]:

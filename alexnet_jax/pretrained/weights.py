@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from alexnet_jax import kinds, variants
 from alexnet_jax import model as model_lib
+from alexnet_jax import variants
 from alexnet_jax.data import imagenet
 
 # Tensors that an error message names before it only counts them.
@@ -49,7 +49,7 @@ class Weights:
       class_names: by label; None where the file does not say.
 
     Raises:
-      WeightsError: for a mean of another shape, or with numbers that are not finite.
+      WeightsError: for a mean of another shape.
     """
 
     settings: dict[str, Any]
@@ -66,8 +66,6 @@ class Weights:
                 f"the mean has shape {list(self.mean.shape)}, expected [3] or "
                 f"[{side}, {side}, 3]."
             )
-        if not np.isfinite(self.mean).all():
-            raise WeightsError("the mean holds numbers that are infinite or NaN.")
 
     def make_model(self) -> model_lib.AlexNet:
         """The network that the weights are of.
@@ -83,16 +81,6 @@ def make_model(settings: Mapping[str, Any]) -> model_lib.AlexNet:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return model_lib.from_settings(settings)
-
-
-def model_of(
-    path: str | os.PathLike[str], settings: Mapping[str, Any]
-) -> model_lib.AlexNet:
-    """The network that a file's tensors seem to be of; WeightsError if there is none."""
-    try:
-        return make_model(settings)
-    except ValueError as error:
-        raise WeightsError(f"{path} is of no network of ours: {error}") from error
 
 
 def class_names(num_classes: int) -> tuple[str, ...] | None:
@@ -194,10 +182,9 @@ def renamed(
     for old, value in named:
         new = rename(old)
         if new in found:
-            first, second, one = map(kinds.shown, (before[new], old, new))
             raise WeightsError(
-                f"{path} holds both {first} and {second} for {one}, and the network has "
-                "one. Write a file that holds only one of the two."
+                f"{path} holds both {before[new]!r} and {old!r} for {new!r}, and the "
+                "network has one. Write a file that holds only one of the two."
             )
         before[new], found[new] = old, value
     return found
@@ -214,9 +201,9 @@ def found_features(
     """
     found = {}
     for layer, both in names.items():
-        sizes = [tensors[name].shape[:1] for name in both if name in tensors]
-        if any(sizes):
-            (found[layer],) = next(filter(None, sizes))
+        sizes = [len(tensors[name]) for name in both if name in tensors]
+        if sizes:
+            found[layer] = sizes[0]
     return found
 
 
@@ -226,7 +213,7 @@ def fitting_width(table: variants.Variant, features: Mapping[str, int]) -> float
     Of several the one that is closest to 1. A layer that does not fit is then what is
     wrong with the file.
     """
-    rows = [row for row in table.layers[:-1] if features.get(row.name)]
+    rows = [row for row in table.layers[:-1] if row.name in features]
     widths = {1.0, *(features[row.name] / row.features for row in rows)}
 
     def misfits(width: float) -> int:
@@ -298,8 +285,7 @@ def not_of_format(path: Path, what: str, why: object) -> WeightsError:
 
 
 def some(names: list[str]) -> str:
-    """The first few, and how many more; in one line, whatever is in them."""
+    """The first few, and how many more."""
     rest = len(names) - MOST_NAMED
     more = f" and {rest} more" if rest > 0 else ""
-    shown = [n if n.isprintable() and len(n) < 80 else kinds.shown(n) for n in names]
-    return ", ".join(shown[:MOST_NAMED]) + more
+    return ", ".join(names[:MOST_NAMED]) + more

@@ -20,7 +20,7 @@ def get_sweep():
     return Sweep(
         about="Which learning rate ends with the lowest error?",
         config="configs/quickstart.py",
-        overrides=ablations.ON_WHOLE_DEVICES,
+        overrides=ablations.FROM_QUICKSTART,
         rows=tuple(Row(f"{rate:g}", {"optim.learning_rate": rate}) for rate in RATES),
         baseline="0.001",
         measured_on="the pictures of configs/quickstart.py, centre view",

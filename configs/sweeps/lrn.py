@@ -19,7 +19,7 @@ def get_sweep():
     return Sweep(
         about="Does response normalisation make the network better?",
         config="configs/quickstart.py",
-        overrides=ablations.ON_WHOLE_DEVICES,
+        overrides=ablations.FROM_QUICKSTART,
         rows=ablations.rows("no LRN"),
         baseline=ablations.BASELINE,
         measured_on="the pictures of configs/quickstart.py, centre view",

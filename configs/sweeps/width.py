@@ -20,7 +20,7 @@ def get_sweep():
     return Sweep(
         about="How much worse is a narrower network?",
         config="configs/quickstart.py",
-        overrides={"model.init": "he", **ablations.ON_WHOLE_DEVICES},
+        overrides={"model.init": "he", **ablations.FROM_QUICKSTART},
         rows=tuple(Row(f"width {w:g}", {"model.width": w}) for w in WIDTHS),
         baseline="width 1",
         measured_on="the pictures of configs/quickstart.py, centre view",
