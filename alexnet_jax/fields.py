@@ -127,45 +127,26 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "parallel.mode": parallel.MODES,
     "parallel.transform": parallel.TRANSFORMS,
 }
-# Fields that a stored config has had from the beginning, and that are asked for.
-_STORED = (
-    *("model.variant", "model.width", "model.dtype", "model.init"),
-    *("data.source", "data.train_split", "data.eval_split", "data.batch_size"),
-    *("data.image_size", "data.crop_size", "optim.learning_rate"),
-)
-# What to do about a file of a workdir.
-COPY = "Copy it from where the run was trained."
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"data": {"dir": ""}} -> {"data.dir": ""}.
-
-    Raises:
-      ConfigError: for fields that hold themselves, or nearly without end.
-    """
+    """{"data": {"dir": ""}} -> {"data.dir": ""}."""
     fields: dict[str, Any] = {}
-    try:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                fields |= flat(value, f"{prefix}{key}.")
-            else:
-                fields[prefix + key] = value
-    except RecursionError as error:
-        raise ConfigError(
-            "the config is nested too deeply: do fields hold themselves?"
-        ) from error
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            fields |= flat(value, f"{prefix}{key}.")
+        else:
+            fields[prefix + key] = value
     return fields
 
 
 def kind_problems(tree: dict[str, Any]) -> list[str]:
-    """Fields that are missing, or of another kind than theirs.
+    """Return a message per field that is missing or has a value of another type.
 
-    The overrides' kinds are those of `model.from_settings`.
+    ml_collections has checked the types of the overrides.
     """
     fields = flat(tree)
     problems = [f"--config.{name} is missing." for name in _KINDS if name not in fields]
-    if not _has_overrides(tree):
-        problems.append("--config.model.overrides must be fields (configs/common.py).")
     wrong = kinds.problems(fields, _KINDS)
     return problems + [f"--config.{name}={words}." for name, words in wrong.items()]
 
@@ -186,52 +167,3 @@ def range_problems(tree: dict[str, Any]) -> list[str]:
         for path, choices in _CHOICES.items()
         if path in right and right[path] not in choices
     ]
-
-
-def check_stored(tree: Any, where: str) -> dict[str, Any]:
-    """A stored config, of this version or an older one, if it can have been a run's.
-
-    Fields that it lacks were not there when it was stored; others than today's are left
-    in it.
-
-    Args:
-      tree: what JSON says.
-      where: it was stored, for messages.
-
-    Raises:
-      ConfigError: if it is none, or a field has a value that no config can have.
-    """
-    try:
-        problems = _stored_problems(tree)
-    except RecursionError:
-        problems = ["it is nested too deeply"]
-    if problems:
-        words = "; ".join(p.removeprefix("--config.").rstrip(".") for p in problems)
-        raise ConfigError(f"{where} holds no config of a run: {words}. {COPY}")
-    return tree
-
-
-def _stored_problems(tree: Any) -> list[str]:
-    if not isinstance(tree, dict) or _has_dots(tree):
-        return ["it is not fields by name"]
-    fields = flat(tree)
-    problems = [f"{name} is missing" for name in _STORED if name not in fields]
-    if not _has_overrides(tree):
-        problems.append("model.overrides are no fields")
-    wrong = kinds.problems(fields, _KINDS)
-    problems += [f"{name}={words}" for name, words in wrong.items()]
-    return problems + range_problems(tree)
-
-
-def _has_overrides(tree: dict[str, Any]) -> bool:
-    """Whether there are overrides, or no model that should have some."""
-    fields = tree.get("model")
-    return not isinstance(fields, dict) or isinstance(fields.get("overrides"), dict)
-
-
-def _has_dots(tree: dict[str, Any]) -> bool:
-    """Whether a name would be taken for one of a group's."""
-    return any(
-        "." in name or (isinstance(value, dict) and _has_dots(value))
-        for name, value in tree.items()
-    )

@@ -108,13 +108,9 @@ def test_labels_without_names_are_numbered(workdir, pictures, tmp_path, capsys):
     assert predict.main([f"--workdir={copy}", pictures[0]]) == 0
     words = [line.split("%  ")[1] for line in capsys.readouterr().out.splitlines()[1:]]
     assert sorted(words) == ["blue", "class 2", "green"]
-    for wrong, said in (
-        ('{"a": 1}', "must hold a list of class names"),
-        ("[", "is damaged"),
-    ):
-        classes.write_text(wrong)
-        assert predict.main([f"--workdir={copy}", pictures[0]]) == 1
-        assert said in capsys.readouterr().err
+    classes.write_text("[")
+    assert predict.main([f"--workdir={copy}", pictures[0]]) == 1
+    assert f"{classes} is damaged" in capsys.readouterr().err
 
 
 def test_a_file_of_weights_says_the_same_as_its_run(
