@@ -67,9 +67,9 @@ def start(
 
     Raises:
       DistributedError: for arguments that do not fit together, an environment as of
-        `find_launcher`, a port that is taken, or two processes with one GPU. When the
-        others do not come in time the process ends with exit status 1 and a message:
-        XLA can only abort.
+        `find_launcher`, a port that is taken, or GPUs that cannot be shared evenly.
+        When the others do not come in time the process ends with exit status 1 and a
+        message: XLA can only abort.
     """
     given = {
         "coordinator_address": coordinator_address,
@@ -113,8 +113,8 @@ def start(
     finally:
         giving_up.cancel()
     settings: Any = jax.config
-    if settings.jax_platforms != "cpu":
-        _settle_gpus(local_device_ids)
+    if local_device_ids is None and settings.jax_platforms != "cpu":
+        _take_share_of_gpus()
     return True
 
 
@@ -246,33 +246,29 @@ def _connect_to(address: str) -> OSError | None:
 # GPUs.
 
 
-def _settle_gpus(asked: Sequence[int] | None) -> None:
-    """Takes this process's share of its node's GPUs; an error if it is not its own."""
-    gpus = visible_gpus(os.environ)
-    if gpus is None:  # no nvidia-smi: jax's own choice, unchecked
-        return
-    if asked is None and (place := tasks_on_node(os.environ)):
-        asked = share_of_gpus(len(gpus), *place)
-        # jax would take the GPU number `local_id`, whatever the job was given.
-        chosen = "all" if asked is None else ",".join(map(str, asked))
+def _take_share_of_gpus() -> None:
+    """Make this process's share of its node's GPUs the ones that jax sees.
+
+    jax would take the GPU with the number of the task on its node. With fewer tasks than
+    GPUs the rest would be idle, and a task to which SLURM shows only its own GPU would look
+    for another.
+    """
+    place, gpus = tasks_on_node(os.environ), count_gpus(os.environ)
+    if place and gpus:
+        share = share_of_gpus(gpus, *place)
+        chosen = "all" if share is None else ",".join(map(str, share))
         jax.config.update("jax_cuda_visible_devices", chosen)
-    own = gpus if asked is None else [gpus[i] for i in asked if i < len(gpus)]
-    state: Any = jax_distributed.global_state
-    prefix = "alexnet_jax/gpus/"
-    state.client.key_value_set(f"{prefix}{state.process_id}", json.dumps(own))
-    state.client.wait_at_barrier("alexnet_jax/gpus", 60_000)
-    owners: dict[str, int] = {}
-    for key, value in sorted(state.client.key_value_dir_get(prefix)):
-        process = int(key.rpartition("/")[2])
-        for gpu in json.loads(value):
-            other = owners.setdefault(gpu, process)
-            if other != process:
-                raise DistributedError(
-                    f"processes {min(other, process)} and {max(other, process)} are "
-                    f"both on {gpu}. Give each its own: under SLURM as many "
-                    "--ntasks-per-node as GPUs, elsewhere --local_device_ids or "
-                    "CUDA_VISIBLE_DEVICES."
-                )
+
+
+def count_gpus(environ: Mapping[str, str]) -> int:
+    """Return how many GPUs CUDA shows this process; 0 if nothing says it."""
+    if (chosen := environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len(chosen.split(","))
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    command = ["nvidia-smi", "--list-gpus"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return len(done.stdout.splitlines())
 
 
 def share_of_gpus(gpus: int, tasks: int, local_id: int) -> list[int] | None:
@@ -291,30 +287,6 @@ def share_of_gpus(gpus: int, tasks: int, local_id: int) -> list[int] | None:
         )
     each = gpus // tasks
     return list(range(local_id * each, (local_id + 1) * each))
-
-
-def visible_gpus(environ: Mapping[str, str]) -> list[str] | None:
-    """The UUIDs of the GPUs that CUDA shows this process; None without nvidia-smi."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return None
-    there = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    chosen = environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
-        return there
-    gpus = []
-    for entry in filter(None, (part.strip() for part in chosen.split(","))):
-        if not entry.isdigit():
-            known = [uuid for uuid in there if uuid.startswith(entry)]
-            gpus += known or [entry]  # a part of a GPU (MIG) has a name of its own
-        elif int(entry) < len(there):
-            gpus.append(there[int(entry)])
-        else:
-            break  # CUDA, too, stops at the first number that is not there
-    return gpus
 
 
 # What is said, and leaving.

@@ -93,10 +93,7 @@ def read_run(workdir: Path) -> Run:
     ) as saved:
         step = saved.find("best")
         assert step is not None  # else there was nothing to load
-        folder = saved.directory / str(step)
-        found = experiment.check_metadata(
-            saved.metadata(step), f"the checkpoint {folder}"
-        )
+        found = saved.metadata(step)
     config = experiment.read_config(workdir)
     assert config is not None
     layers = summary(logits_of.model, config["data"]["crop_size"])

@@ -1,8 +1,4 @@
-"""Of what kind a setting's value must be: looked at before anything is made of it.
-
-Settings come from config files, from command lines and from files that others have
-written. A value of another kind would be found deep inside, or not at all.
-"""
+"""Type checks for config values."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Kind:
-    """What values there are: in words, and whether a value is one."""
+    """A type of values: in words, and whether a value is of it."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -37,10 +33,7 @@ def _is_layer_factor(value: Any) -> bool:
 WHOLE = Kind("a whole number", _is_whole)
 NUMBER = Kind("a number", _is_number)
 SWITCH = Kind("True or False", lambda value: isinstance(value, bool))
-# No path and no name of a system's can hold a NUL.
-TEXT = Kind(
-    "text without NUL", lambda value: isinstance(value, str) and "\0" not in value
-)
+TEXT = Kind("text", lambda value: isinstance(value, str))
 NUMBERS = Kind("numbers in a tuple", _all(_is_number))
 NAMES = Kind("names in a tuple", _all(TEXT.holds))
 LAYER_FACTORS = Kind(
@@ -50,11 +43,8 @@ LAYER_FACTORS = Kind(
 
 
 def shown(value: Any) -> str:
-    """A value in a message: as it is written, but never pages of it."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # of thousands of digits, or nested so deep
-        return f"a {type(value).__name__}"
+    """Return a value as it is written, shortened for a message."""
+    text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

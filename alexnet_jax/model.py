@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax import lax
 from jax.sharding import Mesh
 
-from alexnet_jax import kinds, ops, parallel, variants
+from alexnet_jax import ops, parallel, variants
 from alexnet_jax.ops.reference import pooled_length
 from alexnet_jax.variants import (
     Activation,
@@ -40,25 +40,6 @@ DTYPES = ("float32", "bfloat16", "float64")
 # Side of the largest pictures that a setting may ask for, in pixels: a mean image of
 # them takes 200 MB.
 LARGEST_PICTURE = 4096
-# Arguments of `create_model` that describe a network, `dtype` aside. All but the first
-# may be None, and are then as if they were not given.
-_SETTINGS = {
-    "variant": kinds.TEXT,
-    "num_classes": kinds.WHOLE,
-    "width": kinds.NUMBER,
-    "init": kinds.TEXT,
-    "lrn": kinds.SWITCH,
-    "pool_window": kinds.WHOLE,
-    "pool_stride": kinds.WHOLE,
-    "pool_kind": kinds.TEXT,
-    "activation": kinds.TEXT,
-    "columns": kinds.WHOLE,
-    "dropout": kinds.NUMBER,
-    "normalization": kinds.TEXT,
-    "norm_layers": kinds.NAMES,
-    "norm_place": kinds.TEXT,
-    "skip": kinds.NAMES,
-}
 # Of ImageNet's pixels about their mean, on the scale 0..255: the root of a third of
 # the sum of the three principal variances (augment.IMAGENET_PCA_STD_255).
 PIXEL_STD_255 = 74.4
@@ -457,7 +438,7 @@ def create_model(
       ValueError: for a name that does not exist or a value out of range.
     """
     if init not in INITS:
-        raise ValueError(f"init={kinds.shown(init)} must be one of {', '.join(INITS)}.")
+        raise ValueError(f"init={init!r} must be one of {', '.join(INITS)}.")
     if width < 1 and init != "he":
         warnings.warn(
             f"A network of width {width} started with init={init!r} seldom leaves a "
@@ -484,40 +465,8 @@ def create_model(
 
 
 def from_settings(settings: Mapping[str, Any]) -> AlexNet:
-    """`create_model` for settings that come from outside, which may be anything.
-
-    Args:
-      settings: its arguments but for `fast`; None is as if it were not given.
-
-    Raises:
-      ValueError: for names that there are not and values of another kind, all at once;
-        and as `create_model`.
-    """
-    given = {name: value for name, value in settings.items() if value is not None}
-    others = [name for name in given if name not in (*_SETTINGS, "dtype")]
-    wrong = kinds.problems(given, _SETTINGS)
-    if others or wrong:
-        unknown = [f"there is no setting {kinds.shown(name)}" for name in others]
-        raise ValueError(
-            "; ".join([*unknown, *(f"{name}={words}" for name, words in wrong.items())])
-            + "."
-        )
-    if "dtype" in given:
-        given["dtype"] = _dtype(given["dtype"])
-    return create_model(**given)
-
-
-def _dtype(value: Any) -> Any:
-    """The dtype of a name, or of what JAX takes for one; ValueError for others."""
-    try:
-        found = jnp.dtype(value)
-    except TypeError:
-        found = None
-    if found is None or found.name not in DTYPES:
-        raise ValueError(
-            f"dtype={kinds.shown(value)} must be one of {', '.join(DTYPES)}."
-        )
-    return found
+    """Return `create_model` of its arguments by name; None is as if not given."""
+    return create_model(**{k: v for k, v in settings.items() if v is not None})
 
 
 @dataclass(frozen=True)

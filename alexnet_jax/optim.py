@@ -17,8 +17,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from alexnet_jax import kinds
-
 FORMS = ("paper", "torch")
 SCHEDULES = ("constant", "plateau", "fixed", "cosine", "polynomial")
 
@@ -280,18 +278,6 @@ class Plateau:
     best: float = float("inf")
     waited: int = 0
     drops: int = 0
-
-    @staticmethod
-    def is_progress(value: Any) -> bool:
-        """Whether a value, of a file, is one that `progress` can have returned."""
-        if not isinstance(value, dict) or set(value) != {"best", "waited", "drops"}:
-            return False
-        best, counts = value["best"], (value["waited"], value["drops"])
-        return (
-            kinds.NUMBER.holds(best)
-            and 0 <= best <= sys.float_info.max
-            and all(kinds.WHOLE.holds(count) and count >= 0 for count in counts)
-        )
 
     def after(self, error: float) -> tuple["Plateau", float]:
         """Returns the rule after an evaluation, and the factor on the rate (or 1)."""

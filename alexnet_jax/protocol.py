@@ -346,8 +346,7 @@ def _restore(
         step=step,
         abstract={"params": target.params, "batch_stats": target.batch_stats},
     )
-    where = f"the checkpoint {saved.directory / str(step)}"
-    return variables, experiment_lib.check_metadata(metadata, where)["config"]
+    return variables, metadata["config"]
 
 
 def _metrics(predictions: Predictions) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from absl import flags
 from ml_collections import config_flags
 
-from alexnet_jax import config_files, experiment, kinds
+from alexnet_jax import config_files, experiment
 from alexnet_jax.experiment import Config
 
 ROOT = Path(__file__).parent.parent
@@ -33,61 +33,6 @@ class SweepError(ValueError):
 
 
 # What a sweep consists of.
-
-
-def _is_fields(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(map(kinds.TEXT.holds, value))
-
-
-def _are_seeds(value: Any) -> bool:
-    if not isinstance(value, list | tuple) or not all(map(kinds.WHOLE.holds, value)):
-        return False
-    in_range = all(0 <= seed < 2**32 for seed in value)
-    return in_range and 0 < len(set(value)) == len(value)
-
-
-_FIELDS = kinds.Kind('values by field, such as {"num_epochs": 2.0}', _is_fields)
-_TEXT_OR_NONE = kinds.Kind(
-    "text or None", lambda value: value is None or kinds.TEXT.holds(value)
-)
-_ROW_KINDS = {
-    "name": kinds.TEXT,
-    "overrides": _FIELDS,
-    "paper": kinds.Kind(
-        "a sweeps.Paper or None", lambda value: value is None or type(value) is Paper
-    ),
-    "config": _TEXT_OR_NONE,
-    "baseline": _TEXT_OR_NONE,
-}
-_SWEEP_KINDS = {
-    "about": kinds.TEXT,
-    "config": kinds.TEXT,
-    "rows": kinds.Kind(
-        "sweeps.Rows in a tuple",
-        lambda value: (
-            isinstance(value, list | tuple)
-            and len(value) > 0
-            and all(isinstance(row, Row) for row in value)
-        ),
-    ),
-    "baseline": kinds.TEXT,
-    "measured_on": kinds.TEXT,
-    "overrides": _FIELDS,
-    "metric": kinds.Kind(
-        "a sweeps.FinalError or a sweeps.EpochsTo",
-        lambda value: isinstance(value, FinalError | EpochsTo),
-    ),
-    "compare": kinds.Kind(" or ".join(COMPARISONS), lambda value: value in COMPARISONS),
-    "seeds": kinds.Kind(
-        "different numbers from 0 to 4294967295, in a tuple", _are_seeds
-    ),
-}
-
-
-def _require_kinds(part: Any, wanted: Mapping[str, kinds.Kind], where: str) -> None:
-    """Raises SweepError, beginning with `where`, for the first field of another kind."""
-    for name, words in kinds.problems(vars(part), wanted).items():
-        raise SweepError(f"{where}{name}={words}.")
 
 
 @dataclass(frozen=True)
@@ -132,16 +77,9 @@ class Row:
     baseline: str | None = None
 
     def __post_init__(self) -> None:
-        where = f"row {kinds.shown(self.name)}: "
-        _require_kinds(self, _ROW_KINDS, where)
-        if self.search is not None and (
-            not _is_fields(self.search)
-            or len(self.search) != 1
-            or not isinstance(self.candidates(), list | tuple)
-            or not self.candidates()
-        ):
+        if self.search is not None and (len(self.search) != 1 or not self.candidates()):
             raise SweepError(
-                f"{where}search={kinds.shown(self.search)} must be one field and its "
+                f"row {self.name!r}: search={self.search} must be one field and its "
                 'candidates, such as {"optim.learning_rate": (1e-3, 3e-3)}.'
             )
 
@@ -239,18 +177,28 @@ class Sweep:
     seeds: Sequence[int] = (0,)
 
     def __post_init__(self) -> None:
-        _require_kinds(self, _SWEEP_KINDS, "")
+        if self.compare not in COMPARISONS:
+            raise SweepError(
+                f"compare={self.compare!r} must be one of {', '.join(COMPARISONS)}."
+            )
+        check_seeds(self.seeds, f"seeds={self.seeds}")
         names = [row.name for row in self.rows]
         if len(set(names)) < len(names):
             raise SweepError(f"rows {', '.join(names)}: two have the same name.")
-        for name in names:
-            if not slug(name).strip("."):
-                raise SweepError(f"row {name!r}: a name needs letters or digits.")
         for baseline in (self.baseline, *(row.baseline for row in self.rows)):
             if baseline is not None and baseline not in names:
                 raise SweepError(
                     f"baseline={baseline!r} must be a row: {', '.join(names)}."
                 )
+
+
+def check_seeds(seeds: Sequence[int], shown: str) -> None:
+    """Raise SweepError, beginning with `shown`, unless there are seeds, and all differ."""
+    in_range = all(0 <= seed < 2**32 for seed in seeds)
+    if not in_range or not 0 < len(set(seeds)) == len(seeds):
+        raise SweepError(
+            f"{shown} must be different numbers from 0 to 4294967295, such as 0,1,2."
+        )
 
 
 def load(path: str | os.PathLike[str]) -> Sweep:
@@ -752,12 +700,9 @@ def differences(run: Run, stored: Path) -> list[str]:
     A field that there was not yet when it was stored had what is now its default.
 
     Raises:
-      SweepError: if the file is damaged.
+      ConfigError: if the file is damaged.
     """
-    try:
-        own = experiment.read_config(stored.parent)
-    except experiment.ConfigError as error:
-        raise SweepError(str(error)) from error
+    own = experiment.read_config(stored.parent)
     defaults = experiment.as_json(load_config("configs/common.py"))
     old = experiment.flat(defaults) | experiment.flat(own or {})
     new = run.fields()

@@ -200,12 +200,7 @@ def _restore(
 ) -> tuple[TrainState, dict[str, Any]] | None:
     """`Checkpointer.restore`; its error says how the configs differ, if they do."""
     try:
-        restored = checkpointer.restore(experiment.abstract_state())
-        if restored is None:
-            return None
-        state, host = restored
-        folder = checkpointer.directory / str(int(state.step))
-        return state, experiment_lib.check_metadata(host, f"the checkpoint {folder}")
+        return checkpointer.restore(experiment.abstract_state())
     except CheckpointError as error:
         if not differences:
             raise

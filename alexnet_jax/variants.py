@@ -22,8 +22,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from alexnet_jax import kinds
-
 ActivationKind = Literal["relu", "tanh", "sigmoid"]
 ACTIVATIONS: tuple[ActivationKind, ...] = ("relu", "tanh", "sigmoid")
 NormalizationKind = Literal["lrn", "batch", "none"]
@@ -32,9 +30,6 @@ PoolKind = Literal["max", "avg"]
 POOL_KINDS: tuple[PoolKind, ...] = ("max", "avg")
 Place = Literal["before", "after"]
 PLACES: tuple[Place, ...] = ("before", "after")
-# Features that a layer may have: ImageNet has 22,000 classes, and of more than this a
-# fully connected layer would not fit any machine.
-MOST_FEATURES = 2**20
 
 
 @dataclass(frozen=True)
@@ -602,8 +597,7 @@ def customize(
     Args:
       table: the table to start from.
       num_classes: units of the last layer, at least 1.
-      width: factor on every number of features but the last layer's, above 0. No layer
-        may have more than `MOST_FEATURES`.
+      width: factor on every number of features but the last layer's, above 0.
       lrn: False takes every normalisation out, True is `normalization="lrn"`.
       normalization: "lrn", "batch" or "none". A table that normalises keeps its
         places (and, for "lrn", its constants); one that does not gets the paper's
@@ -665,12 +659,6 @@ def customize(
             table, Dropout, lambda s: dataclasses.replace(s, rate=float(dropout))
         )
     _check_columns(table)
-    for row in table.layers:
-        if row.features > MOST_FEATURES:
-            raise ValueError(
-                f"{row.name} would have {row.features:,} features; a layer may have "
-                f"{MOST_FEATURES:,} (width={width}, num_classes={num_classes})."
-            )
     return table
 
 
@@ -687,7 +675,7 @@ def get(name: str) -> Variant:
     """The table of that name; ValueError with the names there are."""
     if name not in VARIANTS:
         raise ValueError(
-            f"There is no variant {kinds.shown(name)}; the variants are {', '.join(VARIANTS)}."
+            f"There is no variant {name!r}; the variants are {', '.join(VARIANTS)}."
         )
     return VARIANTS[name]
 
@@ -697,23 +685,14 @@ def _names(layers: Iterable[str]) -> tuple[str, ...]:
 
 
 def _positive(what: str, value: int) -> int:
-    if (
-        isinstance(value, bool)
-        or not 1 <= value <= MOST_FEATURES
-        or value != int(value)
-    ):
-        raise ValueError(
-            f"{what}={kinds.shown(value)} must be a whole number of at least 1, at most "
-            f"{MOST_FEATURES:,}."
-        )
+    if isinstance(value, bool) or value < 1 or value != int(value):
+        raise ValueError(f"{what}={value!r} must be a whole number of at least 1.")
     return int(value)
 
 
 def _one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(
-            f"{what}={kinds.shown(value)} must be one of {', '.join(choices)}."
-        )
+        raise ValueError(f"{what}={value!r} must be one of {', '.join(choices)}.")
 
 
 def _map_layers(table: Variant, change: Callable[[Layer], Layer]) -> Variant:
@@ -733,11 +712,8 @@ def _map_stages(
 
 
 def _scaled(table: Variant, width: float) -> Variant:
-    if not 0 < width <= MOST_FEATURES:
-        raise ValueError(
-            f"width={kinds.shown(width)} must be above 0, at most {MOST_FEATURES:,}; 0.25 is a "
-            "quarter."
-        )
+    if not width > 0:
+        raise ValueError(f"width={width} must be above 0; 0.25 is a quarter.")
     columns = table.columns  # every column keeps the same number of features
 
     def scale(row: Layer) -> Layer:
@@ -788,7 +764,7 @@ def _normalized_only_in(table: Variant, names: tuple[str, ...]) -> Variant:
     for name in names:
         if name not in normalized:
             raise ValueError(
-                f"norm_layers={kinds.shown(list(names))}: {kinds.shown(name)} of variant {table.name!r} is "
+                f"norm_layers={list(names)}: {name!r} of variant {table.name!r} is "
                 f"not normalised; these are: {', '.join(normalized) or 'none'}."
             )
 
@@ -832,7 +808,7 @@ def _without(table: Variant, names: tuple[str, ...]) -> Variant:
     for name in names:
         if name not in can_go:
             raise ValueError(
-                f"skip={kinds.shown(list(names))}: {kinds.shown(name)} cannot be left out of variant "
+                f"skip={list(names)}: {name!r} cannot be left out of variant "
                 f"{table.name!r}; these can: {', '.join(can_go)}."
             )
     rows: list[Layer] = []

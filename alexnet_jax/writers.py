@@ -23,15 +23,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, Self, TextIO
 
 import numpy as np
-from absl import logging
 
-from alexnet_jax import kinds
-from alexnet_jax.data.files import (
-    parse_json,
-    read_lines,
-    replacing,
-    telling_of_a_full_disk,
-)
+from alexnet_jax.data.files import replacing, telling_of_a_full_disk
 from alexnet_jax.data.paths import free_name
 
 METRICS_FILE = "metrics.jsonl"
@@ -176,11 +169,9 @@ class JsonlWriter:
         """Nothing: the file is closed after each line."""
 
     def _drop_after(self, resume_step: int) -> None:
-        lines = filter(str.strip, read_lines(self._path))
+        lines = self._path.read_text(encoding="utf-8").splitlines()
         records = [(line, parse_record(line)) for line in lines]
         kept = [line for line, r in records if r and r["step"] <= resume_step]
-        if unreadable := sum(record is None for _, record in records):
-            logging.warning("%s: %d torn line(s) dropped.", self._path, unreadable)
         with replacing(self._path) as file:  # never half a file
             file.writelines(f"{line}\n".encode() for line in kept)
 
@@ -193,15 +184,14 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
       ValueError: for a line before the last that is not a record.
     """
-    lines = read_lines(path)
+    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
         record = parse_record(line)
-        if record is None:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number} is not a record: {line[:80]!r}")
-        records.append({k: math.nan if v is None else v for k, v in record.items()})
+        if record is not None:
+            records.append({k: math.nan if v is None else v for k, v in record.items()})
+        elif number < len(lines):
+            raise ValueError(f"{path}, line {number} is not a record: {line!r}")
     return records
 
 
@@ -479,31 +469,9 @@ def _number(value: Any) -> int | float:
     return number if isinstance(number, int) else float(number)
 
 
-# What is read of an evaluation wherever its loss is, and of one over several views.
-_WITH_LOSS = {
-    "eval/loss": ("eval/top1_error", "eval/top5_error", "eval/count"),
-    "eval/views_loss": ("eval/views_top1_error", "eval/views_top5_error"),
-}
-
-
 def parse_record(line: str) -> dict[str, Any] | None:
-    """A record, or None for a line that is not one."""
-    record: Any = None
-    with contextlib.suppress(ValueError):
-        record = parse_json(line)
-    if not isinstance(record, dict) or not {"step", "epoch"} <= record.keys():
+    """A record, or None for a line that was torn by a kill."""
+    try:
+        return json.loads(line)
+    except ValueError:
         return None
-    step, epoch = record["step"], record["epoch"]
-    whole = kinds.WHOLE.holds(step) and 0 <= step < 2**63
-    whole = whole and all(v is None or _is_float(v) for v in record.values())
-    whole = whole and epoch is not None and math.isfinite(epoch)
-    for loss, names in _WITH_LOSS.items():
-        whole = whole and (loss not in record or all(name in record for name in names))
-    return record if whole else None
-
-
-def _is_float(value: Any) -> bool:
-    """Whether it is a number that a float can be, NaN and infinity among them."""
-    if isinstance(value, float):
-        return True
-    return kinds.WHOLE.holds(value) and abs(value) <= sys.float_info.max

@@ -20,7 +20,6 @@ import contextlib
 import csv
 import dataclasses
 import datetime
-import fcntl
 import json
 import os
 import re
@@ -30,7 +29,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,9 +37,9 @@ from typing import Any, TextIO
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # configs/ and, where it is not installed, alexnet_jax
 
-from alexnet_jax import kinds, records, stopping, sweeps
-from alexnet_jax.config_files import shortened
-from alexnet_jax.data.files import parse_json, read_lines, read_small, replacing
+from alexnet_jax import records, stopping, sweeps
+from alexnet_jax.data import locks
+from alexnet_jax.data.files import replacing
 from alexnet_jax.data.paths import path_argument, require_writable
 from alexnet_jax.experiment import CHECKPOINTS, CONFIG_FILE, DIVERGED, ConfigError
 from alexnet_jax.sweeps import Line, Measurement, Plan, Run, SweepError
@@ -54,11 +53,6 @@ SQUEUE_SECONDS = 30
 LOCK, RUNS = ".lock", "runs"
 STATUS, LOG, SUBMITTED = "status.json", "log.txt", "sbatch.txt"
 ENDED = "finished", "diverged", "broken"
-STATUS_KINDS = {
-    "state": kinds.Kind(f"one of {', '.join(ENDED)}", lambda value: value in ENDED),
-    "error": kinds.TEXT,
-    "beaten": kinds.SWITCH,
-}
 
 
 @dataclass
@@ -140,8 +134,8 @@ def _sweep(options: argparse.Namespace) -> int:
         launcher.show_commands()
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    with _alone(out) as lock:
-        interrupted = launcher.work(lock)
+    with locks.held(out / LOCK, wait=False):
+        interrupted = launcher.work()
         write_summary(plan, launcher, out)
     broken = [job for job in launcher.jobs.values() if job.state == "broken"]
     for job in broken:
@@ -155,10 +149,6 @@ def make_plan(options: argparse.Namespace) -> Plan:
     seeds = sweep.seeds
     if options.seeds is not None:
         seeds = _seeds(options.seeds)
-    try:
-        shlex.split(options.slurm or "")
-    except ValueError as error:
-        raise SweepError(f"--slurm={options.slurm}: {error}.") from error
     if options.jobs < 1:
         raise SweepError(f"--jobs={options.jobs} must be at least 1.")
     settings = {}
@@ -172,44 +162,12 @@ def make_plan(options: argparse.Namespace) -> Plan:
 
 def _seeds(text: str) -> tuple[int, ...]:
     """Such as "0,1,2"."""
-    words, shown = text.split(","), shortened(text)
-    if not all(re.fullmatch("[0-9]+", word) for word in words):
-        raise SweepError(f"--seeds={shown} must be numbers, such as 0,1,2.")
-    # Python does not read a number of thousands of digits.
-    short = [word.lstrip("0") for word in words]
-    if any(len(word) > 10 or int(word or "0") >= 2**32 for word in short):
-        raise SweepError(f"--seeds={shown}: they must be below 2**32.")
-    if len(set(short)) < len(words):
-        raise SweepError(f"--seeds={shown} must be different numbers, such as 0,1,2.")
-    return tuple(int(word or "0") for word in short)
-
-
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[TextIO]:
-    """A lock that this process, and every run it has started, holds on a sweep."""
-    # Not followed: what a link names is not to be emptied.
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    with open(os.open(out / LOCK, flags, 0o666), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SweepError(
-                f"{out}: another sweep, or a run that one has left behind, is at work "
-                "there. Wait for it, end it, or take another --out."
-            ) from error
-        except OSError:
-            pass  # a file system without locks
-        yield lock
-
-
-def _read_status(path: Path) -> dict[str, Any]:
-    """What a run came to; ValueError if the file says something else."""
-    status = parse_json(read_small(path))
-    if not isinstance(status, dict) or "state" not in status:
-        raise ValueError("it has no state")
-    for name, problem in kinds.problems(status, STATUS_KINDS).items():
-        raise ValueError(f"{name}={problem}")
-    return status
+    try:
+        seeds = tuple(map(int, text.split(",")))
+    except ValueError as error:
+        raise SweepError(f"--seeds={text} must be numbers, such as 0,1,2.") from error
+    sweeps.check_seeds(seeds, f"--seeds={text}")
+    return seeds
 
 
 class Launcher:
@@ -252,7 +210,7 @@ class Launcher:
             )
         if finished:
             try:
-                status = _read_status(job.folder / STATUS)
+                status = json.loads((job.folder / STATUS).read_text())
             except ValueError as error:
                 raise SweepError(
                     f"{job.folder / STATUS} is damaged ({error}); remove it, and the "
@@ -289,7 +247,7 @@ class Launcher:
             seeds = ", ".join(map(str, self.plan.seeds[1:]))
             print(f"# and of {names} the best candidate with seeds {seeds}")
 
-    def work(self, lock: TextIO) -> bool:
+    def work(self) -> bool:
         """Until all runs have ended, or a signal; returns whether it was one."""
         asked: list[int] = []
         before = {
@@ -299,7 +257,7 @@ class Launcher:
         told = 0
         try:
             while True:
-                self._advance(lock, start=not asked)
+                self._advance(start=not asked)
                 self.view.show(list(self.jobs.values()))
                 running = [j for j in self.jobs.values() if j.state == "running"]
                 waiting = [j for j in self.jobs.values() if j.state == "waiting"]
@@ -313,7 +271,7 @@ class Launcher:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _advance(self, lock: TextIO, *, start: bool) -> None:
+    def _advance(self, *, start: bool) -> None:
         """Takes in what has ended and starts what there is room for."""
         for job in self.jobs.values():
             if job.process is not None and job.state == "running":
@@ -326,7 +284,7 @@ class Launcher:
         running = sum(job.state == "running" for job in self.jobs.values())
         waiting = [job for job in self.jobs.values() if job.state == "waiting"]
         for job in waiting[: max(0, self.at_a_time - running)] if start else ():
-            self._start(job, lock)
+            self._start(job)
 
     def _command(self, job: Job) -> list[str]:
         flags = [f"--workdir={job.folder.absolute()}", *job.run.flags()]
@@ -341,7 +299,7 @@ class Launcher:
             *flags,
         ]
 
-    def _start(self, job: Job, lock: TextIO) -> None:
+    def _start(self, job: Job) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
         log = job.folder / LOG
         job.offset = log.stat().st_size if log.exists() else 0
@@ -365,7 +323,6 @@ class Launcher:
                     stderr=subprocess.STDOUT,
                     # A Ctrl-C at the terminal comes here only, and is handed on once.
                     start_new_session=True,
-                    pass_fds=[lock.fileno()],
                 )
             except FileNotFoundError as error:
                 raise SweepError(
@@ -424,7 +381,7 @@ class Launcher:
 
 def _job_id(job: Job) -> str:
     """What sbatch --parsable has printed: the number of the job; "" so far."""
-    words = " ".join(read_lines(job.folder / SUBMITTED)).split()
+    words = (job.folder / SUBMITTED).read_text().split()
     number = words[0].partition(";")[0] if words else ""
     return number if re.fullmatch("[0-9]+", number) else ""
 
@@ -433,15 +390,9 @@ def _is_queued(job: Job) -> bool:
     if not _job_id(job) or not shutil.which("squeue"):
         return False
     command = ["squeue", "--noheader", f"--jobs={_job_id(job)}"]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=SQUEUE_SECONDS
-        )
-    except subprocess.TimeoutExpired as error:
-        raise SweepError(
-            f"squeue has not answered within {SQUEUE_SECONDS} seconds, and {job.folder} "
-            f"may be at work as SLURM job {_job_id(job)}. Try again later."
-        ) from error
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=SQUEUE_SECONDS
+    )
     return bool(done.stdout.strip())
 
 

@@ -36,7 +36,6 @@ if not OPTIMIZED:
 
 import jax
 import pytest
-from hypothesis import HealthCheck, settings
 
 # Asked for before jax starts; afterwards it has no effect.
 jax.config.update("jax_platforms", "cpu")
@@ -46,13 +45,6 @@ jax.config.update("jax_num_cpu_devices", 8)
 # and exchanged, is the same. `make test-all` runs them as users do.
 if not OPTIMIZED:
     jax.config.update("jax_disable_most_optimizations", True)
-
-# Inputs that hypothesis makes: a few, always the same ones; or, by
-# --hypothesis-profile=long, as many as each test says.
-_always = {"deadline": None, "database": None, "suppress_health_check": [*HealthCheck]}
-settings.register_profile("short", derandomize=True, max_examples=20, **_always)
-settings.register_profile("long", max_examples=2000, **_always)
-settings.load_profile("short")
 
 
 def pytest_collection_finish():

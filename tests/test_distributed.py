@@ -3,7 +3,6 @@
 The processes are real, on this machine, connected by gloo.
 """
 
-import json
 import os
 import re
 import shutil
@@ -11,7 +10,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -408,86 +406,40 @@ def test_shares_of_a_nodes_gpus():
 def three_gpus(tmp_path, monkeypatch):
     """A stand-in for nvidia-smi that knows of three GPUs."""
     program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\nprintf 'GPU-aa\\nGPU-bb\\nGPU-cc\\n'\n")
+    program.write_text("#!/bin/sh\nprintf 'GPU 0\\nGPU 1\\nGPU 2\\n'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
 
-def test_visible_gpus_are_cudas(three_gpus, monkeypatch):
-    def see(text):
-        return distributed.visible_gpus({"CUDA_VISIBLE_DEVICES": text})
-
-    assert distributed.visible_gpus({}) == ["GPU-aa", "GPU-bb", "GPU-cc"]
-    assert see("2,0") == ["GPU-cc", "GPU-aa"]
-    assert see("GPU-b") == ["GPU-bb"]
-    assert see("1,7,0") == ["GPU-bb"]  # CUDA stops at what is not there
-    assert see("") == []
-    assert see("MIG-1") == ["MIG-1"]
-    monkeypatch.setenv("PATH", "")
-    assert distributed.visible_gpus({}) is None
-
-
-class Stored:
-    """The part of jax's client that is used, with what the others have stored."""
-
-    def __init__(self, others):
-        self.values = {
-            f"alexnet_jax/gpus/{i}": json.dumps(g) for i, g in others.items()
-        }
-
-    def key_value_set(self, key, value):
-        self.values[key] = value
-
-    def wait_at_barrier(self, name, milliseconds):
-        pass
-
-    def key_value_dir_get(self, prefix):
-        return list(self.values.items())
-
-
-def settle(monkeypatch, others, *, this, asked=None, tasks=(), visible=None):
-    """What `_settle_gpus` makes of the others' GPUs: the jax setting afterwards."""
-    client = Stored(others)
-    state = SimpleNamespace(client=client, process_id=this)
-    monkeypatch.setattr(distributed.jax_distributed, "global_state", state)
+@pytest.mark.parametrize(
+    "tasks, local_id, visible, chosen",
+    [
+        ("3(x2)", "2", None, "2"),
+        # Bound to one GPU by SLURM, jax would look for the third of one.
+        ("3(x2)", "2", "1", "all"),
+        # jax would take the first of three.
+        ("1(x2)", "0", None, "all"),
+    ],
+)
+def test_under_slurm_each_process_takes_its_share(
+    tasks, local_id, visible, chosen, three_gpus, monkeypatch
+):
+    environment = {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": "1"}
+    use(monkeypatch, {**environment, "SLURM_LOCALID": local_id})
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     settings = {}
     monkeypatch.setattr(distributed.jax.config, "update", settings.__setitem__)
-    if visible is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    else:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    use(monkeypatch, dict(tasks))
-    distributed._settle_gpus(asked)
-    return settings.get("jax_cuda_visible_devices"), client.values
+    distributed._take_share_of_gpus()
+    assert settings == {"jax_cuda_visible_devices": chosen}
 
 
-def test_two_processes_on_one_gpu_are_named(three_gpus, monkeypatch):
-    words = "processes 0 and 1 are both on GPU-bb. Give each its own"
-    with pytest.raises(DistributedError, match=words):
-        settle(monkeypatch, {0: ["GPU-aa", "GPU-bb"]}, this=1, asked=[1])
-    _, stored = settle(monkeypatch, {0: ["GPU-aa"]}, this=1, asked=[1])
-    assert json.loads(stored["alexnet_jax/gpus/1"]) == ["GPU-bb"]
-    # Without nvidia-smi nothing is known, and nothing said.
+def test_without_nvidia_smi_the_choice_is_jaxs(monkeypatch):
+    use(monkeypatch, SRUN)
     monkeypatch.setenv("PATH", "")
-    assert settle(monkeypatch, {0: ["GPU-aa"]}, this=1) == (None, {
-        "alexnet_jax/gpus/0": '["GPU-aa"]'
-    })  # fmt: skip
-
-
-def test_under_slurm_each_process_takes_its_share(three_gpus, monkeypatch):
-    tasks = {
-        "SLURM_STEP_TASKS_PER_NODE": "3(x2)",
-        "SLURM_NODEID": "1",
-        "SLURM_LOCALID": "2",
-    }
-    chosen, stored = settle(monkeypatch, {}, this=5, tasks=tasks)
-    assert chosen == "2"
-    assert json.loads(stored["alexnet_jax/gpus/5"]) == ["GPU-cc"]
-    # Bound to one GPU by SLURM, jax would look for the third of one.
-    chosen, stored = settle(monkeypatch, {}, this=5, tasks=tasks, visible="1")
-    assert chosen == "all"
-    assert json.loads(stored["alexnet_jax/gpus/5"]) == ["GPU-bb"]
-    alone = {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": "1"}
-    chosen, stored = settle(monkeypatch, {}, this=1, tasks=alone)
-    assert chosen == "all"
-    assert len(json.loads(stored["alexnet_jax/gpus/1"])) == 3
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    settings = {}
+    monkeypatch.setattr(distributed.jax.config, "update", settings.__setitem__)
+    distributed._take_share_of_gpus()
+    assert settings == {}

@@ -110,7 +110,7 @@ def test_labels_without_names_are_numbered(workdir, pictures, tmp_path, capsys):
     assert sorted(words) == ["blue", "class 2", "green"]
     classes.write_text("[")
     assert predict.main([f"--workdir={copy}", pictures[0]]) == 1
-    assert "classes.json is damaged" in capsys.readouterr().err
+    assert f"{classes} is damaged" in capsys.readouterr().err
 
 
 def test_a_file_of_weights_says_the_same_as_its_run(

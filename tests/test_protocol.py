@@ -208,9 +208,8 @@ def test_a_stored_config_of_another_version(runs, tmp_path):
     config.model.overrides.norm_layers = ("conv1",)
     assert found.to_dict() == config.to_dict()
     assert found.is_locked
-    stored["model"]["overrides"]["lrn"] = "no"
-    path.write_text(json.dumps(stored))
-    with pytest.raises(ConfigError, match="config.json is damaged: TypeError"):
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="config.json is damaged"):
         config_files.load_config(str(path))
     with pytest.raises(ConfigError, match="there is no such file"):
         config_files.load_config(str(tmp_path / "none" / "config.json"))

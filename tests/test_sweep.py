@@ -1,7 +1,6 @@
 """Sweeps: the shipped ones fit their configs, the arithmetic, and the launcher."""
 
 import csv
-import dataclasses
 import json
 import os
 import re
@@ -145,6 +144,11 @@ def test_a_sweep_that_makes_no_sense_is_refused():
         make_sweep(Row("a"), Row("a"))
     with pytest.raises(SweepError, match="must be one field and its candidates"):
         make_sweep(Row("a", search={"seed": ()}))
+    for seeds in ((), (1, 1), (2**32,)):
+        with pytest.raises(SweepError, match="must be different numbers from 0 to"):
+            make_sweep(Row("a"), seeds=seeds)
+    with pytest.raises(SweepError, match="'sum' must be one of difference, ratio"):
+        make_sweep(Row("a"), compare="sum")
 
 
 # Metrics, search and summary, by hand.
@@ -239,13 +243,9 @@ def test_a_row_can_have_a_baseline_of_its_own():
             (Row("a", search={"data.source": ("folder:x/y", "folder:x_y")}),),
             "row 'a': two candidates share a folder",
         ),
-        ((Row("%"),), "row '%': a name needs letters"),
-        ((Row(".."),), "row '..': a name needs letters"),
         ((Row("a", baseline="b"),), "baseline='b' must be a row: a"),
         ((Row("a", {"model.variant": "papr"}),), "row 'a': .*no variant 'papr'"),
         ((Row("a", {"eval_views": 7}),), "row 'a': .*eval_views=7 must be one of"),
-        ((Row("a", config="configs/quickstart.py:3"),), "could not be read .TypeError"),
-        ((Row("a", {"data.dir": "a\0b"}),), "row 'a': .*must be text without NUL"),
         (
             (Row("a", {"data.eval_split": ""}),),
             "compares eval/top1_error, and data.eval",
@@ -362,9 +362,7 @@ def test_a_command_is_told_without_paths():
         ([CIFAR], "must define get_sweep"),
         (["configs/sweeps/lrn.py", "--seeds=0,x"], "--seeds=0,x must be numbers"),
         (["configs/sweeps/lrn.py", "--seeds=1,1"], "--seeds=1,1 must be different"),
-        (["configs/sweeps/lrn.py", f"--seeds={'9' * 5000}"], "must be below 2..32"),
-        (["configs/sweeps/lrn.py", "--seeds=99999999999999999999"], "must be below 2..32"),
-        (["configs/sweeps/lrn.py", "--seeds=1,01"], "--seeds=1,01 must be different"),
+        (["configs/sweeps/lrn.py", "--seeds=20260131123"], "numbers from 0 to 4294967295"),
         (["configs/sweeps/lrn.py", "--jobs=0"], "--jobs=0 must be at least 1"),
         (["configs/sweeps/lrn.py", "--set", "num_epochs"], "must be FIELD=VALUE"),
         (["configs/sweeps/lrn.py", "--set", "num_epoch=2"], "--set num_epoch: .*no such"),
@@ -398,10 +396,7 @@ def _status(text):
             lambda out: out.write_text("mine"),
             "/out is a file, where a folder has to be",
         ),
-        (_status("[]"), r"status.json is damaged \(it has no state\); remove it"),
-        (_status('{"state": 5}'), "state=5 must be one of finished, diverged, broken"),
-        (_status("[" * 10**5), "status.json is damaged"),
-        (_status('{"state": "finished", "error": 7}'), "error=7 must be text"),
+        (_status("["), r"status.json is damaged .*; remove it"),
     ],
 )
 def test_what_is_in_the_way_of_a_sweep_is_told(
@@ -430,106 +425,6 @@ def test_a_finished_run_without_its_records_is_broken(records, words, tmp_path):
     assert launched.jobs[name].state == "broken"
     assert words in launched.jobs[name].error
     assert launched.results[name] is None
-
-
-def test_a_lock_that_is_a_link_is_not_emptied(tmp_path, capsys):
-    (tmp_path / "precious").write_text("precious")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".lock").symlink_to(tmp_path / "precious")
-    with (
-        pytest.raises(OSError, match="symbolic links"),
-        launcher._alone(tmp_path / "out"),
-    ):
-        pass
-    assert (tmp_path / "precious").read_text() == "precious"
-
-
-def test_a_sweep_file_that_ends_the_command_is_named(tmp_path):
-    (tmp_path / "mine.py").write_text("import sys\nsys.exit(0)\n")
-    with pytest.raises(SweepError, match="mine.py could not be read .SystemExit: 0"):
-        sweeps.load(tmp_path / "mine.py")
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("raise SystemExit(3)", r"\(SystemExit: 3; .*own.py, line 3\)"),
-        (
-            "return None",
-            r"get_config\(\) must return a ConfigDict; it returns NoneType",
-        ),
-        ("return config.widht", r"\(AttributeError: .*own.py, line 3\)"),
-        ("config.data.me = config; return config", "do fields hold themselves"),
-    ],
-)
-def test_a_config_of_a_sweep_that_cannot_be_read_is_named(
-    text, words, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.chdir(ROOT)
-    own, mine = tmp_path / "own.py", tmp_path / "mine.py"
-    own.write_text(
-        f"from configs import tiny\nconfig = tiny.get_config()\ndef get_config(): {text}\n"
-    )
-    mine.write_text(
-        f"from alexnet_jax.sweeps import Row, Sweep\ndef get_sweep():\n"
-        f"    return Sweep('', {str(own)!r}, (Row('a'),), 'a', '')\n"
-    )
-    assert launcher.main([str(mine), f"--out={tmp_path / 'out'}", "--dry_run"]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and str(own) in said
-    assert re.search(words, said)
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"seeds": ()}, r"seeds=\(\) must be different numbers from 0"),
-        ({"seeds": 5}, "seeds=5 must be different numbers"),
-        ({"seeds": (1, 1)}, r"seeds=\(1, 1\) must be different numbers"),
-        ({"seeds": (2**32,)}, "must be different numbers from 0 to 4294967295"),
-        ({"overrides": [1]}, r"overrides=\[1\] must be values by field"),
-        ({"overrides": {5: 1}}, "overrides={5: 1} must be values by field"),
-        ({"rows": 5}, "rows=5 must be sweeps.Rows in a tuple"),
-        ({"rows": ()}, "must be sweeps.Rows"),
-        ({"metric": "error"}, "metric='error' must be a sweeps.FinalError"),
-        ({"compare": "sum"}, "compare='sum' must be difference or ratio"),
-    ],
-)
-def test_fields_of_a_sweep_of_another_kind_are_named(fields, words):
-    with pytest.raises(SweepError, match=words):
-        dataclasses.replace(make_sweep(Row("a")), **fields)
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"name": 5}, "row 5: name=5 must be text"),
-        ({"overrides": {5: 1}}, "row 'a': overrides={5: 1} must be values by field"),
-        ({"paper": 40.7}, "paper=40.7 must be a sweeps.Paper"),
-        ({"search": {"seed": 3}}, "search={'seed': 3} must be one field and its"),
-        ({"search": {"seed": ()}}, "must be one field and its candidates"),
-        ({"search": 3}, "search=3 must be one field"),
-    ],
-)
-def test_fields_of_a_row_of_another_kind_are_named(fields, words):
-    with pytest.raises(SweepError, match=words):
-        Row(**{"name": "a", **fields})
-
-
-def test_a_ctrl_c_while_a_sweep_file_is_read_is_none_of_its_own(tmp_path, capfd):
-    path = tmp_path / "mine.py"
-    path.write_text("import os\nos.kill(os.getpid(), 2)\nimport time\ntime.sleep(60)\n")
-    assert launcher.main([str(path), f"--out={tmp_path / 'out'}"]) == 130
-    assert "could not be read" not in capfd.readouterr().err
-
-
-def test_what_sbatch_has_printed_may_be_any_bytes(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    folder = tmp_path / "runs" / "no_LRN" / "seed_0"
-    folder.mkdir(parents=True)
-    (folder / "sbatch.txt").write_bytes(b"\xff\xfe 12")
-    arguments = ["configs/sweeps/lrn.py", f"--out={tmp_path}", "--dry_run"]
-    assert launcher.main(arguments) == 0
 
 
 def test_a_dry_run_shows_the_commands_and_makes_nothing(tmp_path, capsys, monkeypatch):
@@ -646,7 +541,7 @@ def test_a_sweep_is_interrupted_goes_on_and_skips_what_is_finished(command, tmp_
     wait_for(whole.exists)
     again = run([*command, "max_steps=150"])  # while the other's runs are starting
     assert again.returncode == 1
-    assert "is at work there" in again.stderr
+    assert "is held by process" in again.stderr
     metrics = whole / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.stat().st_size)
     process.send_signal(signal.SIGTERM)

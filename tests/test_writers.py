@@ -124,14 +124,6 @@ def test_a_torn_last_line(tmp_path, torn):
     assert [r["step"] for r in read_metrics(path)] == [100, 200, 300]
 
 
-def test_a_line_torn_inside_a_character(tmp_path):
-    path = tmp_path / METRICS_FILE
-    _write_steps(path, [100])
-    with open(path, "ab") as file:
-        file.write('{"step": 200, "µ'.encode()[:-1])
-    assert [r["step"] for r in read_metrics(path)] == [100]
-
-
 def test_a_bad_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / METRICS_FILE
     _write_steps(path, [100])
@@ -146,20 +138,6 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path):
 EVALUATION = {"eval/loss": 1.0, "eval/top1_error": 0.5, "eval/top5_error": 0.1}
 EVALUATION |= {"eval/count": 8, "eval/views_loss": 0.9, "eval/views_top1_error": 0.4}
 EVALUATION |= {"eval/views_top5_error": 0.1}
-
-
-@pytest.mark.parametrize("lost", ["epoch", *EVALUATION])
-def test_a_record_without_all_that_belongs_to_it_is_none(lost, tmp_path):
-    """Of a loss nothing is missing where its errors are asked for."""
-    path = tmp_path / METRICS_FILE
-    record = {"step": 1, "epoch": 0.5} | EVALUATION
-    del record[lost]
-    path.write_text(f'{json.dumps(record)}\n{{"step": 2, "epoch": 1.0}}\n')
-    if lost.endswith("loss"):
-        assert len(read_metrics(path)) == 2
-    else:
-        with pytest.raises(ValueError, match="line 1 is not a record"):
-            read_metrics(path)
 
 
 def test_resume_is_atomic(tmp_path, monkeypatch):

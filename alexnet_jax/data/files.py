@@ -2,14 +2,13 @@
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import socket
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -121,25 +120,3 @@ def read_npz(
         raise error(f"{path}: there is no such file.") from problem
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as problem:
         raise error(f"{path} is no .npz that can be read: {problem}") from problem
-
-
-def read_small(path: str | os.PathLike[str]) -> bytes:
-    """The whole of a file."""
-    return Path(path).read_bytes()
-
-
-def read_lines(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a text; what in it is no UTF-8 is replaced."""
-    return Path(path).read_bytes().decode("utf-8", "replace").splitlines()
-
-
-def parse_json(text: str | bytes) -> Any:
-    """JSON as Python values.
-
-    Raises:
-      ValueError: for anything else, text nested too deeply and numbers too long too.
-    """
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
