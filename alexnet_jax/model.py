@@ -37,9 +37,6 @@ from alexnet_jax.variants import (
 
 INITS = ("paper", "caffe", "he")
 DTYPES = ("float32", "bfloat16", "float64")
-# Side of the largest pictures that a setting may ask for, in pixels: a mean image of
-# them takes 200 MB.
-LARGEST_PICTURE = 4096
 # Of ImageNet's pixels about their mean, on the scale 0..255: the root of a third of
 # the sum of the three principal variances (augment.IMAGENET_PCA_STD_255).
 PIXEL_STD_255 = 74.4

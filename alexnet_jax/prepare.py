@@ -105,19 +105,7 @@ def _imagenet() -> int:
 
 
 def _open(name: str, split: str) -> sources.Source:
-    """A split of a data set, its pictures of --image_size.
-
-    Raises:
-      ValueError: if no config could have such a `data.image_size`; DataError: as
-        `open_source`.
-    """
-    from alexnet_jax.model import LARGEST_PICTURE  # the workers of imagenet need no JAX
-
-    if FLAGS.image_size > LARGEST_PICTURE:
-        raise ValueError(
-            f"--image_size={FLAGS.image_size} must be at most {LARGEST_PICTURE} pixels, "
-            "as data.image_size of a config"
-        )
+    """A split of a data set, its pictures of --image_size."""
     return sources.open_source(
         name, split, data_dir=FLAGS.data_dir, image_size=FLAGS.image_size
     )

@@ -1007,12 +1007,6 @@ def test_prepare_statistics_command(folder, capsys):
         (["statistics", "--sorce=x"], "Unknown command line flag 'sorce'"),
         (["statistics", "--source=folder:/no/such"], "/no/such does not exist"),
         (["statistics", "--source=fake"], "no place"),
-        (["statistics", "--source=fake", "--image_size=4097"], "=4097 must be at most"),
-        (
-            ["check", "--source=fake", f"--image_size={10**11}"],
-            "must be at most 4096 p",
-        ),
-        (["check", "--source=fake", f"--image_size={10**6}"], "must be at most 4096 p"),
     ],
 )
 def test_prepare_errors_are_one_line(arguments, message, capsys):
