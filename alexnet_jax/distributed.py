@@ -151,11 +151,11 @@ _VARIABLES = {
 def find_launcher(environ: Mapping[str, str]) -> tuple[str | None, int]:
     """Return jax's name for what started this process, and the number of its tasks.
 
-    (None, 1) if neither Open MPI's mpirun nor SLURM's srun did.
+    (None, 1) if neither Open MPI's mpirun nor SLURM's srun did, or only as one task of
+    which some variables are missing.
 
     Raises:
-      DistributedError: if some of its variables are missing, unless there is one task,
-        which needs no others.
+      DistributedError: if some variables of several tasks are missing.
     """
     for name, variables in _VARIABLES.items():
         there = {v: environ[v] for v in variables.split() if environ.get(v)}
@@ -163,7 +163,9 @@ def find_launcher(environ: Mapping[str, str]) -> tuple[str | None, int]:
         if any(v.startswith(("OMPI_", "SLURM_STEP_")) for v in there):
             tasks = there.get(variables.split()[0], "0")
             missing = [v for v in variables.split() if v not in there]
-            if missing and tasks != "1":
+            if missing and tasks == "1":
+                return None, 1
+            if missing:
                 raise DistributedError(
                     "the environment of srun or mpirun is half set: it has "
                     f"{', '.join(there)}, but not {', '.join(missing)}. Add "

@@ -286,6 +286,11 @@ def worst_confusions(predictions: Predictions, most: int = 10) -> list[Confusion
     )
     sizes = np.bincount(labels)
     order = np.argsort(-counts, kind="stable")[:most]
+    # A network may have more units than the data has classes.
+    names = (
+        *names,
+        *(f"class {k}" for k in range(len(names), predictions.best.shape[1])),
+    )
     return [
         Confusion(names[a], names[b], int(n), float(n / sizes[a]))
         for (a, b), n in zip(pairs.T[order], counts[order], strict=True)

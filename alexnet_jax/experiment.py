@@ -296,11 +296,16 @@ def _with_stage(*kinds: type) -> Callable[[Config, variants.Variant], bool]:
 
 
 # Fields are not here if they only say what is so anyway: `optim.decay_bias=False` where
-# nothing decays, `checkpoint.every_steps=0`. Nor is what --mode=eval reads: `eval_views`.
+# nothing decays, `checkpoint.every_steps=0`. `eval_views` needs no evaluation split here,
+# as --mode=eval reads it.
 # fmt: off
 _NEEDS = (
     _Need("eval_every_epochs", (1.0, 0.0), ("data.eval_split",),
           lambda c, _: c.data.eval_split, "a split"),
+    _Need("eval_every_epochs", (1.0, 0.0), ("num_epochs",),
+          lambda c, _: c.eval_every_epochs <= c.num_epochs, "a longer run"),
+    _Need("eval_views", (1,), ("data.image_size", "data.crop_size"),
+          lambda c, _: c.data.image_size > c.data.crop_size, "larger pictures"),
     _Need("finetune.new_layers", ((),), ("finetune.source",),
           lambda c, _: c.finetune.source, "weights to start from"),
     _Need("data.dir", ("",), ("data.source",),
@@ -314,6 +319,13 @@ _NEEDS = (
           lambda c, _: c.augment.lighting, "more than 0"),
     _Need("augment.lighting_until_epoch", (-1.0,), ("num_epochs",),
           lambda c, _: c.augment.lighting_until_epoch < c.num_epochs, "a longer run"),
+    _Need("optim.weight_decay", (5e-4,), ("model.variant", "optim.layer_weight_decay"),
+          lambda c, n: not c.optim.layer_weight_decay
+          or len(n.layer_weight_decay) < len(n.layers),
+          "layers without a weight decay of their own"),
+    _Need("optim.constant_bias_lr", (False,), ("schedule.name",),
+          lambda c, _: c.schedule.name != "constant" or c.schedule.layer_factors,
+          "another schedule"),
     _Need("optim.form", ("paper",), ("optim.momentum",),
           lambda c, _: c.optim.momentum, "more than 0"),
     _Need("schedule.factor", (0.1,), ("schedule.name",),
@@ -515,7 +527,7 @@ def build(
         mode=mode,
         train_source=train,
         eval_source=evaluation,
-        statistics=statistics or _find_statistics(train, config.data.workers, log),
+        statistics=statistics or _find_statistics(config, train, log),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
     )
@@ -672,14 +684,14 @@ def make_optimizer(
 
 
 def _find_statistics(
-    source: Source, workers: int, log: Callable[[str], object]
+    config: Config, source: Source, log: Callable[[str], object]
 ) -> Statistics:
     """The stored statistics of the data, else those of a sample.
 
     Process 0 finds them for all: the same to the last bit, and read once.
     """
     if jax.process_count() == 1:
-        return _find_own_statistics(source, workers, log)
+        return _find_own_statistics(config, source, log)
     side = source.image_size
     found: dict[str, Any] = {
         "mean_image": np.zeros((side, side, 3), np.float32),
@@ -689,7 +701,7 @@ def _find_statistics(
         "split_examples": np.int32(0),
     }
     if jax.process_index() == 0:
-        own = _find_own_statistics(source, workers, log)
+        own = _find_own_statistics(config, source, log)
         found = {k: np.asarray(getattr(own, k), v.dtype) for k, v in found.items()}
     shared = jax.device_get(multihost_utils.broadcast_one_to_all(found))
     count, split = (int(shared.pop(k)) for k in ("num_examples", "split_examples"))
@@ -698,20 +710,24 @@ def _find_statistics(
 
 
 def _find_own_statistics(
-    source: Source, workers: int, log: Callable[[str], object]
+    config: Config, source: Source, log: Callable[[str], object]
 ) -> Statistics:
     path, why = source.statistics_path, ""
+    # The mean image of trained weights is their own (`finetune.with_mean_of`).
+    what = "colour PCA" if config.finetune.source else "mean image"
     if path is not None and path.exists():
         stored = statistics_lib.load(path, source.image_size)
         if stored.split_examples == source.num_examples:
-            log(f"mean image: {path}, of {stored.extent}")
+            log(f"{what}: {path}, of {stored.extent}")
             return stored
         why = f", since {path} is of {stored.extent}"
     count, total = min(STATISTICS_SAMPLE, source.num_examples), source.num_examples
-    log(f"mean image: computing it from {count:,} of {total:,} images{why}")
+    log(f"{what}: computing it from {count:,} of {total:,} images{why}")
     if path is not None and (why or count < total):
         log("  (python -m alexnet_jax.prepare statistics stores that of all)")
-    return statistics_lib.compute(source, max_examples=count, workers=workers)
+    return statistics_lib.compute(
+        source, max_examples=count, workers=config.data.workers
+    )
 
 
 def pipeline(config: Config, *, start_step: int = 0) -> Iterator[dict[str, Any]]:

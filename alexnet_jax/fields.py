@@ -103,7 +103,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.accumulate_steps": _AT_LEAST_1,
     "optim.label_smoothing": (lambda v: 0 <= v < 1, "0 (none) to below 1"),
     "optim.trust_coefficient": (lambda v: v >= 0, "0 (off) or more"),
-    "schedule.factor": (lambda v: 0 < v <= 1, "above 0, at most 1"),
+    "schedule.factor": (lambda v: 0 < v < 1, "above 0, below 1"),
     "schedule.patience": _AT_LEAST_1,
     "schedule.max_drops": _AT_LEAST_0,
     "schedule.drop_epochs": (

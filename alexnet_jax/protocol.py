@@ -57,7 +57,7 @@ class Member:
 
     @property
     def is_predictions(self) -> bool:
-        return self.path.suffix == ".npz"
+        return self.path.suffix == ".npz" and not self.path.is_dir()
 
     @property
     def is_weights(self) -> bool:

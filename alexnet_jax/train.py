@@ -123,7 +123,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
             total_steps=experiment.total_steps,
             resume_step=int(state.step) if restored else None,
             enabled=jax.process_index() == 0,
-            show_top5=shows_top5(experiment.model.network.layers[-1].features),
+            show_top5=shows_top5(experiment.train_source.num_classes),
         ) as writers:
             for line in (*_describe(experiment), *differences, *origin):
                 writers.text(line)

@@ -308,7 +308,7 @@ def test_statistics_of_another_size_are_said(workdir):
     # Beside the data, under a name of their size.
     pictures = Pictures(statistics_path=path)
     with pytest.raises(DataError, match=re.escape(words)):
-        experiment._find_own_statistics(pictures, 1, print)
+        experiment._find_own_statistics(small_config(), pictures, print)
 
 
 def test_a_sweep_of_before_a_field_goes_on(workdir):

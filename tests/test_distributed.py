@@ -331,7 +331,7 @@ def test_one_process_is_not_connected(mode, environment, monkeypatch):
         (SRUN | MPIRUN, ("ompi", 4)),
         # A shell that `salloc -n 9` opens, and `srun -n 1` in it.
         ({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, ("slurm", 1)),
-        ({"SLURM_STEP_NUM_TASKS": "1"}, ("slurm", 1)),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, (None, 1)),
         # A batch script, outside of srun.
         ({name: value for name, value in SRUN.items() if "STEP" not in name}, (None, 1)),
         # A variable without a value is none.
@@ -362,6 +362,15 @@ def test_launcher_with_a_missing_variable_is_refused(whole, missing):
     words = f"half set: it has .*, but not {missing}. Add --distributed=off"
     with pytest.raises(DistributedError, match=words):
         distributed.find_launcher(environment)
+
+
+@pytest.mark.parametrize(
+    "environment", [{"SLURM_STEP_NUM_TASKS": "1"}, {"OMPI_COMM_WORLD_SIZE": "1"}]
+)
+def test_one_half_set_task_is_not_several_processes(environment, monkeypatch):
+    use(monkeypatch, environment)
+    with pytest.raises(DistributedError, match="several processes need"):
+        distributed.start("on")
 
 
 def test_jax_reads_no_other_variables_of_launchers(monkeypatch):

@@ -72,6 +72,8 @@ def test_classes_and_confusions_by_hand():
         ("ant", "bee", 1, 0.5),
     ]
     assert len(evaluate.worst_confusions(predictions, most=1)) == 1
+    more_units = np.concatenate([0.1 * MISTAKEN, np.full((6, 1), 0.9)], axis=1)
+    assert evaluate.worst_confusions(make(more_units))[0][:3] == ("cat", "class 7", 3)
     right = make(MISTAKEN, ranked(*[(k,) for k in LABELS]))  # several views count
     assert evaluate.worst_confusions(right) == []
 

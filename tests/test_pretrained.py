@@ -549,6 +549,7 @@ def test_pth_and_safetensors_are_the_same(torch, torch_files, tmp_path):
         ("", "model."),
         ("", "module._orig_mod."),
         ("", "backbone.net."),
+        ("", "classifier."),  # self.classifier = alexnet()
         ("features.", "features.module."),  # pytorch/examples wraps only these
     ],
 )
@@ -569,6 +570,12 @@ def test_prefixes_and_counters_are_left_out(
         found = read_weights(tmp_path / name)
         assert found.settings == wanted.settings
         jax.tree.map(np.testing.assert_array_equal, found.variables, wanted.variables)
+
+
+def test_two_state_dicts_in_one_file_are_refused(torch, torch_files, tmp_path):
+    state = torch_files[0].state_dict()
+    torch.save({"state_dict": state, "model": state}, tmp_path / "x.pth")
+    refused(tmp_path / "x.pth", "under each of the keys state_dict, model.")
 
 
 def test_two_tensors_that_differ_in_their_prefix_are_refused(

@@ -100,6 +100,8 @@ def test_it_says_which_checkpoint_and_how_it_was_chosen(
     (tmp_path / "elsewhere").symlink_to(folder)
     assert tested(source=f"folder:{tmp_path / 'elsewhere'}") == (2, optimistic)
     assert tested("seed_0@best") == (2, optimistic)
+    shutil.copytree(root / "seed_0", root / "run.npz")
+    assert not Member(root / "run.npz").is_predictions  # a folder
     assert tested("seed_0@latest") == tested("seed_0@5") == (None, "")
     assert tested(eval_split="train") == (None, "")
     shutil.copytree(folder / "test", tmp_path / "test")

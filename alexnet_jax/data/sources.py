@@ -574,7 +574,7 @@ def place_of_split(source: str, split: str, data_dir: str) -> Any:
         with contextlib.suppress(OSError, DataError):  # it may not be there
             root = expanded(source.removeprefix("folder:"))
             return _split_folder(root, split).resolve()
-    return source, split, data_dir
+    return source, split, tfds_data_dir(data_dir).absolute()
 
 
 def _split_folder(root: Path, split: str) -> Path:

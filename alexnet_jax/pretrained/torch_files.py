@@ -36,10 +36,15 @@ def read_state(path: Path) -> dict[str, np.ndarray]:
         )
         raise weights_lib.not_of_format(path, ".pth", why) from error
     checkpoint = found if isinstance(found, dict) else {}
-    nested = [checkpoint[k] for k in _STATE_KEYS if isinstance(checkpoint.get(k), dict)]
+    keys = [key for key in _STATE_KEYS if isinstance(checkpoint.get(key), dict)]
+    if len(keys) > 1:
+        raise WeightsError(
+            f"{path} holds a dictionary under each of the keys {', '.join(keys)}. Write a "
+            "file with the state_dict alone: torch.save(model.state_dict(), PATH)."
+        )
     state = {
         name: value
-        for name, value in (nested[0] if nested else checkpoint).items()
+        for name, value in (checkpoint[keys[0]] if keys else checkpoint).items()
         if not weights_lib.is_counter(name)
     }
     others = [

@@ -52,7 +52,7 @@ def own_name(name: str) -> str:
     "model._orig_mod.features.module.0.weight" -> "features.0.weight".
     """
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    start = next((i for i, part in enumerate(parts) if part in PARTS), 0)
+    start = max((i for i, part in enumerate(parts) if part in PARTS), default=0)
     return ".".join(parts[start:])
 
 
