@@ -225,7 +225,6 @@ def test_on_a_full_disk_all_processes_end_with_a_line(
     last = [out.splitlines()[-1] for out in outs]
     assert re.match(r"process 0: error: no checkpoint of step 1: .* No space", last[0])
     assert re.match(r"process 1: error: process 0 is gone; its own output", last[1])
-    assert not [out for out in outs if "Traceback" in out or "ERROR" in out]
 
 
 @pytest.mark.parametrize(
