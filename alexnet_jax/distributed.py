@@ -137,7 +137,7 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
         )
 
 
-# What mpirun and srun set for their tasks and jax reads, the number of tasks first. In
+# Variables that mpirun and srun set for their tasks and jax reads, the number of tasks first. In
 # jax's order: mpirun may itself be a step of SLURM. SLURM_NTASKS can be the job's number:
 # in a shell that salloc opens, which is one task.
 _VARIABLES = {

@@ -270,7 +270,7 @@ def _idle_schedule_problems(config: Config) -> list[str]:
 
 @dataclass(frozen=True)
 class _Need:
-    """What a field needs of other fields to have an effect.
+    """A condition on other fields, without which a field has no effect.
 
     Attributes:
       field: such as "schedule.power".
@@ -312,7 +312,7 @@ _NEEDS = (
           lambda c, _: not c.data.source.startswith("folder:") and c.data.source != "fake",
           "a tfds data set or textures"),
     _Need("augment.min_area", (1.0,), ("augment.crop",),
-          lambda c, _: c.augment.crop, "True"),
+          lambda c, _: c.augment.crop, "random crops"),
     _Need("augment.lighting_form", ("paper",), ("augment.lighting",),
           lambda c, _: c.augment.lighting, "more than 0"),
     _Need("augment.lighting_until_epoch", (-1.0,), ("augment.lighting",),

@@ -37,7 +37,7 @@ def in_top_k(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
 
 
 def shows_top5(num_classes: int) -> bool:
-    """Whether a top-5 error is worth showing: of five classes or fewer it is always 0."""
+    """Return False for five classes or fewer, whose top-5 error is always 0."""
     return num_classes > 5
 
 

@@ -38,7 +38,7 @@ _FEW = 256  # pictures whose pixel values are looked at
 # Values of 14 bits in 16 that were cut to the upper 8 are 0 to 63, and a resize may go a
 # little beyond; those of 12 bits are 0 to 15.
 _LEAST_RANGE = 80
-# Of the evaluation images; published data sets have some that are training images too.
+# As a share of the evaluation images: published data sets have a few such images.
 _MOST_IDENTICAL = 0.01
 # Of the mean of a picture over a data set, in grey levels: about 37 for ImageNet.
 _SPREAD_OF_MEANS = 40.0

@@ -51,7 +51,7 @@ _APP1 = b"\xff\xe1"  # starts the segment of a JPEG that holds EXIF or XMP
 _BITS, _PHOTOMETRIC = 258, 262  # numbers of a TIFF's tags
 # Pillow's names of layouts of 16 bits a channel, of which it keeps the upper 8.
 _REDUCED = re.compile(r"(LA|RGB[AaX]?);16[BLN]")
-# What sets each EXIF orientation upright; 1 is upright.
+# EXIF orientation -> the turn that sets it upright; 1 is upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

@@ -512,7 +512,7 @@ def warnings_about(train: Source, evaluation: Source | None) -> list[str]:
 
 
 def shared_in_words(shared: int, train: Source, evaluation: Source) -> str:
-    """What `num_shared` found and what to do."""
+    """Return the message about what `num_shared` found."""
     return (
         f"{shared:,} of {evaluation.num_examples:,} evaluation images are training images "
         f"too, so their error is not that of unseen images (training: "

@@ -144,7 +144,7 @@ def _record(weights: Weights) -> dict[str, Any]:
 
 
 def _read_record(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """What `_record` wrote; None if it did not."""
+    """Return the record that `_record` wrote; None if there is none."""
     if RECORD not in metadata:
         return None
     try:

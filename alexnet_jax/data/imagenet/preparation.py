@@ -246,7 +246,7 @@ class Shard:
         return whole and result["made_of"] == self.originals.fingerprint()
 
     def result(self) -> dict[str, Any]:
-        """What came of it; raises FileNotFoundError if it is not made yet."""
+        """Return what came of it; raise FileNotFoundError if it is not made yet."""
         return json.loads(self.result_path.read_text())
 
 
