@@ -137,9 +137,9 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
         )
 
 
-# Variables that mpirun and srun set for their tasks and jax reads, the number of tasks first. In
-# jax's order: mpirun may itself be a step of SLURM. SLURM_NTASKS can be the job's number:
-# in a shell that salloc opens, which is one task.
+# Variables that mpirun and srun set for their tasks and jax reads, the number of tasks
+# first. In jax's order: mpirun may itself be a step of SLURM. SLURM_NTASKS can be the job's
+# number: in a shell that salloc opens, which is one task.
 _VARIABLES = {
     "ompi": "OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_LOCAL_RANK "
     "OMPI_MCA_orte_hnp_uri",
@@ -164,7 +164,7 @@ def find_launcher(environ: Mapping[str, str]) -> tuple[str | None, int]:
             tasks = there.get(variables.split()[0], "0")
             missing = [v for v in variables.split() if v not in there]
             if missing and tasks == "1":
-                return None, 1
+                continue
             if missing:
                 raise DistributedError(
                     "the environment of srun or mpirun is half set: it has "

@@ -215,9 +215,11 @@ def _of_its_own(config: Config, workdir: Path) -> Config:
 def _from_run(
     config: Config, member: Member
 ) -> tuple[dict[str, Any], Experiment, dict[str, Any]]:
-    """What is said of a checkpoint, what its network is tested in, its variables.
+    """Restore a checkpoint for a test.
 
-    The first is {"step"}, and "best_of" as in the record of `evaluate_runs`.
+    Returns:
+      ({"step"}, and "best_of" as in the record of `evaluate_runs`; the experiment that
+      the network is tested in; its variables).
     """
     workdir = member.path.absolute()
     if (stored := experiment_lib.read_config(workdir)) is not None:

@@ -280,7 +280,7 @@ def _flip_a_bit(root: Path) -> None:
 
 
 def _name_a_class(root: Path, within_json: bool = False) -> None:
-    """Of a module that stops the tests if it is imported."""
+    """Make the data set name a module that stops the tests if it is imported."""
     (root / "evil_module.py").write_text("raise SystemExit('imported')\n")
     path = root / "features.json"
     features = json.loads(path.read_text())

@@ -256,7 +256,7 @@ def test_a_port_that_is_taken_is_named():
             )
 
 
-# What a task of srun and one of Open MPI 4 are told, as far as anybody here reads it.
+# The variables of a task of srun and of one of Open MPI 4 that are read.
 SRUN = {
     "SLURM_JOB_ID": "7",
     "SLURM_STEP_NUM_TASKS": "9",

@@ -337,7 +337,7 @@ SEVENS = (
 
 
 def _built_beside(folder, stored):
-    """What is built, and said, with statistics beside the data."""
+    """Build with statistics beside the data; return (experiment, lines that were said)."""
     said, path = [], folder / "statistics_32.npz"
     stored.save(path)
     try:

@@ -197,7 +197,7 @@ def test_devices_that_do_not_start_are_a_user_error(error, reason, monkeypatch):
     assert words in str(raised.value)
     assert 'pip install "jax[cuda13]"' in str(raised.value)
     assert "set JAX_PLATFORMS=cpu or unset it" in str(raised.value)
-    # Of several processes one may be gone instead, which `distributed` says.
+    # With several processes, one of them may be gone; `distributed` says that.
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     with pytest.raises(RuntimeError if reason else parallel.DeviceError):
         parallel.require_devices()

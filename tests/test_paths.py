@@ -45,7 +45,7 @@ def started(module, arguments, monkeypatch):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """What the commands are given: a run, a picture, a file and a name that is free."""
+    """Make a run, a picture and a file; return their paths and one that is free."""
     folder = tmp_path_factory.mktemp("places")
     (folder / "file").touch()
     Image.new("RGB", (40, 40)).save(folder / "picture.png")

@@ -32,7 +32,7 @@ _NAMES = {
     "fc8": "classifier.6",
 }
 PARTS = ("features", "classifier")
-# What DataParallel and torch.compile put before the names of what they wrap.
+# Prefixes that DataParallel and torch.compile put before the names of a module.
 _WRAPPERS = ("module", "_orig_mod")
 # Settings that say nothing about what a trained network computes.
 _HARMLESS = ("num_classes", "width", "dtype", "init", "dropout")

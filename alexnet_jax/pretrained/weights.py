@@ -25,7 +25,7 @@ from alexnet_jax.data import imagenet
 
 # Tensors that an error message names before it only counts them.
 MOST_NAMED = 4
-# What torch's modules count, which is no weight.
+# Counters of torch's modules, which are no weights.
 _COUNTERS = ("n_averaged", "num_batches_tracked")
 
 Shapes = Mapping[str, tuple[int, ...]]
