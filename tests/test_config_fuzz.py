@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-from alexnet_jax import experiment, fields, main, sweeps, train
+from alexnet_jax import experiment, fields, main, train
 from alexnet_jax.checkpoint import MANIFEST
 from alexnet_jax.data import DataError
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.experiment import ConfigError
+from alexnet_jax.sweeps import plan as plan_lib
 from configs import common
 
 ROOT = Path(__file__).parent.parent
@@ -313,17 +314,19 @@ def test_statistics_of_another_size_are_said(workdir):
 
 def test_a_sweep_of_before_a_field_goes_on(workdir):
     """What was not said yet was the default."""
-    row = sweeps.Run("a", None, 0, "configs/tiny.py", {"optim.momentum": 0.5})
-    config = sweeps.set_fields(sweeps.load_config(row.config), row.overrides, "")
+    row = plan_lib.Run("a", None, 0, "configs/tiny.py", {"optim.momentum": 0.5})
+    config = plan_lib.set_fields(plan_lib.load_config(row.config), row.overrides, "")
     experiment.write_config(workdir, config)
     path = workdir / "config.json"
-    assert sweeps.differences(row, path) == []
+    assert plan_lib.differences(row, path) == []
 
     def older(tree):
         del tree["stall_after_steps"], tree["optim"]["momentum"], tree["finetune"]
 
     stored(workdir, older)
-    assert sweeps.differences(row, path) == ["optim.momentum: 0.9 there, 0.5 asked for"]
+    assert plan_lib.differences(row, path) == [
+        "optim.momentum: 0.9 there, 0.5 asked for"
+    ]
     path.write_text("{")
     with pytest.raises(ConfigError, match="config.json is damaged"):
-        sweeps.differences(row, path)
+        plan_lib.differences(row, path)

@@ -1,0 +1,12 @@
+"""Run a sweep: python launch/sweep.py configs/sweeps/lrn.py --out=DIR (see --help)."""
+
+import sys
+from pathlib import Path
+
+# For configs/ and, if it is not installed, alexnet_jax.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from alexnet_jax.sweeps.run import main
+
+if __name__ == "__main__":
+    sys.exit(main())
