@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from alexnet_jax import config_files, experiment, retrieve, stopwatch
-from alexnet_jax.analysis.retrieval import Index, nearest, shrink
+from alexnet_jax import config_files, experiment, stopwatch
+from alexnet_jax.analysis.retrieval import Index, index_of, nearest, shrink
 from alexnet_jax.checkpoint import Checkpointer
 from alexnet_jax.data import DataError, match_classes
 from alexnet_jax.data.sources import Sample, Source
@@ -212,7 +212,7 @@ def look_for_alike(run: Run, held_out: HeldOut | Missing) -> Alike | Missing:
         source = _open(run, split)
         indexed, features_of = Sample(source, MOST_INDEXED), run.logits_of.of(layer)
         kind = str(run.config["data"]["source"])
-        index = retrieve.index_of(features_of, layer, indexed, source=kind, split=split)
+        index = index_of(features_of, layer, indexed, source=kind, split=split)
         chosen = Sample(held_out.pictures, QUERIES)
         places, size = np.arange(chosen.num_examples), chosen.image_size
         labels = np.empty(len(places), np.int32)
