@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from alexnet_jax.experiment import load, pipeline
     from alexnet_jax.model import AlexNet, create_model
-    from alexnet_jax.ops import compiler_options
+    from alexnet_jax.ops import jit
 
-__all__ = ["AlexNet", "compiler_options", "create_model", "load", "pipeline"]
+__all__ = ["AlexNet", "create_model", "jit", "load", "pipeline"]
 
-_HOMES = {"AlexNet": "model", "compiler_options": "ops", "create_model": "model"}
+_HOMES = {"AlexNet": "model", "create_model": "model", "jit": "ops"}
 
 
 def __getattr__(name: str) -> Any:
