@@ -8,12 +8,12 @@ import jax
 import numpy as np
 
 from alexnet_jax import records as machine_records
-from alexnet_jax.analysis import (
+from alexnet_jax.analysis import page
+from alexnet_jax.analysis.figures import (
     best_labels,
     filter_statistics,
     filter_statistics_by_column,
     first_layer_filters,
-    page,
     training_curves,
 )
 from alexnet_jax.analysis.page import Markup

@@ -367,12 +367,12 @@ def draw(
     Args:
       source: the pictures of the index.
       rows: int [Q, N] of the index, by features; those by pixels are found here.
-      titles: `query_titles`, `layer`, of `analysis.nearest_pictures`.
+      titles: `query_titles`, `layer`, of `figures.nearest_pictures`.
 
     Raises:
       RetrievalError, DataError: as `fetch_rows`.
     """
-    from alexnet_jax.analysis import nearest_pictures  # matplotlib
+    from alexnet_jax.analysis.figures import nearest_pictures  # matplotlib
 
     count = rows.shape[1]
     _, by_pixels = nearest(index.pixels, shrink(pictures), count)

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alexnet_jax.analysis.curves import RUN_COLORS
+from alexnet_jax.analysis.figures.curves import RUN_COLORS
 from alexnet_jax.sweeps.plan import Sweep
 from alexnet_jax.sweeps.summary import Estimate, Line
 
