@@ -38,10 +38,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # configs/ and, where it is not installed, alexnet_jax
 
 from alexnet_jax import records, stopping, sweeps
+from alexnet_jax.config import ConfigError
 from alexnet_jax.data import locks
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.paths import path_argument, require_writable
-from alexnet_jax.experiment import CHECKPOINTS, CONFIG_FILE, DIVERGED, ConfigError
+from alexnet_jax.experiment import DIVERGED
+from alexnet_jax.loading import CHECKPOINTS, CONFIG_FILE
 from alexnet_jax.sweeps import Line, Measurement, Plan, Run, SweepError
 from alexnet_jax.writers import METRICS_FILE, parse_record, read_metrics
 
