@@ -31,13 +31,13 @@ Config = Any
 
 
 class ConfigError(ValueError):
-    """All mistakes of a config."""
+    """A config, or a file of a workdir, that cannot be used; lists every mistake."""
 
 
 def get_config() -> Config:
     """Return the default configuration, locked: a misspelt field raises."""
     config: Config = ConfigDict()
-    # Where all randomness starts: initial weights, order, augmentation, dropout.
+    # Seed of all randomness: initial weights, order, augmentation, dropout.
     config.seed = 0
     # Length of the run in passes over the training split; fractions are fine (paper,
     # section 5: "roughly 90 cycles"). Schedules are laid out over this length.
@@ -49,8 +49,8 @@ def get_config() -> Config:
     # Epochs between two evaluations; there is one more at the end. 0: only that one,
     # with another schedule than plateau.
     config.eval_every_epochs = 1.0
-    # Views that the evaluation at the end, and --mode=eval, averages over as well: 10
-    # (paper, section 4.1), 9 (cuda-convnet2's of CIFAR-10), or 1: the centre view only.
+    # Number of test views averaged in the final evaluation and in --mode=eval: 10 (paper,
+    # section 4.1), 9 (cuda-convnet2's of CIFAR-10), or 1: the centre view only.
     config.eval_views = 1
     # End the run when the mean training error over log_every_steps is no higher than
     # this (paper, figure 1: 0.25); 0: off.
@@ -69,7 +69,7 @@ def get_config() -> Config:
     model.num_classes = 0
     # Factor on the features of every layer but the classifier.
     model.width = 1.0
-    # What is computed in: float32, bfloat16 or float64; parameters are >= float32.
+    # Type of the computation: float32, bfloat16 or float64; parameters are >= float32.
     model.dtype = "float32"
     # How weights start: paper (as the variant was published), caffe or he.
     model.init = "paper"
@@ -146,16 +146,16 @@ def get_config() -> Config:
     optim.momentum = 0.9
     # Factor on the weights in the gradient (paper, section 5).
     optim.weight_decay = 5e-4
-    # Whether layers that have a weight decay of their own in the table (the CIFAR-10 nets')
-    # take that instead.
+    # Layers that have a weight decay of their own in the table (the CIFAR-10 nets') take
+    # that instead.
     optim.layer_weight_decay = True
     # Learning rate of the biases over that of the weights (Caffe: 2).
     optim.bias_lr_mult = 1.0
     # The biases' rate stays bias_lr_mult * learning_rate whatever the schedule does (as
     # in the original's run on ILSVRC-2012).
     optim.constant_bias_lr = False
-    # Whether biases, and batch normalisation's scales, decay as well (the original's
-    # and Caffe's biases: no; the paper: not said).
+    # Biases, and batch normalisation's scales, decay as well (the original's and Caffe's
+    # biases: no; the paper does not say).
     optim.decay_bias = True
     # paper: the learning rate inside the velocity; torch: outside.
     optim.form = "paper"
@@ -173,7 +173,7 @@ def get_config() -> Config:
     config.schedule = schedule = ConfigDict()
     # plateau (paper, section 5), fixed, cosine, polynomial or constant.
     schedule.name = "plateau"
-    # plateau and fixed: what the learning rate is multiplied by at a drop.
+    # plateau and fixed: the factor on the learning rate at a drop.
     schedule.factor = 0.1
     # plateau: evaluations without a better top-1 error before a drop.
     schedule.patience = 5
@@ -222,7 +222,8 @@ def _one_of(*choices: Any) -> tuple[Callable[[Any], bool], str]:
     return lambda v: v in choices, f"one of {', '.join(map(str, choices))}"
 
 
-# What a field may hold. Its type is that of its default. NaN is in no range.
+# Field -> (check, words): "must be {words}". Its type is that of its default. A field
+# that is not here may hold anything of its type. NaN is in no range.
 # fmt: off
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: 0 <= v < 2**32, "0 to 4294967295"),
@@ -420,57 +421,57 @@ def _idle_field_problems(config: Config, network: variants.Variant) -> list[str]
     def has(*kinds: type) -> bool:
         return any(isinstance(stage, kinds) for stage in network.stages)
 
-    # (field, whether it has an effect or asks for nothing, what decides, what it needs).
-    # Fields that only say what is so anyway are not here (`optim.decay_bias=False` where
-    # nothing decays). `eval_views` needs no split: --mode=eval reads it.
+    # (field, whether it has an effect or asks for nothing, what that needs, of which
+    # fields). Fields that only say what is so anyway are not here, as decay_bias=False
+    # where nothing decays. `eval_views` needs no split: --mode=eval reads it.
     # fmt: off
     rows = (
         ("eval_every_epochs", c.data.eval_split or not c.eval_every_epochs,
-         "data.eval_split", "a split"),
+         "a split", "data.eval_split"),
         ("eval_every_epochs", c.eval_every_epochs <= c.num_epochs,
-         "num_epochs", "a longer run"),
+         "a longer run", "num_epochs"),
         ("eval_views", c.data.image_size > c.data.crop_size,
-         "data.image_size data.crop_size", "larger pictures"),
+         "larger pictures", "data.image_size", "data.crop_size"),
         ("finetune.new_layers", c.finetune.source,
-         "finetune.source", "weights to start from"),
+         "weights to start from", "finetune.source"),
         ("data.dir", not (c.data.source.startswith("folder:") or c.data.source == "fake"),
-         "data.source", "a tfds data set or textures"),
-        ("augment.min_area", augment.crop, "augment.crop", "random crops"),
-        ("augment.lighting_form", augment.lighting, "augment.lighting", "more than 0"),
+         "a tfds data set or textures", "data.source"),
+        ("augment.min_area", augment.crop, "random crops", "augment.crop"),
+        ("augment.lighting_form", augment.lighting, "more than 0", "augment.lighting"),
         ("augment.lighting_until_epoch", augment.lighting,
-         "augment.lighting", "more than 0"),
+         "more than 0", "augment.lighting"),
         ("augment.lighting_until_epoch", augment.lighting_until_epoch < c.num_epochs,
-         "num_epochs", "a longer run"),
+         "a longer run", "num_epochs"),
         ("optim.weight_decay", not c.optim.layer_weight_decay
          or len(network.layer_weight_decay) < len(network.layers),
-         "model.variant optim.layer_weight_decay",
-         "layers without a weight decay of their own"),
+         "layers without a weight decay of their own",
+         "model.variant", "optim.layer_weight_decay"),
         ("optim.constant_bias_lr", schedule.name != "constant" or schedule.layer_factors,
-         "schedule.name", "another schedule"),
-        ("optim.form", c.optim.momentum, "optim.momentum", "more than 0"),
+         "another schedule", "schedule.name"),
+        ("optim.form", c.optim.momentum, "more than 0", "optim.momentum"),
         ("schedule.factor", schedule.name in ("plateau", "fixed"),
-         "schedule.name", "plateau or fixed"),
-        ("schedule.patience", schedule.name == "plateau", "schedule.name", "plateau"),
-        ("schedule.patience", schedule.max_drops, "schedule.max_drops", "1 or more"),
+         "plateau or fixed", "schedule.name"),
+        ("schedule.patience", schedule.name == "plateau", "plateau", "schedule.name"),
+        ("schedule.patience", schedule.max_drops, "1 or more", "schedule.max_drops"),
         ("schedule.max_drops", schedule.name == "plateau" or not schedule.max_drops,
-         "schedule.name", "plateau"),
+         "plateau", "schedule.name"),
         ("schedule.drop_epochs", schedule.name == "fixed" or not schedule.drop_epochs,
-         "schedule.name", "fixed"),
+         "fixed", "schedule.name"),
         ("schedule.layer_factors", first_factor < c.num_epochs,
-         "num_epochs", "a longer run"),
+         "a longer run", "num_epochs"),
         ("schedule.warmup_epochs", schedule.name in ("cosine", "polynomial"),
-         "schedule.name", "cosine or polynomial"),
-        ("schedule.power", schedule.name == "polynomial", "schedule.name", "polynomial"),
+         "cosine or polynomial", "schedule.name"),
+        ("schedule.power", schedule.name == "polynomial", "polynomial", "schedule.name"),
         ("model.overrides.dropout", has(variants.Dropout) or not dropout,
-         "model.variant", "a network with dropout"),
+         "a network with dropout", "model.variant"),
         ("model.overrides.norm_place", has(*variants.NORMS),
-         "model.variant model.overrides.lrn model.overrides.normalization",
-         "a network with normalisation"),
+         "a network with normalisation", "model.variant", "model.overrides.lrn",
+         "model.overrides.normalization"),
     )
     # fmt: on
     fields, defaults = flat(config.to_dict()), flat(get_config().to_dict())
     problems = []
-    for name, has_effect, others, needs in rows:
+    for name, has_effect, needs, *others in rows:
         value, default = fields[name], defaults[name]
         if isinstance(value, list):
             value = tuple(value)
@@ -478,7 +479,7 @@ def _idle_field_problems(config: Config, network: variants.Variant) -> list[str]
             continue
         beside = ", ".join(
             f"--config.{other}={fields[other]!r}"
-            for other in others.split()
+            for other in others
             if fields[other] is not None
         )
         left = "out" if default is None else f"at {default!r}"

@@ -28,7 +28,7 @@ STATISTICS_SAMPLE = 10_000
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a config builds. Nothing in it changes while training.
+    """Hold everything that a config builds. Nothing in it changes while training.
 
     `steps_per_epoch` may be a fraction; `total_steps` is where the run ends.
     """
@@ -50,11 +50,11 @@ class Experiment:
 
     @property
     def augmentation(self) -> augment.Augmentation:
-        """How training images are made of pictures."""
+        """Return how training images are made of pictures."""
         return make_augmentation(self.config, self.steps_per_epoch)
 
     def init_state(self) -> steps.TrainState:
-        """A new run's state."""
+        """Return the state of a new run."""
         return steps.init_state(
             self.model,
             self.tx,
@@ -65,7 +65,7 @@ class Experiment:
         )
 
     def abstract_state(self) -> steps.TrainState:
-        """Shapes and shardings of the state, for restoring."""
+        """Return shapes and shardings of the state, for restoring."""
         return steps.abstract_state(
             self.model,
             self.tx,
@@ -75,12 +75,12 @@ class Experiment:
         )
 
     def train_step(self) -> Callable[..., Any]:
-        """The jitted (state, batch, statistics) -> (state, metrics)."""
+        """Return the jitted (state, batch, statistics) -> (state, metrics)."""
         transform = self.config.parallel.transform
         return self._step(steps.make_train_step, transform=transform)
 
     def summary_step(self) -> Callable[..., dict[str, jax.Array]]:
-        """The jitted (state, batch, statistics) -> scalars."""
+        """Return the jitted (state, batch, statistics) -> scalars."""
         transform = self.config.parallel.transform
         return self._step(steps.make_summary_step, transform=transform)
 
@@ -99,12 +99,12 @@ class Experiment:
         )
 
     def eval_step(self, views: int = 1) -> Callable[..., Any]:
-        """The jitted (params, batch_stats, batch, statistics) -> sums."""
+        """Return the jitted (params, batch_stats, batch, statistics) -> sums."""
         transform = self.config.parallel.transform
         return self._views_step(steps.make_eval_step, views, transform=transform)
 
     def predict_step(self, views: int = 1) -> Callable[..., Any]:
-        """The jitted (params, batch_stats, batch, statistics) -> predictions."""
+        """Return the jitted (params, batch_stats, batch, statistics) -> predictions."""
         return self._views_step(steps.make_predict_step, views)
 
     def _views_step(
@@ -121,7 +121,7 @@ class Experiment:
         )
 
     def pixel_statistics(self) -> augment.PixelStatistics:
-        """The statistics on every device of the mesh."""
+        """Return the statistics on every device of the mesh."""
         wide = jnp.promote_types(self.model.dtype, jnp.float32)
         names = ("mean_image", "pca_std_255", "pca_vectors")
         arrays = {
@@ -130,7 +130,7 @@ class Experiment:
         return augment.PixelStatistics(**parallel.put_everywhere(arrays, self.mesh))
 
     def train_batches(self, start_step: int) -> data_lib.Batches:
-        """This process's host batches from `start_step` on."""
+        """Return this process's host batches from `start_step` on."""
         return data_lib.train_batches(
             self.train_source,
             batch_size=self.config.data.batch_size,
@@ -141,7 +141,7 @@ class Experiment:
         )
 
     def eval_batches(self) -> data_lib.Batches:
-        """This process's part of batches that hold every example of the split once."""
+        """Return this process's part of batches that hold each example of the split once."""
         assert self.eval_source is not None
         return data_lib.eval_batches(
             self.eval_source,
@@ -155,7 +155,7 @@ class Experiment:
         return parallel.positions(self.mesh, self.mode, self.config.data.batch_size)
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """A host batch of this process -> its part of a batch on the devices."""
+        """Put a host batch of this process on the devices, as its part of the batch."""
         return parallel.put_batch(
             batch, self.mesh, self.mode, self.config.data.batch_size
         )
@@ -167,7 +167,7 @@ def build(
     statistics: Statistics | None = None,
     log: Callable[[str], object] = print,
 ) -> Experiment:
-    """Checks a config and builds everything that it describes.
+    """Check a config and build everything that it describes.
 
     Args:
       config: see `config.get_config`.
@@ -213,7 +213,7 @@ def build_for_evaluation(
     statistics: Statistics,
     log: Callable[[str], object] = print,
 ) -> Experiment:
-    """Builds what a trained network is tested in; the training split is not opened.
+    """Build the experiment for an evaluation, without opening the training split.
 
     Args:
       config: see `config.get_config`; it has an evaluation split.
@@ -249,7 +249,7 @@ def build_for_evaluation(
 
 
 def make_augmentation(config: Config, steps_per_epoch: float) -> augment.Augmentation:
-    """How a config makes training images of pictures."""
+    """Return how a config makes training images of pictures."""
     fields = config.augment
     until = fields.lighting_until_epoch
     return augment.Augmentation(
@@ -300,7 +300,7 @@ def _num_classes(config: Config, train: Source) -> int:
 def make_optimizer(
     config: Config, network: model.AlexNet, steps_per_epoch: float
 ) -> optax.GradientTransformation:
-    """The update rule and the schedule of a config."""
+    """Return the update rule of a config, with its schedule."""
     schedule = optim.make_schedule(
         config.schedule.name,
         config.optim.learning_rate,
@@ -338,7 +338,7 @@ def make_optimizer(
 def _find_statistics(
     config: Config, source: Source, log: Callable[[str], object]
 ) -> Statistics:
-    """The stored statistics of the data, else those of a sample.
+    """Return the stored statistics of the data, else those of a sample.
 
     Process 0 finds them for all: the same to the last bit, and read once.
     """
@@ -383,7 +383,7 @@ def _find_own_statistics(
 
 
 def pipeline(config: Config, *, start_step: int = 0) -> Iterator[dict[str, Any]]:
-    """The training batches as the network sees them, endless, for a notebook.
+    """Yield the training batches as the network sees them, endlessly, for a notebook.
 
     Yields {"image": float32 [B, crop, crop, 3], "label": int32 [B]}: cropped, flipped
     and lit exactly as training at that step does it inside its own jitted step.

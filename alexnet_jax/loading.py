@@ -42,7 +42,7 @@ def load(
     step: int | None = None,
     variant: str | None = None,
 ) -> tuple[model.AlexNet, dict[str, Any], Callable[[Any], jax.Array]]:
-    """A trained network, for a notebook: `model, variables, preprocess = load(PATH)`.
+    """Load a trained network: `model, variables, preprocess = load(PATH)`.
 
     Args:
       path: the workdir of a run, DIR or DIR@STEP, or a file of weights: `.safetensors`,
@@ -70,7 +70,7 @@ def load(
 
 
 def make_preprocess(weights: Weights) -> Callable[[Any], jax.Array]:
-    """The third of what `load` returns."""
+    """Return the function `preprocess` that `load` returns."""
     size, crop_size = weights.image_size, weights.crop_size
     mean_image = jnp.broadcast_to(jnp.asarray(weights.mean), (size, size, 3))
 
@@ -91,7 +91,7 @@ def read_network(
     step: int | None = None,
     variant: str | None = None,
 ) -> Weights:
-    """What `load` builds from: settings, weights, sizes, mean and names.
+    """Return the settings, weights, sizes, mean and class names of a trained network.
 
     Arguments and errors are those of `load`.
     """
@@ -138,7 +138,7 @@ def read_network(
 
 
 def read_statistics(workdir: Path, image_size: int | None = None) -> Statistics:
-    """The statistics that a workdir was trained with.
+    """Return the statistics that a workdir was trained with.
 
     Args:
       image_size: side of the pictures that they have to be of; None: of any.
@@ -157,20 +157,20 @@ def read_statistics(workdir: Path, image_size: int | None = None) -> Statistics:
 
 
 def about_mean(workdir: Path, statistics: Statistics, config: Any) -> str:
-    """The line that says where a run's mean image is from, and of how many images."""
+    """Return a line with the file of a run's mean image, and its number of images."""
     tuned = config.get("finetune", {}).get("source")
     images = "the weights" if tuned else statistics.extent
     return f"mean image: {workdir / STATISTICS_FILE}, of {images}"
 
 
 def is_weights_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is to be read as a file of weights: a file, or named like one."""
+    """Return True if a path is a file, or is named like a file of weights."""
     named = os.fspath(path).lower().endswith(SUFFIXES)
     return Path(path).is_file() or (named and not Path(path).is_dir())
 
 
 def require_run(workdir: Path) -> None:
-    """Raises FileNotFoundError if a folder is not the workdir of a run."""
+    """Raise FileNotFoundError if a folder is not the workdir of a run."""
     if not (workdir / CONFIG_FILE).exists():
         raise FileNotFoundError(
             f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}. Give the "
@@ -207,7 +207,7 @@ def with_network_of(config: Config, path: str | os.PathLike[str]) -> Config:
 
 
 def read_class_names(workdir: Path) -> list[str] | None:
-    """The names by label that a workdir was trained with; None if it does not say.
+    """Return the names by label that a workdir was trained with, None if unknown.
 
     Raises:
       ConfigError: if the file is damaged.
@@ -216,7 +216,7 @@ def read_class_names(workdir: Path) -> list[str] | None:
 
 
 def write_class_names(workdir: Path, names: Sequence[str]) -> None:
-    """Stores what the labels mean, at once or not at all."""
+    """Write the names by label into a workdir, atomically."""
     write_json(workdir / CLASSES_FILE, list(names))
 
 

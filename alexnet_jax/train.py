@@ -320,13 +320,11 @@ def compare(config: Config, saved: dict[str, Any], workdir: Path) -> list[str]:
     Raises:
       ConfigError: when it describes another network.
     """
-    old = flat(saved)
+    old = flat(as_json(loading.from_stored(saved)))
     new = flat(as_json(config))
-    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    changed = [key for key in sorted(new) if old[key] != new[key]]
     lines = [
-        f"  --config.{key}: "
-        + (f"{old[key]} in the workdir" if key in old else "newer than the workdir")
-        + (f", now {new[key]}" if key in new else "; there is no such field any more")
+        f"  --config.{key}: {old[key]} in the workdir, now {new[key]}"
         for key in changed
     ]
     fixed = ("model.", "data.image_size", "data.crop_size")
