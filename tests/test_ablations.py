@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax import augment, experiment, parallel, steps, variants
+from alexnet_jax.config import validate
 from alexnet_jax.model import summary
 from alexnet_jax.sweeps import plan as plan_lib
 from configs.sweeps import ablations
@@ -50,7 +51,7 @@ def config_of(name, **more):
 @pytest.mark.parametrize("name", ablations.ROWS)
 def test_geometry_and_parameters(name):
     config = config_of(name)
-    experiment.validate(config)
+    validate(config)
     rows = summary(experiment.make_model(config, 1000), config.data.crop_size)
     found = sum(r.parameters for r in rows), sum(r.multiply_adds for r in rows)
     assert found == COUNTS.get(name, PAPER)
