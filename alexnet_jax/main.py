@@ -21,10 +21,10 @@ from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax import (
     distributed,
+    evaluate,
     experiment,
     loading,
     parallel,
-    protocol,
     stopping,
     train,
 )
@@ -147,8 +147,8 @@ def main(argv: Sequence[str]) -> None:
     if _MODE.value == "describe":
         _describe(_CONFIG.value)
     elif _MODE.value == "eval":
-        members = [protocol.Member.parse(name) for name in workdir.split(",")]
-        protocol.evaluate_runs(_CONFIG.value, members, save_to=_PREDICTIONS.value)
+        members = [evaluate.Member.parse(name) for name in workdir.split(",")]
+        evaluate.evaluate_runs(_CONFIG.value, members, save_to=_PREDICTIONS.value)
     else:
         train.train_and_evaluate(_CONFIG.value, workdir)
 
@@ -226,8 +226,8 @@ def _stored_config() -> Path:
         raise ConfigError(_NO_CONFIG)
     if not _WORKDIR.value:
         raise ConfigError(_NO_WORKDIR)
-    members = map(protocol.Member.parse, _WORKDIR.value.split(","))
-    runs = [m.path for m in members if not m.is_predictions and not m.is_weights]
+    members = map(evaluate.Member.parse, _WORKDIR.value.split(","))
+    runs = [member.path for member in members if member.is_run]
     if not runs:
         raise ConfigError(
             f"{_NO_CONFIG} Files do not say which pictures they are to be tested on."

@@ -32,8 +32,8 @@ from test_imagenet import (
 )
 from test_train import folder, small_config  # noqa: F401, a fixture
 
+from alexnet_jax import evaluate, prepare, train
 from alexnet_jax import experiment as experiment_lib
-from alexnet_jax import prepare, protocol, train
 from alexnet_jax.data import DataError, images, locks, open_source, sources, statistics
 from alexnet_jax.data.imagenet import originals, preparation
 from alexnet_jax.data.loader import TrainOrder
@@ -237,7 +237,7 @@ def test_left_out_files_are_a_warning_of_every_command(tmp_path, capsys):
     capsys.readouterr()
     state = experiment.init_state()
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    protocol._predictions(experiment, variables)
+    evaluate.predict(experiment, variables)
     assert capsys.readouterr().out == lines[1]
     common = [f"--source=folder:{root}", "--image_size=8"]
     assert prepare.main(["prepare", "statistics", *common]) == 0
