@@ -53,13 +53,13 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from alexnet_jax.cli import free_name
 from alexnet_jax.data import locks
 from alexnet_jax.data.files import (
     FullDiskError,
     replacing,
     telling_of_a_full_disk,
 )
-from alexnet_jax.data.paths import free_name
 
 MANIFEST = "manifest.json"
 _FORMAT = 1

@@ -26,10 +26,10 @@ from alexnet_jax.checkpoint import (
     has_checkpoint,
     split_step,
 )
+from alexnet_jax.cli import expanded, require_writable_file
 from alexnet_jax.config import Config, ConfigError
 from alexnet_jax.data.files import read_npz, replacing
 from alexnet_jax.data.imagenet import words
-from alexnet_jax.data.paths import expanded, require_writable_file
 from alexnet_jax.data.sources import place_of_split
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.experiment import Experiment, build_for_evaluation

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alexnet_jax import pretrained, stopping, variants
-from alexnet_jax.data.paths import path_argument, require_writable_file
+from alexnet_jax.checkpoint import CheckpointError
+from alexnet_jax.cli import exit_status, path_argument, require_writable_file
 from alexnet_jax.loading import read_network
-from alexnet_jax.pictures import exit_status
 from alexnet_jax.pretrained.torchvision import VARIANT
 
 SUFFIXES = (".safetensors", ".onnx")
@@ -106,7 +106,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     options = _parse(argv)
-    return exit_status(lambda: _export(options))
+    return exit_status(lambda: _export(options), CheckpointError)
 
 
 def _export(options: argparse.Namespace) -> bool:

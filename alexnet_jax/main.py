@@ -29,13 +29,13 @@ from alexnet_jax import (
     train,
 )
 from alexnet_jax.checkpoint import CheckpointError
+from alexnet_jax.cli import show_every_name
 from alexnet_jax.config import ConfigError, as_json, flat
 from alexnet_jax.data import DataError
 from alexnet_jax.describe import describe, describe_modes
 from alexnet_jax.distributed import DistributedError
 from alexnet_jax.evaluate import PredictionsError
 from alexnet_jax.pretrained import WeightsError
-from alexnet_jax.writers import show_every_name
 
 _NO_CONFIG = "--config=FILE is missing, such as --config=configs/paper.py."
 _NO_WORKDIR = "--workdir=DIR is missing: the folder that keeps the run."

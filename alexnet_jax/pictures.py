@@ -1,25 +1,21 @@
-"""What the commands that look at pictures have in common: predict, retrieve, report."""
+"""Features of pictures from a trained network: for predict, retrieve and the report."""
 
-import argparse
 import copy
 import os
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
 from alexnet_jax import data as data_lib
 from alexnet_jax import ops
-from alexnet_jax.checkpoint import CheckpointError, split_step
+from alexnet_jax.checkpoint import split_step
+from alexnet_jax.cli import progress
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.images import load_picture
-from alexnet_jax.data.paths import path_argument
 from alexnet_jax.data.sources import Source
 from alexnet_jax.loading import (
     is_weights_file,
@@ -27,10 +23,7 @@ from alexnet_jax.loading import (
     read_config,
     read_network,
 )
-from alexnet_jax.writers import progress, show_every_name
 
-# Kinds of files that figures are written to.
-FIGURES = ("png", "jpg", "svg", "pdf")
 # Pictures that go through the network at once.
 BATCH = 64
 
@@ -44,17 +37,18 @@ class Extractor:
 
     Args:
       path: the workdir of a run, or a file of weights; as of `loading.load`.
-      layer: a name of `model.apply(..., method="features")`, such as "fc7", "logits".
-      step: which checkpoint; as `loading.load`.
-      batch: pictures at once; fewer are filled up, so that one program does for all.
+      layer: a name of `model.apply(..., method="features")`, for example "fc7".
+      step: which checkpoint; as of `loading.load`.
+      batch: pictures per call of the network; smaller batches are filled up, so that
+        one compiled program serves all.
 
     Attributes:
-      model, variables: as `loading.load`.
+      model, variables: as of `loading.load`.
       image_size: side of the pictures in pixels.
-      class_names: by label; "class 3" where neither run nor file says.
+      class_names: by label; "class 3" if neither run nor file names it.
 
     Raises:
-      UnknownLayerError: if there is no such layer.
+      UnknownLayerError: the network has no such layer.
       FileNotFoundError, CheckpointError: as `loading.load`.
     """
 
@@ -80,15 +74,15 @@ class Extractor:
             self._data = (read_config(Path(folder)) or {}).get("data", {})
         self._batch = batch
         self._grey = np.full((self.image_size, self.image_size, 3), 128, np.uint8)
-        self._look_at(layer)
+        self._set_layer(layer)
 
     def of(self, layer: str) -> "Extractor":
-        """The same network, which is not read again, as a function to another layer."""
+        """Return an extractor of another layer of the same network, without reading it."""
         other = copy.copy(self)
-        other._look_at(layer)
+        other._set_layer(layer)
         return other
 
-    def _look_at(self, layer: str) -> None:
+    def _set_layer(self, layer: str) -> None:
         model, variables = self.model, self.variables
 
         def features(images: jax.Array) -> Any:
@@ -108,7 +102,7 @@ class Extractor:
         """The fields `data` of the run's config.
 
         Raises:
-          DataError: if the weights are from a file, which does not say.
+          DataError: the weights are from a file, which names no data.
         """
         if not self._data:
             raise DataError(
@@ -118,7 +112,7 @@ class Extractor:
         return self._data
 
     def __call__(self, pictures: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
-        """uint8 pictures [S, S, 3] -> float32 [B, D]; at least one."""
+        """uint8 pictures [S, S, 3], at least one -> float32 [B, D]."""
         found = []
         for start in range(0, len(pictures), self._batch):
             part = list(pictures[start : start + self._batch])
@@ -130,12 +124,9 @@ class Extractor:
     def over(
         self, pictures: Source, what: str
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The pictures of a split in order, and their features, batch by batch.
+        """Yield the pictures of a split in order, with their features, in batches.
 
-        Prints a progress bar, or a line a minute where nobody is watching.
-
-        Args:
-          what: they are, for the progress.
+        Shows progress as `cli.progress`, under the name `what`.
 
         Yields:
           (uint8 [B, S, S, 3], float32 [B, D]).
@@ -156,7 +147,7 @@ class Extractor:
         source: str | None = None,
         data_dir: str | None = None,
     ) -> Source:
-        """A split of a data set, `data.open_source`; without `source` the run's own.
+        """Open a split by `data.open_source`; without `source` the run's own data.
 
         Raises:
           DataError: as `open_source` and `data`.
@@ -169,12 +160,12 @@ class Extractor:
         )
 
     def probe(self) -> np.ndarray:
-        """The features of a grey picture, float32 [D]: other networks have others."""
+        """Return the features of a grey picture, float32 [D], to recognise the network."""
         return self(self._grey[None])[0]
 
 
 def read(paths: Sequence[str], size: int) -> list[np.ndarray | Exception]:
-    """uint8 [size, size, 3] of each file, or why it cannot be read."""
+    """Return uint8 [size, size, 3] for each file, or the error why it is unreadable."""
     found: list[np.ndarray | Exception] = []
     for path in paths:
         try:
@@ -184,57 +175,7 @@ def read(paths: Sequence[str], size: int) -> list[np.ndarray | Exception]:
     return found
 
 
-def parser(module: str, about: str | None, *, top: int) -> argparse.ArgumentParser:
-    """A command line with what both take, but for the pictures."""
-    made = argparse.ArgumentParser(
-        prog=f"python -m {module}",
-        description=about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.add_argument(
-        "--workdir",
-        type=path_argument,
-        required=True,
-        help="folder of a run, or a file of weights",
-    )
-    made.add_argument("--step", type=int, help="which checkpoint; else the best")
-    made.add_argument("--top", type=int, default=top, help="answers a picture")
-    made.add_argument("--format", choices=["text", "json"], default="text")
-    made.add_argument(
-        "--figure", type=figure_file, metavar="FILE.png", help="also draw them"
-    )
-    return made
-
-
-def figure_file(text: str) -> Path:
-    """The path of a figure; for argparse.
-
-    Raises:
-      ArgumentTypeError: if it does not end in one of `FIGURES`.
-    """
-    path = path_argument(text)
-    if path.suffix.removeprefix(".").lower() not in FIGURES:
-        raise argparse.ArgumentTypeError(
-            f"{text} must end in one of .{', .'.join(FIGURES)}"
-        )
-    return path
-
-
 def save_figure(figure: Any, path: Path) -> None:
-    """Writes a matplotlib figure, whole or not at all, and the folder it goes to."""
+    """Write a matplotlib figure atomically; its folder is made if missing."""
     with replacing(path) as file:
         figure.savefig(file, format=path.suffix.removeprefix(".").lower(), dpi=150)
-
-
-def exit_status(command: Callable[[], bool]) -> int:
-    """Runs a command that says whether all went well; mistakes in words, status 1."""
-    logging.set_verbosity(logging.WARNING)
-    show_every_name()
-    warnings.filterwarnings("ignore", module="PIL")  # an error says all that matters
-    try:
-        return 0 if command() else 1
-    except BrokenPipeError:  # no user error: `stopping.run` ends quietly
-        raise
-    except (CheckpointError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    return 1

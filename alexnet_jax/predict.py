@@ -21,19 +21,12 @@ import jax
 import numpy as np
 
 from alexnet_jax import stopping
+from alexnet_jax.checkpoint import CheckpointError
+from alexnet_jax.cli import exit_status, figure_file, parser, require_writable_file
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import short_names
-from alexnet_jax.data.paths import require_writable_file
 from alexnet_jax.loading import load
-from alexnet_jax.pictures import (
-    BATCH,
-    Extractor,
-    exit_status,
-    figure_file,
-    parser,
-    read,
-    save_figure,
-)
+from alexnet_jax.pictures import BATCH, Extractor, read, save_figure
 
 # A figure of more would be too long to look at.
 MOST_DRAWN = 48
@@ -161,7 +154,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     options = _parse(argv)
-    return exit_status(lambda: _predict(options))
+    return exit_status(lambda: _predict(options), CheckpointError)
 
 
 def _predict(options: argparse.Namespace) -> bool:

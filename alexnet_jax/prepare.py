@@ -34,6 +34,7 @@ from absl import flags
 from tqdm import tqdm
 
 from alexnet_jax import stopping
+from alexnet_jax.cli import expanded, progress, require_writable, show_every_name
 from alexnet_jax.data import (
     DataError,
     eval_batches,
@@ -42,8 +43,6 @@ from alexnet_jax.data import (
     statistics,
 )
 from alexnet_jax.data.files import replacing
-from alexnet_jax.data.paths import expanded, require_writable
-from alexnet_jax.writers import progress, show_every_name
 
 # Flags of its own, not absl's global ones: several command lines of this package
 # may be imported into one process and use the same names.

@@ -29,9 +29,10 @@ from alexnet_jax.analysis.figures import (
     first_layer_filters,
     training_curves,
 )
+from alexnet_jax.checkpoint import CheckpointError
+from alexnet_jax.cli import exit_status, path_argument, require_writable_file
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.images import short_names
-from alexnet_jax.data.paths import path_argument, require_writable_file
 from alexnet_jax.findings import first_kernel, read_run
 from alexnet_jax.loading import (
     CONFIG_FILE,
@@ -40,7 +41,7 @@ from alexnet_jax.loading import (
     require_run,
 )
 from alexnet_jax.metrics import shows_top5
-from alexnet_jax.pictures import exit_status, save_figure
+from alexnet_jax.pictures import save_figure
 from alexnet_jax.report_page import build_page
 from alexnet_jax.writers import METRICS_FILE, read_metrics
 
@@ -194,7 +195,7 @@ def _report(workdirs: list[Path], out: Path | None) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     workdirs, out = _parse(argv)
-    return exit_status(lambda: _report(workdirs, out))
+    return exit_status(lambda: _report(workdirs, out), CheckpointError)
 
 
 if __name__ == "__main__":

@@ -46,19 +46,18 @@ from alexnet_jax.analysis.retrieval import (
     nearest,
     open_for_index,
 )
-from alexnet_jax.data.imagenet import words
-from alexnet_jax.data.images import short_names
-from alexnet_jax.data.paths import path_argument, require_writable_file
-from alexnet_jax.data.sources import FolderSource
-from alexnet_jax.pictures import (
-    BATCH,
-    Extractor,
+from alexnet_jax.checkpoint import CheckpointError
+from alexnet_jax.cli import (
     exit_status,
     parser,
-    read,
-    save_figure,
+    path_argument,
+    progress,
+    require_writable_file,
 )
-from alexnet_jax.writers import progress
+from alexnet_jax.data.imagenet import words
+from alexnet_jax.data.images import short_names
+from alexnet_jax.data.sources import FolderSource
+from alexnet_jax.pictures import BATCH, Extractor, read, save_figure
 
 # Pictures that no coder learns from: how well codes find their neighbours is told.
 HELD_OUT = 200
@@ -297,7 +296,7 @@ def _retrieve(options: argparse.Namespace) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     options = _parse(argv)
-    return exit_status(lambda: _retrieve(options))
+    return exit_status(lambda: _retrieve(options), CheckpointError)
 
 
 if __name__ == "__main__":

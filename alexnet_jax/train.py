@@ -20,12 +20,12 @@ from jax.experimental import multihost_utils
 from alexnet_jax import distributed, finetune, loading, parallel
 from alexnet_jax import experiment as experiment_lib
 from alexnet_jax.checkpoint import Checkpointer, CheckpointError, has_checkpoint
+from alexnet_jax.cli import expanded, require_writable
 from alexnet_jax.config import Config, ConfigError, as_json, flat, validate
 from alexnet_jax.data import Batches, locks
 from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, wnids
 from alexnet_jax.data.loader import Batch
-from alexnet_jax.data.paths import expanded, require_writable
 from alexnet_jax.evaluate import evaluate
 from alexnet_jax.experiment import Experiment
 from alexnet_jax.metrics import shows_top5

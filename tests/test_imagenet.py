@@ -17,7 +17,7 @@ import simplejpeg
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from alexnet_jax import load, prepare, writers
+from alexnet_jax import cli, load, prepare
 from alexnet_jax.analysis.figures import contact_sheet
 from alexnet_jax.data import (
     DataError,
@@ -545,18 +545,20 @@ def test_verify_compares_the_md5(archives, tmp_path, monkeypatch, capsys):
 
 def test_a_log_file_gets_lines_instead_of_a_bar(monkeypatch, capsys):
     now = 0.0
-    monkeypatch.setattr(writers.time, "monotonic", lambda: now)
-    with writers.progress("preparing", 1000, "pictures") as update:
-        update(400)  # made by an earlier start: says nothing about the rate
-        for now in (30.0, 61.0, 100.0):
+    monkeypatch.setattr("tqdm.std.time", lambda: now)
+    with cli.progress("preparing", 1000, "pictures") as update:
+        update(400)  # made by an earlier start
+        for now in (30.0, 64.0, 100.0, 128.0):
             update(100)
-    with writers.progress("reading", None, "pictures", every_seconds=0.0) as update:
-        now += 10.0
-        update(50)
-    assert capsys.readouterr().out.splitlines() == [
-        "preparing: 600 of 1,000 pictures, 3/s, 02:02 left",
-        "reading: 50 pictures, 5/s",
+    with cli.progress("checking", 5, "pictures") as update:
+        update(5)  # within the minute
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.split("\n")[:2] == [
+        "\rpreparing: 600/1000 pictures,  9.38 pictures/s, 00:42 left",
+        "\rpreparing: 800/1000 pictures,  3.12 pictures/s, 01:04 left",
     ]
+    assert "checking" not in err
 
 
 # The checks.

@@ -80,11 +80,6 @@ MISTAKES = [
     (main, "--workdir=~nobodyx/run", NO_HOME),
     (main, "--workdir={file}/x", FILE),
     (main, "--mode=eval --workdir={run} --predictions={file}/x.npz", FILE),
-    (
-        main,
-        "--mode=eval --workdir={run} --predictions={run}/statistics.npz",
-        "statistics.npz is there, and is not replaced: ",
-    ),
     (prepare, "textures --data_dir={file}", FILE),
     (export, "--workdir={run} --out={file}/x.onnx", FILE),
     (report, "--workdir={run},{run} --out={file}/x.png", FILE),

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from alexnet_jax import pictures, prepare, stopping
+from alexnet_jax import cli, pictures, prepare, stopping
 
 STOPPED = "stopped by {}; start the same command again\n"
 
@@ -160,7 +160,7 @@ def test_a_figure_that_was_being_drawn_leaves_the_old_one(tmp_path, capfd):
     path = tmp_path / "figure.png"
     path.write_bytes(b"whole")
     with pytest.raises(stopping.Interrupted), stopping.answering():
-        pictures.exit_status(lambda: pictures.save_figure(Figure(), path))
+        cli.exit_status(lambda: pictures.save_figure(Figure(), path))
     assert capfd.readouterr().err == STOPPED.format("SIGINT")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"whole"]
 

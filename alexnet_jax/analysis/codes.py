@@ -1,16 +1,14 @@
-"""Short binary codes of features: an autoencoder, Hamming search and a second look.
+"""Short binary codes of features: an autoencoder, Hamming search, exact re-ranking.
 
 "Computing similarity by using Euclidean distance between two 4096-dimensional,
 real-valued vectors is inefficient, but it could be made efficient by training an
 auto-encoder to compress these vectors to short binary codes" (the paper, section 6.1).
 
-The codes are rounded to 0 or 1 in the forward pass of training and not in the backward
-pass (Krizhevsky and Hinton, Using very deep autoencoders for content-based image
-retrieval, ESANN 2011), where semantic hashing had added noise (Salakhutdinov and
-Hinton 2009).
+Training rounds the codes to 0 or 1 in the forward pass, but not in the backward pass
+(Krizhevsky and Hinton, Using very deep autoencoders for content-based image retrieval,
+ESANN 2011).
 """
 
-import dataclasses
 import functools
 import os
 import zlib
@@ -36,15 +34,15 @@ from alexnet_jax.data.files import read_npz, replacing
 
 # Codes that are compared with the queries at once.
 BLOCK = 16384
-# Updates of a coder in training.
+# Updates of an autoencoder in training.
 STEPS = 500
-# Features that are encoded at once.
+# Rows that are encoded at once.
 _ROWS = 4096
 
 
 @dataclass(frozen=True)
 class Coder:
-    """The encoder of a trained autoencoder: which side of `bits` planes features lie.
+    """The encoder of a trained autoencoder: on which side of each plane features lie.
 
     Attributes:
       mean: float32 [D], of the features that it was trained on.
@@ -62,12 +60,10 @@ class Coder:
         return len(self.bias)
 
     def encode(self, features: np.ndarray) -> np.ndarray:
-        """float32 [N, D] -> uint8 [N, ceil(bits / 8)], the first bit the highest.
-
-        Bits that fill the last byte are 0, as `np.packbits` has it.
+        """float32 [N, D] -> uint8 [N, ceil(bits / 8)], packed as by `np.packbits`.
 
         Raises:
-          RetrievalError: for features of another length.
+          RetrievalError: the features have another length.
         """
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise RetrievalError(
@@ -93,12 +89,9 @@ def _bits(
 
 @dataclass(frozen=True)
 class Codes:
-    """Codes of the rows of an index, and what made them.
+    """The codes of an index, uint8 [N, ceil(bits / 8)], and the coder for queries.
 
-    Attributes:
-      coder: for queries.
-      packed: uint8 [N, ceil(bits / 8)], of `Coder.encode`.
-      checksum: of the features, see `checksum_of`.
+    `checksum` is the CRC-32 of the features that were encoded.
     """
 
     coder: Coder
@@ -107,49 +100,47 @@ class Codes:
 
     @classmethod
     def of(cls, coder: Coder, features: np.ndarray) -> "Codes":
-        """The codes of features [N, D]."""
-        return cls(coder, coder.encode(features), checksum_of(features))
+        """Return the codes of features [N, D]."""
+        return cls(coder, coder.encode(features), _checksum(features))
 
     def are_of(self, features: np.ndarray) -> bool:
-        """Whether they are of these features [N, D], to the bit."""
+        """Return True if these features [N, D] were encoded, to the bit."""
         shape = (len(self.packed), len(self.coder.mean))
-        return shape == features.shape and self.checksum == checksum_of(features)
+        return shape == features.shape and self.checksum == _checksum(features)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes an .npz, whole or not at all, for `load_codes` and NumPy."""
+        """Write an .npz atomically, for `load_codes` and NumPy."""
         checksum = np.uint32(self.checksum)
         with replacing(path) as file:
             np.savez(file, packed=self.packed, checksum=checksum, **vars(self.coder))
 
 
-def checksum_of(features: np.ndarray) -> int:
-    """The CRC-32 of an array's bytes, row after row."""
+def _checksum(features: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(features).data)
 
 
 def load_codes(path: str | os.PathLike[str]) -> Codes:
-    """Reads what `Codes.save` has written; never through pickle.
+    """Read the file that `Codes.save` wrote; never through pickle.
 
     Raises:
-      RetrievalError: if there is no such file, or something else in it.
+      RetrievalError: there is no such file, or it holds something else.
     """
-    names = [field.name for field in dataclasses.fields(Coder)]
-    found = read_npz(path, [*names, "packed", "checksum"], RetrievalError)
-    missing = [name for name in (*names, "packed", "checksum") if name not in found]
-    if missing:
+    names = ("mean", "kernel", "bias", "packed", "checksum")
+    found = read_npz(path, names, RetrievalError)
+    if missing := [name for name in names if name not in found]:
         raise RetrievalError(
             f"{path} holds no codes: it has no {', '.join(missing)}. Remove it, and it "
             "is made again."
         )
-    coder = Coder(**{name: found[name] for name in names})
+    coder = Coder(found["mean"], found["kernel"], found["bias"])
     return Codes(coder, found["packed"], int(found["checksum"]))
 
 
 class _Autoencoder(nn.Module):
     """Features to a binary code and back by the same weights.
 
-    With weights of their own for the way back features come back better, but more of
-    that is in weights that Hamming distance does not know.
+    Separate weights for the way back reconstruct better, but then part of what is learnt
+    lies in weights that Hamming distance does not see.
     """
 
     bits: int
@@ -179,32 +170,31 @@ def train_coder(
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> Coder:
-    """Trains an autoencoder of features with a binary code in its middle.
+    """Train an autoencoder of features with a binary code in its middle.
 
     Features are centred and divided by one number, the root of their mean variance, so
-    that the squared error is Euclidean distance and no feature counts more than it does
-    there. Adam, the learning rate falling to 0 as half a cosine. The same features and
-    seed give the same coder on the same machine.
+    that the squared error stays proportional to Euclidean distance. Adam; the learning
+    rate falls to 0 as half a cosine. The same features and seed give the same coder on
+    the same machine.
 
     Args:
       features: float32 [N, D].
-      bits: length of the code, less than that of the features themselves, 32 D.
-      rows: int, those that are learnt from; None: all.
+      bits: length of the code, shorter than the features themselves, 32 D.
+      rows: int, the rows to learn from; None: all.
       steps: updates, each by `batch_size` rows drawn at random.
-      learning_rate: Adam's, at the start.
-      seed: of the start and of the rows.
+      learning_rate: at the start.
+      seed: of the initial weights and of the rows.
       progress: called with the number of steps done since its last call.
 
     Raises:
-      RetrievalError: for a code that is no shorter, or features that are not finite or
-        all the same.
+      RetrievalError: the code is not shorter, or the features are not finite or all
+        the same.
     """
     mean, scale = _standard(features if rows is None else features[rows], bits)
-    width = features.shape[1]
+    rows = np.arange(len(features)) if rows is None else rows
     network = _Autoencoder(bits)
-    params = network.init(jax.random.key(seed), jnp.zeros((1, width)))
-    schedule = optax.cosine_decay_schedule(learning_rate, steps)
-    optimizer = optax.adam(schedule)
+    params = network.init(jax.random.key(seed), jnp.zeros((1, len(mean))))
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(params, opt_state, batch):
@@ -220,8 +210,7 @@ def train_coder(
     opt_state = optimizer.init(params)
     rng = np.random.default_rng(seed)
     for _ in range(steps):
-        drawn = rng.integers(0, len(features if rows is None else rows), batch_size)
-        batch = features[drawn if rows is None else rows[drawn]]
+        batch = features[rows[rng.integers(0, len(rows), batch_size)]]
         params, opt_state = update(params, opt_state, batch)
         if progress is not None:
             progress(1)
@@ -234,7 +223,7 @@ def train_coder(
 
 
 def _standard(features: np.ndarray, bits: int) -> tuple[np.ndarray, np.float32]:
-    """The mean [D] of the features, and the root of their mean variance."""
+    """Return the mean [D] of the features, and the root of their mean variance."""
     if features.ndim != 2 or 0 in features.shape:
         raise RetrievalError(f"features are {features.shape}; they must be [N, D].")
     width = features.shape[1]
@@ -256,22 +245,18 @@ def _standard(features: np.ndarray, bits: int) -> tuple[np.ndarray, np.float32]:
 def nearest_codes(
     codes: np.ndarray, queries: np.ndarray, count: int, *, block: int = BLOCK
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest codes by Hamming distance, exactly.
-
-    Blocks of the codes go to the device one after the other, as words of 32 bits; there
-    differing bits are found by XOR and counted.
+    """Return the nearest codes by Hamming distance, exactly.
 
     Args:
-      codes: uint8 [N, bytes].
+      codes: uint8 [N, bytes]; compared on the device in blocks.
       queries: uint8 [Q, bytes].
-      count: how many to find; at most N are.
+      count: how many to find; n = min(count, N).
 
     Returns:
-      (distances int [Q, n] in bits, rows int [Q, n]), the nearest first; of equal
-      distances the smaller row.
+      (distances int [Q, n] in bits, rows int [Q, n]), the nearest first; ties by row.
 
     Raises:
-      RetrievalError: for queries of another length than the codes.
+      RetrievalError: queries and codes have different lengths.
     """
     check_queries(queries, codes, "these codes")
     count = min(count, len(codes))
@@ -293,9 +278,8 @@ def nearest_codes(
 
 def _words(packed: np.ndarray) -> np.ndarray:
     """uint8 [N, bytes] -> uint32 [N, words], filled up with zeros."""
-    whole = np.zeros((len(packed), -(-packed.shape[1] // 4) * 4), np.uint8)
-    whole[:, : packed.shape[1]] = packed
-    return whole.view(np.uint32)
+    padded = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 4)))
+    return np.ascontiguousarray(padded).view(np.uint32)
 
 
 @jax.jit
@@ -307,12 +291,11 @@ def _merge(
     start: jax.Array,
     first: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The nearest of those so far and of a block of the codes, [Q, n] each."""
+    """`keep_nearest` with the Hamming distances to a block of the codes."""
     here = jnp.zeros((len(queries), len(part)), jnp.uint32)
     for word in range(part.shape[1]):
-        differing = queries[:, word, None] ^ part[:, word]
-        here += lax.population_count(differing)
-    # As float32, exact up to 2^24 bits: integers would be sorted whole.
+        here += lax.population_count(queries[:, word, None] ^ part[:, word])
+    # As float32, exact up to 2^24 bits: top_k would sort integers whole.
     return keep_nearest(best, rows, here.astype(jnp.float32), start, first)
 
 
@@ -324,23 +307,17 @@ def shortlist(
     *,
     size: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest by Euclidean distance among the `size` nearest by code.
+    """Return the nearest by Euclidean distance among the `size` nearest by code.
 
-    Args:
-      features: float32 [N, D].
-      codes: of these.
-      queries: float32 [Q, D].
-      count: how many to find; at most `size` and N are.
-
-    Returns:
-      (distances float64 [Q, n], rows int [Q, n]), as `retrieval.nearest`.
+    `features` and `codes` are of one index, `queries` are float32 [Q, D]. Returns
+    (distances float64 [Q, n], rows int [Q, n]), as `retrieval.nearest`.
     """
     _, rows = nearest_codes(codes.packed, codes.coder.encode(queries), size)
     return rank(features, queries, rows, count)
 
 
 def recall(found: np.ndarray, wanted: np.ndarray) -> float:
-    """The share of the rows `wanted` [Q, K] that are among those `found` [Q, n]."""
+    """Return the share of the rows `wanted` [Q, K] that are among `found` [Q, n]."""
     hits = [np.isin(w, f).mean() for f, w in zip(found, wanted, strict=True)]
     return float(np.mean(hits))
 
@@ -353,14 +330,11 @@ def recall_of_rows(
     among: Sequence[int],
     count: int = 10,
 ) -> list[float]:
-    """How many of the `count` exact neighbours of some rows are among the nearest codes.
+    """Return the share of exact neighbours that the nearest codes hold.
 
-    A row is not its own neighbour.
-
-    Args:
-      features, codes: of an index.
-      rows: int [Q], the queries.
-      among: of how many nearest codes, one answer each.
+    The queries are the rows int [Q] of an index; a row is not its own neighbour. The
+    exact neighbours are the `count` nearest by features; there is one share for each
+    number of nearest codes in `among`.
     """
     count = min(count, len(features) - 1)
     _, exact = nearest(features, features[rows], count + 1)
@@ -370,7 +344,7 @@ def recall_of_rows(
 
 
 def _without(found: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """[Q, n] -> [Q, n - 1], each query's own row left out, or else the last."""
+    """[Q, n] -> [Q, n - 1]: leave out each query's own row, or else the last one."""
     others = found != rows[:, None]
     others[:, -1] &= ~others.all(axis=1)
     return found[others].reshape(len(found), -1)

@@ -1,4 +1,4 @@
-"""Pictures that a network finds alike: an index of features, searched exactly.
+"""Similar pictures by features of a network: an index that is searched exactly.
 
 "If two images produce feature activation vectors with a small Euclidean separation, we
 can say that the higher levels of the neural network consider them to be similar" (the
@@ -23,24 +23,24 @@ from alexnet_jax.data.images import resize_to_square
 from alexnet_jax.data.sources import Source
 from alexnet_jax.pictures import Extractor
 
-# Bytes of an index that are compared with the queries at once: of larger blocks the copy
-# on a CPU's side takes most of the time, in memory that is new each time.
+# Bytes of an index that are compared with the queries at once. For larger blocks the
+# copy to the device takes most of the time on a CPU.
 BLOCK_BYTES = 2**24
-# Queries that go over the index together.
+# Queries that are compared with the index together.
 QUERIES = 256
 # Side of the pictures whose pixels are compared.
 PIXELS = 32
-# How far the features of the same picture may be from the stored ones, over their
-# largest: other processors and devices add up in another order.
+# Largest difference of the same picture's features, over the largest feature: processors
+# and devices add up in different orders.
 PROBE_TOLERANCE = 1e-2
-# Grey levels by which a picture's pixels may differ from the stored ones, on average.
+# Mean difference in grey levels from which on pixels are those of another picture.
 SAME_PICTURE = 4
-# So many more than asked for are compared once more, by their differences.
+# Candidates beyond those asked for that are compared again in float64.
 _MORE = 16
 
 
 class RetrievalError(ValueError):
-    """What is wrong with an index or a query, in words."""
+    """Raised for an index or a query that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Index:
       pixels: uint8 [N, P], each picture shrunk to `PIXELS` x `PIXELS` x 3, flat.
       labels: int [N].
       class_names: by label.
-      probe: float32 [D], the features of a grey picture: another network has others.
-      layer: what the features are of, such as "fc7".
-      source, split: of `data.open_source`, to find the pictures again.
+      probe: float32 [D], features of a grey picture, to recognise the network.
+      layer: name of the layer, for example "fc7".
+      source, split: as for `data.open_source`, to find the pictures again.
     """
 
     features: np.ndarray
@@ -67,21 +67,20 @@ class Index:
     split: str
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes an .npz, whole or not at all, for `load_index` and NumPy."""
+        """Write an .npz atomically, for `load_index` and NumPy."""
         with replacing(path) as file:
             np.savez(file, **vars(self))
 
 
 def load_index(path: str | os.PathLike[str]) -> Index:
-    """Reads what `Index.save` has written; never through pickle.
+    """Read the file that `Index.save` wrote; never through pickle.
 
     Raises:
-      RetrievalError: if there is no such file, or something else in it.
+      RetrievalError: there is no such file, or it holds something else.
     """
     names = [field.name for field in dataclasses.fields(Index)]
     found: dict[str, Any] = read_npz(path, names, RetrievalError)
-    missing = [name for name in names if name not in found]
-    if missing:
+    if missing := [name for name in names if name not in found]:
         raise RetrievalError(f"{path} is no index: it has no {', '.join(missing)}.")
     found["class_names"] = tuple(found["class_names"].tolist())
     for name in ("layer", "source", "split"):
@@ -89,21 +88,8 @@ def load_index(path: str | os.PathLike[str]) -> Index:
     return Index(**found)
 
 
-def feature_problem(features: np.ndarray) -> str:
-    """Why features [..., D] cannot be searched, in words; "" if they can be.
-
-    The square of a distance has to fit into float32: one that is infinite or NaN is no
-    nearer than none at all, and the first row would be found in its place.
-    """
-    largest = np.sqrt(np.finfo(np.float32).max / (4 * features.shape[-1]))
-    # No array of their size is made; a NaN is in both ends, and in no range.
-    if features.min() >= -largest and features.max() <= largest:
-        return ""
-    return f"infinite, NaN or larger than {largest:.0e}"
-
-
 def check_queries(queries: np.ndarray, rows: np.ndarray, what: str) -> None:
-    """Raises RetrievalError if queries are not as long as the rows of `what`."""
+    """Raise RetrievalError unless queries [Q, D] are as long as the rows of `what`."""
     if queries.ndim != 2 or queries.shape[1] != rows.shape[1]:
         raise RetrievalError(
             f"queries are {queries.shape}; for {what} they must be [Q, "
@@ -113,8 +99,8 @@ def check_queries(queries: np.ndarray, rows: np.ndarray, what: str) -> None:
 
 def shrink(pictures: np.ndarray) -> np.ndarray:
     """uint8 [B, S, S, 3] -> uint8 [B, P], for distances between pixels."""
-    sides = [resize_to_square(picture, PIXELS) for picture in pictures]
-    return np.stack(sides).reshape(len(pictures), -1)
+    small = [resize_to_square(picture, PIXELS) for picture in pictures]
+    return np.stack(small).reshape(len(pictures), -1)
 
 
 def nearest(
@@ -124,25 +110,24 @@ def nearest(
     *,
     block: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest rows of an index by Euclidean distance, exactly.
+    """Return the nearest rows of an index by Euclidean distance, exactly.
 
-    Blocks of the index go to the device one after the other. There |q|^2 - 2 q x + |x|^2
-    of float32 finds the nearest `count` and sixteen more; theirs are computed again as
-    |q - x| in float64, where nothing cancels. So one can be missed only if more than
-    sixteen others are as near as float32 can tell.
+    The index goes to the device in blocks. There |q|^2 - 2 q x + |x|^2 in float32 finds
+    the nearest `count` and sixteen more; for these |q - x| is computed in float64, where
+    nothing cancels. A neighbour is missed only if more than sixteen others are as near
+    as float32 can tell.
 
     Args:
       features: [N, D], float32 or uint8.
-      queries: [Q, D] of the same.
-      count: how many to find; at most N are.
-      block: rows of a block; None: as many as are 16 MB.
+      queries: [Q, D] of the same type.
+      count: how many to find; n = min(count, N).
+      block: rows per block; None: 16 MB.
 
     Returns:
-      (distances float64 [Q, n], rows int [Q, n]), the nearest first; of equal distances
-      the smaller row.
+      (distances float64 [Q, n], rows int [Q, n]), the nearest first; ties by row.
 
     Raises:
-      RetrievalError: for queries of another length than the index.
+      RetrievalError: queries and index have different lengths.
     """
     check_queries(queries, features, "this index")
     most = min(count + _MORE, len(features))
@@ -155,7 +140,7 @@ def nearest(
         for part in parts
     ]
     for first in range(0, len(features), size):
-        # The last block begins earlier, with rows that were looked at: all are whole.
+        # The last block starts earlier, at rows of the block before: all have one size.
         start = min(first, len(features) - size)
         there = jnp.asarray(features[start : start + size])
         for i, part in enumerate(on_device):
@@ -171,16 +156,9 @@ def nearest(
 def rank(
     features: np.ndarray, queries: np.ndarray, rows: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest of some rows of an index, by distances in float64.
+    """Return the nearest among some rows int [Q, R] of an index, in float64.
 
-    Args:
-      features: [N, D].
-      queries: [Q, D].
-      rows: int [Q, R], those that are compared with each query.
-      count: how many to keep; at most R are.
-
-    Returns:
-      (distances float64 [Q, n], rows int [Q, n]), as `nearest`.
+    Takes features [N, D] and queries [Q, D]; returns as `nearest`, n = min(count, R).
     """
     candidates = np.sort(rows, axis=1)  # ties: the smaller row first
     distances = np.empty(candidates.shape)
@@ -203,12 +181,9 @@ def _merge(
     start: jax.Array,
     first: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The nearest of those so far and of a block of the index, [Q, n] each.
-
-    The block's rows are `start` and on; those before `first` do not count.
-    """
+    """`keep_nearest` with the squared distances to a block of the index."""
     part = part.astype(queries.dtype)
-    # This way round: XLA would write out the block transposed otherwise.
+    # In this order, because XLA would otherwise write out the block transposed.
     products = jnp.matmul(part, queries.T, precision=lax.Precision.HIGHEST).T
     lengths = jnp.sum(part**2, axis=1) - 2 * products
     here = lengths + jnp.sum(queries**2, axis=1, keepdims=True)
@@ -222,14 +197,12 @@ def keep_nearest(
     start: jax.Array,
     first: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The nearest of those so far, [Q, n], and of a block, [Q, B]; traced.
-
-    Of equal ones the smaller row.
+    """Return the nearest of those so far and of a block, [Q, n] each; ties by row.
 
     Args:
-      best, rows: distances so far, and their rows.
-      here: float32, distances to the block's rows, which are `start` and on; those before
-        `first` do not count.
+      best, rows: the smallest distances so far [Q, n], and their rows.
+      here: float32 [Q, B], distances to the rows of the block.
+      start: the first row of the block; rows before `first` are ignored.
     """
     here = jnp.where(start + jnp.arange(here.shape[1]) >= first, here, jnp.inf)
     count = best.shape[1]
@@ -255,12 +228,12 @@ def build_index(
 
     Args:
       features_of: of a run and of this layer.
-      source, split, data_dir: as of `data.open_source`; None: the run's own training
+      source, split, data_dir: as for `data.open_source`; None: the run's own training
         pictures.
 
     Raises:
       DataError: as `open_source`.
-      RetrievalError: the network has no numbers for some picture.
+      RetrievalError: features are not finite, or too large to compare.
     """
     source = source or str(features_of.data["source"])
     split = split or str(features_of.data["train_split"])
@@ -268,10 +241,12 @@ def build_index(
     if pictures.left_out:
         print(f"WARNING: {pictures.left_out}", file=sys.stderr)
     index = index_of(features_of, layer, pictures, source=source, split=split)
-    if problem := feature_problem(index.features):
+    # The square of a distance has to fit into float32. A NaN is in no range.
+    largest = np.sqrt(np.finfo(np.float32).max / (4 * index.features.shape[1]))
+    if not (index.features.min() >= -largest and index.features.max() <= largest):
         raise RetrievalError(
-            f"features of {layer} are {problem}: this network finds nothing. Take another "
-            "checkpoint, --step=N."
+            f"features of {layer} are infinite, NaN or larger than {largest:.0e}: this "
+            "network finds nothing. Take another checkpoint, --step=N."
         )
     return index
 
@@ -312,21 +287,18 @@ def open_for_index(
 
 
 def fetch_rows(index: Index, source: Source, rows: np.ndarray) -> np.ndarray:
-    """Return the pictures of some rows of an index, uint8 [R, S, S, 3].
-
-    Args:
-      source: what the index was made of; it may have other pictures by now.
-      rows: int [R].
+    """Return the pictures of rows int [R] of an index, uint8 [R, S, S, 3].
 
     Raises:
-      RetrievalError: there is another number of pictures, or one of these has another
-        label or does not look like the one in the index. Of other rows nothing is known.
+      RetrievalError: the source has another number of pictures than the index, or
+        another label or picture in one of these rows.
       DataError: as `Source.fetch`.
     """
-    if source.num_examples != len(index.labels):
+    count = len(index.labels)
+    if source.num_examples != count:
         raise RetrievalError(
             f"{source.description} has {source.num_examples:,} pictures now, the index "
-            f"{len(index.labels):,}. Make it again: remove its file."
+            f"{count:,}. Make it again: remove its file."
         )
     size = source.image_size
     pictures = np.empty((len(rows), size, size, 3), np.uint8)
@@ -344,11 +316,9 @@ def fetch_rows(index: Index, source: Source, rows: np.ndarray) -> np.ndarray:
 def check_index(index: Index, features_of: Extractor) -> None:
     """Raise RetrievalError if the index is of another network's features."""
     probe = features_of.probe()
+    tolerance = PROBE_TOLERANCE * np.abs(index.probe).max() + 1e-6
     same = probe.shape == index.probe.shape
-    if same:
-        largest = np.abs(index.probe).max()
-        same = np.abs(probe - index.probe).max() <= PROBE_TOLERANCE * largest + 1e-6
-    if not same:
+    if not same or np.abs(probe - index.probe).max() > tolerance:
         raise RetrievalError(
             "the index is of another network than the workdir's (the same picture has "
             "other features there). Make it again: remove its file."
@@ -366,8 +336,8 @@ def draw(
 
     Args:
       source: the pictures of the index.
-      rows: int [Q, N] of the index, by features; those by pixels are found here.
-      titles: `query_titles`, `layer`, of `figures.nearest_pictures`.
+      rows: int [Q, N], neighbours by features; those by pixels are found here.
+      titles: `query_titles` and `layer` of `figures.nearest_pictures`.
 
     Raises:
       RetrievalError, DataError: as `fetch_rows`.

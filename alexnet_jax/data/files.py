@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from alexnet_jax.data.paths import existing_parent
+from alexnet_jax.cli import existing_parent
 
 
 class FullDiskError(OSError):

@@ -15,11 +15,11 @@ from urllib.parse import quote
 
 import numpy as np
 
+from alexnet_jax.cli import PathError, expanded
 from alexnet_jax.data import images as images_lib
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.imagenet import named_wnid
 from alexnet_jax.data.images import PICTURE_SUFFIXES
-from alexnet_jax.data.paths import PathError, expanded
 
 _EVAL_FOLDERS = ("test", "val", "validation")
 # tiny-imagenet's: a folder of pictures in each class and split, and the classes of a

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
+from alexnet_jax.cli import require_writable
 from alexnet_jax.data import images, locks, sources, statistics
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.files import (
@@ -43,7 +44,6 @@ from alexnet_jax.data.files import (
 from alexnet_jax.data.imagenet import originals as originals_lib
 from alexnet_jax.data.imagenet.classes import OFFICIAL_COUNTS, wnids
 from alexnet_jax.data.imagenet.originals import SPLITS, Originals
-from alexnet_jax.data.paths import require_writable
 
 NAME = "imagenet2012_256"
 VERSION = "1.0.0"

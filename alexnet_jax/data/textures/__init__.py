@@ -7,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+from alexnet_jax.cli import PathError, require_writable
 from alexnet_jax.data import locks
 from alexnet_jax.data.files import telling_of_a_full_disk
-from alexnet_jax.data.paths import PathError, require_writable
 from alexnet_jax.data.sources import HOW_TO_NAME_DATA_DIR
 from alexnet_jax.data.textures.drawing import CLASS_NAMES, draw
 
