@@ -1,12 +1,12 @@
-"""Says what is in pictures: class names and probabilities from a trained network.
+"""Print class names and probabilities for pictures, from a trained network.
 
 python -m alexnet_jax.predict --workdir=DIR cat.jpg dog.png ...
 python -m alexnet_jax.predict --workdir=DIR --format=json --figure=FILE.png *.jpg
 python -m alexnet_jax.predict --workdir=DIR --feature_maps=FILE.png cat.jpg
 
-The centre view of each picture, as the evaluation sees it. The figure is of the first 48
-that can be read, the feature maps, layer by layer, are of the first. A picture that
-cannot be read is named on standard error, the others are done, and the exit status is 1.
+The network sees the centre view of each picture, as in the evaluation. The figure shows
+the first 48 readable pictures; the feature maps, layer by layer, are of the first. An
+unreadable picture is named on standard error, and the exit status is 1.
 """
 
 import argparse
@@ -28,18 +28,19 @@ from alexnet_jax.data.images import short_names
 from alexnet_jax.loading import load
 from alexnet_jax.pictures import BATCH, Extractor, read, save_figure
 
-# A figure of more would be too long to look at.
+# Most pictures in a figure.
 MOST_DRAWN = 48
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says about one picture.
+    """Class probabilities for one picture.
 
     Attributes:
+      path: file of the picture.
       probabilities: float32 [K], their sum is 1.
+      picture: uint8 [S, S, 3], its central square.
       class_names: by label.
-      picture: uint8 [S, S, 3], the square that was looked at.
     """
 
     path: str
@@ -48,7 +49,7 @@ class Prediction:
     class_names: Sequence[str]
 
     def best(self, count: int) -> list[int]:
-        """The most probable labels, the best first; of equal ones the smaller."""
+        """Return the most probable labels, the best first; ties by label."""
         order = np.argsort(-self.probabilities, kind="stable")
         return order[:count].tolist()
 
@@ -56,16 +57,15 @@ class Prediction:
 def predict(
     workdir: Path, paths: Sequence[str], *, step: int | None = None
 ) -> Iterator[Prediction | Exception]:
-    """Looks at pictures, in their order.
+    """Predict pictures in their order.
 
     Args:
       workdir: of a run, or a file of weights.
       paths: picture files.
-      step: which checkpoint; as `loading.load`.
+      step: which checkpoint; as for `loading.load`.
 
     Yields:
-      A prediction for each path, or the OSError or ValueError of a picture that cannot
-      be read.
+      A prediction for each path, or the OSError or ValueError of an unreadable picture.
 
     Raises:
       FileNotFoundError, CheckpointError: as `loading.load`.
@@ -86,7 +86,7 @@ def predict(
 
 
 def as_text(prediction: Prediction, top: int) -> str:
-    """The picture's path and a line a label, the best first."""
+    """Return the picture's path and a line per label, the best first."""
     chances, names = prediction.probabilities, prediction.class_names
     lines = [
         f"{100 * chances[k]:7.2f}%  {words(names[k])}" for k in prediction.best(top)
@@ -95,7 +95,7 @@ def as_text(prediction: Prediction, top: int) -> str:
 
 
 def as_json(prediction: Prediction, top: int) -> dict[str, Any]:
-    """{"file", "labels": [{"label", "name", "words", "probability"}, ...]}."""
+    """Return {"file", "labels": [{"label", "name", "words", "probability"}, ...]}."""
     names = prediction.class_names
     return {
         "file": prediction.path,
@@ -112,7 +112,7 @@ def as_json(prediction: Prediction, top: int) -> dict[str, Any]:
 
 
 def _draw(found: Sequence[Prediction], path: Path) -> None:
-    # matplotlib is not needed to say what is in a picture.
+    # Here, because text and JSON need no matplotlib.
     from alexnet_jax.analysis.figures import best_labels
 
     figure = best_labels(
@@ -127,11 +127,11 @@ def _draw(found: Sequence[Prediction], path: Path) -> None:
 def _draw_feature_maps(
     workdir: Path, step: int | None, picture: Any, path: Path
 ) -> None:
-    """What each layer makes of a square picture."""
+    """Draw the output of each layer for a square picture."""
     from alexnet_jax.analysis.figures import feature_maps
 
     model, variables, preprocess = load(workdir, step=step)
-    # Not jitted: that would put the layers in the order of the alphabet.
+    # Not jitted, because that would sort the layers by name.
     features: Any = model.apply(variables, preprocess(picture), method="features")
     save_figure(feature_maps(picture, features), path)
 
@@ -152,13 +152,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit status."""
+    """Run the command; return the exit status."""
     options = _parse(argv)
     return exit_status(lambda: _predict(options), CheckpointError)
 
 
 def _predict(options: argparse.Namespace) -> bool:
-    """Prints what is in each picture; returns whether all could be read."""
+    """Print the labels of each picture; return True if all could be read."""
     for path in filter(None, (options.figure, options.feature_maps)):
         require_writable_file(path)
     drawn: list[Prediction] = []

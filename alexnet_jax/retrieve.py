@@ -1,26 +1,25 @@
-"""Finds the pictures of a data set that a trained network takes to be most alike.
+"""Find the pictures of a data set that a trained network considers most similar.
 
 python -m alexnet_jax.retrieve --workdir=DIR --index=FILE.npz
     [--source=folder:PATH] [--split=train] [--data_dir=DIR] [--layer=fc7]
 python -m alexnet_jax.retrieve --workdir=DIR --index=FILE.npz PICTURE ...
     [--top=6] [--format=json] [--figure=FILE.png] [--bits=256 [--shortlist=100]]
 
-The first makes the index, the features of every picture of a split (of the run's own
-training pictures, unless it is told others); the second looks pictures up in it. Both
-at once is fine. With --figure the neighbours are drawn as in the paper's figure 4,
-beside those by distances between pixels.
+The first makes the index, the features of every picture of a split (by default the
+run's own training pictures); the second looks pictures up in it. One command can do
+both. With --figure the neighbours are drawn as in the paper's figure 4, beside those by
+distances between pixels.
 
-With --bits pictures are compared by short binary codes of their features, of which an
-autoencoder is trained once and kept beside the index (FILE.256bits.npz). Distances are
-then the numbers of differing bits; with --shortlist=R the R nearest by code are put
-into the order of their Euclidean distances.
+With --bits pictures are compared by short binary codes of their features. The
+autoencoder for these is trained once; codes are kept beside the index
+(FILE.256bits.npz). Distances are then numbers of differing bits; with --shortlist=R the
+R nearest by code are ordered by their Euclidean distances.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,7 +58,7 @@ from alexnet_jax.data.images import short_names
 from alexnet_jax.data.sources import FolderSource
 from alexnet_jax.pictures import BATCH, Extractor, read, save_figure
 
-# Pictures that no coder learns from: how well codes find their neighbours is told.
+# Pictures that the autoencoder does not learn from; their recall is printed.
 HELD_OUT = 200
 
 
@@ -99,8 +98,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _stored(options: argparse.Namespace) -> Index | None:
-    """The index of the file, None if there is none yet."""
+def _stored_index(options: argparse.Namespace) -> Index | None:
+    """Return the index of the file, None if there is no file yet."""
     if not options.index.exists():
         return None
     index = load_index(options.index)
@@ -114,8 +113,10 @@ def _stored(options: argparse.Namespace) -> Index | None:
     return index
 
 
-def _make(options: argparse.Namespace, features_of: Extractor, layer: str) -> Index:
-    """A new index, in its file."""
+def _make_index(
+    options: argparse.Namespace, features_of: Extractor, layer: str
+) -> Index:
+    """Make a new index and write its file."""
     index = build_index(
         features_of,
         layer,
@@ -134,21 +135,17 @@ def _make(options: argparse.Namespace, features_of: Extractor, layer: str) -> In
 
 
 def _codes(options: argparse.Namespace, index: Index) -> Codes:
-    """The codes of the index from the file beside it, which is made if need be."""
-    path = options.index.with_suffix(f".{options.bits}bits.npz")
+    """Return the codes of the index from the file beside it, or make that file."""
+    bits, features = options.bits, index.features
+    path = options.index.with_suffix(f".{bits}bits.npz")
     if path.exists():
         codes = load_codes(path)
-        if codes.coder.bits == options.bits and codes.are_of(index.features):
+        if codes.coder.bits == bits and codes.are_of(features):
             return codes
         print(
             f"{path}: codes of another index or length; making them again",
             file=sys.stderr,
         )
-    return _make_codes(options.bits, path, index.features)
-
-
-def _make_codes(bits: int, path: Path, features: np.ndarray) -> Codes:
-    """New codes, in their file; says how well they find neighbours."""
     count, width = features.shape
     held_out = np.linspace(0, count - 1, min(HELD_OUT, -(-count // 10)), dtype=int)
     others = np.setdiff1d(np.arange(count), held_out)
@@ -172,7 +169,7 @@ def _make_codes(bits: int, path: Path, features: np.ndarray) -> Codes:
 def _search(
     options: argparse.Namespace, index: Index, codes: Codes | None, queries: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(distances [Q, N], rows [Q, N]), in bits if by codes alone."""
+    """Return (distances [Q, N], rows [Q, N]); in bits if codes alone are compared."""
     if codes is None:
         return nearest(index.features, queries, options.top)
     if options.shortlist is None:
@@ -183,36 +180,12 @@ def _search(
     )
 
 
-def _answer(
-    index: Index,
-    folder: FolderSource | None,
-    rows: np.ndarray,
-    distances: np.ndarray,
-    unit: str,
-) -> list[Any]:
-    """Of one query: {"row", "label", "name", "words", unit} a neighbour.
-
-    Of an index of a folder also its "file". `unit` is "distance", Euclidean, or "bits".
-    """
-    return [
-        {
-            "row": int(row),
-            **({"file": str(folder.path_of(row))} if folder is not None else {}),
-            "label": int(index.labels[row]),
-            "name": index.class_names[index.labels[row]],
-            "words": words(index.class_names[index.labels[row]]),
-            unit: distance.item(),
-        }
-        for row, distance in zip(rows, distances, strict=True)
-    ]
-
-
-def _folder(
+def _folder_of(
     index: Index, rows: np.ndarray, features_of: Extractor
 ) -> FolderSource | None:
-    """The folder that an index was made of, which knows the files of its rows.
+    """Return the folder that holds the pictures of these rows.
 
-    None, and a line that says why, if these rows have other pictures there by now.
+    Prints why there is none if an index of a folder has other pictures there by now.
     """
     if not index.source.startswith("folder:"):
         return None
@@ -221,7 +194,7 @@ def _folder(
         different = np.unique(rows)
         for start in range(0, len(different), BATCH):
             fetch_rows(index, source, different[start : start + BATCH])
-    except (OSError, ValueError) as error:  # what is stored is told all the same
+    except (OSError, ValueError) as error:  # the neighbours are printed all the same
         print(f"no files are named: {error}", file=sys.stderr)
         return None
     return source if isinstance(source, FolderSource) else None
@@ -233,7 +206,7 @@ def _look_up(
     codes: Codes | None,
     features_of: Extractor,
 ) -> bool:
-    """Prints the neighbours of each picture; returns whether all could be read."""
+    """Print the neighbours of each picture; return True if all could be read."""
     found = read(options.pictures, features_of.image_size)
     pictures, paths = [], []
     for path, picture in zip(options.pictures, found, strict=True):
@@ -246,18 +219,26 @@ def _look_up(
         return False
     distances, rows = _search(options, index, codes, features_of(pictures))
     in_bits = codes is not None and options.shortlist is None
-    unit, form = ("bits", "5d") if in_bits else ("distance", "10.3f")
-    folder = _folder(index, rows, features_of)
-    for path, near, far in zip(paths, rows, distances, strict=True):
-        answer = _answer(index, folder, near, far, unit)
+    unit, form, suffix = (
+        ("bits", "5d", " bits") if in_bits else ("distance", "10.3f", "")
+    )
+    folder = _folder_of(index, rows, features_of)
+    for path, near, far in zip(paths, rows.tolist(), distances.tolist(), strict=True):
+        neighbours: list[dict[str, Any]] = []
+        for row, distance in zip(near, far, strict=True):
+            label = int(index.labels[row])
+            name = index.class_names[label]
+            file = {} if folder is None else {"file": str(folder.path_of(row))}
+            about = {"label": label, "name": name, "words": words(name)}
+            neighbours.append({"row": row} | file | about | {unit: distance})
         if options.format == "json":
-            print(json.dumps({"file": path, "neighbours": answer}))
+            print(json.dumps({"file": path, "neighbours": neighbours}))
             continue
         print(path)
-        for item in answer:
-            how_far = f"{item[unit]:{form}}{' bits' if in_bits else ''}"
+        for item in neighbours:
             file = f"  {item['file']}" if "file" in item else ""
-            print(f"  {how_far}  {item['row']:8d}  {item['words']}{file}")
+            apart = f"{item[unit]:{form}}{suffix}"
+            print(f"  {apart}  {item['row']:8d}  {item['words']}{file}")
     if options.figure is not None:
         source = open_for_index(
             features_of, index.split, index.source, options.data_dir
@@ -275,7 +256,7 @@ def _look_up(
 
 
 def _retrieve(options: argparse.Namespace) -> bool:
-    index, features_of = _stored(options), None
+    index, features_of = _stored_index(options), None
     if index is None:
         require_writable_file(options.index)
     if options.figure is not None:
@@ -284,17 +265,17 @@ def _retrieve(options: argparse.Namespace) -> bool:
         layer = index.layer if index is not None else options.layer or "fc7"
         features_of = Extractor(options.workdir, layer, step=options.step)
         if index is None:
-            index = _make(options, features_of, layer)
+            index = _make_index(options, features_of, layer)
         else:
             check_index(index, features_of)
     codes = None if options.bits is None else _codes(options, index)
     if features_of is None or not options.pictures:
-        return True  # all is there, and nothing is asked of it
+        return True  # the index exists, and no picture is looked up
     return _look_up(options, index, codes, features_of)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit status."""
+    """Run the command; return the exit status."""
     options = _parse(argv)
     return exit_status(lambda: _retrieve(options), CheckpointError)
 

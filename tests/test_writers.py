@@ -1,4 +1,4 @@
-"""Metrics: what is written can be read, also after a kill, and lines stay whole."""
+"""Metrics: records can be read, also after a kill, and lines stay whole."""
 
 import errno
 import io
@@ -46,103 +46,89 @@ EVAL = {
 # The JSON-lines file.
 
 
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / METRICS_FILE
+
+
 def _write_steps(path, steps, resume_step=None):
     writer = JsonlWriter(path, resume_step)
     for step in steps:
         writer.write(step, step / 100, {"train/loss": float(step)})
-    writer.close()
 
 
-def test_a_record_is_one_line_of_json(tmp_path):
-    path = tmp_path / METRICS_FILE
+def _steps(path):
+    return [record["step"] for record in read_metrics(path)]
+
+
+def test_a_record_is_one_line_of_json(path):
     writer = JsonlWriter(path)
     writer.write(100, 1.5, TRAIN)
-    # Read before closing: a killed run has lost nothing.
+    # Read while the writer is open: a killed run has lost nothing.
     assert json.loads(path.read_text()) == {"step": 100, "epoch": 1.5} | {
         name: value for name, value in TRAIN.items() if name != "eta_seconds"
     }
     writer.write(100, 1.5, EVAL)
-    writer.close()
     train, evaluation = read_metrics(path)
     assert list(train)[:3] == ["step", "epoch", "train/loss"]
     assert evaluation == {"step": 100, "epoch": 1.5} | EVAL
     assert isinstance(evaluation["eval/count"], int)
 
 
-def test_arrays_become_numbers(tmp_path):
-    writer = MultiWriter([JsonlWriter(tmp_path / "m.jsonl")])
+def test_arrays_become_numbers_and_nan_becomes_null(path):
     scalars = {"a": jnp.float32(0.5), "b": np.int64(3), "c": jnp.ones((1,), jnp.int32)}
-    writer.write(7, 0.25, scalars)
-    writer.close()
-    line = (tmp_path / "m.jsonl").read_text()
-    assert line == '{"step": 7, "epoch": 0.25, "a": 0.5, "b": 3, "c": 1}\n'
-
-
-def test_nan_and_infinity_are_valid_json(tmp_path):
-    path = tmp_path / METRICS_FILE
-    writer = JsonlWriter(path)
-    writer.write(1, 0.0, {"train/loss": math.nan, "lr": math.inf, "x": -math.inf})
-    writer.close()
-
-    def refuse(name):  # Python alone would accept NaN and Infinity
-        raise ValueError(name)
-
-    record = json.loads(path.read_text(), parse_constant=refuse)
+    with MultiWriter(JsonlWriter(path)) as writer:
+        writer.write(7, 0.25, scalars)
+    assert path.read_text() == '{"step": 7, "epoch": 0.25, "a": 0.5, "b": 3, "c": 1}\n'
+    scalars = {"train/loss": math.nan, "lr": math.inf, "x": -math.inf}
+    JsonlWriter(path).write(1, 0.0, scalars)
+    record = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert record["train/loss"] is record["lr"] is record["x"] is None
     assert math.isnan(read_metrics(path)[0]["train/loss"])
 
 
-def test_resume_drops_what_will_be_written_again(tmp_path):
-    path = tmp_path / METRICS_FILE
+def test_resume_drops_what_will_be_written_again(path):
+    JsonlWriter(path, 100)
+    assert read_metrics(path) == []
     _write_steps(path, [100, 200, 300, 400])
     _write_steps(path, [300, 400], resume_step=250)
-    assert [r["step"] for r in read_metrics(path)] == [100, 200, 300, 400]
-    # The record of the step resumed from stays: it will not be written again.
+    assert _steps(path) == [100, 200, 300, 400]
+    # The record of the resumed step stays: it will not be written again.
     _write_steps(path, [], resume_step=300)
-    assert [r["step"] for r in read_metrics(path)] == [100, 200, 300]
-    assert os.listdir(tmp_path) == [METRICS_FILE]
+    assert _steps(path) == [100, 200, 300]
+    assert os.listdir(path.parent) == [METRICS_FILE]
 
 
-def test_a_new_run_puts_the_old_file_aside(tmp_path):
-    path = tmp_path / METRICS_FILE
-    _write_steps(path, [100, 200])
-    _write_steps(path, [100])
-    assert [r["step"] for r in read_metrics(path)] == [100]
-    _write_steps(path, [])
-    assert len(read_metrics(tmp_path / (METRICS_FILE + ".old"))) == 2
-    assert len(read_metrics(tmp_path / (METRICS_FILE + ".old_2"))) == 1
+def test_a_new_run_puts_the_old_file_aside(path):
+    for steps in ([100, 200], [100], []):
+        _write_steps(path, steps)
+        assert _steps(path) == steps
+    assert _steps(path.with_name(METRICS_FILE + ".old")) == [100, 200]
+    assert _steps(path.with_name(METRICS_FILE + ".old_2")) == [100]
 
 
 @pytest.mark.parametrize("torn", ['{"step": 3', '{"step": 300, "lr": 0.0', "{", "nul"])
-def test_a_torn_last_line(tmp_path, torn):
-    path = tmp_path / METRICS_FILE
+def test_a_torn_last_line(path, torn):
     _write_steps(path, [100, 200])
     with open(path, "a") as file:
         file.write(torn)
-    assert [r["step"] for r in read_metrics(path)] == [100, 200]
+    assert _steps(path) == [100, 200]
     _write_steps(path, [300], resume_step=200)
-    assert [r["step"] for r in read_metrics(path)] == [100, 200, 300]
+    assert _steps(path) == [100, 200, 300]
 
 
-def test_a_bad_line_in_the_middle_is_named(tmp_path):
-    path = tmp_path / METRICS_FILE
+def test_a_bad_line_in_the_middle_is_named(path):
     _write_steps(path, [100])
     with open(path, "a") as file:
         file.write('{"step": 2\n{"step": 300, "epoch": 3.0}\n')
     with pytest.raises(ValueError, match="line 2 is not a record"):
         read_metrics(path)
     _write_steps(path, [], resume_step=300)  # a resumed run mends the file
-    assert [r["step"] for r in read_metrics(path)] == [100, 300]
+    assert _steps(path) == [100, 300]
 
 
-EVALUATION = {"eval/loss": 1.0, "eval/top1_error": 0.5, "eval/top5_error": 0.1}
-EVALUATION |= {"eval/count": 8, "eval/views_loss": 0.9, "eval/views_top1_error": 0.4}
-EVALUATION |= {"eval/views_top5_error": 0.1}
-
-
-def test_resume_is_atomic(tmp_path, monkeypatch):
+def test_resume_is_atomic(path, monkeypatch):
     """Killed while it drops lines: the old file is whole."""
-    path = tmp_path / METRICS_FILE
     _write_steps(path, [100, 200, 300])
     before = path.read_bytes()
 
@@ -155,8 +141,7 @@ def test_resume_is_atomic(tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
-def test_the_last_record_of_a_kind(tmp_path):
-    path = tmp_path / METRICS_FILE
+def test_the_last_record_of_a_kind(path):
     assert last_step_with(path, "eval/") == -1
     _write_steps(path, [100])
     assert last_step_with(path, "eval/") == -1
@@ -168,12 +153,6 @@ def test_the_last_record_of_a_kind(tmp_path):
     assert last_step_with(path, "train/") == 400
 
 
-def test_no_file_no_records(tmp_path):
-    path = tmp_path / METRICS_FILE
-    JsonlWriter(path, 100).close()
-    assert read_metrics(path) == []
-
-
 # TensorBoard.
 
 
@@ -181,9 +160,10 @@ def _event_files(folder):
     return sorted(p for p in folder.iterdir() if "tfevents" in p.name)
 
 
-def _events(path):
+def _events(folder):
     """The events of a TFRecord file: length, its sum, payload, its sum."""
     event_type: Any = getattr(event_pb2, "Event")  # noqa: B009  (made at import)
+    (path,) = _event_files(folder)
     data, events = path.read_bytes(), []
     while data:
         (length,) = struct.unpack("<Q", data[:8])
@@ -197,10 +177,9 @@ def test_tensorboard_holds_the_scalars(tmp_path):
     writer.write(100, 1.5, TRAIN)
     writer.write(200, 3.0, EVAL)
     writer.close()
-    (path,) = _event_files(tmp_path)
     found = {
         (value.tag, event.step): value.simple_value
-        for event in _events(path)
+        for event in _events(tmp_path)
         for value in event.summary.value
     }
     assert found["train/loss", 100] == pytest.approx(3.21437)
@@ -211,38 +190,72 @@ def test_tensorboard_holds_the_scalars(tmp_path):
 
 def test_tensorboard_is_told_what_to_forget_on_resume(tmp_path):
     TensorBoardWriter(tmp_path, resume_step=250).close()
-    (path,) = _event_files(tmp_path)
     start = 1  # SessionLog.START
-    assert [e.step for e in _events(path) if e.session_log.status == start] == [251]
+    assert [e.step for e in _events(tmp_path) if e.session_log.status == start] == [251]
 
 
 # The console.
 
+VIEWS = EVAL | {
+    "eval/views_loss": 0.9,
+    "eval/views_top1_error": 0.4,
+    "eval/views_top5_error": 0.1,
+}
+SUMMARY = {
+    "dead_relu/conv1": 0.0,
+    "dead_relu/fc6": 0.1251,
+    "grad_norm/conv1": 0.00123,
+    "grad_norm/fc8": 12.3,
+    "train/loss": 2.3026,
+}
+UNUSUAL = {"conv1/dead": 0.25, "images_per_sec": 9.64, "train/loss": math.nan}
 
-def test_lines_on_a_stream_that_is_no_terminal(capsys):
-    writer = ConsoleWriter(45000)
-    writer.progress(1200)
-    writer.write(1200, 2.667, TRAIN)
-    writer.write(1200, 2.667, EVAL)
-    writer.text("compiled in 14.2 s")
+
+@pytest.mark.parametrize(
+    "scalars, show_top5, words",
+    [
+        (
+            TRAIN,
+            True,
+            (
+                "train: loss 3.2144  top-1 error 71.25%  lr 0.01  1523 images/s"
+                "  waiting for data 3%  left 1:02:33"
+            ),
+        ),
+        (
+            EVAL,
+            True,
+            "eval: loss 2.5000  top-1 error 50.00%  top-5 error 25.00%  on 50000 images",
+        ),
+        (
+            VIEWS,  # of five classes or fewer
+            False,
+            (
+                "eval: loss 2.5000  top-1 error 50.00%  several views: loss 0.9000"
+                "  top-1 error 40.00%  on 50000 images"
+            ),
+        ),
+        (
+            SUMMARY,
+            True,
+            (
+                "train: loss 2.3026  dead relu: conv1 0%  fc6 13%"
+                "  grad norm: conv1 1.2e-03  fc8 1.2e+01"
+            ),
+        ),
+        (UNUSUAL, True, "train: loss nan  9.6 images/s  conv1: dead 0.25"),
+        ({"eta_seconds": 0.2}, True, "left 0:00:00"),
+        ({"eta_seconds": 59.7}, True, "left 0:01:00"),
+        ({"eta_seconds": 90061}, True, "left 25:01:01"),
+        ({"eta_seconds": math.inf}, True, "left ?"),
+    ],
+)
+def test_a_record_is_a_readable_line(scalars, show_top5, words, capsys):
+    writer = ConsoleWriter(45000, show_top5=show_top5)
+    writer.progress(1200)  # no bar: this is no terminal
+    writer.write(1200, 2.667, scalars)
     writer.close()
-    out, err = capsys.readouterr()
-    assert out == (
-        "step  1200/45000  epoch 2.67  train: loss 3.2144  top-1 error 71.25%  lr 0.01"
-        "  1523 images/s  waiting for data 3%  left 1:02:33\n"
-        "step  1200/45000  epoch 2.67  eval: loss 2.5000  top-1 error 50.00%"
-        "  top-5 error 25.00%  on 50000 images\n"
-        "compiled in 14.2 s\n"
-    )
-    assert err == ""  # no bar either
-
-
-def test_top_5_is_not_shown_where_it_is_always_0(capsys):
-    ConsoleWriter(10, show_top5=False).write(10, 1.0, EVALUATION)
-    assert capsys.readouterr().out == (
-        "step 10/10  epoch 1.00  eval: loss 1.0000  top-1 error 50.00%"
-        "  several views: loss 0.9000  top-1 error 40.00%  on 8 images\n"
-    )
+    assert capsys.readouterr() == (f"step  1200/45000  epoch 2.67  {words}\n", "")
 
 
 def test_run_goes_on_when_its_output_cannot_be_written():
@@ -251,43 +264,6 @@ def test_run_goes_on_when_its_output_cannot_be_written():
             raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     ConsoleWriter(10, Closed()).text("line")
-
-
-@pytest.mark.parametrize(
-    "seconds, words",
-    [
-        (0.2, "left 0:00:00"),
-        (59.7, "left 0:01:00"),
-        (90061, "left 25:01:01"),
-        (math.inf, "left ?"),
-    ],
-)
-def test_time_to_finish(capsys, seconds, words):
-    ConsoleWriter(10).write(1, 0.1, {"eta_seconds": seconds})
-    assert capsys.readouterr().out == f"step  1/10  epoch 0.10  {words}\n"
-
-
-def test_small_rates_nan_and_unknown_names(capsys):
-    scalars = {"conv1/dead": 0.25, "images_per_sec": 9.64, "train/loss": math.nan}
-    ConsoleWriter(10).write(10, 1.0, scalars)
-    assert capsys.readouterr().out == (
-        "step 10/10  epoch 1.00  train: loss nan  9.6 images/s  conv1: dead 0.25\n"
-    )
-
-
-def test_a_summary_is_a_line(capsys):
-    scalars = {
-        "dead_relu/conv1": 0.0,
-        "dead_relu/fc6": 0.1251,
-        "grad_norm/conv1": 0.00123,
-        "grad_norm/fc8": 12.3,
-        "train/loss": 2.3026,
-    }
-    ConsoleWriter(10).write(0, 0.0, scalars)
-    assert capsys.readouterr().out == (
-        "step  0/10  epoch 0.00  train: loss 2.3026  dead relu: conv1 0%  fc6 13%"
-        "  grad norm: conv1 1.2e-03  fc8 1.2e+01\n"
-    )
 
 
 def _on_a_terminal(use, columns):
@@ -340,7 +316,7 @@ def test_make_writers(tmp_path, capsys):
                 writers.progress(step)
                 writers.write(step, step / 100, {"train/loss": jnp.float32(step)})
             writers.text("a line")
-    assert [r["step"] for r in read_metrics(workdir / METRICS_FILE)] == [100, 200, 300]
+    assert _steps(workdir / METRICS_FILE) == [100, 200, 300]
     # A restart adds an event file, even one within the same second.
     assert len(_event_files(workdir)) == 2
     out = capsys.readouterr().out
@@ -357,14 +333,11 @@ def test_other_processes_write_nothing(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_every_writer_is_closed_when_one_fails():
+def test_the_bar_is_removed_even_if_the_events_cannot_be_closed(tmp_path, monkeypatch):
+    events, console = TensorBoardWriter(tmp_path), ConsoleWriter(1)
     closed = []
-
-    class Failing(ConsoleWriter):
-        def close(self):
-            closed.append(self)
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        MultiWriter([Failing(1), Failing(1)]).close()
-    assert len(closed) == 2
+    monkeypatch.setattr(console, "close", lambda: closed.append(console))
+    monkeypatch.setattr(events, "_file", None)
+    with pytest.raises(AttributeError), MultiWriter(None, events, console):
+        pass
+    assert closed == [console]
