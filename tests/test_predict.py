@@ -33,10 +33,8 @@ def test_text_names_the_best_labels(workdir, pictures, capsys):
     assert predict.main([f"--workdir={workdir}", *pictures, "--top=2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[::3] == pictures
-    assert [line.split()[1] for line in lines[1::3]] == [
-        path.split("/")[-2] for path in pictures
-    ]
-    assert all(re.fullmatch(r" *\d+\.\d\d%  \w+", line) for line in lines[1::3])
+    for path, line in zip(pictures, lines[1::3], strict=True):
+        assert re.fullmatch(rf" *\d+\.\d\d%  {path.split('/')[-2]}", line)
 
 
 def test_json_holds_the_networks_probabilities(workdir, pictures, monkeypatch, capsys):
@@ -56,36 +54,25 @@ def test_json_holds_the_networks_probabilities(workdir, pictures, monkeypatch, c
             assert label["probability"] == pytest.approx(row[label["label"]], rel=1e-4)
 
 
-def test_a_picture_that_cannot_be_read_does_not_stop_the_others(
+def test_an_unreadable_picture_does_not_stop_the_others(
     workdir, pictures, tmp_path, capsys
 ):
-    broken = tmp_path / "broken.jpg"
+    broken, missing = tmp_path / "broken.jpg", tmp_path / "missing.jpg"
     broken.write_bytes(b"\xff\xd8 torn")
-    missing = tmp_path / "missing.jpg"
-    figure = tmp_path / "new" / "figure.png"
-    arguments = [str(broken), pictures[0], str(missing), f"--figure={figure}"]
-    assert predict.main([f"--workdir={workdir}", *arguments]) == 1
+    figure, maps = tmp_path / "new" / "figure.png", tmp_path / "maps.png"
+    base = [f"--workdir={workdir}", f"--figure={figure}", f"--feature_maps={maps}"]
+    assert predict.main([*base, str(broken), pictures[0], str(missing)]) == 1
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == pictures[0]
     first, second = err.splitlines()
     assert f"cannot decode {broken}" in first and str(missing) in second
     assert Image.open(figure).size[0] > 100
-    assert predict.main([f"--workdir={workdir}", str(missing)]) == 1
-
-
-def test_feature_maps_are_drawn_of_the_first_picture(workdir, pictures, tmp_path):
-    path = tmp_path / "maps.png"
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(b"")
-    arguments = [f"--workdir={workdir}", f"--feature_maps={path}", str(broken)]
-    assert predict.main([*arguments, pictures[0]]) == 1
-    with Image.open(path) as figure:
-        width, height = figure.size
     # The picture and its three convolutions, before and after pooling and norm.
+    width, height = Image.open(maps).size
     assert height > width / 2
-    path.unlink()
-    assert predict.main(arguments) == 1
-    assert not path.exists()
+    maps.unlink()
+    assert predict.main([*base, str(broken)]) == 1
+    assert not maps.exists()
 
 
 def test_wrong_arguments_are_one_message(workdir, pictures, tmp_path, capsys):
@@ -101,8 +88,7 @@ def test_wrong_arguments_are_one_message(workdir, pictures, tmp_path, capsys):
 
 
 def test_labels_without_names_are_numbered(workdir, pictures, tmp_path, capsys):
-    copy = tmp_path / "copy"
-    shutil.copytree(workdir, copy)
+    copy = shutil.copytree(workdir, tmp_path / "copy")
     classes = copy / "classes.json"
     classes.write_text('["blue", "green"]')
     assert predict.main([f"--workdir={copy}", pictures[0]]) == 0
