@@ -166,21 +166,21 @@ def predict(experiment: Experiment, variables: dict[str, Any]) -> Predictions:
         _say(f"WARNING: {source.left_out}")
     step, statistics = experiment.predict_step(views), experiment.pixel_statistics()
     params, batch_stats = variables["params"], variables["batch_stats"]
-    blocks: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     with experiment.eval_batches() as batches:
-        on_device = (experiment.put(batch) for batch in batches)
-        for found in _fetched(
-            lambda batch: step(params, batch_stats, batch, statistics), on_device
-        ):
-            for name, values in found.items():
-                blocks[name].append(values)
-    count = source.num_examples  # without the padding at the end
-    logs = {name: np.concatenate(parts)[:count] for name, parts in blocks.items()}
+        found = list(
+            _fetched(
+                lambda batch: step(params, batch_stats, batch, statistics),
+                (experiment.put(batch) for batch in batches),
+            )
+        )
+    logs = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    count = source.num_examples
     if len(logs["centre"]) < count:
         raise RuntimeError(
             f"There are predictions of {len(logs['centre'])} pictures; the split has "
             f"{count}."
         )
+    logs = {name: values[:count] for name, values in logs.items()}  # no padding
     return Predictions(
         centre=logs["centre"],
         views=logs.get("views"),
@@ -420,8 +420,8 @@ def _load_network(
 ) -> tuple[Experiment, dict[str, Any], dict[str, Any]]:
     """Read a run's checkpoint or a file of weights onto the config's mesh.
 
-    Returns (the experiment to evaluate in, the variables on its mesh, {"step", "best_of"}
-    of a checkpoint as in `evaluate_runs`).
+    Return the experiment to evaluate in, the variables, and the {"step", "best_of"} of a
+    checkpoint as in `evaluate_runs`.
     """
     if member.is_run:
         weights, about, chosen = _read_checkpoint(config, member)
@@ -440,13 +440,9 @@ def _load_network(
     source, known = experiment.eval_source, weights.settings["num_classes"]
     assert source is not None
     if known != experiment.model.network.layers[-1].features:
-        names = [
-            "it does not say which" if n is None else f"{', '.join(n[:3])} ..."
-            for n in (weights.class_names, source.class_names)
-        ]
         raise ConfigError(
-            f"{member.path} knows {known} classes ({names[0]}); {source.description} has "
-            f"{source.num_classes} ({names[1]}). Give the data that it was trained on."
+            f"{member.path} knows {known} classes; {source.description} has "
+            f"{source.num_classes}. Give the data that it was trained on."
         )
     target = experiment.abstract_state()
     trees = {"params": target.params, "batch_stats": target.batch_stats}
@@ -468,7 +464,7 @@ def _read_checkpoint(
 ) -> tuple[Weights, dict[str, Any], str]:
     """Read the chosen checkpoint of a run; print how its config differed.
 
-    Returns (its network, {"step", "best_of"} as in `evaluate_runs`, a line about it).
+    Return its network, {"step", "best_of"} as in `evaluate_runs`, and a line about it.
     """
     from alexnet_jax.train import compare
 

@@ -310,7 +310,7 @@ def test_a_test_set_needs_no_training_pictures_and_not_every_class(
     # Weights that name no classes are compared by their number.
     nameless = dataclasses.replace(read_network(root / "seed_0"), class_names=None)
     save_safetensors(path, nameless)
-    words = r"3 classes \(it does not say which\); folder .* has 2 \(green, red"
+    words = r"knows 3 classes; folder .* has 2\. Give the data"
     with pytest.raises(ConfigError, match=words):
         evaluate_runs(config, [Member(path)])
 
