@@ -1,5 +1,7 @@
 """Evaluation: errors by hand, checkpoints, views, weights and ensembles of small runs."""
 
+# ruff: noqa: F401, F811  (fixtures of other files)
+
 import contextlib
 import dataclasses
 import json
@@ -12,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
-from test_train import PICTURES, columns_config, folder, records, small_config  # noqa: F401
+from test_train import PICTURES, columns_config, folder, records, small_config
 
 from alexnet_jax import evaluate, load, loading, main, train
 from alexnet_jax.checkpoint import CheckpointError
@@ -109,13 +111,11 @@ def test_an_ensemble_averages_probabilities():
 def test_members_of_other_pictures_or_classes_are_refused():
     with pytest.raises(PredictionsError, match="no predictions to average"):
         evaluate.average([])
+    fewer = make(MISTAKEN[:, :-1], class_names=NAMES[:-1], split="B")
     for other, words in (
         (make(MISTAKEN, labels=LABELS[::-1].copy()), "their labels differ"),
         (make(MISTAKEN, class_names=("wasp", *NAMES[1:])), "their class names differ"),
-        (
-            make(MISTAKEN[:, :-1], class_names=NAMES[:-1], split="B"),
-            r"6 pictures of 6 classes \(B\) cannot .* 6 pictures of 7 classes \(a test\)",
-        ),
+        (fewer, r"of 6 classes \(B\) cannot .* 6 pictures of 7 classes \(a test\)"),
     ):
         with pytest.raises(PredictionsError, match=words):
             evaluate.average([make(MISTAKEN), other])
@@ -157,19 +157,16 @@ def test_files_without_predictions_are_refused(tmp_path):
 
 @pytest.mark.parametrize("count", [6, 9])
 def test_predictions_leave_padding_out_and_miss_nothing(count):
-    source = SimpleNamespace(
-        num_examples=count,
-        labels_of=lambda rows: rows % 3,
-        class_names=("a", "b", "c"),
-        description="a split",
-        left_out="",
-    )
+    def step(params, batch_stats, batch, statistics):
+        return {"centre": params * batch[:, None]}
+
+    split = {"description": "a split", "left_out": "", "class_names": ("a", "b", "c")}
     experiment: Any = SimpleNamespace(
         config=SimpleNamespace(eval_views=1),
-        eval_source=source,
-        predict_step=lambda views: (
-            lambda params, _, batch, statistics: {"centre": params * batch[:, None]}
+        eval_source=SimpleNamespace(
+            num_examples=count, labels_of=lambda rows: rows % 3, **split
         ),
+        predict_step=lambda views: step,
         pixel_statistics=lambda: None,
         eval_batches=lambda: contextlib.nullcontext([np.arange(4), np.arange(4, 8)]),
         put=lambda batch: batch,
@@ -188,7 +185,7 @@ def test_predictions_leave_padding_out_and_miss_nothing(count):
 
 
 @pytest.fixture(scope="module")
-def runs(folder, tmp_path_factory):  # noqa: F811
+def runs(folder, tmp_path_factory):
     """Two networks of one kind, with two checkpoints each, and their config.
 
     They have not learnt much, so that there are mistakes.
@@ -241,12 +238,7 @@ def test_evaluation_of_a_workdir_on_more_devices(runs, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_chosen_checkpoint_and_its_choice_are_printed(
-    runs,
-    folder,  # noqa: F811
-    tmp_path,
-    capsys,
-):
+def test_chosen_checkpoint_and_its_choice_are_printed(runs, folder, tmp_path, capsys):
     root, config = runs
 
     def tested(name="seed_0", **data):
@@ -277,10 +269,7 @@ def test_chosen_checkpoint_and_its_choice_are_printed(
 
 
 def test_a_test_set_needs_no_training_pictures_and_not_every_class(
-    runs,
-    folder,  # noqa: F811
-    tmp_path,
-    capsys,
+    runs, folder, tmp_path, capsys
 ):
     root, config = runs
     whole = tmp_path / "whole.npz"
@@ -352,37 +341,25 @@ def test_evaluation_takes_the_config_of_the_run(runs, tmp_path, monkeypatch, cap
     assert started(monkeypatch, "--mode=eval", f"--workdir={file},{name}") == 0
     capsys.readouterr()
     for arguments, words in (
-        (["--mode=eval", f"--workdir={file}"], "Files do not say which pictures"),
-        (["--mode=eval", f"--workdir={tmp_path}"], "has no config.json"),
-        (["--mode=eval"], "--workdir=DIR is missing"),
-        ([f"--workdir={name}", "--config.seed=1"], "--config=FILE is missing, such"),
+        (f"--mode=eval --workdir={file}", "Files do not say which pictures"),
+        (f"--mode=eval --workdir={tmp_path}", "has no config.json"),
+        ("--mode=eval", "--workdir=DIR is missing"),
+        (f"--workdir={name} --config.seed=1", "--config=FILE is missing, such"),
         (
-            ["--mode=eval", f"--workdir={name}", "--config.sed=1"],
-            "the config has no such field: ",
+            f"--mode=eval --workdir={name} --config.sed=1",
+            "the config has no such field",
         ),
     ):
-        assert started(monkeypatch, *arguments) == 1
+        assert started(monkeypatch, *arguments.split()) == 1
         assert words in capsys.readouterr().err
 
 
-def test_a_stored_config_of_another_version(runs, tmp_path):
-    """A missing field takes its default, an unknown one is ignored."""
-    root, config = runs
-    stored = json.loads((root / "seed_1" / "config.json").read_text())
-    del stored["finetune"], stored["optim"]["trust_coefficient"]
-    stored["optim"]["gone"] = 3
-    stored["schedule"]["layer_factors"] = [["conv1", 0.0, 2.0]]
-    stored["num_epochs"] = 2
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(stored))
-    found = loading.load_config(str(path))
-    config = copy_of(config)
+def test_a_stored_config_is_locked_and_has_tuples(runs, tmp_path):
+    config = copy_of(runs[1])
     config.schedule.layer_factors = (("conv1", 0.0, 2.0),)
-    assert found.to_dict() == config.to_dict()
-    assert found.is_locked
-    path.write_text("{")
-    with pytest.raises(ConfigError, match="config.json is damaged"):
-        loading.load_config(str(path))
+    loading.write_config(tmp_path, config)
+    found = loading.load_config(str(tmp_path / "config.json"))
+    assert found.to_dict() == config.to_dict() and found.is_locked
     with pytest.raises(ConfigError, match="there is no such file"):
         loading.load_config(str(tmp_path / "none" / "config.json"))
 
@@ -422,10 +399,7 @@ def test_any_checkpoint_can_be_named(runs):
 
 
 def test_an_ensemble_is_the_mean_of_its_members_probabilities(
-    runs,
-    folder,  # noqa: F811
-    tmp_path,
-    capsys,
+    runs, folder, tmp_path, capsys
 ):
     root, config = runs
     names = [f"{root}/seed_0", f"{root}/seed_1"]
@@ -457,7 +431,7 @@ def test_an_ensemble_is_the_mean_of_its_members_probabilities(
         evaluate_runs(config, [Member(tmp_path / "q.npz"), *members])
 
 
-def test_last_line_is_json_for_a_diverged_network(tmp_path, folder, capsys):  # noqa: F811
+def test_last_line_is_json_for_a_diverged_network(tmp_path, folder, capsys):
     path = tmp_path / "p.npz"
     make(np.full((6, 7), np.nan)).save(path)
     record = evaluate_runs(small_config(folder), [Member(path)])
@@ -467,7 +441,7 @@ def test_last_line_is_json_for_a_diverged_network(tmp_path, folder, capsys):  # 
     assert said == record | {"eval/loss": None}
 
 
-def test_a_file_of_weights_is_tested_as_its_run(runs, folder, tmp_path):  # noqa: F811
+def test_a_file_of_weights_is_tested_as_its_run(runs, folder, tmp_path):
     root, config = runs
     path = tmp_path / "weights.safetensors"
     save_safetensors(path, read_network(root / "seed_0"))
@@ -480,7 +454,7 @@ def test_a_file_of_weights_is_tested_as_its_run(runs, folder, tmp_path):  # noqa
 
 
 @pytest.mark.slow
-def test_other_networks_share_an_ensemble(runs, folder, tmp_path):  # noqa: F811
+def test_other_networks_share_an_ensemble(runs, folder, tmp_path):
     """In columns on two devices, another input size, and ten views of each."""
     root, config = runs
     other = columns_config(folder)

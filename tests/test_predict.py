@@ -1,5 +1,7 @@
 """What is in a picture, from the command line and as a figure."""
 
+# ruff: noqa: F401, F811  (fixtures of other files)
+
 import json
 import re
 import shutil
@@ -8,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_train import folder, small_config  # noqa: F401
+from test_train import folder, small_config
 
 from alexnet_jax import export, load, predict, report, retrieve, train
 from alexnet_jax.analysis.figures import best_labels
@@ -18,14 +20,14 @@ NAMES = ["blue", "green", "red"]
 
 
 @pytest.fixture(scope="module")
-def workdir(folder, tmp_path_factory):  # noqa: F811
+def workdir(folder, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     train.train_and_evaluate(small_config(folder, num_epochs=4.0), workdir)
     return workdir
 
 
 @pytest.fixture(scope="module")
-def pictures(folder):  # noqa: F811
+def pictures(folder):
     return [str(path) for path in sorted(folder.glob("test/*/*.png"))]
 
 
@@ -117,7 +119,7 @@ def test_a_file_of_weights_says_the_same_as_its_run(
     assert "is not the workdir of a run" in capsys.readouterr().err
 
 
-def test_pictures_of_other_classes_are_refused(workdir, folder, tmp_path):  # noqa: F811
+def test_pictures_of_other_classes_are_refused(workdir, folder, tmp_path):
     """The same number of them: shapes alone would not tell."""
     other = tmp_path / "pictures"
     for split in ("train", "test"):

@@ -1,5 +1,7 @@
 """Neighbours by features: exact, from the command line, and of the right network."""
 
+# ruff: noqa: F401, F811  (fixtures of other files)
+
 import dataclasses
 import json
 import shutil
@@ -8,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_train import PICTURES, folder, small_config  # noqa: F401
+from test_train import PICTURES, folder, small_config
 
 from alexnet_jax import load, retrieve, train
 from alexnet_jax.analysis import retrieval
@@ -17,7 +19,7 @@ from alexnet_jax.analysis.retrieval import Index, RetrievalError, nearest
 
 
 @pytest.fixture(scope="module")
-def workdir(folder, tmp_path_factory):  # noqa: F811
+def workdir(folder, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     train.train_and_evaluate(small_config(folder, num_epochs=2.0), workdir)
     return workdir
@@ -74,9 +76,7 @@ def test_neighbours_far_from_zero_are_told_apart():
 
 
 def test_an_index_holds_the_features_of_the_training_pictures(
-    index_file,
-    workdir,
-    folder,  # noqa: F811
+    index_file, workdir, folder
 ):
     index = retrieval.load_index(index_file)
     model, variables, preprocess = load(workdir)
@@ -92,7 +92,7 @@ def test_an_index_holds_the_features_of_the_training_pictures(
     assert [p.name for p in index_file.parent.iterdir()] == ["pool3.npz"]
 
 
-def test_pictures_are_looked_up(index_file, workdir, folder, tmp_path, capsys):  # noqa: F811
+def test_pictures_are_looked_up(index_file, workdir, folder, tmp_path, capsys):
     paths = [str(path) for path in sorted(folder.glob("train/*/*.png"))]
     figure = tmp_path / "figure.png"
     broken = tmp_path / "broken.png"
@@ -150,13 +150,7 @@ OTHERS = "has other pictures now than the index. Make it again"
     ],
 )
 def test_changed_pictures_are_neither_named_nor_drawn(
-    change,
-    words,
-    index_file,
-    workdir,
-    folder,  # noqa: F811
-    tmp_path,
-    capsys,
+    change, words, index_file, workdir, folder, tmp_path, capsys
 ):
     pictures, path = tmp_path / "pictures", tmp_path / "index.npz"
     shutil.copytree(folder, pictures)
@@ -181,12 +175,7 @@ def test_changed_pictures_are_neither_named_nor_drawn(
 
 
 def test_pictures_are_looked_up_by_codes(
-    index_file,
-    workdir,
-    folder,  # noqa: F811
-    tmp_path,
-    capsys,
-    monkeypatch,
+    index_file, workdir, folder, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(retrieve, "STEPS", 30)
     paths = [str(path) for path in sorted(folder.glob("train/*/*.png"))]
@@ -231,7 +220,7 @@ def test_pictures_are_looked_up_by_codes(
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
-def test_what_does_not_fit_is_refused(index_file, workdir, folder, tmp_path, capsys):  # noqa: F811
+def test_what_does_not_fit_is_refused(index_file, workdir, folder, tmp_path, capsys):
     picture = str(next(folder.glob("train/*/*.png")))
 
     def said(*arguments):
