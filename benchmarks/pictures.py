@@ -86,7 +86,6 @@ def batches(
         num_examples=count,
         workers=workers,
         prefetch=4,
-        with_mask=False,
     )
 
 
