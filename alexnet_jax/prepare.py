@@ -154,7 +154,7 @@ def _check(options: argparse.Namespace) -> int:
         workers=options.workers,
     ):
         _say(str(finding))
-        findings += [finding.level] if finding.level else []
+        findings.append(finding.level)
     figure = contact_sheet(train, labels[0], evaluation, labels[-1])
     with replacing(out) as file:
         figure.savefig(file, format=out.suffix.removeprefix("."), dpi=110)

@@ -426,7 +426,7 @@ def test_a_source_that_fails_for_a_moment_spoils_nothing(
         (source / "ILSVRC2012_img_train.tar").rename(source / "away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "_begin", unplug)  # after all the checks
+        patch.setattr(preparation, "check_room", unplug)  # the last of the checks
         assert run(*arguments, "--max_unreadable=1000") == 1
     assert "cannot read n0" in capsys.readouterr().err
     (source / "away").rename(source / "ILSVRC2012_img_train.tar")
@@ -445,7 +445,7 @@ def test_a_mended_or_removed_picture_costs_one_shard(
     broken.write_bytes(bytes(len(whole)))
     arguments = ("imagenet", f"--source={source}", f"--data_dir={tmp_path}")
     assert run(*arguments, "--max_unreadable=0") == 1
-    assert "1 picture cannot be read" in capsys.readouterr().err
+    assert "pictures that cannot be read: 1, " in capsys.readouterr().err
     assert len(in_this_process) == 6
     broken.write_bytes(whole)
     (source / "train" / WNIDS[0] / second).unlink()

@@ -47,7 +47,7 @@ _SPREAD_OF_MEANS = 40.0
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Result of one check; level is "ok", "note" or "WRONG", or "" for a further line."""
+    """Result of one check; level is "ok", "note" or "WRONG"."""
 
     level: str
     text: str
@@ -133,7 +133,7 @@ def examine(
                 yield Finding("note", text)
             else:
                 yield Finding("WRONG", f"{text} (--partial accepts that)")
-        yield from _histogram(split, source, of_split)
+        yield _counts(split, source, of_split)
         yield _pixel_values(split, source)
     yield from _order(labels[0])
     yield from _statistics(train, is_imagenet, workers)
@@ -186,26 +186,22 @@ def _in_both(
     )
 
 
-def _histogram(split: str, source: Source, labels: np.ndarray) -> Iterator[Finding]:
+def _counts(split: str, source: Source, labels: np.ndarray) -> Finding:
     counts = np.bincount(labels, minlength=source.num_classes)
-    present = np.flatnonzero(counts)
+    present, absent = np.flatnonzero(counts), np.flatnonzero(counts == 0)
+    if len(present) == 1:
+        name = source.class_names[present[0]]
+        return Finding("WRONG", f"{split}: every picture has the same label, {name}")
     text = (
         f"{split}: {len(labels):,} pictures, a class has {counts[present].min():,} to "
         f"{counts.max():,}, median {np.median(counts[present]):,.0f}"
     )
-    if len(present) == 1:
-        name = source.class_names[present[0]]
-        yield Finding("WRONG", f"{split}: every picture has the same label, {name}")
-        return
-    absent = [source.class_names[k] for k in np.flatnonzero(counts == 0)]
+    if not len(absent):
+        return Finding("ok", text)
     # A small evaluation split may lack classes; a training split must not.
-    if absent:
-        level = "WRONG" if split == "train" else "note"
-        yield Finding(level, f"{text}; no pictures of {some(absent)}")
-    else:
-        yield Finding("ok", text)
-    for line in _bars(counts):
-        yield Finding("", line)
+    level = "WRONG" if split == "train" else "note"
+    names = some([source.class_names[label] for label in absent])
+    return Finding(level, f"{text}; no pictures of {names}")
 
 
 def _pixel_values(split: str, source: Source) -> Finding:
@@ -229,19 +225,6 @@ def _pixel_values(split: str, source: Source) -> Finding:
         f"{text}: the images hardly vary; expected at least {_LEAST_RANGE}. Were values of "
         "10 to 16 bits cut to 8? Scale them to 0..255 and save the images again",
     )
-
-
-def _bars(counts: np.ndarray, rows: int = 8, width: int = 40) -> list[str]:
-    """Draw a histogram of the numbers of pictures per class as text."""
-    edges = np.unique(np.linspace(counts.min(), counts.max() + 1, rows + 1).astype(int))
-    if len(edges) < 3:
-        return []
-    classes = np.histogram(counts, edges)[0]
-    return [
-        f"{low:6,} to {high - 1:6,} pictures: {number:5,} classes "
-        + "#" * int(np.ceil(width * number / classes.max()))
-        for low, high, number in zip(edges, edges[1:], classes, strict=False)
-    ]
 
 
 def label_entropy(batches: np.ndarray) -> float:

@@ -348,7 +348,7 @@ def _tfds(directory: Path, split: str) -> Originals:
         )
     files = [os.fspath(path) for path in info.splits[split].filepaths]
     lengths = dict(zip(files, info.splits[split].shard_lengths, strict=True))
-    check_files(lengths, f"{directory} [{split}]")
+    check_files(lengths, directory)
     rows = []
     for place, path in enumerate(files):
         if kind == "tfrecord":

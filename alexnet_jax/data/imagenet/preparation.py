@@ -106,7 +106,11 @@ def prepare(
         shards = _shards(found, unfinished)
         check_room(data_dir, _bytes_missing(shards))
         with telling_of_a_full_disk(data_dir, lambda: _bytes_missing(shards)):
-            _begin(unfinished, shards)
+            (unfinished / "parts").mkdir(parents=True, exist_ok=True)
+            planned = {shard.path.name for shard in shards}
+            for path in unfinished.glob("*.array_record-*"):
+                if path.name not in planned:  # a half one, or of other pictures
+                    path.unlink()
             _write_shards(shards, workers, max_unreadable, log, bar)
             _finish(unfinished, source, shards, workers, log, bar)
             os.rename(unfinished, directory)
@@ -122,8 +126,7 @@ def _found_already(directory: Path, source: Path, log: Log) -> Path:
         found = TfdsSource(directory, split, SIZE)
         log(_count(split, found.num_examples, found.description))
     record = json.loads((directory / RECORD_FILE).read_text())
-    if record["unreadable"]:
-        log(f"left out when it was made, {_pictures(len(record['unreadable']))}")
+    log(f"pictures left out when it was made: {len(record['unreadable']):,}")
     if record["source"] != str(source):
         raise DataError(
             f"{directory} is there already, made of {record['source']}, not of {source}; "
@@ -145,15 +148,6 @@ def _alone(folder: Path) -> Iterator[None]:
             f"{folder} is being prepared by {error.holder}; wait for it, or end it and "
             "start this command again"
         ) from error
-
-
-def _begin(unfinished: Path, shards: "list[Shard]") -> None:
-    """Make the directory; remove half shards, and those of other pictures."""
-    (unfinished / "parts").mkdir(parents=True, exist_ok=True)
-    planned = {shard.path.name for shard in shards}
-    for path in unfinished.glob("*.array_record-*"):
-        if path.name not in planned:
-            path.unlink()
 
 
 def _count(split: str, count: int, description: str) -> str:
@@ -270,21 +264,15 @@ def _write_shards(
 def _check_unreadable(unreadable: list[list[str]], max_unreadable: int) -> None:
     if len(unreadable) > max_unreadable:
         raise DataError(
-            f"{_pictures(len(unreadable))} cannot be read; --max_unreadable="
-            f"{max_unreadable} allows no more. Put intact copies in their place, or "
-            f"leave out as many with a larger one:\n{_reasons(unreadable)}"
+            f"pictures that cannot be read: {len(unreadable):,}, --max_unreadable="
+            f"{max_unreadable} allows no more. Put intact copies in their place, or leave "
+            f"out as many with a larger one:{_reasons(unreadable)}"
         )
 
 
-def _pictures(count: int) -> str:
-    return f"{count:,} picture{'s' if count != 1 else ''}"
-
-
-def _reasons(unreadable: list[list[str]], limit: int = 20) -> str:
-    lines = [f"  {why}" for _, why in unreadable[:limit]]
-    if len(unreadable) > limit:
-        lines.append(f"  ... {len(unreadable)} in all")
-    return "\n".join(lines)
+def _reasons(unreadable: list[list[str]]) -> str:
+    """Return the first 20 reasons, a line each."""
+    return "".join(f"\n  {why}" for _, why in unreadable[:20])
 
 
 _stopping: Any = None  # in a worker: the event that tells it to end
@@ -344,7 +332,8 @@ def write_shard(shard: Shard) -> None:
         "made_of": shard.originals.fingerprint(),
         "unreadable": unreadable,
     }
-    _write_text(shard.result_path, json.dumps(result))
+    with replacing(shard.result_path) as file:
+        file.write(json.dumps(result).encode())
 
 
 def encode(picture: np.ndarray) -> bytes:
@@ -365,11 +354,6 @@ def _record(name: str, label: int, picture: np.ndarray) -> bytes:
     return example.SerializeToString(deterministic=True)
 
 
-def _write_text(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
 # The data set.
 
 
@@ -382,10 +366,9 @@ def _finish(
     bar: Bar,
 ) -> None:
     """Write description, statistics and record of the data set, all shards being there."""
-    results = {shard: shard.result() for shard in shards}
-    unreadable = [pair for shard in shards for pair in results[shard]["unreadable"]]
-    reasons = f":\n{_reasons(unreadable)}" if unreadable else ""
-    log(f"left out, {_pictures(len(unreadable))}{reasons}")
+    results = [(shard.split, shard.result()) for shard in shards]
+    unreadable = [pair for _, result in results for pair in result["unreadable"]]
+    log(f"pictures left out: {len(unreadable):,}{_reasons(unreadable)}")
     write_metadata(unfinished, shards)
     train = TfdsSource(unfinished, "train", SIZE)
     with bar("mean image and colour PCA", train.num_examples, "pictures") as progress:
@@ -395,14 +378,15 @@ def _finish(
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "source": str(source),
         "pictures": {
-            split: sum(results[s]["records"] for s in shards if s.split == split)
+            split: sum(result["records"] for of, result in results if of == split)
             for split in SPLITS
         },
         "unreadable": unreadable,
         "preprocessing": f"shorter side {SIZE} (box or bicubic), central {SIZE} x "
         f"{SIZE}, JPEG of quality {_JPEG_QUALITY}, 4:2:0",
     }
-    _write_text(unfinished / RECORD_FILE, json.dumps(record, indent=2) + "\n")
+    with replacing(unfinished / RECORD_FILE) as file:
+        file.write(json.dumps(record, indent=2).encode() + b"\n")
 
 
 def write_metadata(unfinished: Path, shards: list[Shard]) -> None:

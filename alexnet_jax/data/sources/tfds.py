@@ -26,7 +26,6 @@ HOW_TO_GET_IMAGENET = (
     "packed as they are, into one folder"
 )
 _PREPARE_AGAIN = "Delete the directory and prepare the data set again"
-_VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 class TfdsSource(StoredSource):
@@ -44,14 +43,13 @@ class TfdsSource(StoredSource):
 
         builder = tfds_builder(directory)
         info = builder.info
-        self._image_key = _feature(info, tfds.features.Image, info.supervised_keys)
-        self._label_key = _feature(info, tfds.features.ClassLabel, info.supervised_keys)
+        self._image_key = _only_feature(info, tfds.features.Image)
+        self._label_key = _only_feature(info, tfds.features.ClassLabel)
         dtype = np.dtype(info.features[self._image_key].np_dtype)
-        if dtype != np.uint8:
+        if dtype != np.uint8:  # float32 is stored as its bytes
             raise DataError(
                 f"tfds data set {info.full_name}: its feature {self._image_key!r} is an "
-                f"image of {dtype}; only uint8 images, 0..255, are read. Convert the "
-                "values and prepare it again with tfds.features.Image()"
+                f"image of {dtype}; only uint8 images, 0..255, are read"
             )
         try:
             parts = _slices(info, split)
@@ -72,19 +70,17 @@ class TfdsSource(StoredSource):
             reason = " ".join(str(error).split())
             raise DataError(
                 f"cannot read split {split!r} of {directory}: {reason} (its splits: "
-                f"{some(sorted(info.splits))}; a slice is written 'train[:90%]'). Change "
-                "--config.data.train_split or eval_split"
+                f"{some(sorted(info.splits))}; a slice is written 'train[:90%]')"
             ) from error
         # Checked here, not when the first evaluation comes to it after hours.
         shards = info.splits[split].file_instructions
-        files = {shard.filename: shard.examples_in_shard for shard in shards}
-        check_files(files, f"{directory} [{split}]")
+        check_files({s.filename: s.examples_in_shard for s in shards}, directory)
         # array_record keeps all files open; ImageNet has 1,025, many systems allow 1,024.
         with contextlib.suppress(ImportError):  # Windows
             import resource
 
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            wanted = min(soft + len(files), hard)
+            wanted = min(soft + len(shards), hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         self._parse = example_message().FromString
         self.num_examples = len(self._records)
@@ -114,25 +110,18 @@ class TfdsSource(StoredSource):
             features = self._parse(self._records[index]).features.feature
             label = features[self._label_key].int64_list.value[0]
             data = features[self._image_key].bytes_list.value[0]
+            if label < 0:  # tfds stores -1 in a split without labels
+                raise LookupError("it has no label")
+            return int(self._label_of[label]), data
         except (RuntimeError, DecodeError, LookupError) as error:
             raise DataError(
-                f"{self.name_of(index)} is damaged: {error}. {_PREPARE_AGAIN}"
+                f"{self.name_of(index)} is damaged or not of {len(self._label_of)} "
+                f"classes: {error}. {_PREPARE_AGAIN}, or take another split"
             ) from error
-        if not 0 <= label < len(self._label_of):
-            raise DataError(
-                f"{self.name_of(index)} has label {label}, outside "
-                f"0..{len(self._label_of) - 1}; a split without labels cannot be used. "
-                f"{_PREPARE_AGAIN}, or take another split"
-            )
-        return int(self._label_of[label]), data
 
 
 def tfds_data_dir(data_dir: str | None) -> Path:
-    """Return the directory of tfds data sets: `data_dir`, else the one tfds takes.
-
-    Raises:
-      PathError: (an OSError) there is no such home.
-    """
+    """Return the directory of tfds data sets: `data_dir`, else the one tfds takes."""
     chosen = data_dir or os.environ.get("TFDS_DATA_DIR")
     return expanded(chosen or "~/tensorflow_datasets")
 
@@ -144,29 +133,23 @@ def tfds_directory(name: str, data_dir: Path) -> Path:
       FileNotFoundError: there is none; the message says how to prepare it.
     """
     path, _, version = name.partition(":")
+    pattern = re.escape(version).replace(r"\*", r"\d+") or r"\d+\.\d+\.\d+"
+    found = []
+    # dataset_info.json is written last: without it the data set is unfinished. The only
+    # config of a data set need not be named.
+    for place in ("*/dataset_info.json", "*/*/dataset_info.json"):
+        for info in (data_dir / path).glob(place):
+            if re.fullmatch(pattern, info.parent.name):
+                found.append(info.parent)
+        if len({directory.parent for directory in found}) == 1:
+            return max(found, key=lambda p: [int(part) for part in p.name.split(".")])
     folder = data_dir / path
-    configs = sorted(p for p in folder.glob("*") if _versions(p))
-    if not _versions(folder) and len(configs) == 1:
-        folder = configs[0]
-    pattern = re.escape(version).replace(r"\*", r"\d+")
-    for candidate in reversed(_versions(folder)):
-        # dataset_info.json is written last: without it the data set is unfinished.
-        wanted = not version or re.fullmatch(pattern, candidate.name)
-        if wanted and (candidate / "dataset_info.json").exists():
-            return candidate
-    where = folder if folder.is_dir() else data_dir
     raise FileNotFoundError(
-        f"no prepared tfds data set {name} in {data_dir} ({what_is_in(where)}). "
+        f"no prepared tfds data set {name} in {data_dir} "
+        f"({what_is_in(folder if folder.is_dir() else data_dir)}). "
         "The directory is --config.data.dir, else the environment variable "
         f"TFDS_DATA_DIR, else ~/tensorflow_datasets. {_how_to_prepare(name, data_dir)}"
     )
-
-
-def _versions(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    found = [p for p in folder.iterdir() if _VERSION.fullmatch(p.name)]
-    return sorted(found, key=lambda p: [int(part) for part in p.name.split(".")])
 
 
 def _how_to_prepare(name: str, data_dir: Path | str = "DIR") -> str:
@@ -208,8 +191,8 @@ def tfds_builder(directory: Path) -> Any:
             own = str(value).startswith("tensorflow_datasets.core.features.")
             if is_class and "." in str(value) and not own:
                 raise DataError(
-                    f"{path} names the class {value!r}, which would be imported; only "
-                    f"tensorflow_datasets's own features are. {_PREPARE_AGAIN}"
+                    f"{path} names the class {value!r}, which would be imported: only "
+                    f"classes of tensorflow_datasets are. {_PREPARE_AGAIN}"
                 )
 
     if path.exists():
@@ -224,12 +207,8 @@ def example_message() -> Any:
     return getattr(tf_example_pb2, "Example")  # noqa: B009
 
 
-def check_files(files: Mapping[str, int], what: str) -> None:
-    """Raise DataError unless all files of a data set are there.
-
-    Args:
-      files: name -> number of its records; a record has at least one byte.
-    """
+def check_files(files: Mapping[str, int], directory: Path) -> None:
+    """Raise DataError unless files (name -> number of records) are there and filled."""
     missing = [
         os.path.basename(name)
         for name, count in sorted(files.items())
@@ -237,9 +216,8 @@ def check_files(files: Mapping[str, int], what: str) -> None:
     ]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(files)} files of {what} are missing or cut off: "
-            f"{some(missing)}. Bring them back, or delete the directory and prepare it "
-            "again"
+            f"{len(missing)} of {len(files)} files of {directory} are missing or cut off: "
+            f"{some(missing)}. Bring them back, or delete it and prepare it again"
         )
 
 
@@ -262,17 +240,17 @@ def _slices(info: Any, split: str) -> list[tuple[str, tuple[int, int]]]:
     return slices
 
 
-def _feature(info: Any, kind: type, supervised_keys: Any) -> str:
+def _only_feature(info: Any, kind: type) -> str:
     """Return the key of the feature of a type; of several the supervised one.
 
     Raises:
       DataError: there is none, or there are several.
     """
-    found = sorted(k for k, f in info.features.items() if isinstance(f, kind))
-    found = [key for key in found if key in (supervised_keys or ())] or found
+    found = [key for key, feature in info.features.items() if isinstance(feature, kind)]
+    found = [key for key in found if key in (info.supervised_keys or ())] or found
     if len(found) == 1:
         return found[0]
-    features = (f"{k}: {' '.join(repr(f).split())}" for k, f in info.features.items())
+    features = [f"{k}: {' '.join(repr(f).split())}" for k, f in info.features.items()]
     raise DataError(
         f"tfds data set {info.full_name} has {len(found)} features of type "
         f"{kind.__name__} ({some(sorted(features))}). Exactly one is needed: prepare it "
