@@ -337,7 +337,10 @@ ARCHIVE_FAULTS = [
     (_cut_between_pictures, "there is no end mark. It has"),
     (_html, "the official archive 147,897,477,120"),
     (_wrong_class, f"{WNIDS[1]}_0.JPEG in"),
-    (lambda source: _one_class(source, {}, "n00000000"), "none of the 1,000 classes"),
+    (
+        lambda source: _one_class(source, {"1.JPEG": b"x"}, "n00000000"),
+        "none of the 1,000 classes",
+    ),
     (_twice, f"holds {WNIDS[0]}_0.JPEG more than once"),
     (lambda source: (source / VALIDATION_TAR).unlink(), "no validation split ("),
 ]
@@ -366,7 +369,7 @@ def _download_half(source: Path) -> None:
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (_download_half, f"what to do with train/{WNIDS[0]}/x.JPEG.part"),
+        (_download_half, f"what to do with {WNIDS[0]}/x.JPEG.part"),
         (
             _label_wrongly,
             "is labelled n01440764 (tench), but it is of class n01751748 (sea snake)",

@@ -487,14 +487,10 @@ def test_hugging_faces_names_say_the_class(tmp_path):
         official = f"{name.rpartition('_')[0]}.JPEG"
         assert get_wnids()[label] == classes.validation_wnid(official)
         assert VALIDATION[official] == data
-    wrong = f"ILSVRC2012_val_00000009_{WNIDS[0]}.JPEG"  # it is a mousetrap
-    next((tmp_path / "val").glob("*_00000009_*")).rename(tmp_path / "val" / wrong)
-    with pytest.raises(
-        DataError, match=rf"{wrong} in .*labelled n03794056 \(mousetrap"
-    ):
-        originals.find(tmp_path)
     place_file(tmp_path / "train" / "cat.JPEG", b"")
-    with pytest.raises(DataError, match="cat.JPEG does not say its class"):
+    with pytest.raises(
+        DataError, match="cat.JPEG in .* is of class unknown, none of the"
+    ):
         originals.find(tmp_path)
 
 
@@ -650,21 +646,6 @@ def test_copies_of_training_images_are_found_by_content(tmp_path, copies, level)
             f"{copies} of {150 + copies} evaluation images are byte for byte training "
             f"images, for example {tmp_path}/val/a/copy0.jpg and {tmp_path}/train/b/1.jpg"
         )
-
-
-def test_identical_records_are_found(data_dir):
-    train, evaluation = (
-        open_source("imagenet2012_256", split, data_dir=str(data_dir))
-        for split in ("train[:12]", "train[12:]")
-    )
-    labels, hashes = check.read_records(train, 2, lambda _: None)
-    np.testing.assert_array_equal(labels, train.labels_of(np.arange(12)))
-    assert len(set(hashes.tolist())) == 12
-    [finding] = check._in_both(train, evaluation, [hashes, hashes[:6]])
-    assert finding.level == "WRONG" and "6 of 6 evaluation images" in finding.text
-    overlapping = open_source("imagenet2012_256", "train[9:]", data_dir=str(data_dir))
-    [finding] = check._in_both(train, overlapping, [hashes, hashes])
-    assert finding.level == "WRONG" and finding.text.startswith("3 of 9 evaluation")
 
 
 def test_unshuffled_batches_are_found(monkeypatch):

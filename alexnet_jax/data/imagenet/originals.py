@@ -22,7 +22,6 @@ from alexnet_jax.data.imagenet.classes import (
     OFFICIAL_COUNTS,
     check_label,
     named_wnid,
-    validation_wnid,
     wnids,
 )
 from alexnet_jax.data.images import PICTURE_SUFFIXES
@@ -50,8 +49,6 @@ _LABELS = {wnid: label for label, wnid in enumerate(wnids())}
 _BLOCK = 512  # bytes, the unit of a tar archive
 
 Progress = Callable[[int], object]
-# (number of the place, name, offset, size, label); see `Originals`.
-Row = tuple[int, bytes, int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,31 +150,53 @@ def find(source: Path, progress: Progress = lambda _: None) -> dict[str, Origina
         return {split: _tfds(directory, split) for split in SPLITS}
     for inside in _KAGGLE:  # as Kaggle packs it
         source = source / inside if (source / inside / "train").is_dir() else source
-    found: dict[str, Callable[[], Originals]] = {}
+    found = {}
     for split in SPLITS:
-        archive = source / ARCHIVES[split]
-        folders = [source / name for name in _FOLDERS[split]]
-        folder = next((path for path in folders if path.is_dir()), None)
-        if archive.is_file():
-            read = _train_archive if split == "train" else _validation_archive
-            found[split] = functools.partial(read, archive, progress)
-        elif folder is not None:
-            found[split] = functools.partial(_folder, folder, split, progress)
+        names = (ARCHIVES[split], *_FOLDERS[split])
+        found[split] = [source / name for name in names if (source / name).exists()]
     missing = " and no ".join(
         f"{split} split ({ARCHIVES[split]} or {'/ or '.join(_FOLDERS[split])}/)"
         for split in SPLITS
-        if split not in found
+        if not found[split]
     )
     if missing:
         raise FileNotFoundError(
             f"no {missing} in --source={source} ({what_is_in(source)}). "
             f"{HOW_TO_GET_IMAGENET}"
         )
-    return {split: read() for split, read in found.items()}
+    return {split: _pictures(places[0], progress) for split, places in found.items()}
+
+
+def _pictures(place: Path, progress: Progress) -> Originals:
+    """Read the table of an archive, or list a folder, and label the pictures."""
+    kind, pictures = (
+        ("archive", _in_archive(place))
+        if place.is_file()
+        else ("folder", _in_folder(place))
+    )
+    places: dict[Path, int] = {}
+    rows = []
+    for where, wnid, name, offset, size in pictures:
+        wnid = wnid or named_wnid(name)
+        if wnid not in _LABELS:
+            raise DataError(
+                f"{name} in {where} is of class {wnid or 'unknown'}, none of the 1,000 "
+                f"classes of ILSVRC-2012 ({wnids()[0]} ...). Pictures of other classes "
+                "need no preparation: --config=configs/folder.py "
+                "--config.data.source=folder:PATH"
+            )
+        check_label(name, wnid, str(where))
+        number = places.setdefault(where, len(places))
+        rows.append((number, os.fsencode(name), offset, size, _LABELS[wnid]))
+        progress(1)
+    return _table(f"{kind} {place}", "file", [*places], rows)
 
 
 def _table(
-    description: str, kind: Any, places: list[Any], rows: list[Row]
+    description: str,
+    kind: Any,
+    places: list[Any],
+    rows: list[tuple[int, bytes, int, int, int]],
 ) -> Originals:
     if not rows:
         raise DataError(f"{description} holds no pictures")
@@ -191,50 +210,21 @@ def _table(
     return Originals(description, kind, tuple(map(str, places)), table)
 
 
-def _label(wnid: str, where: str) -> int:
-    if wnid in _LABELS:
-        return _LABELS[wnid]
-    raise DataError(
-        f"{where} is none of the 1,000 classes of ILSVRC-2012, for example {wnids()[0]}. "
-        "Pictures of other classes need no preparation: "
-        "--config=configs/folder.py --config.data.source=folder:PATH"
-    )
+# (archive or folder, its class if it is of one class, name, offset, size).
+Picture = tuple[Path, str | None, str, int, int]
 
 
-# Archives.
-
-
-def _train_archive(path: Path, progress: Progress) -> Originals:
-    """Read the tables of an archive of a thousand archives, n01440764.tar ..."""
-    rows = []
-    for member in _members(path, 0, path.stat().st_size):
-        wnid, suffix = os.path.splitext(os.path.basename(member.name))
-        if suffix != ".tar":
-            raise DataError(
-                f"{path} holds {member.name}; expected archives of classes, for example "
-                f"{wnids()[0]}.tar"
-            )
-        label = _label(wnid, f"{member.name} in {path}")
-        inside = list(_members(path, member.offset_data, member.size, wnid))
-        for picture in inside:
-            name = os.path.basename(picture.name)
-            check_label(name, wnid, f"{path}, archive {wnid}.tar")
-            rows.append(
-                (0, os.fsencode(name), picture.offset_data, picture.size, label)
-            )
-        progress(len(inside))
-    return _table(f"archive {path}", "file", [path], rows)
-
-
-def _validation_archive(path: Path, progress: Progress) -> Originals:
-    """Read the table of the flat archive; the numbers of the pictures give the labels."""
-    rows = []
+def _in_archive(path: Path) -> Iterator[Picture]:
+    """Yield the pictures of an archive, and of the archives of classes inside it."""
     for member in _members(path, 0, path.stat().st_size):
         name = os.path.basename(member.name)
-        label = _LABELS[validation_wnid(name, str(path))]
-        rows.append((0, os.fsencode(name), member.offset_data, member.size, label))
-        progress(1)
-    return _table(f"archive {path}", "file", [path], rows)
+        wnid, suffix = os.path.splitext(name)
+        if suffix != ".tar":
+            yield path, None, name, member.offset_data, member.size
+            continue
+        for picture in _members(path, member.offset_data, member.size, wnid):
+            name = os.path.basename(picture.name)
+            yield path, wnid, name, picture.offset_data, picture.size
 
 
 def _members(
@@ -269,62 +259,27 @@ def _members(
         ) from error
 
 
-def md5_problem(split: str, path: Path, progress: Progress) -> str | None:
-    """Return how an archive differs from the official one; None if it does not."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-            progress(len(block))
-    if digest.hexdigest() == OFFICIAL_MD5[split]:
-        return None
-    return (
-        f"{path} has the MD5 {digest.hexdigest()}, the official archive "
-        f"{OFFICIAL_MD5[split]}: it is damaged or was packed again"
-    )
+def _in_folder(folder: Path) -> Iterator[Picture]:
+    """Yield the pictures of class folders, or those that lie side by side.
 
-
-# Folders.
-
-
-def _folder(folder: Path, split: str, progress: Progress) -> Originals:
-    """List class folders, or pictures side by side whose names say the class."""
+    Raises:
+      DataError: there is anything else: no picture is left out without a word.
+    """
     inside = {entry.name: is_folder(entry) for entry in visible(folder)}
     classes = sorted(name for name in inside if inside[name])
-    places = [folder / wnid for wnid in classes] or [folder]
-    unclear = [folder / n for n in sorted(inside.keys() - classes)] if classes else []
-    rows = []
-    for number, place in enumerate(places):
+    unclear = sorted(inside.keys() - classes) if classes else []
+    for wnid in classes or [None]:
+        place = folder / (wnid or "")
         names, others = class_files(place)
-        unclear += [place / name for name in others]
+        unclear += [os.path.relpath(place / name, folder) for name in others]
         for name in names:
-            if classes:
-                wnid = place.name
-            elif split == "validation":
-                wnid = validation_wnid(name, str(folder))
-            else:
-                wnid = named_wnid(name)
-            if wnid is None:
-                raise DataError(
-                    f"{folder / name} does not say its class: expected class folders, or "
-                    "names such as n01440764_10026.JPEG"
-                )
-            label = _label(wnid, f"folder {place}")
-            check_label(name, wnid, str(place))
-            size = os.stat(place / name).st_size
-            rows.append((number, os.fsencode(name), -1, size, label))
-        progress(len(names))
-    if unclear:  # no picture is left out without a word
-        relative = [os.path.relpath(path, folder.parent) for path in unclear]
+            yield place, wnid, name, -1, os.stat(place / name).st_size
+    if unclear:
         raise DataError(
-            f"in {folder.parent} it is unclear what to do with {some(relative)}: expected "
-            f"class folders, and in them pictures only ({', '.join(PICTURE_SUFFIXES)}). "
-            "Unpack, move or remove them"
+            f"in {folder} it is unclear what to do with {some(unclear)}: expected class "
+            f"folders, and in them pictures only ({', '.join(PICTURE_SUFFIXES)}). Unpack, "
+            "move or remove them"
         )
-    return _table(f"folder {folder}", "file", places, rows)
-
-
-# tfds.
 
 
 def _tfds(directory: Path, split: str) -> Originals:
@@ -404,3 +359,18 @@ def _from_example(record: bytes, name: str, place: str) -> tuple[str, int, bytes
         ) from error
     check_label(name, wnids()[label], place)
     return name, label, data
+
+
+def md5_problem(split: str, path: Path, progress: Progress) -> str | None:
+    """Return how an archive differs from the official one; None if it does not."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+            progress(len(block))
+    if digest.hexdigest() == OFFICIAL_MD5[split]:
+        return None
+    return (
+        f"{path} has the MD5 {digest.hexdigest()}, the official archive "
+        f"{OFFICIAL_MD5[split]}: it is damaged or was packed again"
+    )
