@@ -83,11 +83,11 @@ class Batches(Iterator[Batch]):
         examples: Callable[[int, int], np.ndarray],
         *,
         batch_size: int,
-        positions: tuple[int, int] | None,
-        start_step: int,
-        num_examples: int | None,
-        workers: int,
-        prefetch: int,
+        positions: tuple[int, int] | None = None,
+        start_step: int = 0,
+        num_examples: int | None = None,
+        workers: int = 2,
+        prefetch: int = PREFETCH,
     ):
         if workers < 1 or prefetch < 1:
             raise ValueError(
@@ -96,7 +96,7 @@ class Batches(Iterator[Batch]):
             )
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self._low, self._high = low, high = positions or (0, batch_size)
+        low, high = positions or (0, batch_size)
         if not 0 <= low < high <= batch_size:
             raise ValueError(
                 f"positions must be a non-empty range inside 0..{batch_size} (the global "
@@ -110,11 +110,10 @@ class Batches(Iterator[Batch]):
             source.fetch(examples(lo, hi), images, labels)
 
         self._fetch = fetch  # no method: threads must not keep the iterator alive
-        self._batch_size = batch_size
+        self._batch_size, self._low, self._size = batch_size, low, high - low
         self._end = math.inf if num_examples is None else num_examples
         side = source.image_size
-        shape = (self._high - self._low, side, side, 3)
-        self._memory = BatchMemory(shape, most=prefetch + 2)
+        self._memory = BatchMemory((self._size, side, side, 3), most=prefetch + 2)
         self._workers = workers
         self._prefetch = prefetch
         self._next_to_submit = start_step
@@ -136,7 +135,7 @@ class Batches(Iterator[Batch]):
             raise StopIteration
         if self._pool is None:
             raise RuntimeError("this batch iterator was closed: make a new one")
-        self._submit(self._prefetch)
+        self._submit()
         batch, parts = self._pending.popleft()
         try:
             for part in parts:
@@ -144,7 +143,7 @@ class Batches(Iterator[Batch]):
         except BaseException:
             self.close()
             raise
-        self._submit(self._prefetch)
+        self._submit()
         self.step += 1
         self.wait_seconds += time.perf_counter() - started
         return batch
@@ -153,17 +152,17 @@ class Batches(Iterator[Batch]):
         """Wait at most `timeout` seconds; return whether `next` has its batch."""
         if self._pool is None or self.step == self.num_batches:
             return True  # it raises at once
-        self._submit(self._prefetch)
+        self._submit()
         _, parts = self._pending[0]
         return not futures.wait(parts, timeout).not_done
 
-    def _submit(self, count: int) -> None:
-        """Keep `count` batches in the making, each cut into `workers` parts."""
+    def _submit(self) -> None:
+        """Keep `prefetch` batches in the making, each cut into `workers` parts."""
         assert self._pool is not None
-        while len(self._pending) < count:
+        while len(self._pending) < self._prefetch:
             if self._next_to_submit == self.num_batches:
                 return
-            size = self._high - self._low
+            size = self._size
             first = self._next_to_submit * self._batch_size + self._low
             real = int(max(0, min(size, self._end - first)))
             batch = {"image": self._memory.take(), "label": np.empty(size, np.int32)}
@@ -238,7 +237,6 @@ def train_batches(
         batch_size=batch_size,
         positions=positions,
         start_step=start_step,
-        num_examples=None,
         workers=workers,
         prefetch=prefetch,
     )
@@ -276,7 +274,6 @@ def eval_batches(
         np.arange,
         batch_size=batch_size,
         positions=positions,
-        start_step=0,
         num_examples=source.num_examples,
         workers=workers,
         prefetch=prefetch,
