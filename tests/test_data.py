@@ -143,6 +143,7 @@ def test_decode_lossless_modes():
         "alpha": (Image.fromarray(alpha), on_white(alpha)),
         "grey and opaque alpha": (Image.fromarray(grey_rgb).convert("LA"), None),
         "palette": (palette, grey_rgb),
+        "dark": (Image.fromarray(grey // 64), grey_rgb // 64),
         "one bit": (Image.fromarray(grey > 127), (grey_rgb > 127) * np.uint8(255)),
     }
     for name, (picture, expected) in cases.items():
@@ -286,9 +287,7 @@ DEEP = {"PNG": deep_png, "TIFF": deep_tiff}
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", DEEP)
-@pytest.mark.parametrize(
-    "bits, factor", [(8, 256), (9, 64), (10, 64), (12, 16), (14, 4)]
-)
+@pytest.mark.parametrize("bits, factor", [(8, 256), (9, 64), (12, 16), (14, 4)])
 def test_few_bits_stored_in_16_are_an_error(bits, factor, kind, channels, tmp_path):
     values = np.zeros((SIZE, SIZE, channels), np.uint16)
     values[3, 4] = largest = 2**bits - 1
@@ -315,15 +314,6 @@ def test_16_bits_keep_the_upper_8(kind, channels):
     assert images.decode(DEEP[kind](dark), SIZE, "x").max() == 64
     if channels == 1:
         assert not images.decode(DEEP[kind](0 * dark), SIZE, "x").any()
-
-
-def test_dark_pictures_of_8_bits_or_fewer_are_read():
-    """BMP's 16 bits are those of three channels together."""
-    data = bytearray(encoded(Image.new("RGB", (2, 2)), "BMP"))
-    data[28] = 16
-    assert not images.decode(bytes(data), 2, "x").any()
-    dark = np.full((SIZE, SIZE, 3), 3, np.uint8)
-    assert (images.decode(encoded(Image.fromarray(dark)), SIZE, "x") == 3).all()
 
 
 @pytest.mark.parametrize(
@@ -441,7 +431,7 @@ def place_pictures(root, *names):
 
 def fetched(source, index):
     """The picture of an example."""
-    picture = np.zeros((1, SIZE, SIZE, 3), np.uint8)
+    picture = np.zeros((1, source.image_size, source.image_size, 3), np.uint8)
     source.fetch(np.array([index]), picture, np.zeros(1, np.int32))
     return picture[0]
 

@@ -1,7 +1,6 @@
 """Faults of data: nothing is lost, no code runs, and each is one message."""
 
 import functools
-import io
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
+from test_data import encoded, fetched
 from test_imagenet import (
     NUM_VALIDATION,
     TRAIN,
@@ -45,12 +45,6 @@ def imagenet(*arguments: str) -> int:
 
 
 # Pictures.
-
-
-def encoded(picture: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, kind, **options)
-    return file.getvalue()
 
 
 def cut(kind: str) -> bytes:
@@ -117,13 +111,6 @@ def test_picture_is_right_or_refused(data, expected, tmp_path):
     assert message.endswith("an intact copy or take it out of the data set.")
 
 
-def fetched(source, index: int) -> np.ndarray:
-    size = source.image_size
-    picture = np.empty((1, size, size, 3), np.uint8)
-    source.fetch(np.array([index]), picture, np.empty(1, np.int32))
-    return picture[0]
-
-
 def test_want_of_memory_is_not_the_fault_of_a_picture(monkeypatch):
     """`prepare` must not leave it out as a broken one."""
 
@@ -138,22 +125,17 @@ def test_want_of_memory_is_not_the_fault_of_a_picture(monkeypatch):
 # Folders.
 
 
-@pytest.mark.parametrize("target", [None, "/no/such", "b"])
-def test_class_without_pictures_is_one_message(target, tmp_path, capsys):
+def test_class_without_pictures_is_one_message(tmp_path, capsys):
     """Without it all labels behind it would be others."""
     path = write_folders(tmp_path, flat=True) / "train" / "b"
-    if target:
-        path.symlink_to(target)
-    else:
-        path.mkdir()
-        (path / "a.svg").touch()
-        (path / ".hidden.jpg").touch()
+    path.mkdir()
+    (path / "a.svg").touch()
+    (path / ".hidden.jpg").touch()
     assert prepare.main(["prepare", "statistics", f"--source=folder:{tmp_path}"]) == 1
     error = capsys.readouterr().err
-    assert str(path) in error and error.count("\n") == 1
-    if not target:
-        assert f"class folder {path} holds no pictures (.jpg, " in error
-        assert "found there: a.svg). Fill it or remove it" in error
+    assert f"class folder {path} holds no pictures (.jpg, " in error
+    assert "found there: a.svg). Fill it or remove it" in error
+    assert error.count("\n") == 1
 
 
 def left_out_folder(root: Path) -> Path:

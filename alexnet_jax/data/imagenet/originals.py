@@ -25,7 +25,7 @@ from alexnet_jax.data.imagenet.classes import (
     wnids,
 )
 from alexnet_jax.data.images import PICTURE_SUFFIXES
-from alexnet_jax.data.sources.folder import class_files, is_folder
+from alexnet_jax.data.sources.folder import class_files
 from alexnet_jax.data.sources.source import some, visible, what_is_in
 from alexnet_jax.data.sources.tfds import (
     HOW_TO_GET_IMAGENET,
@@ -265,7 +265,7 @@ def _in_folder(folder: Path) -> Iterator[Picture]:
     Raises:
       DataError: there is anything else: no picture is left out without a word.
     """
-    inside = {entry.name: is_folder(entry) for entry in visible(folder)}
+    inside = {entry.name: entry.is_dir() for entry in visible(folder)}
     classes = sorted(name for name in inside if inside[name])
     unclear = sorted(inside.keys() - classes) if classes else []
     for wnid in classes or [None]:

@@ -103,7 +103,7 @@ def _classes(folder: Path) -> tuple[dict[str, tuple[Path, list[str]]], list[str]
     Raises:
       DataError: there are no classes, a class has no pictures, or a picture no class.
     """
-    inside = {entry.name: is_folder(entry) for entry in visible(folder)}
+    inside = {entry.name: entry.is_dir() for entry in visible(folder)}
     folders = sorted(name for name in inside if inside[name])
     ignored = sorted(name for name in inside if not inside[name])
     found: dict[str, tuple[Path, list[str]]] = {}
@@ -176,17 +176,3 @@ def class_files(folder: Path) -> tuple[list[str], list[str]]:
 
 def _is_picture(name: str) -> bool:
     return name.lower().endswith(PICTURE_SUFFIXES)
-
-
-def is_folder(entry: os.DirEntry) -> bool:
-    """Return whether an entry is a folder, not a file; links are followed.
-
-    Raises:
-      DataError: it is neither. Without that class, the labels behind it would be others.
-    """
-    if not entry.is_dir() and not entry.is_file():
-        raise DataError(
-            f"{entry.path} is a link to nothing, or neither a file nor a folder. Mend or "
-            "remove it"
-        )
-    return entry.is_dir()
