@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from alexnet_jax.experiment import pipeline
     from alexnet_jax.loading import load
     from alexnet_jax.model import AlexNet, create_model
-    from alexnet_jax.ops import compiler_options
+    from alexnet_jax.ops import jit
 
-__all__ = ["AlexNet", "compiler_options", "create_model", "load", "pipeline"]
+__all__ = ["AlexNet", "create_model", "jit", "load", "pipeline"]
 
 _HOMES = {
     "AlexNet": "model",
-    "compiler_options": "ops",
     "create_model": "model",
+    "jit": "ops",
     "load": "loading",
     "pipeline": "experiment",
 }

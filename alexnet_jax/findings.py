@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from alexnet_jax import loading, retrieve, stopwatch
-from alexnet_jax.analysis.retrieval import Index, nearest, shrink
+from alexnet_jax import loading, stopwatch
+from alexnet_jax.analysis.retrieval import Index, index_of, nearest, shrink
 from alexnet_jax.checkpoint import Checkpointer
 from alexnet_jax.config import as_json, flat, get_config
 from alexnet_jax.data import DataError, match_classes
@@ -213,7 +213,7 @@ def look_for_alike(run: Run, held_out: HeldOut | Missing) -> Alike | Missing:
         source = _open(run, split)
         indexed, features_of = Sample(source, MOST_INDEXED), run.logits_of.of(layer)
         kind = str(run.config["data"]["source"])
-        index = retrieve.index_of(features_of, layer, indexed, source=kind, split=split)
+        index = index_of(features_of, layer, indexed, source=kind, split=split)
         chosen = Sample(held_out.pictures, QUERIES)
         places, size = np.arange(chosen.num_examples), chosen.image_size
         labels = np.empty(len(places), np.int32)

@@ -99,9 +99,8 @@ class Extractor:
             raise UnknownLayerError(
                 f"layer {layer!r} must be one of {', '.join(known)}."
             )
-        self._apply = jax.jit(
-            lambda images: features(images)[layer].reshape(len(images), -1),
-            compiler_options=ops.compiler_options(),
+        self._apply = ops.jit(
+            lambda images: features(images)[layer].reshape(len(images), -1)
         )
 
     @property

@@ -120,7 +120,7 @@ def as_json(prediction: Prediction, top: int) -> dict[str, Any]:
 
 def _draw(found: Sequence[Prediction], path: Path) -> None:
     # matplotlib is not needed to say what is in a picture.
-    from alexnet_jax.analysis import best_labels
+    from alexnet_jax.analysis.figures import best_labels
 
     figure = best_labels(
         np.stack([prediction.picture for prediction in found]),
@@ -135,7 +135,7 @@ def _draw_feature_maps(
     workdir: Path, step: int | None, picture: Any, path: Path
 ) -> None:
     """What each layer makes of a square picture."""
-    from alexnet_jax.analysis import feature_maps
+    from alexnet_jax.analysis.figures import feature_maps
 
     model, variables, preprocess = load(workdir, step=step)
     # Not jitted: that would put the layers in the order of the alphabet.

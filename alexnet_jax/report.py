@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_jax import stopping
-from alexnet_jax.analysis import (
+from alexnet_jax.analysis.figures import (
     filter_statistics_by_column,
     first_layer_filters,
     training_curves,

@@ -8,16 +8,16 @@ import jax
 import numpy as np
 
 from alexnet_jax import records as machine_records
-from alexnet_jax import retrieve
-from alexnet_jax.analysis import (
+from alexnet_jax.analysis import page
+from alexnet_jax.analysis.figures import (
     best_labels,
     filter_statistics,
     filter_statistics_by_column,
     first_layer_filters,
-    page,
     training_curves,
 )
 from alexnet_jax.analysis.page import Markup
+from alexnet_jax.analysis.retrieval import draw
 from alexnet_jax.config import flat
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.evaluate import class_errors, errors, worst_confusions
@@ -323,7 +323,7 @@ def _neighbours(run: Run, alike: Alike | Missing) -> Markup:
     chosen = present[np.arange(most) * len(present) // most]
     shown = np.array([np.argmax(alike.labels == label) for label in chosen])
     titles = [words(run.names[label]) for label in alike.labels[shown]]
-    figure = retrieve.draw(
+    figure = draw(
         alike.index,
         alike.indexed,
         alike.pictures[shown],

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alexnet_jax import experiment, loading, sweeps, train
+from alexnet_jax import experiment, loading, train
 from alexnet_jax.checkpoint import MANIFEST
 from alexnet_jax.config import ConfigError, get_config
 from alexnet_jax.data import DataError
 from alexnet_jax.data.statistics import Statistics
+from alexnet_jax.sweeps import plan as plan_lib
 
 
 def small_config():
@@ -158,20 +159,22 @@ def test_statistics_of_another_size_are_said(workdir):
 
 def test_a_sweep_of_before_a_field_goes_on(workdir):
     """What was not said yet was the default."""
-    row = sweeps.Run("a", None, 0, "configs/tiny.py", {"optim.momentum": 0.5})
-    config = sweeps.set_fields(sweeps.load_config(row.config), row.overrides, "")
+    row = plan_lib.Run("a", None, 0, "configs/tiny.py", {"optim.momentum": 0.5})
+    config = plan_lib.set_fields(plan_lib.load_config(row.config), row.overrides, "")
     loading.write_config(workdir, config)
     path = workdir / "config.json"
-    assert sweeps.differences(row, path) == []
+    assert plan_lib.differences(row, path) == []
 
     def older(tree):
         del tree["summaries_every_steps"], tree["optim"]["momentum"], tree["finetune"]
 
     stored(workdir, older)
-    assert sweeps.differences(row, path) == ["optim.momentum: 0.9 there, 0.5 asked for"]
+    assert plan_lib.differences(row, path) == [
+        "optim.momentum: 0.9 there, 0.5 asked for"
+    ]
     path.write_text("{")
     with pytest.raises(ConfigError, match="config.json is damaged"):
-        sweeps.differences(row, path)
+        plan_lib.differences(row, path)
 
 
 def test_load_refuses_what_is_no_workdir(tmp_path):
