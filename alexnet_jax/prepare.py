@@ -118,7 +118,7 @@ def _open(options: argparse.Namespace, name: str, split: str) -> sources.Source:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from alexnet_jax.analysis import contact_sheet
+    from alexnet_jax.analysis.figures import contact_sheet
     from alexnet_jax.data import check
 
     out = Path(options.out)
