@@ -1,21 +1,23 @@
-"""Runs that are killed at any moment and started again: is anything lost?
+"""Kill runs at any moment, start them again and compare: is anything lost?
 
     python -m benchmarks.kills --out=DIR [--short] [--kills=50] [--seed=0]
 
 Trains configs/quickstart.py, shortened (`QUICKLY`), on two virtual devices and in two
-processes, once without a disturbance each. Then the same in new folders, each data set
-drawn anew, killed by SIGKILL and started again until it ends by itself. Half of the
-kills come at moments drawn uniformly over the length of an undisturbed run, the others
-within a phase that is waited for, such as between the arrays of a checkpoint and its
-manifest. After some of them the newest checkpoint is damaged as well: a file cut short,
-or one bit turned over.
+processes, once without a disturbance each. Then the same in new folders, with the data
+set drawn anew, killed by SIGKILL and started again until the run ends by itself. Half of
+the kills come at moments drawn uniformly over the length of an undisturbed run. The
+others come within a phase that is waited for, for example between the arrays of a
+checkpoint and the rename of its folder. After some of them the newest checkpoint is
+damaged as well: a file is truncated, or one bit is flipped.
 
-A start has to go on from the newest whole checkpoint and to name the damaged file; in
-the end parameters, optimiser state, plateau rule and the records of every step have to
-be those of the undisturbed run, to the bit. Exit status 1 if anything is not.
+A start has to resume from the newest whole checkpoint and to name the damaged file. In
+the end parameters, optimizer state, plateau rule and the records of every step have to
+equal those of the undisturbed run to the bit. Exit status 1 if anything differs, or if
+fewer kills than asked for have hit a run.
 """
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -34,7 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alexnet_jax.checkpoint import MANIFEST, Checkpointer, CheckpointError
+from alexnet_jax.checkpoint import Checkpointer, CheckpointError
 from alexnet_jax.writers import METRICS_FILE, read_metrics
 from benchmarks import measure
 
@@ -66,23 +68,23 @@ PREPARATION = "start: the data set is drawn"
 COMPILING = "compiling"
 TRAINING = "training"
 EVALUATION = "evaluation"
-ARRAYS = "checkpoint: Orbax's files"
-BEFORE_MANIFEST = "checkpoint: before its manifest"
-REMOVAL = "checkpoint: old ones are removed"
+ARRAYS = "checkpoint: its arrays are written"
+BEFORE_RENAME = "checkpoint: before its folder is renamed"
+DELETION = "checkpoint: old ones are deleted"
 LAST_SAVE = "checkpoint: the last one"
 END = "end: after the last checkpoint"
 PHASES = (
     *(START, PREPARATION, COMPILING, TRAINING, EVALUATION),
-    *(ARRAYS, BEFORE_MANIFEST, REMOVAL, LAST_SAVE, END),
+    *(ARRAYS, BEFORE_RENAME, DELETION, LAST_SAVE, END),
 )
 # What the kills of a run are aimed at; None: any moment. The data set is drawn in its
 # first life, and the last save is in its last one.
 AIMS = (
-    (PREPARATION, None, BEFORE_MANIFEST, None, EVALUATION, None),
+    (PREPARATION, None, BEFORE_RENAME, None, EVALUATION, None),
     (COMPILING, None, ARRAYS, None, None, LAST_SAVE),
-    (None, None, BEFORE_MANIFEST, None, EVALUATION, LAST_SAVE),
+    (None, None, BEFORE_RENAME, None, EVALUATION, LAST_SAVE),
 )
-SHORT_AIMS = (COMPILING, BEFORE_MANIFEST, EVALUATION, LAST_SAVE)
+SHORT_AIMS = (COMPILING, BEFORE_RENAME, EVALUATION, LAST_SAVE)
 # The share of kills after which a checkpoint is damaged, where there are two.
 DAMAGED = {"short": 1.0, "long": 2 / 3}
 # Between two looks at a life: less than a phase takes.
@@ -92,6 +94,8 @@ LOOK_SECONDS = 0.0005
 GRACE_SECONDS = 10.0
 # A start that takes so many times as long as an undisturbed run hangs.
 PATIENCE = 10
+# So many runs per kill are tried until all kills have hit one.
+MOST_RUNS = 10
 
 
 class LossError(Exception):
@@ -155,7 +159,6 @@ class Life:
         self.begun_at: int | None = None
         self.lines: list[str] = []
         self._checkpoints = self.workdir / "checkpoints"
-        self._left = self._unfinished()
         self._records: tuple[int, str] = (-1, "")
         self.started = time.monotonic()
         self.processes = [
@@ -193,37 +196,26 @@ class Life:
         """What it is doing now, from its output and its files."""
         if self.doing in (START, PREPARATION, COMPILING):
             return self.doing
-        new = self._unfinished() - self._left
-        if new:
-            name = min(new)[0]
-            step = int(re.match(r"\d+", name)[0])  # pyright: ignore[reportOptionalSubscript]
-            if step < max(self._whole_by_name(), default=0):
-                return REMOVAL
+        steps = self._steps()
+        unfinished = [int(name[:-4]) for name in steps if name.endswith(".tmp")]
+        if unfinished:
+            step = min(unfinished)
+            if step < max((int(name) for name in steps if name.isdecimal()), default=0):
+                return DELETION
             if step == STEPS:
                 return LAST_SAVE
-            return BEFORE_MANIFEST if name.isdigit() else ARRAYS
+            # Orbax gives its folder this name when all arrays are in it.
+            arrays = self._checkpoints / f"{step}.tmp" / "state"
+            return BEFORE_RENAME if arrays.exists() else ARRAYS
         if self.doing == TRAINING and self._is_evaluating():
             return EVALUATION
         return self.doing
 
-    def _unfinished(self) -> set[tuple[str, int]]:
-        """Folders of steps that are no checkpoint, by name and inode."""
-        try:
-            entries = list(os.scandir(self._checkpoints))
-        except FileNotFoundError:
-            return set()
-        return {
-            (entry.name, entry.inode())
-            for entry in entries
-            if entry.name[:1].isdigit()
-            and not (
-                entry.name.isdigit() and os.path.exists(f"{entry.path}/{MANIFEST}")
-            )
-        }
-
-    def _whole_by_name(self) -> list[int]:
-        names = (path.parent.name for path in self._checkpoints.glob(f"*/{MANIFEST}"))
-        return [int(name) for name in names if name.isdigit()]
+    def _steps(self) -> list[str]:
+        """Return the names N of complete steps and N.tmp of others."""
+        if not self._checkpoints.exists():
+            return []
+        return [name for name in os.listdir(self._checkpoints) if name[0].isdecimal()]
 
     def _is_evaluating(self) -> bool:
         """Whether the last record is of a step whose evaluation is to come."""
@@ -440,7 +432,7 @@ class Disturbed:
             )
         if self.passed_over is not None:
             step, name = self.passed_over
-            words = f"Checkpoint of step {step} passed over: {name}"
+            words = f"Checkpoint of step {step} is damaged and skipped: {name}"
             if not any(words in line for line in life.lines):
                 raise LossError(f"a start did not say: {words}")
             self.passed_over = None
@@ -452,11 +444,9 @@ class Disturbed:
         found = []
         with Checkpointer(folder, read_only=True) as saved:
             for step in saved.all_steps():
-                try:
-                    saved.top1_error(step)
+                with contextlib.suppress(CheckpointError):  # damaged
+                    saved.metadata(step)
                     found.append(step)
-                except CheckpointError:
-                    continue
         return found
 
     def damage_newest(self) -> None:
@@ -465,7 +455,11 @@ class Disturbed:
         if len(whole) < 2:
             return
         folder = self.folder / "run" / "checkpoints" / str(whole[-1])
-        files = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size]
+        files = [
+            path
+            for path in folder.rglob("[!.]*")  # not what a killed `replacing` left
+            if path.is_file() and path.stat().st_size
+        ]
         path = self.chance.choice(sorted(files))
         content = bytearray(path.read_bytes())
         size = len(content)
@@ -491,42 +485,51 @@ def _is_time(life: Life, plan: Plan) -> bool:
     return True
 
 
-def plan(aim: str | None, whole: Undisturbed, chance: random.Random) -> Plan:
-    """A moment within the phase aimed at; None: at any moment of a run."""
+def plan(
+    aim: str | None, whole: Undisturbed, chance: random.Random, misses: int
+) -> Plan:
+    """Draw a moment within the phase aimed at, or of a whole run if it is None.
+
+    Each miss halves the time, because phases are shorter on a machine less busy than
+    it was in the undisturbed run.
+    """
     length = whole.seconds if aim is None else 0.9 * whole.stretches.get(aim, 0.0)
-    return Plan(aim, chance.uniform(0.0, length))
+    return Plan(aim, chance.uniform(0.0, length) / 2**misses)
 
 
 def disturb(
     whole: Undisturbed, new_run: Callable[[int], Disturbed], aims: list[str | None]
 ) -> list[dict[str, Any]]:
-    """Runs that are killed as often as there are aims; the records.
+    """Kill runs until as many kills as there are aims have hit; return the records.
 
-    A run that ends before its kills leaves them to the next one.
+    A run that ends before its kills leaves them to the next one. A phase that three
+    runs in a row were not killed in is given up for any moment. Ends in any case after
+    `MOST_RUNS` times as many runs as aims.
     """
     records: list[dict[str, Any]] = []
-    most = 2 * len(aims)
-    while aims:
-        if len(records) == most:
-            raise LossError(f"after {most} runs {len(aims)} kills have hit none")
+    most, misses = MOST_RUNS * len(aims), 0
+    while aims and len(records) < most:
         now, aims = aims[:6], aims[6:]
+        if misses >= 3:
+            now[0] = None
         run = new_run(len(records))
-        records.append(disturbed_run(run, now, whole))
+        records.append(disturbed_run(run, now, whole, misses))
+        misses = 0 if run.kills else misses + 1
         aims += now[len(run.kills) :]
         print(f"{run.kind.name}: {len(aims)} kills to come", file=sys.stderr)
     return records
 
 
 def disturbed_run(
-    run: Disturbed, aims: list[str | None], whole: Undisturbed
+    run: Disturbed, aims: list[str | None], whole: Undisturbed, misses: int
 ) -> dict[str, Any]:
-    """Starts that are killed, one that is left alone; compared; the record."""
+    """Kill a run once per aim, let it end, compare it; return the record."""
     started = time.monotonic()
     patience = PATIENCE * whole.seconds
     loss = None
     try:
         for aim in aims:
-            if run.live(plan(aim, whole, run.chance), patience):
+            if run.live(plan(aim, whole, run.chance, misses), patience):
                 break
         else:
             run.live(None, patience)
@@ -545,8 +548,8 @@ def disturbed_run(
 # The record.
 
 
-def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts over all runs."""
+def summary(runs: list[dict[str, Any]], asked_for: int) -> dict[str, Any]:
+    """Return counts over all runs."""
     kills = [kill | {"kind": run["kind"]} for run in runs for kill in run["kills"]]
     by_phase = {
         phase: {
@@ -559,6 +562,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
     return {
         "runs": len(runs),
+        "kills_asked_for": asked_for,
         "kills": len(kills),
         "kills_at_any_moment": sum(kill["aimed_at"] is None for kill in kills),
         "kills_by_phase": {p: n for p, n in by_phase.items() if any(n.values())},
@@ -581,7 +585,8 @@ def table(record: dict[str, Any]) -> str:
     ]
     rows.append(["all", *map(str, sums)])
     sentence = (
-        f"{counts['runs']} runs of {STEPS} steps, {counts['kills']} kills, "
+        f"{counts['runs']} runs of {STEPS} steps, {counts['kills']} kills of "
+        f"{counts['kills_asked_for']} asked for, "
         f"{counts['kills_at_any_moment']} of them at a moment drawn uniformly over a "
         f"run; {counts['damaged_checkpoints']} checkpoints damaged. Runs that differ "
         f"from the undisturbed one, by a bit or more: {len(counts['losses'])}."
@@ -601,6 +606,7 @@ def main() -> int:
     chance = random.Random(options.seed)
     runs: list[dict[str, Any]] = []
     lengths: dict[str, Any] = {}
+    asked_for = 0
     with tempfile.TemporaryDirectory() as name:
         for kind in KINDS[:1] if options.short else KINDS:
             scratch = Path(name) / str(kind.processes)
@@ -615,17 +621,19 @@ def main() -> int:
                 folder = scratch / str(number)
                 return Disturbed(kind, folder, chance, DAMAGED[form])
 
+            asked_for += len(aims)
             runs += disturb(whole, new_run, aims)
     record = {
         "environment": ENVIRONMENT,
         "flags": {kind.name: [*QUICKLY, *kind.flags] for kind in KINDS},
         "seed": options.seed,
         "seconds_undisturbed": lengths,
-        "summary": summary(runs),
+        "summary": summary(runs, asked_for),
         "each": runs,
     }
     measure.write_result(options.out, "kills", record, table=table(record))
-    return 1 if record["summary"]["losses"] else 0
+    counts = record["summary"]
+    return 1 if counts["losses"] or counts["kills"] < asked_for else 0
 
 
 if __name__ == "__main__":
