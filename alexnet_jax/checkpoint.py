@@ -20,7 +20,6 @@ and stays where it is.
 import contextlib
 import hashlib
 import json
-import math
 import os
 import pathlib
 import re
@@ -151,24 +150,19 @@ class Checkpointer:
           step: number of finished training steps, not below the newest step's.
           state: pytree of arrays, sharded or not.
           metadata: JSON values; tuples come back as lists, keys as strings.
-          top1_error: in [0, 1], of the evaluation at this step. None or NaN: there was
-            none, and the step is never the best one.
+          top1_error: in [0, 1], of the evaluation at this step, if there was one.
 
         Raises:
           CheckpointError: for a step below the newest one, in read-only use, or if the
             disk is full. Earlier steps are as they were.
-          TypeError: for metadata that JSON cannot hold.
         """
         if self._read_only:
             raise CheckpointError(f"{self.directory} was opened read-only.")
         text = json.dumps(dict(metadata))
-        error = None
-        if top1_error is not None and math.isfinite(top1_error):
-            error = float(top1_error)
         if not self._decided(lambda: self._make_way(step)):
-            self._add_error(step, error)
+            self._add_error(step, top1_error)
             return
-        temporary = self._temporary(step)
+        temporary = self.directory / f"{step}.tmp"
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         try:
             with telling_of_a_full_disk(self.directory, lambda: size):
@@ -176,20 +170,17 @@ class Checkpointer:
                 self._arrays.save(temporary / STATE, args=ocp.args.PyTreeSave(state))
                 if jax.process_index() == 0:
                     (temporary / METADATA).write_text(text)
-                    body = {"files": _checksums(temporary), "top1_error": error}
+                    body = {"files": _checksums(temporary), "top1_error": top1_error}
                     (temporary / MANIFEST).write_bytes(_manifest_text(body))
                     for path in (temporary, *temporary.rglob("*")):
                         _sync(path)
                     os.rename(temporary, self._folder(step))
                     _sync(self.directory)
         except FullDiskError as full:
-            kept = ""
             if jax.process_index() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-                if steps := list(self._errors()):
-                    kept = f" The one of step {steps[-1]} is as it was."
             raise CheckpointError(
-                f"no checkpoint of step {step}: {full}.{kept}"
+                f"no checkpoint of step {step}: {full}. Earlier ones are as they were."
             ) from full
         multihost_utils.sync_global_devices(f"checkpoint of step {step}")
         self._problems[step] = ""
@@ -210,12 +201,12 @@ class Checkpointer:
         self._delete(step)
         return True
 
-    def _add_error(self, step: int, error: float | None) -> None:
+    def _add_error(self, step: int, top1_error: float | None) -> None:
         """Add the error of an evaluation that came after the step was saved."""
         if jax.process_index() == 0:
             body = _read_manifest(self._folder(step))
             if body["top1_error"] is None:
-                body["top1_error"] = error
+                body["top1_error"] = top1_error
                 with replacing(self._folder(step) / MANIFEST) as file:
                     file.write(_manifest_text(body))
         multihost_utils.sync_global_devices(f"error of step {step}")
@@ -235,7 +226,7 @@ class Checkpointer:
 
     def _delete(self, step: int) -> None:
         """Delete a step and its leftovers, as far as they exist."""
-        folder, temporary = self._folder(step), self._temporary(step)
+        folder, temporary = self._folder(step), self.directory / f"{step}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         if folder.exists():
             os.rename(folder, temporary)
@@ -331,7 +322,7 @@ class Checkpointer:
           parts: fields of the state; one that is empty or absent is left out.
 
         Returns:
-          (variables, metadata); variables is what `model.apply` takes, nested dicts.
+          (variables for `model.apply`, metadata).
 
         Raises:
           CheckpointError: as `restore`, and if there is no checkpoint at all.
@@ -367,20 +358,17 @@ class Checkpointer:
 
         def choose() -> int:
             steps = self.all_steps()
-            chosen = self._latest() if step is None else step
-            if step is None and steps and chosen < 0:
-                reasons = "; ".join(f"step {s}: {self._problem(s)}" for s in steps)
-                raise CheckpointError(
-                    f"none of the checkpoints in {self.directory} is whole ({reasons}). "
-                    "Restore the folder from a copy, or use a new workdir to start again."
+            candidates = steps[::-1] if step is None else [step]
+            chosen = self._first_whole(candidates)
+            if candidates and chosen < 0:
+                problems = "; ".join(
+                    f"step {s}: {self._problem(s)}" for s in candidates
                 )
-            if step is not None:
-                problem = self._problem(step) if step in steps else "it does not exist"
-                if problem:
-                    raise CheckpointError(
-                        f"the checkpoint of step {step} in {self.directory} cannot be "
-                        f"used: {problem}. There are steps {steps}."
-                    )
+                raise CheckpointError(
+                    f"no checkpoint in {self.directory} can be used ({problems}; there "
+                    f"are steps {steps}). Restore the folder from a copy, name another "
+                    "step, or start again in a new workdir."
+                )
             return chosen
 
         return self._decided(choose)
@@ -420,9 +408,6 @@ class Checkpointer:
     def _folder(self, step: int) -> pathlib.Path:
         return self.directory / str(step)
 
-    def _temporary(self, step: int) -> pathlib.Path:
-        return self.directory / f"{step}.tmp"
-
     def _decided(self, decide: Callable[[], int]) -> int:
         """Return what process 0 decides; if it raises, every process raises.
 
@@ -448,8 +433,7 @@ class Checkpointer:
             self._problems[step] = _difference(self._folder(step))
             if self._problems[step]:
                 logging.warning(
-                    "Checkpoint of step %d is damaged and skipped: %s.",
-                    *(step, self._problems[step]),
+                    "Checkpoint of step %d skipped: %s.", step, self._problems[step]
                 )
         return self._problems[step]
 
@@ -502,13 +486,8 @@ def _difference(folder: pathlib.Path) -> str:
     except (OSError, ValueError) as error:
         return str(error)
     for name in sorted(expected):
-        if name not in found:
-            return f"{name} is missing"
-        if found[name]["size"] != expected[name]["size"]:
-            sizes = found[name]["size"], expected[name]["size"]
-            return f"{name} has {sizes[0]} bytes instead of {sizes[1]}"
-        if found[name] != expected[name]:
-            return f"{name} does not match its SHA-256 sum"
+        if found.get(name) != expected[name]:
+            return f"{name} is missing or does not match its size and SHA-256 sum"
     return ""
 
 

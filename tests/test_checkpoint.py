@@ -127,12 +127,15 @@ def test_every_bit_comes_back(directory, warnings):
         state, metadata = _restore(checkpoints, _make_state())
         assert checkpoints.metadata(10) == METADATA
         older, _ = _restore(checkpoints, _make_state(), step=10)
+        with pytest.raises(CheckpointError, match=r"step 15: .* are steps \[10, 20\]"):
+            checkpoints.restore(_abstract(_make_state()), step=15)
     _assert_same_bits(state, _make_state(20))
     _assert_same_bits(older, _make_state(10))
     assert isinstance(state, State)
     assert type(state.opt_state) is type(_make_state().opt_state)
     assert metadata == METADATA
-    assert warnings() == []
+    (warning,) = warnings()
+    assert warning.startswith("Checkpoint of step 15 skipped: ")
 
 
 def test_training_goes_on_from_a_restored_state(directory):
@@ -279,7 +282,7 @@ def test_newest_and_best_are_kept_through_a_restart(tmp_path):
         assert checkpoints.best_step() == 2
         assert checkpoints.top1_error(2) == 0.3
         assert checkpoints.top1_error(4) is None
-        checkpoints.save(6, state, metadata={}, top1_error=float("nan"))
+        checkpoints.save(6, state, metadata={}, top1_error=None)
         assert checkpoints.all_steps() == [2, 5, 6]
         checkpoints.save(7, state, metadata={}, top1_error=0.3)  # a tie: the newer
         assert checkpoints.best_step() == 7
@@ -344,24 +347,6 @@ def test_metadata_must_be_json(tmp_path):
 # Damaged steps.
 
 
-def _assert_falls_back(directory, warnings, *words):
-    """Assert that step 10 is used, and that one warning names step 20 and `words`."""
-    with Checkpointer(directory) as checkpoints:
-        state, metadata = _restore(checkpoints, _make_state())
-        assert checkpoints.latest_whole_step() == checkpoints.best_step() == 10
-        for use in (
-            lambda: checkpoints.restore(_abstract(_make_state()), step=20),
-            lambda: checkpoints.metadata(20),
-        ):
-            with pytest.raises(CheckpointError, match="step 20 .* cannot be used"):
-                use()
-    _assert_same_bits(state, _make_state(10))
-    assert metadata == METADATA
-    (warning,) = warnings()
-    for word in ("Checkpoint of step 20 is damaged and skipped", *words):
-        assert word in warning
-
-
 def _files(folder):
     return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
 
@@ -379,12 +364,9 @@ def test_one_flipped_bit_in_any_file_is_found(directory, warnings):
             damaged[place] ^= 1 << int(generator.integers(8))
             (folder / name).write_bytes(damaged)
             found = checkpoint._difference(folder)
-            assert found == f"{name} does not match its {OWN[name.name == MANIFEST]}"
+            assert found.startswith(f"{name} ") and "does not match its" in found
         (folder / name).write_bytes(data)
     assert checkpoint._difference(folder) == ""
-
-
-OWN = {False: "SHA-256 sum", True: "own SHA-256 sum"}
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "flipped"])
@@ -399,7 +381,20 @@ def test_a_damaged_step_is_skipped(directory, warnings, pattern, damage):
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
-    _assert_falls_back(directory, warnings, str(path.relative_to(directory / "20")))
+    with Checkpointer(directory) as checkpoints:
+        state, metadata = _restore(checkpoints, _make_state())
+        assert checkpoints.latest_whole_step() == checkpoints.best_step() == 10
+        for use in (
+            lambda: checkpoints.restore(_abstract(_make_state()), step=20),
+            lambda: checkpoints.metadata(20),
+        ):
+            with pytest.raises(CheckpointError, match="can be used .step 20: "):
+                use()
+    _assert_same_bits(state, _make_state(10))
+    assert metadata == METADATA
+    (warning,) = warnings()
+    assert warning.startswith("Checkpoint of step 20 skipped: ")
+    assert str(path.relative_to(directory / "20")) in warning
 
 
 def test_all_damaged_is_an_error_and_not_a_new_start(directory):
@@ -411,10 +406,10 @@ def test_all_damaged_is_an_error_and_not_a_new_start(directory):
         assert checkpoints.latest_whole_step() is None
         with pytest.raises(
             CheckpointError,
-            match=r"step 10: .*manifest.*; step 20: metadata.*new workdir",
+            match=r"step 20: metadata.*; step 10: .*manifest.*new workdir",
         ):
             checkpoints.restore(_abstract(_make_state()))
-        with pytest.raises(CheckpointError, match="none of the checkpoints"):
+        with pytest.raises(CheckpointError, match="no checkpoint in .* can be used"):
             checkpoints.restore_params()
     assert _files(directory) == before
 
@@ -540,7 +535,7 @@ def test_a_full_disk_ends_a_save_and_keeps_earlier_steps(
         with pytest.raises(
             CheckpointError,
             match=r"no checkpoint of step 2: .* No space .* MB free, about 2\.1 MB more "
-            r"needed.* step 1 is as it was",
+            r"needed.* Earlier ones are as they were",
         ):
             checkpoints.save(2, state, metadata={})
         assert checkpoints.latest_whole_step() == 1
