@@ -41,7 +41,7 @@ from alexnet_jax.writers import METRICS_FILE, read_metrics
 from benchmarks import measure
 
 ROOT = Path(__file__).parent.parent
-# Each step has a record, which is then of that step alone wherever a start begins.
+# Each step has a record, so a record does not depend on where a start begins.
 STEPS, EVALUATE_EVERY = 24, 6
 QUICKLY = (
     "--config=configs/quickstart.py",
@@ -53,13 +53,13 @@ QUICKLY = (
     "--config.log_every_steps=1",
     "--config.checkpoint.every_steps=4",
 )
-# Compiled in half the time, by every life for itself.
+# Halves the time of compiling, which every start does for itself.
 ENVIRONMENT = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_ENABLE_COMPILATION_CACHE": "0",
     "PYTHONUNBUFFERED": "1",
 }
-# What a record says of the clock.
+# The fields of a record that depend on the clock.
 CLOCK = ("images_per_sec", "data_wait_frac")
 STATE = ("step", "params", "batch_stats", "opt_state")
 
@@ -77,34 +77,34 @@ PHASES = (
     *(START, PREPARATION, COMPILING, TRAINING, EVALUATION),
     *(ARRAYS, BEFORE_RENAME, DELETION, LAST_SAVE, END),
 )
-# What the kills of a run are aimed at; None: any moment. The data set is drawn in its
-# first life, and the last save is in its last one.
+# The phases that the kills of a run are aimed at; None: any moment. The data set is drawn
+# in a run's first start, and the last save comes in its last one.
 AIMS = (
     (PREPARATION, None, BEFORE_RENAME, None, EVALUATION, None),
     (COMPILING, None, ARRAYS, None, None, LAST_SAVE),
     (None, None, BEFORE_RENAME, None, EVALUATION, LAST_SAVE),
 )
 SHORT_AIMS = (COMPILING, BEFORE_RENAME, EVALUATION, LAST_SAVE)
-# The share of kills after which a checkpoint is damaged, where there are two.
+# The share of kills after which a checkpoint is damaged, if there are two.
 DAMAGED = {"short": 1.0, "long": 2 / 3}
-# Between two looks at a life: less than a phase takes.
+# Between two looks at a process: less than a phase takes.
 LOOK_SECONDS = 0.0005
-# What the other process of a killed one gets to end by itself, as from
+# The other process of a killed one has so long to end by itself, as under
 # launch/multiprocess.py.
 GRACE_SECONDS = 10.0
 # A start that takes so many times as long as an undisturbed run hangs.
 PATIENCE = 10
 # So many runs per kill are tried until all kills have hit one.
-MOST_RUNS = 10
+MOST_RUNS = 4
 
 
 class LossError(Exception):
-    """What was lost, or let in, in words."""
+    """A difference from the undisturbed run; the message names it."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a run is started: its processes, and further flags."""
+    """Number of processes and flags of a run."""
 
     name: str
     processes: int
@@ -127,7 +127,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """When a life ends: so many seconds after its start, or into a phase."""
+    """When a start is killed: so many seconds after its begin, or into a phase."""
 
     phase: str | None
     seconds: float
@@ -135,7 +135,7 @@ class Plan:
 
 @dataclass
 class Kill:
-    """What happened to one life, for the record."""
+    """The record of one kill."""
 
     aimed_at: str | None
     phase: str
@@ -148,8 +148,8 @@ class Life:
     """One start of a run, watched.
 
     Attributes:
-      doing: what the last lines of its output say.
-      begun_at: the step it goes on from, 0 for a new run; None: not said yet.
+      doing: the phase, as far as its output tells.
+      begun_at: the step it resumes from, 0 for a new run; None: not printed yet.
     """
 
     def __init__(self, kind: Kind, folder: Path):
@@ -193,7 +193,7 @@ class Life:
     # Where it is.
 
     def phase(self) -> str:
-        """What it is doing now, from its output and its files."""
+        """Return the current phase, from its output and its files."""
         if self.doing in (START, PREPARATION, COMPILING):
             return self.doing
         steps = self._steps()
@@ -218,7 +218,7 @@ class Life:
         return [name for name in os.listdir(self._checkpoints) if name[0].isdecimal()]
 
     def _is_evaluating(self) -> bool:
-        """Whether the last record is of a step whose evaluation is to come."""
+        """Return whether the last record is of a step whose evaluation is to come."""
         path = self.workdir / METRICS_FILE
         size = path.stat().st_size
         if size != self._records[0]:
@@ -236,12 +236,12 @@ class Life:
         return time.monotonic() - self.started
 
     def send(self, number: int, processes: list[int]) -> None:
-        """A signal to some of the processes."""
+        """Send a signal to some of the processes."""
         for index in processes:
             self.processes[index].send_signal(number)
 
     def wait(self, grace: float) -> None:
-        """Until all have ended, by themselves in time or by SIGKILL."""
+        """Wait until all have ended, by themselves in time or by SIGKILL."""
         end = time.monotonic() + grace
         for process in self.processes:
             try:
@@ -254,7 +254,7 @@ class Life:
 
 
 def _flags_of_each(count: int) -> list[list[str]]:
-    """What tells the processes of a run apart."""
+    """Return the flags that tell the processes of a run apart."""
     if count == 1:
         return [[]]
     with socket.socket() as probe:
@@ -283,12 +283,12 @@ def _start(kind: Kind, folder: Path, flags: list[str]) -> subprocess.Popen[str]:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """Of a whole run: what it left, and how long its phases are.
+    """Outcome and duration of a run, and the durations of its phases.
 
     Attributes:
       outcome: see `outcome`.
       seconds: of the run.
-      stretches: of each phase, the median of the seconds that it takes each time.
+      stretches: median seconds by phase.
     """
 
     outcome: dict[str, Any]
@@ -297,7 +297,7 @@ class Undisturbed:
 
 
 def undisturbed(kind: Kind, folder: Path) -> Undisturbed:
-    """Runs to the end; raises LossError if that fails."""
+    """Run to the end; raise LossError if that fails."""
     life = Life(kind, folder)
     stretches: dict[str, list[float]] = collections.defaultdict(list)
     phase, since = life.phase(), time.monotonic()
@@ -321,7 +321,7 @@ def _require_good_end(life: Life) -> None:
 
 
 def outcome(workdir: Path) -> dict[str, Any]:
-    """What a finished run has to have in common with another, by name."""
+    """Return, by name, everything that two finished runs have in common."""
     import jax
 
     with Checkpointer(workdir / "checkpoints", read_only=True) as saved:
@@ -347,7 +347,7 @@ def outcome(workdir: Path) -> dict[str, Any]:
 
 
 def require_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raises LossError naming what differs."""
+    """Raise LossError naming what differs."""
     names = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
     if names:
         raise LossError(f"differs from the undisturbed run: {', '.join(names)}")
@@ -358,11 +358,11 @@ def require_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @dataclass
 class Disturbed:
-    """A run, its kills so far, and what its next start has to say.
+    """A run that is killed, and its kills so far.
 
     Attributes:
       damaged: the share of kills after which a checkpoint is damaged.
-      passed_over: (step, file) of the damaged checkpoint.
+      skipped: (step, file) of the damaged checkpoint that the next start has to name.
     """
 
     kind: Kind
@@ -370,10 +370,10 @@ class Disturbed:
     chance: random.Random
     damaged: float
     kills: list[Kill] = field(default_factory=list)
-    passed_over: tuple[int, str] | None = None
+    skipped: tuple[int, str] | None = None
 
     def live(self, plan: Plan | None, patience: float) -> bool:
-        """One start: killed as planned, or to its end; returns whether it has ended."""
+        """Start it once, kill it as planned; return whether it ended by itself."""
         whole = self._whole_steps()
         life = Life(self.kind, self.folder)
         everyone = list(range(self.kind.processes))
@@ -400,12 +400,12 @@ class Disturbed:
             life.wait(0.0)
         if phase is None:
             return True
-        if self.chance.random() < self.damaged and self.passed_over is None:
+        if self.chance.random() < self.damaged and self.skipped is None:
             self.damage_newest()
         return False
 
     def _watch(self, life: Life, plan: Plan | None, patience: float) -> str | None:
-        """Until the planned moment, when the life is frozen: its phase; None: it ended."""
+        """Freeze it at the planned moment and return the phase; None if it ended."""
         everyone = list(range(self.kind.processes))
         while not life.has_ended():
             if life.seconds() > patience:
@@ -422,7 +422,7 @@ class Disturbed:
         return None
 
     def _check_start(self, life: Life, newest_whole: int) -> None:
-        """It went on from the newest whole checkpoint, and said what it passed over."""
+        """Raise LossError unless it resumed as it should and named what it skipped."""
         if life.begun_at is None:  # killed before
             return
         if life.begun_at != newest_whole:
@@ -430,12 +430,12 @@ class Disturbed:
                 f"a start went on from step {life.begun_at}; the newest whole "
                 f"checkpoint was that of step {newest_whole}"
             )
-        if self.passed_over is not None:
-            step, name = self.passed_over
+        if self.skipped is not None:
+            step, name = self.skipped
             words = f"Checkpoint of step {step} skipped: {name}"
             if not any(words in line for line in life.lines):
                 raise LossError(f"a start did not say: {words}")
-            self.passed_over = None
+            self.skipped = None
 
     def _whole_steps(self) -> list[int]:
         folder = self.folder / "run" / "checkpoints"
@@ -450,7 +450,7 @@ class Disturbed:
         return found
 
     def damage_newest(self) -> None:
-        """Spoils a file of the newest whole checkpoint, if there is one before it."""
+        """Damage a file of the newest whole checkpoint, if there is one before it."""
         whole = self._whole_steps()
         if len(whole) < 2:
             return
@@ -469,10 +469,10 @@ class Disturbed:
         else:
             bit = self.chance.randrange(8 * size)
             content[bit // 8] ^= 1 << bit % 8
-            how = f"bit {bit} of {8 * size} turned over"
+            how = f"bit {bit} of {8 * size} flipped"
         path.write_bytes(content)
         name = path.relative_to(folder).as_posix()
-        self.passed_over = (whole[-1], name)
+        self.skipped = (whole[-1], name)
         self.kills[-1].damage = f"step {whole[-1]}, {name}: {how}"
 
 
@@ -572,7 +572,7 @@ def summary(runs: list[dict[str, Any]], asked_for: int) -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Kills by phase, and what was lost."""
+    """Return the kills by phase as a table, and a sentence about losses."""
     counts = record["summary"]
     names = [kind.name for kind in KINDS]
     rows = [

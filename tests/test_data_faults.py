@@ -508,7 +508,7 @@ def test_full_disk_while_imagenet_is_prepared(
     with leaving(disk, 1 << 20):  # seen before it begins
         assert imagenet(*arguments) == 1
     error = capsys.readouterr().err
-    assert f"{disk / 'tfds'} has 1.0 MB free; about 3.0 MB are needed" in error
+    assert f"{disk / 'tfds'}: No space left on device (1.0 MB free, about 3.0" in error
     assert not (disk / "tfds").exists()
     made = write_shards_here(monkeypatch)
     monkeypatch.setattr(preparation, "check_room", lambda *_: None)
