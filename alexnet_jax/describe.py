@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from alexnet_jax import augment, communication, experiment, parallel, steps
-from alexnet_jax.experiment import Config
+from alexnet_jax.config import Config
 from alexnet_jax.model import AlexNet, LayerSummary, summary
 from alexnet_jax.parallel import P
 
