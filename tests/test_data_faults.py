@@ -425,7 +425,7 @@ def test_full_disk_while_imagenet_is_prepared(
     others.write_bytes(bytes(7 << 20))  # seen before it begins
     assert imagenet(*arguments) == 1
     error = capsys.readouterr().err
-    assert f"{disk / 'tfds'} has 1.0 MB free; about 3.0 MB are needed" in error
+    assert f"{disk / 'tfds'}: No space left on device (1.0 MB free, about 3.0" in error
     made = write_shards_here(monkeypatch)
     monkeypatch.setattr(preparation, "check_room", lambda *_: None)
     monkeypatch.setattr(preparation, "_FEWEST_PICTURES", 9)  # train: two shards
