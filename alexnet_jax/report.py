@@ -29,10 +29,11 @@ from alexnet_jax.analysis.figures import (
     first_layer_filters,
     training_curves,
 )
+from alexnet_jax.analysis.report.findings import first_kernel, read_run
+from alexnet_jax.analysis.report.page import build_page
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.images import short_names
 from alexnet_jax.data.paths import path_argument, require_writable_file
-from alexnet_jax.findings import first_kernel, read_run
 from alexnet_jax.loading import (
     CONFIG_FILE,
     read_class_names,
@@ -41,7 +42,6 @@ from alexnet_jax.loading import (
 )
 from alexnet_jax.metrics import shows_top5
 from alexnet_jax.pictures import exit_status, save_figure
-from alexnet_jax.report_page import build_page
 from alexnet_jax.writers import METRICS_FILE, read_metrics
 
 REPORT_FILE = "report.html"

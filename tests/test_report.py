@@ -20,15 +20,15 @@ from PIL import Image
 from test_train import small_config
 
 from alexnet_jax import (
-    findings,
     load,
     loading,
     report,
-    report_page,
     stopwatch,
     train,
 )
-from alexnet_jax.analysis import page
+from alexnet_jax.analysis.report import findings
+from alexnet_jax.analysis.report import html as page
+from alexnet_jax.analysis.report import page as report_page
 from alexnet_jax.config import as_json
 from alexnet_jax.writers import read_metrics
 

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from alexnet_jax import records as machine_records
-from alexnet_jax.analysis import page
 from alexnet_jax.analysis.figures import (
     best_labels,
     filter_statistics,
@@ -16,12 +15,8 @@ from alexnet_jax.analysis.figures import (
     first_layer_filters,
     training_curves,
 )
-from alexnet_jax.analysis.page import Markup
-from alexnet_jax.analysis.retrieval import draw
-from alexnet_jax.config import flat
-from alexnet_jax.data.imagenet import words
-from alexnet_jax.evaluate import class_errors, errors, worst_confusions
-from alexnet_jax.findings import (
+from alexnet_jax.analysis.report import html as page
+from alexnet_jax.analysis.report.findings import (
     Alike,
     Difference,
     HeldOut,
@@ -33,6 +28,11 @@ from alexnet_jax.findings import (
     look_for_alike,
     time_spent,
 )
+from alexnet_jax.analysis.report.html import Markup
+from alexnet_jax.analysis.retrieval import draw
+from alexnet_jax.config import flat
+from alexnet_jax.data.imagenet import words
+from alexnet_jax.evaluate import class_errors, errors, worst_confusions
 from alexnet_jax.loading import CONFIG_FILE
 from alexnet_jax.metrics import shows_top5
 from alexnet_jax.stopwatch import TIMES_FILE
