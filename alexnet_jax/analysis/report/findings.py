@@ -1,10 +1,9 @@
-"""What a run holds, for its report: facts from its files, and a look at pictures.
+"""Collect the data that report.html shows: no HTML, no figures.
 
-Nothing is drawn here. What is not there any more, such as data that were moved, is a
-`Missing` with the reason in words, and the rest is found all the same.
+`Missing` stands for data that cannot be shown, for example of images that were moved. The
+rest of the report is collected all the same.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,32 +23,32 @@ from alexnet_jax.pictures import Extractor
 from alexnet_jax.stopwatch import TIMES_FILE, Times, read_times
 from alexnet_jax.writers import METRICS_FILE, read_metrics
 
-# Held-out pictures that are looked at; of more, a sample of so many.
+# Held-out images that are classified. Of a larger split, an even sample is taken.
 MOST_HELD_OUT = 10_000
-# Training pictures whose features are compared.
+# Training images that are searched for neighbours.
 MOST_INDEXED = 2_000
-# Held-out pictures whose neighbours are counted, and how many neighbours.
+# Held-out images whose neighbours are counted, and neighbours per image.
 QUERIES, NEIGHBOURS = 100, 5
 
 
 @dataclass(frozen=True)
 class Missing:
-    """What cannot be shown, and why, in words."""
+    """Data that cannot be shown, and the reason as text."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Run:
-    """A trained network and what its workdir says about it.
+    """A trained network and the records in its workdir.
 
     Attributes:
-      config: of `config.json`.
-      step: of the checkpoint that is looked at: the best, or the newest.
-      versions: of the packages that it was written with, as far as it says.
-      layers: of `model.summary`.
-      names: of the classes, one a unit of the classifier.
-      logits_of: the network, as a function from pictures.
+      config: the content of `config.json`.
+      step: the checkpoint that the report shows: the best, or else the newest.
+      versions: the packages that wrote the checkpoint, if it stores them.
+      layers: the rows of `model.summary`.
+      names: the class of each logit.
+      logits_of: the network as a function from raw images to logits.
     """
 
     workdir: Path
@@ -68,36 +67,40 @@ class Run:
         return [record for record in self.records if "eval/loss" in record]
 
     @property
-    def last(self) -> dict[str, Any] | None:
-        """The newest record; None if there are none."""
-        return self.records[-1] if self.records else None
+    def training_images(self) -> int | None:
+        """The size of the training split, computed from a record's step and epoch."""
+        if not self.records or self.records[-1]["epoch"] <= 0:
+            return None
+        last = self.records[-1]
+        return round(last["step"] * self.config["data"]["batch_size"] / last["epoch"])
 
     @property
-    def training_pictures(self) -> int | None:
-        """How many there are, as the records tell: steps and epochs."""
-        if self.last is None or self.last["epoch"] <= 0:
-            return None
-        images = self.last["step"] * self.config["data"]["batch_size"]
-        return round(images / self.last["epoch"])
+    def first_kernel(self) -> np.ndarray:
+        """The kernels of the first layer, float [H, W, 3, K]."""
+        name = self.logits_of.model.network.layers[0].name
+        return np.asarray(self.logits_of.variables["params"][name]["kernel"])
+
+    @property
+    def columns(self) -> int:
+        """The number of columns that the kernels of the first layer are divided into."""
+        return self.logits_of.model.network.columns
 
 
 def read_run(workdir: Path) -> Run:
-    """Reads a run.
+    """Return the run in a workdir.
 
     Raises:
       FileNotFoundError, CheckpointError: as `loading.load`.
     """
     loading.require_run(workdir)
     logits_of = Extractor(workdir, "logits")
-    with Checkpointer(
-        workdir.absolute() / loading.CHECKPOINTS, read_only=True
-    ) as saved:
+    checkpoints = workdir.absolute() / loading.CHECKPOINTS
+    with Checkpointer(checkpoints, read_only=True) as saved:
         step = saved.find("best")
-        assert step is not None  # else there was nothing to load
-        found = saved.metadata(step)
+        assert step is not None  # else Extractor has raised
+        versions = saved.metadata(step).get("versions", {})
     config = loading.read_config(workdir)
     assert config is not None
-    layers = summary(logits_of.model, config["data"]["crop_size"])
     metrics = workdir / METRICS_FILE
     return Run(
         workdir=workdir,
@@ -105,40 +108,33 @@ def read_run(workdir: Path) -> Run:
         records=read_metrics(metrics) if metrics.exists() else [],
         times=read_times(workdir / TIMES_FILE),
         step=step,
-        versions=found.get("versions", {}),
-        layers=layers,
+        versions=versions,
+        layers=summary(logits_of.model, config["data"]["crop_size"]),
         names=logits_of.class_names,
         logits_of=logits_of,
     )
 
 
-def first_kernel(run: Run) -> tuple[np.ndarray, int]:
-    """The first layer's kernels, and in how many columns they are."""
-    network = run.logits_of.model.network
-    params = run.logits_of.variables["params"]
-    return np.asarray(params[network.layers[0].name]["kernel"]), network.columns
-
-
-# A look at pictures.
+# Predictions and neighbours.
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What the network says about held-out pictures, on the centre view.
+    """The network's predictions for held-out images, centre view.
 
     Attributes:
-      pictures: those that were looked at; `total` of them there are.
+      images: those that were classified, out of `total` in the split.
     """
 
-    pictures: Source
+    images: Source
     predictions: Predictions
     total: int
 
     def examples(self, count: int) -> tuple[list[int], int]:
-        """Some of the pictures, and how many of them are wrong; those come first.
+        """Return indices of example images, and how many of them, the first, are wrong.
 
-        At most half are wrong ones, the surest mistakes first; the right ones are
-        evenly spread.
+        At most half are mistakes, ordered by decreasing probability of the wrong class.
+        The others are classified correctly and evenly spread over the split.
         """
         logs, labels = self.predictions.centre, self.predictions.labels
         predicted = np.argmax(logs, axis=1)
@@ -153,21 +149,21 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Alike:
-    """Held-out pictures and the training pictures nearest to them.
+    """Held-out images and the training images nearest to them.
 
     Attributes:
-      indexed: the training pictures that were searched; `total` of them there are.
-      pictures: uint8 [Q, S, S, 3], the held-out ones.
-      labels: int32 [Q], theirs.
-      rows: [Q, N], their neighbours in the index by features.
-      same_class, same_class_pixels: shares of neighbours of the query's class, by
+      indexed: the training images that were searched, out of `total` in the split.
+      images: uint8 [Q, S, S, 3], the held-out ones.
+      labels: int32 [Q], their classes.
+      rows: int [Q, N], their neighbours in the index by features.
+      same_class, same_class_pixels: shares of neighbours that have the query's class, by
         features and by pixels, in [0, 1].
     """
 
     index: Index
     indexed: Source
     total: int
-    pictures: np.ndarray
+    images: np.ndarray
     labels: np.ndarray
     rows: np.ndarray
     same_class: float
@@ -175,72 +171,72 @@ class Alike:
 
 
 def look_at_held_out(run: Run) -> HeldOut | Missing:
-    """Classifies the held-out pictures, at most `MOST_HELD_OUT` of them."""
+    """Classify the held-out images, at most `MOST_HELD_OUT` of them."""
     split = run.config["data"]["eval_split"]
     if not split:
         return Missing("this run has no held-out pictures (data.eval_split is empty)")
-
-    def look() -> HeldOut:
+    try:
         source = _open(run, split)
-        pictures = Sample(source, MOST_HELD_OUT)
-        found = run.logits_of.over(pictures, "held-out pictures")
+        images = Sample(source, MOST_HELD_OUT)
+        found = run.logits_of.over(images, "held-out pictures")
         logits = np.concatenate([logits for _, logits in found])
-        count = pictures.num_examples
-        predictions = Predictions(
-            centre=np.asarray(jax.nn.log_softmax(logits)),
-            views=None,
-            num_views=1,
-            labels=pictures.labels_of(np.arange(count)),
-            class_names=tuple(run.names),
-            split=pictures.description,
-        )
-        return HeldOut(pictures, predictions, source.num_examples)
-
-    return _or_missing(look)
+    except (DataError, OSError) as error:
+        return Missing(str(error))
+    predictions = Predictions(
+        centre=np.asarray(jax.nn.log_softmax(logits)),
+        views=None,
+        num_views=1,
+        labels=images.labels_of(np.arange(images.num_examples)),
+        class_names=tuple(run.names),
+        split=images.description,
+    )
+    return HeldOut(images, predictions, source.num_examples)
 
 
 def look_for_alike(run: Run, held_out: HeldOut | Missing) -> Alike | Missing:
-    """Finds the training pictures that are most like some of the held-out ones.
+    """Find the training images nearest to `QUERIES` of the held-out ones.
 
-    By the features of the last layer before the classifier.
+    The features are those of the last layer before the classifier.
     """
     if isinstance(held_out, Missing):
         return held_out
-    layer = run.layers[-2].name
-
-    def look() -> Alike:
-        split = run.config["data"]["train_split"]
+    layer, data = run.layers[-2].name, run.config["data"]
+    features_of, split = run.logits_of.of(layer), data["train_split"]
+    try:
         source = _open(run, split)
-        indexed, features_of = Sample(source, MOST_INDEXED), run.logits_of.of(layer)
-        kind = str(run.config["data"]["source"])
-        index = index_of(features_of, layer, indexed, source=kind, split=split)
-        chosen = Sample(held_out.pictures, QUERIES)
-        places, size = np.arange(chosen.num_examples), chosen.image_size
-        labels = np.empty(len(places), np.int32)
-        pictures = np.empty((len(places), size, size, 3), np.uint8)
-        chosen.fetch(places, pictures, labels)
-        _, rows = nearest(index.features, features_of(pictures), NEIGHBOURS)
-        _, by_pixels = nearest(index.pixels, shrink(pictures), NEIGHBOURS)
-        same, same_pixels = (
-            float(np.mean(index.labels[found] == labels[:, None]))
-            for found in (rows, by_pixels)
+        indexed = Sample(source, MOST_INDEXED)
+        index = index_of(
+            features_of, layer, indexed, source=str(data["source"]), split=split
         )
-        return Alike(
-            index=index,
-            indexed=indexed,
-            total=source.num_examples,
-            pictures=pictures,
-            labels=labels,
-            rows=rows,
-            same_class=same,
-            same_class_pixels=same_pixels,
-        )
+        queries = Sample(held_out.images, QUERIES)
+        images, labels = fetch(queries, np.arange(queries.num_examples))
+    except (DataError, OSError) as error:
+        return Missing(str(error))
+    _, rows = nearest(index.features, features_of(images), NEIGHBOURS)
+    _, by_pixels = nearest(index.pixels, shrink(images), NEIGHBOURS)
+    return Alike(
+        index=index,
+        indexed=indexed,
+        total=source.num_examples,
+        images=images,
+        labels=labels,
+        rows=rows,
+        same_class=float(np.mean(index.labels[rows] == labels[:, None])),
+        same_class_pixels=float(np.mean(index.labels[by_pixels] == labels[:, None])),
+    )
 
-    return _or_missing(look)
+
+def fetch(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return images uint8 [N, S, S, 3] of a source and their labels int32 [N]."""
+    size = source.image_size
+    images = np.empty((len(indices), size, size, 3), np.uint8)
+    labels = np.empty(len(indices), np.int32)
+    source.fetch(indices, images, labels)
+    return images, labels
 
 
 def _open(run: Run, split: str) -> Source:
-    """A split of the run's own data, with the labels that it was trained on.
+    """Open a split of the run's own data, with the labels that it was trained on.
 
     Raises:
       DataError: as `match_classes` and `open_source`.
@@ -250,80 +246,58 @@ def _open(run: Run, split: str) -> Source:
     return source if known is None else match_classes(source, known)
 
 
-def _or_missing(look: Callable[[], Any]) -> Any:
-    """What `look` finds; why not, if the data are not there or cannot be read."""
-    try:
-        return look()
-    except (DataError, OSError) as error:
-        return Missing(str(error))
-
-
-# Where the time went.
-
-
-class Part(NamedTuple):
-    """Seconds spent on something."""
-
-    what: str
-    seconds: float
+# Times and config.
 
 
 @dataclass(frozen=True)
 class TimeSpent:
-    """Of all starts of a run together.
+    """The time of all starts of a run together.
 
     Attributes:
-      total: seconds; None: not known.
-      parts: they do not overlap; with a total its rest is among them.
-      images_per_sec: in training, waiting for data included; None: no record.
-      unrecorded_steps: steps of starts that were killed, or of before there was a
-        record; their time is in `images_per_sec` only.
+      total: seconds; None without a `times.jsonl`.
+      parts: name -> seconds, the longest first. Their sum is `total`, if that is known.
+      images_per_sec: in training, waiting for data included; None without records.
+      unrecorded_steps: steps of starts that wrote no line of `times.jsonl`, for example
+        because they were killed. Their time is in `images_per_sec` only.
     """
 
     total: float | None
-    parts: list[Part]
+    parts: dict[str, float]
     images_per_sec: float | None
     unrecorded_steps: int
 
 
 def time_spent(run: Run) -> TimeSpent:
-    """Adds up `times.jsonl`; without it what the training records tell."""
+    """Add up `times.jsonl`, or without it the times in the training records."""
     batch, before = run.config["data"]["batch_size"], 0
     seconds = waited = images = 0.0
     for record in run.records:
-        rate = record.get("images_per_sec")
-        if rate:
+        if rate := record.get("images_per_sec"):
             done = (record["step"] - before) * batch
             before, images = record["step"], images + done
             seconds += done / rate
             waited += done / rate * record.get("data_wait_frac", 0.0)
     rate = images / seconds if seconds else None
     if not run.times:
-        parts = [
-            Part(stopwatch.TRAINING, seconds - waited),
-            Part(stopwatch.WAITING, waited),
-        ]
-        return TimeSpent(None, parts if seconds else [], rate, before)
+        parts = {stopwatch.TRAINING: seconds - waited, stopwatch.WAITING: waited}
+        return TimeSpent(None, parts if seconds else {}, rate, before)
     sums: dict[str, float] = {}
     for start in run.times:
-        for what, value in start.seconds.items():
-            sums[what] = sums.get(what, 0.0) + value
+        for name, value in start.seconds.items():
+            sums[name] = sums.get(name, 0.0) + value
     total = sums.pop("total")
-    parts = [Part(what, value) for what, value in sums.items() if value > 0]
-    parts.append(Part("starting and the rest", max(0.0, total - sum(sums.values()))))
-    parts.sort(key=lambda part: -part.seconds)
-    covered = end = 0  # steps of some start, those that two of them did once
+    parts = {name: value for name, value in sums.items() if value > 0}
+    parts["starting and the rest"] = max(0.0, total - sum(sums.values()))
+    parts = dict(sorted(parts.items(), key=lambda part: -part[1]))
+    covered = end = 0  # starts may overlap: a resumed run repeats steps
     for first, last in sorted((s.first_step, s.last_step) for s in run.times):
         covered += max(0, last - max(first, end))
         end = max(end, last)
     return TimeSpent(total, parts, rate, max(before, end) - covered)
 
 
-# The configuration.
-
-
 class Difference(NamedTuple):
-    """A field that is not at its default."""
+    """A config field that is not at its default."""
 
     field: str
     value: Any
