@@ -6,7 +6,7 @@ rest of the report is collected all the same.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -296,20 +296,11 @@ def time_spent(run: Run) -> TimeSpent:
     return TimeSpent(total, parts, rate, max(before, end) - covered)
 
 
-class Difference(NamedTuple):
-    """A config field that is not at its default."""
-
-    field: str
-    value: Any
-    default: Any
-
-
-def differences(config: dict[str, Any]) -> list[Difference]:
-    """Return the fields that differ from the defaults."""
-    defaults = flat(as_json(get_config()))
-    own = flat(config)
+def differences(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return (field, value, default) of the fields that differ from the defaults."""
+    own, defaults = flat(config), flat(as_json(get_config()))
     return [
-        Difference(name, own[name], default)
+        (name, own[name], default)
         for name, default in defaults.items()
         if name in own and own[name] != default
     ]

@@ -56,30 +56,27 @@ def build_page(run: Run, python: str = "python") -> bytes:
     alike = look_for_alike(run, held_out)
     metrics = run.workdir / METRICS_FILE
     written = time.localtime(metrics.stat().st_mtime) if metrics.exists() else None
-    html = (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            run=run,
-            name=run.workdir.absolute().name,
-            data=run.config["data"],
-            top5=shows_top5(len(run.names)),
-            made=time.strftime("%Y-%m-%d %H:%M %Z"),
-            written=time.strftime("%Y-%m-%d", written) if written else "",
-            curves=_curves(run),
-            mistakes=_mistakes(held_out),
-            predictions=_predictions(run, held_out),
-            neighbours=_neighbours(run, alike),
-            filters=_filters(run),
-            spent=time_spent(run),
-            fields=flat(run.config),
-            changed=differences(run.config),
-            python=python,
-            workdir=shlex.quote(str(run.workdir)),
-            config_file=shlex.quote(str(run.workdir / CONFIG_FILE)),
-            cpu_devices=_cpu_devices(run),
-            versions=machine_records.versions(),
-        )
+    template = _environment().get_template("report.html.j2")
+    html = template.render(
+        run=run,
+        name=run.workdir.absolute().name,
+        data=run.config["data"],
+        top5=shows_top5(len(run.names)),
+        made=time.strftime("%Y-%m-%d %H:%M %Z"),
+        written=time.strftime("%Y-%m-%d", written) if written else "",
+        curves=_curves(run),
+        mistakes=_mistakes(held_out),
+        predictions=_predictions(run, held_out),
+        neighbours=_neighbours(run, alike),
+        filters=_filters(run),
+        spent=time_spent(run),
+        fields=flat(run.config),
+        changed=differences(run.config),
+        python=python,
+        workdir=shlex.quote(str(run.workdir)),
+        config_file=shlex.quote(str(run.workdir / CONFIG_FILE)),
+        cpu_devices=_cpu_devices(run),
+        versions=machine_records.versions(),
     )
     return html.encode(errors="backslashreplace")  # file names that are not UTF-8
 
