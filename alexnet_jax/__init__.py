@@ -8,13 +8,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from alexnet_jax.alexnet import AlexNet, create_model
     from alexnet_jax.experiment import load, pipeline
-    from alexnet_jax.model import AlexNet, create_model
     from alexnet_jax.ops import compiler_options
 
 __all__ = ["AlexNet", "compiler_options", "create_model", "load", "pipeline"]
 
-_HOMES = {"AlexNet": "model", "compiler_options": "ops", "create_model": "model"}
+_HOMES = {"AlexNet": "alexnet", "compiler_options": "ops", "create_model": "alexnet"}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax import augment, experiment, parallel, steps, sweeps, variants
-from alexnet_jax.model import summary
+from alexnet_jax.summary import summary
 from configs.sweeps import ablations
 
 PAPER = (60_965_224, 724_406_816)
