@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from alexnet_jax import augment, communication, experiment, parallel, steps
 from alexnet_jax.alexnet import AlexNet
-from alexnet_jax.experiment import Config
+from alexnet_jax.config import Config
 from alexnet_jax.parallel import P
 from alexnet_jax.summary import LayerSummary, summary
 

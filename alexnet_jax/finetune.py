@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from alexnet_jax import experiment as experiment_lib
-from alexnet_jax import optim
+from alexnet_jax import loading, optim
 from alexnet_jax.checkpoint import split_step
-from alexnet_jax.experiment import Config, ConfigError, Experiment
+from alexnet_jax.config import Config, ConfigError, model_settings
+from alexnet_jax.experiment import Experiment
 from alexnet_jax.layers import stage_name
 from alexnet_jax.pretrained import Weights
 from alexnet_jax.steps import TrainState
@@ -36,7 +36,7 @@ def begin(experiment: Experiment) -> tuple[Experiment, TrainState, list[str]]:
     Raises:
       ConfigError: if a layer that is to be taken over is not there, or has another
         shape.
-      FileNotFoundError, CheckpointError, WeightsError: as `experiment.load`.
+      FileNotFoundError, CheckpointError, WeightsError: as `loading.load`.
     """
     fields = experiment.config.finetune
     if not fields.source:
@@ -44,7 +44,7 @@ def begin(experiment: Experiment) -> tuple[Experiment, TrainState, list[str]]:
     # Caffe's files alone may not say which network they are of.
     caffe = fields.source.lower().endswith(".caffemodel")
     variant = experiment.config.model.variant if caffe else None
-    weights = experiment_lib.read_network(fields.source, variant=variant)
+    weights = loading.read_network(fields.source, variant=variant)
     anew = _new_layers(experiment)
     kept = _kept(experiment, weights, anew)
     state = experiment.init_state()
@@ -73,7 +73,7 @@ def check_source(config: Config) -> None:
     """Raises ConfigError if there is nothing where the weights are to come from."""
     source = config.finetune.source
     folder, _ = split_step(source)
-    there = (Path(folder) / experiment_lib.CONFIG_FILE).exists()
+    there = (Path(folder) / loading.CONFIG_FILE).exists()
     if source and not there and not Path(source).is_file():
         raise ConfigError(
             f"--config.finetune.source={source} is neither the workdir of a run nor a "
@@ -152,7 +152,7 @@ def _describe(experiment: Experiment, weights: Weights, anew: list[str]) -> list
         f"{', '.join(anew)}"
     )
     lines = [line + (f"; frozen: {', '.join(sorted(frozen))}" if frozen else "")]
-    here = experiment_lib.model_settings(experiment.config, None)
+    here = model_settings(experiment.config, None)
     other = [
         f"{name}={weights.settings.get(name)} there, {value} here"
         for name, value in here.items()

@@ -24,7 +24,7 @@ from alexnet_jax import stopping
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import short_names
 from alexnet_jax.data.paths import require_writable_file
-from alexnet_jax.experiment import load
+from alexnet_jax.loading import load
 from alexnet_jax.pictures import (
     BATCH,
     Extractor,
@@ -68,14 +68,14 @@ def predict(
     Args:
       workdir: of a run, or a file of weights.
       paths: picture files.
-      step: which checkpoint; as `experiment.load`.
+      step: which checkpoint; as `loading.load`.
 
     Yields:
       A prediction for each path, or the OSError or ValueError of a picture that cannot
       be read.
 
     Raises:
-      FileNotFoundError, CheckpointError: as `experiment.load`.
+      FileNotFoundError, CheckpointError: as `loading.load`.
     """
     size = min(BATCH, len(paths))
     logits_of = Extractor(workdir, "logits", step=step, batch=size)
@@ -120,7 +120,7 @@ def as_json(prediction: Prediction, top: int) -> dict[str, Any]:
 
 def _draw(found: Sequence[Prediction], path: Path) -> None:
     # matplotlib is not needed to say what is in a picture.
-    from alexnet_jax.analysis import best_labels
+    from alexnet_jax.analysis.figures import best_labels
 
     figure = best_labels(
         np.stack([prediction.picture for prediction in found]),
@@ -135,7 +135,7 @@ def _draw_feature_maps(
     workdir: Path, step: int | None, picture: Any, path: Path
 ) -> None:
     """What each layer makes of a square picture."""
-    from alexnet_jax.analysis import feature_maps
+    from alexnet_jax.analysis.figures import feature_maps
 
     model, variables, preprocess = load(workdir, step=step)
     # Not jitted: that would put the layers in the order of the alphabet.

@@ -112,7 +112,7 @@ def _open(name: str, split: str) -> sources.Source:
 
 
 def _check() -> int:
-    from alexnet_jax.analysis import contact_sheet
+    from alexnet_jax.analysis.figures import contact_sheet
     from alexnet_jax.data import check
 
     name = FLAGS.source or "imagenet2012_256"

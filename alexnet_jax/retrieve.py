@@ -38,16 +38,18 @@ from alexnet_jax.analysis.codes import (
 from alexnet_jax.analysis.retrieval import (
     Index,
     RetrievalError,
-    feature_problem,
+    build_index,
+    check_index,
+    draw,
+    fetch_rows,
     load_index,
     nearest,
-    shrink,
+    open_for_index,
 )
-from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import short_names
 from alexnet_jax.data.paths import path_argument, require_writable_file
-from alexnet_jax.data.sources import FolderSource, Source
+from alexnet_jax.data.sources import FolderSource
 from alexnet_jax.pictures import (
     BATCH,
     Extractor,
@@ -58,160 +60,8 @@ from alexnet_jax.pictures import (
 )
 from alexnet_jax.writers import progress
 
-# How far the features of the same picture may be from the stored ones, over their
-# largest: other processors and devices add up in another order.
-PROBE_TOLERANCE = 1e-2
-# Grey levels by which a picture's pixels may differ from the stored ones, on average.
-SAME_PICTURE = 4
 # Pictures that no coder learns from: how well codes find their neighbours is told.
 HELD_OUT = 200
-
-
-def build_index(
-    features_of: Extractor,
-    layer: str,
-    *,
-    source: str | None = None,
-    split: str | None = None,
-    data_dir: str | None = None,
-) -> Index:
-    """The features of every picture of a split.
-
-    Args:
-      features_of: of a run and of this layer.
-      source, split, data_dir: as of `data.open_source`; None: the run's own training
-        pictures.
-
-    Raises:
-      DataError: as `open_source`.
-      RetrievalError: the network has no numbers for some picture.
-    """
-    source = source or str(features_of.data["source"])
-    split = split or str(features_of.data["train_split"])
-    pictures = _open(features_of, split, source, data_dir)
-    if pictures.left_out:
-        print(f"WARNING: {pictures.left_out}", file=sys.stderr)
-    index = index_of(features_of, layer, pictures, source=source, split=split)
-    if problem := feature_problem(index.features):
-        raise RetrievalError(
-            f"features of {layer} are {problem}: this network finds nothing. Take another "
-            "checkpoint, --step=N."
-        )
-    return index
-
-
-def index_of(
-    features_of: Extractor, layer: str, pictures: Source, *, source: str, split: str
-) -> Index:
-    """The features of every one of `pictures`; the other words are for `Index`."""
-    features, pixels = [], []
-    for images, found in features_of.over(pictures, "index"):
-        features.append(found)
-        pixels.append(shrink(images))
-    return Index(
-        features=np.concatenate(features),
-        pixels=np.concatenate(pixels),
-        labels=pictures.labels_of(np.arange(pictures.num_examples)).astype(np.int32),
-        class_names=tuple(pictures.class_names),
-        probe=features_of.probe(),
-        layer=layer,
-        source=source,
-        split=split,
-    )
-
-
-def _open(
-    features_of: Extractor, split: str, source: str, data_dir: str | None
-) -> Source:
-    """As `Extractor.open`; a message names this command's own flag.
-
-    Raises:
-      DataError: as `Extractor.open`, and for a folder that is not there.
-    """
-    try:
-        return features_of.open(split, source=source, data_dir=data_dir)
-    except (DataError, FileNotFoundError) as error:
-        words = str(error).replace("--config.data.source", "--source")
-        raise DataError(words) from error
-
-
-def fetch_rows(index: Index, source: Source, rows: np.ndarray) -> np.ndarray:
-    """The pictures of some rows of an index, uint8 [R, S, S, 3].
-
-    Args:
-      source: what the index was made of; it may have other pictures by now.
-      rows: int [R].
-
-    Raises:
-      RetrievalError: there is another number of pictures, or one of these has another
-        label or does not look like the one in the index. Of other rows nothing is known.
-      DataError: as `Source.fetch`.
-    """
-    if source.num_examples != len(index.labels):
-        raise RetrievalError(
-            f"{source.description} has {source.num_examples:,} pictures now, the index "
-            f"{len(index.labels):,}. Make it again: remove its file."
-        )
-    size = source.image_size
-    pictures = np.empty((len(rows), size, size, 3), np.uint8)
-    labels = np.empty(len(rows), np.int32)
-    source.fetch(rows, pictures, labels)
-    apart = np.abs(shrink(pictures).astype(int) - index.pixels[rows]).mean(axis=1)
-    if (apart >= SAME_PICTURE).any() or (labels != index.labels[rows]).any():
-        raise RetrievalError(
-            f"{source.description} has other pictures now than the index. Make it again: "
-            "remove its file."
-        )
-    return pictures
-
-
-def check_index(index: Index, features_of: Extractor) -> None:
-    """Raises RetrievalError if the index is of another network's features."""
-    probe = features_of.probe()
-    same = probe.shape == index.probe.shape
-    if same:
-        largest = np.abs(index.probe).max()
-        same = np.abs(probe - index.probe).max() <= PROBE_TOLERANCE * largest + 1e-6
-    if not same:
-        raise RetrievalError(
-            "the index is of another network than the workdir's (the same picture has "
-            "other features there). Make it again: remove its file."
-        )
-
-
-def draw(
-    index: Index,
-    source: Source,
-    pictures: np.ndarray,
-    rows: np.ndarray,
-    **titles: Any,
-) -> Any:
-    """The matplotlib figure of queries [Q, S, S, 3] and of their neighbours.
-
-    Args:
-      source: the pictures of the index.
-      rows: int [Q, N] of the index, by features; those by pixels are found here.
-      titles: `query_titles`, `layer`, of `analysis.nearest_pictures`.
-
-    Raises:
-      RetrievalError, DataError: as `fetch_rows`.
-    """
-    from alexnet_jax.analysis import nearest_pictures  # matplotlib
-
-    count = rows.shape[1]
-    _, by_pixels = nearest(index.pixels, shrink(pictures), count)
-    both = np.concatenate([rows, by_pixels], axis=1)
-    shown = fetch_rows(index, source, both.ravel())
-    shown = shown.reshape(*both.shape, *pictures.shape[1:])
-    names = [[words(index.class_names[k]) for k in index.labels[row]] for row in both]
-    return nearest_pictures(
-        pictures,
-        shown[:, :count],
-        shown[:, count:],
-        found_titles=[row[:count] for row in names],
-        pixel_titles=[row[count:] for row in names],
-        **{"layer": index.layer, **titles},
-    )
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -368,7 +218,7 @@ def _folder(
     if not index.source.startswith("folder:"):
         return None
     try:
-        source = _open(features_of, index.split, index.source, None)
+        source = open_for_index(features_of, index.split, index.source, None)
         different = np.unique(rows)
         for start in range(0, len(different), BATCH):
             fetch_rows(index, source, different[start : start + BATCH])
@@ -410,7 +260,9 @@ def _look_up(
             file = f"  {item['file']}" if "file" in item else ""
             print(f"  {how_far}  {item['row']:8d}  {item['words']}{file}")
     if options.figure is not None:
-        source = _open(features_of, index.split, index.source, options.data_dir)
+        source = open_for_index(
+            features_of, index.split, index.source, options.data_dir
+        )
         figure = draw(
             index,
             source,

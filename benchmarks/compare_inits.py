@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from alexnet_jax.analysis import training_curves
+from alexnet_jax.analysis.figures import training_curves
 from alexnet_jax.writers import METRICS_FILE, read_metrics
 
 INITS = ("paper", "caffe")

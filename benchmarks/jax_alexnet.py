@@ -1,7 +1,6 @@
 """Ours, as the benchmarks call it: the training step and the classifier of a run."""
 
 import contextlib
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -113,7 +112,7 @@ def classifier(setting: Setting) -> Callable[[], jax.Array]:
     example = jnp.zeros((1, CROP, CROP, 3), jnp.float32)
     variables = jax.jit(model.init)(jax.random.key(0), example)
 
-    @functools.partial(jax.jit, compiler_options=ops.compiler_options())
+    @ops.jit
     def logits_of(variables: Any, pictures: jax.Array, mean: jax.Array) -> Any:
         images = augment.eval_images(pictures, mean_image=mean, crop_size=CROP)
         return model.apply(variables, images)

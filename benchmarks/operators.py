@@ -70,7 +70,7 @@ def random(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
 
 def _jit(function: Callable[..., Any], **options: Any) -> Any:
     """jit as the training step has it."""
-    return jax.jit(function, compiler_options=ops.compiler_options(), **options)
+    return ops.jit(function, **options)
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:

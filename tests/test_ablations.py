@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import augment, experiment, parallel, steps, sweeps, variants
+from alexnet_jax import augment, experiment, parallel, steps, variants
+from alexnet_jax.config import validate
 from alexnet_jax.summary import summary
+from alexnet_jax.sweeps import plan as plan_lib
 from configs.sweeps import ablations
 
 PAPER = (60_965_224, 724_406_816)
@@ -37,19 +39,19 @@ COUNTS = {
     "original, no overlap": (60_965_224, 724_406_816 - 53 * 307_200 - 48 * 442_368),
     "ZFNet": (62_357_608, 1_168_032_896),
 }
-PLAN = sweeps.Plan("ablations", ablations.get_sweep(), seeds=(0,))
+PLAN = plan_lib.Plan("ablations", ablations.get_sweep(), seeds=(0,))
 
 
 def config_of(name, **more):
     run = PLAN.run(ablations.ROWS[name], seed=0)
-    config = sweeps.load_config(run.config)
-    return sweeps.set_fields(config, {**run.overrides, **more}, f"{name}: ")
+    config = plan_lib.load_config(run.config)
+    return plan_lib.set_fields(config, {**run.overrides, **more}, f"{name}: ")
 
 
 @pytest.mark.parametrize("name", ablations.ROWS)
 def test_geometry_and_parameters(name):
     config = config_of(name)
-    experiment.validate(config)
+    validate(config)
     rows = summary(experiment.make_model(config, 1000), config.data.crop_size)
     found = sum(r.parameters for r in rows), sum(r.multiply_adds for r in rows)
     assert found == COUNTS.get(name, PAPER)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from alexnet_jax.analysis import (
+from alexnet_jax.analysis.figures import (
     feature_maps,
     filter_statistics,
     filter_statistics_by_column,
@@ -11,7 +11,7 @@ from alexnet_jax.analysis import (
     nearest_pictures,
     training_curves,
 )
-from alexnet_jax.analysis.filters import _sheet
+from alexnet_jax.analysis.figures.filters import _sheet
 
 
 def test_every_kernel_has_its_tile():

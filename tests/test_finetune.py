@@ -18,11 +18,12 @@ from alexnet_jax import (
     export,
     finetune,
     load,
+    loading,
     pretrained,
     train,
     variants,
 )
-from alexnet_jax.experiment import ConfigError
+from alexnet_jax.config import ConfigError
 from alexnet_jax.pretrained.weights import flat, nested
 from alexnet_jax.writers import read_metrics
 
@@ -80,7 +81,7 @@ def test_all_but_the_classifier_is_taken_over_and_the_mean_with_it(source, shape
         want = trained[layer][kind] if layer in KEPT else scratch[name]
         np.testing.assert_array_equal(array, want, err_msg=name)
         assert layer in KEPT or array.shape[-1] == 2
-    of_source = experiment.read_network(source).mean
+    of_source = loading.read_network(source).mean
     np.testing.assert_array_equal(begun.statistics.mean_image, of_source)
     assert np.abs(of_source - built.statistics.mean_image).max() > 1
     own = built.statistics.pca_std_255
@@ -93,7 +94,7 @@ def test_pictures_of_another_size_have_the_mean_colour(source, shapes):
     config = config_from(source, shapes)
     config.data.image_size = 40
     begun, *_ = finetune.begin(experiment.build(config))
-    pixel = experiment.read_network(source).mean.mean(axis=(0, 1))
+    pixel = loading.read_network(source).mean.mean(axis=(0, 1))
     mean = begun.statistics.mean_image
     assert mean.shape == (40, 40, 3)
     np.testing.assert_allclose(mean, np.broadcast_to(pixel, mean.shape), rtol=1e-6)
@@ -123,8 +124,8 @@ def test_a_run_keeps_frozen_layers_and_goes_on_without_its_source(
         same = array.shape == before.shape and np.array_equal(array, before)
         assert same == (layer == "conv1"), name
     # The mean image stays with the weights.
-    mean = experiment.read_network(tmp_path / "twice").mean
-    np.testing.assert_array_equal(mean, experiment.read_network(source).mean)
+    mean = loading.read_network(tmp_path / "twice").mean
+    np.testing.assert_array_equal(mean, loading.read_network(source).mean)
     assert read_metrics(tmp_path / "twice" / "metrics.jsonl")[-1]["step"] == 3
 
 

@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from alexnet_jax import load, prepare, writers
-from alexnet_jax.analysis import contact_sheet
+from alexnet_jax.analysis.figures import contact_sheet
 from alexnet_jax.data import (
     DataError,
     check,

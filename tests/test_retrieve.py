@@ -282,7 +282,7 @@ def test_features_that_are_no_numbers_are_not_kept(
 ):
     index = retrieval.load_index(index_file)
     broken = dataclasses.replace(index, features=with_number(index.features, np.nan))
-    monkeypatch.setattr(retrieve, "index_of", lambda *_, **options: broken)
+    monkeypatch.setattr(retrieval, "index_of", lambda *_, **options: broken)
     path = tmp_path / "new.npz"
     arguments = [f"--workdir={workdir}", f"--index={path}", "--layer=pool3"]
     assert retrieve.main(arguments) == 1

@@ -17,11 +17,13 @@ from absl import flags
 from ml_collections import config_flags
 from PIL import Image
 
-from alexnet_jax import experiment, records, sweeps
-from alexnet_jax.analysis import sweep as figures
-from alexnet_jax.sweeps import (
+from alexnet_jax import records
+from alexnet_jax.config import as_json, flat, validate
+from alexnet_jax.sweeps import figures, summary
+from alexnet_jax.sweeps import plan as plan_lib
+from alexnet_jax.sweeps import run as launcher
+from alexnet_jax.sweeps.plan import (
     EpochsTo,
-    Estimate,
     FinalError,
     Measurement,
     Paper,
@@ -30,7 +32,7 @@ from alexnet_jax.sweeps import (
     Sweep,
     SweepError,
 )
-from launch import sweep as launcher
+from alexnet_jax.sweeps.summary import Estimate
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
@@ -55,24 +57,24 @@ def all_runs(plan):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_row_is_a_valid_config_and_is_parsed_back(path, monkeypatch):
-    plan = Plan(path.stem, sweeps.load(path), seeds=(3,))
+    plan = Plan(path.stem, plan_lib.load(path), seeds=(3,))
     assert str(path.name) in (path.read_text().partition('"""\n')[0])
     for run in all_runs(plan):
-        config = sweeps.load_config(run.config)
-        sweeps.set_fields(config, run.overrides, "")
-        experiment.validate(config)
+        config = plan_lib.load_config(run.config)
+        plan_lib.set_fields(config, run.overrides, "")
+        validate(config)
         # As alexnet_jax.main parses its command line.
         monkeypatch.setattr(sys, "argv", ["main", *run.flags()])
         values = flags.FlagValues()
         config_flags.DEFINE_config_file("config", flag_values=values)
         values(sys.argv)
-        parsed = experiment.flat(experiment.as_json(values.config))
+        parsed = flat(as_json(values.config))
         assert parsed == run.fields()
         assert parsed["seed"] == 3
 
 
 def test_figure_1_has_no_weight_decay():
-    plan = Plan("figure1", sweeps.load(ROOT / "configs/sweeps/figure1.py"), (0,))
+    plan = Plan("figure1", plan_lib.load(ROOT / "configs/sweeps/figure1.py"), (0,))
     for run in plan.runs({}):
         fields = run.fields()
         assert fields["optim.weight_decay"] == 0
@@ -114,7 +116,7 @@ def test_values_are_parsed_back_from_the_command_line():
         "data.source": "folder:/a b/c=d",
         "data.dir": "",
     }
-    config = sweeps.set_fields(sweeps.load_config("configs/common.py"), wanted, "")
+    config = plan_lib.set_fields(plan_lib.load_config("configs/common.py"), wanted, "")
     assert config.model.overrides.skip == ("conv2",)
     assert config.model.overrides.dropout == 0.0
     assert config.schedule.layer_factors == (("conv1", 67.0, 0.1),)
@@ -208,9 +210,9 @@ def test_the_search_takes_the_best_with_the_first_seed():
     assert plan.runs(results)[-1].candidate == 0.3
     results[first[2]] = None
     assert plan.runs(results)[-1].candidate == 0.2
-    line = sweeps.summarize(plan, results)[0]
+    line = summary.summarize(plan, results)[0]
     assert line.title == "a (0.2)"
-    _, rows = sweeps.search_table(plan, [line])
+    _, rows = summary.search_table(plan, [line])
     assert rows == [["a", "0.1", ">1.00"], ["a", "0.2", "**>1.00**"], ["a", "0.3", "none"]]  # fmt: skip
     assert plan.runs(dict.fromkeys(first))[-1].name == first[2]  # all are broken
 
@@ -224,10 +226,10 @@ def test_a_row_can_have_a_baseline_of_its_own():
         for name, pair in numbers.items()
         for seed in (0, 1)
     }
-    lines = sweeps.summarize(plan, results)
+    lines = summary.summarize(plan, results)
     assert [line.effect.mean for line in lines] == [None, 10.5, 1.25]
     assert lines[2].verdict == "agrees within the noise"
-    _, cells = sweeps.summary_table(plan, lines)
+    _, cells = summary.summary_table(plan, lines)
     assert cells[2][3] == "+1.25 ± 0.25 (minus b)"
 
 
@@ -263,24 +265,24 @@ def values(*numbers):
 
 def test_the_summary_by_hand():
     base, row = values(40.0, 41.0, 42.0), values(41.0, 42.5, 43.5, 99.0)
-    assert sweeps.mean_of_values([*base.values()]) == Estimate(41.0, 1.0, "", 3)
-    effect = sweeps.compare(row, base, "difference")  # of seeds 0 to 2: 1, 1.5, 1.5
+    assert summary.mean_of_values([*base.values()]) == Estimate(41.0, 1.0, "", 3)
+    effect = summary.compare(row, base, "difference")  # of seeds 0 to 2: 1, 1.5, 1.5
     assert effect.mean == pytest.approx(4 / 3)
     # Deviation sqrt(((1/3)^2 + 2 * (1/6)^2) / 2) = 0.288675, over sqrt(3).
     assert effect.spread == pytest.approx(1 / 6)
     assert effect.words("+.2f") == "+1.33 ± 0.17"
-    ratio = sweeps.compare(values(6.0, 10.0), values(2.0, 2.0), "ratio")
+    ratio = summary.compare(values(6.0, 10.0), values(2.0, 2.0), "ratio")
     assert (ratio.mean, ratio.spread) == pytest.approx((4.0, 1.0))
 
 
 def test_censored_runs_make_bounds():
     never = {0: Measurement(60.0, censored=True)}
-    assert sweeps.mean_of_values([*never.values()]) == Estimate(60.0, None, ">", 1)
-    above = sweeps.compare(never, values(10.0), "ratio")
+    assert summary.mean_of_values([*never.values()]) == Estimate(60.0, None, ">", 1)
+    above = summary.compare(never, values(10.0), "ratio")
     assert above.words(".1f") == ">6.0"
-    assert sweeps.compare(values(10.0), never, "difference").words("+.0f") == "<-50"
-    assert sweeps.compare(never, never, "ratio") == Estimate()
-    assert sweeps.verdict(above, Paper(effect=6.0), "ratio") == ""
+    assert summary.compare(values(10.0), never, "difference").words("+.0f") == "<-50"
+    assert summary.compare(never, never, "ratio") == Estimate()
+    assert summary.verdict(above, Paper(effect=6.0), "ratio") == ""
 
 
 @pytest.mark.parametrize(
@@ -302,17 +304,17 @@ def test_censored_runs_make_bounds():
     ],
 )
 def test_the_verdict(effect, paper, words):
-    assert sweeps.verdict(effect, paper, "difference") == words
+    assert summary.verdict(effect, paper, "difference") == words
 
 
 def test_noise_that_hides_the_effect_is_said():
     words = "agrees within the noise; so would no effect"
     noisy = Estimate(1.0, 0.6, "", 3)
-    assert sweeps.verdict(noisy, Paper(effect=1.4), "difference") == words
-    assert sweeps.verdict(noisy, Paper(effect=1.4), "ratio") == words
+    assert summary.verdict(noisy, Paper(effect=1.4), "difference") == words
+    assert summary.verdict(noisy, Paper(effect=1.4), "ratio") == words
     above = Estimate(2.5, 0.6, "", 3)
-    assert sweeps.verdict(above, Paper(effect=3.0), "ratio") == words.partition(";")[0]
-    assert sweeps.verdict(above, Paper(effect=-3.0), "ratio") == "differs"
+    assert summary.verdict(above, Paper(effect=3.0), "ratio") == words.partition(";")[0]
+    assert summary.verdict(above, Paper(effect=-3.0), "ratio") == "differs"
 
 
 def test_the_table_and_the_figures(tmp_path):
@@ -320,7 +322,7 @@ def test_the_table_and_the_figures(tmp_path):
     sweep = make_sweep(Row("whole"), Row("less", paper=paper))
     plan = Plan("mine", sweep, (0, 1))
     numbers = {"whole": (40.0, 41.0), "less": (41.0, 43.0)}
-    lines = sweeps.summarize(
+    lines = summary.summarize(
         plan,
         {
             f"{name}/seed_{seed}": Measurement(number)
@@ -328,13 +330,13 @@ def test_the_table_and_the_figures(tmp_path):
             for seed, number in enumerate(found)
         },
     )
-    _, rows = sweeps.summary_table(plan, lines)
+    _, rows = summary.summary_table(plan, lines)
     assert rows == [
         ["whole", "2", "40.50 ± 0.71", "", "", "", ""],
         ["less", "2", "42.00 ± 1.41", "+1.50 ± 0.50", "42.03", "+1.40"]
         + ["agrees within the noise"],
     ]
-    assert sweeps.published(sweep) == ["Published on ImageNet (section 3.3): less."]
+    assert summary.published(sweep) == ["Published on ImageNet (section 3.3): less."]
     curve = [{"epoch": e, "train/top1_error": 1 / e} for e in (1, 2, 3)]
     for i, figure in enumerate(
         (
@@ -419,7 +421,7 @@ def test_a_finished_run_without_its_records_is_broken(records, words, tmp_path):
     name = "no_LRN/seed_0"
     if records:
         (tmp_path / "runs" / name / "metrics.jsonl").write_text(records)
-    sweep = sweeps.load(ROOT / "configs/sweeps/lrn.py")
+    sweep = plan_lib.load(ROOT / "configs/sweeps/lrn.py")
     launched = launcher.Launcher(Plan("lrn", sweep, (0,)), tmp_path, 1, None)
     launched.update()
     assert launched.jobs[name].state == "broken"
@@ -441,37 +443,16 @@ def test_a_dry_run_shows_the_commands_and_makes_nothing(tmp_path, capsys, monkey
     assert not out.exists()
 
 
-class Terminal:
-    """A stream that says it is one."""
-
-    def __init__(self):
-        self.text = ""
-
-    def isatty(self):
-        return True
-
-    def write(self, text):
-        self.text += text
-
-    def writelines(self, lines):
-        self.text += "".join(lines)
-
-    def flush(self):
-        pass
-
-
-def test_the_table_is_redrawn_in_place(tmp_path):
-    plan = Plan("mine", make_sweep(Row("whole")), (0,), {"max_steps": "40"})
-    job = launcher.Job(plan.runs({})[0], tmp_path, state="running")
+def test_a_job_tells_its_progress(tmp_path):
+    plan = Plan("mine", make_sweep(Row("whole")), (0,))
+    job = launcher.Job(plan.runs({})[0], tmp_path)
+    assert str(job) == "whole/seed_0"
     record = {"step": 10, "epoch": 0.5, "train/loss": 2.0, "train/top1_error": 0.75}
     line = json.dumps({**record, "images_per_sec": 64.0})
-    (tmp_path / "metrics.jsonl").write_text(f'{line}\n{{"step": 11, "ep')
-    view = launcher.View(Terminal())
-    view.show([job])
-    # 30 steps of 128 images at 64 a second.
-    assert "epoch 0.50  error 75.0%  64 images/s  0:01:00" in view.stream.text
-    view.show([job])
-    assert view.stream.text.count("\x1b[2A\x1b[J") == 1
+    # An evaluation and a torn line come after it.
+    text = f'{line}\n{{"step": 10, "epoch": 0.5, "eval/loss": 2}}\n{{"step": 11, "ep'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert str(job) == "whole/seed_0  epoch 0.50  error 75.0%"
 
 
 # Real runs.
@@ -632,9 +613,9 @@ def test_slurm_jobs_are_submitted_cancelled_and_reported(command, tmp_path):
 def test_a_killed_run_is_told_from_one_with_an_error(tmp_path):
     run = launcher.Job(run=None, folder=tmp_path)
     (tmp_path / "log.txt").write_text("no checkpoint in DIR: starting from scratch\n")
-    killed = launcher._last_words(run, -signal.SIGKILL)
+    killed = run.last_words(-signal.SIGKILL)
     first, *rest = killed.splitlines()
     assert first.startswith("killed by SIGKILL, perhaps for want of memory; the end of")
     assert rest == ["no checkpoint in DIR: starting from scratch"]
     (tmp_path / "log.txt").write_text("step 1\nerror: no such data\n")
-    assert launcher._last_words(run, 1) == "error: no such data"
+    assert run.last_words(1) == "error: no such data"

@@ -8,7 +8,7 @@ forward mode and second derivatives too.
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ __all__ = [
     "avg_pool",
     "compiler_options",
     "grouped_conv",
+    "jit",
     "local_conv",
     "local_response_norm",
     "max_pool",
@@ -33,15 +34,24 @@ def _implementation(fast: bool):
     return cpu if fast and jax.default_backend() == "cpu" else reference
 
 
-def compiler_options() -> dict[str, Any]:
-    """What XLA should be told, for the fast operators to be fast.
+def jit(function: Callable[..., Any], **options: Any) -> Any:
+    """Return `jax.jit(function)` with the options that make this network fast.
 
-    Returns:
-      For `jax.jit(model.apply, compiler_options=...)`. On a CPU how convolutions are
-      computed (a third faster with jaxlib 0.10); {} on other backends, and with a
-      jaxlib that does not know the options. The training and evaluation steps have
-      them already.
+    On a CPU they choose how XLA computes convolutions (docs/performance.md has the
+    figures). On other backends, and with a jaxlib that does not know them, this is
+    `jax.jit`. JAX takes compiler options at the top only: use `jax.jit` for functions
+    that are called inside another jit. This starts the backend, so call it after
+    `jax.distributed.initialize`.
+
+    Args:
+      function: a function of arrays, such as `model.apply`.
+      options: arguments of `jax.jit`, such as `static_argnames`.
     """
+    return jax.jit(function, compiler_options=compiler_options(), **options)
+
+
+def compiler_options() -> dict[str, Any]:
+    """Return the compiler options of `jit`: {} on backends other than CPUs."""
     return dict(_known_options(jax.default_backend()))
 
 

@@ -6,8 +6,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alexnet_jax.analysis.curves import RUN_COLORS
-from alexnet_jax.sweeps import Estimate, Line, Sweep
+from alexnet_jax.analysis.figures.curves import RUN_COLORS
+from alexnet_jax.sweeps.plan import Sweep
+from alexnet_jax.sweeps.summary import Estimate, Line
 
 _OURS, _PAPER = "#4477aa", "#cc3311"  # told apart by colour-blind readers as well
 _STYLES = ("-", "--", ":")
@@ -18,7 +19,7 @@ def sweep_results(sweep: Sweep, lines: Sequence[Line]) -> Figure:
 
     Args:
       sweep: of a `FinalError`.
-      lines: of `sweeps.summarize`.
+      lines: of `summary.summarize`.
 
     Returns:
       A matplotlib figure: on the left every run as a light dot, the mean and the

@@ -1,16 +1,9 @@
-"""Sweeps: what is run, and what its results say beside the published figures.
+"""The rows and runs of a sweep: a file of configs/sweeps/ with `get_sweep()`."""
 
-A sweep is a file of configs/sweeps/ with `get_sweep()`; launch/sweep.py runs it. Here is
-what it consists of and the arithmetic of its summary: no processes, no drawing.
-"""
-
-import dataclasses
 import difflib
 import itertools
-import math
 import os
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +12,11 @@ from typing import Any, Literal
 from absl import flags
 from ml_collections import config_flags
 
-from alexnet_jax import config_files, experiment
-from alexnet_jax.experiment import Config
+from alexnet_jax import loading
+from alexnet_jax.config import Config, ConfigError, as_json, flat, validate
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMPARISONS = ("difference", "ratio")
-# How far ours may be from the paper's before the verdict is that it differs.
-STANDARD_ERRORS = 2.0
 
 
 class SweepError(ValueError):
@@ -215,8 +206,8 @@ def load(path: str | os.PathLike[str]) -> Sweep:
             f"{', '.join(shipped)}."
         )
     try:
-        sweep = config_files.load(f"{path}{colon}{argument}", "get_sweep")
-    except experiment.ConfigError as error:
+        sweep = loading.run_file(f"{path}{colon}{argument}", "get_sweep")
+    except ConfigError as error:
         raise SweepError(
             f"{error} It must define get_sweep(), which returns a sweeps.Sweep."
         ) from error
@@ -252,7 +243,7 @@ class Run:
     def fields(self) -> dict[str, Any]:
         """Every field of its config as a workdir's config.json has it."""
         config = set_fields(load_config(self.config), self.overrides, "")
-        return experiment.flat(experiment.as_json(config))
+        return flat(as_json(config))
 
 
 @dataclass(frozen=True)
@@ -295,8 +286,8 @@ class Plan:
     def _check(self, row: Row, config: Config) -> None:
         """Raises SweepError for a config that main would refuse, devices aside."""
         try:
-            experiment.validate(config, devices=False)
-        except experiment.ConfigError as error:
+            validate(config, devices=False)
+        except ConfigError as error:
             raise SweepError(f"row {row.name!r}: {error}") from error
         key = getattr(self.sweep.metric, "key", "")
         if key.startswith("eval/") and not config.data.eval_split:
@@ -332,7 +323,8 @@ class Plan:
         if "seed" in {*overrides, *self.settings}:
             raise SweepError(f"{where}seed is not set so; give --seeds=0,1,2.")
         parse_fields(config, self.settings, "--set ")
-        overrides |= {name: _get(config, name) for name in self.settings}
+        fields = flat(config.to_dict())
+        overrides |= {name: fields[name] for name in self.settings}
         self._check(row, set_fields(config, {"seed": self.seeds[0]}, where))
         return file, overrides
 
@@ -402,8 +394,8 @@ def load_config(file: str) -> Config:
       SweepError: if there is none, or it makes no config.
     """
     try:
-        return config_files.load_config(_config_path(file))
-    except experiment.ConfigError as error:
+        return loading.load_config(_config_path(file))
+    except ConfigError as error:
         raise SweepError(f"config {file!r}: {error}") from error
 
 
@@ -426,8 +418,9 @@ def set_fields(config: Config, overrides: Mapping[str, Any], where: str) -> Conf
     """
     texts = {name: as_text(value) for name, value in overrides.items()}
     parse_fields(config, texts, where)
+    fields = flat(config.to_dict())
     for name, value in overrides.items():
-        found = _get(config, name)
+        found = fields[name]
         same_kind = isinstance(found, bool) == isinstance(value, bool)
         if found != value or not same_kind:
             raise SweepError(
@@ -444,7 +437,7 @@ def parse_fields(config: Config, texts: Mapping[str, str], where: str) -> None:
     """
     if not texts:
         return
-    known = experiment.flat(config.to_dict())
+    known = flat(config.to_dict())
     for name in texts:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -465,235 +458,6 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
-def _get(config: Config, name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-        value = value[part]
-    return value
-
-
-# Its summary.
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds.
-
-    Attributes:
-      mean: None: nothing to take the mean of.
-      spread: over several seeds, the sample standard deviation of values or the
-        standard error of an effect; else None.
-      bound: "" if the mean is one; ">" or "<" if censored runs make it a bound.
-      count: seeds.
-    """
-
-    mean: float | None = None
-    spread: float | None = None
-    bound: str = ""
-    count: int = 0
-
-    def words(self, form: str) -> str:
-        """Such as "40.66 ± 0.12"; form: "+.2f"."""
-        if self.mean is None:
-            return ""
-        spread = "" if self.spread is None else f" ± {self.spread:.2f}"
-        return f"{self.bound}{self.mean:{form}}{spread}"
-
-
-@dataclass(frozen=True)
-class Line:
-    """A row of the summary.
-
-    Attributes:
-      candidate: what its search chose, None without one.
-      values: by seed, of the runs that have ended well.
-      value: their mean and sample standard deviation.
-      effect: against the baseline, and its standard error (see `compare`).
-      paper: what was published.
-      verdict: see `verdict`.
-      tried: of a search, what each candidate came to with the first seed; None where
-        its run is broken or not there yet.
-    """
-
-    name: str
-    candidate: Any
-    values: Mapping[int, Measurement]
-    value: Estimate
-    effect: Estimate
-    paper: Paper | None
-    verdict: str
-    tried: Mapping[str, Measurement | None] = field(default_factory=dict)
-
-    @property
-    def title(self) -> str:
-        """The row, with what its search has chosen."""
-        chosen = "" if self.candidate is None else f" ({as_text(self.candidate)})"
-        return f"{self.name}{chosen}"
-
-
-def summarize(plan: Plan, results: Mapping[str, Measurement | None]) -> list[Line]:
-    """A line a row, from the results of the runs by name."""
-    lines = [_line(plan, row, results) for row in plan.sweep.rows]
-    finished = []
-    by_name = {line.name: line for line in lines}
-    for row, line in zip(plan.sweep.rows, lines, strict=True):
-        base = by_name[row.baseline or plan.sweep.baseline]
-        if line is not base:
-            effect = compare(line.values, base.values, plan.sweep.compare)
-            words = verdict(effect, line.paper, plan.sweep.compare)
-            line = dataclasses.replace(line, effect=effect, verdict=words)
-        finished.append(line)
-    return finished
-
-
-def _line(plan: Plan, row: Row, results: Mapping[str, Measurement | None]) -> Line:
-    runs = [plan.run(row, plan.seeds[0], c) for c in row.candidates()]
-    chosen = best(runs, results)
-    candidate = None if chosen is None else chosen.candidate
-    values = {}
-    if chosen is not None:
-        for seed in plan.seeds:
-            result = results.get(plan.run(row, seed, candidate).name)
-            if result is not None:
-                values[seed] = result
-    tried = {}
-    if row.search is not None:
-        tried = {as_text(run.candidate): results.get(run.name) for run in runs}
-    return Line(
-        name=row.name,
-        candidate=candidate,
-        values=values,
-        value=mean_of_values(list(values.values())),
-        effect=Estimate(),
-        paper=row.paper,
-        verdict="",
-        tried=tried,
-    )
-
-
-def mean_of_values(values: Sequence[Measurement]) -> Estimate:
-    """Mean and sample standard deviation; a lower bound if any is censored."""
-    if not values:
-        return Estimate()
-    numbers = [value.value for value in values]
-    censored = any(value.censored for value in values)
-    several = len(numbers) > 1 and not censored
-    return Estimate(
-        mean=statistics.fmean(numbers),
-        spread=statistics.stdev(numbers) if several else None,
-        bound=">" if censored else "",
-        count=len(numbers),
-    )
-
-
-def compare(
-    row: Mapping[int, Measurement],
-    baseline: Mapping[int, Measurement],
-    by: Literal["difference", "ratio"],
-) -> Estimate:
-    """A row against the baseline: the mean over the seeds that both have.
-
-    Seeds are paired: of each the difference row - baseline, or the ratio row / baseline;
-    then their mean, and its standard error, their sample standard deviation over
-    sqrt(seeds). Censored runs make it a bound (row: ">", baseline: "<"), without an
-    error; both at once leave nothing known.
-    """
-    seeds = [seed for seed in row if seed in baseline]
-    above = any(row[seed].censored for seed in seeds)
-    below = any(baseline[seed].censored for seed in seeds)
-    if not seeds or (above and below):
-        return Estimate()
-    pairs = [(row[seed].value, baseline[seed].value) for seed in seeds]
-    if by == "ratio":
-        effects = [ours / base if base else math.nan for ours, base in pairs]
-    else:
-        effects = [ours - base for ours, base in pairs]
-    error = None
-    if len(effects) > 1 and not above and not below:
-        error = statistics.stdev(effects) / math.sqrt(len(effects))
-    bound = ">" if above else "<" if below else ""
-    return Estimate(statistics.fmean(effects), error, bound, len(effects))
-
-
-def verdict(
-    effect: Estimate, paper: Paper | None, by: Literal["difference", "ratio"]
-) -> str:
-    """What an effect says about the published one.
-
-    "agrees within the noise" if they are no further apart than two standard errors of
-    ours (for "over x": if ours is no further below x), with "; so would no effect" if
-    that is no further away either; else "differs"; "one seed: no noise known"; "" if
-    nothing was published, or ours is unknown or only a bound. Two seeds know little of
-    their noise, and the published figure's own is not known.
-    """
-    unknown = effect.mean is None or effect.bound
-    if paper is None or paper.effect is None or unknown:
-        return ""
-    if effect.spread is None or effect.mean is None:
-        return "one seed: no noise known"
-    short = paper.effect - effect.mean
-    distance = short if paper.at_least else abs(short)
-    noise = STANDARD_ERRORS * effect.spread
-    if distance > noise:
-        return "differs"
-    none = 1.0 if by == "ratio" else 0.0
-    tells = abs(effect.mean - none) > noise
-    return "agrees within the noise" + ("" if tells else "; so would no effect")
-
-
-def summary_table(
-    plan: Plan, lines: Sequence[Line]
-) -> tuple[list[str], list[list[str]]]:
-    """The header and a line of cells a row."""
-    sweep = plan.sweep
-    form = ".2f" if sweep.compare == "ratio" else "+.2f"
-    word = "over" if sweep.compare == "ratio" else "minus"
-    header = ["row", "seeds", str(sweep.metric), f"{word} {sweep.baseline}"]
-    header += ["published", f"{word} its baseline", "verdict"]
-    rows = []
-    for row, line in zip(sweep.rows, lines, strict=True):
-        value = effect = ""
-        if line.paper is not None and line.paper.value is not None:
-            value = f"{line.paper.value:g}"
-        if line.paper is not None and line.paper.effect is not None:
-            over = "over " if line.paper.at_least else ""
-            effect = f"{over}{line.paper.effect:{form}}"
-        own = line.effect.words(form)
-        if row.baseline and own:
-            own += f" ({word} {row.baseline})"
-        ours = [line.value.words(".2f"), own]
-        rows.append(
-            [line.title, str(line.value.count), *ours, value, effect, line.verdict]
-        )
-    return header, rows
-
-
-def search_table(
-    plan: Plan, lines: Sequence[Line]
-) -> tuple[list[str], list[list[str]]]:
-    """The header, and each candidate's result with the first seed."""
-    rows = []
-    for line in lines:
-        for candidate, result in line.tried.items():
-            words = "none" if result is None else str(result)
-            chosen = line.candidate is not None and candidate == as_text(line.candidate)
-            rows.append([line.name, candidate, f"**{words}**" if chosen else words])
-    searches = (row.search for row in plan.sweep.rows if row.search is not None)
-    names = sorted({name for search in searches for name in search})
-    return ["row", ", ".join(names), str(plan.sweep.metric)], rows
-
-
-def published(sweep: Sweep) -> list[str]:
-    """Where the published figures come from, a sentence for each source."""
-    found: dict[str, list[str]] = {}
-    for row in sweep.rows:
-        if row.paper is not None:
-            about = (row.paper.measured_on, row.paper.source)
-            source = f"{about[0]} ({about[1]})" if all(about) else "".join(about)
-            found.setdefault(source, []).append(row.name)
-    return [f"Published on {where}: {', '.join(r)}." for where, r in found.items()]
-
-
 def differences(run: Run, stored: Path) -> list[str]:
     """How a workdir's config.json differs from what a run asks for now.
 
@@ -702,13 +466,10 @@ def differences(run: Run, stored: Path) -> list[str]:
     Raises:
       ConfigError: if the file is damaged.
     """
-    own = experiment.read_config(stored.parent)
-    defaults = experiment.as_json(load_config("configs/common.py"))
-    old = experiment.flat(defaults) | experiment.flat(own or {})
-    new = run.fields()
-    missing = "nothing"
+    own = loading.read_config(stored.parent) or {}
+    old, new = flat(as_json(loading.from_stored(own))), run.fields()
     return [
-        f"{name}: {old.get(name, missing)} there, {new.get(name, missing)} asked for"
-        for name in sorted({*old, *new})
-        if old.get(name, missing) != new.get(name, missing)
+        f"{name}: {old[name]} there, {new[name]} asked for"
+        for name in sorted(new)
+        if old[name] != new[name]
     ]
