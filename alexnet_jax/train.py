@@ -382,8 +382,6 @@ def _describe(experiment: Experiment) -> list[str]:
             f"evaluating on {experiment.eval_source.num_examples:,} pictures: "
             f"{experiment.eval_source.description}"
         )
-    splits = filter(None, (train, experiment.eval_source))
-    lines += [f"WARNING: {split.left_out}" for split in splits if split.left_out]
     return lines
 
 

@@ -11,7 +11,7 @@ class PathError(OSError):
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """A path in which `~` and `~NAME` are the home of that user.
+    """Return a path in which `~` and `~NAME` are the home of that user.
 
     Raises:
       PathError: (an OSError) there is no such home.
@@ -25,7 +25,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 def path_argument(text: str) -> Path:
-    """A path on the command line, as `expanded`; for argparse.
+    """Return a path of the command line, as `expanded`; a type for argparse.
 
     Raises:
       ArgumentTypeError: there is no such home.
@@ -37,14 +37,14 @@ def path_argument(text: str) -> Path:
 
 
 def existing_parent(path: Path) -> Path:
-    """`path`, or the nearest folder above it that is there."""
+    """Return `path`, or the nearest folder above it that is there."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
 
 
 def free_name(path: Path) -> Path:
-    """The path, or one with a number behind it if there is such a thing already."""
+    """Return the path, with a number behind it if there is such a thing already."""
     names = (path.with_name(f"{path.name}_{number}") for number in itertools.count(2))
     return next(p for p in itertools.chain([path], names) if not os.path.lexists(p))
 
