@@ -18,9 +18,9 @@ from alexnet_jax.config import as_json, flat, get_config
 from alexnet_jax.data import DataError, match_classes
 from alexnet_jax.data.sources import Sample, Source
 from alexnet_jax.evaluate import Predictions
-from alexnet_jax.model import LayerSummary, summary
 from alexnet_jax.pictures import Extractor
 from alexnet_jax.stopwatch import TIMES_FILE, Times, read_times
+from alexnet_jax.summary import LayerSummary, summary
 from alexnet_jax.writers import METRICS_FILE, read_metrics
 
 # Held-out images that are classified. Of a larger split, an even sample is taken.
@@ -46,7 +46,7 @@ class Run:
       config: the content of `config.json`.
       step: the checkpoint that the report shows: the best, or else the newest.
       versions: the packages that wrote the checkpoint, if it stores them.
-      layers: the rows of `model.summary`.
+      layers: the rows of `summary.summary`.
       names: the class of each logit.
       logits_of: the network as a function from raw images to logits.
     """
