@@ -8,13 +8,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from alexnet_jax.alexnet import AlexNet, create_model
     from alexnet_jax.experiment import load, pipeline
-    from alexnet_jax.model import AlexNet, create_model
     from alexnet_jax.ops import jit
 
 __all__ = ["AlexNet", "create_model", "jit", "load", "pipeline"]
 
-_HOMES = {"AlexNet": "model", "create_model": "model", "jit": "ops"}
+_HOMES = {"AlexNet": "alexnet", "create_model": "alexnet", "jit": "ops"}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from alexnet_jax import augment, communication, experiment, parallel, steps
+from alexnet_jax.alexnet import AlexNet
 from alexnet_jax.experiment import Config
-from alexnet_jax.model import AlexNet, LayerSummary, summary
 from alexnet_jax.parallel import P
+from alexnet_jax.summary import LayerSummary, summary
 
 
 def describe(config: Config) -> str:

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, kinds, model, optim, parallel, steps, variants
+from alexnet_jax import alexnet, augment, kinds, optim, parallel, steps, variants
 from alexnet_jax import data as data_lib
 from alexnet_jax import fields as fields_lib
 from alexnet_jax.checkpoint import Checkpointer, CheckpointError, split_step
@@ -28,7 +28,9 @@ from alexnet_jax.data.loader import PREFETCH
 from alexnet_jax.data.sources import Source
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.fields import ConfigError, flat
+from alexnet_jax.layers import NORMS
 from alexnet_jax.pretrained import SUFFIXES, Weights, WeightsError, read_weights
+from alexnet_jax.summary import check_image_size
 
 # A ml_collections.ConfigDict, whose fields no type checker can know.
 Config = Any
@@ -53,7 +55,7 @@ class Experiment:
     """
 
     config: Config
-    model: model.AlexNet
+    model: alexnet.AlexNet
     tx: optax.GradientTransformation
     mesh: Mesh
     mode: str
@@ -204,7 +206,7 @@ def validate(config: Config, *, devices: bool = True, training: bool = True) -> 
             problems.append(str(error))
         if network is not None:
             try:
-                model.check_image_size(network, config.data.crop_size)
+                check_image_size(network, config.data.crop_size)
             except ValueError as error:
                 problems.append(str(error))
             problems += _layer_factor_problems(config, network)
@@ -349,7 +351,7 @@ _NEEDS = (
           _with_stage(variants.Dropout), "a network with dropout"),
     _Need("model.overrides.norm_place", (None,),
           ("model.variant", "model.overrides.lrn", "model.overrides.normalization"),
-          _with_stage(*variants.NORMS), "a network with normalisation"),
+          _with_stage(*NORMS), "a network with normalisation"),
 )
 # fmt: on
 
@@ -469,19 +471,19 @@ def mesh_shape(config: Config, network: variants.Variant) -> tuple[int, int]:
     return data, column
 
 
-def make_model(config: Config, num_classes: int | None) -> model.AlexNet:
+def make_model(config: Config, num_classes: int | None) -> alexnet.AlexNet:
     """The network of a config; None: with the variant's own number of classes."""
-    return model.from_settings(model_settings(config, num_classes))
+    return alexnet.from_settings(model_settings(config, num_classes))
 
 
 def model_settings(config: Config, num_classes: int | None) -> dict[str, Any]:
-    """The arguments of `model.create_model`."""
+    """The arguments of `alexnet.create_model`."""
     fields = config.model
     return {
         "variant": fields.variant,
         "num_classes": num_classes,
         "width": fields.width,
-        "dtype": fields.dtype if fields.dtype in model.DTYPES else "float32",
+        "dtype": fields.dtype if fields.dtype in alexnet.DTYPES else "float32",
         "init": fields.init,
         **fields.get("overrides", {}),
     }
@@ -646,7 +648,7 @@ def _num_classes(config: Config, train: Source) -> int:
 
 
 def make_optimizer(
-    config: Config, network: model.AlexNet, steps_per_epoch: float
+    config: Config, network: alexnet.AlexNet, steps_per_epoch: float
 ) -> optax.GradientTransformation:
     """The update rule and the schedule of a config."""
     schedule = optim.make_schedule(
@@ -758,7 +760,7 @@ def load(
     *,
     step: int | None = None,
     variant: str | None = None,
-) -> tuple[model.AlexNet, dict[str, Any], Callable[[Any], jax.Array]]:
+) -> tuple[alexnet.AlexNet, dict[str, Any], Callable[[Any], jax.Array]]:
     """A trained network, for a notebook: `model, variables, preprocess = load(PATH)`.
 
     Args:

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from alexnet_jax import augment, kinds, model, optim, parallel
+from alexnet_jax import alexnet, augment, kinds, optim, parallel
 
 
 class ConfigError(ValueError):
@@ -120,7 +120,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "eval_views": augment.VIEW_COUNTS,
-    "model.dtype": model.DTYPES,
+    "model.dtype": alexnet.DTYPES,
     "optim.form": optim.FORMS,
     "schedule.name": optim.SCHEDULES,
     "augment.lighting_form": augment.LIGHTING_FORMS,

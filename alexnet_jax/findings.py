@@ -18,9 +18,9 @@ from alexnet_jax.checkpoint import Checkpointer
 from alexnet_jax.data import DataError, match_classes
 from alexnet_jax.data.sources import Sample, Source
 from alexnet_jax.evaluate import Predictions
-from alexnet_jax.model import LayerSummary, summary
 from alexnet_jax.pictures import Extractor
 from alexnet_jax.stopwatch import TIMES_FILE, Times, read_times
+from alexnet_jax.summary import LayerSummary, summary
 from alexnet_jax.writers import METRICS_FILE, read_metrics
 
 # Held-out pictures that are looked at; of more, a sample of so many.
@@ -46,7 +46,7 @@ class Run:
       config: of `config.json`.
       step: of the checkpoint that is looked at: the best, or the newest.
       versions: of the packages that it was written with, as far as it says.
-      layers: of `model.summary`.
+      layers: of `summary.summary`.
       names: of the classes, one a unit of the classifier.
       logits_of: the network, as a function from pictures.
     """

@@ -16,9 +16,9 @@ from alexnet_jax import experiment as experiment_lib
 from alexnet_jax import optim
 from alexnet_jax.checkpoint import split_step
 from alexnet_jax.experiment import Config, ConfigError, Experiment
+from alexnet_jax.layers import stage_name
 from alexnet_jax.pretrained import Weights
 from alexnet_jax.steps import TrainState
-from alexnet_jax.variants import stage_name
 
 
 def begin(experiment: Experiment) -> tuple[Experiment, TrainState, list[str]]:

@@ -21,14 +21,18 @@ checkpoint therefore moves between any numbers of devices.
 
 import importlib.metadata
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from alexnet_jax.variants import Local, Lrn, Variant, stage_name
+from alexnet_jax.alexnet import AlexNet
+from alexnet_jax.exchange import Alone, Exchange, Part, by_column
+from alexnet_jax.layers import Dense, Layer, Local, Lrn, Variant, stage_name
 
 DATA = "data"
 COLUMN = "column"
@@ -118,7 +122,7 @@ def make_mesh(data: int, column: int = 1) -> Mesh:
 
 
 def check_mode(network: Variant, mode: str, columns: int) -> None:
-    """Raises ValueError if the network cannot run in `mode` on that many columns."""
+    """Raise ValueError if the network cannot run in `mode` on that many columns."""
     if mode not in MODES:
         raise ValueError(
             f"--config.parallel.mode={mode!r} must be one of {', '.join(MODES)}."
@@ -179,44 +183,99 @@ def batch_shards(data: int, column: int, mode: str) -> int:
     return data * column if mode == "hybrid" else data
 
 
-# Exchanges. `axis_name` None: not split, nothing to do.
+# What one device computes, and what it exchanges with the others of its row.
 
 
-def gather_features(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """[..., C of this device] -> [..., C of all], in the order of the devices.
+def local_model(model: AlexNet, mesh: Mesh, mode: str, parts: int = 1) -> AlexNet:
+    """Return the clone of a model that runs on one device of `mesh`.
 
-    Differentiated, it is a reduce-scatter: each device gets the sum of what all
-    devices ask of its own features (the original's `Layer::bprop`).
+    Args:
+      model: the whole network.
+      mesh, mode: how it is split.
+      parts: a device's share of a batch comes in so many parts, one after the other.
+
+    Raises:
+      ValueError: if the network cannot run in that mode.
     """
-    if axis_name is None:
-        return x
-    return lax.all_gather(x, axis_name, axis=x.ndim - 1, tiled=True)
+    columns, axes = mesh.shape[COLUMN], batch_axes(mesh, mode)
+    check_mode(model.network, mode, columns)
+    exchange: Exchange = Alone(axes)
+    if columns > 1 and mode == "columns":
+        exchange = Columns(axes, columns)
+    elif columns > 1:
+        exchange = Hybrid(axes, columns, parts)
+    return model.clone(exchange=exchange)
 
 
-def sum_parts(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """The sum of the devices' parts, on every device."""
-    return x if axis_name is None else lax.psum(x, axis_name)
+@dataclass(frozen=True)
+class Columns:
+    """Mode `columns`: a device has one part of the features of every layer."""
+
+    batch_axes: tuple[str, ...]
+    columns: int
+
+    def part(self, row: Layer, own: jax.Array) -> Part:
+        return Part(own, self.batch_axes, self.columns, lax.axis_index(COLUMN))
+
+    def gather_features(self, x: jax.Array) -> jax.Array:
+        # Differentiated, it is a reduce-scatter: each device gets the sum of what all
+        # devices ask of its own features (the original's `Layer::bprop`).
+        return lax.all_gather(x, COLUMN, axis=x.ndim - 1, tiled=True)
+
+    def dense_inputs(self, x: jax.Array, columns: int) -> jax.Array:
+        if columns == 1:
+            return by_column(self.gather_features(x), 1)
+        return by_column(x, columns // self.columns)
+
+    def classifier_inputs(self, x: jax.Array) -> jax.Array:
+        return x  # units: `check_mode` refuses networks in which they are maps
+
+    def sum_logits(self, parts: jax.Array) -> jax.Array:
+        return lax.psum(parts, COLUMN)
 
 
-def gather_examples(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """[B of this device, ...] -> [B of all, ...]; differentiated, a reduce-scatter."""
-    if axis_name is None:
-        return x
-    return lax.all_gather(x, axis_name, axis=0, tiled=True)
+@dataclass(frozen=True)
+class Hybrid:
+    """Mode `hybrid`: all convolutions of a device's own examples, then a part of the
+    fully connected units of all examples of its row."""
 
+    batch_axes: tuple[str, ...]
+    columns: int
+    parts: int = 1
 
-def trade_examples(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """[B of this device, F] -> [B of all, F of this device], by an all-to-all."""
-    if axis_name is None:
-        return x
-    return lax.all_to_all(x, axis_name, split_axis=1, concat_axis=0, tiled=True)
+    def part(self, row: Layer, own: jax.Array) -> Part:
+        if not isinstance(row, Dense):
+            return Part(own, self.batch_axes)
+        # The examples of the devices of the row, one device after the other. With
+        # parts, those of neighbouring devices are so many times further apart.
+        index = lax.axis_index(COLUMN)
+        apart = len(own) * self.parts
+        others = jnp.arange(self.columns) - index
+        positions = (own + apart * others[:, None]).reshape(-1)
+        axes = tuple(axis for axis in self.batch_axes if axis != COLUMN)
+        return Part(positions, axes, self.columns, index)
 
+    def gather_features(self, x: jax.Array) -> jax.Array:
+        return x  # those of the convolutions are all here
 
-def sum_own_examples(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """The devices' parts [B of all, K] -> their sum for this device's own examples."""
-    if axis_name is None:
-        return x
-    return lax.psum_scatter(x, axis_name, scatter_dimension=0, tiled=True)
+    def dense_inputs(self, x: jax.Array, columns: int) -> jax.Array:
+        # Maps: those of the row's examples. Units: all features of these.
+        x = lax.all_gather(x, COLUMN, axis=0 if x.ndim == 4 else 1, tiled=True)
+        x = by_column(x, columns)
+        own = max(1, columns // self.columns)
+        if columns == own:
+            return x
+        first = lax.axis_index(COLUMN) * columns // self.columns
+        return lax.dynamic_slice_in_dim(x, first, own, axis=1)
+
+    def classifier_inputs(self, x: jax.Array) -> jax.Array:
+        if x.ndim == 2:
+            return x
+        x = x.reshape(x.shape[0], -1)  # no layer before it that was split
+        return lax.all_to_all(x, COLUMN, split_axis=1, concat_axis=0, tiled=True)
+
+    def sum_logits(self, parts: jax.Array) -> jax.Array:
+        return lax.psum_scatter(parts, COLUMN, scatter_dimension=0, tiled=True)
 
 
 def sum_shards(x: jax.Array, spec: PartitionSpec) -> jax.Array:

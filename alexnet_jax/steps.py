@@ -18,8 +18,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alexnet_jax import augment, metrics, ops, parallel
-from alexnet_jax.model import AlexNet, feature_names
-from alexnet_jax.variants import Activation
+from alexnet_jax.alexnet import AlexNet
+from alexnet_jax.layers import Activation, feature_names
 
 P = PartitionSpec
 PyTree = Any
@@ -170,7 +170,7 @@ def make_train_step(
     specs = state_specs(
         model, tx, crop_size=augmentation.crop_size, mesh=mesh, mode=mode
     )
-    local = model.local(mesh, mode, accumulate_steps)
+    local = parallel.local_model(model, mesh, mode, accumulate_steps)
     through = _Pass(
         local,
         augmentation,
@@ -255,7 +255,7 @@ class _Pass:
 
     @property
     def batch_axes(self) -> tuple[str, ...]:
-        return self.model.batch_axes
+        return self.model.exchange.batch_axes
 
     def trained(self, tree: dict[str, PyTree]) -> dict[str, PyTree]:
         """The part of a tree like the parameters' that is not frozen."""
@@ -405,7 +405,7 @@ def make_summary_step(
         }
 
     through = _Pass(
-        model.local(mesh, mode, accumulate_steps),
+        parallel.local_model(model, mesh, mode, accumulate_steps),
         augmentation,
         seed,
         accumulate_steps,
@@ -467,7 +467,7 @@ def make_eval_step(
     probabilities averaged over the views, as in section 4.1 of the paper. Each device's
     share of the batch goes through the network in `parts`, one after the other.
     """
-    local = model.local(mesh, mode)
+    local = parallel.local_model(model, mesh, mode)
 
     def sums_of(logits: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         labels, mask = batch["label"], batch["mask"]
@@ -476,7 +476,7 @@ def make_eval_step(
             averaged = metrics.log_mean_probabilities(logits)
             several = metrics.sums(averaged, labels, mask)
             sums |= {f"views_{name}": value for name, value in several.items()}
-        return lax.psum(sums, local.batch_axes)
+        return lax.psum(sums, local.exchange.batch_axes)
 
     device_step = _on_views(local, sums_of, crop_size, views, parts)
     in_specs = _eval_specs(model, mesh, mode, crop_size)
@@ -499,7 +499,7 @@ def make_predict_step(
     with more `views` "views", of the probabilities averaged over them. Arguments as of
     `make_eval_step`, whose sums are of the same numbers.
     """
-    local = model.local(mesh, mode)
+    local = parallel.local_model(model, mesh, mode)
 
     def predictions_of(logits: jax.Array, _: Any) -> dict[str, jax.Array]:
         found = {"centre": metrics.log_mean_probabilities(logits[:1])}
@@ -509,7 +509,9 @@ def make_predict_step(
 
     device_step = _on_views(local, predictions_of, crop_size, views, parts)
     in_specs = _eval_specs(model, mesh, mode, crop_size)
-    step = parallel.on_devices(device_step, mesh, in_specs, P(local.batch_axes))
+    step = parallel.on_devices(
+        device_step, mesh, in_specs, P(local.exchange.batch_axes)
+    )
     return jax.jit(
         step,
         out_shardings=NamedSharding(mesh, P()),

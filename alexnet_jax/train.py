@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from alexnet_jax import distributed, finetune, parallel
 from alexnet_jax import experiment as experiment_lib
+from alexnet_jax.alexnet import INITS
 from alexnet_jax.checkpoint import Checkpointer, CheckpointError, has_checkpoint
 from alexnet_jax.data import Batches, locks
 from alexnet_jax.data import statistics as statistics_lib
@@ -28,7 +29,6 @@ from alexnet_jax.data.paths import expanded, require_writable
 from alexnet_jax.evaluate import evaluate
 from alexnet_jax.experiment import Config, ConfigError, Experiment
 from alexnet_jax.metrics import shows_top5
-from alexnet_jax.model import INITS
 from alexnet_jax.optim import Plateau
 from alexnet_jax.profiler import Profiler
 from alexnet_jax.steps import TrainState

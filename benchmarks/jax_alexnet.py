@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax import augment, create_model, describe, ops, optim, parallel, steps
-from alexnet_jax.model import AlexNet
+from alexnet_jax.alexnet import AlexNet
 from benchmarks.measure import Setting
 
 CROP = 224

@@ -50,7 +50,7 @@ def get_config() -> Any:
     model.dtype = "float32"
     # How weights start: paper (as the variant was published), caffe or he.
     model.init = "paper"
-    # Ablations, None: as in the table. See `alexnet_jax.variants.customize`.
+    # Ablations, None: as in the table. See `alexnet_jax.ablations`.
     model.overrides = overrides = ConfigDict()
     # False takes normalisation out (paper, section 3.3), True is normalization=lrn.
     overrides.lrn = config_dict.placeholder(bool)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax import augment, experiment, parallel, steps, variants
-from alexnet_jax.model import summary
+from alexnet_jax.summary import summary
 from alexnet_jax.sweeps import plan as plan_lib
 from configs.sweeps import ablations
 

@@ -26,10 +26,10 @@ from alexnet_jax import (
     optim,
     parallel,
     steps,
-    variants,
 )
+from alexnet_jax.alexnet import create_model
 from alexnet_jax.communication import PHASES
-from alexnet_jax.model import create_model
+from alexnet_jax.exchange import Alone
 
 ROOT = Path(__file__).parent.parent
 SIZE, CROP, BATCH, CLASSES = 226, 224, 4, 10
@@ -371,11 +371,8 @@ def test_batch_norm_sees_the_whole_batch(mode, rows, columns):
 
 
 @pytest.mark.parametrize("mode, rows", [("hybrid", 1), ("hybrid", 2), ("columns", 2)])
-def test_batch_norms_of_one_number_are_split_with_their_own_layers(
-    mode, rows, monkeypatch
-):
-    monkeypatch.setitem(variants.VARIANTS, TWO_SIXES.name, TWO_SIXES)
-    model = create_model(TWO_SIXES.name, dtype="float64", init="he")
+def test_batch_norms_of_one_number_are_split_with_their_own_layers(mode, rows):
+    model = create_model(TWO_SIXES, dtype="float64", init="he")
     tx, side = optim.make_optimizer(0.01), TWO_SIXES.crop_size
     examples = batch(8)
     examples["image"] = examples["image"][:, :side, :side]
@@ -482,9 +479,9 @@ def eval_logits_and_sums(mode, rows, columns, examples):
     images = augment.eval_images(
         padded["image"], mean_image=stats.mean_image, crop_size=CROP
     )
-    local = model.local(mesh, mode)
+    local = parallel.local_model(model, mesh, mode)
     specs = parallel.param_specs(model.network, state.params, mesh, mode)
-    examples = parallel.P(local.batch_axes)
+    examples = parallel.P(local.exchange.batch_axes)
     apply = parallel.on_devices(
         lambda params, images: local.apply({"params": params}, images),
         mesh,
@@ -678,15 +675,18 @@ def test_optimiser_state_is_split_like_the_parameters(mode, rows, columns, split
 def test_variants_without_columns_say_why(variant, words):
     model = create_model(variant)
     with pytest.raises(ValueError, match=f"'{variant}' cannot be split.*{words}"):
-        model.local(parallel.make_mesh(1, 2), "columns")
-    for rows, columns, mode in ((2, 1, "data"), (1, 2, "hybrid")):
-        local = model.local(parallel.make_mesh(rows, columns), mode)
-        assert (local.conv_shards, local.fc_shards) == (1, columns)
+        parallel.local_model(model, parallel.make_mesh(1, 2), "columns")
+    for rows, columns, mode, exchange in (
+        (2, 1, "data", Alone(("data",))),
+        (1, 2, "hybrid", parallel.Hybrid(("column",), 2)),
+    ):
+        local = parallel.local_model(model, parallel.make_mesh(rows, columns), mode)
+        assert local.exchange == exchange
 
 
 def test_units_that_do_not_divide_are_named():
     with pytest.raises(ValueError, match="4096 units of fc6 do not divide by 3"):
-        create_model().local(parallel.make_mesh(1, 3), "hybrid")
+        parallel.local_model(create_model(), parallel.make_mesh(1, 3), "hybrid")
 
 
 def test_meshes_that_cannot_be_made_are_named():
@@ -695,9 +695,9 @@ def test_meshes_that_cannot_be_made_are_named():
     with pytest.raises(ValueError, match="at least 1"):
         parallel.make_mesh(0, 2)
     with pytest.raises(ValueError, match="no use for 2 columns"):
-        create_model().local(parallel.make_mesh(1, 2), "data")
+        parallel.local_model(create_model(), parallel.make_mesh(1, 2), "data")
     with pytest.raises(ValueError, match="must be one of data, columns, hybrid"):
-        create_model().local(parallel.make_mesh(1, 2), "rows")
+        parallel.local_model(create_model(), parallel.make_mesh(1, 2), "rows")
 
 
 def test_every_device_has_its_part_of_the_batch():

@@ -23,14 +23,21 @@ from safetensors.numpy import load_file, save_file
 from test_train import folder, small_config  # noqa: F401
 from test_variants import TWO_SIXES
 
-from alexnet_jax import export, load, pretrained, train, variants
+from alexnet_jax import ablations, export, load, pretrained, train, variants
 from alexnet_jax.data import imagenet, images
-from alexnet_jax.model import feature_names
+from alexnet_jax.layers import (
+    Activation,
+    Dense,
+    Lrn,
+    WithinMapLrn,
+    feature_names,
+    stage_name,
+)
 from alexnet_jax.pretrained import Weights, WeightsError, caffe, read_weights
 from alexnet_jax.pretrained.weights import flat, make_model, nested, shapes_of
 
 TOLERANCE = 1e-4
-NORMS = (variants.Lrn, variants.WithinMapLrn)
+NORMS = (Lrn, WithinMapLrn)
 NARROW = 1 / 16
 CLASSES = 12
 MEAN = np.array([120.0, 115.0, 105.0], np.float32)
@@ -73,7 +80,7 @@ def random_variables(model, size: int, seed: int = 0):
     """Weights with which every layer is at work, and logits differ by about 1."""
     rng = np.random.default_rng(seed)
     layers = model.network.layers
-    units = [s.kind for s in model.network.stages if isinstance(s, variants.Activation)]
+    units = [s.kind for s in model.network.stages if isinstance(s, Activation)]
     first, last, others, biases = GAINS[units[0]]
     gains = {layers[0].name: first, layers[-1].name: last}
     leaves = {}
@@ -188,7 +195,7 @@ def assert_lrn_matters(features, row):
     (first, *_) = (i for i, stage in enumerate(row.then) if isinstance(stage, NORMS))
     labels = [row.name, *feature_names(row)]
     before = features[labels[first]]
-    after = features[variants.stage_name("norm", row.name)]
+    after = features[stage_name("norm", row.name)]
     divisor = np.abs(before[after != 0] / after[after != 0])
     assert divisor.std() > 0.03 * divisor.mean()
 
@@ -259,10 +266,10 @@ def caffe_tensors(variant: str, width: float = NARROW, classes: int = CLASSES):
     rng = np.random.default_rng(1)
     first, last, others, biases = GAINS["relu"]
     gains = {"conv1": first, "fc8": last}
-    table = variants.customize(variants.get(variant), width=width, num_classes=classes)
+    table = ablations.customize(variants.get(variant), width=width, num_classes=classes)
     found, channels = {}, 3
     for row in table.layers:
-        if isinstance(row, variants.Dense):
+        if isinstance(row, Dense):
             places = 36 if row.name == "fc6" else 1
             shape = (row.features, channels * places)
         else:

@@ -69,7 +69,7 @@ def test_bfloat16_logits_are_those_of_float32_but_for_rounding(columns):
 
     def logits(dtype):
         model = narrow(dtype, dropout=0.0)
-        local = model.local(mesh, "columns")
+        local = parallel.local_model(model, mesh, "columns")
         specs = parallel.param_specs(model.network, params, mesh, "columns")
         apply = parallel.on_devices(
             lambda params, images: local.apply({"params": params}, images),

@@ -9,7 +9,7 @@ import pytest
 from test_parallel import BATCH, CROP, batch, narrow, statistics
 
 from alexnet_jax import augment, metrics, optim, parallel, steps
-from alexnet_jax.model import create_model
+from alexnet_jax.alexnet import create_model
 
 SEED = 5
 # Units whose bias is so low that nothing gets through: in both columns, or in one.

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from alexnet_jax import variants
+from alexnet_jax.layers import Variant
 from alexnet_jax.pretrained import weights as weights_lib
 from alexnet_jax.pretrained.weights import Weights, WeightsError
 
@@ -141,9 +142,7 @@ def _array(blob: Any) -> np.ndarray:
     return values.reshape(shape)
 
 
-def _squeezed(
-    blob: np.ndarray, layer: str, index: int, table: variants.Variant
-) -> np.ndarray:
+def _squeezed(blob: np.ndarray, layer: str, index: int, table: Variant) -> np.ndarray:
     """Without the leading ones that made everything four-dimensional until 2015."""
     dense = layer in {row.name for row in table.denses}
     rank = 1 if index else 2 if dense else 4
@@ -172,7 +171,7 @@ def _variant(path: Path, names: list[str], given: str | None) -> str:
 def _variables(
     path: Path,
     settings: dict[str, Any],
-    table: variants.Variant,
+    table: Variant,
     tensors: dict[str, np.ndarray],
 ) -> dict[str, Any]:
     """Ours, of RGB; checked."""

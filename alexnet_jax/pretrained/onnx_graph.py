@@ -14,24 +14,28 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax import model as model_lib
-from alexnet_jax import variants
+from alexnet_jax.alexnet import AlexNet
 from alexnet_jax.data.files import replacing
-from alexnet_jax.ops.reference import pooled_length
-from alexnet_jax.pretrained import weights as weights_lib
-from alexnet_jax.pretrained.weights import WeightsError
-from alexnet_jax.variants import (
+from alexnet_jax.layers import (
     Activation,
     BatchNorm,
     Conv,
     Dense,
     Dropout,
+    Layer,
     Local,
     Lrn,
     Pool,
     Stage,
+    Variant,
     WithinMapLrn,
+    feature_names,
+    stage_name,
 )
+from alexnet_jax.ops.reference import pooled_length
+from alexnet_jax.pretrained import weights as weights_lib
+from alexnet_jax.pretrained.weights import WeightsError
+from alexnet_jax.summary import check_image_size
 
 # Of 2022: what is needed is in there, and runtimes of today all read it.
 OPSET = 17
@@ -44,7 +48,7 @@ _BATCH_NORM_EPSILON = 1e-5
 
 def export_onnx(
     path: str | os.PathLike[str],
-    model: model_lib.AlexNet,
+    model: AlexNet,
     variables: Mapping[str, Any],
     *,
     mean: np.ndarray | None = None,
@@ -80,7 +84,7 @@ def export_onnx(
             'writing ONNX needs onnx: pip install "alexnet_jax[onnx]", or onnx itself.'
         ) from error
     size = crop_size or model.network.crop_size
-    model_lib.check_image_size(model.network, size)
+    check_image_size(model.network, size)
     leaves = weights_lib.flat(variables)
     shapes = {name: np.shape(leaf) for name, leaf in leaves.items()}
     expected = weights_lib.shapes_of(model, size)
@@ -99,7 +103,7 @@ def export_onnx(
 
 
 def _model_proto(
-    graph: "_Graph", network: variants.Variant, size: int, properties: dict[str, str]
+    graph: "_Graph", network: Variant, size: int, properties: dict[str, str]
 ) -> Any:
     from onnx import helper, numpy_helper
 
@@ -189,15 +193,15 @@ class _Graph:
 
 def _add_layer(
     graph: _Graph,
-    network: variants.Variant,
-    row: variants.Layer,
+    network: Variant,
+    row: Layer,
     leaves: Mapping[str, Any],
 ) -> None:
     """A row of the table, and what is done with its output."""
     last = row is network.layers[-1]
     kernel = np.asarray(leaves[f"params/{row.name}/kernel"], np.float32)
     bias = np.asarray(leaves[f"params/{row.name}/bias"], np.float32)
-    labels = [row.name, *model_lib.feature_names(row)]
+    labels = [row.name, *feature_names(row)]
     # Of several values of one name the last one is the feature.
     names = [
         label if label and label not in labels[i + 1 :] else f"{label or row.name}_{i}"
@@ -322,7 +326,7 @@ def _dense(
 def _stage(
     graph: _Graph,
     stage: Stage,
-    row: variants.Layer,
+    row: Layer,
     columns: int,
     leaves: Mapping[str, Any],
     name: str,
@@ -336,7 +340,7 @@ def _stage(
         case WithinMapLrn():
             _within_map_lrn(graph, stage, name)
         case BatchNorm():
-            _batch_norm(graph, variants.stage_name("norm", row.name), leaves, name)
+            _batch_norm(graph, stage_name("norm", row.name), leaves, name)
         case Pool():
             _pool(graph, stage, name)
         case Dropout(rate=rate, scale_at="test") if rate > 0:

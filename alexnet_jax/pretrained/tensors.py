@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from alexnet_jax import model as model_lib
+from alexnet_jax.alexnet import AlexNet
 from alexnet_jax.data.files import replacing
 from alexnet_jax.pretrained import torchvision
 from alexnet_jax.pretrained import weights as weights_lib
@@ -161,7 +161,7 @@ def _read_record(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | No
     return record
 
 
-def _model(record: Mapping[str, Any]) -> model_lib.AlexNet:
+def _model(record: Mapping[str, Any]) -> AlexNet:
     """The network of a file's record."""
     return weights_lib.make_model(record["settings"])
 

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from alexnet_jax import model as model_lib
-from alexnet_jax import variants
+from alexnet_jax import ablations, alexnet
 from alexnet_jax.data import imagenet
+from alexnet_jax.layers import Layer, Variant
 
 # Tensors that an error message names before it only counts them.
 MOST_NAMED = 4
@@ -67,7 +67,7 @@ class Weights:
                 f"[{side}, {side}, 3]."
             )
 
-    def make_model(self) -> model_lib.AlexNet:
+    def make_model(self) -> alexnet.AlexNet:
         """The network that the weights are of.
 
         Raises:
@@ -76,11 +76,11 @@ class Weights:
         return make_model(self.settings)
 
 
-def make_model(settings: Mapping[str, Any]) -> model_lib.AlexNet:
+def make_model(settings: Mapping[str, Any]) -> alexnet.AlexNet:
     """`create_model` without its advice on how to start narrow networks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        return model_lib.from_settings(settings)
+        return alexnet.from_settings(settings)
 
 
 def class_names(num_classes: int) -> tuple[str, ...] | None:
@@ -89,7 +89,7 @@ def class_names(num_classes: int) -> tuple[str, ...] | None:
     return names if num_classes == len(names) else None
 
 
-def shapes_of(model: model_lib.AlexNet, crop_size: int) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: alexnet.AlexNet, crop_size: int) -> dict[str, tuple[int, ...]]:
     """The shapes of all variables by name, `params/conv1/kernel`; nothing is computed."""
     images = jax.ShapeDtypeStruct((1, crop_size, crop_size, 3), np.float32)
     # Neither a key nor fast paths here: both would look for devices, and a file may be
@@ -110,7 +110,7 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def params_of(
-    layers: Sequence[variants.Layer],
+    layers: Sequence[Layer],
     tensors: Callable[[str], tuple[np.ndarray, np.ndarray]],
 ) -> dict[str, Any]:
     """{"params"} of foreign tensors.
@@ -207,7 +207,7 @@ def found_features(
     return found
 
 
-def fitting_width(table: variants.Variant, features: Mapping[str, int]) -> float:
+def fitting_width(table: Variant, features: Mapping[str, int]) -> float:
     """The width at which most layers of a table have as many features as were found.
 
     Of several the one that is closest to 1. A layer that does not fit is then what is
@@ -217,7 +217,7 @@ def fitting_width(table: variants.Variant, features: Mapping[str, int]) -> float
     widths = {1.0, *(features[row.name] / row.features for row in rows)}
 
     def misfits(width: float) -> int:
-        scaled = variants.customize(table, width=width).layers[:-1]
+        scaled = ablations.customize(table, width=width).layers[:-1]
         return sum(features.get(row.name) != row.features for row in scaled)
 
     return min(sorted(widths, key=lambda width: abs(width - 1)), key=misfits)
