@@ -23,7 +23,7 @@ from alexnet_jax import (
     variants,
 )
 from alexnet_jax.experiment import ConfigError
-from alexnet_jax.pretrained.weights import flat, nested
+from alexnet_jax.pretrained.files import flat, nested
 from alexnet_jax.writers import read_metrics
 
 ROOT = Path(__file__).parent.parent

@@ -34,7 +34,7 @@ from alexnet_jax.layers import (
     stage_name,
 )
 from alexnet_jax.pretrained import Weights, WeightsError, caffe, read_weights
-from alexnet_jax.pretrained.weights import flat, make_model, nested, shapes_of
+from alexnet_jax.pretrained.files import flat, make_model, nested, shapes_of
 
 TOLERANCE = 1e-4
 NORMS = (Lrn, WithinMapLrn)
@@ -928,7 +928,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(pretrained.tensors.safetensors.numpy, "save", full)
+    monkeypatch.setattr(pretrained.safetensors.safetensors.numpy, "save", full)
     with pytest.raises(OSError, match="No space"):
         pretrained.save_safetensors(path, own_weights())
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

@@ -14,8 +14,8 @@ import numpy as np
 
 from alexnet_jax import variants
 from alexnet_jax.layers import Variant
-from alexnet_jax.pretrained import weights as weights_lib
-from alexnet_jax.pretrained.weights import Weights, WeightsError
+from alexnet_jax.pretrained import files
+from alexnet_jax.pretrained.files import Weights, WeightsError
 
 VARIANTS = ("caffe", "caffenet")
 # Of ImageNet's pictures in Caffe's own examples (104, 117, 123 in its order, BGR).
@@ -78,12 +78,12 @@ def messages() -> dict[str, Any]:
 
 def read(path: Path, variant: str | None) -> Weights:
     """Reads a `.caffemodel`; arguments, result and errors as `read_weights`."""
-    weights_lib.check_variant(path, variant, VARIANTS)
+    files.check_variant(path, variant, VARIANTS)
     layers = _read_layers(path)
     variant = _variant(path, [name for name, _ in layers], variant)
     table = variants.get(variant)
     classifier = table.layers[-1].name
-    blobs_by_layer = weights_lib.renamed(
+    blobs_by_layer = files.renamed(
         path,
         [(name, blobs) for name, blobs in layers if blobs],
         # Fine-tuned networks call their classifier fc8_flickr and the like.
@@ -96,11 +96,11 @@ def read(path: Path, variant: str | None) -> Weights:
     }
     rows = [row.name for row in table.layers]
     names = {row: (f"{row} blob 0", f"{row} blob 1") for row in rows}
-    features = weights_lib.found_features(tensors, names)
+    features = files.found_features(tensors, names)
     settings = {
         "variant": variant,
         "num_classes": features.get(classifier, table.layers[-1].features),
-        "width": weights_lib.fitting_width(table, features),
+        "width": files.fitting_width(table, features),
     }
     return Weights(
         settings=settings,
@@ -108,7 +108,7 @@ def read(path: Path, variant: str | None) -> Weights:
         mean=np.array(MEAN_255, np.float32),
         image_size=IMAGE_SIZE,
         crop_size=table.crop_size,
-        class_names=weights_lib.class_names(settings["num_classes"]),
+        class_names=files.class_names(settings["num_classes"]),
     )
 
 
@@ -124,9 +124,9 @@ def _read_layers(path: Path) -> list[tuple[str, list[np.ndarray]]]:
             for layer in (*net.layers, *net.layer)
         ]
     except (DecodeError, ValueError) as error:
-        raise weights_lib.not_of_format(path, ".caffemodel", error) from error
+        raise files.not_of_format(path, ".caffemodel", error) from error
     if not any(blobs for _, blobs in layers):
-        raise weights_lib.not_of_format(path, ".caffemodel", "no layer has weights")
+        raise files.not_of_format(path, ".caffemodel", "no layer has weights")
     return layers
 
 
@@ -164,7 +164,7 @@ def _variant(path: Path, names: list[str], given: str | None) -> str:
         return given
     pools_first = names.index("pool1") < names.index("norm1")
     found = "caffenet" if pools_first else "caffe"
-    weights_lib.check_variant(path, given, (found,))
+    files.check_variant(path, given, (found,))
     return found
 
 
@@ -175,17 +175,17 @@ def _variables(
     tensors: dict[str, np.ndarray],
 ) -> dict[str, Any]:
     """Ours, of RGB; checked."""
-    model = weights_lib.make_model(settings)
-    shapes = weights_lib.shapes_of(model, table.crop_size)
+    model = files.make_model(settings)
+    shapes = files.shapes_of(model, table.crop_size)
     expected = {}
     for row in table.layers:
         kernel = shapes[f"params/{row.name}/kernel"]
-        expected[f"{row.name} blob 0"] = weights_lib.first_shape(kernel)
+        expected[f"{row.name} blob 0"] = files.first_shape(kernel)
         expected[f"{row.name} blob 1"] = kernel[-1:]
     found = {name: array.shape for name, array in tensors.items()}
     what = f"the tensors of variant {table.name}"
-    weights_lib.check_shapes(path, what, found, expected)
-    weights_lib.check_numbers(path, tensors)
+    files.check_shapes(path, what, found, expected)
+    files.check_numbers(path, tensors)
 
     def blobs(layer: str) -> tuple[np.ndarray, np.ndarray]:
         weight = tensors[f"{layer} blob 0"]
@@ -193,4 +193,4 @@ def _variables(
             weight = weight[:, ::-1]  # BGR, as OpenCV reads pictures
         return weight, tensors[f"{layer} blob 1"]
 
-    return weights_lib.params_of(model.network.layers, blobs)
+    return files.params_of(model.network.layers, blobs)

@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 
 from alexnet_jax import variants
-from alexnet_jax.pretrained import caffe, tensors, torchvision
-from alexnet_jax.pretrained.weights import Weights, WeightsError
+from alexnet_jax.pretrained import caffe, safetensors, torchvision
+from alexnet_jax.pretrained.files import Weights, WeightsError
 
 # `.pth.tar` is what pytorch/examples writes.
 _READERS = {
-    ".safetensors": tensors.read,
+    ".safetensors": safetensors.read,
     ".caffemodel": caffe.read,
     ".pth.tar": torchvision.read,
     ".pth": torchvision.read,

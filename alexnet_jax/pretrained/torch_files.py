@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax.pretrained import weights as weights_lib
-from alexnet_jax.pretrained.weights import WeightsError
+from alexnet_jax.pretrained import files
+from alexnet_jax.pretrained.files import WeightsError
 
 # Under which names training programs keep the state_dict in a checkpoint.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")
@@ -34,7 +34,7 @@ def read_state(path: Path) -> dict[str, np.ndarray]:
             "torch.load with weights_only=True does not read it; expected a state_dict, "
             "torch.save(model.state_dict(), PATH)"
         )
-        raise weights_lib.not_of_format(path, ".pth", why) from error
+        raise files.not_of_format(path, ".pth", why) from error
     checkpoint = found if isinstance(found, dict) else {}
     keys = [key for key in _STATE_KEYS if isinstance(checkpoint.get(key), dict)]
     if len(keys) > 1:
@@ -45,7 +45,7 @@ def read_state(path: Path) -> dict[str, np.ndarray]:
     state = {
         name: value
         for name, value in (checkpoint[keys[0]] if keys else checkpoint).items()
-        if not weights_lib.is_counter(name)
+        if not files.is_counter(name)
     }
     others = [
         name
@@ -53,7 +53,7 @@ def read_state(path: Path) -> dict[str, np.ndarray]:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point()
     ]
     if others or not isinstance(found, dict):
-        what = f"no floating-point tensor is under its keys {weights_lib.some(others)}"
+        what = f"no floating-point tensor is under its keys {files.some(others)}"
         raise WeightsError(
             f"{path} holds no state_dict: {what if others else 'it is no dictionary'}. "
             "Expected that of torchvision's AlexNet, alone or under one of the keys "

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from alexnet_jax import variants
-from alexnet_jax.pretrained import torch_files
-from alexnet_jax.pretrained import weights as weights_lib
-from alexnet_jax.pretrained.weights import Weights, WeightsError
+from alexnet_jax.pretrained import files, torch_files
+from alexnet_jax.pretrained.files import Weights, WeightsError
 
 VARIANT = "owt"
 IMAGE_SIZE = 256
@@ -40,9 +39,9 @@ _HARMLESS = ("num_classes", "width", "dtype", "init", "dropout")
 
 def read(path: Path, variant: str | None) -> Weights:
     """Reads a `.pth`; arguments, result and errors as `read_weights`."""
-    weights_lib.check_variant(path, variant, (VARIANT,))
+    files.check_variant(path, variant, (VARIANT,))
     state = torch_files.read_state(path)
-    weights_lib.check_numbers(path, state)
+    files.check_numbers(path, state)
     return from_state(path, state)
 
 
@@ -75,20 +74,20 @@ def from_state(
       WeightsError: naming tensors that are missing, unexpected or of another shape, or
         two that differ in their prefix only.
     """
-    state = weights_lib.renamed(path, state.items(), own_name)
+    state = files.renamed(path, state.items(), own_name)
     table = variants.get(VARIANT)
     names = {row: (f"{name}.weight", f"{name}.bias") for row, name in _NAMES.items()}
-    features = weights_lib.found_features(state, names)
+    features = files.found_features(state, names)
     classifier = table.layers[-1]
     settings = {
         "variant": VARIANT,
         "num_classes": features.get(classifier.name, classifier.features),
-        "width": weights_lib.fitting_width(table, features),
+        "width": files.fitting_width(table, features),
     }
-    model = weights_lib.make_model(settings)
+    model = files.make_model(settings)
     found = {name: np.shape(array) for name, array in state.items()}
-    expected = _expected(weights_lib.shapes_of(model, table.crop_size))
-    weights_lib.check_shapes(path, "torchvision's AlexNet", found, expected)
+    expected = _expected(files.shapes_of(model, table.crop_size))
+    files.check_shapes(path, "torchvision's AlexNet", found, expected)
 
     def tensors(layer: str) -> tuple[np.ndarray, np.ndarray]:
         weight = state[f"{_NAMES[layer]}.weight"]
@@ -98,11 +97,11 @@ def from_state(
 
     return Weights(
         settings=settings,
-        variables=weights_lib.params_of(model.network.layers, tensors),
+        variables=files.params_of(model.network.layers, tensors),
         mean=(255 * np.array(mean)).astype(np.float32),
         image_size=IMAGE_SIZE,
         crop_size=table.crop_size,
-        class_names=weights_lib.class_names(settings["num_classes"]),
+        class_names=files.class_names(settings["num_classes"]),
     )
 
 
@@ -129,7 +128,7 @@ def to_state(weights: Weights) -> dict[str, np.ndarray]:
     for row in network.layers:
         leaves = weights.variables["params"][row.name]
         kernel = np.asarray(leaves["kernel"], np.float32)
-        weight = weights_lib.channels_first(kernel, channels)
+        weight = files.channels_first(kernel, channels)
         if channels == 3:
             weight = weight * (255 * np.array(STD, np.float32)[:, None, None])
         state[f"{_NAMES[row.name]}.weight"] = weight
@@ -138,10 +137,10 @@ def to_state(weights: Weights) -> dict[str, np.ndarray]:
     return state
 
 
-def _expected(shapes: weights_lib.Shapes) -> dict[str, tuple[int, ...]]:
+def _expected(shapes: files.Shapes) -> dict[str, tuple[int, ...]]:
     expected = {}
     for row, name in _NAMES.items():
         kernel = shapes[f"params/{row}/kernel"]
-        expected[f"{name}.weight"] = weights_lib.first_shape(kernel)
+        expected[f"{name}.weight"] = files.first_shape(kernel)
         expected[f"{name}.bias"] = kernel[-1:]
     return expected

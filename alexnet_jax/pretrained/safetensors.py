@@ -13,9 +13,8 @@ import safetensors.numpy
 
 from alexnet_jax.alexnet import AlexNet
 from alexnet_jax.data.files import replacing
-from alexnet_jax.pretrained import torchvision
-from alexnet_jax.pretrained import weights as weights_lib
-from alexnet_jax.pretrained.weights import Weights, WeightsError
+from alexnet_jax.pretrained import files, torchvision
+from alexnet_jax.pretrained.files import Weights, WeightsError
 
 NAMES = ("alexnet_jax", "torchvision")
 # The entry of the file's metadata that has all but the tensors, as JSON.
@@ -49,10 +48,10 @@ def save_safetensors(
     path = Path(path)
     if names not in NAMES:
         raise WeightsError(f"names={names!r} must be one of {', '.join(NAMES)}.")
-    leaves = weights_lib.flat(weights.variables)
+    leaves = files.flat(weights.variables)
     shapes = {name: np.shape(leaf) for name, leaf in leaves.items()}
-    expected = weights_lib.shapes_of(weights.make_model(), weights.crop_size)
-    weights_lib.check_shapes(path, "the network of its settings", shapes, expected)
+    expected = files.shapes_of(weights.make_model(), weights.crop_size)
+    files.check_shapes(path, "the network of its settings", shapes, expected)
     metadata = {RECORD: json.dumps(_record(weights))}
     if names == "torchvision":
         tensors = torchvision.to_state(weights)
@@ -77,23 +76,23 @@ def read(path: Path, variant: str | None) -> Weights:
             tensors = {
                 name: file.get_tensor(name)
                 for name in names
-                if not weights_lib.is_counter(name)
+                if not files.is_counter(name)
             }
     except Exception as error:  # its own, and NumPy's of dtypes that it does not have
-        raise weights_lib.not_of_format(path, ".safetensors", error) from error
-    weights_lib.check_numbers(path, tensors)
+        raise files.not_of_format(path, ".safetensors", error) from error
+    files.check_numbers(path, tensors)
     record = _read_record(path, metadata)
     first_parts = {torchvision.own_name(name).partition(".")[0] for name in tensors}
     if first_parts & set(torchvision.PARTS):
-        weights_lib.check_variant(path, variant, (torchvision.VARIANT,))
+        files.check_variant(path, variant, (torchvision.VARIANT,))
         return _from_torchvision(path, tensors, metadata, record)
     if record is None:
-        names = weights_lib.some(list(tensors)) or "nothing"
+        names = files.some(list(tensors)) or "nothing"
         raise WeightsError(
             f"{path} was written neither by alexnet_jax nor from torchvision's AlexNet "
             f"(params/conv1/kernel ... or features.0.weight ...); it holds {names}."
         )
-    weights_lib.check_variant(path, variant, (_model(record).network.name,))
+    files.check_variant(path, variant, (_model(record).network.name,))
     return _from_record(path, tensors, record)
 
 
@@ -163,23 +162,23 @@ def _read_record(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | No
 
 def _model(record: Mapping[str, Any]) -> AlexNet:
     """The network of a file's record."""
-    return weights_lib.make_model(record["settings"])
+    return files.make_model(record["settings"])
 
 
 def _from_record(
     path: Path, tensors: dict[str, np.ndarray], record: dict[str, Any]
 ) -> Weights:
     model, side = _model(record), record["image_size"]
-    expected = weights_lib.shapes_of(model, record["crop_size"])
+    expected = files.shapes_of(model, record["crop_size"])
     found = {name: array.shape for name, array in tensors.items()}
     image = len(found.get(_MEAN, ())) == 3
     expected[_MEAN] = (side, side, 3) if image else (3,)
     what = f"the weights of variant {model.network.name}"
-    weights_lib.check_shapes(path, what, found, expected)
+    files.check_shapes(path, what, found, expected)
     mean = tensors.pop(_MEAN).astype(np.float32, copy=False)
     return Weights(
         settings=record["settings"],
-        variables=weights_lib.nested(tensors),
+        variables=files.nested(tensors),
         mean=mean,
         image_size=side,
         crop_size=record["crop_size"],

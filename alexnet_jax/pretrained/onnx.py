@@ -33,8 +33,8 @@ from alexnet_jax.layers import (
     stage_name,
 )
 from alexnet_jax.ops.reference import pooled_length
-from alexnet_jax.pretrained import weights as weights_lib
-from alexnet_jax.pretrained.weights import WeightsError
+from alexnet_jax.pretrained import files
+from alexnet_jax.pretrained.files import WeightsError
 from alexnet_jax.summary import check_image_size
 
 # Of 2022: what is needed is in there, and runtimes of today all read it.
@@ -85,10 +85,10 @@ def export_onnx(
         ) from error
     size = crop_size or model.network.crop_size
     check_image_size(model.network, size)
-    leaves = weights_lib.flat(variables)
+    leaves = files.flat(variables)
     shapes = {name: np.shape(leaf) for name, leaf in leaves.items()}
-    expected = weights_lib.shapes_of(model, size)
-    weights_lib.check_shapes(path, "this network", shapes, expected)
+    expected = files.shapes_of(model, size)
+    files.check_shapes(path, "this network", shapes, expected)
     graph = _Graph(size)
     if mean is not None:
         graph.subtract(mean)
@@ -233,7 +233,7 @@ def _conv(
     name: str,
 ) -> None:
     (top, bottom), (left, right) = row.pads(graph.side)
-    weight = weights_lib.channels_first(kernel, graph.channels)
+    weight = files.channels_first(kernel, graph.channels)
     inputs = [
         graph.x,
         graph.constant(f"{row.name}.weight", weight),
@@ -310,7 +310,7 @@ def _dense(
         suffix = f"_{i}" if columns > 1 else ""
         if graph.side:
             x = graph.add("Flatten", [x], f"{row.name}_flat{suffix}", axis=1)
-        weight = weights_lib.channels_first(weight, graph.channels // columns)
+        weight = files.channels_first(weight, graph.channels // columns)
         inputs = [
             x,
             graph.constant(f"{row.name}.weight{suffix}", weight),
