@@ -753,7 +753,7 @@ def test_a_file_becomes_onnx(workdir, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--out={tmp}/x.h5"], "must end in .safetensors or .onnx"),
-        (["--out={tmp}/x.onnx", "--names=torchvision"], "is of .safetensors"),
+        (["--out={tmp}/x.onnx", "--names=torchvision"], "is for .safetensors"),
         (["--out={tmp}/x.safetensors", "--names=torchvision"], "no network like"),
         (["--out={tmp}/x.onnx", "--step=77"], "step 77"),
         (["--out={tmp}/x.onnx", "--workdir={tmp}/a.pth"], "a.pth"),
@@ -774,7 +774,7 @@ def test_torchvision_is_given_its_own_widths_only(torch_files, tmp_path, capsys)
     arguments = [f"--workdir={narrow}", f"--out={out}"]
     assert export.main([*arguments, "--names=torchvision"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "4, 12, 24, 16, 16, 256, 256 features a layer; torchvision's" in line
+    assert "4, 12, 24, 16, 16, 256, 256 features per layer; torchvision's" in line
     assert "64, 192, 384, 256, 256, 4096, 4096 and could not read them" in line
     assert not out.exists()
     assert export.main(arguments) == 0
