@@ -19,7 +19,7 @@ from pathlib import Path
 
 from alexnet_jax import pretrained, stopping, variants
 from alexnet_jax.data.paths import path_argument, require_writable_file
-from alexnet_jax.experiment import read_network
+from alexnet_jax.loading import read_network
 from alexnet_jax.pictures import exit_status
 from alexnet_jax.pretrained.torchvision import VARIANT
 
@@ -37,15 +37,15 @@ def export(
     """Write the network of a workdir, or of a file of weights, to `out`.
 
     Args:
-      source: the workdir or file, as for `experiment.load`.
+      source: the workdir or file, as for `loading.load`.
       out: a `.safetensors` or `.onnx`; its folder is created.
       names: tensor names of a `.safetensors`, see `pretrained.save_safetensors`.
-      step, variant: as `experiment.load`.
+      step, variant: as `loading.load`.
 
     Raises:
       WeightsError: for another suffix, or a network that the format cannot hold.
       PathError: (an OSError) `out` cannot be written.
-      FileNotFoundError, CheckpointError: as `experiment.load`.
+      FileNotFoundError, CheckpointError: as `loading.load`.
     """
     suffix = out.suffix.lower()
     if suffix not in SUFFIXES:

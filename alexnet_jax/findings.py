@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from alexnet_jax import config_files, experiment, stopwatch
+from alexnet_jax import loading, stopwatch
 from alexnet_jax.analysis.retrieval import Index, index_of, nearest, shrink
 from alexnet_jax.checkpoint import Checkpointer
+from alexnet_jax.config import as_json, flat, get_config
 from alexnet_jax.data import DataError, match_classes
 from alexnet_jax.data.sources import Sample, Source
 from alexnet_jax.evaluate import Predictions
@@ -84,17 +85,17 @@ def read_run(workdir: Path) -> Run:
     """Reads a run.
 
     Raises:
-      FileNotFoundError, CheckpointError: as `experiment.load`.
+      FileNotFoundError, CheckpointError: as `loading.load`.
     """
-    experiment.require_run(workdir)
+    loading.require_run(workdir)
     logits_of = Extractor(workdir, "logits")
     with Checkpointer(
-        workdir.absolute() / experiment.CHECKPOINTS, read_only=True
+        workdir.absolute() / loading.CHECKPOINTS, read_only=True
     ) as saved:
         step = saved.find("best")
         assert step is not None  # else there was nothing to load
         found = saved.metadata(step)
-    config = experiment.read_config(workdir)
+    config = loading.read_config(workdir)
     assert config is not None
     layers = summary(logits_of.model, config["data"]["crop_size"])
     metrics = workdir / METRICS_FILE
@@ -245,7 +246,7 @@ def _open(run: Run, split: str) -> Source:
       DataError: as `match_classes` and `open_source`.
     """
     source = run.logits_of.open(split)
-    known = experiment.read_class_names(run.workdir)
+    known = loading.read_class_names(run.workdir)
     return source if known is None else match_classes(source, known)
 
 
@@ -322,20 +323,17 @@ def time_spent(run: Run) -> TimeSpent:
 
 
 class Difference(NamedTuple):
-    """A field that is not as in configs/common.py."""
+    """A field that is not at its default."""
 
     field: str
     value: Any
     default: Any
 
 
-def differences(config: dict[str, Any]) -> list[Difference] | None:
-    """What differs from configs/common.py; None where that is not installed."""
-    if not config_files.COMMON.exists():
-        return None
-    common = config_files.load_config(str(config_files.COMMON))
-    defaults = experiment.flat(experiment.as_json(common))
-    own = experiment.flat(config)
+def differences(config: dict[str, Any]) -> list[Difference]:
+    """Return the fields that differ from the defaults."""
+    defaults = flat(as_json(get_config()))
+    own = flat(config)
     return [
         Difference(name, own[name], default)
         for name, default in defaults.items()

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from alexnet_jax import experiment as experiment_lib
-from alexnet_jax import optim
+from alexnet_jax import loading, optim
 from alexnet_jax.checkpoint import split_step
-from alexnet_jax.experiment import Config, ConfigError, Experiment
+from alexnet_jax.config import Config, ConfigError, model_settings
+from alexnet_jax.experiment import Experiment
 from alexnet_jax.layers import stage_name
 from alexnet_jax.pretrained import Weights
 from alexnet_jax.steps import TrainState
@@ -34,7 +34,7 @@ def begin(experiment: Experiment) -> tuple[Experiment, TrainState, list[str]]:
 
     Raises:
       ConfigError: if the weights lack a layer, or have it in another shape.
-      FileNotFoundError, CheckpointError, WeightsError: as `experiment.load`.
+      FileNotFoundError, CheckpointError, WeightsError: as `loading.load`.
     """
     config, source = experiment.config, experiment.config.finetune.source
     if not source:
@@ -42,7 +42,7 @@ def begin(experiment: Experiment) -> tuple[Experiment, TrainState, list[str]]:
     # Only a .caffemodel may not name its variant.
     is_caffe = source.lower().endswith(".caffemodel")
     variant = config.model.variant if is_caffe else None
-    weights = experiment_lib.read_network(source, variant=variant)
+    weights = loading.read_network(source, variant=variant)
     new = [*config.finetune.new_layers, experiment.model.network.layers[-1].name]
     kept = _kept(experiment, weights, new)
     state = experiment.init_state()
@@ -60,7 +60,7 @@ def begin(experiment: Experiment) -> tuple[Experiment, TrainState, list[str]]:
     # Settings from JSON hold lists, those of a config tuples.
     here, there = (
         {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-        for settings in (experiment_lib.model_settings(config, None), weights.settings)
+        for settings in (model_settings(config, None), weights.settings)
     )
     other = [
         f"{name}={there.get(name)} there, {value} here"
@@ -91,7 +91,7 @@ def check_source(config: Config) -> None:
     """Raise ConfigError if `finetune.source` is neither a run nor a file."""
     source = config.finetune.source
     folder, _ = split_step(source)
-    is_run = (Path(folder) / experiment_lib.CONFIG_FILE).exists()
+    is_run = (Path(folder) / loading.CONFIG_FILE).exists()
     if source and not is_run and not Path(source).is_file():
         raise ConfigError(
             f"--config.finetune.source={source} is neither the workdir of a run nor a "

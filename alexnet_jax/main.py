@@ -20,20 +20,20 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax import (
-    config_files,
     distributed,
     experiment,
+    loading,
     parallel,
     protocol,
     stopping,
     train,
 )
 from alexnet_jax.checkpoint import CheckpointError
+from alexnet_jax.config import ConfigError, as_json, flat
 from alexnet_jax.data import DataError
 from alexnet_jax.describe import describe, describe_modes
 from alexnet_jax.distributed import DistributedError
 from alexnet_jax.evaluate import PredictionsError
-from alexnet_jax.experiment import ConfigError
 from alexnet_jax.pretrained import WeightsError
 from alexnet_jax.writers import show_every_name
 
@@ -52,7 +52,7 @@ class _ConfigFile(flags.ArgumentParser):
         try:
             if argument[:1] in ("", "-"):  # "--config --workdir=DIR"
                 raise ConfigError(_NO_CONFIG)
-            return config_files.load_config(argument)
+            return loading.load_config(argument)
         except Exception as error:
             raise _NotLoadedError from error
 
@@ -136,7 +136,7 @@ def main(argv: Sequence[str]) -> None:
         # Before jax starts; afterwards it has no effect.
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
-    fields = experiment.flat(experiment.as_json(_CONFIG.value), "config.")
+    fields = flat(as_json(_CONFIG.value), "config.")
     with stopping.at_once():  # they wait for the other processes
         _connect()
         distributed.require_same({"mode": _MODE.value, "workdir": workdir} | fields)
@@ -232,8 +232,8 @@ def _stored_config() -> Path:
         raise ConfigError(
             f"{_NO_CONFIG} Files do not say which pictures they are to be tested on."
         )
-    experiment.require_run(runs[0])
-    return runs[0] / experiment.CONFIG_FILE
+    loading.require_run(runs[0])
+    return runs[0] / loading.CONFIG_FILE
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -268,8 +268,6 @@ def run() -> None:
     logging.set_verbosity(logging.WARNING)  # jax's and orbax's chatter
     warnings.filterwarnings("ignore", module="PIL")  # such as of damaged EXIF
     show_every_name()
-    # The files of configs/ import one another, wherever the command is started.
-    sys.path.append(str(Path(__file__).parent.parent))
     try:
         with stopping.answering():
             app.run(main, flags_parser=_parse)

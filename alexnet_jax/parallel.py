@@ -1,4 +1,4 @@
-"""Everything that knows of more than one device.
+"""Meshes, modes, and what devices exchange: all that knows of more than one device.
 
 One mesh of two axes, "data" and "column". Three modes:
 
@@ -74,14 +74,14 @@ def require_devices() -> None:
 
 
 def make_mesh(data: int, column: int = 1) -> Mesh:
-    """A mesh of data x column devices, the first ones there are.
+    """Make a mesh of data x column devices, the first ones there are.
 
     With several processes it has to be all of them: a process without a device of
     the mesh would have nothing to do, and the others would wait for it.
 
     Raises:
-      ValueError: when there are fewer devices than that, some are left over, or the
-        processes have unequal numbers of them.
+      ValueError: if there are fewer devices than that, or, with several processes, some
+        are left over or the processes have unequal numbers of them.
     """
     # In the order of the processes, so that the devices of a row are neighbours and
     # each process's examples follow one another.
@@ -170,7 +170,7 @@ def _not_in_hybrid(network: Variant, columns: int) -> str:
 
 
 def batch_axes(mesh: Mesh, mode: str) -> tuple[str, ...]:
-    """The mesh axes that the batch is split over, where images enter the network.
+    """Return the mesh axes that the batch is split over as it enters the network.
 
     Axes of one device are not among them: XLA would copy all gradients in a sum of one.
     """
@@ -179,7 +179,7 @@ def batch_axes(mesh: Mesh, mode: str) -> tuple[str, ...]:
 
 
 def batch_shards(data: int, column: int, mode: str) -> int:
-    """Into how many parts a mesh of data x column devices splits a batch."""
+    """Return into how many parts a mesh of data x column devices splits a batch."""
     return data * column if mode == "hybrid" else data
 
 
@@ -236,8 +236,12 @@ class Columns:
 
 @dataclass(frozen=True)
 class Hybrid:
-    """Mode `hybrid`: all convolutions of a device's own examples, then a part of the
-    fully connected units of all examples of its row."""
+    """Mode `hybrid`: data-parallel convolutions, then fully connected layers in parts.
+
+    A device has all convolutional features of its own examples, and one part of the
+    fully connected units for the examples of all devices of its row. `parts` as for
+    `local_model`.
+    """
 
     batch_axes: tuple[str, ...]
     columns: int
@@ -278,8 +282,11 @@ class Hybrid:
         return lax.psum_scatter(parts, COLUMN, scatter_dimension=0, tiled=True)
 
 
+# Sums over devices.
+
+
 def sum_shards(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """The sum of what each device worked out from its shard of an array.
+    """Return the sum of what each device worked out from its shard of an array.
 
     `spec` says how that array is split; parts that every device holds count once.
     """
@@ -288,7 +295,7 @@ def sum_shards(x: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def vary(tree: PyTree, specs: PyTree, axes: tuple[str, ...]) -> PyTree:
-    """Marks arrays as each device's own along the `axes` they are not split over.
+    """Mark arrays as each device's own along the `axes` they are not split over.
 
     Without it `shard_map` would sum a gradient over these axes by itself, once for
     each use of the array; `sum_gradients` does it once in all.
@@ -302,7 +309,7 @@ def vary(tree: PyTree, specs: PyTree, axes: tuple[str, ...]) -> PyTree:
 
 
 def sum_gradients(grads: PyTree, specs: PyTree, axes: tuple[str, ...]) -> PyTree:
-    """Sums gradients over those of the `axes` that their arrays are not split over.
+    """Sum gradients over those of the `axes` that their arrays are not split over.
 
     The one place where data-parallel gradients are reduced, in the parameters' own
     precision. `shard_map` would refuse a step without it; under `pmap` such a step
@@ -321,7 +328,7 @@ def sum_gradients(grads: PyTree, specs: PyTree, axes: tuple[str, ...]) -> PyTree
 
 
 def replicated_axes(spec: PartitionSpec, axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of `axes` that an array of that spec is not split over."""
+    """Return those of `axes` that an array of that spec is not split over."""
     return tuple(axis for axis in axes if axis not in _axes(spec))
 
 
@@ -333,7 +340,7 @@ def _axes(spec: PartitionSpec) -> tuple[str, ...]:
 
 
 def param_specs(network: Variant, params: PyTree, mesh: Mesh, mode: str) -> PyTree:
-    """The PartitionSpec of every leaf of `params` (or of `batch_stats`).
+    """Return the PartitionSpec of every leaf of `params` (or of `batch_stats`).
 
     In mode "columns" a layer's features, its last axis, are split over "column", in
     mode "hybrid" only those of the fully connected layers; the classifier is split by
@@ -356,12 +363,15 @@ def param_specs(network: Variant, params: PyTree, mesh: Mesh, mode: str) -> PyTr
 
 
 def shardings(mesh: Mesh, specs: PyTree) -> PyTree:
-    """A NamedSharding for every PartitionSpec."""
+    """Return a NamedSharding for every PartitionSpec."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
         specs,
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
+
+
+# One step, two wrappers.
 
 
 def on_devices(
@@ -371,7 +381,7 @@ def on_devices(
     out_specs: PyTree,
     transform: str = "shard_map",
 ) -> Callable[..., Any]:
-    """`step`, what one device does, as a function of whole arrays; to be jitted.
+    """Return `step`, what one device does, as a function of whole arrays, to be jitted.
 
     Args:
       step: is run on every device, with its shards of the arguments.
@@ -391,7 +401,7 @@ def on_devices(
 def _pmap(
     step: Callable[..., Any], mesh: Mesh, in_specs: tuple[PyTree, ...]
 ) -> Callable[..., Any]:
-    """`jax.pmap` over the rows of the mesh; what is not split has no device axis."""
+    """Map `step` over the rows of the mesh; what is not split has no device axis."""
     split = [spec == P((DATA,)) for spec in in_specs]
     mapped = jax.pmap(
         step,
@@ -414,10 +424,13 @@ def _pmap(
     return call
 
 
-def positions(mesh: Mesh, mode: str, batch_size: int) -> tuple[int, int]:
-    """(lo, hi): the positions of a global batch that this process's devices need.
+# From the host to the devices.
 
-    The devices of one row that are columns need the same examples.
+
+def positions(mesh: Mesh, mode: str, batch_size: int) -> tuple[int, int]:
+    """Return (lo, hi), the positions of a global batch that this process needs.
+
+    Devices of one row that are columns need the same examples.
     """
     sharding = NamedSharding(mesh, P(batch_axes(mesh, mode)))
     parts = sharding.addressable_devices_indices_map((batch_size,)).values()
@@ -426,13 +439,21 @@ def positions(mesh: Mesh, mode: str, batch_size: int) -> tuple[int, int]:
 
 
 def put_batch(batch: PyTree, mesh: Mesh, mode: str, batch_size: int) -> PyTree:
-    """Host arrays of the examples at `positions` -> arrays split over `batch_axes`."""
+    """Put host arrays of the examples at `positions` on devices, split like the batch."""
     sharding = NamedSharding(mesh, P(batch_axes(mesh, mode)))
     return jax.tree.map(
         lambda a: jax.make_array_from_process_local_data(
             sharding, a, (batch_size, *a.shape[1:])
         ),
         batch,
+    )
+
+
+def put_everywhere(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Put host arrays, the same in every process, whole on every device."""
+    sharding = NamedSharding(mesh, P())
+    return jax.tree.map(
+        lambda a: jax.make_array_from_process_local_data(sharding, a, a.shape), tree
     )
 
 
@@ -456,11 +477,3 @@ class Agreement:
         return self._largest(
             jax.make_array_from_process_local_data(self._split, rows, shape)
         )
-
-
-def put_everywhere(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Host arrays, the same in every process -> arrays whole on every device."""
-    sharding = NamedSharding(mesh, P())
-    return jax.tree.map(
-        lambda a: jax.make_array_from_process_local_data(sharding, a, a.shape), tree
-    )

@@ -21,7 +21,7 @@ from alexnet_jax.data.files import replacing
 from alexnet_jax.data.images import load_picture
 from alexnet_jax.data.paths import path_argument
 from alexnet_jax.data.sources import Source
-from alexnet_jax.experiment import (
+from alexnet_jax.loading import (
     is_weights_file,
     make_preprocess,
     read_config,
@@ -43,19 +43,19 @@ class Extractor:
     """A trained network as a function from pictures to one layer's features.
 
     Args:
-      path: the workdir of a run, or a file of weights; as of `experiment.load`.
+      path: the workdir of a run, or a file of weights; as of `loading.load`.
       layer: a name of `model.apply(..., method="features")`, such as "fc7", "logits".
-      step: which checkpoint; as `experiment.load`.
+      step: which checkpoint; as `loading.load`.
       batch: pictures at once; fewer are filled up, so that one program does for all.
 
     Attributes:
-      model, variables: as `experiment.load`.
+      model, variables: as `loading.load`.
       image_size: side of the pictures in pixels.
       class_names: by label; "class 3" where neither run nor file says.
 
     Raises:
       UnknownLayerError: if there is no such layer.
-      FileNotFoundError, CheckpointError: as `experiment.load`.
+      FileNotFoundError, CheckpointError: as `loading.load`.
     """
 
     def __init__(

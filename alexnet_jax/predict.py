@@ -24,7 +24,7 @@ from alexnet_jax import stopping
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import short_names
 from alexnet_jax.data.paths import require_writable_file
-from alexnet_jax.experiment import load
+from alexnet_jax.loading import load
 from alexnet_jax.pictures import (
     BATCH,
     Extractor,
@@ -68,14 +68,14 @@ def predict(
     Args:
       workdir: of a run, or a file of weights.
       paths: picture files.
-      step: which checkpoint; as `experiment.load`.
+      step: which checkpoint; as `loading.load`.
 
     Yields:
       A prediction for each path, or the OSError or ValueError of a picture that cannot
       be read.
 
     Raises:
-      FileNotFoundError, CheckpointError: as `experiment.load`.
+      FileNotFoundError, CheckpointError: as `loading.load`.
     """
     size = min(BATCH, len(paths))
     logits_of = Extractor(workdir, "logits", step=step, batch=size)

@@ -14,13 +14,14 @@ import jax
 import numpy as np
 
 from alexnet_jax import experiment as experiment_lib
-from alexnet_jax import finetune, train
+from alexnet_jax import finetune, loading, train
 from alexnet_jax.checkpoint import (
     Checkpointer,
     CheckpointError,
     has_checkpoint,
     split_step,
 )
+from alexnet_jax.config import Config, ConfigError
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.paths import expanded, require_writable_file
 from alexnet_jax.data.sources import place_of_split
@@ -35,7 +36,7 @@ from alexnet_jax.evaluate import (
     predict,
     worst_confusions,
 )
-from alexnet_jax.experiment import Config, ConfigError, Experiment
+from alexnet_jax.experiment import Experiment
 from alexnet_jax.metrics import shows_top5
 from alexnet_jax.writers import METRICS_FILE, read_metrics
 
@@ -61,7 +62,7 @@ class Member:
 
     @property
     def is_weights(self) -> bool:
-        return not self.is_predictions and experiment_lib.is_weights_file(self.path)
+        return not self.is_predictions and loading.is_weights_file(self.path)
 
     @classmethod
     def parse(cls, text: str) -> "Member":
@@ -195,21 +196,21 @@ def describe_mistakes(predictions: Predictions, most: int = WORST) -> list[str]:
 
 
 def _require_checkpoint(member: Member) -> None:
-    if not has_checkpoint(member.path / experiment_lib.CHECKPOINTS):
+    if not has_checkpoint(member.path / loading.CHECKPOINTS):
         raise CheckpointError(
-            f"There is no checkpoint in {member.path / experiment_lib.CHECKPOINTS}; "
+            f"There is no checkpoint in {member.path / loading.CHECKPOINTS}; "
             "train first (--mode=train), or give the --workdir of a run."
         )
 
 
 def _of_its_own(config: Config, workdir: Path) -> Config:
     """The config with the network that the workdir was trained with."""
-    if experiment_lib.read_config(workdir) is None:
+    if loading.read_config(workdir) is None:
         raise CheckpointError(
-            f"{workdir} has no {experiment_lib.CONFIG_FILE} that says which network it "
+            f"{workdir} has no {loading.CONFIG_FILE} that says which network it "
             "holds; test it by itself, with its --config."
         )
-    return experiment_lib.with_network_of(config, workdir)
+    return loading.with_network_of(config, workdir)
 
 
 def _from_run(
@@ -222,18 +223,18 @@ def _from_run(
       the network is tested in; its variables).
     """
     workdir = member.path.absolute()
-    if (stored := experiment_lib.read_config(workdir)) is not None:
+    if (stored := loading.read_config(workdir)) is not None:
         train.compare(config, stored, workdir)  # another network is refused
-    statistics = experiment_lib.read_statistics(workdir, config.data.image_size)
-    _say(experiment_lib.about_mean(workdir, statistics, stored or {}))
+    statistics = loading.read_statistics(workdir, config.data.image_size)
+    _say(loading.about_mean(workdir, statistics, stored or {}))
     experiment = experiment_lib.build_for_evaluation(
         config,
-        class_names=experiment_lib.read_class_names(workdir),
+        class_names=loading.read_class_names(workdir),
         statistics=statistics,
         log=_say,
     )
     train.say_place(experiment)
-    with Checkpointer(workdir / experiment_lib.CHECKPOINTS, read_only=True) as saved:
+    with Checkpointer(workdir / loading.CHECKPOINTS, read_only=True) as saved:
         step = saved.find(member.step)
         is_best = member.step == "best" and saved.best_step() is not None
         variables, trained_with = _restore(experiment, saved, step)
@@ -251,7 +252,7 @@ def _from_run(
             f", chosen as the best of {count or 'its'} evaluations on this split, so its "
             "error is a little optimistic"
         )
-    path = member.path / experiment_lib.CHECKPOINTS / str(step)
+    path = member.path / loading.CHECKPOINTS / str(step)
     _say(f"checkpoint of step {step} ({path}){chosen}")
     return about, experiment, variables
 
@@ -275,8 +276,8 @@ def _from_weights(config: Config, path: Path) -> tuple[Experiment, dict[str, Any
     Raises:
       ConfigError: if its classes are not those of the data.
     """
-    weights = experiment_lib.read_network(path)
-    own = experiment_lib.with_network_of(config, path)
+    weights = loading.read_network(path)
+    own = loading.with_network_of(config, path)
     own.model.num_classes = 0  # the data's, which are compared below
     side = own.data.image_size
     mean = np.broadcast_to(np.asarray(weights.mean), (side, side, 3))

@@ -32,13 +32,13 @@ from alexnet_jax.analysis.figures import (
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.images import short_names
 from alexnet_jax.data.paths import path_argument, require_writable_file
-from alexnet_jax.experiment import (
+from alexnet_jax.findings import first_kernel, read_run
+from alexnet_jax.loading import (
     CONFIG_FILE,
     read_class_names,
     read_config,
     require_run,
 )
-from alexnet_jax.findings import first_kernel, read_run
 from alexnet_jax.metrics import shows_top5
 from alexnet_jax.pictures import exit_status, save_figure
 from alexnet_jax.report_page import build_page
@@ -85,7 +85,7 @@ def report(workdir: Path, *, python: str = "python") -> list[str]:
       python: how Python is called in the commands that the page shows.
 
     Raises:
-      FileNotFoundError, CheckpointError: as `experiment.load`.
+      FileNotFoundError, CheckpointError: as `loading.load`.
       PathError: (an OSError) the page or a figure cannot be written.
     """
     require_run(workdir)

@@ -18,9 +18,9 @@ from alexnet_jax.analysis.figures import (
 )
 from alexnet_jax.analysis.page import Markup
 from alexnet_jax.analysis.retrieval import draw
+from alexnet_jax.config import flat
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.evaluate import class_errors, errors, worst_confusions
-from alexnet_jax.experiment import CONFIG_FILE, flat
 from alexnet_jax.findings import (
     Alike,
     Difference,
@@ -33,6 +33,7 @@ from alexnet_jax.findings import (
     look_for_alike,
     time_spent,
 )
+from alexnet_jax.loading import CONFIG_FILE
 from alexnet_jax.metrics import shows_top5
 from alexnet_jax.stopwatch import TIMES_FILE
 from alexnet_jax.writers import METRICS_FILE
@@ -51,7 +52,6 @@ def build_page(run: Run, python: str = "python") -> bytes:
     """
     held_out = look_at_held_out(run)
     alike = look_for_alike(run, held_out)
-    changed = differences(run.config)
     name = run.workdir.absolute().name
     return page.document(
         f"{name}: {_network(run)}",
@@ -63,9 +63,9 @@ def build_page(run: Run, python: str = "python") -> bytes:
         _neighbours(run, alike),
         _filters(run),
         _time(run),
-        _configuration(run, changed),
+        _configuration(run, differences(run.config)),
         _layers(run),
-        _commands(run, python, changed is not None),
+        _commands(run, python),
         footer="Made by python -m alexnet_jax.report from the files of the run.",
     )
 
@@ -392,21 +392,13 @@ def _time(run: Run) -> Markup:
     return page.section(title, *parts)
 
 
-def _configuration(run: Run, changed: list[Difference] | None) -> Markup:
+def _configuration(run: Run, changed: list[Difference]) -> Markup:
     fields = [(page.code(k), _value(v)) for k, v in flat(run.config).items()]
-    if changed is None:
-        first = _missing(
-            "What differs from the defaults",
-            Missing("configs/common.py is not installed here"),
-        )
-    else:
-        rows = [
-            (page.code(d.field), _value(d.value), _value(d.default)) for d in changed
-        ]
-        first = page.joined(
-            page.paragraph("What differs from configs/common.py:"),
-            page.table(["field", "here", "default"], rows, columns="lll"),
-        )
+    rows = [(page.code(d.field), _value(d.value), _value(d.default)) for d in changed]
+    first = page.joined(
+        page.paragraph("Fields that differ from their defaults:"),
+        page.table(["field", "here", "default"], rows, columns="lll"),
+    )
     everything = page.table(["field", "value"], fields, columns="ll")
     return page.section(
         "Configuration", first, page.details(f"All {len(fields)} fields", everything)
@@ -446,7 +438,7 @@ def _layers(run: Run) -> Markup:
     )
 
 
-def _commands(run: Run, python: str, has_configs: bool) -> Markup:
+def _commands(run: Run, python: str) -> Markup:
     workdir = shlex.quote(str(run.workdir))
     predict = f"{python} -m alexnet_jax.predict \\\n    --workdir={workdir} PICTURE ..."
     alike = (
@@ -455,29 +447,24 @@ def _commands(run: Run, python: str, has_configs: bool) -> Markup:
     )
     parts = [page.heading("What is in other pictures"), page.block(predict)]
     parts += [page.heading("Training pictures like them"), page.block(alike)]
-    if has_configs:
-        words = [
-            f"{python} -m alexnet_jax.main",
-            f"--workdir={workdir}",
-            *_devices(run),
-        ]
-        config = shlex.quote(str(run.workdir / CONFIG_FILE))
-        test, train = (
-            " \\\n    ".join([*words, last])
-            for last in ("--mode=eval", f"--config={config}")
-        )
-        if run.config["data"]["eval_split"]:
-            parts += [page.heading("Test it again"), page.block(test)]
-        cut = run.config["max_steps"] >= 0
-        parts += [
-            page.heading("Go on"),
-            page.block(train),
-            page.paragraph(
-                "Where it had come to its end with a larger ",
-                page.code(f"--config.{'max_steps' if cut else 'num_epochs'}"),
-                ". Or the command that it was trained with.",
-            ),
-        ]
+    words = [f"{python} -m alexnet_jax.main", f"--workdir={workdir}", *_devices(run)]
+    config = shlex.quote(str(run.workdir / CONFIG_FILE))
+    test, train = (
+        " \\\n    ".join([*words, last])
+        for last in ("--mode=eval", f"--config={config}")
+    )
+    if run.config["data"]["eval_split"]:
+        parts += [page.heading("Test it again"), page.block(test)]
+    cut = run.config["max_steps"] >= 0
+    parts += [
+        page.heading("Go on"),
+        page.block(train),
+        page.paragraph(
+            "Where it had come to its end with a larger ",
+            page.code(f"--config.{'max_steps' if cut else 'num_epochs'}"),
+            ". Or the command that it was trained with.",
+        ),
+    ]
     versions = machine_records.versions()
     here = ", ".join(f"{name} {version}" for name, version in versions.items())
     then = ", ".join(f"{name} {version}" for name, version in run.versions.items())

@@ -17,17 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from alexnet_jax import distributed, finetune, parallel
+from alexnet_jax import distributed, finetune, loading, parallel
 from alexnet_jax import experiment as experiment_lib
 from alexnet_jax.alexnet import INITS
 from alexnet_jax.checkpoint import Checkpointer, CheckpointError, has_checkpoint
+from alexnet_jax.config import Config, ConfigError, as_json, flat, validate
 from alexnet_jax.data import Batches, locks
 from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, wnids
 from alexnet_jax.data.loader import Batch
 from alexnet_jax.data.paths import expanded, require_writable
 from alexnet_jax.evaluate import evaluate
-from alexnet_jax.experiment import Config, ConfigError, Experiment
+from alexnet_jax.experiment import Experiment
 from alexnet_jax.metrics import shows_top5
 from alexnet_jax.optim import Plateau
 from alexnet_jax.profiler import Profiler
@@ -57,6 +58,8 @@ STEPS_IN_FLIGHT = 2
 POLL_SHARE, POLL_SECONDS = 0.05, 0.0002
 # A loss as near to ln(classes), in nats, is that of guessing.
 STALL_MARGIN = 0.02
+# Caffe's users waited for 5,000 to 15,000 steps (BVLC/caffe#401).
+STALL_AFTER_STEPS = 5000
 
 
 def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> TrainState:
@@ -66,7 +69,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
     result is the one of a run that never stopped. A new workdir is a new run.
 
     Args:
-      config: see `configs/common.py`.
+      config: see `config.get_config`.
       workdir: folder for `config.json`, `classes.json` (the names by label),
         `metrics.jsonl`, `times.jsonl`, `statistics.npz`, `checkpoints/`, `profile/` and
         TensorBoard's event files; made if it does not exist.
@@ -87,9 +90,9 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
     """
     watch = Stopwatch()
     path = _folder(workdir)
-    experiment_lib.validate(config)
+    validate(config)
     # Before anything is written: weights to start from may be the wrong ones.
-    begun = has_checkpoint(path / experiment_lib.CHECKPOINTS)
+    begun = has_checkpoint(path / loading.CHECKPOINTS)
     if not begun:
         finetune.check_source(config)
     differences, experiment = prepare(config, path)
@@ -98,7 +101,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
     with (
         _alone_in(path),
         Checkpointer(
-            path / experiment_lib.CHECKPOINTS, keep=config.checkpoint.keep
+            path / loading.CHECKPOINTS, keep=config.checkpoint.keep
         ) as checkpointer,
     ):
         restored = _restore(checkpointer, experiment, differences)
@@ -238,9 +241,9 @@ def _write_about(path: Path, experiment: Experiment, *, is_new: bool) -> None:
     """What a workdir holds beside records and checkpoints."""
     if is_new:  # those of a start that came to nothing
         (path / TIMES_FILE).unlink(missing_ok=True)
-    experiment.statistics.save(path / experiment_lib.STATISTICS_FILE)
-    experiment_lib.write_class_names(path, experiment.train_source.class_names)
-    experiment_lib.write_config(path, experiment.config)
+    experiment.statistics.save(path / loading.STATISTICS_FILE)
+    loading.write_class_names(path, experiment.train_source.class_names)
+    loading.write_config(path, experiment.config)
 
 
 def _train(run: "_Run", path: Path) -> None:
@@ -277,21 +280,19 @@ def prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
     Raises:
       ConfigError: for a config that is wrong, or a workdir of another network.
     """
-    experiment_lib.validate(config, training=False)
+    validate(config, training=False)
     differences, statistics = [], None
     # What a run without a checkpoint left behind may be of other data.
-    begun = has_checkpoint(workdir / experiment_lib.CHECKPOINTS)
+    begun = has_checkpoint(workdir / loading.CHECKPOINTS)
     if begun:
         differences = _compare_with_workdir(config, workdir)
-        stored = workdir / experiment_lib.STATISTICS_FILE
+        stored = workdir / loading.STATISTICS_FILE
         if stored.exists():
             statistics = statistics_lib.load(
                 stored, config.data.image_size, remedy=statistics_lib.TRAIN_AGAIN
             )
             if jax.process_index() == 0:
-                print(
-                    experiment_lib.about_mean(workdir, statistics, config), flush=True
-                )
+                print(loading.about_mean(workdir, statistics, config), flush=True)
     experiment = experiment_lib.build(config, statistics=statistics)
     if begun:
         _require_same_classes(experiment.train_source.class_names, workdir)
@@ -309,7 +310,7 @@ def say_place(experiment: Experiment) -> None:
 
 def _compare_with_workdir(config: Config, workdir: Path) -> list[str]:
     """`compare` with the workdir's own config."""
-    saved = experiment_lib.read_config(workdir)
+    saved = loading.read_config(workdir)
     return [] if saved is None else compare(config, saved, workdir)
 
 
@@ -319,13 +320,11 @@ def compare(config: Config, saved: dict[str, Any], workdir: Path) -> list[str]:
     Raises:
       ConfigError: when it describes another network.
     """
-    old = experiment_lib.flat(saved)
-    new = experiment_lib.flat(experiment_lib.as_json(config))
-    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    old = flat(as_json(loading.from_stored(saved)))
+    new = flat(as_json(config))
+    changed = [key for key in sorted(new) if old[key] != new[key]]
     lines = [
-        f"  --config.{key}: "
-        + (f"{old[key]} in the workdir" if key in old else "newer than the workdir")
-        + (f", now {new[key]}" if key in new else "; there is no such field any more")
+        f"  --config.{key}: {old[key]} in the workdir, now {new[key]}"
         for key in changed
     ]
     fixed = ("model.", "data.image_size", "data.crop_size")
@@ -344,7 +343,7 @@ def compare(config: Config, saved: dict[str, Any], workdir: Path) -> list[str]:
 
 def _require_same_classes(names: Sequence[str], workdir: Path) -> None:
     """Raises ConfigError if the labels mean something else than in the workdir."""
-    old = experiment_lib.read_class_names(workdir)
+    old = loading.read_class_names(workdir)
     if old is None or old == list(names):
         return
     pairs = itertools.zip_longest(old, names, fillvalue="none")
@@ -682,13 +681,12 @@ class _Run:
         )
 
     def _warn_of_stall(self, loss: float) -> None:
-        """Once, if from `stall_after_steps` on the network is still guessing."""
-        after = self.config.stall_after_steps
+        """Once, if from `STALL_AFTER_STEPS` on the network is still guessing."""
         # The data's classes: units without any are learnt away at once.
         classes = self.experiment.train_source.num_classes
         guessing = math.log(classes)
         stalled = abs(loss - guessing) <= STALL_MARGIN
-        if not after or self.step < after or not stalled or self.warned_of_stall:
+        if self.step < STALL_AFTER_STEPS or not stalled or self.warned_of_stall:
             return
         self.warned_of_stall = True
         inits = [init for init in INITS if init != self.config.model.init]
@@ -801,7 +799,7 @@ class _Run:
                     "was written."
                 )
             metadata = {
-                "config": experiment_lib.as_json(self.config),
+                "config": as_json(self.config),
                 "plateau": self.plateau.progress(),
                 "target_reached": self.target_reached,
                 "evaluation_owed": self.evaluation_owed,

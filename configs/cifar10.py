@@ -10,11 +10,11 @@ say where it ends: 140 epochs are this code's choice. `--config=configs/cifar10.
 the same in three epochs: the learning rate drops at the same shares of the run.
 """
 
-from configs import common
+from alexnet_jax.config import get_config as defaults
 
 
 def get_config(num_epochs="140"):
-    config = common.get_config()
+    config = defaults()
     config.num_epochs = float(num_epochs)
     config.data.source = "folder:PATH"
     config.data.image_size = 32

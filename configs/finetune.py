@@ -14,15 +14,15 @@ Once it has begun the run is a source itself: `configs/finetune.py:runs/mine` go
 it, and tests it, where SOURCE is no longer there.
 """
 
-from alexnet_jax import experiment, variants
-from configs import common
+from alexnet_jax import loading, variants
+from alexnet_jax.config import get_config as defaults
 
 
 def get_config(source=""):
-    config = common.get_config()
+    config = defaults()
     source = source or "SOURCE"  # which a run then asks for
     if source != "SOURCE":
-        config = experiment.with_network_of(config, source)
+        config = loading.with_network_of(config, source)
     config.finetune.source = source
     config.model.num_classes = 0
     config.data.source = "folder:PATH"

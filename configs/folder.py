@@ -8,11 +8,11 @@ from the folders, pictures of any size are resized to 256 x 256. A narrower netw
 (`--config.model.width=0.5`) is often enough for some dozens of classes.
 """
 
-from configs import common
+from alexnet_jax.config import get_config as defaults
 
 
 def get_config():
-    config = common.get_config()
+    config = defaults()
     config.data.source = "folder:PATH"
     # He's start trains at any width; the paper's wants ImageNet and full width.
     config.model.init = "he"

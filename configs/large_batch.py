@@ -33,11 +33,11 @@ Expected on the 50,000 validation pictures of ILSVRC-2012, not run here: top-1 e
 about 41% on the centre view (58.6% right is what arXiv:1709.05011 is quoted with).
 """
 
-from configs import common
+from alexnet_jax.config import get_config as defaults
 
 
 def get_config():
-    config = common.get_config()
+    config = defaults()
     config.data.source = "imagenet2012_256"
     config.data.eval_split = "validation"
     config.data.batch_size = 32768

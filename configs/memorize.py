@@ -8,11 +8,11 @@ training error does not go to zero, or the error on pictures that are also in th
 training split does not follow, then labels, statistics or evaluation disagree.
 """
 
-from configs import common
+from alexnet_jax.config import get_config as defaults
 
 
 def get_config():
-    config = common.get_config()
+    config = defaults()
     config.data.source = "imagenet2012_256"
     config.data.eval_split = "validation"
     config.data.batch_size = 50

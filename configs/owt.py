@@ -26,11 +26,11 @@ by a source that was not checked. torchvision's own weights for this network:
 43.48%, and top-5 20.93%.
 """
 
-from configs import common
+from alexnet_jax.config import get_config as defaults
 
 
 def get_config():
-    config = common.get_config()
+    config = defaults()
     config.data.source = "imagenet2012_256"
     config.data.eval_split = "validation"
     config.augment.min_area = 0.08

@@ -16,11 +16,11 @@ interpolated between the original's experiment 170 and Caffe. README, "What to e
 the sources.
 """
 
-from configs import common
+from alexnet_jax.config import get_config as defaults
 
 
 def get_config():
-    config = common.get_config()
+    config = defaults()
     config.data.source = "imagenet2012_256"
     config.data.eval_split = "validation"
     # Biases of 1, as in section 5, against Caffe's 0.1, which were taken because 1 "gave

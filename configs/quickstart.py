@@ -10,11 +10,11 @@ or, by itself,
 One to five minutes of training on two CPU cores; top-1 error 1.6% to 3.0% (three seeds).
 """
 
-from configs import common
+from alexnet_jax.config import get_config as defaults
 
 
 def get_config():
-    config = common.get_config()
+    config = defaults()
     config.model.width = 0.25
     config.model.init = "he"
     # With the paper's 0.5, which leaves 512 of 1,024 units, it takes twice as long.

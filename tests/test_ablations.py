@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax import augment, experiment, parallel, steps, variants
+from alexnet_jax.config import validate
 from alexnet_jax.summary import summary
 from alexnet_jax.sweeps import plan as plan_lib
 from configs.sweeps import ablations
@@ -50,7 +51,7 @@ def config_of(name, **more):
 @pytest.mark.parametrize("name", ablations.ROWS)
 def test_geometry_and_parameters(name):
     config = config_of(name)
-    experiment.validate(config)
+    validate(config)
     rows = summary(experiment.make_model(config, 1000), config.data.crop_size)
     found = sum(r.parameters for r in rows), sum(r.multiply_adds for r in rows)
     assert found == COUNTS.get(name, PAPER)
@@ -102,13 +103,11 @@ def test_each_trains_a_step(name):
     narrow = {"model.width": 1 / 32, "model.init": "he", "parallel.mode": "data"}
     config = config_of(name, **narrow)
     model = experiment.make_model(config, 10)
-    kwargs = {"mesh": parallel.make_mesh(1), "mode": "data", "seed": 0}
     tx = experiment.make_optimizer(config, model, steps_per_epoch=10.0)
-    crop = config.data.crop_size
-    state = steps.init_state(model, tx, crop_size=crop, **kwargs)
-    before = jax.device_get(state.params)
     augmentation = experiment.make_augmentation(config, 10.0)
-    step = steps.make_train_step(model, tx, augmentation, **kwargs)
+    spec = steps.StepSpec(model, tx, augmentation, parallel.make_mesh(1))
+    state, step = steps.init_state(spec), steps.make_train_step(spec)
+    before = jax.device_get(state.params)
     rng = np.random.default_rng(0)
     batch = {
         "image": jnp.asarray(rng.integers(0, 256, (2, 226, 226, 3), np.uint8)),

@@ -1,243 +1,18 @@
-"""Configs: every field is read, every mistake is said, and load gives it back."""
+"""Experiments: meshes, classes, statistics, the pipeline and the optimiser of a config."""
 
 import importlib
-import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
+from test_config import config_with
 
 from alexnet_jax import augment, experiment, steps, variants
+from alexnet_jax.config import ConfigError
 from alexnet_jax.data import DataError
 from alexnet_jax.data.statistics import Statistics
-from configs import common
-
-ROOT = Path(__file__).parent.parent
-CONFIGS = [
-    *("common", "paper", "original", "quickstart", "cifar10", "folder", "memorize"),
-    *("cifar10_11", "cifar10_13", "caffe", "caffenet", "owt", "large_batch", "tiny"),
-    "finetune",
-]
-
-
-def config_with(**changes):
-    """The common config on one device with changes: data__batch_size=3, ..."""
-    config = common.get_config()
-    config.parallel.data = 1
-    with config.unlocked():
-        for name, value in changes.items():
-            group = config
-            *path, last = name.split("__")
-            for part in path:
-                group = group[part]
-            group[last] = value
-    return config
-
-
-def fields(config, prefix=""):
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from fields(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name
-
-
-def test_every_config_file_is_tested():
-    found = {path.stem for path in (ROOT / "configs").glob("*.py")}
-    assert found == set(CONFIGS)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_shipped_configs_are_valid_and_have_only_common_fields(name):
-    config = importlib.import_module(f"configs.{name}").get_config()
-    assert set(fields(config)) == set(fields(common.get_config()))
-    experiment.validate(config)  # on the eight devices of the tests
-
-
-@pytest.mark.parametrize("field", [*fields(common.get_config())])
-def test_every_field_is_read(field):
-    """A field that nothing reads is a promise that nothing keeps."""
-    code = "".join(
-        (ROOT / "alexnet_jax" / name).read_text()
-        for name in (
-            "experiment.py",
-            "finetune.py",
-            "train.py",
-            "main.py",
-            "describe.py",
-        )
-    )
-    group, _, name = field.rpartition(".")
-    if group == "model.overrides":  # passed on by name
-        from alexnet_jax.ablations import ABLATIONS
-
-        assert name in ABLATIONS
-        return
-    owner = group.rpartition(".")[2] if group else "config"
-    aliases = {"optim": "optim", "model": "(?:model|fields)", "augment": "fields"}
-    owner = aliases.get(owner, owner)
-    assert re.search(rf"\b{owner}\.{name}\b", code), field
-
-
-def test_every_field_has_its_line_of_explanation():
-    lines = (ROOT / "configs" / "common.py").read_text().splitlines()
-    for number, line in enumerate(lines):
-        if re.match(r"    \w+(\.\w+)* = ", line) and "ConfigDict()" not in line:
-            assert lines[number - 1].lstrip().startswith("#"), line
-
-
-def test_all_mistakes_at_once_in_words():
-    config = config_with(
-        optim__momentum=1.5,
-        data__crop_size=300,
-        schedule__name="step",
-        model__variant="alexnet",
-        num_epochs=float("nan"),
-    )
-    with pytest.raises(experiment.ConfigError) as error:
-        experiment.validate(config)
-    message = str(error.value)
-    assert message.startswith("5 mistakes in the config:")
-    for words in (
-        "--config.optim.momentum=1.5 is out of range: 0 to below 1.",
-        "--config.data.crop_size=300 is larger than --config.data.image_size=256.",
-        "--config.schedule.name='step' must be one of constant, plateau, fixed, cosine",
-        "There is no variant 'alexnet'; the variants are paper",
-        "--config.num_epochs=nan is out of range: above 0.",
-    ):
-        assert words in message
-
-
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        (
-            {"data__batch_size": 10, "parallel__data": 4},
-            "batch_size=10 does not divide over 4 devices; the nearest that do: 8 or",
-        ),
-        (
-            {"data__batch_size": 120, "optim__accumulate_steps": 8}
-            | {"parallel__data": 2},
-            r"over 2 devices in --config.optim.accumulate_steps=8 parts; .* 112 or 128\.$",
-        ),
-        (
-            {"data__batch_size": 4, "optim__accumulate_steps": 8},
-            r"over 1 devices in .* the nearest that do: 8\.$",
-        ),
-        ({"optim__accumulate_steps": 0}, "steps=0 is out of range: at least 1"),
-        ({"summaries_every_steps": -1}, "steps=-1 is out of range: 0 or more"),
-        ({"stall_after_steps": -1}, "steps=-1 is out of range: 0 or more"),
-        ({"profile": -1}, "profile=-1 is out of range: 0 or more"),
-        ({"parallel__data": 16}, r"Asked for 16 devices \(16 data x 1 column\), found"),
-        ({"data__crop_size": 200}, "from images of 224 to 227 pixels; images of 200"),
-        (
-            {"model__variant": "caffe", "data__crop_size": 227}
-            | {"parallel__mode": "columns", "parallel__column": 2},
-            "'caffe' cannot be split over 2 columns: its local response",
-        ),
-        ({"schedule__drop_epochs": (3.0, 2.0)}, "above 0 and increasing"),
-        (
-            {"schedule__warmup_epochs": 100.0, "schedule__name": "cosine"},
-            "must be below --config.num_epochs=90",
-        ),
-        ({"optim__label_smoothing": 1.0}, "=1.0 is out of range: 0 .none. to below 1"),
-        ({"optim__trust_coefficient": -0.1}, "out of range: 0 .off. or more"),
-        ({"schedule__power": 0.0}, "power=0.0 is out of range: above 0"),
-        (
-            {"augment__min_area": 0.0},
-            "min_area=0.0 is out of range: above 0, at most 1",
-        ),
-        ({"model__dtype": "float64"}, "needs JAX_ENABLE_X64=1"),
-        ({"model__overrides__dropout": 2.0}, "dropout=2.0 is not a rate"),
-        ({"model__init": "xavier"}, "init='xavier' must be one of paper, caffe, he"),
-    ],
-)
-def test_each_mistake_is_said(changes, words):
-    with pytest.raises(experiment.ConfigError, match=words) as error:
-        experiment.validate(config_with(**changes))
-    assert str(error.value).startswith("1 mistake in the config:")
-
-
-COSINE = {"schedule__name": "cosine"}
-# Changes to the common config, and what is said about them.
-IDLE = [
-    ({"schedule__warmup_epochs": 5.0},
-     ("--config.schedule.warmup_epochs=5.0 has no effect with --config.schedule.name="
-      "'plateau'; it needs cosine or polynomial, or to be left at 0.0.")),
-    (COSINE | {"schedule__factor": 0.5}, "it needs plateau or fixed"),
-    (COSINE | {"schedule__patience": 2}, "it needs plateau, or to be left at 5"),
-    (COSINE | {"schedule__max_drops": 2}, "it needs plateau, or to be left at 3"),
-    (COSINE | {"schedule__drop_epochs": (2.0,)}, "drop_epochs=(2.0,) has no effect"),
-    (COSINE | {"schedule__power": 3.0}, "it needs polynomial"),
-    ({"schedule__max_drops": 0, "schedule__patience": 2}, "it needs 1 or more"),
-    ({"schedule__layer_factors": (("conv1", 90, 0.1),)}, "effect with --config.num_epochs"),
-    ({"schedule__name": "fixed", "num_epochs": 25.0},
-     "drop_epochs=(25.0, 51.0, 79.0) are all after the end, --config.num_epochs=25.0"),
-    ({"data__eval_split": ""},
-     ("'plateau' lowers the learning rate by evaluations, and --config.data.eval_split='' "
-      "with --config.eval_every_epochs=1.0 leaves none. Evaluate, or take another schedule, such as constant or cosine, or "
-      "--config.schedule.max_drops=0.")),
-    ({"eval_every_epochs": 0.0}, "--config.data.eval_split='test' with --config.eval_every_epochs=0.0 leaves none."),
-    (COSINE | {"data__eval_split": "", "eval_every_epochs": 2.0},
-     "eval_every_epochs=2.0 has no effect with --config.data.eval_split=''"),
-    ({"augment__min_area": 0.5, "augment__crop": False}, "effect with --config.augment.crop"),
-    ({"augment__lighting": 0.0, "augment__lighting_form": "original"}, "lighting=0.0; it"),
-    ({"augment__lighting": 0.0, "augment__lighting_until_epoch": 6.0}, "lighting=0.0; it"),
-    ({"augment__lighting_until_epoch": 90.0}, "effect with --config.num_epochs=90.0"),
-    ({"optim__momentum": 0.0, "optim__form": "torch"}, "form='torch' has no effect"),
-    ({"model__variant": "cifar", "data__image_size": 32, "data__crop_size": 32,
-      "optim__weight_decay": 0.0}, "layers without a weight decay of their own"),
-    ({"schedule__name": "constant", "optim__constant_bias_lr": True}, "another schedule"),
-    ({"eval_every_epochs": 100.0}, "effect with --config.num_epochs=90.0; it needs a"),
-    ({"data__image_size": 224, "eval_views": 10}, "it needs larger pictures"),
-    ({"finetune__new_layers": ("fc7",)}, "it needs weights to start from"),
-    ({"data__dir": "DATA", "data__source": "folder:PATH"}, "dir='DATA' has no effect"),
-    ({"data__dir": "DATA", "data__source": "fake"}, "it needs a tfds data set or textures"),
-    ({"model__variant": "cifar_13", "model__overrides__dropout": 0.5,
-      "data__image_size": 32, "data__crop_size": 24},
-     ("dropout=0.5 has no effect with --config.model.variant='cifar_13'; it needs a "
-      "network with dropout, or to be left out.")),
-    ({"model__overrides__norm_place": "before", "model__overrides__lrn": False},
-     "with --config.model.variant='paper', --config.model.overrides.lrn=False; it needs"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("changes, words", IDLE)
-def test_a_field_without_effect_is_refused_in_training_only(changes, words):
-    config = config_with(**changes)
-    with pytest.raises(experiment.ConfigError, match=re.escape(words)) as error:
-        experiment.validate(config)
-    assert str(error.value).startswith("1 mistake in the config:")
-    experiment.validate(config, training=False)
-
-
-def test_a_field_that_has_an_effect_or_asks_for_nothing_is_not_refused():
-    for changes in (
-        COSINE | {"schedule__warmup_epochs": 5.0, "eval_every_epochs": 0.0},
-        COSINE | {"data__eval_split": "", "schedule__drop_epochs": ()},
-        {"data__eval_split": "", "schedule__max_drops": 0, "eval_views": 10},
-        {"schedule__name": "fixed", "num_epochs": 26.0, "schedule__factor": 0.5},
-        {"schedule__name": "fixed", "schedule__drop_epochs": ()},
-        {"schedule__name": "polynomial", "schedule__power": 3.0},
-        {"schedule__layer_factors": (("conv1", 9.0, 0.1), ("conv1", 95.0, 0.0))},
-        {"optim__weight_decay": 0.0, "optim__decay_bias": False},
-        {"data__dir": "DATA"},
-        {"model__variant": "owt", "model__overrides__lrn": False},
-        {"model__overrides__norm_place": "after", "model__overrides__dropout": 0.5},
-        {"finetune__source": "runs/a", "finetune__new_layers": ["fc7"]},
-    ):
-        experiment.validate(config_with(**changes))
-
-
-def test_defaults_ask_for_nothing():
-    defaults = experiment.flat(common.get_config().to_dict())
-    for need in experiment._NEEDS:
-        assert defaults[need.field] == need.idle[0], need.field
-        assert {*need.others} <= defaults.keys()
 
 
 def test_open_mesh_takes_what_there_is():
@@ -288,7 +63,7 @@ def test_classes_are_counted_from_the_data(folder):
     assert (built.steps_per_epoch, built.total_steps) == (2.0, 180)
     more = experiment.build(small(folder, model__num_classes=10), log=lambda _: None)
     assert more.model.network.layers[-1].features == 10
-    with pytest.raises(experiment.ConfigError, match="fewer than the 3 classes"):
+    with pytest.raises(ConfigError, match="fewer than the 3 classes"):
         experiment.build(small(folder, model__num_classes=2))
 
 
@@ -413,11 +188,6 @@ def test_pipeline_gives_resized_crops(folder):
     np.testing.assert_allclose(batch["image"], expected, atol=1e-3)
 
 
-def test_load_refuses_what_is_no_workdir(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is not the workdir of a run"):
-        experiment.load(tmp_path)
-
-
 @pytest.mark.parametrize(
     "mode, data, column, shape",
     [
@@ -434,35 +204,6 @@ def test_meshes_of_eight_devices(mode, data, column, shape):
         parallel__mode=mode, parallel__data=data, parallel__column=column
     )
     assert experiment.mesh_shape(config, variants.get("paper")) == shape
-
-
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        ({"parallel__mode": "hybrid", "parallel__data": -1, "data__batch_size": 12},
-         "batch_size=12 does not divide over 8 devices; the nearest that do: 8 or 16"),
-        ({"parallel__mode": "hybrid", "parallel__column": 3},
-         "4096 units of fc6 do not divide by 3"),
-        ({"parallel__mode": "columns", "parallel__transform": "pmap"},
-         "transform=pmap splits nothing but the batch"),
-        ({"optim__trust_coefficient": 0.001, "parallel__mode": "columns",
-          "parallel__column": 2},
-         "whole layers, which --config.parallel.mode=columns splits over 2 columns"),
-        ({"optim__trust_coefficient": 0.001, "parallel__mode": "hybrid",
-          "parallel__column": 4, "parallel__data": 2}, "hybrid splits over 4 columns"),
-        ({"parallel__transform": "vmap"}, "must be one of shard_map, pmap"),
-        ({"schedule__layer_factors": (("conv9", 1.0, 0.1),)},
-         r"layer_factors: .'conv9'.*the layer one of conv1, conv2"),
-        ({"schedule__layer_factors": (("conv1", 5.0, 0.1), ("conv1", 5.0, 0.0))},
-         "its epochs 0 or more and increasing"),
-        ({"schedule__layer_factors": ("conv1", 5.0, 0.1)}, "must be .layer, epoch"),
-        ({"augment__lighting_form": "caffe"}, "must be one of paper, original"),
-        ({"augment__lighting_until_epoch": -2.0}, "-1 or at least 0"),
-    ],
-)  # fmt: skip
-def test_mistakes_about_devices_and_the_original(changes, words):
-    with pytest.raises(experiment.ConfigError, match=words):
-        experiment.validate(config_with(**changes))
 
 
 def test_the_originals_recipe_reaches_the_step():

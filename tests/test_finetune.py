@@ -18,11 +18,12 @@ from alexnet_jax import (
     export,
     finetune,
     load,
+    loading,
     pretrained,
     train,
     variants,
 )
-from alexnet_jax.experiment import ConfigError
+from alexnet_jax.config import ConfigError
 from alexnet_jax.pretrained.files import flat, nested
 from alexnet_jax.writers import read_metrics
 
@@ -81,7 +82,7 @@ def test_all_but_the_classifier_is_kept_and_the_mean_with_it(source, shapes):
         want = trained[name] if kept else scratch[name]
         np.testing.assert_array_equal(array, want, err_msg=name)
         assert kept or array.shape[-1] == 2
-    mean = experiment.read_network(source).mean
+    mean = loading.read_network(source).mean
     np.testing.assert_array_equal(begun.statistics.mean_image, mean)
     assert np.abs(mean - built.statistics.mean_image).max() > 1
     own = built.statistics.pca_std_255
@@ -94,7 +95,7 @@ def test_images_of_another_size_have_the_mean_colour(source, shapes):
     config = config_from(source, shapes)
     config.data.image_size = 40
     begun, *_ = finetune.begin(experiment.build(config))
-    colour = experiment.read_network(source).mean.mean(axis=(0, 1))
+    colour = loading.read_network(source).mean.mean(axis=(0, 1))
     mean = begun.statistics.mean_image
     assert mean.shape == (40, 40, 3)
     np.testing.assert_allclose(mean, np.broadcast_to(colour, mean.shape), rtol=1e-6)
@@ -120,8 +121,8 @@ def test_a_run_keeps_frozen_layers_and_resumes_without_its_source(
         np.testing.assert_array_equal(array, twice[name], err_msg=name)
         assert np.array_equal(array, trained[name]) == ("conv1" in name), name
     # The mean image stays with the weights.
-    mean = experiment.read_network(tmp_path / "twice").mean
-    np.testing.assert_array_equal(mean, experiment.read_network(source).mean)
+    mean = loading.read_network(tmp_path / "twice").mean
+    np.testing.assert_array_equal(mean, loading.read_network(source).mean)
     assert read_metrics(tmp_path / "twice" / "metrics.jsonl")[-1]["step"] == 3
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from alexnet_jax import (
     create_model,
-    experiment,
     export,
+    loading,
     main,
     predict,
     prepare,
@@ -22,6 +22,7 @@ from alexnet_jax import (
 )
 from alexnet_jax import train as train_lib
 from alexnet_jax.checkpoint import Checkpointer
+from alexnet_jax.config import as_json
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.statistics import Statistics
 from configs import common
@@ -60,11 +61,11 @@ def places(tmp_path_factory):
         checkpoints.save(
             3,
             {"step": np.int32(3), **variables},
-            metadata={"config": experiment.as_json(config)},
+            metadata={"config": as_json(config)},
             top1_error=0.5,
         )
-    experiment.write_config(folder / "run", config)
-    experiment.write_class_names(folder / "run", [f"class {k}" for k in range(10)])
+    loading.write_config(folder / "run", config)
+    loading.write_class_names(folder / "run", [f"class {k}" for k in range(10)])
     mean = np.full((34, 34, 3), 99, np.float32)
     statistics = Statistics(mean, np.ones(3, "f4"), np.eye(3, dtype="f4"), 7)
     statistics.save(folder / "run" / "statistics.npz")

@@ -12,7 +12,7 @@ from test_train import folder, small_config  # noqa: F401
 
 from alexnet_jax import export, load, predict, report, retrieve, train
 from alexnet_jax.analysis.figures import best_labels
-from alexnet_jax.experiment import ConfigError
+from alexnet_jax.config import ConfigError
 
 NAMES = ["blue", "green", "red"]
 

@@ -11,11 +11,12 @@ import pytest
 from absl.testing import flagsaver
 from test_train import PICTURES, columns_config, folder, records, small_config  # noqa: F401
 
-from alexnet_jax import config_files, evaluate, load, main, protocol, train
+from alexnet_jax import evaluate, load, loading, main, protocol, train
 from alexnet_jax.checkpoint import CheckpointError
+from alexnet_jax.config import ConfigError
 from alexnet_jax.data import DataError
 from alexnet_jax.evaluate import PredictionsError
-from alexnet_jax.experiment import ConfigError, read_network
+from alexnet_jax.loading import read_network
 from alexnet_jax.pretrained import save_safetensors
 from alexnet_jax.protocol import Member
 
@@ -204,7 +205,7 @@ def test_a_stored_config_of_another_version(runs, tmp_path):
     stored["num_epochs"] = 2
     path = tmp_path / "config.json"
     path.write_text(json.dumps(stored))
-    found = config_files.load_config(str(path))
+    found = loading.load_config(str(path))
     config = config.copy_and_resolve_references()
     config.schedule.layer_factors = (("conv1", 0.0, 2.0),)
     config.model.overrides.norm_layers = ("conv1",)
@@ -212,9 +213,9 @@ def test_a_stored_config_of_another_version(runs, tmp_path):
     assert found.is_locked
     path.write_text("{")
     with pytest.raises(ConfigError, match="config.json is damaged"):
-        config_files.load_config(str(path))
+        loading.load_config(str(path))
     with pytest.raises(ConfigError, match="there is no such file"):
-        config_files.load_config(str(tmp_path / "none" / "config.json"))
+        loading.load_config(str(tmp_path / "none" / "config.json"))
 
 
 def test_another_network_is_refused_whatever_the_workdir_says(runs, tmp_path):

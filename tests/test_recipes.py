@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax import experiment, train
+from alexnet_jax.config import flat
 from alexnet_jax.writers import read_metrics
 
 NAMES = ("paper", "original", "caffe", "caffenet", "owt", "large_batch")
@@ -77,7 +78,7 @@ def test_schedules_of_the_recipes():
 
 
 def test_caffes_two_networks_differ_in_nothing_else():
-    caffe, caffenet = (experiment.flat(recipe(n).to_dict()) for n in NAMES[2:4])
+    caffe, caffenet = (flat(recipe(n).to_dict()) for n in NAMES[2:4])
     assert {k for k in caffe if caffe[k] != caffenet[k]} == {"model.variant"}
     assert caffe["optim.bias_lr_mult"] == 2 and not caffe["optim.decay_bias"]
 

@@ -20,16 +20,16 @@ from PIL import Image
 from test_train import small_config
 
 from alexnet_jax import (
-    config_files,
     findings,
     load,
+    loading,
     report,
     report_page,
     stopwatch,
     train,
 )
 from alexnet_jax.analysis import page
-from alexnet_jax.experiment import as_json
+from alexnet_jax.config import as_json
 from alexnet_jax.writers import read_metrics
 
 # Sorted as folders are. The first would be mathematics in a figure, the second markup,
@@ -284,7 +284,7 @@ def test_the_configuration_and_its_command(made, parsed):
         field: value for field, value, *_ in parsed.table("field", "here", "default")
     }
     assert rows["model.variant"] == "cifar" and rows["schedule.patience"] == "1"
-    assert "optim.momentum" not in rows  # as in common.py
+    assert "optim.momentum" not in rows  # at its default
     everything = dict(parsed.table("field", "value"))
     assert everything["optim.momentum"] == "0.9"
     # Its commands name the workdir, and this config.
@@ -294,7 +294,7 @@ def test_the_configuration_and_its_command(made, parsed):
     assert shlex.split(test)[:2] == [workdir, "--mode=eval"]
     name, _, path = shlex.split(train)[1].partition("=")
     assert shlex.split(train)[0] == workdir and name == "--config"
-    assert as_json(config_files.load_config(path)) == config
+    assert as_json(loading.load_config(path)) == config
 
 
 @pytest.fixture()

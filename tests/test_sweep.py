@@ -17,7 +17,8 @@ from absl import flags
 from ml_collections import config_flags
 from PIL import Image
 
-from alexnet_jax import experiment, records
+from alexnet_jax import records
+from alexnet_jax.config import as_json, flat, validate
 from alexnet_jax.sweeps import figures, summary
 from alexnet_jax.sweeps import plan as plan_lib
 from alexnet_jax.sweeps import run as launcher
@@ -61,13 +62,13 @@ def test_every_row_is_a_valid_config_and_is_parsed_back(path, monkeypatch):
     for run in all_runs(plan):
         config = plan_lib.load_config(run.config)
         plan_lib.set_fields(config, run.overrides, "")
-        experiment.validate(config)
+        validate(config)
         # As alexnet_jax.main parses its command line.
         monkeypatch.setattr(sys, "argv", ["main", *run.flags()])
         values = flags.FlagValues()
         config_flags.DEFINE_config_file("config", flag_values=values)
         values(sys.argv)
-        parsed = experiment.flat(experiment.as_json(values.config))
+        parsed = flat(as_json(values.config))
         assert parsed == run.fields()
         assert parsed["seed"] == 3
 

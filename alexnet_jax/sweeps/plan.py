@@ -12,8 +12,8 @@ from typing import Any, Literal
 from absl import flags
 from ml_collections import config_flags
 
-from alexnet_jax import config_files, experiment
-from alexnet_jax.experiment import Config
+from alexnet_jax import loading
+from alexnet_jax.config import Config, ConfigError, as_json, flat, validate
 
 ROOT = Path(__file__).parents[2]
 COMPARISONS = ("difference", "ratio")
@@ -206,8 +206,8 @@ def load(path: str | os.PathLike[str]) -> Sweep:
             f"{', '.join(shipped)}."
         )
     try:
-        sweep = config_files.load(f"{path}{colon}{argument}", "get_sweep")
-    except experiment.ConfigError as error:
+        sweep = loading.run_file(f"{path}{colon}{argument}", "get_sweep")
+    except ConfigError as error:
         raise SweepError(
             f"{error} It must define get_sweep(), which returns a sweeps.Sweep."
         ) from error
@@ -243,7 +243,7 @@ class Run:
     def fields(self) -> dict[str, Any]:
         """Every field of its config as a workdir's config.json has it."""
         config = set_fields(load_config(self.config), self.overrides, "")
-        return experiment.flat(experiment.as_json(config))
+        return flat(as_json(config))
 
 
 @dataclass(frozen=True)
@@ -286,8 +286,8 @@ class Plan:
     def _check(self, row: Row, config: Config) -> None:
         """Raises SweepError for a config that main would refuse, devices aside."""
         try:
-            experiment.validate(config, devices=False)
-        except experiment.ConfigError as error:
+            validate(config, devices=False)
+        except ConfigError as error:
             raise SweepError(f"row {row.name!r}: {error}") from error
         key = getattr(self.sweep.metric, "key", "")
         if key.startswith("eval/") and not config.data.eval_split:
@@ -323,7 +323,8 @@ class Plan:
         if "seed" in {*overrides, *self.settings}:
             raise SweepError(f"{where}seed is not set so; give --seeds=0,1,2.")
         parse_fields(config, self.settings, "--set ")
-        overrides |= {name: _get(config, name) for name in self.settings}
+        fields = flat(config.to_dict())
+        overrides |= {name: fields[name] for name in self.settings}
         self._check(row, set_fields(config, {"seed": self.seeds[0]}, where))
         return file, overrides
 
@@ -393,8 +394,8 @@ def load_config(file: str) -> Config:
       SweepError: if there is none, or it makes no config.
     """
     try:
-        return config_files.load_config(_config_path(file))
-    except experiment.ConfigError as error:
+        return loading.load_config(_config_path(file))
+    except ConfigError as error:
         raise SweepError(f"config {file!r}: {error}") from error
 
 
@@ -417,8 +418,9 @@ def set_fields(config: Config, overrides: Mapping[str, Any], where: str) -> Conf
     """
     texts = {name: as_text(value) for name, value in overrides.items()}
     parse_fields(config, texts, where)
+    fields = flat(config.to_dict())
     for name, value in overrides.items():
-        found = _get(config, name)
+        found = fields[name]
         same_kind = isinstance(found, bool) == isinstance(value, bool)
         if found != value or not same_kind:
             raise SweepError(
@@ -435,7 +437,7 @@ def parse_fields(config: Config, texts: Mapping[str, str], where: str) -> None:
     """
     if not texts:
         return
-    known = experiment.flat(config.to_dict())
+    known = flat(config.to_dict())
     for name in texts:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -456,13 +458,6 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
-def _get(config: Config, name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-        value = value[part]
-    return value
-
-
 def differences(run: Run, stored: Path) -> list[str]:
     """How a workdir's config.json differs from what a run asks for now.
 
@@ -471,13 +466,10 @@ def differences(run: Run, stored: Path) -> list[str]:
     Raises:
       ConfigError: if the file is damaged.
     """
-    own = experiment.read_config(stored.parent)
-    defaults = experiment.as_json(load_config("configs/common.py"))
-    old = experiment.flat(defaults) | experiment.flat(own or {})
-    new = run.fields()
-    missing = "nothing"
+    own = loading.read_config(stored.parent) or {}
+    old, new = flat(as_json(loading.from_stored(own))), run.fields()
     return [
-        f"{name}: {old.get(name, missing)} there, {new.get(name, missing)} asked for"
-        for name in sorted({*old, *new})
-        if old.get(name, missing) != new.get(name, missing)
+        f"{name}: {old[name]} there, {new[name]} asked for"
+        for name in sorted(new)
+        if old[name] != new[name]
     ]

@@ -35,10 +35,12 @@ from typing import Any
 from tqdm import tqdm
 
 from alexnet_jax import records, stopping
+from alexnet_jax.config import ConfigError
 from alexnet_jax.data import locks
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.paths import path_argument, require_writable
-from alexnet_jax.experiment import CHECKPOINTS, CONFIG_FILE, DIVERGED, ConfigError
+from alexnet_jax.experiment import DIVERGED
+from alexnet_jax.loading import CHECKPOINTS, CONFIG_FILE
 from alexnet_jax.sweeps import plan as plan_lib
 from alexnet_jax.sweeps import summary
 from alexnet_jax.sweeps.plan import Measurement, Plan, Run, SweepError

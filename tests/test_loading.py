@@ -1,0 +1,182 @@
+"""A workdir's own config, statistics and class names, of this version and older ones."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alexnet_jax import experiment, loading, train
+from alexnet_jax.checkpoint import MANIFEST
+from alexnet_jax.config import ConfigError, get_config
+from alexnet_jax.data import DataError
+from alexnet_jax.data.statistics import Statistics
+from alexnet_jax.sweeps import plan as plan_lib
+
+
+def small_config():
+    config = get_config()
+    config.data.source = "fake"
+    config.data.image_size, config.data.crop_size, config.data.batch_size = 34, 32, 32
+    config.model.variant, config.model.init = "cifar", "he"
+    config.model.width = 0.25
+    return config
+
+
+@dataclasses.dataclass
+class Pictures:
+    """As much of a data set as a config is built with."""
+
+    num_examples: int = 1_281_167
+    num_classes: int = 10
+    image_size: int = 34
+    description: str = "pictures"
+    left_out: str = ""
+    statistics_path: Path | None = None
+    class_names: tuple[str, ...] = tuple("abcdefghij")
+
+    def labels_of(self, indices):
+        return indices % self.num_classes
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "_open_sources", lambda *_: (Pictures(), None))
+        yield
+
+
+STATISTICS = Statistics(
+    np.zeros((34, 34, 3), np.float32),
+    np.ones(3, np.float32),
+    np.eye(3, dtype=np.float32),
+    7,
+)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """Of a run that has begun, as far as its config is concerned."""
+    step = tmp_path / "checkpoints" / "3"
+    step.mkdir(parents=True)
+    (step / MANIFEST).touch()
+    loading.write_config(tmp_path, small_config())
+    STATISTICS.save(tmp_path / "statistics.npz")
+    return tmp_path
+
+
+def stored(workdir, change):
+    path = workdir / "config.json"
+    tree = json.loads(path.read_text())
+    change(tree)
+    path.write_text(json.dumps(tree))
+
+
+def test_a_field_that_differs_is_printed(workdir):
+    assert train.prepare(small_config(), workdir)[0] == []
+    config = small_config()
+    config.optim.learning_rate = 0.5
+    config.data.workers = 3
+    lines, _ = train.prepare(config, workdir)
+    assert lines == [
+        "the config differs from this workdir's:",
+        "  --config.data.workers: 2 in the workdir, now 3",
+        "  --config.optim.learning_rate: 0.01 in the workdir, now 0.5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model.width", 0.5),
+        ("model.variant", "cifar_13"),
+        ("model.overrides.dropout", 0.25),
+        ("model.dtype", "bfloat16"),
+        ("data.image_size", 40),
+    ],
+)
+def test_another_network_is_refused_with_its_line(field, value, workdir):
+    config = small_config()
+    config.update_from_flattened_dict({field: value})
+    if value == "cifar_13":
+        config.data.crop_size = 24
+    with pytest.raises(ConfigError, match=f"another network:\n(.*\n)*.*{field}: "):
+        train.prepare(config, workdir)
+
+
+def test_a_workdir_of_before_a_field_goes_on(workdir):
+    def older(tree):
+        del tree["summaries_every_steps"], tree["model"]["overrides"]["skip"]
+        del tree["finetune"]
+        tree["optim"]["nesterov"] = True  # and one that there is not any more
+
+    stored(workdir, older)
+    assert train.prepare(small_config(), workdir)[0] == []
+    config = small_config()
+    config.summaries_every_steps = 7  # the workdir has the default
+    assert train.prepare(config, workdir)[0][1:] == [
+        "  --config.summaries_every_steps: 0 in the workdir, now 7"
+    ]
+
+
+def test_a_broken_config_of_a_workdir_is_said(workdir):
+    path = workdir / "config.json"
+    path.write_text("")
+    for read in (train.prepare, loading.with_network_of):
+        with pytest.raises(ConfigError, match=f"{path} is damaged: Expecting value"):
+            read(small_config(), workdir)
+
+
+def test_statistics_that_are_missing_are_said(workdir):
+    (workdir / "statistics.npz").unlink()
+    with pytest.raises(FileNotFoundError, match="statistics.npz is missing: the mean"):
+        loading.read_network(workdir)
+
+
+def test_a_resumed_run_says_where_its_mean_image_comes_from(workdir, capsys):
+    path = workdir / "statistics.npz"
+    train.prepare(small_config(), workdir)
+    assert f"mean image: {path}, of 7 images\n" in capsys.readouterr().out
+    dataclasses.replace(STATISTICS, split_examples=70).save(path)
+    train.prepare(small_config(), workdir)
+    assert f"mean image: {path}, of 7 of 70 images\n" in capsys.readouterr().out
+
+
+def test_statistics_of_another_size_are_said(workdir):
+    path = workdir / "statistics.npz"
+    others = np.zeros((32, 32, 3), np.float32)
+    dataclasses.replace(STATISTICS, mean_image=others).save(path)
+    words = f"{path}: the mean image is 32 x 32 pixels, the pictures here are 34 x 34"
+    with pytest.raises(DataError, match=re.escape(words)):
+        train.prepare(small_config(), workdir)
+    # Beside the data, under a name of their size.
+    pictures = Pictures(statistics_path=path)
+    with pytest.raises(DataError, match=re.escape(words)):
+        experiment._find_own_statistics(small_config(), pictures, print)
+
+
+def test_a_sweep_of_before_a_field_goes_on(workdir):
+    """What was not said yet was the default."""
+    row = plan_lib.Run("a", None, 0, "configs/tiny.py", {"optim.momentum": 0.5})
+    config = plan_lib.set_fields(plan_lib.load_config(row.config), row.overrides, "")
+    loading.write_config(workdir, config)
+    path = workdir / "config.json"
+    assert plan_lib.differences(row, path) == []
+
+    def older(tree):
+        del tree["summaries_every_steps"], tree["optim"]["momentum"], tree["finetune"]
+
+    stored(workdir, older)
+    assert plan_lib.differences(row, path) == [
+        "optim.momentum: 0.9 there, 0.5 asked for"
+    ]
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="config.json is damaged"):
+        plan_lib.differences(row, path)
+
+
+def test_load_refuses_what_is_no_workdir(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not the workdir of a run"):
+        loading.load(tmp_path)
