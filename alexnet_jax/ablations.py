@@ -91,8 +91,9 @@ def lrn(table: Variant, on: bool) -> Variant:
 def normalization(table: Variant, kind: NormalizationKind) -> Variant:
     """Normalise by "lrn", by "batch" norm, or not at all ("none").
 
-    A table that normalises keeps its places (and, for "lrn", its constants); one that
-    does not gets the paper's LRN or batch norm after the activations of conv1 and conv2.
+    A table that normalises keeps its places (and, for "lrn", its constants). One that
+    does not gets the paper's LRN, or batch norm, after the activations of conv1 and
+    conv2.
     """
     _one_of("normalization", kind, get_args(NormalizationKind))
     normalizes = any(isinstance(stage, NORMS) for stage in table.stages)

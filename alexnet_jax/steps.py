@@ -170,8 +170,8 @@ def make_train_step(spec: StepSpec) -> Callable[..., tuple[TrainState, Arrays]]:
     over `parallel.batch_axes`; the state is donated. The metrics are the batch's mean
     "loss", its "top1_error", and the learning rate "lr" of the update.
 
-    On a CPU the step has compiler options (`ops.compiler_options`), which JAX takes at
-    the top only: inside another jit, scan or grad use `step.__wrapped__`.
+    On a CPU the step has compiler options (`ops.jit`), which JAX takes at the top only:
+    inside another jit, scan or grad use `step.__wrapped__`.
     """
     specs = state_specs(spec)
     loss_and_grad = LossAndGrad(spec, specs.params)
@@ -197,7 +197,7 @@ def make_train_step(spec: StepSpec) -> Callable[..., tuple[TrainState, Arrays]]:
     step = parallel.on_devices(
         device_step, spec.mesh, in_specs, (specs, P()), spec.transform
     )
-    return jax.jit(step, donate_argnums=0, compiler_options=ops.compiler_options())
+    return ops.jit(step, donate_argnums=0)
 
 
 class PassResult(NamedTuple):
@@ -298,11 +298,9 @@ class LossAndGrad:
         dropout_key = jax.random.fold_in(purpose_key(seed, DROPOUT), state.step)
 
         def loss_fn(trained: PyTree) -> tuple[jax.Array, Any]:
+            params = {**state.params, **trained}
             features, changed = model.apply(
-                {
-                    "params": {**state.params, **trained},
-                    "batch_stats": state.batch_stats,
-                },
+                {"params": params, "batch_stats": state.batch_stats},
                 images,
                 train=True,
                 first_example=first_example,
@@ -382,7 +380,7 @@ def make_summary_step(spec: StepSpec) -> Callable[..., Arrays]:
 
     in_specs = (specs, P(axes), P())
     step = parallel.on_devices(device_step, spec.mesh, in_specs, P(), spec.transform)
-    return jax.jit(step, compiler_options=ops.compiler_options())
+    return ops.jit(step)
 
 
 def make_eval_step(spec: StepSpec, views: int = 1) -> Callable[..., Arrays]:
@@ -404,7 +402,7 @@ def make_eval_step(spec: StepSpec, views: int = 1) -> Callable[..., Arrays]:
         return lax.psum(sums, spec.batch_axes)
 
     step = _on_views(spec, views, sums_of, P(), spec.transform)
-    return jax.jit(step, compiler_options=ops.compiler_options())
+    return ops.jit(step)
 
 
 def make_predict_step(spec: StepSpec, views: int = 1) -> Callable[..., Arrays]:
@@ -422,11 +420,7 @@ def make_predict_step(spec: StepSpec, views: int = 1) -> Callable[..., Arrays]:
         return found
 
     step = _on_views(spec, views, predictions_of, P(spec.batch_axes))
-    return jax.jit(
-        step,
-        out_shardings=NamedSharding(spec.mesh, P()),
-        compiler_options=ops.compiler_options(),
-    )
+    return ops.jit(step, out_shardings=NamedSharding(spec.mesh, P()))
 
 
 def _on_views(
