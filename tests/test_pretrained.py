@@ -432,20 +432,14 @@ def torch_alexnet(torch):
         nn.Linear(units, CLASSES),
     )
     # fmt: on
-    parts = {
-        "features": features,
-        "avgpool": nn.AdaptiveAvgPool2d((6, 6)),
-        "flatten": nn.Flatten(),
-        "classifier": classifier,
-    }
-    net = nn.Sequential(OrderedDict(parts)).eval()
+    pool = {"avgpool": nn.AdaptiveAvgPool2d((6, 6)), "flatten": nn.Flatten()}
+    parts = OrderedDict(features=features, **pool, classifier=classifier)
+    net = nn.Sequential(parts).eval()
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in net.parameters():
-            if parameter.ndim == 1:
-                parameter.normal_(0, 0.1)
-            else:
-                parameter.normal_(0, 1.6 / parameter[0].numel() ** 0.5)
+            fan_in = parameter[0].numel()
+            parameter.normal_(0, 0.1 if parameter.ndim == 1 else 1.6 / fan_in**0.5)
     return net
 
 
@@ -620,6 +614,7 @@ def test_safetensors_keeps_arrays_of_any_order_and_precision(tmp_path):
 
 @pytest.fixture(scope="module")
 def workdir(folder, tmp_path_factory):  # noqa: F811
+    """The workdir of a run of one step."""
     workdir = tmp_path_factory.mktemp("run")
     config = small_config(folder, max_steps=1, eval_every_epochs=0.0)
     train.train_and_evaluate(config, workdir)
