@@ -8,16 +8,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from alexnet_jax.alexnet import AlexNet, create_model
     from alexnet_jax.experiment import pipeline
     from alexnet_jax.loading import load
-    from alexnet_jax.model import AlexNet, create_model
     from alexnet_jax.ops import jit
 
 __all__ = ["AlexNet", "create_model", "jit", "load", "pipeline"]
 
 _HOMES = {
-    "AlexNet": "model",
-    "create_model": "model",
+    "AlexNet": "alexnet",
+    "create_model": "alexnet",
     "jit": "ops",
     "load": "loading",
     "pipeline": "experiment",

@@ -20,11 +20,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict, config_dict
 
+from alexnet_jax import alexnet, layers
 from alexnet_jax import augment as augment_lib
-from alexnet_jax import model as model_lib
 from alexnet_jax import optim as optim_lib
 from alexnet_jax import parallel as parallel_lib
-from alexnet_jax import variants
+from alexnet_jax.summary import check_image_size
 
 # A ml_collections.ConfigDict, whose fields no type checker can know.
 Config = Any
@@ -73,7 +73,7 @@ def get_config() -> Config:
     model.dtype = "float32"
     # How weights start: paper (as the variant was published), caffe or he.
     model.init = "paper"
-    # Ablations, None: as in the table. See `alexnet_jax.variants.customize`.
+    # Ablations, None: as in the table. See `alexnet_jax.ablations`.
     model.overrides = overrides = ConfigDict()
     # False takes normalisation out (paper, section 3.3), True is normalization=lrn.
     overrides.lrn = config_dict.placeholder(bool)
@@ -236,7 +236,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "summaries_every_steps": _AT_LEAST_0,
     "profile": _AT_LEAST_0,
     "model.num_classes": _AT_LEAST_0,
-    "model.dtype": _one_of(*model_lib.DTYPES),
+    "model.dtype": _one_of(*alexnet.DTYPES),
     "data.batch_size": _AT_LEAST_1,
     "data.image_size": _AT_LEAST_1,
     "data.crop_size": _AT_LEAST_1,
@@ -349,7 +349,7 @@ def _network_problems(
         return [str(error)]
     problems = []
     try:
-        model_lib.check_image_size(network, config.data.crop_size)
+        check_image_size(network, config.data.crop_size)
     except ValueError as error:
         problems.append(str(error))
     names = [row.name for row in network.layers]
@@ -412,7 +412,7 @@ def _idle_schedule_problem(config: Config) -> list[str]:
     return []
 
 
-def _idle_field_problems(config: Config, network: variants.Variant) -> list[str]:
+def _idle_field_problems(config: Config, network: layers.Variant) -> list[str]:
     """Refuse fields that are not at their default and cannot have an effect."""
     c, schedule, augment = config, config.schedule, config.augment
     dropout = c.model.overrides.dropout
@@ -462,9 +462,9 @@ def _idle_field_problems(config: Config, network: variants.Variant) -> list[str]
         ("schedule.warmup_epochs", schedule.name in ("cosine", "polynomial"),
          "cosine or polynomial", "schedule.name"),
         ("schedule.power", schedule.name == "polynomial", "polynomial", "schedule.name"),
-        ("model.overrides.dropout", has(variants.Dropout) or not dropout,
+        ("model.overrides.dropout", has(layers.Dropout) or not dropout,
          "a network with dropout", "model.variant"),
-        ("model.overrides.norm_place", has(*variants.NORMS),
+        ("model.overrides.norm_place", has(*layers.NORMS),
          "a network with normalisation", "model.variant", "model.overrides.lrn",
          "model.overrides.normalization"),
     )
@@ -490,7 +490,7 @@ def _idle_field_problems(config: Config, network: variants.Variant) -> list[str]
     return problems
 
 
-def _mesh_problem(config: Config, network: variants.Variant) -> list[str]:
+def _mesh_problem(config: Config, network: layers.Variant) -> list[str]:
     mode, transform = config.parallel.mode, config.parallel.transform
     batch, parts = config.data.batch_size, config.optim.accumulate_steps
     try:
@@ -533,7 +533,7 @@ def _mesh_problem(config: Config, network: variants.Variant) -> list[str]:
     return [problem]
 
 
-def mesh_shape(config: Config, network: variants.Variant) -> tuple[int, int]:
+def mesh_shape(config: Config, network: layers.Variant) -> tuple[int, int]:
     """Return (data, column) of the mesh, with -1 resolved for the devices there are."""
     devices = jax.device_count()
     data, column = config.parallel.data, config.parallel.column
@@ -550,13 +550,13 @@ def mesh_shape(config: Config, network: variants.Variant) -> tuple[int, int]:
     return data, column
 
 
-def make_model(config: Config, num_classes: int | None) -> model_lib.AlexNet:
+def make_model(config: Config, num_classes: int | None) -> alexnet.AlexNet:
     """Return the network of a config; None: with the variant's own number of classes."""
-    return model_lib.from_settings(model_settings(config, num_classes))
+    return alexnet.from_settings(model_settings(config, num_classes))
 
 
 def model_settings(config: Config, num_classes: int | None) -> dict[str, Any]:
-    """Return the arguments of `model.create_model`."""
+    """Return the arguments of `alexnet.create_model`."""
     settings = config.model.to_dict()
     overrides = settings.pop("overrides")
     return {**settings, "num_classes": num_classes, **overrides}

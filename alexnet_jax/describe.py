@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from alexnet_jax import augment, communication, experiment, parallel, steps
+from alexnet_jax.alexnet import AlexNet
 from alexnet_jax.config import Config
-from alexnet_jax.model import AlexNet, LayerSummary, summary
 from alexnet_jax.parallel import P
+from alexnet_jax.summary import LayerSummary, summary
 
 
 def describe(config: Config) -> str:
@@ -105,28 +106,25 @@ def summarize_mode(
     mesh = parallel.make_mesh(data, column)
     # An epoch's length moves the schedule only.
     tx = experiment.make_optimizer(config, network, steps_per_epoch=1000.0)
-    augmentation = experiment.make_augmentation(config, steps_per_epoch=1000.0)
-    step = steps.make_train_step(
+    spec = steps.StepSpec(
         network,
         tx,
-        augmentation,
-        mesh=mesh,
+        experiment.make_augmentation(config, steps_per_epoch=1000.0),
+        mesh,
         mode=mode,
+        transform=config.parallel.transform if mode == "data" else "shard_map",
         seed=config.seed,
         accumulate_steps=config.optim.accumulate_steps,
         label_smoothing=config.optim.label_smoothing,
-        transform=config.parallel.transform if mode == "data" else "shard_map",
     )
-    state = steps.abstract_state(
-        network, tx, crop_size=augmentation.crop_size, mesh=mesh, mode=mode
-    )
-    examples = NamedSharding(mesh, P(parallel.batch_axes(mesh, mode)))
+    examples = NamedSharding(mesh, P(spec.batch_axes))
     whole = NamedSharding(mesh, P())
     wide = jnp.promote_types(network.dtype, jnp.float32)
     side, batch = config.data.image_size, config.data.batch_size
     shape = jax.ShapeDtypeStruct
+    step = steps.make_train_step(spec)
     compiled = step.lower(
-        state,
+        steps.abstract_state(spec),
         {
             "image": shape((batch, side, side, 3), jnp.uint8, sharding=examples),
             "label": shape((batch,), jnp.int32, sharding=examples),

@@ -12,7 +12,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from alexnet_jax import augment, model, optim, parallel, steps
+from alexnet_jax import alexnet, augment, optim, parallel, steps
 from alexnet_jax import data as data_lib
 from alexnet_jax.config import Config, ConfigError, make_model, mesh_shape, validate
 from alexnet_jax.data import statistics as statistics_lib
@@ -34,7 +34,7 @@ class Experiment:
     """
 
     config: Config
-    model: model.AlexNet
+    model: alexnet.AlexNet
     tx: optax.GradientTransformation
     mesh: Mesh
     mode: str
@@ -53,72 +53,45 @@ class Experiment:
         """Return how training images are made of pictures."""
         return make_augmentation(self.config, self.steps_per_epoch)
 
-    def init_state(self) -> steps.TrainState:
-        """Return the state of a new run."""
-        return steps.init_state(
-            self.model,
-            self.tx,
-            seed=self.config.seed,
-            crop_size=self.crop_size,
-            mesh=self.mesh,
-            mode=self.mode,
-        )
-
-    def abstract_state(self) -> steps.TrainState:
-        """Return shapes and shardings of the state, for restoring."""
-        return steps.abstract_state(
-            self.model,
-            self.tx,
-            crop_size=self.crop_size,
-            mesh=self.mesh,
-            mode=self.mode,
-        )
-
-    def train_step(self) -> Callable[..., Any]:
-        """Return the jitted (state, batch, statistics) -> (state, metrics)."""
-        transform = self.config.parallel.transform
-        return self._step(steps.make_train_step, transform=transform)
-
-    def summary_step(self) -> Callable[..., dict[str, jax.Array]]:
-        """Return the jitted (state, batch, statistics) -> scalars."""
-        transform = self.config.parallel.transform
-        return self._step(steps.make_summary_step, transform=transform)
-
-    def _step(self, make: Callable[..., Any], **more: Any) -> Callable[..., Any]:
-        return make(
+    @property
+    def spec(self) -> steps.StepSpec:
+        """Return what the steps of the run share."""
+        return steps.StepSpec(
             self.model,
             self.tx,
             self.augmentation,
-            mesh=self.mesh,
+            self.mesh,
             mode=self.mode,
+            transform=self.config.parallel.transform,
             seed=self.config.seed,
             accumulate_steps=self.config.optim.accumulate_steps,
             label_smoothing=self.config.optim.label_smoothing,
             frozen=optim.frozen_layers(self.config.schedule.layer_factors),
-            **more,
         )
+
+    def init_state(self) -> steps.TrainState:
+        """Make a new run's state."""
+        return steps.init_state(self.spec)
+
+    def abstract_state(self) -> steps.TrainState:
+        """Return shapes and shardings of the state, for restoring."""
+        return steps.abstract_state(self.spec)
+
+    def train_step(self) -> Callable[..., Any]:
+        """Return the jitted (state, batch, statistics) -> (state, metrics)."""
+        return steps.make_train_step(self.spec)
+
+    def summary_step(self) -> Callable[..., dict[str, jax.Array]]:
+        """Return the jitted (state, batch, statistics) -> scalars."""
+        return steps.make_summary_step(self.spec)
 
     def eval_step(self, views: int = 1) -> Callable[..., Any]:
         """Return the jitted (params, batch_stats, batch, statistics) -> sums."""
-        transform = self.config.parallel.transform
-        return self._views_step(steps.make_eval_step, views, transform=transform)
+        return steps.make_eval_step(self.spec, views)
 
     def predict_step(self, views: int = 1) -> Callable[..., Any]:
         """Return the jitted (params, batch_stats, batch, statistics) -> predictions."""
-        return self._views_step(steps.make_predict_step, views)
-
-    def _views_step(
-        self, make: Callable[..., Any], views: int, **more: Any
-    ) -> Callable[..., Any]:
-        return make(
-            self.model,
-            mesh=self.mesh,
-            mode=self.mode,
-            crop_size=self.crop_size,
-            views=views,
-            parts=self.config.optim.accumulate_steps,
-            **more,
-        )
+        return steps.make_predict_step(self.spec, views)
 
     def pixel_statistics(self) -> augment.PixelStatistics:
         """Return the statistics on every device of the mesh."""
@@ -298,7 +271,7 @@ def _num_classes(config: Config, train: Source) -> int:
 
 
 def make_optimizer(
-    config: Config, network: model.AlexNet, steps_per_epoch: float
+    config: Config, network: alexnet.AlexNet, steps_per_epoch: float
 ) -> optax.GradientTransformation:
     """Return the update rule of a config, with its schedule."""
     schedule = optim.make_schedule(

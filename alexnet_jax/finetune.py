@@ -1,7 +1,7 @@
-"""Starts a run from trained weights: all layers but the classifier are taken over.
+"""Start a run from trained weights: keep all layers but the classifier.
 
-The first layers of a network learn what other pictures need as well; what is new is
-what the last ones make of it (Yosinski et al. 2014, arXiv:1411.1792).
+The first layers of a network learn what other images need as well; the last ones are
+specific to their task (Yosinski et al. 2014, arXiv:1411.1792).
 """
 
 import dataclasses
@@ -16,123 +16,126 @@ from alexnet_jax import loading, optim
 from alexnet_jax.checkpoint import split_step
 from alexnet_jax.config import Config, ConfigError, model_settings
 from alexnet_jax.experiment import Experiment
+from alexnet_jax.layers import stage_name
 from alexnet_jax.pretrained import Weights
 from alexnet_jax.steps import TrainState
-from alexnet_jax.variants import stage_name
 
 
 def begin(experiment: Experiment) -> tuple[Experiment, TrainState, list[str]]:
-    """The first state of a run, and where its weights come from.
+    """Return the first state of a run, and the lines that describe its origin.
 
-    Of a run that starts from trained weights (`config.finetune`) these, with the
-    classifier and `new_layers` as the run from scratch starts them. Their mean image
-    stays with them, since it is what they were trained to see less of; the principal
-    components of colour are those of the run's own pictures.
+    A run with `config.finetune.source` starts from trained weights; the classifier and
+    `finetune.new_layers` start as in a run from scratch. The mean image stays the one
+    of the weights, since they were trained with it. The principal components of colour
+    are those of the run's own images.
 
     Returns:
-      (the experiment, with the mean that belongs to the weights; its first state; lines
-      that say where it comes from).
+      (the experiment with the mean image of the weights; its first state; the lines).
 
     Raises:
-      ConfigError: if a layer that is to be taken over is not there, or has another
-        shape.
+      ConfigError: if the weights lack a layer, or have it in another shape.
       FileNotFoundError, CheckpointError, WeightsError: as `loading.load`.
     """
-    fields = experiment.config.finetune
-    if not fields.source:
+    config, source = experiment.config, experiment.config.finetune.source
+    if not source:
         return experiment, experiment.init_state(), ["starting from scratch"]
-    # Caffe's files alone may not say which network they are of.
-    caffe = fields.source.lower().endswith(".caffemodel")
-    variant = experiment.config.model.variant if caffe else None
-    weights = loading.read_network(fields.source, variant=variant)
-    anew = _new_layers(experiment)
-    kept = _kept(experiment, weights, anew)
+    # Only a .caffemodel may not name its variant.
+    is_caffe = source.lower().endswith(".caffemodel")
+    variant = config.model.variant if is_caffe else None
+    weights = loading.read_network(source, variant=variant)
+    new = [*config.finetune.new_layers, experiment.model.network.layers[-1].name]
+    kept = _kept(experiment, weights, new)
     state = experiment.init_state()
     state = dataclasses.replace(
         state,
         params=over(state.params, kept["params"]),
         batch_stats=over(state.batch_stats, kept["batch_stats"]),
     )
-    experiment = with_mean_of(experiment, weights)
-    return experiment, state, _describe(experiment, weights, anew)
+    line = f"starting from the weights and the mean image of {source}, but new: "
+    line += ", ".join(new)
+    frozen = optim.frozen_layers(config.schedule.layer_factors)
+    if frozen:
+        line += f"; frozen: {', '.join(sorted(frozen))}"
+    lines = [line]
+    # Settings from JSON hold lists, those of a config tuples.
+    here, there = (
+        {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+        for settings in (model_settings(config, None), weights.settings)
+    )
+    other = [
+        f"{name}={there.get(name)} there, {value} here"
+        for name, value in here.items()
+        if name not in ("num_classes", "dtype", "init") and there.get(name) != value
+    ]
+    if other:
+        lines.append(
+            "WARNING: the weights are of another network of the same shapes: "
+            + "; ".join(other)
+        )
+    return with_mean_of(experiment, weights), state, lines
 
 
 def with_mean_of(experiment: Experiment, weights: Weights) -> Experiment:
-    """With the mean image that weights were trained to see less of."""
+    """Return the experiment with the mean of weights: image, or colour if sizes differ."""
     mean = experiment.statistics.mean_image
     if np.shape(weights.mean) == mean.shape:
         mean = np.asarray(weights.mean)
-    else:  # of pictures of another size
-        pixel = np.reshape(weights.mean, (-1, 3)).mean(axis=0, dtype=np.float64)
-        mean = np.broadcast_to(pixel.astype(mean.dtype), mean.shape)
+    else:
+        colour = np.reshape(weights.mean, (-1, 3)).mean(axis=0, dtype=np.float64)
+        mean = np.broadcast_to(colour.astype(mean.dtype), mean.shape)
     statistics = dataclasses.replace(experiment.statistics, mean_image=mean)
     return dataclasses.replace(experiment, statistics=statistics)
 
 
 def check_source(config: Config) -> None:
-    """Raises ConfigError if there is nothing where the weights are to come from."""
+    """Raise ConfigError if `finetune.source` is neither a run nor a file."""
     source = config.finetune.source
     folder, _ = split_step(source)
-    there = (Path(folder) / loading.CONFIG_FILE).exists()
-    if source and not there and not Path(source).is_file():
+    is_run = (Path(folder) / loading.CONFIG_FILE).exists()
+    if source and not is_run and not Path(source).is_file():
         raise ConfigError(
             f"--config.finetune.source={source} is neither the workdir of a run nor a "
             "file of weights; name one: --config=configs/finetune.py:DIR_OR_FILE."
         )
 
 
-def _new_layers(experiment: Experiment) -> list[str]:
-    network = experiment.model.network
-    return [*experiment.config.finetune.new_layers, network.layers[-1].name]
-
-
 def _kept(
-    experiment: Experiment, weights: Weights, anew: list[str]
+    experiment: Experiment, weights: Weights, new: list[str]
 ) -> dict[str, dict[str, Any]]:
-    """{"params": {layer: its arrays}, "batch_stats": ...} of the layers taken over."""
-    here = experiment.abstract_state()
-    wanted = {"params": here.params, "batch_stats": here.batch_stats}
-    without = {*anew, *(stage_name("norm", layer) for layer in anew)}
-    kept: dict[str, dict[str, Any]] = {}
+    """Return {"params": {layer: its arrays}, "batch_stats": ...} without new layers."""
+    state = experiment.abstract_state()
+    without = {*new, *(stage_name("norm", layer) for layer in new)}
+    kept: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
     problems = []
-    for part, layers in wanted.items():
+    for part, layers in kept.items():
         found = weights.variables.get(part, {})
-        kept[part] = {}
-        for layer, arrays in layers.items():
+        for layer, arrays in getattr(state, part).items():
             if layer in without:
                 continue
-            problem = _difference(layer, arrays, found.get(layer))
-            if problem:
-                problems.append(f"  - {problem}")
-            else:
-                kept[part][layer] = {name: found[layer][name] for name in arrays}
+            if layer not in found:
+                problems.append(f"{layer} is not there")
+                continue
+            layers[layer] = found[layer]
+            here = {name: tuple(leaf.shape) for name, leaf in arrays.items()}
+            there = {name: np.shape(leaf) for name, leaf in found[layer].items()}
+            problems += [
+                f"{layer}/{name} is {there.get(name, 'missing')} there, {shape} here"
+                for name, shape in here.items()
+                if there.get(name) != shape
+            ]
     if problems:
         source = experiment.config.finetune.source
+        listed = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(
             f"--config.finetune.source={source} has not the layers of this network:\n"
-            + "\n".join(problems)
-            + f"\nTake its own network, --config=configs/finetune.py:{source}, or let "
-            "these layers start anew, --config.finetune.new_layers."
+            f"{listed}\nTake its own network, --config=configs/finetune.py:{source}, or "
+            "let these layers start anew, --config.finetune.new_layers."
         )
     return kept
 
 
-def _difference(
-    layer: str, wanted: Mapping[str, Any], found: Mapping[str, Any] | None
-) -> str:
-    """In words; empty if there is none."""
-    if found is None:
-        return f"{layer} is not there"
-    for name, leaf in wanted.items():
-        if name not in found:
-            return f"{layer} has no {name} there"
-        if np.shape(found[name]) != leaf.shape:
-            return f"{layer}/{name} is {np.shape(found[name])} there, {leaf.shape} here"
-    return ""
-
-
 def over(tree: Any, kept: Mapping[str, Any]) -> Any:
-    """The tree with the layers that are kept, each array where the tree's is."""
+    """Return the tree with the kept layers, sharded like the tree's own arrays."""
 
     def put(old: Any, new: Any) -> jax.Array:
         whole = np.asarray(new, old.dtype)
@@ -142,31 +145,3 @@ def over(tree: Any, kept: Mapping[str, Any]) -> Any:
 
     layers = {layer: jax.tree.map(put, tree[layer], new) for layer, new in kept.items()}
     return tree | layers
-
-
-def _describe(experiment: Experiment, weights: Weights, anew: list[str]) -> list[str]:
-    source = experiment.config.finetune.source
-    frozen = optim.frozen_layers(experiment.config.schedule.layer_factors)
-    line = (
-        f"starting from the weights and the mean image of {source}, but new: "
-        f"{', '.join(anew)}"
-    )
-    lines = [line + (f"; frozen: {', '.join(sorted(frozen))}" if frozen else "")]
-    here = model_settings(experiment.config, None)
-    other = [
-        f"{name}={weights.settings.get(name)} there, {value} here"
-        for name, value in here.items()
-        if name not in ("num_classes", "dtype", "init")
-        and _plain(weights.settings.get(name)) != _plain(value)
-    ]
-    if other:
-        lines.append(
-            "WARNING: the weights are of another network of the same shapes: "
-            + "; ".join(other)
-        )
-    return lines
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it, which knows no tuples."""
-    return list(value) if isinstance(value, tuple) else value

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, model, parallel, variants
+from alexnet_jax import alexnet, augment, parallel, variants
 from alexnet_jax.checkpoint import Checkpointer, CheckpointError, split_step
 from alexnet_jax.config import (
     Config,
@@ -41,7 +41,7 @@ def load(
     *,
     step: int | None = None,
     variant: str | None = None,
-) -> tuple[model.AlexNet, dict[str, Any], Callable[[Any], jax.Array]]:
+) -> tuple[alexnet.AlexNet, dict[str, Any], Callable[[Any], jax.Array]]:
     """Load a trained network: `model, variables, preprocess = load(PATH)`.
 
     Args:

@@ -1,4 +1,4 @@
-"""Everything that knows of more than one device.
+"""Meshes, modes, and what devices exchange: all that knows of more than one device.
 
 One mesh of two axes, "data" and "column". Three modes:
 
@@ -21,14 +21,18 @@ checkpoint therefore moves between any numbers of devices.
 
 import importlib.metadata
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from alexnet_jax.variants import Local, Lrn, Variant, stage_name
+from alexnet_jax.alexnet import AlexNet
+from alexnet_jax.exchange import Alone, Exchange, Part, by_column
+from alexnet_jax.layers import Dense, Layer, Local, Lrn, Variant, stage_name
 
 DATA = "data"
 COLUMN = "column"
@@ -70,14 +74,14 @@ def require_devices() -> None:
 
 
 def make_mesh(data: int, column: int = 1) -> Mesh:
-    """A mesh of data x column devices, the first ones there are.
+    """Make a mesh of data x column devices, the first ones there are.
 
     With several processes it has to be all of them: a process without a device of
     the mesh would have nothing to do, and the others would wait for it.
 
     Raises:
-      ValueError: when there are fewer devices than that, some are left over, or the
-        processes have unequal numbers of them.
+      ValueError: if there are fewer devices than that, or, with several processes, some
+        are left over or the processes have unequal numbers of them.
     """
     # In the order of the processes, so that the devices of a row are neighbours and
     # each process's examples follow one another.
@@ -118,7 +122,7 @@ def make_mesh(data: int, column: int = 1) -> Mesh:
 
 
 def check_mode(network: Variant, mode: str, columns: int) -> None:
-    """Raises ValueError if the network cannot run in `mode` on that many columns."""
+    """Raise ValueError if the network cannot run in `mode` on that many columns."""
     if mode not in MODES:
         raise ValueError(
             f"--config.parallel.mode={mode!r} must be one of {', '.join(MODES)}."
@@ -166,7 +170,7 @@ def _not_in_hybrid(network: Variant, columns: int) -> str:
 
 
 def batch_axes(mesh: Mesh, mode: str) -> tuple[str, ...]:
-    """The mesh axes that the batch is split over, where images enter the network.
+    """Return the mesh axes that the batch is split over as it enters the network.
 
     Axes of one device are not among them: XLA would copy all gradients in a sum of one.
     """
@@ -175,52 +179,114 @@ def batch_axes(mesh: Mesh, mode: str) -> tuple[str, ...]:
 
 
 def batch_shards(data: int, column: int, mode: str) -> int:
-    """Into how many parts a mesh of data x column devices splits a batch."""
+    """Return into how many parts a mesh of data x column devices splits a batch."""
     return data * column if mode == "hybrid" else data
 
 
-# Exchanges. `axis_name` None: not split, nothing to do.
+# What one device computes, and what it exchanges with the others of its row.
 
 
-def gather_features(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """[..., C of this device] -> [..., C of all], in the order of the devices.
+def local_model(model: AlexNet, mesh: Mesh, mode: str, parts: int = 1) -> AlexNet:
+    """Return the clone of a model that runs on one device of `mesh`.
 
-    Differentiated, it is a reduce-scatter: each device gets the sum of what all
-    devices ask of its own features (the original's `Layer::bprop`).
+    Args:
+      model: the whole network.
+      mesh, mode: how it is split.
+      parts: a device's share of a batch comes in so many parts, one after the other.
+
+    Raises:
+      ValueError: if the network cannot run in that mode.
     """
-    if axis_name is None:
-        return x
-    return lax.all_gather(x, axis_name, axis=x.ndim - 1, tiled=True)
+    columns, axes = mesh.shape[COLUMN], batch_axes(mesh, mode)
+    check_mode(model.network, mode, columns)
+    exchange: Exchange = Alone(axes)
+    if columns > 1 and mode == "columns":
+        exchange = Columns(axes, columns)
+    elif columns > 1:
+        exchange = Hybrid(axes, columns, parts)
+    return model.clone(exchange=exchange)
 
 
-def sum_parts(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """The sum of the devices' parts, on every device."""
-    return x if axis_name is None else lax.psum(x, axis_name)
+@dataclass(frozen=True)
+class Columns:
+    """Mode `columns`: a device has one part of the features of every layer."""
+
+    batch_axes: tuple[str, ...]
+    columns: int
+
+    def part(self, row: Layer, own: jax.Array) -> Part:
+        return Part(own, self.batch_axes, self.columns, lax.axis_index(COLUMN))
+
+    def gather_features(self, x: jax.Array) -> jax.Array:
+        # Differentiated, it is a reduce-scatter: each device gets the sum of what all
+        # devices ask of its own features (the original's `Layer::bprop`).
+        return lax.all_gather(x, COLUMN, axis=x.ndim - 1, tiled=True)
+
+    def dense_inputs(self, x: jax.Array, columns: int) -> jax.Array:
+        if columns == 1:
+            return by_column(self.gather_features(x), 1)
+        return by_column(x, columns // self.columns)
+
+    def classifier_inputs(self, x: jax.Array) -> jax.Array:
+        return x  # units: `check_mode` refuses networks in which they are maps
+
+    def sum_logits(self, parts: jax.Array) -> jax.Array:
+        return lax.psum(parts, COLUMN)
 
 
-def gather_examples(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """[B of this device, ...] -> [B of all, ...]; differentiated, a reduce-scatter."""
-    if axis_name is None:
-        return x
-    return lax.all_gather(x, axis_name, axis=0, tiled=True)
+@dataclass(frozen=True)
+class Hybrid:
+    """Mode `hybrid`: data-parallel convolutions, then fully connected layers in parts.
+
+    A device has all convolutional features of its own examples, and one part of the
+    fully connected units for the examples of all devices of its row. `parts` as for
+    `local_model`.
+    """
+
+    batch_axes: tuple[str, ...]
+    columns: int
+    parts: int = 1
+
+    def part(self, row: Layer, own: jax.Array) -> Part:
+        if not isinstance(row, Dense):
+            return Part(own, self.batch_axes)
+        # The examples of the devices of the row, one device after the other. With
+        # parts, those of neighbouring devices are so many times further apart.
+        index = lax.axis_index(COLUMN)
+        apart = len(own) * self.parts
+        others = jnp.arange(self.columns) - index
+        positions = (own + apart * others[:, None]).reshape(-1)
+        axes = tuple(axis for axis in self.batch_axes if axis != COLUMN)
+        return Part(positions, axes, self.columns, index)
+
+    def gather_features(self, x: jax.Array) -> jax.Array:
+        return x  # those of the convolutions are all here
+
+    def dense_inputs(self, x: jax.Array, columns: int) -> jax.Array:
+        # Maps: those of the row's examples. Units: all features of these.
+        x = lax.all_gather(x, COLUMN, axis=0 if x.ndim == 4 else 1, tiled=True)
+        x = by_column(x, columns)
+        own = max(1, columns // self.columns)
+        if columns == own:
+            return x
+        first = lax.axis_index(COLUMN) * columns // self.columns
+        return lax.dynamic_slice_in_dim(x, first, own, axis=1)
+
+    def classifier_inputs(self, x: jax.Array) -> jax.Array:
+        if x.ndim == 2:
+            return x
+        x = x.reshape(x.shape[0], -1)  # no layer before it that was split
+        return lax.all_to_all(x, COLUMN, split_axis=1, concat_axis=0, tiled=True)
+
+    def sum_logits(self, parts: jax.Array) -> jax.Array:
+        return lax.psum_scatter(parts, COLUMN, scatter_dimension=0, tiled=True)
 
 
-def trade_examples(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """[B of this device, F] -> [B of all, F of this device], by an all-to-all."""
-    if axis_name is None:
-        return x
-    return lax.all_to_all(x, axis_name, split_axis=1, concat_axis=0, tiled=True)
-
-
-def sum_own_examples(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """The devices' parts [B of all, K] -> their sum for this device's own examples."""
-    if axis_name is None:
-        return x
-    return lax.psum_scatter(x, axis_name, scatter_dimension=0, tiled=True)
+# Sums over devices.
 
 
 def sum_shards(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """The sum of what each device worked out from its shard of an array.
+    """Return the sum of what each device worked out from its shard of an array.
 
     `spec` says how that array is split; parts that every device holds count once.
     """
@@ -229,7 +295,7 @@ def sum_shards(x: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def vary(tree: PyTree, specs: PyTree, axes: tuple[str, ...]) -> PyTree:
-    """Marks arrays as each device's own along the `axes` they are not split over.
+    """Mark arrays as each device's own along the `axes` they are not split over.
 
     Without it `shard_map` would sum a gradient over these axes by itself, once for
     each use of the array; `sum_gradients` does it once in all.
@@ -243,7 +309,7 @@ def vary(tree: PyTree, specs: PyTree, axes: tuple[str, ...]) -> PyTree:
 
 
 def sum_gradients(grads: PyTree, specs: PyTree, axes: tuple[str, ...]) -> PyTree:
-    """Sums gradients over those of the `axes` that their arrays are not split over.
+    """Sum gradients over those of the `axes` that their arrays are not split over.
 
     The one place where data-parallel gradients are reduced, in the parameters' own
     precision. `shard_map` would refuse a step without it; under `pmap` such a step
@@ -262,7 +328,7 @@ def sum_gradients(grads: PyTree, specs: PyTree, axes: tuple[str, ...]) -> PyTree
 
 
 def replicated_axes(spec: PartitionSpec, axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of `axes` that an array of that spec is not split over."""
+    """Return those of `axes` that an array of that spec is not split over."""
     return tuple(axis for axis in axes if axis not in _axes(spec))
 
 
@@ -274,7 +340,7 @@ def _axes(spec: PartitionSpec) -> tuple[str, ...]:
 
 
 def param_specs(network: Variant, params: PyTree, mesh: Mesh, mode: str) -> PyTree:
-    """The PartitionSpec of every leaf of `params` (or of `batch_stats`).
+    """Return the PartitionSpec of every leaf of `params` (or of `batch_stats`).
 
     In mode "columns" a layer's features, its last axis, are split over "column", in
     mode "hybrid" only those of the fully connected layers; the classifier is split by
@@ -297,12 +363,15 @@ def param_specs(network: Variant, params: PyTree, mesh: Mesh, mode: str) -> PyTr
 
 
 def shardings(mesh: Mesh, specs: PyTree) -> PyTree:
-    """A NamedSharding for every PartitionSpec."""
+    """Return a NamedSharding for every PartitionSpec."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
         specs,
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
+
+
+# One step, two wrappers.
 
 
 def on_devices(
@@ -312,7 +381,7 @@ def on_devices(
     out_specs: PyTree,
     transform: str = "shard_map",
 ) -> Callable[..., Any]:
-    """`step`, what one device does, as a function of whole arrays; to be jitted.
+    """Return `step`, what one device does, as a function of whole arrays, to be jitted.
 
     Args:
       step: is run on every device, with its shards of the arguments.
@@ -332,7 +401,7 @@ def on_devices(
 def _pmap(
     step: Callable[..., Any], mesh: Mesh, in_specs: tuple[PyTree, ...]
 ) -> Callable[..., Any]:
-    """`jax.pmap` over the rows of the mesh; what is not split has no device axis."""
+    """Map `step` over the rows of the mesh; what is not split has no device axis."""
     split = [spec == P((DATA,)) for spec in in_specs]
     mapped = jax.pmap(
         step,
@@ -355,10 +424,13 @@ def _pmap(
     return call
 
 
-def positions(mesh: Mesh, mode: str, batch_size: int) -> tuple[int, int]:
-    """(lo, hi): the positions of a global batch that this process's devices need.
+# From the host to the devices.
 
-    The devices of one row that are columns need the same examples.
+
+def positions(mesh: Mesh, mode: str, batch_size: int) -> tuple[int, int]:
+    """Return (lo, hi), the positions of a global batch that this process needs.
+
+    Devices of one row that are columns need the same examples.
     """
     sharding = NamedSharding(mesh, P(batch_axes(mesh, mode)))
     parts = sharding.addressable_devices_indices_map((batch_size,)).values()
@@ -367,13 +439,21 @@ def positions(mesh: Mesh, mode: str, batch_size: int) -> tuple[int, int]:
 
 
 def put_batch(batch: PyTree, mesh: Mesh, mode: str, batch_size: int) -> PyTree:
-    """Host arrays of the examples at `positions` -> arrays split over `batch_axes`."""
+    """Put host arrays of the examples at `positions` on devices, split like the batch."""
     sharding = NamedSharding(mesh, P(batch_axes(mesh, mode)))
     return jax.tree.map(
         lambda a: jax.make_array_from_process_local_data(
             sharding, a, (batch_size, *a.shape[1:])
         ),
         batch,
+    )
+
+
+def put_everywhere(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Put host arrays, the same in every process, whole on every device."""
+    sharding = NamedSharding(mesh, P())
+    return jax.tree.map(
+        lambda a: jax.make_array_from_process_local_data(sharding, a, a.shape), tree
     )
 
 
@@ -397,11 +477,3 @@ class Agreement:
         return self._largest(
             jax.make_array_from_process_local_data(self._split, rows, shape)
         )
-
-
-def put_everywhere(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Host arrays, the same in every process -> arrays whole on every device."""
-    sharding = NamedSharding(mesh, P())
-    return jax.tree.map(
-        lambda a: jax.make_array_from_process_local_data(sharding, a, a.shape), tree
-    )

@@ -1,19 +1,18 @@
-"""Says what a run has learnt and how good it is; sets runs beside each other.
+"""Write the report of a run, or draw the curves of several runs in one figure.
 
 python -m alexnet_jax.report --workdir=DIR
 
 writes DIR/report.html, a page in one file: errors, curves, mistakes, filters, predictions,
-neighbours, where the time went, the configuration. It asks for nothing else, from nowhere,
-and prints on A4. Beside it DIR/filters.png (the first layer's kernels, a panel a column),
+neighbours, where the time went, the configuration. The page loads nothing else and prints
+on A4. Also written: DIR/filters.png (the first layer's kernels, one panel per column),
 DIR/filter_statistics.png (how coloured and how directed the kernels of each column are)
-and DIR/curves.png (loss and error over the epochs). For the mistakes and the neighbours
-the network looks at the run's own pictures; where they are no longer there, the page says
-so and has the rest.
+and DIR/curves.png (loss and error over the epochs). Mistakes and neighbours need the run's
+own images; if these are missing, the page says so and shows the rest.
 
 python -m alexnet_jax.report --workdir=DIR,DIR,DIR --out=FILE.png
 
-draws the curves of several runs, at most six, in one figure: training and held out, loss
-and error. FILE ends in .png, .svg or .pdf.
+draws the curves of at most six runs in one figure: loss and error, in training and held
+out. FILE ends in .png, .svg or .pdf.
 """
 
 import argparse
@@ -29,25 +28,20 @@ from alexnet_jax.analysis.figures import (
     first_layer_filters,
     training_curves,
 )
+from alexnet_jax.analysis.report.findings import read_run
+from alexnet_jax.analysis.report.page import build_page
 from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.cli import exit_status, path_argument, require_writable_file
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.images import short_names
-from alexnet_jax.findings import first_kernel, read_run
-from alexnet_jax.loading import (
-    CONFIG_FILE,
-    read_class_names,
-    read_config,
-    require_run,
-)
+from alexnet_jax.loading import CONFIG_FILE, read_class_names, read_config, require_run
 from alexnet_jax.metrics import shows_top5
 from alexnet_jax.pictures import save_figure
-from alexnet_jax.report_page import build_page
 from alexnet_jax.writers import METRICS_FILE, read_metrics
 
 REPORT_FILE = "report.html"
 FIGURES = ("filters.png", "filter_statistics.png", "curves.png")
-# Kinds of figures that several runs can be drawn into.
+# File types of the figure of several runs.
 FORMATS = ("png", "svg", "pdf")
 
 _NEXT = """what next
@@ -59,31 +53,11 @@ _NEXT = """what next
   in a notebook       model, variables, preprocess = alexnet_jax.load("{workdir}")"""
 
 
-def _errors_in_words(records: Sequence[dict[str, Any]], top5: bool) -> list[str]:
-    """The held-out errors of the last evaluation, a line each; none: nothing."""
-    evaluations = [record for record in records if "eval/loss" in record]
-    if not evaluations:
-        return []
-    last = evaluations[-1]
-
-    def errors(prefix: str) -> str:
-        ks = (1, 5) if top5 else (1,)
-        rates = ((k, 100 * last[f"{prefix}top{k}_error"]) for k in ks)
-        return ", ".join(f"top-{k} {rate:.2f}%" for k, rate in rates)
-
-    pictures = f"{last['eval/count']:.0f} pictures, step {last['step']}"
-    lines = [f"held-out errors: {errors('eval/')} ({pictures})"]
-    if "eval/views_loss" in last:
-        lines.append(f"over several views: {errors('eval/views_')}")
-    return lines
-
-
 def report(workdir: Path, *, python: str = "python") -> list[str]:
-    """Writes the page and the figures; returns the lines that say what there is.
+    """Write the page and the figures of a run; return the lines to print.
 
     Args:
-      workdir: of a run.
-      python: how Python is called in the commands that the page shows.
+      python: the Python command in the commands that the page shows.
 
     Raises:
       FileNotFoundError, CheckpointError: as `loading.load`.
@@ -95,14 +69,14 @@ def report(workdir: Path, *, python: str = "python") -> list[str]:
     run = read_run(workdir)
     html = build_page(run, python)  # before anything is written
     filters, statistics, curves = (workdir / name for name in FIGURES)
-    kernel, columns = first_kernel(run)
+    kernel, columns = run.first_kernel, run.columns
     save_figure(first_layer_filters(kernel, columns=columns), filters)
     save_figure(filter_statistics_by_column(kernel, columns=columns), statistics)
     save_figure(training_curves(run.records), curves)
     with replacing(workdir / REPORT_FILE) as file:
         file.write(html)
     return [
-        *_errors_in_words(run.records, shows_top5(len(run.names))),
+        *_held_out_errors(run.records, shows_top5(len(run.names))),
         f"first-layer filters: {filters}, {statistics.name}",
         f"training curves:     {curves}",
         f"report:              {workdir / REPORT_FILE}",
@@ -110,15 +84,14 @@ def report(workdir: Path, *, python: str = "python") -> list[str]:
 
 
 def compare(workdirs: Sequence[Path], out: Path) -> list[str]:
-    """Draws the curves of several runs; returns lines with their held-out errors.
+    """Draw the curves of several runs; return lines with their held-out errors.
 
     Raises:
       FileNotFoundError: for a folder that is not the workdir of a run.
       PathError: (an OSError) `out` cannot be written.
-      ValueError: for too many runs, one twice, or a kind of figure that is none of `FORMATS`.
+      ValueError: for too many runs, one given twice, or a file type not in `FORMATS`.
     """
-    kind = out.suffix.removeprefix(".").lower()
-    if kind not in FORMATS:
+    if out.suffix.removeprefix(".").lower() not in FORMATS:
         raise ValueError(f"--out={out} must end in one of .{', .'.join(FORMATS)}.")
     require_writable_file(out)
     names = short_names(workdirs)
@@ -137,11 +110,29 @@ def compare(workdirs: Sequence[Path], out: Path) -> list[str]:
         runs[name] = read_metrics(metrics)
         classes = read_class_names(workdir)
         top5 = classes is None or shows_top5(len(classes))
-        said = _errors_in_words(runs[name], top5) or ["no evaluation yet"]
-        lines += [f"{name}: {line}" for line in said]
-    figure = training_curves(runs)
-    save_figure(figure, out)
+        errors = _held_out_errors(runs[name], top5) or ["no evaluation yet"]
+        lines += [f"{name}: {line}" for line in errors]
+    save_figure(training_curves(runs), out)
     return [*lines, f"curves of {len(runs)} runs: {out}"]
+
+
+def _held_out_errors(records: Sequence[dict[str, Any]], top5: bool) -> list[str]:
+    """Return lines with the errors of the last evaluation; none without evaluations."""
+    evaluations = [record for record in records if "eval/loss" in record]
+    if not evaluations:
+        return []
+    last = evaluations[-1]
+
+    def errors(prefix: str) -> str:
+        ks = (1, 5) if top5 else (1,)
+        rates = ((k, 100 * last[f"{prefix}top{k}_error"]) for k in ks)
+        return ", ".join(f"top-{k} {rate:.2f}%" for k, rate in rates)
+
+    images = f"{last['eval/count']:.0f} pictures, step {last['step']}"
+    lines = [f"held-out errors: {errors('eval/')} ({images})"]
+    if "eval/views_loss" in last:
+        lines.append(f"over several views: {errors('eval/views_')}")
+    return lines
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[list[Path], Path | None]:
@@ -169,7 +160,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[list[Path], Path | None]:
 
 
 def _workdirs(text: str) -> list[Path]:
-    """The folder of that name, or those between its commas; for argparse."""
+    """Return the folder of that name, or those between its commas; for argparse."""
     if os.path.exists(whole := path_argument(text)):
         return [whole]
     if "" in (names := text.split(",")):
@@ -179,11 +170,11 @@ def _workdirs(text: str) -> list[Path]:
     return [path_argument(name) for name in names]
 
 
-def _report(workdirs: list[Path], out: Path | None) -> bool:
+def _run(workdirs: list[Path], out: Path | None) -> bool:
     if out is not None:
         print("\n".join(compare(workdirs, out)))
         return True
-    # As it was called: the environment's python, not the system's.
+    # The Python of this environment, as a relative path if it is short.
     python = os.path.relpath(sys.executable)
     python = sys.executable if python.startswith("..") else python
     lines = report(workdirs[0], python=python)
@@ -193,9 +184,9 @@ def _report(workdirs: list[Path], out: Path | None) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit status."""
+    """Run the command; return the exit status."""
     workdirs, out = _parse(argv)
-    return exit_status(lambda: _report(workdirs, out), CheckpointError)
+    return exit_status(lambda: _run(workdirs, out), CheckpointError)
 
 
 if __name__ == "__main__":

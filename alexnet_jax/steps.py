@@ -1,4 +1,4 @@
-"""TrainState, and what one device does in a training, summary or evaluation step.
+"""The steps of a run, each as what one device does: training, summary, evaluation.
 
 Everything random comes from (seed, purpose, step, position in the global batch), so
 a step is the same on any number of devices and after a resume.
@@ -18,14 +18,63 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alexnet_jax import augment, metrics, ops, parallel
-from alexnet_jax.model import AlexNet, feature_names
-from alexnet_jax.variants import Activation
+from alexnet_jax.alexnet import AlexNet
+from alexnet_jax.augment import PixelStatistics
+from alexnet_jax.layers import Activation, feature_names
 
 P = PartitionSpec
 PyTree = Any
+Arrays = dict[str, jax.Array]  # a batch, features, or scalars, by name
 
 # The purposes of randomness: what is folded into the key of the seed first.
 INIT, DROPOUT, AUGMENT = range(3)
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """What the steps of a run share.
+
+    Attributes:
+      model: the whole network.
+      tx: the optimiser; evaluation does not use it.
+      augmentation: how training images are made; all images have its `crop_size`.
+      mesh, mode: the devices, and how the network and the batch are split over them.
+      transform: the wrapper around a step, see `parallel.on_devices`.
+      seed: for all that is random.
+      accumulate_steps: each device cuts its share of the batch into so many equal parts
+        that go through the network one after the other: the same one update, in less
+        memory. Only batch normalisation tells a difference: its statistics are then
+        those of one part (of every device).
+      label_smoothing: in the loss of training, see `metrics.cross_entropy`.
+      frozen: layers whose gradients are neither computed nor exchanged, but zeros. It is
+        for `tx` to leave them where they are, weight decay included.
+    """
+
+    model: AlexNet
+    tx: optax.GradientTransformation
+    augmentation: augment.Augmentation
+    mesh: Mesh
+    mode: str = "data"
+    transform: str = "shard_map"
+    seed: int = 0
+    accumulate_steps: int = 1
+    label_smoothing: float = 0.0
+    frozen: Collection[str] = ()
+
+    @property
+    def crop_size(self) -> int:
+        return self.augmentation.crop_size
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        return parallel.batch_axes(self.mesh, self.mode)
+
+    @property
+    def local_model(self) -> AlexNet:
+        """The network of one device."""
+        return parallel.local_model(
+            self.model, self.mesh, self.mode, self.accumulate_steps
+        )
 
 
 @flax.struct.dataclass
@@ -46,69 +95,48 @@ class TrainState:
 
 
 def purpose_key(seed: int, purpose: int) -> jax.Array:
-    """The key of one purpose: INIT, DROPOUT or AUGMENT."""
+    """Return the key of one purpose: INIT, DROPOUT or AUGMENT."""
     return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
-def init_state(
-    model: AlexNet,
-    tx: optax.GradientTransformation,
-    *,
-    seed: int,
-    crop_size: int,
-    mesh: Mesh,
-    mode: str,
-) -> TrainState:
-    """A new run's state, each leaf made where its spec puts it."""
-    specs = state_specs(model, tx, crop_size=crop_size, mesh=mesh, mode=mode)
+def init_state(spec: StepSpec) -> TrainState:
+    """Make a new run's state, each leaf where its PartitionSpec puts it."""
     init = jax.jit(
-        lambda: _first_state(model, tx, seed, crop_size),
-        out_shardings=parallel.shardings(mesh, specs),
+        lambda: _first_state(spec.model, spec.tx, spec.seed, spec.crop_size),
+        out_shardings=parallel.shardings(spec.mesh, state_specs(spec)),
     )
     return init()
 
 
-def abstract_state(
-    model: AlexNet,
-    tx: optax.GradientTransformation,
-    *,
-    crop_size: int,
-    mesh: Mesh,
-    mode: str,
-) -> TrainState:
-    """The shapes, dtypes and shardings of a state: what a checkpoint is read into."""
-    specs = state_specs(model, tx, crop_size=crop_size, mesh=mesh, mode=mode)
+def abstract_state(spec: StepSpec) -> TrainState:
+    """Return shapes, dtypes and shardings of a state: what a checkpoint is read into."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=sharding
         ),
-        _shapes(model, tx, crop_size),
-        parallel.shardings(mesh, specs),
+        _shapes(spec),
+        parallel.shardings(spec.mesh, state_specs(spec)),
     )
 
 
-def state_specs(
-    model: AlexNet,
-    tx: optax.GradientTransformation,
-    *,
-    crop_size: int,
-    mesh: Mesh,
-    mode: str,
-) -> TrainState:
-    """The PartitionSpec of every leaf of a TrainState.
+def state_specs(spec: StepSpec) -> TrainState:
+    """Return the PartitionSpec of every leaf of a TrainState.
 
     The optimiser's state is split like the parameters it belongs to: left to `jit`
     the whole momentum would sit on one device.
     """
-    shapes = _shapes(model, tx, crop_size)
-    params = parallel.param_specs(model.network, shapes.params, mesh, mode)
+    shapes, network = _shapes(spec), spec.model.network
+    params, batch_stats = (
+        parallel.param_specs(network, tree, spec.mesh, spec.mode)
+        for tree in (shapes.params, shapes.batch_stats)
+    )
     return shapes.replace(
         step=P(),
         params=params,
-        batch_stats=parallel.param_specs(model.network, shapes.batch_stats, mesh, mode),
+        batch_stats=batch_stats,
         opt_state=optax.tree.map_params(
-            tx,
-            lambda _, spec: spec,
+            spec.tx,
+            lambda _, param_spec: param_spec,
             shapes.opt_state,
             params,
             transform_non_params=lambda _: P(),
@@ -116,8 +144,8 @@ def state_specs(
     )
 
 
-def _shapes(model: AlexNet, tx: optax.GradientTransformation, crop_size: int) -> Any:
-    return _first_state.eval_shape(model, tx, 0, crop_size)
+def _shapes(spec: StepSpec) -> Any:
+    return _first_state.eval_shape(spec.model, spec.tx, 0, spec.crop_size)
 
 
 # Jitted for jax to remember its trace: a run asks for the shapes half a dozen times.
@@ -135,86 +163,45 @@ def _first_state(
     )
 
 
-def make_train_step(
-    model: AlexNet,
-    tx: optax.GradientTransformation,
-    augmentation: augment.Augmentation,
-    *,
-    mesh: Mesh,
-    mode: str,
-    seed: int,
-    accumulate_steps: int = 1,
-    label_smoothing: float = 0.0,
-    frozen: Collection[str] = (),
-    transform: str = "shard_map",
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns the jitted (state, batch, statistics) -> (state, metrics).
+def make_train_step(spec: StepSpec) -> Callable[..., tuple[TrainState, Arrays]]:
+    """Return the jitted (state, batch, statistics) -> (state, metrics).
 
     `batch` is {"image": uint8 [B, S, S, 3], "label": int32 [B]}, B global and split
     over `parallel.batch_axes`; the state is donated. The metrics are the batch's mean
-    "loss", its "top1_error", and the learning rate "lr" of the update. The loss is
-    against labels smoothed by `label_smoothing` (`metrics.cross_entropy`). `transform`
-    is `parallel.on_devices`'.
+    "loss", its "top1_error", and the learning rate "lr" of the update.
 
-    `frozen` are layers whose gradients are not computed, nor exchanged: zeros. It is for
-    `tx` to leave them where they are, weight decay included.
-
-    With `accumulate_steps` n each device cuts its share of the batch into n equal
-    parts that go through the network one after the other: the same one update, in
-    less memory. Only batch normalisation tells a difference: its statistics are then
-    of one part (of every device).
-
-    On a CPU the step has compiler options (`ops.compiler_options`), which JAX takes at
-    the top only: inside another jit, scan or grad use `step.__wrapped__`.
+    On a CPU the step has compiler options (`ops.jit`), which JAX takes at the top only:
+    inside another jit, scan or grad use `step.__wrapped__`.
     """
-    specs = state_specs(
-        model, tx, crop_size=augmentation.crop_size, mesh=mesh, mode=mode
-    )
-    local = model.local(mesh, mode, accumulate_steps)
-    through = _Pass(
-        local,
-        augmentation,
-        seed,
-        accumulate_steps,
-        label_smoothing,
-        frozenset(frozen),
-        specs.params,
-    )
+    specs = state_specs(spec)
+    loss_and_grad = LossAndGrad(spec, specs.params)
+
+    def device_step(
+        state: TrainState, batch: Arrays, statistics: PixelStatistics
+    ) -> tuple[TrainState, Arrays]:
+        found = loss_and_grad(state, batch, statistics)
+        loss, wrong = lax.pmean((found.loss, found.wrong), spec.batch_axes)
+        opt_state: Any
+        grads = {**jax.tree.map(jnp.zeros_like, state.params), **found.grads}
+        updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=found.batch_stats,
+            opt_state=opt_state,
+        )
+        rate = opt_state.hyperparams["learning_rate"]
+        return new_state, {"loss": loss, "top1_error": wrong, "lr": rate}
+
+    in_specs = (specs, P(spec.batch_axes), P())
     step = parallel.on_devices(
-        functools.partial(_device_train_step, through, tx),
-        mesh,
-        (specs, P(through.batch_axes), P()),
-        (specs, P()),
-        transform,
+        device_step, spec.mesh, in_specs, (specs, P()), spec.transform
     )
-    return jax.jit(step, donate_argnums=0, compiler_options=ops.compiler_options())
+    return ops.jit(step, donate_argnums=0)
 
 
-def _device_train_step(
-    through: "_Pass",
-    tx: optax.GradientTransformation,
-    state: TrainState,
-    batch: dict[str, jax.Array],
-    statistics: augment.PixelStatistics,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One device's share of a training step."""
-    found = through.gradients(state, batch, statistics)
-    loss, wrong = lax.pmean((found.loss, found.wrong), through.batch_axes)
-    opt_state: Any
-    grads = {**jax.tree.map(jnp.zeros_like, state.params), **found.grads}
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    new_state = TrainState(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        batch_stats=found.batch_stats,
-        opt_state=opt_state,
-    )
-    rate = opt_state.hyperparams["learning_rate"]
-    return new_state, {"loss": loss, "top1_error": wrong, "lr": rate}
-
-
-class _Gradients(NamedTuple):
-    """What a batch's way through the network and back gives.
+class PassResult(NamedTuple):
+    """The result of `LossAndGrad`.
 
     Attributes:
       grads: of the mean loss over the global batch, summed over devices already; of the
@@ -232,44 +219,24 @@ class _Gradients(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """A device's share of a batch through the network and back.
+class LossAndGrad:
+    """Forward and backward pass over one device's shard of the batch.
 
     Attributes:
-      model: the device's own, from `model.local`.
-      accumulate_steps: the number of parts, one after the other; the model's, too.
-      label_smoothing: of the loss, see `metrics.cross_entropy`.
-      frozen: layers that no gradient is worked out for.
       param_specs: how the parameters are split.
       observe: takes the features of a part, returns arrays to be kept.
     """
 
-    model: AlexNet
-    augmentation: augment.Augmentation
-    seed: int
-    accumulate_steps: int
-    label_smoothing: float
-    frozen: frozenset[str]
+    spec: StepSpec
     param_specs: PyTree
-    observe: Callable[[dict[str, jax.Array]], PyTree] = lambda features: ()
+    observe: Callable[[Arrays], PyTree] = lambda features: ()
 
-    @property
-    def batch_axes(self) -> tuple[str, ...]:
-        return self.model.batch_axes
-
-    def trained(self, tree: dict[str, PyTree]) -> dict[str, PyTree]:
-        """The part of a tree like the parameters' that is not frozen."""
-        return {layer: tree[layer] for layer in tree if layer not in self.frozen}
-
-    def gradients(
-        self,
-        state: TrainState,
-        batch: dict[str, jax.Array],
-        statistics: augment.PixelStatistics,
-    ) -> _Gradients:
-        """Training's gradients at `state`, on one device of a mesh."""
-        count, share = self.accumulate_steps, batch["label"].shape[0]
-        axes, specs = self.batch_axes, self.param_specs
+    def __call__(
+        self, state: TrainState, batch: Arrays, statistics: PixelStatistics
+    ) -> PassResult:
+        """Return the gradients of training at `state`, on one device of the mesh."""
+        count, share = self.spec.accumulate_steps, batch["label"].shape[0]
+        axes, specs = self.spec.batch_axes, self.param_specs
         first = lax.axis_index(axes) * share
         # From here on each device's own: its gradients are summed once, at the end,
         # however many parts there are.
@@ -283,61 +250,57 @@ class _Pass:
 
             def add_part(carry: Any, xs: Any) -> Any:
                 (sums, stats), (i, part) = carry, xs
+                now = dataclasses.replace(state, batch_stats=stats)
                 position = first + i * (share // count)
-                grads, stats, seen = self._part(
-                    dataclasses.replace(state, batch_stats=stats),
-                    part,
-                    position,
-                    statistics,
-                    scale,
-                )
+                grads, stats, seen = self._part(now, part, position, statistics, scale)
                 return (jax.tree.map(jnp.add, sums, grads), stats), seen
 
             parts = jax.tree.map(
                 lambda a: a.reshape(count, share // count, *a.shape[1:]), batch
             )
+            zeros = jax.tree.map(jnp.zeros_like, self._trained(params))
             (grads, stats), seen = lax.scan(
                 add_part,
-                (
-                    jax.tree.map(jnp.zeros_like, self.trained(params)),
-                    state.batch_stats,
-                ),
+                (zeros, state.batch_stats),
                 (jnp.arange(count, dtype=jnp.int32), parts),
             )
         losses, wrong, observed = seen
-        grads = parallel.sum_gradients(grads, self.trained(specs), axes)
-        return _Gradients(grads, stats, losses.mean(), wrong.mean(), observed)
+        grads = parallel.sum_gradients(grads, self._trained(specs), axes)
+        return PassResult(grads, stats, losses.mean(), wrong.mean(), observed)
+
+    def _trained(self, tree: dict[str, PyTree]) -> dict[str, PyTree]:
+        """Return the part of a tree like the parameters' that is not frozen."""
+        return {layer: tree[layer] for layer in tree if layer not in self.spec.frozen}
 
     def _part(
         self,
         state: TrainState,
-        batch: dict[str, jax.Array],
+        batch: Arrays,
         first_example: jax.Array,
-        statistics: augment.PixelStatistics,
+        statistics: PixelStatistics,
         scale: float,
     ) -> tuple[PyTree, PyTree, Any]:
-        """Gradients of `scale` times the mean loss, batch_stats, what was seen.
+        """Return the gradients of `scale` times the mean loss, batch_stats, what was seen.
 
         Keys belong to the examples' positions in the global batch, whichever part
-        they are in; pictures become floats here, so never more than a part of them.
+        they are in; raw images become floats here, so never more than a part of them.
         """
+        model, seed = self.spec.local_model, self.spec.seed
         images = augment.train_images(
             batch["image"],
-            jax.random.fold_in(purpose_key(self.seed, AUGMENT), state.step),
+            jax.random.fold_in(purpose_key(seed, AUGMENT), state.step),
             first_example,
             statistics,
-            self.augmentation,
-            _wide(self.model.dtype),
+            self.spec.augmentation,
+            _wide(model.dtype),
             step=state.step,
         )
-        dropout_key = jax.random.fold_in(purpose_key(self.seed, DROPOUT), state.step)
+        dropout_key = jax.random.fold_in(purpose_key(seed, DROPOUT), state.step)
 
         def loss_fn(trained: PyTree) -> tuple[jax.Array, Any]:
-            features, changed = self.model.apply(
-                {
-                    "params": {**state.params, **trained},
-                    "batch_stats": state.batch_stats,
-                },
+            params = {**state.params, **trained}
+            features, changed = model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
                 images,
                 train=True,
                 first_example=first_example,
@@ -346,12 +309,12 @@ class _Pass:
                 method="features",
             )
             labels, logits = batch["label"], features["logits"]
-            losses = metrics.cross_entropy(logits, labels, self.label_smoothing)
+            losses = metrics.cross_entropy(logits, labels, self.spec.label_smoothing)
             loss = jnp.mean(losses)
             wrong = jnp.mean(~metrics.in_top_k(logits, labels, 1), dtype=loss.dtype)
             return scale * loss, (changed, (loss, wrong, self.observe(features)))
 
-        trained = self.trained(state.params)
+        trained = self._trained(state.params)
         grads, (changed, seen) = jax.grad(loss_fn, has_aux=True)(trained)
         # flax keeps running statistics in float32 whatever they were added up in
         stats = jax.tree.map(
@@ -362,20 +325,8 @@ class _Pass:
         return grads, stats, seen
 
 
-def make_summary_step(
-    model: AlexNet,
-    tx: optax.GradientTransformation,
-    augmentation: augment.Augmentation,
-    *,
-    mesh: Mesh,
-    mode: str,
-    seed: int,
-    accumulate_steps: int = 1,
-    label_smoothing: float = 0.0,
-    frozen: Collection[str] = (),
-    transform: str = "shard_map",
-) -> Callable[..., dict[str, jax.Array]]:
-    """Returns the jitted (state, batch, statistics) -> scalars; changes nothing.
+def make_summary_step(spec: StepSpec) -> Callable[..., Arrays]:
+    """Return the jitted (state, batch, statistics) -> scalars; changes nothing.
 
     They tell what the training step is about to see, on the same batch, weights and
     keys as that step:
@@ -387,165 +338,108 @@ def make_summary_step(
       global batch. Of the layers whose activation is relu.
     - `train/loss`: the mean loss before the update.
     """
-    specs = state_specs(
-        model, tx, crop_size=augmentation.crop_size, mesh=mesh, mode=mode
-    )
-    relu = Activation("relu")
-    rows = [row for row in model.network.layers if relu in row.then]
-    units = {row.name: row.features for row in rows}
+    specs, axes, relu = state_specs(spec), spec.batch_axes, Activation("relu")
+    rows = {row.name: row for row in spec.model.network.layers if relu in row.then}
     # What the activation gives, which is not always the layer's own name.
-    outputs = {row.name: feature_names(row)[row.then.index(relu)] for row in rows}
+    outputs = {
+        layer: feature_names(row)[row.then.index(relu)] for layer, row in rows.items()
+    }
 
-    def alive(features: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Which units are not zero everywhere; not a number counts as alive."""
+    def alive(features: Arrays) -> Arrays:
+        """Return which units are not zero everywhere; not a number counts as alive."""
         return {
             layer: jnp.any(features[name] != 0, axis=range(features[name].ndim - 1))
             for layer, name in outputs.items()
             if name
         }
 
-    through = _Pass(
-        model.local(mesh, mode, accumulate_steps),
-        augmentation,
-        seed,
-        accumulate_steps,
-        label_smoothing,
-        frozenset(frozen),
-        specs.params,
-        alive,
-    )
-    device_step = functools.partial(_device_summary_step, through, units)
-    in_specs = (specs, P(through.batch_axes), P())
-    step = parallel.on_devices(device_step, mesh, in_specs, P(), transform)
-    return jax.jit(step, compiler_options=ops.compiler_options())
+    loss_and_grad = LossAndGrad(spec, specs.params, alive)
+
+    def device_step(
+        state: TrainState, batch: Arrays, statistics: PixelStatistics
+    ) -> Arrays:
+        found = loss_and_grad(state, batch, statistics)
+        scalars = {"train/loss": lax.pmean(found.loss, axes)}
+        for layer, grads in found.grads.items():
+            split = specs.params[layer]
+            squares = [
+                parallel.sum_shards(jnp.sum(jnp.square(grad)), split[name])
+                for name, grad in grads.items()
+            ]
+            scalars[f"grad_norm/{layer}"] = jnp.sqrt(sum(squares))
+        for layer, parts in found.observed.items():
+            # Alive in any part, for any device's examples; a unit is split as its bias.
+            bias_spec = specs.params[layer]["bias"]
+            elsewhere = parallel.replicated_axes(bias_spec, axes)
+            alive = parts.any(0).astype(jnp.int32)
+            if elsewhere:
+                alive = lax.pmax(alive, elsewhere)
+            dead = parallel.sum_shards(jnp.sum(1 - alive), bias_spec)
+            scalars[f"dead_relu/{layer}"] = dead / rows[layer].features
+        return scalars
+
+    in_specs = (specs, P(axes), P())
+    step = parallel.on_devices(device_step, spec.mesh, in_specs, P(), spec.transform)
+    return ops.jit(step)
 
 
-def _device_summary_step(
-    through: _Pass,
-    units: dict[str, int],
-    state: TrainState,
-    batch: dict[str, jax.Array],
-    statistics: augment.PixelStatistics,
-) -> dict[str, jax.Array]:
-    """One device's share of a summary; `units`: of each layer, over all devices."""
-    found = through.gradients(state, batch, statistics)
-    axes, param_specs = through.batch_axes, through.param_specs
-    scalars = {"train/loss": lax.pmean(found.loss, axes)}
-    for layer, grads in found.grads.items():
-        squares = [
-            parallel.sum_shards(jnp.sum(jnp.square(grad)), param_specs[layer][name])
-            for name, grad in grads.items()
-        ]
-        scalars[f"grad_norm/{layer}"] = jnp.sqrt(sum(squares))
-    for layer, parts in found.observed.items():
-        # Alive in any part, for any device's examples; a unit is split as its bias is.
-        spec = param_specs[layer]["bias"]
-        elsewhere = parallel.replicated_axes(spec, axes)
-        alive = parts.any(0).astype(jnp.int32)
-        if elsewhere:
-            alive = lax.pmax(alive, elsewhere)
-        dead = parallel.sum_shards(jnp.sum(1 - alive), spec)
-        scalars[f"dead_relu/{layer}"] = dead / units[layer]
-    return scalars
-
-
-def make_eval_step(
-    model: AlexNet,
-    *,
-    mesh: Mesh,
-    mode: str,
-    crop_size: int,
-    views: int = 1,
-    parts: int = 1,
-    transform: str = "shard_map",
-) -> Callable[..., dict[str, jax.Array]]:
-    """Returns the jitted (params, batch_stats, batch, statistics) -> sums.
+def make_eval_step(spec: StepSpec, views: int = 1) -> Callable[..., Arrays]:
+    """Return the jitted (params, batch_stats, batch, statistics) -> sums.
 
     `batch` also has a "mask" [B], 1 for real examples and 0 for padding; the sums
     over the whole batch are those of `metrics.sums`, of the centre view. With more
     `views` (`augment.several_views`) the same sums come again under "views_...", of the
-    probabilities averaged over the views, as in section 4.1 of the paper. Each device's
-    share of the batch goes through the network in `parts`, one after the other.
+    probabilities averaged over the views, as in section 4.1 of the paper.
     """
-    local = model.local(mesh, mode)
 
-    def sums_of(logits: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def sums_of(logits: jax.Array, batch: Arrays) -> Arrays:
         labels, mask = batch["label"], batch["mask"]
         sums = metrics.sums(logits[0], labels, mask)
         if views > 1:
             averaged = metrics.log_mean_probabilities(logits)
             several = metrics.sums(averaged, labels, mask)
             sums |= {f"views_{name}": value for name, value in several.items()}
-        return lax.psum(sums, local.batch_axes)
+        return lax.psum(sums, spec.batch_axes)
 
-    device_step = _on_views(local, sums_of, crop_size, views, parts)
-    in_specs = _eval_specs(model, mesh, mode, crop_size)
-    step = parallel.on_devices(device_step, mesh, in_specs, P(), transform)
-    return jax.jit(step, compiler_options=ops.compiler_options())
+    step = _on_views(spec, views, sums_of, P(), spec.transform)
+    return ops.jit(step)
 
 
-def make_predict_step(
-    model: AlexNet,
-    *,
-    mesh: Mesh,
-    mode: str,
-    crop_size: int,
-    views: int = 1,
-    parts: int = 1,
-) -> Callable[..., dict[str, jax.Array]]:
-    """Returns the jitted (params, batch_stats, batch, statistics) -> predictions.
+def make_predict_step(spec: StepSpec, views: int = 1) -> Callable[..., Arrays]:
+    """Return the jitted (params, batch_stats, batch, statistics) -> predictions.
 
     They are logarithms of probabilities, [B, K], whole on every device: "centre", and
-    with more `views` "views", of the probabilities averaged over them. Arguments as of
-    `make_eval_step`, whose sums are of the same numbers.
+    with more `views` "views", of the probabilities averaged over them: those of which
+    `make_eval_step` gives the sums. Always under `shard_map`.
     """
-    local = model.local(mesh, mode)
 
-    def predictions_of(logits: jax.Array, _: Any) -> dict[str, jax.Array]:
+    def predictions_of(logits: jax.Array, _: Any) -> Arrays:
         found = {"centre": metrics.log_mean_probabilities(logits[:1])}
         if views > 1:
             found["views"] = metrics.log_mean_probabilities(logits)
         return found
 
-    device_step = _on_views(local, predictions_of, crop_size, views, parts)
-    in_specs = _eval_specs(model, mesh, mode, crop_size)
-    step = parallel.on_devices(device_step, mesh, in_specs, P(local.batch_axes))
-    return jax.jit(
-        step,
-        out_shardings=NamedSharding(mesh, P()),
-        compiler_options=ops.compiler_options(),
-    )
-
-
-def _eval_specs(
-    model: AlexNet, mesh: Mesh, mode: str, crop_size: int
-) -> tuple[PyTree, ...]:
-    """Of params, batch_stats, batch and statistics."""
-    specs = state_specs(
-        model, optax.identity(), crop_size=crop_size, mesh=mesh, mode=mode
-    )
-    axes = parallel.batch_axes(mesh, mode)
-    return specs.params, specs.batch_stats, P(axes), P()
+    step = _on_views(spec, views, predictions_of, P(spec.batch_axes))
+    return ops.jit(step, out_shardings=NamedSharding(spec.mesh, P()))
 
 
 def _on_views(
-    local: AlexNet,
-    finish: Callable[[jax.Array, dict[str, jax.Array]], dict[str, jax.Array]],
-    crop_size: int,
+    spec: StepSpec,
     views: int,
-    parts: int,
-) -> Callable[..., dict[str, jax.Array]]:
-    """A device's (params, batch_stats, batch, statistics) -> finish(logits, batch).
+    finish: Callable[[jax.Array, Arrays], Arrays],
+    out_specs: PartitionSpec,
+    transform: str = "shard_map",
+) -> Callable[..., Arrays]:
+    """Return (params, batch_stats, batch, statistics) -> finish(logits [V, B, K], batch).
 
-    The logits are [V, B, K]. One view and one part after the other, in the memory of one.
+    On each device one view and one part of its share of the batch goes through the
+    network after the other, in the memory of one.
     """
+    model, crop_size = spec.local_model, spec.crop_size
 
     def device_step(
-        params: PyTree,
-        batch_stats: PyTree,
-        batch: dict[str, jax.Array],
-        statistics: augment.PixelStatistics,
-    ) -> dict[str, jax.Array]:
+        params: PyTree, batch_stats: PyTree, batch: Arrays, statistics: PixelStatistics
+    ) -> Arrays:
         variables = {"params": params, "batch_stats": batch_stats}
 
         def logits_of(view: jax.Array) -> Any:
@@ -553,15 +447,18 @@ def _on_views(
                 view,
                 mean_image=statistics.mean_image,
                 crop_size=crop_size,
-                dtype=_wide(local.dtype),
+                dtype=_wide(model.dtype),
             )
-            return local.apply(variables, images)
+            return model.apply(variables, images)
 
         cut = augment.several_views(batch["image"], views, crop_size)
-        logits = lax.map(logits_of, cut.reshape((views * parts, -1, *cut.shape[2:])))
+        pieces = views * spec.accumulate_steps
+        logits = lax.map(logits_of, cut.reshape((pieces, -1, *cut.shape[2:])))
         return finish(logits.reshape(views, -1, logits.shape[-1]), batch)
 
-    return device_step
+    specs = state_specs(spec)
+    in_specs = (specs.params, specs.batch_stats, P(spec.batch_axes), P())
+    return parallel.on_devices(device_step, spec.mesh, in_specs, out_specs, transform)
 
 
 def _wide(dtype: Any) -> Any:

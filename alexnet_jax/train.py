@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from alexnet_jax import distributed, finetune, loading, parallel
 from alexnet_jax import experiment as experiment_lib
+from alexnet_jax.alexnet import INITS
 from alexnet_jax.checkpoint import Checkpointer, CheckpointError, has_checkpoint
 from alexnet_jax.cli import expanded, require_writable
 from alexnet_jax.config import Config, ConfigError, as_json, flat, validate
@@ -29,7 +30,6 @@ from alexnet_jax.data.loader import Batch
 from alexnet_jax.evaluate import evaluate
 from alexnet_jax.experiment import Experiment
 from alexnet_jax.metrics import shows_top5
-from alexnet_jax.model import INITS
 from alexnet_jax.optim import Plateau
 from alexnet_jax.profiler import Profiler
 from alexnet_jax.steps import TrainState
@@ -382,8 +382,6 @@ def _describe(experiment: Experiment) -> list[str]:
             f"evaluating on {experiment.eval_source.num_examples:,} pictures: "
             f"{experiment.eval_source.description}"
         )
-    splits = filter(None, (train, experiment.eval_source))
-    lines += [f"WARNING: {split.left_out}" for split in splits if split.left_out]
     return lines
 
 

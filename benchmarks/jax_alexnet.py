@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax import augment, create_model, describe, ops, optim, parallel, steps
-from alexnet_jax.model import AlexNet
+from alexnet_jax.alexnet import AlexNet
 from benchmarks.measure import Setting
 
 CROP = 224
@@ -66,11 +66,11 @@ def training_step(
     augmentation = augmentation or augment.Augmentation(
         crop_size=CROP, crop=False, flip=False, lighting=0.0
     )
-    tx = optim.make_optimizer(0.01)
+    spec = steps.StepSpec(model, optim.make_optimizer(0.01), augmentation, mesh)
     labels = np.random.default_rng(1).integers(0, 1000, setting.batch)
     return Step(
-        steps.make_train_step(model, tx, augmentation, mesh=mesh, mode="data", seed=0),
-        steps.init_state(model, tx, seed=0, crop_size=CROP, mesh=mesh, mode="data"),
+        steps.make_train_step(spec),
+        steps.init_state(spec),
         {
             "image": pictures(setting.batch, side),
             "label": jnp.asarray(labels, jnp.int32),

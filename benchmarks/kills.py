@@ -1,21 +1,23 @@
-"""Runs that are killed at any moment and started again: is anything lost?
+"""Kill runs at any moment, start them again and compare: is anything lost?
 
     python -m benchmarks.kills --out=DIR [--short] [--kills=50] [--seed=0]
 
 Trains configs/quickstart.py, shortened (`QUICKLY`), on two virtual devices and in two
-processes, once without a disturbance each. Then the same in new folders, each data set
-drawn anew, killed by SIGKILL and started again until it ends by itself. Half of the
-kills come at moments drawn uniformly over the length of an undisturbed run, the others
-within a phase that is waited for, such as between the arrays of a checkpoint and its
-manifest. After some of them the newest checkpoint is damaged as well: a file cut short,
-or one bit turned over.
+processes, once without a disturbance each. Then the same in new folders, with the data
+set drawn anew, killed by SIGKILL and started again until the run ends by itself. Half of
+the kills come at moments drawn uniformly over the length of an undisturbed run. The
+others come within a phase that is waited for, for example between the arrays of a
+checkpoint and the rename of its folder. After some of them the newest checkpoint is
+damaged as well: a file is truncated, or one bit is flipped.
 
-A start has to go on from the newest whole checkpoint and to name the damaged file; in
-the end parameters, optimiser state, plateau rule and the records of every step have to
-be those of the undisturbed run, to the bit. Exit status 1 if anything is not.
+A start has to resume from the newest whole checkpoint and to name the damaged file. In
+the end parameters, optimizer state, plateau rule and the records of every step have to
+equal those of the undisturbed run to the bit. Exit status 1 if anything differs, or if
+fewer kills than asked for have hit a run.
 """
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -34,12 +36,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alexnet_jax.checkpoint import MANIFEST, Checkpointer, CheckpointError
+from alexnet_jax.checkpoint import Checkpointer, CheckpointError
 from alexnet_jax.writers import METRICS_FILE, read_metrics
 from benchmarks import measure
 
 ROOT = Path(__file__).parent.parent
-# Each step has a record, which is then of that step alone wherever a start begins.
+# Each step has a record, so a record does not depend on where a start begins.
 STEPS, EVALUATE_EVERY = 24, 6
 QUICKLY = (
     "--config=configs/quickstart.py",
@@ -51,13 +53,13 @@ QUICKLY = (
     "--config.log_every_steps=1",
     "--config.checkpoint.every_steps=4",
 )
-# Compiled in half the time, by every life for itself.
+# Halves the time of compiling, which every start does for itself.
 ENVIRONMENT = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_ENABLE_COMPILATION_CACHE": "0",
     "PYTHONUNBUFFERED": "1",
 }
-# What a record says of the clock.
+# The fields of a record that depend on the clock.
 CLOCK = ("images_per_sec", "data_wait_frac")
 STATE = ("step", "params", "batch_stats", "opt_state")
 
@@ -66,41 +68,43 @@ PREPARATION = "start: the data set is drawn"
 COMPILING = "compiling"
 TRAINING = "training"
 EVALUATION = "evaluation"
-ARRAYS = "checkpoint: Orbax's files"
-BEFORE_MANIFEST = "checkpoint: before its manifest"
-REMOVAL = "checkpoint: old ones are removed"
+ARRAYS = "checkpoint: its arrays are written"
+BEFORE_RENAME = "checkpoint: before its folder is renamed"
+DELETION = "checkpoint: old ones are deleted"
 LAST_SAVE = "checkpoint: the last one"
 END = "end: after the last checkpoint"
 PHASES = (
     *(START, PREPARATION, COMPILING, TRAINING, EVALUATION),
-    *(ARRAYS, BEFORE_MANIFEST, REMOVAL, LAST_SAVE, END),
+    *(ARRAYS, BEFORE_RENAME, DELETION, LAST_SAVE, END),
 )
-# What the kills of a run are aimed at; None: any moment. The data set is drawn in its
-# first life, and the last save is in its last one.
+# The phases that the kills of a run are aimed at; None: any moment. The data set is drawn
+# in a run's first start, and the last save comes in its last one.
 AIMS = (
-    (PREPARATION, None, BEFORE_MANIFEST, None, EVALUATION, None),
+    (PREPARATION, None, BEFORE_RENAME, None, EVALUATION, None),
     (COMPILING, None, ARRAYS, None, None, LAST_SAVE),
-    (None, None, BEFORE_MANIFEST, None, EVALUATION, LAST_SAVE),
+    (None, None, BEFORE_RENAME, None, EVALUATION, LAST_SAVE),
 )
-SHORT_AIMS = (COMPILING, BEFORE_MANIFEST, EVALUATION, LAST_SAVE)
-# The share of kills after which a checkpoint is damaged, where there are two.
+SHORT_AIMS = (COMPILING, BEFORE_RENAME, EVALUATION, LAST_SAVE)
+# The share of kills after which a checkpoint is damaged, if there are two.
 DAMAGED = {"short": 1.0, "long": 2 / 3}
-# Between two looks at a life: less than a phase takes.
+# Between two looks at a process: less than a phase takes.
 LOOK_SECONDS = 0.0005
-# What the other process of a killed one gets to end by itself, as from
+# The other process of a killed one has so long to end by itself, as under
 # launch/multiprocess.py.
 GRACE_SECONDS = 10.0
 # A start that takes so many times as long as an undisturbed run hangs.
 PATIENCE = 10
+# So many runs per kill are tried until all kills have hit one.
+MOST_RUNS = 4
 
 
 class LossError(Exception):
-    """What was lost, or let in, in words."""
+    """A difference from the undisturbed run; the message names it."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a run is started: its processes, and further flags."""
+    """Number of processes and flags of a run."""
 
     name: str
     processes: int
@@ -123,7 +127,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """When a life ends: so many seconds after its start, or into a phase."""
+    """When a start is killed: so many seconds after its begin, or into a phase."""
 
     phase: str | None
     seconds: float
@@ -131,7 +135,7 @@ class Plan:
 
 @dataclass
 class Kill:
-    """What happened to one life, for the record."""
+    """The record of one kill."""
 
     aimed_at: str | None
     phase: str
@@ -144,8 +148,8 @@ class Life:
     """One start of a run, watched.
 
     Attributes:
-      doing: what the last lines of its output say.
-      begun_at: the step it goes on from, 0 for a new run; None: not said yet.
+      doing: the phase, as far as its output tells.
+      begun_at: the step it resumes from, 0 for a new run; None: not printed yet.
     """
 
     def __init__(self, kind: Kind, folder: Path):
@@ -155,7 +159,6 @@ class Life:
         self.begun_at: int | None = None
         self.lines: list[str] = []
         self._checkpoints = self.workdir / "checkpoints"
-        self._left = self._unfinished()
         self._records: tuple[int, str] = (-1, "")
         self.started = time.monotonic()
         self.processes = [
@@ -190,43 +193,32 @@ class Life:
     # Where it is.
 
     def phase(self) -> str:
-        """What it is doing now, from its output and its files."""
+        """Return the current phase, from its output and its files."""
         if self.doing in (START, PREPARATION, COMPILING):
             return self.doing
-        new = self._unfinished() - self._left
-        if new:
-            name = min(new)[0]
-            step = int(re.match(r"\d+", name)[0])  # pyright: ignore[reportOptionalSubscript]
-            if step < max(self._whole_by_name(), default=0):
-                return REMOVAL
+        steps = self._steps()
+        unfinished = [int(name[:-4]) for name in steps if name.endswith(".tmp")]
+        if unfinished:
+            step = min(unfinished)
+            if step < max((int(name) for name in steps if name.isdecimal()), default=0):
+                return DELETION
             if step == STEPS:
                 return LAST_SAVE
-            return BEFORE_MANIFEST if name.isdigit() else ARRAYS
+            # Orbax gives its folder this name when all arrays are in it.
+            arrays = self._checkpoints / f"{step}.tmp" / "state"
+            return BEFORE_RENAME if arrays.exists() else ARRAYS
         if self.doing == TRAINING and self._is_evaluating():
             return EVALUATION
         return self.doing
 
-    def _unfinished(self) -> set[tuple[str, int]]:
-        """Folders of steps that are no checkpoint, by name and inode."""
-        try:
-            entries = list(os.scandir(self._checkpoints))
-        except FileNotFoundError:
-            return set()
-        return {
-            (entry.name, entry.inode())
-            for entry in entries
-            if entry.name[:1].isdigit()
-            and not (
-                entry.name.isdigit() and os.path.exists(f"{entry.path}/{MANIFEST}")
-            )
-        }
-
-    def _whole_by_name(self) -> list[int]:
-        names = (path.parent.name for path in self._checkpoints.glob(f"*/{MANIFEST}"))
-        return [int(name) for name in names if name.isdigit()]
+    def _steps(self) -> list[str]:
+        """Return the names N of complete steps and N.tmp of others."""
+        if not self._checkpoints.exists():
+            return []
+        return [name for name in os.listdir(self._checkpoints) if name[0].isdecimal()]
 
     def _is_evaluating(self) -> bool:
-        """Whether the last record is of a step whose evaluation is to come."""
+        """Return whether the last record is of a step whose evaluation is to come."""
         path = self.workdir / METRICS_FILE
         size = path.stat().st_size
         if size != self._records[0]:
@@ -244,12 +236,12 @@ class Life:
         return time.monotonic() - self.started
 
     def send(self, number: int, processes: list[int]) -> None:
-        """A signal to some of the processes."""
+        """Send a signal to some of the processes."""
         for index in processes:
             self.processes[index].send_signal(number)
 
     def wait(self, grace: float) -> None:
-        """Until all have ended, by themselves in time or by SIGKILL."""
+        """Wait until all have ended, by themselves in time or by SIGKILL."""
         end = time.monotonic() + grace
         for process in self.processes:
             try:
@@ -262,7 +254,7 @@ class Life:
 
 
 def _flags_of_each(count: int) -> list[list[str]]:
-    """What tells the processes of a run apart."""
+    """Return the flags that tell the processes of a run apart."""
     if count == 1:
         return [[]]
     with socket.socket() as probe:
@@ -291,12 +283,12 @@ def _start(kind: Kind, folder: Path, flags: list[str]) -> subprocess.Popen[str]:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """Of a whole run: what it left, and how long its phases are.
+    """Outcome and duration of a run, and the durations of its phases.
 
     Attributes:
       outcome: see `outcome`.
       seconds: of the run.
-      stretches: of each phase, the median of the seconds that it takes each time.
+      stretches: median seconds by phase.
     """
 
     outcome: dict[str, Any]
@@ -305,7 +297,7 @@ class Undisturbed:
 
 
 def undisturbed(kind: Kind, folder: Path) -> Undisturbed:
-    """Runs to the end; raises LossError if that fails."""
+    """Run to the end; raise LossError if that fails."""
     life = Life(kind, folder)
     stretches: dict[str, list[float]] = collections.defaultdict(list)
     phase, since = life.phase(), time.monotonic()
@@ -329,7 +321,7 @@ def _require_good_end(life: Life) -> None:
 
 
 def outcome(workdir: Path) -> dict[str, Any]:
-    """What a finished run has to have in common with another, by name."""
+    """Return, by name, everything that two finished runs have in common."""
     import jax
 
     with Checkpointer(workdir / "checkpoints", read_only=True) as saved:
@@ -355,7 +347,7 @@ def outcome(workdir: Path) -> dict[str, Any]:
 
 
 def require_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raises LossError naming what differs."""
+    """Raise LossError naming what differs."""
     names = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
     if names:
         raise LossError(f"differs from the undisturbed run: {', '.join(names)}")
@@ -366,11 +358,11 @@ def require_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @dataclass
 class Disturbed:
-    """A run, its kills so far, and what its next start has to say.
+    """A run that is killed, and its kills so far.
 
     Attributes:
       damaged: the share of kills after which a checkpoint is damaged.
-      passed_over: (step, file) of the damaged checkpoint.
+      skipped: (step, file) of the damaged checkpoint that the next start has to name.
     """
 
     kind: Kind
@@ -378,10 +370,10 @@ class Disturbed:
     chance: random.Random
     damaged: float
     kills: list[Kill] = field(default_factory=list)
-    passed_over: tuple[int, str] | None = None
+    skipped: tuple[int, str] | None = None
 
     def live(self, plan: Plan | None, patience: float) -> bool:
-        """One start: killed as planned, or to its end; returns whether it has ended."""
+        """Start it once, kill it as planned; return whether it ended by itself."""
         whole = self._whole_steps()
         life = Life(self.kind, self.folder)
         everyone = list(range(self.kind.processes))
@@ -408,12 +400,12 @@ class Disturbed:
             life.wait(0.0)
         if phase is None:
             return True
-        if self.chance.random() < self.damaged and self.passed_over is None:
+        if self.chance.random() < self.damaged and self.skipped is None:
             self.damage_newest()
         return False
 
     def _watch(self, life: Life, plan: Plan | None, patience: float) -> str | None:
-        """Until the planned moment, when the life is frozen: its phase; None: it ended."""
+        """Freeze it at the planned moment and return the phase; None if it ended."""
         everyone = list(range(self.kind.processes))
         while not life.has_ended():
             if life.seconds() > patience:
@@ -430,7 +422,7 @@ class Disturbed:
         return None
 
     def _check_start(self, life: Life, newest_whole: int) -> None:
-        """It went on from the newest whole checkpoint, and said what it passed over."""
+        """Raise LossError unless it resumed as it should and named what it skipped."""
         if life.begun_at is None:  # killed before
             return
         if life.begun_at != newest_whole:
@@ -438,12 +430,12 @@ class Disturbed:
                 f"a start went on from step {life.begun_at}; the newest whole "
                 f"checkpoint was that of step {newest_whole}"
             )
-        if self.passed_over is not None:
-            step, name = self.passed_over
-            words = f"Checkpoint of step {step} passed over: {name}"
+        if self.skipped is not None:
+            step, name = self.skipped
+            words = f"Checkpoint of step {step} skipped: {name}"
             if not any(words in line for line in life.lines):
                 raise LossError(f"a start did not say: {words}")
-            self.passed_over = None
+            self.skipped = None
 
     def _whole_steps(self) -> list[int]:
         folder = self.folder / "run" / "checkpoints"
@@ -452,20 +444,22 @@ class Disturbed:
         found = []
         with Checkpointer(folder, read_only=True) as saved:
             for step in saved.all_steps():
-                try:
-                    saved.top1_error(step)
+                with contextlib.suppress(CheckpointError):  # damaged
+                    saved.metadata(step)
                     found.append(step)
-                except CheckpointError:
-                    continue
         return found
 
     def damage_newest(self) -> None:
-        """Spoils a file of the newest whole checkpoint, if there is one before it."""
+        """Damage a file of the newest whole checkpoint, if there is one before it."""
         whole = self._whole_steps()
         if len(whole) < 2:
             return
         folder = self.folder / "run" / "checkpoints" / str(whole[-1])
-        files = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size]
+        files = [
+            path
+            for path in folder.rglob("[!.]*")  # not what a killed `replacing` left
+            if path.is_file() and path.stat().st_size
+        ]
         path = self.chance.choice(sorted(files))
         content = bytearray(path.read_bytes())
         size = len(content)
@@ -475,10 +469,10 @@ class Disturbed:
         else:
             bit = self.chance.randrange(8 * size)
             content[bit // 8] ^= 1 << bit % 8
-            how = f"bit {bit} of {8 * size} turned over"
+            how = f"bit {bit} of {8 * size} flipped"
         path.write_bytes(content)
         name = path.relative_to(folder).as_posix()
-        self.passed_over = (whole[-1], name)
+        self.skipped = (whole[-1], name)
         self.kills[-1].damage = f"step {whole[-1]}, {name}: {how}"
 
 
@@ -491,42 +485,51 @@ def _is_time(life: Life, plan: Plan) -> bool:
     return True
 
 
-def plan(aim: str | None, whole: Undisturbed, chance: random.Random) -> Plan:
-    """A moment within the phase aimed at; None: at any moment of a run."""
+def plan(
+    aim: str | None, whole: Undisturbed, chance: random.Random, misses: int
+) -> Plan:
+    """Draw a moment within the phase aimed at, or of a whole run if it is None.
+
+    Each miss halves the time, because phases are shorter on a machine less busy than
+    it was in the undisturbed run.
+    """
     length = whole.seconds if aim is None else 0.9 * whole.stretches.get(aim, 0.0)
-    return Plan(aim, chance.uniform(0.0, length))
+    return Plan(aim, chance.uniform(0.0, length) / 2**misses)
 
 
 def disturb(
     whole: Undisturbed, new_run: Callable[[int], Disturbed], aims: list[str | None]
 ) -> list[dict[str, Any]]:
-    """Runs that are killed as often as there are aims; the records.
+    """Kill runs until as many kills as there are aims have hit; return the records.
 
-    A run that ends before its kills leaves them to the next one.
+    A run that ends before its kills leaves them to the next one. A phase that three
+    runs in a row were not killed in is given up for any moment. Ends in any case after
+    `MOST_RUNS` times as many runs as aims.
     """
     records: list[dict[str, Any]] = []
-    most = 2 * len(aims)
-    while aims:
-        if len(records) == most:
-            raise LossError(f"after {most} runs {len(aims)} kills have hit none")
+    most, misses = MOST_RUNS * len(aims), 0
+    while aims and len(records) < most:
         now, aims = aims[:6], aims[6:]
+        if misses >= 3:
+            now[0] = None
         run = new_run(len(records))
-        records.append(disturbed_run(run, now, whole))
+        records.append(disturbed_run(run, now, whole, misses))
+        misses = 0 if run.kills else misses + 1
         aims += now[len(run.kills) :]
         print(f"{run.kind.name}: {len(aims)} kills to come", file=sys.stderr)
     return records
 
 
 def disturbed_run(
-    run: Disturbed, aims: list[str | None], whole: Undisturbed
+    run: Disturbed, aims: list[str | None], whole: Undisturbed, misses: int
 ) -> dict[str, Any]:
-    """Starts that are killed, one that is left alone; compared; the record."""
+    """Kill a run once per aim, let it end, compare it; return the record."""
     started = time.monotonic()
     patience = PATIENCE * whole.seconds
     loss = None
     try:
         for aim in aims:
-            if run.live(plan(aim, whole, run.chance), patience):
+            if run.live(plan(aim, whole, run.chance, misses), patience):
                 break
         else:
             run.live(None, patience)
@@ -545,8 +548,8 @@ def disturbed_run(
 # The record.
 
 
-def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts over all runs."""
+def summary(runs: list[dict[str, Any]], asked_for: int) -> dict[str, Any]:
+    """Return counts over all runs."""
     kills = [kill | {"kind": run["kind"]} for run in runs for kill in run["kills"]]
     by_phase = {
         phase: {
@@ -559,6 +562,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
     return {
         "runs": len(runs),
+        "kills_asked_for": asked_for,
         "kills": len(kills),
         "kills_at_any_moment": sum(kill["aimed_at"] is None for kill in kills),
         "kills_by_phase": {p: n for p, n in by_phase.items() if any(n.values())},
@@ -568,7 +572,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Kills by phase, and what was lost."""
+    """Return the kills by phase as a table, and a sentence about losses."""
     counts = record["summary"]
     names = [kind.name for kind in KINDS]
     rows = [
@@ -581,7 +585,8 @@ def table(record: dict[str, Any]) -> str:
     ]
     rows.append(["all", *map(str, sums)])
     sentence = (
-        f"{counts['runs']} runs of {STEPS} steps, {counts['kills']} kills, "
+        f"{counts['runs']} runs of {STEPS} steps, {counts['kills']} kills of "
+        f"{counts['kills_asked_for']} asked for, "
         f"{counts['kills_at_any_moment']} of them at a moment drawn uniformly over a "
         f"run; {counts['damaged_checkpoints']} checkpoints damaged. Runs that differ "
         f"from the undisturbed one, by a bit or more: {len(counts['losses'])}."
@@ -601,6 +606,7 @@ def main() -> int:
     chance = random.Random(options.seed)
     runs: list[dict[str, Any]] = []
     lengths: dict[str, Any] = {}
+    asked_for = 0
     with tempfile.TemporaryDirectory() as name:
         for kind in KINDS[:1] if options.short else KINDS:
             scratch = Path(name) / str(kind.processes)
@@ -615,17 +621,19 @@ def main() -> int:
                 folder = scratch / str(number)
                 return Disturbed(kind, folder, chance, DAMAGED[form])
 
+            asked_for += len(aims)
             runs += disturb(whole, new_run, aims)
     record = {
         "environment": ENVIRONMENT,
         "flags": {kind.name: [*QUICKLY, *kind.flags] for kind in KINDS},
         "seed": options.seed,
         "seconds_undisturbed": lengths,
-        "summary": summary(runs),
+        "summary": summary(runs, asked_for),
         "each": runs,
     }
     measure.write_result(options.out, "kills", record, table=table(record))
-    return 1 if record["summary"]["losses"] else 0
+    counts = record["summary"]
+    return 1 if counts["losses"] or counts["kills"] < asked_for else 0
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from jax import lax
 from matplotlib.figure import Figure
 
 from alexnet_jax import augment, ops, optim
-from alexnet_jax.model import AlexNet, summary
+from alexnet_jax.alexnet import AlexNet
+from alexnet_jax.summary import summary
 from benchmarks import jax_alexnet, measure, roofline
 from benchmarks.measure import Setting
 

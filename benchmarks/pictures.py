@@ -81,12 +81,8 @@ def batches(
         source,
         examples,
         batch_size=batch_size,
-        positions=None,
-        start_step=0,
         num_examples=count,
         workers=workers,
-        prefetch=4,
-        with_mask=False,
     )
 
 

@@ -1,9 +1,9 @@
-"""Whether training repeats bit for bit: the same steps in fresh processes.
+"""Check that training repeats bit for bit: the same steps in fresh processes.
 
     python -m benchmarks.repeats --out=DIR [--short]
 
-The paper's network, augmentation and dropout on, from one seed, on one device. On a GPU
-also with XLA's deterministic kernels (XLA_FLAGS=--xla_gpu_deterministic_ops=true).
+Trains the paper's network with augmentation and dropout from one seed on one device. On a
+GPU also with XLA's deterministic kernels (XLA_FLAGS=--xla_gpu_deterministic_ops=true).
 """
 
 import os
@@ -22,7 +22,7 @@ DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def parameters(setting: Setting, flags: str) -> dict[str, np.ndarray]:
-    """Those that `setting.steps` updates lead to; to be run in a fresh process."""
+    """Return the parameters after `setting.steps` updates; call it in a fresh process."""
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     import jax
 
@@ -40,7 +40,7 @@ def parameters(setting: Setting, flags: str) -> dict[str, np.ndarray]:
 
 
 def compare(runs: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
-    """The runs after the first against the first.
+    """Compare the runs after the first with the first.
 
     Returns:
       "equal": whether all have the same bits; "difference": the largest
@@ -61,7 +61,7 @@ def compare(runs: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
 
 
 def plan(on_gpu: bool, short: bool) -> list[tuple[Setting, str]]:
-    """What is repeated: a setting and XLA's flags."""
+    """Return the settings to repeat, each with XLA flags."""
     steps = STEPS["short" if short else "long"]
     width = 1.0 if on_gpu and not short else 0.25
     batch = 128 if on_gpu else 16
@@ -74,7 +74,7 @@ def plan(on_gpu: bool, short: bool) -> list[tuple[Setting, str]]:
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """A row a setting."""
+    """Return a table with one row per setting."""
     header = ["setting", "steps", "processes", "same bits", "largest difference"]
     rows = [
         [
@@ -90,7 +90,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Repeats every setting and writes the results."""
+    """Repeat every setting and write the results."""
     options = measure.command_line(__doc__).parse_args()
     # In a process of its own: this one must not take the GPU's memory.
     on_gpu = measure.in_fresh_process(_backend) == "gpu"

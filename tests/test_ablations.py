@@ -7,7 +7,7 @@ import pytest
 
 from alexnet_jax import augment, experiment, parallel, steps, variants
 from alexnet_jax.config import validate
-from alexnet_jax.model import summary
+from alexnet_jax.summary import summary
 from alexnet_jax.sweeps import plan as plan_lib
 from configs.sweeps import ablations
 
@@ -103,13 +103,11 @@ def test_each_trains_a_step(name):
     narrow = {"model.width": 1 / 32, "model.init": "he", "parallel.mode": "data"}
     config = config_of(name, **narrow)
     model = experiment.make_model(config, 10)
-    kwargs = {"mesh": parallel.make_mesh(1), "mode": "data", "seed": 0}
     tx = experiment.make_optimizer(config, model, steps_per_epoch=10.0)
-    crop = config.data.crop_size
-    state = steps.init_state(model, tx, crop_size=crop, **kwargs)
-    before = jax.device_get(state.params)
     augmentation = experiment.make_augmentation(config, 10.0)
-    step = steps.make_train_step(model, tx, augmentation, **kwargs)
+    spec = steps.StepSpec(model, tx, augmentation, parallel.make_mesh(1))
+    state, step = steps.init_state(spec), steps.make_train_step(spec)
+    before = jax.device_get(state.params)
     rng = np.random.default_rng(0)
     batch = {
         "image": jnp.asarray(rng.integers(0, 256, (2, 226, 226, 3), np.uint8)),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_model import random_variables, torch_network
+from test_alexnet import random_variables, torch_network
 
 from alexnet_jax import create_model, metrics
 from benchmarks import (

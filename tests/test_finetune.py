@@ -1,4 +1,4 @@
-"""Runs that start from trained weights: what they keep, and what they refuse."""
+"""Runs that start from trained weights: what they keep, and what is an error."""
 
 import importlib
 import os
@@ -24,7 +24,7 @@ from alexnet_jax import (
     variants,
 )
 from alexnet_jax.config import ConfigError
-from alexnet_jax.pretrained.weights import flat, nested
+from alexnet_jax.pretrained.files import flat, nested
 from alexnet_jax.writers import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +33,7 @@ KEPT = ("conv1", "conv2", "conv3")
 
 @pytest.fixture(scope="module")
 def source(folder, tmp_path_factory):  # noqa: F811
-    """A network of three classes, and of a mean image of its own."""
+    """The workdir of a network of three classes, with a mean image of its own."""
     workdir = tmp_path_factory.mktemp("source")
     train.train_and_evaluate(small_config(folder, num_epochs=2.0), workdir)
     return workdir
@@ -41,7 +41,7 @@ def source(folder, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """Two other classes, dark and bright."""
+    """A class folder of two other classes, dark and bright."""
     root = tmp_path_factory.mktemp("shapes")
     rng = np.random.default_rng(1)
     for index in range(24):
@@ -63,44 +63,45 @@ def config_from(source, shapes, **changes):
 
 
 def leaves(state):
-    return {
-        f"{layer}/{name}": np.asarray(array)
-        for layer, arrays in state.params.items()
-        for name, array in arrays.items()
-    }
+    """Return all variables of a state by name, such as `params/conv1/kernel`."""
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return {name: np.asarray(leaf) for name, leaf in flat(variables).items()}
 
 
-def test_all_but_the_classifier_is_taken_over_and_the_mean_with_it(source, shapes):
+def trained_leaves(source):
+    return {name: np.asarray(leaf) for name, leaf in flat(load(source)[1]).items()}
+
+
+def test_all_but_the_classifier_is_kept_and_the_mean_with_it(source, shapes):
     config = config_from(source, shapes)
     built = experiment.build(config)
-    scratch = leaves(built.init_state())
+    scratch, trained = leaves(built.init_state()), trained_leaves(source)
     begun, state, lines = finetune.begin(built)
-    trained = load(source)[1]["params"]
     for name, array in leaves(state).items():
-        layer, kind = name.split("/")
-        want = trained[layer][kind] if layer in KEPT else scratch[name]
+        kept = name.split("/")[1] in KEPT
+        want = trained[name] if kept else scratch[name]
         np.testing.assert_array_equal(array, want, err_msg=name)
-        assert layer in KEPT or array.shape[-1] == 2
-    of_source = loading.read_network(source).mean
-    np.testing.assert_array_equal(begun.statistics.mean_image, of_source)
-    assert np.abs(of_source - built.statistics.mean_image).max() > 1
+        assert kept or array.shape[-1] == 2
+    mean = loading.read_network(source).mean
+    np.testing.assert_array_equal(begun.statistics.mean_image, mean)
+    assert np.abs(mean - built.statistics.mean_image).max() > 1
     own = built.statistics.pca_std_255
     np.testing.assert_array_equal(begun.statistics.pca_std_255, own)
     line = f"starting from the weights and the mean image of {source}, but new: fc10"
     assert lines == [line]
 
 
-def test_pictures_of_another_size_have_the_mean_colour(source, shapes):
+def test_images_of_another_size_have_the_mean_colour(source, shapes):
     config = config_from(source, shapes)
     config.data.image_size = 40
     begun, *_ = finetune.begin(experiment.build(config))
-    pixel = loading.read_network(source).mean.mean(axis=(0, 1))
+    colour = loading.read_network(source).mean.mean(axis=(0, 1))
     mean = begun.statistics.mean_image
     assert mean.shape == (40, 40, 3)
-    np.testing.assert_allclose(mean, np.broadcast_to(pixel, mean.shape), rtol=1e-6)
+    np.testing.assert_allclose(mean, np.broadcast_to(colour, mean.shape), rtol=1e-6)
 
 
-def test_a_run_keeps_frozen_layers_and_goes_on_without_its_source(
+def test_a_run_keeps_frozen_layers_and_resumes_without_its_source(
     source, shapes, tmp_path, capsys
 ):
     copy = tmp_path / "copy"
@@ -109,37 +110,31 @@ def test_a_run_keeps_frozen_layers_and_goes_on_without_its_source(
     config.finetune.new_layers = ("conv3",)
     config.schedule.layer_factors = (("conv1", 0, 0), ("fc10", 0, 10))
     straight = leaves(train.train_and_evaluate(config, tmp_path / "straight"))
-    said = capsys.readouterr().out
-    assert "but new: conv3, fc10; frozen: conv1\n" in said
+    assert "but new: conv3, fc10; frozen: conv1\n" in capsys.readouterr().out
     config.max_steps = 1
     train.train_and_evaluate(config, tmp_path / "twice")
     shutil.rmtree(copy)
     config.max_steps = -1
     twice = leaves(train.train_and_evaluate(config, tmp_path / "twice"))
-    trained = load(source)[1]["params"]
+    trained = trained_leaves(source)
     for name, array in straight.items():
         np.testing.assert_array_equal(array, twice[name], err_msg=name)
-        layer, kind = name.split("/")
-        before = trained[layer][kind]
-        same = array.shape == before.shape and np.array_equal(array, before)
-        assert same == (layer == "conv1"), name
+        assert np.array_equal(array, trained[name]) == ("conv1" in name), name
     # The mean image stays with the weights.
     mean = loading.read_network(tmp_path / "twice").mean
     np.testing.assert_array_equal(mean, loading.read_network(source).mean)
     assert read_metrics(tmp_path / "twice" / "metrics.jsonl")[-1]["step"] == 3
 
 
-def test_columns_take_the_weights_of_one_device(folder, tmp_path):  # noqa: F811
-    """Each its part, and the sum is the whole."""
+def test_columns_share_the_weights_of_one_device(folder, tmp_path):  # noqa: F811
     config = columns_config(folder, eval_split="", eval_every_epochs=0.0, max_steps=0)
     train.train_and_evaluate(config, tmp_path / "source")
     config.seed, config.finetune.source = 1, str(tmp_path / "source@latest")
     _, state, _ = finetune.begin(experiment.build(config))
-    trained = load(tmp_path / "source")[1]["params"]
+    trained = trained_leaves(tmp_path / "source")
     for name, array in leaves(state).items():
-        layer, kind = name.split("/")
-        same = np.array_equal(array, trained[layer][kind])
-        assert same == (layer != "fc8" or kind == "bias"), name
+        same = np.array_equal(array, trained[name])
+        assert same == (name != "params/fc8/kernel"), name
     kernel = state.params["fc6"]["kernel"]
     assert len(kernel.sharding.device_set) == 2 and not kernel.is_fully_replicated
 
@@ -150,9 +145,7 @@ def test_a_new_layer_restarts_its_own_norm_only(shapes, tmp_path, monkeypatch):
     config.model.variant = TWO_SIXES.name
     config.data.image_size = config.data.crop_size = side = TWO_SIXES.crop_size
     built = experiment.build(config)
-    state = built.init_state()
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    scratch = {name: np.asarray(leaf) for name, leaf in flat(variables).items()}
+    scratch = leaves(built.init_state())
     trained = {name: leaf + np.float32(1) for name, leaf in scratch.items()}
     settings = {"variant": TWO_SIXES.name, "num_classes": 2, "init": "he"}
     mean = np.full(3, 99, np.float32)
@@ -161,10 +154,10 @@ def test_a_new_layer_restarts_its_own_norm_only(shapes, tmp_path, monkeypatch):
     pretrained.save_safetensors(config.finetune.source, weights)
     config.finetune.new_layers = ("fc6",)
     _, begun, _ = finetune.begin(built)
-    found = flat({"params": begun.params, "batch_stats": begun.batch_stats})
+    found = leaves(begun)
     for name, leaf in found.items():
-        anew = name.split("/")[1] in ("fc6", "norm_fc6", "fc8")
-        want = scratch[name] if anew else trained[name]
+        is_new = name.split("/")[1] in ("fc6", "norm_fc6", "fc8")
+        want = scratch[name] if is_new else trained[name]
         np.testing.assert_array_equal(leaf, want, err_msg=name)
     assert {"batch_stats/norm6/mean", "batch_stats/norm_fc6/mean"} < set(found)
 
@@ -180,23 +173,15 @@ def test_the_config_takes_the_network_of_its_source(source):
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    ("changes", "words"),
     [
         (
             {"model.width": 0.5},
-            (
-                r"(?s)has not the layers of this network:\n"
-                r"  - conv1/\w+ is \(.*32,?\) there, \(.*16,?\) here\n(.*\n)*.*"
-                r"--config=configs/finetune.py:.*--config.finetune.new_layers"
-            ),
+            r"has not the layers .*:\n(  - conv\d/\w+ is \(.*\) there, .* here\n){6}Take",
         ),
         ({"model.variant": "cifar_11"}, r"\n  - local\w+ is not there\n"),
         ({"finetune.new_layers": ("fc9",)}, "'fc9' must be one of conv1, conv2, conv3"),
-        ({"finetune.source": "nowhere"}, "nowhere is neither the workdir of a run nor"),
-        (
-            {"finetune.source": "nowhere@3"},
-            "nowhere@3 is neither the workdir of a run nor",
-        ),
+        ({"finetune.source": "nowhere@3"}, "nowhere@3 is neither the workdir of a run"),
     ],
 )
 def test_weights_of_something_else_are_refused(
@@ -206,13 +191,12 @@ def test_weights_of_something_else_are_refused(
     config.update_from_flattened_dict(changes)
     if "model.variant" in changes:
         config.data.crop_size = 24
-    workdir = tmp_path / "run"
-    with pytest.raises((ConfigError, FileNotFoundError), match=words):
-        train.train_and_evaluate(config, workdir)
-    assert not workdir.exists()
+    with pytest.raises(ConfigError, match=words):
+        train.train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
-def test_another_network_of_the_same_shapes_is_said(source, shapes):
+def test_another_network_of_the_same_shapes_gives_a_warning(source, shapes):
     config = config_from(source, shapes)
     config.model.overrides.activation = "tanh"
     *_, lines = finetune.begin(experiment.build(config))
@@ -224,7 +208,7 @@ def test_another_network_of_the_same_shapes_is_said(source, shapes):
 
 @pytest.mark.slow
 def test_two_processes_start_from_a_file(source, shapes, tmp_path):
-    """The file is read before they have met, and says which network it is."""
+    """Both read the file, and the network in it, before they connect."""
     weights = tmp_path / "net.safetensors"
     assert export.main([f"--workdir={source}", f"--out={weights}"]) == 0
     command = [
@@ -240,8 +224,8 @@ def test_two_processes_start_from_a_file(source, shapes, tmp_path):
         command, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    trained, begun = (load(where)[1]["params"] for where in (source, tmp_path / "run"))
-    for layer in KEPT:
-        for name, array in trained[layer].items():
-            np.testing.assert_array_equal(array, begun[layer][name])
-    assert begun["fc10"]["bias"].shape == (2,)
+    trained, begun = (trained_leaves(where) for where in (source, tmp_path / "run"))
+    for name in trained:
+        if name.split("/")[1] in KEPT:
+            np.testing.assert_array_equal(trained[name], begun[name], err_msg=name)
+    assert begun["params/fc10/bias"].shape == (2,)

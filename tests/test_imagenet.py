@@ -24,11 +24,12 @@ from alexnet_jax.data import (
     check,
     images,
     open_source,
-    sources,
     statistics,
 )
 from alexnet_jax.data.imagenet import class_words, classes, originals, preparation
 from alexnet_jax.data.imagenet import wnids as get_wnids
+from alexnet_jax.data.sources import Source
+from alexnet_jax.data.sources.tfds import example_message
 from alexnet_jax.train import train_and_evaluate
 from alexnet_jax.writers import read_metrics
 from configs import paper
@@ -232,7 +233,7 @@ def written(found: originals.Originals) -> list[tuple[str, tuple[int, bytes]]]:
         name, label, data = found.read(index)
         picture = images.decode(data, 256, name)
         record = preparation._record(name, label, picture)
-        feature = sources.example_message().FromString(record).features.feature
+        feature = example_message().FromString(record).features.feature
         assert feature["file_name"].bytes_list.value == [name.encode()]
         assert feature["label"].int64_list.value == [label]
         rows.append((name, (label, feature["image"].bytes_list.value[0])))
@@ -260,7 +261,7 @@ def test_a_prepared_tfds_imagenet2012_gives_the_same(data_dir, tmp_path, kind):
     shard = next(folder.glob("*train*"))
     shard.write_bytes(shard.read_bytes()[:-100])
     originals._reader.cache_clear()
-    message = {"tfrecord": "is cut off at", "array_record": "cannot read record 0 of"}
+    message = {"tfrecord": "is cut off at", "array_record": "cannot read .*#0 of"}
     with pytest.raises((DataError, OSError), match=message[kind]):
         originals.find(tmp_path)["train"].read(0)
 
@@ -316,7 +317,7 @@ def write_tfds(folder: Path, kind: str, train=TRAIN, validation=VALIDATION) -> P
 
 def example(name: str, label_and_data: tuple[int, bytes]) -> bytes:
     label, data = label_and_data
-    message = sources.example_message()()
+    message = example_message()()
     message.features.feature["image"].bytes_list.value.append(data)
     message.features.feature["label"].int64_list.value.append(label)
     message.features.feature["file_name"].bytes_list.value.append(name.encode())
@@ -425,7 +426,7 @@ def test_a_source_that_fails_for_a_moment_spoils_nothing(
         (source / "ILSVRC2012_img_train.tar").rename(source / "away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "_begin", unplug)  # after all the checks
+        patch.setattr(preparation, "check_room", unplug)  # the last of the checks
         assert run(*arguments, "--max_unreadable=1000") == 1
     assert "cannot read n0" in capsys.readouterr().err
     (source / "away").rename(source / "ILSVRC2012_img_train.tar")
@@ -444,7 +445,7 @@ def test_a_mended_or_removed_picture_costs_one_shard(
     broken.write_bytes(bytes(len(whole)))
     arguments = ("imagenet", f"--source={source}", f"--data_dir={tmp_path}")
     assert run(*arguments, "--max_unreadable=0") == 1
-    assert "1 picture cannot be read" in capsys.readouterr().err
+    assert "pictures that cannot be read: 1, " in capsys.readouterr().err
     assert len(in_this_process) == 6
     broken.write_bytes(whole)
     (source / "train" / WNIDS[0] / second).unlink()
@@ -453,30 +454,12 @@ def test_a_mended_or_removed_picture_costs_one_shard(
     assert set(records(tmp_path, "train")) == set(TRAIN) - {second}
 
 
-def test_another_process_that_was_faster_is_noticed(
-    tmp_path, in_this_process, monkeypatch, capsys
-):
-    source, found = write_archives(tmp_path / "source"), originals.find
-    arguments = ("imagenet", f"--source={source}", f"--data_dir={tmp_path}")
-
-    def slow(*args, **kwargs):
-        monkeypatch.setattr(originals, "find", found)
-        assert run(*arguments) == 0  # the other one, from its start to its end
-        capsys.readouterr()
-        return found(*args, **kwargs)
-
-    monkeypatch.setattr(originals, "find", slow)
-    assert run(*arguments) == 0
-    assert "is there already" in capsys.readouterr().out
-    assert len(in_this_process) == 2 and not list(tmp_path.rglob("*.incomplete"))
-
-
 def test_wrong_sources_are_one_message(tmp_path, capsys):
     assert run("imagenet", f"--data_dir={tmp_path}") == 1
     assert "--source is missing" in capsys.readouterr().err
     for source, found in (
         (tmp_path / "no", "does not exist"),
-        (tmp_path, "found there"),
+        (tmp_path, "found in"),
     ):
         assert run("imagenet", f"--source={source}", f"--data_dir={tmp_path}") == 1
         error = capsys.readouterr().err
@@ -504,14 +487,10 @@ def test_hugging_faces_names_say_the_class(tmp_path):
         official = f"{name.rpartition('_')[0]}.JPEG"
         assert get_wnids()[label] == classes.validation_wnid(official)
         assert VALIDATION[official] == data
-    wrong = f"ILSVRC2012_val_00000009_{WNIDS[0]}.JPEG"  # it is a mousetrap
-    next((tmp_path / "val").glob("*_00000009_*")).rename(tmp_path / "val" / wrong)
-    with pytest.raises(
-        DataError, match=rf"{wrong} in .*labelled n03794056 \(mousetrap"
-    ):
-        originals.find(tmp_path)
     place_file(tmp_path / "train" / "cat.JPEG", b"")
-    with pytest.raises(DataError, match="cat.JPEG does not say its class"):
+    with pytest.raises(
+        DataError, match="cat.JPEG in .* is of class unknown, none of the"
+    ):
         originals.find(tmp_path)
 
 
@@ -520,12 +499,9 @@ def place_file(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def test_kaggles_layout_is_known_and_the_target_stays_out_of_it(tmp_path, capsys):
-    source = write_folders(tmp_path / "k" / "ILSVRC" / "Data" / "CLS-LOC", flat=True)
-    assert len(originals.find(tmp_path / "k")["train"]) == len(TRAIN)
-    target = source / "train" / "data"
-    assert run("imagenet", f"--source={source}", f"--data_dir={target}") == 1
-    assert "lies among the pictures of" in capsys.readouterr().err
+def test_kaggles_layout_is_known(tmp_path):
+    write_folders(tmp_path / "ILSVRC" / "Data" / "CLS-LOC", flat=True)
+    assert len(originals.find(tmp_path)["train"]) == len(TRAIN)
 
 
 def test_verify_compares_the_md5(archives, tmp_path, monkeypatch, capsys):
@@ -564,18 +540,15 @@ def test_a_log_file_gets_lines_instead_of_a_bar(monkeypatch, capsys):
 # The checks.
 
 
-class Labelled:
+class Labelled(Source):
     """A source of known labels; a picture is filled with its label, but for a white row."""
 
-    image_size = 8
-    description, left_out = "labels", ""
-    statistics_path = None
+    image_size, description = 8, "labels"
 
     def __init__(self, labels, class_names=("a", "b", "c", "d")):
         self.labels = np.asarray(labels)
         self.num_examples = len(self.labels)
         self.class_names = class_names
-        self.num_classes = len(class_names)
 
     def labels_of(self, indices):
         return self.labels[indices]
@@ -673,23 +646,8 @@ def test_copies_of_training_images_are_found_by_content(tmp_path, copies, level)
     if copies:
         assert finding.text.startswith(
             f"{copies} of {150 + copies} evaluation images are byte for byte training "
-            f"images, such as {tmp_path}/val/a/copy0.jpg and {tmp_path}/train/b/1.jpg"
+            f"images, for example {tmp_path}/val/a/copy0.jpg and {tmp_path}/train/b/1.jpg"
         )
-
-
-def test_identical_records_are_found(data_dir):
-    train, evaluation = (
-        open_source("imagenet2012_256", split, data_dir=str(data_dir))
-        for split in ("train[:12]", "train[12:]")
-    )
-    labels, hashes = check.read_records(train, 2, lambda _: None)
-    np.testing.assert_array_equal(labels, train.labels_of(np.arange(12)))
-    assert len(set(hashes.tolist())) == 12
-    [finding] = check._in_both(train, evaluation, [hashes, hashes[:6]])
-    assert finding.level == "WRONG" and "6 of 6 evaluation images" in finding.text
-    overlapping = open_source("imagenet2012_256", "train[9:]", data_dir=str(data_dir))
-    [finding] = check._in_both(train, overlapping, [hashes, hashes])
-    assert finding.level == "WRONG" and finding.text.startswith("3 of 9 evaluation")
 
 
 def test_unshuffled_batches_are_found(monkeypatch):

@@ -1,4 +1,4 @@
-"""Killed, with its checkpoints damaged: the short form of benchmarks/kills.py."""
+"""Kills and damaged checkpoints: the short form of benchmarks/kills.py."""
 
 import json
 import sys
@@ -9,13 +9,13 @@ from benchmarks import kills
 
 
 @pytest.mark.slow
-def test_nothing_is_lost_and_nothing_let_in(tmp_path, monkeypatch):
+def test_killed_runs_end_with_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["kills", "--short", f"--out={tmp_path}"])
     assert kills.main() == 0
     record = json.loads((tmp_path / "kills.json").read_text())
     assert record["summary"]["losses"] == []
     by_phase = record["summary"]["kills_by_phase"]
-    for phase in (kills.COMPILING, kills.BEFORE_MANIFEST, kills.EVALUATION):
+    for phase in (kills.COMPILING, kills.BEFORE_RENAME, kills.EVALUATION):
         assert by_phase[phase]["one process"] >= 1
     assert record["summary"]["kills"] == len(kills.SHORT_AIMS)
     assert record["summary"]["damaged_checkpoints"] >= 1

@@ -26,10 +26,11 @@ from alexnet_jax import (
     optim,
     parallel,
     steps,
-    variants,
 )
+from alexnet_jax.alexnet import create_model
 from alexnet_jax.communication import PHASES
-from alexnet_jax.model import create_model
+from alexnet_jax.exchange import Alone
+from alexnet_jax.steps import StepSpec
 
 ROOT = Path(__file__).parent.parent
 SIZE, CROP, BATCH, CLASSES = 226, 224, 4, 10
@@ -111,7 +112,7 @@ def first_state(model, tx):
     """On one device, and taken from it: compiled once for all meshes."""
     mesh = parallel.make_mesh(1, 1)
     return jax.device_get(
-        steps.init_state(model, tx, seed=0, crop_size=CROP, mesh=mesh, mode="data")
+        steps.init_state(StepSpec(model, tx, augment.Augmentation(CROP), mesh))
     )
 
 
@@ -132,19 +133,19 @@ def make(
     examples = examples or examples_for(mode, rows, columns)
     model, tx = narrow(dtype, **kwargs), tx or SGD
     mesh = parallel.make_mesh(rows, columns)
-    specs = steps.state_specs(model, tx, crop_size=CROP, mesh=mesh, mode=mode)
-    state = jax.device_put(first_state(model, tx), parallel.shardings(mesh, specs))
-    step = steps.make_train_step(
+    spec = StepSpec(
         model,
         tx,
         augment.Augmentation(CROP),
-        mesh=mesh,
-        mode=mode,
-        seed=0,
+        mesh,
+        mode,
+        transform,
         accumulate_steps=parts,
         frozen=frozen,
-        transform=transform,
     )
+    specs = steps.state_specs(spec)
+    state = jax.device_put(first_state(model, tx), parallel.shardings(mesh, specs))
+    step = steps.make_train_step(spec)
     on_device = parallel.put_batch(batch(examples), mesh, mode, examples)
     args = (state, on_device, statistics(dtype))
     slow = dtype == jnp.float64 and examples > BATCH
@@ -286,9 +287,8 @@ def test_a_classifier_of_feature_maps_trades_examples_for_features():
 
     def step_on(mode, rows, columns):
         mesh = parallel.make_mesh(rows, columns)
-        kwargs = {"mesh": mesh, "mode": mode, "seed": 0}
-        state = steps.init_state(model, tx, crop_size=side, **kwargs)
-        step = steps.make_train_step(model, tx, augment.Augmentation(side), **kwargs)
+        spec = StepSpec(model, tx, augment.Augmentation(side), mesh, mode)
+        state, step = steps.init_state(spec), steps.make_train_step(spec)
         args = (state, parallel.put_batch(examples, mesh, mode, 8), stats)
         compiled = step.lower(*args).compile()
         return compiled(*args)[0].params, communication.exchanges(compiled.as_text())
@@ -312,14 +312,13 @@ def test_several_views_are_averaged(mode, rows, columns):
     """The sums of the centre, and of probabilities averaged over ten views."""
     model = create_model("cifar_11", init="he", width=1 / 8)
     size, crop, examples = 28, 24, 4
-    kwargs = {"mesh": parallel.make_mesh(rows, columns), "mode": mode}
-    tx = optim.make_optimizer(0.1)
-    state = steps.init_state(model, tx, seed=0, crop_size=crop, **kwargs)
-    step = steps.make_eval_step(model, crop_size=crop, views=10, **kwargs)
+    mesh = parallel.make_mesh(rows, columns)
+    spec = StepSpec(model, SGD, augment.Augmentation(crop), mesh, mode)
+    state, step = steps.init_state(spec), steps.make_eval_step(spec, views=10)
     padded = batch(examples) | {"mask": np.array([1, 1, 1, 0], np.float32)}
     padded["image"] = padded["image"][:, :size, :size]
     stats = augment.imagenet_statistics(size)
-    on_device = parallel.put_batch(padded, kwargs["mesh"], mode, examples)
+    on_device = parallel.put_batch(padded, mesh, mode, examples)
     sums = step(state.params, state.batch_stats, on_device, stats)
     views = [
         augment.eval_images(view, mean_image=stats.mean_image, crop_size=crop)
@@ -371,11 +370,8 @@ def test_batch_norm_sees_the_whole_batch(mode, rows, columns):
 
 
 @pytest.mark.parametrize("mode, rows", [("hybrid", 1), ("hybrid", 2), ("columns", 2)])
-def test_batch_norms_of_one_number_are_split_with_their_own_layers(
-    mode, rows, monkeypatch
-):
-    monkeypatch.setitem(variants.VARIANTS, TWO_SIXES.name, TWO_SIXES)
-    model = create_model(TWO_SIXES.name, dtype="float64", init="he")
+def test_batch_norms_of_one_number_are_split_with_their_own_layers(mode, rows):
+    model = create_model(TWO_SIXES, dtype="float64", init="he")
     tx, side = optim.make_optimizer(0.01), TWO_SIXES.crop_size
     examples = batch(8)
     examples["image"] = examples["image"][:, :side, :side]
@@ -384,9 +380,8 @@ def test_batch_norms_of_one_number_are_split_with_their_own_layers(
 
     def after_three_steps(mode, rows, columns):
         mesh = parallel.make_mesh(rows, columns)
-        kwargs = {"mesh": mesh, "mode": mode, "seed": 0}
-        state = steps.init_state(model, tx, crop_size=side, **kwargs)
-        step = steps.make_train_step(model, tx, augment.Augmentation(side), **kwargs)
+        spec = StepSpec(model, tx, augment.Augmentation(side), mesh, mode)
+        state, step = steps.init_state(spec), steps.make_train_step(spec)
         on_device = parallel.put_batch(examples, mesh, mode, 8)
         for _ in range(3):
             state, _ = step(state, on_device, stats)
@@ -439,8 +434,8 @@ def test_batch_norm_in_parts_passes_its_statistics_on():
     model = narrow(jnp.float32, normalization="batch")
     tx, mesh = optim.make_optimizer(0.01), parallel.make_mesh(2, 1)
     plain = augment.Augmentation(CROP, crop=False, flip=False, lighting=0.0)
-    kwargs = {"mesh": mesh, "mode": "data"}
-    state = steps.init_state(model, tx, seed=0, crop_size=CROP, **kwargs)
+    spec = StepSpec(model, tx, plain, mesh, accumulate_steps=2)
+    state, step = steps.init_state(spec), steps.make_train_step(spec)
     stats, examples = statistics(jnp.float32), batch(4)
     images = augment.eval_images(
         examples["image"], mean_image=stats.mean_image, crop_size=CROP
@@ -450,7 +445,6 @@ def test_batch_norm_in_parts_passes_its_statistics_on():
     )
     # Each device holds two neighbours; a part is the first, or the second, of both.
     first, second = conv1[::2].mean((0, 1, 2)), conv1[1::2].mean((0, 1, 2))
-    step = steps.make_train_step(model, tx, plain, seed=0, accumulate_steps=2, **kwargs)
     state, _ = step(state, parallel.put_batch(examples, mesh, "data", 4), stats)
     np.testing.assert_allclose(
         state.batch_stats["norm1"]["mean"], 0.09 * first + 0.1 * second, rtol=1e-4
@@ -471,10 +465,8 @@ def test_parts_take_less_memory():
 def eval_logits_and_sums(mode, rows, columns, examples):
     model = narrow(jnp.float32)
     mesh = parallel.make_mesh(rows, columns)
-    state = steps.init_state(
-        model, optim.make_optimizer(0.1), seed=3, crop_size=CROP, mesh=mesh, mode=mode
-    )
-    step = steps.make_eval_step(model, mesh=mesh, mode=mode, crop_size=CROP)
+    spec = StepSpec(model, SGD, augment.Augmentation(CROP), mesh, mode, seed=3)
+    state, step = steps.init_state(spec), steps.make_eval_step(spec)
     padded = batch(examples) | {"mask": (np.arange(examples) < 3).astype(np.float32)}
     stats = statistics(jnp.float32)
     device_batch = parallel.put_batch(padded, mesh, mode, examples)
@@ -482,9 +474,8 @@ def eval_logits_and_sums(mode, rows, columns, examples):
     images = augment.eval_images(
         padded["image"], mean_image=stats.mean_image, crop_size=CROP
     )
-    local = model.local(mesh, mode)
-    specs = parallel.param_specs(model.network, state.params, mesh, mode)
-    examples = parallel.P(local.batch_axes)
+    local, specs = spec.local_model, steps.state_specs(spec).params
+    examples = parallel.P(spec.batch_axes)
     apply = parallel.on_devices(
         lambda params, images: local.apply({"params": params}, images),
         mesh,
@@ -638,8 +629,8 @@ def test_optimiser_state_is_split_like_the_parameters(mode, rows, columns, split
     )
     step, put, *args = make(mode, rows, columns, jnp.float32, tx=original)
     mesh, model = parallel.make_mesh(rows, columns), narrow(jnp.float32)
-    kwargs = {"seed": 0, "crop_size": CROP, "mesh": mesh, "mode": mode}
-    state = steps.init_state(model, original, **kwargs)
+    spec = StepSpec(model, original, augment.Augmentation(CROP), mesh, mode)
+    state = steps.init_state(spec)
     for made, wanted in zip(*map(jax.tree.leaves, (state, put)), strict=True):
         np.testing.assert_allclose(made, wanted, rtol=1e-6)
     for _ in range(2):  # as it is made, and as a step leaves it
@@ -678,15 +669,18 @@ def test_optimiser_state_is_split_like_the_parameters(mode, rows, columns, split
 def test_variants_without_columns_say_why(variant, words):
     model = create_model(variant)
     with pytest.raises(ValueError, match=f"'{variant}' cannot be split.*{words}"):
-        model.local(parallel.make_mesh(1, 2), "columns")
-    for rows, columns, mode in ((2, 1, "data"), (1, 2, "hybrid")):
-        local = model.local(parallel.make_mesh(rows, columns), mode)
-        assert (local.conv_shards, local.fc_shards) == (1, columns)
+        parallel.local_model(model, parallel.make_mesh(1, 2), "columns")
+    for rows, columns, mode, exchange in (
+        (2, 1, "data", Alone(("data",))),
+        (1, 2, "hybrid", parallel.Hybrid(("column",), 2)),
+    ):
+        local = parallel.local_model(model, parallel.make_mesh(rows, columns), mode)
+        assert local.exchange == exchange
 
 
 def test_units_that_do_not_divide_are_named():
     with pytest.raises(ValueError, match="4096 units of fc6 do not divide by 3"):
-        create_model().local(parallel.make_mesh(1, 3), "hybrid")
+        parallel.local_model(create_model(), parallel.make_mesh(1, 3), "hybrid")
 
 
 def test_meshes_that_cannot_be_made_are_named():
@@ -695,9 +689,9 @@ def test_meshes_that_cannot_be_made_are_named():
     with pytest.raises(ValueError, match="at least 1"):
         parallel.make_mesh(0, 2)
     with pytest.raises(ValueError, match="no use for 2 columns"):
-        create_model().local(parallel.make_mesh(1, 2), "data")
+        parallel.local_model(create_model(), parallel.make_mesh(1, 2), "data")
     with pytest.raises(ValueError, match="must be one of data, columns, hybrid"):
-        create_model().local(parallel.make_mesh(1, 2), "rows")
+        parallel.local_model(create_model(), parallel.make_mesh(1, 2), "rows")
 
 
 def test_every_device_has_its_part_of_the_batch():

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from alexnet_jax import variants
-from alexnet_jax.model import create_model, summary
+from alexnet_jax.alexnet import create_model
+from alexnet_jax.summary import summary
 from alexnet_jax.train import train_and_evaluate
 from benchmarks import parallel_modes
 from configs import quickstart

@@ -22,9 +22,8 @@ def memorise(dtype, columns):
     model, tx = narrow(dtype, dropout=0.0), optim.make_optimizer(0.003)
     mesh = parallel.make_mesh(1, columns)
     plain = augment.Augmentation(CROP, crop=False, flip=False, lighting=0.0)
-    kwargs = {"mesh": mesh, "mode": "columns", "seed": 0}
-    state = steps.init_state(model, tx, crop_size=CROP, **kwargs)
-    step = steps.make_train_step(model, tx, plain, **kwargs)
+    spec = steps.StepSpec(model, tx, plain, mesh, "columns")
+    state, step = steps.init_state(spec), steps.make_train_step(spec)
     on_device = parallel.put_batch(batch(EXAMPLES), mesh, "columns", EXAMPLES)
     losses = []
     for _ in range(STEPS):
@@ -69,7 +68,7 @@ def test_bfloat16_logits_are_those_of_float32_but_for_rounding(columns):
 
     def logits(dtype):
         model = narrow(dtype, dropout=0.0)
-        local = model.local(mesh, "columns")
+        local = parallel.local_model(model, mesh, "columns")
         specs = parallel.param_specs(model.network, params, mesh, "columns")
         apply = parallel.on_devices(
             lambda params, images: local.apply({"params": params}, images),
@@ -92,9 +91,9 @@ def test_labels_are_smoothed_in_training_only():
     model, tx = narrow("float32", dropout=0.0), optim.make_optimizer(0.003)
     mesh = parallel.make_mesh(1, 1)
     plain = augment.Augmentation(CROP, crop=False, flip=False, lighting=0.0)
-    kwargs = {"mesh": mesh, "mode": "data"}
+    spec = steps.StepSpec(model, tx, plain, mesh, label_smoothing=0.3)
     stats, raw = statistics(jnp.float32), batch(EXAMPLES)
-    state = steps.init_state(model, tx, crop_size=CROP, seed=0, **kwargs)
+    state = steps.init_state(spec)
     params = jax.device_get(state.params)
     images = augment.eval_images(
         jnp.asarray(raw["image"]), mean_image=stats.mean_image, crop_size=CROP
@@ -107,13 +106,11 @@ def test_labels_are_smoothed_in_training_only():
         for smoothing in (0.0, 0.3)
     )
     assert abs(hard - smoothed) > 0.01
-    evaluate = steps.make_eval_step(model, crop_size=CROP, **kwargs)
+    evaluate = steps.make_eval_step(spec)
     masked = raw | {"mask": np.ones(EXAMPLES, np.float32)}
     sums = evaluate(params, {}, masked, stats)
     assert float(sums["loss"]) / EXAMPLES == pytest.approx(hard, rel=1e-4)
-    train = steps.make_train_step(
-        model, tx, plain, seed=0, label_smoothing=0.3, **kwargs
-    )
+    train = steps.make_train_step(spec)
     state = state.replace(params=jax.device_put(params, state.step.sharding))
     _, scalars = train(state, raw, stats)
     assert float(scalars["loss"]) == pytest.approx(smoothed, rel=1e-4)

@@ -9,53 +9,47 @@ import pytest
 from test_parallel import BATCH, CROP, batch, narrow, statistics
 
 from alexnet_jax import augment, metrics, optim, parallel, steps
-from alexnet_jax.model import create_model
+from alexnet_jax.alexnet import create_model
 
 SEED = 5
 # Units whose bias is so low that nothing gets through: in both columns, or in one.
 DEAD = {"conv2": [0, 3, 7], "conv5": [1], "fc6": [*range(100)]}
 
 
-def state_with_dead_units(model, tx, mesh, mode):
-    state = steps.init_state(model, tx, seed=SEED, crop_size=CROP, mesh=mesh, mode=mode)
+def make_spec(rows, columns, mode, parts=1):
+    model, tx = narrow(jnp.float64), optim.make_optimizer(0.01)
+    mesh, augmentation = parallel.make_mesh(rows, columns), augment.Augmentation(CROP)
+    return steps.StepSpec(
+        model, tx, augmentation, mesh, mode, seed=SEED, accumulate_steps=parts
+    )
+
+
+def state_with_dead_units(spec):
+    state = steps.init_state(spec)
     params = jax.device_get(state.params)
     for layer, units in DEAD.items():
         bias = params[layer]["bias"].copy()
         bias[units] = -1e6
         params[layer]["bias"] = bias
-    specs = parallel.param_specs(model.network, params, mesh, mode)
-    params = jax.device_put(params, parallel.shardings(mesh, specs))
+    specs = steps.state_specs(spec).params
+    params = jax.device_put(params, parallel.shardings(spec.mesh, specs))
     # Not the first step, so that a key that forgets the step is found out.
     return state.replace(params=params, step=state.step + 3)
 
 
 def summary(mode, rows, columns, parts=1):
-    model, tx = narrow(jnp.float64), optim.make_optimizer(0.01)
-    mesh = parallel.make_mesh(rows, columns)
-    step = steps.make_summary_step(
-        model,
-        tx,
-        augment.Augmentation(CROP),
-        mesh=mesh,
-        mode=mode,
-        seed=SEED,
-        accumulate_steps=parts,
-    )
-    state = state_with_dead_units(model, tx, mesh, mode)
-    return jax.device_get(
-        step(
-            state,
-            parallel.put_batch(batch(), mesh, mode, BATCH),
-            statistics(jnp.float64),
-        )
-    )
+    spec = make_spec(rows, columns, mode, parts)
+    step = steps.make_summary_step(spec)
+    on_device = parallel.put_batch(batch(), spec.mesh, mode, BATCH)
+    state = state_with_dead_units(spec)
+    return jax.device_get(step(state, on_device, statistics(jnp.float64)))
 
 
 @functools.cache
 def by_hand():
     """The same numbers without meshes, parts or `steps`' own functions."""
-    model, tx = narrow(jnp.float64), optim.make_optimizer(0.01)
-    state = state_with_dead_units(model, tx, parallel.make_mesh(1, 1), "data")
+    spec = make_spec(1, 1, "data")
+    model, state = spec.model, state_with_dead_units(spec)
     examples = batch()
     crop_key, mask_key = (
         jax.random.fold_in(steps.purpose_key(SEED, purpose), 3)
@@ -116,9 +110,8 @@ def test_summaries_are_those_of_plain_jax_on_the_whole_batch(
 def test_only_relu_units_can_be_dead():
     tx, mesh = optim.make_optimizer(0.01), parallel.make_mesh(1, 1)
     model = create_model("cifar", init="he", activation="tanh", normalization="batch")
-    kwargs = {"mesh": mesh, "mode": "data", "seed": 0}
-    state = steps.init_state(model, tx, crop_size=32, **kwargs)
-    step = steps.make_summary_step(model, tx, augment.Augmentation(32), **kwargs)
+    spec = steps.StepSpec(model, tx, augment.Augmentation(32), mesh)
+    state, step = steps.init_state(spec), steps.make_summary_step(spec)
     zeros = {
         "image": np.zeros((2, 32, 32, 3), np.uint8),
         "label": np.zeros(2, np.int32),

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alexnet_jax import prepare
-from alexnet_jax.data import eval_batches, open_source, statistics
-from alexnet_jax.data.textures import CLASS_NAMES, baselines, build, draw
+from alexnet_jax.data import eval_batches, open_source
+from alexnet_jax.data.textures import CLASS_NAMES, build, draw
 from alexnet_jax.data.textures import textures_dataset_builder as module
+from benchmarks import texture_baselines as baselines
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -138,6 +138,10 @@ def test_contents(tiny):
 def test_slices_and_sizes(tiny):
     source = open_source("textures/tiny", "train[:90%]", data_dir=str(tiny))
     assert source.num_examples == 180
+    path = (
+        tiny / "textures" / "tiny" / "1.0.0" / "statistics_256_train%5B%3A90%25%5D.npz"
+    )
+    assert source.statistics_path == path
     rest = open_source(
         "textures/tiny", "train[90%:]", data_dir=str(tiny), image_size=64
     )
@@ -254,25 +258,3 @@ def test_what_killed_builds_have_left_is_removed(has_locks, tmp_path, monkeypatc
         monkeypatch.setattr(fcntl, "flock", no_locks)
     build(tmp_path, tiny=True)
     assert seen == (others if has_locks else [left, *others])
-
-
-def test_unwritable_directory_is_one_short_error(tmp_path, capsys):
-    (tmp_path / "file").touch()
-    arguments = ["prepare", "textures", f"--data_dir={tmp_path / 'file'}"]
-    assert prepare.main(arguments) == 1
-    assert str(tmp_path / "file") in capsys.readouterr().err
-
-
-def test_statistics_lie_in_the_version_directory(tiny):
-    source = open_source("textures/tiny", "train", data_dir=str(tiny), image_size=64)
-    path = statistics.statistics_path(source)
-    assert path == tiny / "textures" / "tiny" / "1.0.0" / "statistics_64.npz"
-    result = statistics.compute(source)
-    assert 100 < result.mean_image.mean() < 155
-    result.save(path)
-    try:
-        assert statistics.load(path).num_examples == 200
-        # The data set is still readable with the file beside it.
-        open_source("textures/tiny", "train", data_dir=str(tiny))
-    finally:
-        path.unlink()

@@ -1,4 +1,4 @@
-"""Files from anywhere run no code, and a damaged one is a clear error."""
+"""Files from anywhere run no code."""
 
 import ast
 import json
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Payload:
-    """Writes a file when it is unpickled."""
+    """Write a file when unpickled."""
 
     def __init__(self, canary: Path):
         self.canary = canary
@@ -52,16 +52,6 @@ def test_pickled_objects_in_an_npz_are_refused(read, tmp_path):
     with pytest.raises(ValueError, match=r"arrays\.npz"):
         read(path)
     assert not canary.exists()
-
-
-@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "x.caffemodel"])
-def test_damaged_weights_are_named(name, tmp_path):
-    if name == "x.pth":
-        pytest.importorskip("torch", reason="torch is not installed")
-    path = tmp_path / name
-    path.write_bytes(b"<html>404 Not Found</html>")
-    with pytest.raises(WeightsError, match="Was it downloaded whole"):
-        read_weights(path)
 
 
 # No module reads what can run.

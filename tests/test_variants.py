@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from alexnet_jax import variants
-from alexnet_jax.model import create_model, feature_names, summary
+from alexnet_jax import layers, variants
+from alexnet_jax.ablations import customize
+from alexnet_jax.alexnet import create_model
+from alexnet_jax.layers import feature_names
+from alexnet_jax.summary import summary
 
 # Total parameters and multiply-adds. `paper` 60,965,224 and 724,406,816, `owt`
 # 61,100,840 and 714,188,480 (torchvision's own count), `one_tower` 62,378,344 and
@@ -42,17 +45,17 @@ PAPER_LAYERS = {
     "fc8": ((1000,), 4_097_000, 4_096_000),
 }
 # Two layers of one number, each with batch norm.
-_RELU_NORM = (variants.RELU, variants.BatchNorm())
-TWO_SIXES = variants.Variant(
+_RELU_NORM = (variants.RELU, layers.BatchNorm())
+TWO_SIXES = layers.Variant(
     "two_sixes",
     columns=2,
     grid=8,
     crop_size=16,
     layers=(
-        variants.Conv("conv1", 4, kernel=3, stride=2, padding=1, then=(variants.RELU,)),
-        variants.Conv("conv6", 8, kernel=3, padding=1, sees="own", then=_RELU_NORM),
-        variants.Dense("fc6", 16, then=(*_RELU_NORM, variants.PAPER_DROPOUT)),
-        variants.Dense("fc8", 5, then=()),
+        layers.Conv("conv1", 4, kernel=3, stride=2, padding=1, then=(variants.RELU,)),
+        layers.Conv("conv6", 8, kernel=3, padding=1, sees="own", then=_RELU_NORM),
+        layers.Dense("fc6", 16, then=(*_RELU_NORM, variants.PAPER_DROPOUT)),
+        layers.Dense("fc8", 5, then=()),
     ),
 )
 
@@ -108,9 +111,9 @@ def test_stages_keep_their_published_names():
             assert set(feature_names(row)) <= published, (table.name, row.name)
 
 
-def test_layers_of_one_number_have_stages_of_their_own(monkeypatch):
-    monkeypatch.setitem(variants.VARIANTS, TWO_SIXES.name, TWO_SIXES)
-    model = create_model("two_sixes", init="he")
+def test_layers_of_one_number_have_stages_of_their_own():
+    """In a table of one's own, which needs no place among the named ones."""
+    model = create_model(TWO_SIXES, init="he")
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
     scales = {
         name: layer["scale"].shape
@@ -131,7 +134,7 @@ def test_layers_of_one_number_have_stages_of_their_own(monkeypatch):
 
 
 def stages(name, **overrides):
-    return variants.customize(variants.get(name), **overrides).stages
+    return customize(variants.get(name), **overrides).stages
 
 
 def count(kind, table):
@@ -139,22 +142,22 @@ def count(kind, table):
 
 
 def test_normalization_overrides():
-    assert count(variants.Lrn, stages("paper")) == 2
-    assert count(variants.Lrn, stages("paper", lrn=False)) == 0
+    assert count(layers.Lrn, stages("paper")) == 2
+    assert count(layers.Lrn, stages("paper", lrn=False)) == 0
     assert stages("paper", lrn=True) == stages("paper")
     assert stages("paper", normalization="none") == stages("paper", lrn=False)
     batch = stages("paper", normalization="batch")
-    assert count(variants.BatchNorm, batch) == 2 and not count(variants.Lrn, batch)
+    assert count(layers.BatchNorm, batch) == 2 and not count(layers.Lrn, batch)
     # Layer 2 of the original normalises twice; one batch norm takes their place.
     relu, pool = variants.RELU, variants.OVERLAPPING
-    rows = variants.customize(variants.get("original"), normalization="batch").layers
-    assert rows[0].then == (variants.BatchNorm(), pool, relu)
-    assert rows[1].then == (relu, variants.BatchNorm(), pool)
+    rows = customize(variants.get("original"), normalization="batch").layers
+    assert rows[0].then == (layers.BatchNorm(), pool, relu)
+    assert rows[1].then == (relu, layers.BatchNorm(), pool)
     # A table without any gets the paper's, after the activations of conv1 and conv2.
-    first = variants.customize(variants.get("owt"), lrn=True).layers[0].then
+    first = customize(variants.get("owt"), lrn=True).layers[0].then
     assert first == (variants.RELU, variants.PAPER_LRN, variants.OVERLAPPING)
-    assert count(variants.Lrn, stages("owt", lrn=True)) == 2
-    assert count(variants.WithinMapLrn, stages("cifar", lrn=False)) == 0
+    assert count(layers.Lrn, stages("owt", lrn=True)) == 2
+    assert count(layers.WithinMapLrn, stages("cifar", lrn=False)) == 0
     with pytest.raises(ValueError, match="twice"):
         stages("paper", lrn=False, normalization="batch")
     with pytest.raises(ValueError, match="lrn, batch, none"):
@@ -165,7 +168,7 @@ def test_where_normalisation_stays_and_on_which_side_of_the_units():
     relu, lrn, pool = variants.RELU, variants.PAPER_LRN, variants.OVERLAPPING
 
     def first_two(name="paper", **overrides):
-        table = variants.customize(variants.get(name), **overrides)
+        table = customize(variants.get(name), **overrides)
         return [row.then for row in table.layers[:2]]
 
     with_lrn, without = (relu, lrn, pool), (relu, pool)
@@ -173,7 +176,7 @@ def test_where_normalisation_stays_and_on_which_side_of_the_units():
     assert first_two(norm_layers=()) == [without, without]
     assert first_two(norm_place="before") == [(lrn, relu, pool)] * 2
     assert first_two(norm_place="after") == [with_lrn] * 2
-    batch = variants.BatchNorm()
+    batch = layers.BatchNorm()
     before = first_two(normalization="batch", norm_place="before")
     assert before == [(batch, relu, pool)] * 2
     # The original's layer 1 has its units last, its layer 2 two normalisations.
@@ -195,20 +198,18 @@ def test_where_normalisation_stays_and_on_which_side_of_the_units():
 
 
 def test_pooling_activation_and_dropout_overrides():
-    pools = [s for s in stages("paper", pool_window=2) if isinstance(s, variants.Pool)]
+    pools = [s for s in stages("paper", pool_window=2) if isinstance(s, layers.Pool)]
     assert [(p.window, p.stride) for p in pools] == [(2, 2)] * 3
     rows = {r.name: r.shape for r in summary(create_model("paper", pool_window=2))}
     assert [rows[f"pool{i}"][0] for i in (1, 2, 5)] == [27, 13, 6]
-    pools = [s for s in stages("paper", pool_stride=3) if isinstance(s, variants.Pool)]
+    pools = [s for s in stages("paper", pool_stride=3) if isinstance(s, layers.Pool)]
     assert [(p.window, p.stride) for p in pools] == [(3, 3)] * 3
-    pools = [
-        s for s in stages("paper", pool_kind="avg") if isinstance(s, variants.Pool)
-    ]
-    assert pools == [variants.Pool(3, 2, "avg")] * 3
+    pools = [s for s in stages("paper", pool_kind="avg") if isinstance(s, layers.Pool)]
+    assert pools == [layers.Pool(3, 2, "avg")] * 3
     tanh = [s for s in stages("owt", activation="tanh")]
-    assert count(variants.Activation, tanh) == 7
-    assert all(s.kind == "tanh" for s in tanh if isinstance(s, variants.Activation))
-    rates = [s for s in stages("owt", dropout=0.25) if isinstance(s, variants.Dropout)]
+    assert count(layers.Activation, tanh) == 7
+    assert all(s.kind == "tanh" for s in tanh if isinstance(s, layers.Activation))
+    rates = [s for s in stages("owt", dropout=0.25) if isinstance(s, layers.Dropout)]
     assert [s.rate for s in rates] == [0.25, 0.25]
     for bad in ({"dropout": 1.0}, {"pool_window": 0}, {"activation": "gelu"}):
         with pytest.raises(ValueError, match=next(iter(bad))):
@@ -216,14 +217,14 @@ def test_pooling_activation_and_dropout_overrides():
 
 
 def test_width_keeps_columns_and_classifier():
-    table = variants.customize(variants.get("paper"), width=0.25, num_classes=7)
+    table = customize(variants.get("paper"), width=0.25, num_classes=7)
     assert [row.features for row in table.layers] == [24, 64, 96, 96, 64, 1024, 1024, 7]
-    narrow = variants.customize(variants.get("paper"), width=1 / 100)
+    narrow = customize(variants.get("paper"), width=1 / 100)
     assert all(row.features % 2 == 0 for row in narrow.layers[:-1])
     with pytest.raises(ValueError, match="width=0"):
-        variants.customize(variants.get("paper"), width=0)
+        customize(variants.get("paper"), width=0)
     with pytest.raises(ValueError, match="do not divide into 7 columns"):
-        variants.customize(variants.get("paper"), columns=7)
+        customize(variants.get("paper"), columns=7)
 
 
 @pytest.mark.parametrize("layer", ["conv2", "conv3", "conv4", "conv5"])
@@ -242,6 +243,10 @@ def test_what_cannot_be_skipped_is_named():
         ValueError, match="no variant 'alexnet'; the variants are paper"
     ):
         create_model("alexnet")
+    with pytest.raises(
+        TypeError, match="no ablation 'pooling'; the ablations are skip, columns, width"
+    ):
+        create_model(pooling=2)
 
 
 def test_caffenet_differs_from_caffe_as_documented():
@@ -249,7 +254,7 @@ def test_caffenet_differs_from_caffe_as_documented():
     assert [row.bias for row in caffe.layers] == [0, 0.1, 0, 0.1, 0.1, 0.1, 0.1, 0]
     assert [row.bias for row in caffenet.layers] == [0, 1, 0, 1, 1, 1, 1, 0]
     order = [type(stage) for stage in caffenet.layers[0].then]
-    assert order == [variants.Activation, variants.Pool, variants.Lrn]
+    assert order == [layers.Activation, layers.Pool, layers.Lrn]
     assert [row.bias for row in variants.PAPER.layers] == [0, 1, 0, 1, 1, 1, 1, 0]
 
 
@@ -282,8 +287,8 @@ def test_locally_connected_nets():
         decays = [row.weight_decay for row in table.layers]
         assert decays == [0, 0, 0.004, 0.004, decay]
         assert not any(row.bias for row in table.layers)
-    lrn = variants.Lrn(9, 1.0, 1e-3, 0.75, "mean")
-    pool, relu = variants.Pool(3, 2, "max", ceil=True), variants.RELU
+    lrn = layers.Lrn(9, 1.0, 1e-3, 0.75, "mean")
+    pool, relu = layers.Pool(3, 2, "max", ceil=True), variants.RELU
     assert [r.then for r in eleven.layers[:2]] == [(relu, pool, lrn), (relu, lrn, pool)]
     assert [r.then for r in thirteen.layers[:2]] == [(relu, pool)] * 2
     model = create_model("cifar_11", init="he")
@@ -336,16 +341,16 @@ def test_the_original_is_experiment_145():
     stds = [row.weight_std for row in table.layers]
     assert stds == [0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01]
     assert [row.bias for row in table.layers] == [0, 1, 0, 1, 1, 1, 1, 0]
-    lrn = variants.Lrn(5, k=2.0, alpha=1e-4, beta=0.75, alpha_mode="mean")
-    pool, relu = variants.Pool(3, 2), variants.Activation("relu")
+    lrn = layers.Lrn(5, k=2.0, alpha=1e-4, beta=0.75, alpha_mode="mean")
+    pool, relu = layers.Pool(3, 2), layers.Activation("relu")
     assert lrn.per_column
     assert rows["conv1"].then == (lrn, pool, relu)
-    within = variants.WithinMapLrn(5, k=1.0, alpha=1e-3, beta=0.75)
+    within = layers.WithinMapLrn(5, k=1.0, alpha=1e-3, beta=0.75)
     assert rows["conv2"].then == (relu, lrn, within, pool)
     assert rows["conv5"].then == (pool, relu)
     assert rows["conv1"].padding == "ceil" and rows["conv1"].sees == "all"
     for name in ("fc6", "fc7"):
-        assert rows[name].then == (relu, variants.Dropout(0.5, "test"))
+        assert rows[name].then == (relu, layers.Dropout(0.5, "test"))
     sees = [row.sees for row in table.layers]
     assert sees == ["all", "own", "all", "own", "own", "all", "all", "all"]
 
@@ -357,8 +362,8 @@ def test_no_overlap_is_experiment_147():
     assert [rows[name][0] for name in names] == [55, 28, 26, 13, 13, 13, 11, 6]
     table, original = variants.get("no_overlap"), variants.get("original")
     assert [row.padding for row in table.convs] == ["ceil", 1, 1, 1, 0]
-    norms = [s for s in table.stages if isinstance(s, variants.NORMS)]
-    assert norms == [s for s in original.stages if isinstance(s, variants.NORMS)]
+    norms = [s for s in table.stages if isinstance(s, layers.NORMS)]
+    assert norms == [s for s in original.stages if isinstance(s, layers.NORMS)]
     assert [row.weight_std for row in table.layers] == [
         row.weight_std for row in original.layers
     ]

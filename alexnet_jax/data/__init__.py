@@ -1,10 +1,9 @@
-"""Pictures and labels: where they lie, how they are read, in which order.
+"""Pictures and labels: storage, decoding, order.
 
-`images` decodes and resizes, `sources` knows the storage (class folders, tfds
-datasets, the embedded textures, fake data), `loader` turns a source into batches
-and `statistics` computes the mean image and the colour PCA. `imagenet` prepares
-ILSVRC-2012, and `check` looks for what nothing else would show. Nothing here imports
-TensorFlow.
+`sources` opens a split (class folders, tfds data sets, the embedded textures, fake
+data), `images` decodes and resizes, `loader` turns a source into batches and `statistics`
+computes the mean image and the colour PCA. `imagenet` prepares ILSVRC-2012, and `check`
+looks for mistakes that nothing else would show. Nothing here imports TensorFlow.
 """
 
 from alexnet_jax.data.errors import DataError

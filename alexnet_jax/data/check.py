@@ -1,7 +1,7 @@
-"""Checks of a data set before a long run: the mistakes that nothing else shows.
+"""Checks of a data set before a long run: mistakes that nothing else shows.
 
-Wrong or missing labels, classes in another order, pictures that are not shuffled,
-statistics of other data: training runs with all of them, and ends at a bad error rate.
+With wrong or missing labels, classes in another order, pictures that are not shuffled or
+statistics of other data, training runs, and ends at a bad error rate.
 """
 
 import dataclasses
@@ -26,27 +26,28 @@ from alexnet_jax.data.sources import (
     match_classes,
     num_shared,
     shared_in_words,
-    some,
 )
+from alexnet_jax.data.sources.source import some
 
-BATCH_SIZE, NUM_BATCHES = 128, 100
-_FEWEST = 8  # pictures in a batch, for its entropy to say anything
 _CHUNK = 256  # records that a thread reads at a time
-_SAMPLE = 2000  # pictures that the statistics are computed from again
-_FEW = 256  # pictures whose pixel values are looked at
+# Pictures of the check of pixel values, and of the check of statistics.
+_FEW, _SAMPLE = 256, 2000
+# Label entropies are of at most so many batches of at most so many labels. In batches of
+# fewer than `_FEWEST` they tell nothing.
+_NUM_BATCHES, _BATCH_SIZE, _FEWEST = 100, 128, 8
 # Grey levels between the darkest and the brightest value of an image, in the median.
 # Values of 14 bits in 16 that were cut to the upper 8 are 0 to 63, and a resize may go a
 # little beyond; those of 12 bits are 0 to 15.
 _LEAST_RANGE = 80
 # As a share of the evaluation images: published data sets have a few such images.
 _MOST_IDENTICAL = 0.01
-# Of the mean of a picture over a data set, in grey levels: about 37 for ImageNet.
+# Standard deviation of the mean of a picture, in grey levels: about 37 for ImageNet.
 _SPREAD_OF_MEANS = 40.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What one check found; level is "ok", "note" or "WRONG"."""
+    """Result of one check; level is "ok", "note" or "WRONG"."""
 
     level: str
     text: str
@@ -58,7 +59,7 @@ class Finding:
 def read_records(
     source: Source, workers: int, progress: Callable[[int], object]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of all examples, and a number that only identical images share.
+    """Return the labels of all examples, and a hash of each stored image.
 
     Args:
       workers: reading threads.
@@ -66,7 +67,7 @@ def read_records(
 
     Returns:
       labels: int32 [n], in the order of storage.
-      hashes: uint64 [n], of the stored bytes; empty if the source stores none (fake).
+      hashes: uint64 [n]; empty if the source stores no images (fake).
     """
     labels = np.empty(source.num_examples, np.int32)
     stored = source if isinstance(source, StoredSource) else None
@@ -101,31 +102,40 @@ def examine(
     partial: bool = False,
     workers: int = 2,
 ) -> Iterator[Finding]:
-    """All checks, one after the other.
+    """Make all checks, one after the other.
 
     Args:
-      train, evaluation: the splits; the second with the labels of the first, unless
-        its classes are other ones.
-      labels, hashes: of each split, as `read_records` gives them.
-      partial: less than all of ImageNet is no mistake.
+      train, evaluation: the splits; the second with the labels of the first, unless its
+        classes are other ones.
+      labels, hashes: results of `read_records` for each split.
+      partial: accept less than all of ImageNet.
       workers: decoding threads.
     """
     is_imagenet = set(train.class_names) <= set(wnids())
     yield _class_order(train, is_imagenet, partial)
     splits = [("train", train, labels[0])]
     if evaluation is not None:
-        yield _same_classes(train, evaluation)
+        try:
+            match_classes(evaluation, train.class_names)
+            yield Finding("ok", "labels mean the same classes in both splits")
+        except DataError as error:
+            yield Finding("WRONG", str(error))
         yield from _in_both(train, evaluation, hashes)
         name = "validation" if is_imagenet else "evaluation"
         splits.append((name, evaluation, labels[1]))
     for split, source, of_split in splits:
         if is_imagenet:
-            yield _official_count(split, len(of_split), partial)
-        yield from _histogram(split, source, of_split)
+            count, official = len(of_split), OFFICIAL_COUNTS[split]
+            text = f"{split}: {count:,} pictures, ILSVRC-2012 has {official:,}"
+            if count == official:
+                yield Finding("ok", text)
+            elif partial:
+                yield Finding("note", text)
+            else:
+                yield Finding("WRONG", f"{text} (--partial accepts that)")
+        yield _counts(split, source, of_split)
         yield _pixel_values(split, source)
-    chance = _by_chance(labels[0])
-    yield _shuffling(labels[0], chance)
-    yield _order_of_storage(labels[0], chance)
+    yield from _order(labels[0])
     yield from _statistics(train, is_imagenet, workers)
 
 
@@ -149,18 +159,10 @@ def _class_order(train: Source, is_imagenet: bool, partial: bool) -> Finding:
     )
 
 
-def _same_classes(train: Source, evaluation: Source) -> Finding:
-    try:
-        match_classes(evaluation, train.class_names)
-    except DataError as error:
-        return Finding("WRONG", str(error))
-    return Finding("ok", "labels mean the same classes in both splits")
-
-
 def _in_both(
     train: Source, evaluation: Source, hashes: Sequence[np.ndarray]
 ) -> Iterator[Finding]:
-    """Evaluation images that are training images: by place, else by content."""
+    """Look for evaluation images that are training images: by place, else by content."""
     if shared := num_shared(train, evaluation):
         yield Finding("WRONG", shared_in_words(shared, train, evaluation))
         return
@@ -179,45 +181,31 @@ def _in_both(
     yield Finding(
         "WRONG" if len(found) >= _MOST_IDENTICAL * len(hashes[1]) else "note",
         f"{len(found):,} of {len(hashes[1]):,} evaluation images are byte for byte "
-        f"training images, such as {evaluation.name_of(first)} and {train.name_of(twin)}: "
+        f"training images, for example {evaluation.name_of(first)} and {train.name_of(twin)}: "
         "their error is not that of unseen images. Take them out of one split",
     )
 
 
-def _official_count(split: str, count: int, partial: bool) -> Finding:
-    official = OFFICIAL_COUNTS[split]
-    if count == official:
-        return Finding("ok", f"{split}: {count:,} pictures, all of ILSVRC-2012")
-    level = "note" if partial else "WRONG"
-    hint = "" if partial else " (--partial accepts that)"
-    text = f"{split}: {count:,} pictures, ILSVRC-2012 has {official:,}{hint}"
-    return Finding(level, text)
-
-
-def _histogram(split: str, source: Source, labels: np.ndarray) -> Iterator[Finding]:
+def _counts(split: str, source: Source, labels: np.ndarray) -> Finding:
     counts = np.bincount(labels, minlength=source.num_classes)
-    present = np.flatnonzero(counts)
+    present, absent = np.flatnonzero(counts), np.flatnonzero(counts == 0)
+    if len(present) == 1:
+        name = source.class_names[present[0]]
+        return Finding("WRONG", f"{split}: every picture has the same label, {name}")
     text = (
         f"{split}: {len(labels):,} pictures, a class has {counts[present].min():,} to "
         f"{counts.max():,}, median {np.median(counts[present]):,.0f}"
     )
-    if len(present) == 1:
-        name = source.class_names[present[0]]
-        yield Finding("WRONG", f"{split}: every picture has the same label, {name}")
-        return
-    absent = [source.class_names[k] for k in np.flatnonzero(counts == 0)]
+    if not len(absent):
+        return Finding("ok", text)
     # A small evaluation split may lack classes; a training split must not.
-    if absent:
-        level = "WRONG" if split == "train" else "note"
-        yield Finding(level, f"{text}; no pictures of {some(absent)}")
-    else:
-        yield Finding("ok", text)
-    for line in _bars(counts):
-        yield Finding("", line)
+    level = "WRONG" if split == "train" else "note"
+    names = some([source.class_names[label] for label in absent])
+    return Finding(level, f"{text}; no pictures of {names}")
 
 
 def _pixel_values(split: str, source: Source) -> Finding:
-    """Images that hardly vary were most likely of more than 8 bits a value."""
+    """Look for images that hardly vary: most likely they had more than 8 bits."""
     sample = Sample(source, _FEW)
     side = source.image_size
     ranges = []
@@ -239,21 +227,8 @@ def _pixel_values(split: str, source: Source) -> Finding:
     )
 
 
-def _bars(counts: np.ndarray, rows: int = 8, width: int = 40) -> list[str]:
-    """A histogram of the classes' numbers of pictures, in text."""
-    edges = np.unique(np.linspace(counts.min(), counts.max() + 1, rows + 1).astype(int))
-    if len(edges) < 3:
-        return []
-    classes = np.histogram(counts, edges)[0]
-    return [
-        f"{low:6,} to {high - 1:6,} pictures: {number:5,} classes "
-        + "#" * int(np.ceil(width * number / classes.max()))
-        for low, high, number in zip(edges, edges[1:], classes, strict=False)
-    ]
-
-
 def label_entropy(batches: np.ndarray) -> float:
-    """Mean entropy in bits of the labels of each batch, int [batches, batch size]."""
+    """Return the mean entropy of the labels in a batch, in bits; int [batches, size]."""
     total = 0.0
     for batch in batches:
         share = np.unique(batch, return_counts=True)[1] / len(batch)
@@ -261,50 +236,37 @@ def label_entropy(batches: np.ndarray) -> float:
     return total / len(batches)
 
 
-def _batches_of(labels: np.ndarray) -> np.ndarray:
-    """`labels` from the front as at most NUM_BATCHES whole batches."""
-    size = _batch_size(labels)
-    count = min(NUM_BATCHES, len(labels) // size)
-    return labels[: count * size].reshape(count, size)
-
-
-def _batch_size(labels: np.ndarray) -> int:
-    """Of which there are several: one batch of all would look well mixed."""
-    return min(BATCH_SIZE, max(1, len(labels) // 8))
-
-
-def _by_chance(labels: np.ndarray) -> float:
-    """The entropy of batches drawn at random, of which an example comes once."""
-    rng = np.random.default_rng(0)
-    return label_entropy(_batches_of(rng.permutation(labels)))
-
-
-def _shuffling(labels: np.ndarray, chance: float) -> Finding:
-    """What training will see: the loader's first batches."""
-    size = _batch_size(labels)
+def _order(labels: np.ndarray) -> Iterator[Finding]:
+    """Compare the labels in batches with those of batches drawn at random."""
+    # Several batches: one batch of all examples would look well mixed.
+    size = min(_BATCH_SIZE, max(1, len(labels) // 8))
     if size < _FEWEST:
-        return Finding("note", "shuffling: too few pictures to tell")
-    order = TrainOrder(len(labels), batch_size=size, seed=0)
-    count = min(NUM_BATCHES, len(labels) // size)
+        yield Finding("note", "shuffling: too few pictures to tell")
+        yield Finding("note", "order of storage: too few pictures to tell")
+        return
+    count = min(_NUM_BATCHES, len(labels) // size)
+
+    def entropy(labels: np.ndarray) -> float:
+        return label_entropy(labels[: count * size].reshape(count, size))
+
+    chance = entropy(np.random.default_rng(0).permutation(labels))
+    order = TrainOrder(len(labels), batch_size=size, seed=0)  # that of training
     found = label_entropy(np.stack([labels[order[step]] for step in range(count)]))
-    text = (
-        f"shuffling: the labels of the first {count} batches of {size} hold "
-        f"{found:.2f} bits each, at random {chance:.2f}"
+    yield Finding(
+        "ok" if found > 0.9 * chance > 0 else "WRONG",
+        f"shuffling: the labels of the first {count} batches of {size} hold {found:.2f} "
+        f"bits each, at random {chance:.2f}",
     )
-    return Finding("ok" if found > 0.9 * chance > 0 else "WRONG", text)
-
-
-def _order_of_storage(labels: np.ndarray, chance: float) -> Finding:
-    """Matters to readers that shuffle little, and to slices such as train[:10%]."""
-    if _batch_size(labels) < _FEWEST:
-        return Finding("note", "order of storage: too few pictures to tell")
-    found = label_entropy(_batches_of(labels))
-    if found > 0.9 * chance:
-        return Finding("ok", f"order of storage: shuffled as well ({found:.2f} bits)")
-    return Finding(
+    # Matters to readers that shuffle little, and to slices such as train[:10%].
+    stored = entropy(labels)
+    if stored > 0.9 * chance:
+        text = f"order of storage: shuffled as well ({stored:.2f} bits)"
+        yield Finding("ok", text)
+        return
+    yield Finding(
         "note",
-        f"order of storage: sorted by class ({found:.2f} bits of {chance:.2f}); "
-        "training shuffles by itself, a slice such as train[:10%] is a few classes",
+        f"order of storage: sorted by class ({stored:.2f} bits of {chance:.2f}); training "
+        "shuffles by itself, a slice such as train[:10%] is a few classes",
     )
 
 

@@ -1,12 +1,11 @@
 """Decoding and resizing on the host: any picture file to uint8 RGB [S, S, 3].
 
-The resize is the one the 2012 pictures went through: the shorter side to S, then
-the central S x S (Krizhevsky et al. 2012, section 2; cuda-convnet2's make-data
-shrinks by pixel area and enlarges by cubic interpolation). Every picture becomes
-RGB: about twenty ImageNet files are CMYK, one is a PNG. Transparent pixels are composited
-on white. EXIF orientation is applied to the user's own files (`upright`), but not to
-ImageNet: its published numbers were obtained without it. An animation is read as its
-first frame.
+The resize is the one of 2012: the shorter side to S, then the central S x S (Krizhevsky
+et al. 2012, section 2; make-data of cuda-convnet2 shrinks by pixel area and enlarges by
+cubic interpolation). Every picture becomes RGB: about twenty ImageNet files are CMYK, one
+is a PNG. Transparent pixels are composited on white. EXIF orientation is applied to the
+user's own files (`upright`), but not to ImageNet: its published numbers were obtained
+without it. An animation is read as its first frame.
 """
 
 import contextlib
@@ -20,20 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import (
-    ExifTags,
-    Image,
-    PngImagePlugin,
-    TiffImagePlugin,
-    UnidentifiedImageError,
-)
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from alexnet_jax.data.errors import DataError
 
-# Pillow's own bound, above which it warns: 256 MiB as RGB.
+# The bound above which Pillow warns: 256 MiB as RGB.
 MAX_PIXELS = 89_478_485
-# The formats that are read, and the suffixes of their files. Of Pillow's other formats
-# some start a program (EPS).
+# The formats that are read, and the suffixes of their files. Some other formats of Pillow
+# start a program (EPS).
 _FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png",),
@@ -46,9 +39,8 @@ _FORMATS = {
 }
 PICTURE_SUFFIXES = tuple(suffix for names in _FORMATS.values() for suffix in names)
 TAKE_OUT = "Replace the file by an intact copy or take it out of the data set"
-_JPEG_START = b"\xff\xd8"
-_BITS, _PHOTOMETRIC = 258, 262  # numbers of a TIFF's tags
-# Pillow's names of layouts of 16 bits a channel, of which it keeps the upper 8.
+_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
+# Pillow's names of layouts with 16 bits per channel, of which it keeps the upper 8.
 _REDUCED = re.compile(r"(LA|RGB[AaX]?);16[BLN]")
 # EXIF orientation -> the turn that sets it upright; 1 is upright.
 _TURNS = {
@@ -73,16 +65,15 @@ def decode(
     upright: bool = False,
     remedy: str = TAKE_OUT,
 ) -> np.ndarray:
-    """Decodes one picture file to RGB, resized and cut to a square.
+    """Decode one picture file to RGB, resized and cut to a square.
 
     Args:
-      data: the whole file: JPEG, PNG, WebP, BMP, GIF, TIFF, PPM or AVIF, whatever it is
-        called.
+      data: the whole file in one of the formats above, whatever it is called.
       size: side S of the result in pixels.
       name: file or record, for the error message.
       out: where to write, uint8 [S, S, 3], C-contiguous; allocated when absent.
       upright: turn it as its EXIF orientation says. (Pillow turns every TIFF.)
-      remedy: what to do about a broken one, for the error message.
+      remedy: advice about a broken one, for the error message.
 
     Returns:
       `out`: uint8 [S, S, 3], 0..255.
@@ -100,14 +91,83 @@ def decode(
     return out
 
 
+def load_picture(
+    picture: str | os.PathLike | Image.Image | np.ndarray, size: int
+) -> np.ndarray:
+    """Read one picture, from a path, Pillow or an array, the way training sees it.
+
+    Args:
+      picture: a path, a Pillow picture, or uint8 [H, W], [H, W, 3] or [H, W, 4]. Files
+        and Pillow pictures are turned by their EXIF orientation.
+      size: side S of the result in pixels.
+
+    Returns:
+      uint8 [S, S, 3], RGB, 0..255; never a view of the argument.
+
+    Raises:
+      ValueError: a broken file or picture (a DataError, see `decode`), or an array that
+        is not a uint8 picture.
+      OSError: there is no such file, or it cannot be read.
+    """
+    remedy = "Give an intact copy or another picture"
+    if isinstance(picture, (str, os.PathLike)):
+        data = Path(picture).read_bytes()
+        return decode(data, size, os.fspath(picture), upright=True, remedy=remedy)
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.shape[2:] not in ((), (3,), (4,)):
+            raise ValueError(
+                "a picture array must be uint8 (0..255) of shape [H, W], [H, W, 3] "
+                f"or [H, W, 4]; got {picture.dtype} {list(picture.shape)}"
+            )
+        picture = Image.fromarray(picture)
+    with _naming(str(getattr(picture, "filename", "")) or "the picture", remedy):
+        return np.array(_square(picture, size, upright=True))
+
+
+def resize_to_square(image: np.ndarray | Image.Image, size: int) -> np.ndarray:
+    """Resize the shorter side to `size`, then cut the central `size` x `size`.
+
+    Args:
+      image: uint8 [H, W, 3] or a Pillow picture.
+      size: side of the result in pixels.
+
+    Returns:
+      uint8 [size, size, 3]; a picture that already has this size is not resampled.
+      Shrinking averages areas (Pillow BOX), enlarging is BICUBIC. When the number of
+      pixels to cut is odd, the larger part goes at the right and the bottom.
+    """
+    if not isinstance(image, Image.Image):
+        if image.shape == (size, size, 3):
+            return image
+        image = Image.fromarray(image)
+    image = _to_rgb(image)
+    width, height = image.size
+    short = min(width, height)
+    if short != size:
+        width, height = (max(size, round(n * size / short)) for n in image.size)
+        resampling = Image.Resampling.BOX if short > size else Image.Resampling.BICUBIC
+        image = image.resize((width, height), resampling)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(image)[top : top + size, left : left + size]
+
+
+def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
+    """Return the names of files; with their folders if several are alike."""
+    parts = [Path(path).parts or (".",) for path in paths]
+    names = [part[-1] for part in parts]
+    if len(set(names)) == len(names):
+        return names
+    return ["/".join(part[-2:]) for part in parts]
+
+
 @contextlib.contextmanager
 def _naming(name: str, remedy: str) -> Iterator[None]:
-    """Raise what goes wrong in decoding as a DataError with its name and what to do."""
+    """Raise an error of decoding as a DataError with the name and the remedy."""
     try:
         yield
     except MemoryError:  # not the picture's fault: `prepare` must not leave it out
         raise
-    except Exception as error:  # Pillow also lets zlib's, struct's ... errors through
+    except Exception as error:  # Pillow also lets errors of zlib, struct ... through
         reason = str(error).rstrip(".") or type(error).__name__
         remedy = f". {remedy}." if remedy else ""
         raise DataError(f"cannot decode {name}: {reason}{remedy}") from error
@@ -132,89 +192,15 @@ def _open(data: bytes) -> Image.Image:
         ) from None
 
 
-def _check_tiff(picture: TiffImagePlugin.TiffImageFile) -> None:
-    """Raise ValueError for a TIFF that Pillow would read wrong."""
-    tags = picture.tag_v2
-    # Pillow reads channels that are stored apart as bytes, and does not invert these.
-    apart = picture.tile and ";" not in str(picture.tile)
-    inverted = tags.get(_PHOTOMETRIC) == 0
-    if max(tags.get(_BITS, (1,))) > 8 and (apart or inverted):
-        raise ValueError(
-            "it is a TIFF of more than 8 bits with "
-            f"{'channels stored apart' if apart else 'white stored as 0'}, which is not "
-            "read; save it as PNG"
-        )
-
-
-def _check_range(largest: int, in_words: str) -> None:
-    """Raise ValueError if 16 bits hold 14 or fewer: their upper 8 would look black.
-
-    Args:
-      largest: value of the picture, or the largest that it may have.
-      in_words: the same for the error message.
-    """
-    bits = max(8, largest.bit_length())
-    if bits > 14 or largest == 0:
-        return
-    factor = 2 ** (16 - bits - bits % 2)
-    raise ValueError(
-        f"it has 16 bits a channel, but its largest value is {in_words} of 65,535: it "
-        "would be read as nearly black. Multiply the values of all such files alike, for "
-        f"example by {factor}: magick FILE -evaluate multiply {factor} NEW_FILE"
-    )
-
-
-def _orientation(picture: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 without a tag that can be read."""
-    try:
-        return picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except (SyntaxError, ValueError, LookupError, TypeError, OSError, struct.error):
-        return 1  # a damaged tag makes no picture unreadable
-
-
-def _square(picture: Image.Image, size: int, *, upright: bool) -> np.ndarray:
-    """As of `resize_to_square`, of a picture that may not be decoded yet."""
-    width, height = picture.size
-    if width * height > MAX_PIXELS:
-        raise ValueError(
-            f"it has {width:,} x {height:,}, more than {MAX_PIXELS:,} pixels; make it "
-            "smaller"
-        )
-    if isinstance(picture, TiffImagePlugin.TiffImageFile):
-        _check_tiff(picture)
-    reduced = _REDUCED.search(str(getattr(picture, "tile", "")))
-    picture.load()
-    if reduced:
-        above = 256 * (1 + np.asarray(picture.convert("RGB")).max().item())
-        _check_range(above - 1, f"below {above:,}")
-    orientation = _orientation(picture) if upright else 1
-    picture = _to_rgb(picture)
-    if orientation in _TURNS:
-        picture = picture.transpose(_TURNS[orientation])
-    return resize_to_square(picture, size)
-
-
-def _has_app1(data: bytes) -> bool:
-    """Return whether a JPEG has an APP1 segment, of EXIF or XMP, before its tables.
-
-    A search in all bytes would cost 4% of loading.
-    """
-    place = 2
-    while (head := data[place : place + 4])[:1] == b"\xff" and head[1:2] >= b"\xe0":
-        if head[1] == 0xE1:
-            return True
-        # A marker may begin with more than one 0xff.
-        place += 1 if head[1] == 0xFF else 2 + int.from_bytes(head[2:], "big")
-    return False
-
-
 def _decode_plain_jpeg(
     data: bytes, size: int, out: np.ndarray, *, upright: bool
 ) -> bool:
-    """Fast path; False leaves the picture, and the verdict on it, to Pillow."""
-    if data[:2] != _JPEG_START:
+    """Decode most JPEGs fast; False leaves the picture, and any error, to Pillow."""
+    if not data.startswith(b"\xff\xd8"):
         return False
-    if upright and _has_app1(data) and _orientation(_open(data)) in _TURNS:
+    # An APP1 segment holds EXIF. A search behind the start of the scan would cost time.
+    has_exif = upright and b"\xff\xe1" in data[: data.find(b"\xff\xda")]
+    if has_exif and _orientation(_open(data)) in _TURNS:
         return False
     try:
         height, width, color, _ = simplejpeg.decode_jpeg_header(data)
@@ -231,81 +217,44 @@ def _decode_plain_jpeg(
     return True
 
 
-def resize_to_square(image: np.ndarray | Image.Image, size: int) -> np.ndarray:
-    """Shorter side to `size`, then the central `size` x `size`.
+def _orientation(picture: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 without a tag that can be read."""
+    try:
+        return picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError, LookupError, TypeError, OSError, struct.error):
+        return 1  # a damaged tag makes no picture unreadable
 
-    Args:
-      image: uint8 [H, W, 3] or a Pillow picture.
-      size: side of the result in pixels.
 
-    Returns:
-      uint8 [size, size, 3]; a picture that already has this size is not resampled.
-      Shrinking averages areas (Pillow BOX), enlarging is BICUBIC. When the number of
-      pixels to cut is odd, the larger part goes at the right and the bottom.
-    """
-    if not isinstance(image, Image.Image):
-        if image.shape == (size, size, 3):
-            return image
-        image = Image.fromarray(image)
-    image = _to_rgb(image)
-    width, height = image.size
-    short = min(width, height)
-    if short != size:
-        scaled = (
-            max(size, round(width * size / short)),
-            max(size, round(height * size / short)),
+def _square(picture: Image.Image, size: int, *, upright: bool) -> np.ndarray:
+    """Check, load, turn and resize a picture that may not be decoded yet."""
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"it has {width:,} x {height:,}, more than {MAX_PIXELS:,} pixels; make it "
+            "smaller"
         )
-        resampling = Image.Resampling.BOX if short > size else Image.Resampling.BICUBIC
-        image = image.resize(scaled, resampling)
-        width, height = scaled
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(image)[top : top + size, left : left + size]
-
-
-def load_picture(
-    picture: str | os.PathLike | Image.Image | np.ndarray, size: int
-) -> np.ndarray:
-    """One picture, from a path, Pillow or an array, the way training sees it.
-
-    Args:
-      picture: a path, a Pillow picture, or uint8 [H, W], [H, W, 3] or [H, W, 4]. Files
-        and Pillow pictures are turned by their EXIF orientation. RGBA is composited on
-        white.
-      size: side S of the result in pixels.
-
-    Returns:
-      uint8 [S, S, 3], RGB, 0..255; never a view of the argument.
-
-    Raises:
-      ValueError: a broken file or picture, or one of more than MAX_PIXELS (a
-        DataError); an array that is not a uint8 picture.
-      OSError: there is no such file, or it cannot be read.
-    """
-    remedy = "Give an intact copy or another picture"
-    if isinstance(picture, (str, os.PathLike)):
-        name = os.fspath(picture)
-        return decode(
-            Path(picture).read_bytes(), size, name, upright=True, remedy=remedy
-        )
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.shape[2:] not in ((), (3,), (4,)):
+    tiles = str(getattr(picture, "tile", ""))
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):
+        # Pillow reads 16-bit channels that are stored apart as bytes, and does not
+        # invert 16-bit pictures whose white is 0.
+        tags = picture.tag_v2
+        apart = picture.tile and ";" not in tiles
+        inverted = tags.get(_TIFF_PHOTOMETRIC) == 0
+        if max(tags.get(_TIFF_BITS, (1,))) > 8 and (apart or inverted):
+            layout = "channels stored apart" if apart else "white stored as 0"
             raise ValueError(
-                "a picture array must be uint8 (0..255) of shape [H, W], [H, W, 3] "
-                f"or [H, W, 4]; got {picture.dtype} {list(picture.shape)}"
+                f"it is a TIFF of more than 8 bits with {layout}, which is not read; save "
+                "it as PNG"
             )
-        picture = Image.fromarray(picture)
-    name = str(getattr(picture, "filename", "")) or "the picture"
-    with _naming(name, remedy):
-        return np.array(_square(picture, size, upright=True))
-
-
-def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """The files' names; with their folders' where several are alike."""
-    parts = [Path(path).parts or (".",) for path in paths]
-    names = [part[-1] for part in parts]
-    if len(set(names)) == len(names):
-        return names
-    return ["/".join(part[-2:]) for part in parts]
+    picture.load()
+    if _REDUCED.search(tiles):
+        above = 256 * (1 + np.asarray(picture.convert("RGB")).max().item())
+        _check_range(above - 1, f"below {above:,}")
+    orientation = _orientation(picture) if upright else 1
+    picture = _to_rgb(picture)
+    if orientation in _TURNS:
+        picture = picture.transpose(_TURNS[orientation])
+    return resize_to_square(picture, size)
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -313,7 +262,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I"):  # 16-bit grey; convert("RGB") would clip it
         values = np.asarray(picture)
         if values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError("more than 16 bits a channel")
+            raise ValueError("more than 16 bits per channel")
         _check_range(int(values.max()), f"{values.max():,}")
         picture = Image.fromarray((values >> 8).astype(np.uint8))
     elif picture.mode == "F":
@@ -323,3 +272,21 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
     return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _check_range(largest: int, in_words: str) -> None:
+    """Raise ValueError if 16 bits hold 14 or fewer: their upper 8 would look black.
+
+    Args:
+      largest: largest value of the picture, or the largest that it may have.
+      in_words: the same for the error message.
+    """
+    bits = max(8, largest.bit_length())
+    if bits > 14 or largest == 0:
+        return
+    factor = 2 ** (16 - bits - bits % 2)
+    raise ValueError(
+        f"it has 16 bits per channel, but its largest value is {in_words} of 65,535: it "
+        "would be read as nearly black. Multiply the values of all such files alike, for "
+        f"example by {factor}: magick FILE -evaluate multiply {factor} NEW_FILE"
+    )

@@ -17,20 +17,20 @@ from typing import Self
 
 import numpy as np
 
+from alexnet_jax.data.batch_memory import BatchMemory
 from alexnet_jax.data.sources import Source
 
 Batch = dict[str, np.ndarray]
 # Batches that are decoded ahead, beside the one that is used.
 PREFETCH = 4
-_ALIGNMENT = 64  # bytes; a cache line, and what XLA asks for
 
 
 class TrainOrder:
     """The order of training: every epoch another permutation, computed on the spot.
 
-    It is that of Grain's `MapDataset.range(n).seed(seed).shuffle().repeat()`, of which
-    only the permutation is used: an index of ImageNet takes 3 microseconds instead of
-    9, in which no other thread runs Python.
+    It equals Grain's `MapDataset.range(n).seed(seed).shuffle().repeat()`, but calls only
+    the permutation: an index of ImageNet takes 3 microseconds instead of 9, in which no
+    other thread runs Python.
 
     Args:
       num_examples: examples in an epoch, n.
@@ -47,68 +47,21 @@ class TrainOrder:
         self._shuffled = index_shuffle
         self._num_examples = num_examples
         self._batch_size = batch_size
-        # So Grain derives the seed of the first operation after `.seed(seed)`.
+        # Grain derives the seed of the first operation after `.seed(seed)` so.
         self._seed = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
 
     def __getitem__(self, step: int) -> np.ndarray:
-        """int64 [batch_size], the examples of step `step`."""
+        """Return int64 [batch_size], the examples of step `step`."""
         return self.examples(step * self._batch_size, (step + 1) * self._batch_size)
 
     def examples(self, first: int, last: int) -> np.ndarray:
-        """int64 [last - first], the examples at these positions, counted from step 0."""
+        """Return int64 [last - first], the examples at these positions from step 0 on."""
         count = self._num_examples
         found = [
             self._shuffled(index, count - 1, (self._seed + epoch) % 2**32, 4)
             for epoch, index in (divmod(p, count) for p in range(first, last))
         ]
         return np.array(found, np.int64)
-
-
-class _BatchMemory:
-    """Arrays for batches; memory that nothing refers to any more is used again.
-
-    Fresh memory is zeroed by the kernel page by page, a tenth of the time that decoding
-    into it takes. The arrays begin at multiples of 64 bytes: others JAX copies on CPU.
-    """
-
-    def __init__(self, shape: tuple[int, ...], most: int):
-        self._shape = shape
-        # A caller may have kept many batches: only so much is held for the next ones.
-        self._free: collections.deque[np.ndarray] = collections.deque(maxlen=most)
-
-    def take(self) -> np.ndarray:
-        """uint8 [*shape], contents undefined."""
-        try:
-            memory = self._free.popleft()
-        except IndexError:
-            size = math.prod(self._shape)
-            raw = np.empty(size + _ALIGNMENT, np.uint8)
-            start = -raw.ctypes.data % _ALIGNMENT
-            memory = raw[start : start + size].reshape(self._shape)
-        return np.asarray(_Lease(memory, self._free))
-
-
-class _Lease:
-    """What an array and all its views, JAX's among them, keep alive as their base."""
-
-    def __init__(self, memory: np.ndarray, free: "collections.deque[np.ndarray]"):
-        self.__array_interface__ = memory.__array_interface__
-        self._memory = memory
-        self._free = free
-
-    def __del__(self):
-        self._free.append(self._memory)
-
-
-def _fetch(
-    source: Source,
-    examples: Callable[[int, int], np.ndarray],
-    places: range,
-    images: np.ndarray,
-    labels: np.ndarray,
-) -> None:
-    """In a thread, which must not keep the iterator alive: examples by their places."""
-    source.fetch(examples(places.start, places.stop), images, labels)
 
 
 class Batches(Iterator[Batch]):
@@ -130,32 +83,39 @@ class Batches(Iterator[Batch]):
         examples: Callable[[int, int], np.ndarray],
         *,
         batch_size: int,
-        positions: tuple[int, int] | None,
-        start_step: int,
-        num_examples: int | None,
-        workers: int,
-        prefetch: int,
-        with_mask: bool,
+        positions: tuple[int, int] | None = None,
+        start_step: int = 0,
+        num_examples: int | None = None,
+        workers: int = 2,
+        prefetch: int = PREFETCH,
     ):
         if workers < 1 or prefetch < 1:
             raise ValueError(
                 "workers and prefetch must be at least 1, "
                 f"got workers={workers}, prefetch={prefetch}"
             )
-        self._low, self._high = _positions(positions, batch_size)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        low, high = positions or (0, batch_size)
+        if not 0 <= low < high <= batch_size:
+            raise ValueError(
+                f"positions must be a non-empty range inside 0..{batch_size} (the global "
+                f"batch), got ({low}, {high})"
+            )
         self.step = start_step
         self.num_batches = num_examples and -(-num_examples // batch_size)
         self.wait_seconds = 0.0
-        self._source = source
-        self._examples = examples
-        self._batch_size = batch_size
+
+        def fetch(lo: int, hi: int, images: np.ndarray, labels: np.ndarray) -> None:
+            source.fetch(examples(lo, hi), images, labels)
+
+        self._fetch = fetch  # no method: threads must not keep the iterator alive
+        self._batch_size, self._low, self._size = batch_size, low, high - low
         self._end = math.inf if num_examples is None else num_examples
         side = source.image_size
-        shape = (self._high - self._low, side, side, 3)
-        self._memory = _BatchMemory(shape, most=prefetch + 2)
+        self._memory = BatchMemory((self._size, side, side, 3), most=prefetch + 2)
         self._workers = workers
         self._prefetch = prefetch
-        self._with_mask = with_mask
         self._next_to_submit = start_step
         self._pending: collections.deque[tuple[Batch, list[futures.Future]]]
         self._pending = collections.deque()
@@ -175,7 +135,7 @@ class Batches(Iterator[Batch]):
             raise StopIteration
         if self._pool is None:
             raise RuntimeError("this batch iterator was closed: make a new one")
-        self._submit(self._prefetch)
+        self._submit()
         batch, parts = self._pending.popleft()
         try:
             for part in parts:
@@ -183,40 +143,39 @@ class Batches(Iterator[Batch]):
         except BaseException:
             self.close()
             raise
-        self._submit(self._prefetch)
+        self._submit()
         self.step += 1
         self.wait_seconds += time.perf_counter() - started
         return batch
 
     def wait(self, timeout: float) -> bool:
-        """Whether `next` has its batch, after waiting at most `timeout` seconds."""
+        """Wait at most `timeout` seconds; return whether `next` has its batch."""
         if self._pool is None or self.step == self.num_batches:
             return True  # it raises at once
-        self._submit(self._prefetch)
+        self._submit()
         _, parts = self._pending[0]
         return not futures.wait(parts, timeout).not_done
 
-    def _submit(self, count: int) -> None:
-        """Keeps `count` batches in the making, each cut into `workers` parts."""
+    def _submit(self) -> None:
+        """Keep `prefetch` batches in the making, each cut into `workers` parts."""
         assert self._pool is not None
-        while len(self._pending) < count:
+        while len(self._pending) < self._prefetch:
             if self._next_to_submit == self.num_batches:
                 return
-            size = self._high - self._low
+            size = self._size
             first = self._next_to_submit * self._batch_size + self._low
             real = int(max(0, min(size, self._end - first)))
             batch = {"image": self._memory.take(), "label": np.empty(size, np.int32)}
             batch["image"][real:] = 0
             batch["label"][real:] = 0
-            if self._with_mask:
+            if self.num_batches is not None:
                 batch["mask"] = (np.arange(size) < real).astype(np.float32)
             cuts = np.linspace(0, real, self._workers + 1).astype(int)
             parts = [
                 self._pool.submit(
-                    _fetch,
-                    self._source,
-                    self._examples,
-                    range(first + lo, first + hi),
+                    self._fetch,
+                    first + lo,
+                    first + hi,
                     batch["image"][lo:hi],
                     batch["label"][lo:hi],
                 )
@@ -227,7 +186,7 @@ class Batches(Iterator[Batch]):
             self._next_to_submit += 1
 
     def close(self) -> None:
-        """Drops what was read ahead and ends the threads; may be called twice."""
+        """Drop the batches read ahead and end the threads; may be called twice."""
         pool, self._pool = self._pool, None
         if pool is not None:
             self._pending.clear()
@@ -250,7 +209,7 @@ def train_batches(
     workers: int = 2,
     prefetch: int = PREFETCH,
 ) -> Batches:
-    """Endless shuffled batches, from `start_step` on.
+    """Iterate over shuffled batches without end, from `start_step` on.
 
     Args:
       source: where the pictures come from.
@@ -278,10 +237,8 @@ def train_batches(
         batch_size=batch_size,
         positions=positions,
         start_step=start_step,
-        num_examples=None,
         workers=workers,
         prefetch=prefetch,
-        with_mask=False,
     )
 
 
@@ -293,7 +250,7 @@ def eval_batches(
     workers: int = 2,
     prefetch: int = PREFETCH,
 ) -> Batches:
-    """Every example exactly once, in order; the last batch is padded.
+    """Iterate over every example exactly once, in order; pad the last batch.
 
     Args:
       source: where the pictures come from.
@@ -317,21 +274,7 @@ def eval_batches(
         np.arange,
         batch_size=batch_size,
         positions=positions,
-        start_step=0,
         num_examples=source.num_examples,
         workers=workers,
         prefetch=prefetch,
-        with_mask=True,
     )
-
-
-def _positions(positions: tuple[int, int] | None, batch_size: int) -> tuple[int, int]:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    low, high = (0, batch_size) if positions is None else positions
-    if not 0 <= low < high <= batch_size:
-        raise ValueError(
-            f"positions must be a non-empty range inside 0..{batch_size} "
-            f"(the global batch), got ({low}, {high})"
-        )
-    return low, high

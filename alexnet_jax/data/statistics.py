@@ -19,8 +19,8 @@ from alexnet_jax.data.sources import Source
 _FIELDS = ("mean_image", "pca_std_255", "pca_vectors", "num_examples")
 _SPLIT = "split_examples"  # not in files of earlier versions
 _CHUNK = 16  # pictures a thread holds at a time
-# What mends a stored file that is broken or of other pictures: beside the data, and in
-# a run's workdir.
+# Advice about a stored file that is broken or of other pictures: beside the data, and in
+# the workdir of a run.
 COMPUTE_AGAIN = (
     "Compute it again: python -m alexnet_jax.prepare statistics --source=..."
 )
@@ -32,7 +32,7 @@ TRAIN_AGAIN = (
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What is subtracted from the pictures, and along which colours they vary.
+    """Mean image and colour PCA.
 
     Attributes:
       mean_image: float32 [S, S, 3], RGB, 0..255.
@@ -57,13 +57,13 @@ class Statistics:
 
     @property
     def extent(self) -> str:
-        """Such as "10,000 of 50,000 images"."""
+        """Return, for example, "10,000 of 50,000 images"."""
         total = f"{self.split_examples:,} images"
         is_part = self.num_examples < self.split_examples
         return f"{self.num_examples:,} of {total}" if is_part else total
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes an .npz file, whole or not at all."""
+        """Write an .npz file, completely or not at all."""
         with replacing(path) as file:
             np.savez(
                 file,
@@ -81,11 +81,11 @@ def load(
     *,
     remedy: str = COMPUTE_AGAIN,
 ) -> Statistics:
-    """Reads what `Statistics.save` wrote.
+    """Read a file that `Statistics.save` wrote.
 
     Args:
-      image_size: side of the pictures that they have to be of; None: of any.
-      remedy: what the error advises: `TRAIN_AGAIN` for the file of a workdir.
+      image_size: expected side of the pictures; None: any.
+      remedy: advice of the error; `TRAIN_AGAIN` for the file of a workdir.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -94,13 +94,13 @@ def load(
     if not os.path.exists(path):
         raise FileNotFoundError(f"{os.fspath(path)}: there is no such file.")
     try:
-        found = read_npz(path, (*_FIELDS, _SPLIT), ValueError)
-        mean, std, vectors, count = (found[name] for name in _FIELDS)
-        split = found.get(_SPLIT, count)
+        arrays = read_npz(path, (*_FIELDS, _SPLIT), ValueError)
+        mean, std, vectors, count = (arrays[name] for name in _FIELDS)
     except (ValueError, KeyError) as error:
         raise DataError(
             f"{os.fspath(path)} is not a statistics file ({error}). {remedy}"
         ) from error
+    split = arrays.get(_SPLIT, count)
     found = Statistics(mean, std, vectors, int(count), int(split))
     if image_size is not None:
         require_size(found, image_size, path, remedy=remedy)
@@ -114,7 +114,7 @@ def require_size(
     *,
     remedy: str = COMPUTE_AGAIN,
 ) -> None:
-    """Raises DataError if what was read from `path` is of pictures of another size."""
+    """Raise DataError if the statistics in `path` are of pictures of another size."""
     side = len(found.mean_image)
     if side != image_size:
         raise DataError(
@@ -125,7 +125,7 @@ def require_size(
 
 
 def statistics_path(source: Source) -> Path:
-    """Where the statistics of this source are kept: beside the data.
+    """Return the file of the statistics of this source, beside the data.
 
     PATH/statistics_S.npz for a folder, the version's directory for tfds; the name
     also holds the split if that is not plainly `train`.
@@ -145,7 +145,7 @@ def compute(
     workers: int = 2,
     progress: Callable[[int], object] | None = None,
 ) -> Statistics:
-    """Mean image and colour PCA.
+    """Compute the mean image and the colour PCA.
 
     Args:
       source: the training split.
@@ -191,9 +191,9 @@ def compute(
 
 
 def _products(images: np.ndarray) -> np.ndarray:
-    """RGB times RGB, summed over all pixels: float64 [3, 3], exact.
+    """Return RGB times RGB, summed over all pixels: float64 [3, 3], exact.
 
-    In float32, where 256 products of two bytes still have an exact sum: the values of
+    It uses float32, where 256 products of two bytes still have an exact sum: the values of
     a picture, RGBRGB..., lie in 256 rows, and are multiplied by themselves, by the next
     value and by the one after that. Products with the next pixel's values are dropped.
     """
@@ -216,7 +216,7 @@ def _products(images: np.ndarray) -> np.ndarray:
 def _summary(
     total: np.ndarray, products: np.ndarray, count: int, split_examples: int
 ) -> Statistics:
-    """From the sum of the pictures and of RGB times RGB over all pixels."""
+    """Compute statistics from the sums of the pictures and of RGB times RGB."""
     num_pixels = count * total.shape[0] * total.shape[1]
     mean = total.reshape(-1, 3).sum(axis=0) / num_pixels
     covariance = products / num_pixels - np.outer(mean, mean)

@@ -1,18 +1,13 @@
-"""Weights in files: from Caffe, torchvision and our own, and to ONNX.
+"""Read weights of Caffe, torchvision and alexnet_jax; write .safetensors and .onnx.
 
 weights = pretrained.read_weights("bvlc_alexnet.caffemodel")
 pretrained.save_safetensors("alexnet.safetensors", weights)
 pretrained.export_onnx("alexnet.onnx", weights.make_model(), weights.variables)
-
-`weights` has what a file holds and how foreign kernels become ours, `reading` finds the
-format, `caffe`, `torchvision` and `tensors` (.safetensors) are one format each, and
-`onnx_graph` writes networks as ONNX.
 """
 
-from alexnet_jax.pretrained.onnx_graph import export_onnx
-from alexnet_jax.pretrained.reading import SUFFIXES, read_weights
-from alexnet_jax.pretrained.tensors import NAMES, save_safetensors
-from alexnet_jax.pretrained.weights import Weights, WeightsError
+from alexnet_jax.pretrained.files import SUFFIXES, Weights, WeightsError, read_weights
+from alexnet_jax.pretrained.onnx import export_onnx
+from alexnet_jax.pretrained.safetensors import NAMES, save_safetensors
 
 __all__ = [
     "NAMES",

@@ -1,9 +1,9 @@
-"""Caffe's `.caffemodel`: bvlc_alexnet, CaffeNet, and what was fine-tuned from them.
+"""Caffe's `.caffemodel`: bvlc_alexnet, CaffeNet, and networks fine-tuned from them.
 
-A message of protocol buffers, of which only the layers' names and blobs are declared
-here; parsers skip the rest. Field numbers and names are those of Caffe's
-`src/caffe/proto/caffe.proto` (BVLC/caffe), which also says that files from before
-2015 have `layers` instead of `layer`, and four numbers instead of a shape.
+The file is one protocol buffer message. Only the layers' names and blobs are declared
+here; the parser skips the rest. Names and field numbers are those of Caffe's
+`src/caffe/proto/caffe.proto` (BVLC/caffe). Files from before 2015 have `layers` instead
+of `layer`, and four numbers instead of a shape.
 """
 
 from functools import cache
@@ -13,45 +13,37 @@ from typing import Any
 import numpy as np
 
 from alexnet_jax import variants
-from alexnet_jax.pretrained import weights as weights_lib
-from alexnet_jax.pretrained.weights import Weights, WeightsError
+from alexnet_jax.pretrained import files
+from alexnet_jax.pretrained.files import Weights, WeightsError
 
 VARIANTS = ("caffe", "caffenet")
-# Of ImageNet's pictures in Caffe's own examples (104, 117, 123 in its order, BGR).
+# Mean colour of ImageNet in Caffe's examples (there 104, 117, 123, in the order BGR).
 MEAN_255 = (122.67891434, 116.66876762, 104.00698793)
-IMAGE_SIZE = 256
-# message -> field -> (number, type[, of which message]); "*" is a repeated one.
-# Numbers are packed, which on the wire is what bytes are: declared as bytes, sixty
-# million of them are one array, not as many Python numbers.
+# message -> field -> (number, type[, message]); "*" marks a repeated field. Packed
+# numbers and bytes are the same on the wire. Declared as bytes, sixty million weights
+# are read as one array and not as Python numbers.
+# fmt: off
 _MESSAGES: dict[str, dict[str, tuple[Any, ...]]] = {
     "BlobShape": {"dim": (1, "int64*")},
     "BlobProto": {
-        "num": (1, "int64"),
-        "channels": (2, "int64"),
-        "height": (3, "int64"),
-        "width": (4, "int64"),
-        "data": (5, "bytes*"),
+        "num": (1, "int64"), "channels": (2, "int64"),
+        "height": (3, "int64"), "width": (4, "int64"),
+        "data": (5, "bytes*"), "double_data": (8, "bytes*"),
         "shape": (7, "message", "BlobShape"),
-        "double_data": (8, "bytes*"),
     },
-    "LayerParameter": {
-        "name": (1, "string"),
-        "blobs": (7, "message*", "BlobProto"),
-    },
-    "V1LayerParameter": {
-        "name": (4, "string"),
-        "blobs": (6, "message*", "BlobProto"),
-    },
+    "LayerParameter": {"name": (1, "string"), "blobs": (7, "message*", "BlobProto")},
+    "V1LayerParameter": {"name": (4, "string"), "blobs": (6, "message*", "BlobProto")},
     "NetParameter": {
         "layers": (2, "message*", "V1LayerParameter"),
         "layer": (100, "message*", "LayerParameter"),
     },
 }
+# fmt: on
 
 
 @cache
 def messages() -> dict[str, Any]:
-    """The classes of the messages by name."""
+    """Return the classes of the messages by name."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     package = "alexnet_jax.caffe"
@@ -76,43 +68,43 @@ def messages() -> dict[str, Any]:
 
 
 def read(path: Path, variant: str | None) -> Weights:
-    """Reads a `.caffemodel`; arguments, result and errors as `read_weights`."""
-    weights_lib.check_variant(path, variant, VARIANTS)
+    """Read a `.caffemodel`; arguments, result and errors are those of `read_weights`."""
+    files.check_variant(path, variant, VARIANTS)
     layers = _read_layers(path)
-    variant = _variant(path, [name for name, _ in layers], variant)
-    table = variants.get(variant)
+    table = variants.get(_variant(path, [name for name, _ in layers], variant))
     classifier = table.layers[-1].name
-    blobs_by_layer = weights_lib.renamed(
+    blobs_by_layer = files.renamed(
         path,
         [(name, blobs) for name, blobs in layers if blobs],
-        # Fine-tuned networks call their classifier fc8_flickr and the like.
+        # Fine-tuned networks name their classifier fc8_flickr, for example.
         lambda name: classifier if name.startswith(classifier) else name,
     )
-    tensors = {
-        f"{layer} blob {i}": _squeezed(blob, layer, i, table)
-        for layer, blobs in blobs_by_layer.items()
-        for i, blob in enumerate(blobs)
-    }
-    rows = [row.name for row in table.layers]
-    names = {row: (f"{row} blob 0", f"{row} blob 1") for row in rows}
-    features = weights_lib.found_features(tensors, names)
-    settings = {
-        "variant": variant,
-        "num_classes": features.get(classifier, table.layers[-1].features),
-        "width": weights_lib.fitting_width(table, features),
-    }
-    return Weights(
-        settings=settings,
-        variables=_variables(path, settings, table, tensors),
+    ranks = {row.name: 2 if row in table.denses else 4 for row in table.layers}
+    tensors = {}
+    for layer, blobs in blobs_by_layer.items():
+        for i, blob in enumerate(blobs):
+            # Until 2015 all blobs had four dimensions, the first of them ones.
+            rank = 1 if i else ranks.get(layer, 4)
+            while blob.ndim > rank and blob.shape[0] == 1:
+                blob = blob[0]
+            tensors[f"{layer} blob {i}"] = blob
+    files.check_numbers(path, tensors)
+    return files.from_foreign(
+        path,
+        f"the tensors of variant {table.name}",
+        table,
+        tensors,
+        {
+            row.name: (f"{row.name} blob 0", f"{row.name} blob 1")
+            for row in table.layers
+        },
+        first=lambda weight: weight[:, ::-1],  # from BGR, OpenCV's order
         mean=np.array(MEAN_255, np.float32),
-        image_size=IMAGE_SIZE,
-        crop_size=table.crop_size,
-        class_names=weights_lib.class_names(settings["num_classes"]),
     )
 
 
 def _read_layers(path: Path) -> list[tuple[str, list[np.ndarray]]]:
-    """Name and blobs of every layer, those without blobs too, in the file's order."""
+    """Return name and blobs of every layer in the file's order."""
     from google.protobuf.message import DecodeError
 
     net = messages()["NetParameter"]()
@@ -123,75 +115,35 @@ def _read_layers(path: Path) -> list[tuple[str, list[np.ndarray]]]:
             for layer in (*net.layers, *net.layer)
         ]
     except (DecodeError, ValueError) as error:
-        raise weights_lib.not_of_format(path, ".caffemodel", error) from error
+        raise files.not_of_format(path, ".caffemodel", error) from error
     if not any(blobs for _, blobs in layers):
-        raise weights_lib.not_of_format(path, ".caffemodel", "no layer has weights")
+        raise files.not_of_format(path, ".caffemodel", "no layer has weights")
     return layers
 
 
 def _array(blob: Any) -> np.ndarray:
-    """Float32, in the shape that the file says."""
+    """Return a blob as float32, in the shape that the file gives."""
     if blob.double_data:
         values = np.frombuffer(b"".join(blob.double_data), "<f8").astype(np.float32)
     else:
         values = np.frombuffer(b"".join(blob.data), "<f4")
-    shape = (blob.num, blob.channels, blob.height, blob.width)
     if blob.HasField("shape"):
-        shape = tuple(blob.shape.dim)
-    return values.reshape(shape)
-
-
-def _squeezed(
-    blob: np.ndarray, layer: str, index: int, table: variants.Variant
-) -> np.ndarray:
-    """Without the leading ones that made everything four-dimensional until 2015."""
-    dense = layer in {row.name for row in table.denses}
-    rank = 1 if index else 2 if dense else 4
-    while blob.ndim > rank and blob.shape[0] == 1:
-        blob = blob[0]
-    return blob
+        return values.reshape(tuple(blob.shape.dim))
+    return values.reshape(blob.num, blob.channels, blob.height, blob.width)
 
 
 def _variant(path: Path, names: list[str], given: str | None) -> str:
-    """CaffeNet pools before it normalises; otherwise the two are the same."""
-    if "norm1" not in names or "pool1" not in names:
-        if given is None:
-            raise WeightsError(
-                f"{path} does not say whether its network is bvlc_alexnet or CaffeNet; "
-                "give variant='caffe' or variant='caffenet' to load; or make a file that "
-                "says it: python -m alexnet_jax.export --variant=caffe "
-                f"--workdir={path} --out=FILE.safetensors."
-            )
-        return given
-    pools_first = names.index("pool1") < names.index("norm1")
-    found = "caffenet" if pools_first else "caffe"
-    weights_lib.check_variant(path, given, (found,))
-    return found
-
-
-def _variables(
-    path: Path,
-    settings: dict[str, Any],
-    table: variants.Variant,
-    tensors: dict[str, np.ndarray],
-) -> dict[str, Any]:
-    """Ours, of RGB; checked."""
-    model = weights_lib.make_model(settings)
-    shapes = weights_lib.shapes_of(model, table.crop_size)
-    expected = {}
-    for row in table.layers:
-        kernel = shapes[f"params/{row.name}/kernel"]
-        expected[f"{row.name} blob 0"] = weights_lib.first_shape(kernel)
-        expected[f"{row.name} blob 1"] = kernel[-1:]
-    found = {name: array.shape for name, array in tensors.items()}
-    what = f"the tensors of variant {table.name}"
-    weights_lib.check_shapes(path, what, found, expected)
-    weights_lib.check_numbers(path, tensors)
-
-    def blobs(layer: str) -> tuple[np.ndarray, np.ndarray]:
-        weight = tensors[f"{layer} blob 0"]
-        if layer == table.layers[0].name:
-            weight = weight[:, ::-1]  # BGR, as OpenCV reads pictures
-        return weight, tensors[f"{layer} blob 1"]
-
-    return weights_lib.params_of(model.network.layers, blobs)
+    """Return the variant of a file: CaffeNet pools before it normalises."""
+    if "norm1" in names and "pool1" in names:
+        pools_first = names.index("pool1") < names.index("norm1")
+        found = "caffenet" if pools_first else "caffe"
+        files.check_variant(path, given, (found,))
+        return found
+    if given is None:
+        raise WeightsError(
+            f"{path} does not say whether its network is bvlc_alexnet or CaffeNet; "
+            "give variant='caffe' or variant='caffenet' to load; or make a file that "
+            "says it: python -m alexnet_jax.export --variant=caffe "
+            f"--workdir={path} --out=FILE.safetensors."
+        )
+    return given

@@ -323,7 +323,8 @@ class Plan:
         if "seed" in {*overrides, *self.settings}:
             raise SweepError(f"{where}seed is not set so; give --seeds=0,1,2.")
         parse_fields(config, self.settings, "--set ")
-        overrides |= {name: _get(config, name) for name in self.settings}
+        fields = flat(config.to_dict())
+        overrides |= {name: fields[name] for name in self.settings}
         self._check(row, set_fields(config, {"seed": self.seeds[0]}, where))
         return file, overrides
 
@@ -417,8 +418,9 @@ def set_fields(config: Config, overrides: Mapping[str, Any], where: str) -> Conf
     """
     texts = {name: as_text(value) for name, value in overrides.items()}
     parse_fields(config, texts, where)
+    fields = flat(config.to_dict())
     for name, value in overrides.items():
-        found = _get(config, name)
+        found = fields[name]
         same_kind = isinstance(found, bool) == isinstance(value, bool)
         if found != value or not same_kind:
             raise SweepError(
@@ -454,13 +456,6 @@ def parse_fields(config: Config, texts: Mapping[str, str], where: str) -> None:
 def as_text(value: Any) -> str:
     """A value as main's command line takes it."""
     return value if isinstance(value, str) else repr(value)
-
-
-def _get(config: Config, name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-        value = value[part]
-    return value
 
 
 def differences(run: Run, stored: Path) -> list[str]:

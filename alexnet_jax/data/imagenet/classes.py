@@ -31,18 +31,18 @@ def class_words() -> dict[str, str]:
 
 
 def wnids() -> tuple[str, ...]:
-    """The thousand WNIDs in the order of their labels."""
+    """Return the thousand WNIDs in the order of their labels."""
     return tuple(class_words())
 
 
 def words(class_name: str) -> str:
-    """The first of a class's words, "tench"; a name that is no WNID as it is."""
+    """Return the first word of a class, "tench"; a name that is no WNID as it is."""
     return class_words().get(class_name, class_name).split(",")[0]
 
 
 @functools.cache
 def _validation_wnids() -> tuple[str, ...]:
-    """The official ground truth, a WNID a picture; tfds carries it in its package."""
+    """Return the official ground truth by picture; tfds carries it in its package."""
     import tensorflow_datasets as tfds
 
     path = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
@@ -56,10 +56,10 @@ def _validation_wnids() -> tuple[str, ...]:
 
 
 def validation_wnid(file_name: str, where: str = "") -> str:
-    """The class of ILSVRC2012_val_00000001.JPEG ... ILSVRC2012_val_00050000.JPEG.
+    """Return the class of ILSVRC2012_val_00000001.JPEG ... ILSVRC2012_val_00050000.JPEG.
 
-    By the number in the name, with or without Hugging Face's ending: archives that were
-    packed again have another order. (`where` it lies is for the message.)
+    The number in the name decides, with or without the ending of Hugging Face: archives
+    that were packed again have another order. `where` is for the message.
 
     Raises:
       DataError: for any other name.
@@ -77,10 +77,10 @@ def validation_wnid(file_name: str, where: str = "") -> str:
 
 
 def named_wnid(file_name: str) -> str | None:
-    """The class that the name of a picture of ILSVRC-2012 says; None: it says none.
+    """Return the class that the name of a picture of ILSVRC-2012 says, or None.
 
-    n01440764_10026.JPEG; ILSVRC2012_val_00000001.JPEG, by its number; and Hugging
-    Face's, by their ending: ILSVRC2012_val_00000001_n01751748.JPEG.
+    Known are n01440764_10026.JPEG; ILSVRC2012_val_00000001.JPEG, by its number; and the
+    names of Hugging Face, by their ending: ILSVRC2012_val_00000001_n01751748.JPEG.
 
     Raises:
       DataError: there is no validation picture of that number.
@@ -93,7 +93,7 @@ def named_wnid(file_name: str) -> str | None:
 
 
 def check_label(file_name: str, wnid: str, where: str) -> None:
-    """Compares a label with what an official file name says of it.
+    """Compare a label with the class that an official file name says.
 
     Raises:
       DataError: they contradict each other. Other names say nothing.

@@ -1,13 +1,13 @@
-"""Makes the tfds data set `imagenet2012_256` of the original pictures, once.
+"""Make the tfds data set `imagenet2012_256` from the original pictures, once.
 
 The paper's preprocessing (section 2): the shorter side to 256, then the central
-256 x 256; stored as JPEG of quality 95, as cuda-convnet2's make-data did. EXIF
+256 x 256; stored as JPEG of quality 95, as make-data of cuda-convnet2 did. EXIF
 orientation is ignored, as in the published results.
 
-tfds's own `download_and_prepare` begins anew when it is interrupted, and works on one
-core. Here every shard is a task for any process: it is written under another name and
-then renamed, so what is there is whole, and a second start makes only what is missing.
-tfds writes the description of the data set, so that tfds opens it.
+`download_and_prepare` of tfds starts anew when it is interrupted, and uses one core. Here
+every shard is a task for any process: it is written under another name and then renamed,
+so a shard that is there is complete, and a second start makes only the missing ones. tfds
+writes the description of the data set.
 """
 
 import contextlib
@@ -26,7 +26,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import process
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +33,14 @@ import numpy as np
 import simplejpeg
 
 from alexnet_jax.cli import require_writable
-from alexnet_jax.data import images, locks, sources, statistics
+from alexnet_jax.data import images, locks, statistics
 from alexnet_jax.data.errors import DataError
-from alexnet_jax.data.files import (
-    check_room,
-    replacing,
-    telling_of_a_full_disk,
-)
+from alexnet_jax.data.files import check_room, replacing, telling_of_a_full_disk
 from alexnet_jax.data.imagenet import originals as originals_lib
 from alexnet_jax.data.imagenet.classes import OFFICIAL_COUNTS, wnids
 from alexnet_jax.data.imagenet.originals import SPLITS, Originals
+from alexnet_jax.data.sources.source import some
+from alexnet_jax.data.sources.tfds import TfdsSource, example_message
 
 NAME = "imagenet2012_256"
 VERSION = "1.0.0"
@@ -55,8 +52,10 @@ PICTURES_A_SHARD = 1250  # about 43 MB, and some ten seconds of work
 _FEWEST_SHARDS, _FEWEST_PICTURES = 8, 64
 _BYTES_A_PICTURE = 36_000  # 34,400 on average over 1,000 ImageNet pictures
 _BYTES_BESIDE = 2_000_000  # for the mean image and the descriptions
-# Called with (what is done, in all, in what unit); gives a context that yields a
-# function to be called with how many more are done.
+
+Log = Callable[[str], object]
+# Called with (what is done, total, unit); gives a context that yields a function to be
+# called with the number that is done since its last call.
 Bar = Callable[[str, int | None, str], contextlib.AbstractContextManager[Any]]
 
 
@@ -67,73 +66,71 @@ def prepare(
     workers: int,
     max_unreadable: int,
     verify: bool,
-    log: Callable[[str], object],
+    log: Log,
     bar: Bar,
 ) -> Path:
-    """Prepares both splits, or goes on with it, and computes their statistics.
+    """Prepare both splits, or go on with it, and compute their statistics.
 
     Args:
       source: see `originals.find`.
       data_dir: directory of tfds data sets, made if absent.
       workers: processes.
-      max_unreadable: with more broken pictures than this, in both splits together,
-        the preparation stops; up to it each is named and left out.
+      max_unreadable: with more broken pictures than this, in both splits together, the
+        preparation stops; up to it each is named and left out.
       verify: compare the MD5 of the archives with the official ones first.
 
     Returns:
-      The data set's directory, DATA_DIR/imagenet2012_256/1.0.0.
+      The directory of the data set, DATA_DIR/imagenet2012_256/1.0.0.
 
     Raises:
-      DataError, OSError: what is missing or broken, where, and what to do. Shards
-        that are finished stay, in a directory whose name ends in .incomplete.
+      DataError, OSError: what is missing or broken, where, and what to do. Finished
+        shards stay, in a directory whose name ends in .incomplete.
     """
     directory = data_dir / NAME / VERSION
     if (directory / "dataset_info.json").exists():
         return _found_already(directory, source, log)
-    started = time.monotonic()
     unfinished = directory.with_name(f"{VERSION}.incomplete")
-    # All that can be checked first is, and nothing is made if it fails.
-    _check_apart(source, data_dir)
+    started = time.monotonic()
     require_writable(data_dir)
-    if (data_dir / NAME).exists():
-        with _alone(data_dir / NAME):
-            pass  # who is refused learns it before the tables are read
-    with bar("reading tables of contents", None, "pictures") as progress:
-        found = originals_lib.find(source, progress)
-    for split, originals in found.items():
-        log(_description(split, originals))
-    if verify:
-        _verify(source, bar)
-    shards = _shards(found, unfinished)
-    check_room(data_dir, _bytes_missing(shards))
-    with (
-        telling_of_a_full_disk(data_dir, lambda: _bytes_missing(shards)),
-        _alone(data_dir / NAME),
-    ):
-        if directory.exists():  # another process was faster
-            return _found_already(directory, source, log)
-        _begin(unfinished, shards)
-        _write_shards(shards, workers, max_unreadable, log, bar)
-        _finish(unfinished, source, shards, workers, log, bar)
-        os.rename(unfinished, directory)
-        shutil.rmtree(directory / "parts")
+    with _alone(data_dir / NAME):
+        with bar("reading tables of contents", None, "pictures") as progress:
+            found = originals_lib.find(source, progress)
+        for split, originals in found.items():
+            log(_count(split, len(originals), originals.description))
+            present = {int(label) for label in np.unique(originals.rows["label"])}
+            absent = [w for label, w in enumerate(wnids()) if label not in present]
+            if absent and originals.kind == "file":
+                log(f"  WARNING: no pictures of {some(absent)}")
+        if verify:
+            _verify(source, bar)
+        shards = _shards(found, unfinished)
+        check_room(data_dir, _bytes_missing(shards))
+        with telling_of_a_full_disk(data_dir, lambda: _bytes_missing(shards)):
+            (unfinished / "parts").mkdir(parents=True, exist_ok=True)
+            planned = {shard.path.name for shard in shards}
+            for path in unfinished.glob("*.array_record-*"):
+                if path.name not in planned:  # a half one, or of other pictures
+                    path.unlink()
+            _write_shards(shards, workers, max_unreadable, log, bar)
+            _finish(unfinished, source, shards, workers, log, bar)
+            os.rename(unfinished, directory)
+            shutil.rmtree(directory / "parts")
     log(f"{directory} is ready, after {(time.monotonic() - started) / 60:.1f} minutes")
     return directory
 
 
-def _found_already(directory: Path, source: Path, log: Callable[[str], object]) -> Path:
-    """Says what is there; refuses to pass it off as made of another source."""
-    shutil.rmtree(directory / "parts", ignore_errors=True)  # of one killed at the end
+def _found_already(directory: Path, source: Path, log: Log) -> Path:
+    """Describe the finished data set; raise DataError if it is of another source."""
+    shutil.rmtree(directory / "parts", ignore_errors=True)  # left by a kill at the end
     for split in SPLITS:
-        found = sources.TfdsSource(directory, split, SIZE)
+        found = TfdsSource(directory, split, SIZE)
         log(_count(split, found.num_examples, found.description))
     record = json.loads((directory / RECORD_FILE).read_text())
-    if record["unreadable"]:
-        log(f"left out when it was made, {_pictures(len(record['unreadable']))}")
+    log(f"pictures left out when it was made: {len(record['unreadable']):,}")
     if record["source"] != str(source):
         raise DataError(
-            f"{directory} is there already, made of {record['source']}, not of {source}; delete "
-            "it first, or give another --data_dir"
+            f"{directory} is there already, made of {record['source']}, not of {source}; "
+            "delete it first, or give another --data_dir"
         )
     log("it is there already; to make it anew, delete it first")
     return directory
@@ -141,47 +138,16 @@ def _found_already(directory: Path, source: Path, log: Callable[[str], object]) 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Holds the folder; another process that prepares there is refused."""
+    """Hold the lock of a folder; refuse a second process that prepares there."""
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locks.held(folder / ".lock", wait=False))
-        except locks.HeldError as error:
-            raise DataError(
-                f"{folder} is being prepared by {error.holder}; wait for it, or end it "
-                "and start this command again"
-            ) from error
-        yield
-
-
-# What there is to do.
-
-
-def _check_apart(source: Path, data_dir: Path) -> None:
-    for name in ("train", "val", "validation"):
-        if (source / name) in (data_dir, *data_dir.parents):
-            raise DataError(
-                f"--data_dir={data_dir} lies among the pictures of {source / name}; "
-                "give a folder outside of it"
-            )
-
-
-def _begin(unfinished: Path, shards: "list[Shard]") -> None:
-    """Makes the directory; removes what an earlier start made of other pictures."""
-    (unfinished / "parts").mkdir(parents=True, exist_ok=True)
-    planned = {shard.path.name for shard in shards}
-    for path in unfinished.glob("*.array_record-*"):
-        if path.name not in planned:
-            path.unlink()
-
-
-def _description(split: str, originals: Originals) -> str:
-    lines = [_count(split, len(originals), originals.description)]
-    present = set(originals.label.tolist())
-    absent = [wnid for label, wnid in enumerate(wnids()) if label not in present]
-    if absent and originals.kind == "file":
-        lines.append(f"  WARNING: no pictures of {sources.some(absent)}")
-    return "\n".join(lines)
+    try:
+        with locks.held(folder / ".lock", wait=False):
+            yield
+    except locks.HeldError as error:
+        raise DataError(
+            f"{folder} is being prepared by {error.holder}; wait for it, or end it and "
+            "start this command again"
+        ) from error
 
 
 def _count(split: str, count: int, description: str) -> str:
@@ -205,7 +171,7 @@ def _verify(source: Path, bar: Bar) -> None:
 
 
 def _bytes_missing(shards: "list[Shard]") -> int:
-    """About how many are still to be written."""
+    """Estimate the number of bytes that are still to be written."""
     missing = sum(len(shard.originals) for shard in shards if not shard.is_done())
     return missing * _BYTES_A_PICTURE + _BYTES_BESIDE
 
@@ -217,9 +183,8 @@ def _bytes_missing(shards: "list[Shard]") -> int:
 class Shard:
     """One file of the data set and the pictures that go into it.
 
-    Beside it, in `parts/`, lies what came of it, written when the shard is whole:
-    {"records", "bytes", "made_of": the originals' fingerprint, "unreadable": [[name,
-    why], ...]}.
+    Its result is written to `parts/` beside it when it is complete: {"records", "bytes",
+    "made_of": fingerprint of the originals, "unreadable": [[name, why], ...]}.
     """
 
     path: Path
@@ -227,16 +192,11 @@ class Shard:
     originals: Originals
 
     @property
-    def temporary_path(self) -> Path:
-        """Its name until it is whole."""
-        return self.path.with_name(f".{self.path.name}.tmp")
-
-    @property
     def result_path(self) -> Path:
         return self.path.parent / "parts" / f"{self.path.name}.json"
 
     def is_done(self) -> bool:
-        """Whether it is there, whole, of these pictures, and all could be read."""
+        """Return whether it is complete, of these pictures, and all could be read."""
         try:
             result, size = self.result(), self.path.stat().st_size
         except FileNotFoundError:
@@ -246,7 +206,7 @@ class Shard:
         return whole and result["made_of"] == self.originals.fingerprint()
 
     def result(self) -> dict[str, Any]:
-        """Return what came of it; raise FileNotFoundError if it is not made yet."""
+        """Return its result; raise FileNotFoundError if it is not made yet."""
         return json.loads(self.result_path.read_text())
 
 
@@ -256,25 +216,20 @@ def _shards(found: dict[str, Originals], unfinished: Path) -> list[Shard]:
         count = min(_FEWEST_SHARDS, len(originals) // _FEWEST_PICTURES)
         count = max(count, -(-len(originals) // PICTURES_A_SHARD))
         for number, part in enumerate(originals.divided(count)):
-            shards.append(
-                Shard(unfinished / shard_name(split, number, count), split, part)
-            )
+            path = unfinished / shard_name(split, number, count)
+            shards.append(Shard(path, split, part))
     return shards
 
 
 def shard_name(split: str, number: int, count: int) -> str:
-    """tfds's name for one of `count` files of a split."""
+    """Return tfds's name for one of `count` files of a split."""
     return f"{NAME}-{split}.array_record-{number:05d}-of-{count:05d}"
 
 
 def _write_shards(
-    shards: list[Shard],
-    workers: int,
-    max_unreadable: int,
-    log: Callable[[str], object],
-    bar: Bar,
+    shards: list[Shard], workers: int, max_unreadable: int, log: Log, bar: Bar
 ) -> None:
-    """Makes what is missing, in processes; every broken picture counts."""
+    """Make the missing shards in processes; count the broken pictures."""
     missing = [shard for shard in shards if not shard.is_done()]
     if len(missing) < len(shards):
         log(f"{len(shards) - len(missing)} of {len(shards)} shards are done already")
@@ -283,20 +238,14 @@ def _write_shards(
     context = multiprocessing.get_context("spawn")  # no thread of ours is copied
     stopping = context.Event()
     unreadable: list[list[str]] = []
-    with bar(
-        "preparing", sum(len(s.originals) for s in shards), "pictures"
-    ) as progress:
-        left = sum(len(shard.originals) for shard in missing)
-        progress(sum(len(shard.originals) for shard in shards) - left)
+    total = sum(len(shard.originals) for shard in shards)
+    with bar("preparing", total, "pictures") as progress:
+        progress(total - sum(len(shard.originals) for shard in missing))
         pool = futures.ProcessPoolExecutor(
             min(workers, len(missing)), context, _begin_worker, (stopping,)
         )
         try:
-            # Ctrl-C reaches every process of the terminal; the parent decides. What
-            # is blocked here stays so in the processes that are started here.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             pending = {pool.submit(write_shard, shard): shard for shard in missing}
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             for future in futures.as_completed(pending):
                 future.result()
                 unreadable += pending[future].result()["unreadable"]
@@ -308,7 +257,6 @@ def _write_shards(
                 "same command goes on, with fewer --workers if need be"
             ) from error
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             stopping.set()
             pool.shutdown(cancel_futures=True)
 
@@ -316,53 +264,48 @@ def _write_shards(
 def _check_unreadable(unreadable: list[list[str]], max_unreadable: int) -> None:
     if len(unreadable) > max_unreadable:
         raise DataError(
-            f"{_pictures(len(unreadable))} cannot be read; --max_unreadable="
-            f"{max_unreadable} allows no more. Put intact copies in their place, or "
-            f"leave out as many with a larger one:\n{_reasons(unreadable)}"
+            f"pictures that cannot be read: {len(unreadable):,}, --max_unreadable="
+            f"{max_unreadable} allows no more. Put intact copies in their place, or leave "
+            f"out as many with a larger one:{_reasons(unreadable)}"
         )
 
 
-def _pictures(count: int) -> str:
-    return f"{count:,} picture{'s' if count != 1 else ''}"
+def _reasons(unreadable: list[list[str]]) -> str:
+    """Return the first 20 reasons, a line each."""
+    return "".join(f"\n  {why}" for _, why in unreadable[:20])
 
 
-def _reasons(unreadable: list[list[str]], limit: int = 20) -> str:
-    lines = [f"  {why}" for _, why in unreadable[:limit]]
-    if len(unreadable) > limit:
-        lines.append(f"  ... {len(unreadable)} in all")
-    return "\n".join(lines)
-
-
-_stopping: Any = None  # in a worker: the event that asks it to end
+_stopping: Any = None  # in a worker: the event that tells it to end
 
 
 def _begin_worker(stopping: Any) -> None:
     global _stopping
     _stopping = stopping
-    warnings.filterwarnings("ignore", module="PIL")  # of pictures that it can read
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent decides
+    warnings.filterwarnings("ignore", module="PIL")  # about pictures that it can read
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A killed parent asks for nothing any more."""
+    """End this worker if its parent is killed: a new start may write the same shard."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    connection.wait([parent.sentinel])
+    parent.join()
     os._exit(1)
 
 
 def write_shard(shard: Shard) -> None:
-    """Writes one shard and what came of it; half a shard has another name.
+    """Write one shard and its result; an unfinished shard has another name.
 
     Raises:
-      OSError: an original cannot be got at, or the shard cannot be written. (One
-        whose bytes are there and are no picture is counted instead.)
+      OSError: an original cannot be got at, or the shard cannot be written. (Bytes that
+        are no picture are counted instead.)
     """
     module: Any = importlib.import_module("array_record.python.array_record_module")
-    temporary = shard.temporary_path
+    temporary = shard.path.with_name(f".{shard.path.name}.tmp")
     records, unreadable = 0, []
     try:
-        # One record a block: training reads them in random order. JPEGs do not shrink.
+        # One record per block: training reads them in random order. JPEGs do not shrink.
         writer = module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         for index in range(len(shard.originals)):
             if _stopping is not None and _stopping.is_set():
@@ -379,7 +322,7 @@ def write_shard(shard: Shard) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, shard.path)
-    except RuntimeError as error:  # array_record's
+    except RuntimeError as error:  # from array_record
         raise OSError(f"cannot write {shard.path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -389,30 +332,26 @@ def write_shard(shard: Shard) -> None:
         "made_of": shard.originals.fingerprint(),
         "unreadable": unreadable,
     }
-    _write_text(shard.result_path, json.dumps(result))
+    with replacing(shard.result_path) as file:
+        file.write(json.dumps(result).encode())
 
 
 def encode(picture: np.ndarray) -> bytes:
-    """uint8 [S, S, 3] as the JPEG that is stored."""
+    """Return uint8 [S, S, 3] as the JPEG that is stored."""
     return simplejpeg.encode_jpeg(
         picture, quality=_JPEG_QUALITY, colorsubsampling="420"
     )
 
 
 def _record(name: str, label: int, picture: np.ndarray) -> bytes:
-    """One picture as a tfds record."""
-    example = sources.example_message()()
+    """Return one picture as a tfds record."""
+    example = example_message()()
     feature = example.features.feature
     feature["image"].bytes_list.value.append(encode(picture))
     feature["label"].int64_list.value.append(label)
     feature["file_name"].bytes_list.value.append(name.encode())
     # The same bytes for the same picture: a map has no order of its own.
     return example.SerializeToString(deterministic=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        file.write(text.encode())
 
 
 # The data set.
@@ -423,16 +362,15 @@ def _finish(
     source: Path,
     shards: list[Shard],
     workers: int,
-    log: Callable[[str], object],
+    log: Log,
     bar: Bar,
 ) -> None:
-    """Description, statistics and record of the data set, all shards being there."""
-    results = {shard: shard.result() for shard in shards}
-    unreadable = [pair for shard in shards for pair in results[shard]["unreadable"]]
-    reasons = f":\n{_reasons(unreadable)}" if unreadable else ""
-    log(f"left out, {_pictures(len(unreadable))}{reasons}")
+    """Write description, statistics and record of the data set, all shards being there."""
+    results = [(shard.split, shard.result()) for shard in shards]
+    unreadable = [pair for _, result in results for pair in result["unreadable"]]
+    log(f"pictures left out: {len(unreadable):,}{_reasons(unreadable)}")
     write_metadata(unfinished, shards)
-    train = sources.TfdsSource(unfinished, "train", SIZE)
+    train = TfdsSource(unfinished, "train", SIZE)
     with bar("mean image and colour PCA", train.num_examples, "pictures") as progress:
         found = statistics.compute(train, workers=workers, progress=progress)
     found.save(statistics.statistics_path(train))
@@ -440,18 +378,19 @@ def _finish(
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "source": str(source),
         "pictures": {
-            split: sum(results[s]["records"] for s in shards if s.split == split)
+            split: sum(result["records"] for of, result in results if of == split)
             for split in SPLITS
         },
         "unreadable": unreadable,
         "preprocessing": f"shorter side {SIZE} (box or bicubic), central {SIZE} x "
         f"{SIZE}, JPEG of quality {_JPEG_QUALITY}, 4:2:0",
     }
-    _write_text(unfinished / RECORD_FILE, json.dumps(record, indent=2) + "\n")
+    with replacing(unfinished / RECORD_FILE) as file:
+        file.write(json.dumps(record, indent=2).encode() + b"\n")
 
 
 def write_metadata(unfinished: Path, shards: list[Shard]) -> None:
-    """Writes the description by which tfds opens the shards as a data set."""
+    """Write the description by which tfds opens the shards as a data set."""
     import tensorflow_datasets as tfds
     from etils import epath
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from alexnet_jax.cli import PathError, require_writable
 from alexnet_jax.data import locks
 from alexnet_jax.data.files import telling_of_a_full_disk
-from alexnet_jax.data.sources import HOW_TO_NAME_DATA_DIR
 from alexnet_jax.data.textures.drawing import CLASS_NAMES, draw
 
 __all__ = ["CLASS_NAMES", "build", "draw"]
 
 
 def build(data_dir: Path, *, tiny: bool = False) -> str:
-    """Builds the data set in `data_dir` unless it is there, and returns its name.
+    """Build the data set in `data_dir` unless it is there; return its name.
 
     Args:
       data_dir: directory of tfds data sets; made if absent.
@@ -45,7 +44,10 @@ def build(data_dir: Path, *, tiny: bool = False) -> str:
     try:
         require_writable(data_dir)
     except PathError as error:
-        raise PathError(f"{error}, {HOW_TO_NAME_DATA_DIR}") from error
+        raise PathError(
+            f"{error}, with --config.data.dir (of prepare: --data_dir) or the environment "
+            "variable TFDS_DATA_DIR"
+        ) from error
     data_dir.mkdir(parents=True, exist_ok=True)
     # The processes of one run build once. Where there are no locks each one builds:
     # tfds writes to a directory of its own and renames it.

@@ -5,7 +5,7 @@ scale, angle, offset and slight warp. The field is cut at its median over the
 picture, so exactly half of every picture is painted in each of two random colours:
 the classes have the same colours, and as offset and polarity are random too, the
 same mean at every pixel. Neither colours nor a linear function of pixels can name
-the class (see `baselines`). No class is the mirror image of another, because
+the class (`benchmarks/texture_baselines.py`). No class is the mirror image of another, because
 training flips pictures, and the 224 x 224 crops hold several periods.
 """
 
@@ -34,7 +34,7 @@ _TAU = np.float32(2 * np.pi)
 
 
 def draw(label: int, rng: np.random.Generator) -> np.ndarray:
-    """Draws a picture of class `label`: uint8 [256, 256, 3], RGB, 0..255.
+    """Draw a picture of class `label`: uint8 [256, 256, 3], RGB, 0..255.
 
     The picture is a function of the label and the state of `rng` only.
 
@@ -53,7 +53,7 @@ def draw(label: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _plane(period: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates u, v of every pixel in periods: turned, moved, slightly warped."""
+    """Return coordinates u, v of every pixel in periods: turned, moved, warped."""
     angle = rng.uniform(-_MAX_ANGLE, _MAX_ANGLE)
     shift = rng.uniform(0, 8, 2)  # a multiple of every field's own period
     bend = rng.uniform(0, 0.1 * period, 2)
@@ -86,7 +86,7 @@ def _checks(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _dots(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Discs on a hexagonal lattice: two rectangular ones, half a cell apart."""
+    """Return discs on a hexagonal lattice: two rectangular ones, half a cell apart."""
     height = np.float32(np.sqrt(3))
     v = v / height
 
@@ -162,7 +162,7 @@ _FIELDS = {
 
 
 def _cut_in_half(field: np.ndarray) -> np.ndarray:
-    """1 where the field is above its median, 0 below, an edge one pixel wide."""
+    """Return 1 where the field is above its median, 0 below; edges are a pixel wide."""
     height = field - np.partition(field, field.size // 2, axis=None)[field.size // 2]
     slope = np.full_like(field, 1e-6)
     across, down = np.abs(np.diff(field, axis=1)), np.abs(np.diff(field, axis=0))

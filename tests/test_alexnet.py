@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from alexnet_jax import ops, variants
-from alexnet_jax.model import _Place, create_model
+from alexnet_jax import layers, ops
+from alexnet_jax.alexnet import create_model
+from alexnet_jax.exchange import Part
 
 CLASSES = 20
 
@@ -35,7 +36,7 @@ def torch_network(torch, table, params):
     modules, channels, grid = [], 3, 6
     for row in table.layers:
         weights = {k: torch.tensor(np.asarray(v)) for k, v in params[row.name].items()}
-        if isinstance(row, variants.Conv):
+        if isinstance(row, layers.Conv):
             groups = table.columns if row.sees == "own" else 1
             layer = nn.Conv2d(
                 channels,
@@ -61,17 +62,17 @@ def torch_network(torch, table, params):
         modules.append(layer)
         for stage in row.then:
             match stage:
-                case variants.Activation():
+                case layers.Activation():
                     modules.append(nn.ReLU())
-                case variants.Pool():
+                case layers.Pool():
                     modules.append(nn.MaxPool2d(stage.window, stage.stride))
-                case variants.Lrn():
+                case layers.Lrn():
                     modules.append(
                         nn.LocalResponseNorm(
                             stage.size, stage.alpha, stage.beta, stage.k
                         )
                     )
-                case variants.Dropout():
+                case layers.Dropout():
                     modules.append(nn.Dropout(stage.rate))
     return nn.Sequential(*modules).eval()
 
@@ -142,10 +143,10 @@ def test_224_equals_227_with_its_border_black():
 def test_dropout_keeps_the_expectation_and_the_scale_it_says(scale_at):
     model = narrow("paper" if scale_at == "test" else "caffe", width=1 / 4)
     x = jnp.ones((64, 1, 1, 512))
-    stage = variants.Dropout(0.25, scale_at)
+    stage = layers.Dropout(0.25, scale_at)
 
     def drop(x, train):
-        place = _Place(shards=1, batch_axes=(), positions=jnp.arange(64))
+        place = Part(jnp.arange(64))
         return model.bind({}, rngs={"dropout": jax.random.key(1)})._dropout(
             stage, x, train, place
         )

@@ -1,0 +1,43 @@
+"""Random pictures in memory."""
+
+import numpy as np
+
+from alexnet_jax.data.sources.source import Source
+
+
+class FakeSource(Source):
+    """Random but constant pictures and labels at no cost, for benchmarks and tests.
+
+    Example i is picture i modulo 32 of a pool drawn once from the seed, with label i
+    modulo `num_classes`: there is nothing to learn. The numbers of examples are those of
+    ImageNet unless given.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        image_size: int = 256,
+        *,
+        num_classes: int = 1000,
+        num_examples: int | None = None,
+        seed: int = 0,
+    ):
+        if num_examples is None:
+            num_examples = 1_281_167 if split.startswith("train") else 50_000
+        self.num_examples = num_examples
+        self.class_names = tuple(f"class_{k}" for k in range(num_classes))
+        self.image_size = image_size
+        self.description = f"fake data, {num_examples} random pictures [{split}]"
+        shape = (32, image_size, image_size, 3)
+        self._pool = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+    def labels_of(self, indices: np.ndarray) -> np.ndarray:
+        """See `Source.labels_of`."""
+        return indices % self.num_classes
+
+    def fetch(
+        self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
+    ) -> None:
+        """See `Source.fetch`."""
+        np.take(self._pool, indices % len(self._pool), axis=0, out=images, mode="wrap")
+        labels[:] = self.labels_of(indices)

@@ -1,0 +1,178 @@
+"""Class folders: PATH/train/<class>/<picture>."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from alexnet_jax.cli import expanded
+from alexnet_jax.data.errors import DataError
+from alexnet_jax.data.imagenet import named_wnid
+from alexnet_jax.data.images import PICTURE_SUFFIXES
+from alexnet_jax.data.sources.source import (
+    StoredSource,
+    some,
+    statistics_name,
+    visible,
+    what_is_in,
+)
+
+_EVAL_FOLDERS = ("test", "val", "validation")
+# Layout of tiny-imagenet: a folder of pictures in each class and split, and for a split
+# without class folders a table of lines "file name, TAB, class, TAB, box".
+_IMAGES, _ANNOTATIONS = "images", "val_annotations.txt"
+
+
+class FolderSource(StoredSource):
+    """PATH/{train, test|val|validation}/<class>/<picture>.
+
+    Labels are the positions of the class names in sorted order (by code point, so WNIDs
+    of ImageNet get their usual labels); files are sorted too. Pictures are turned by
+    their EXIF orientation. Hidden files are ignored; files of other kinds and folders
+    inside a class folder are named in `left_out`. Pictures of ImageNet need no class
+    folders if their names say the class (`named_wnid`), and tiny-imagenet is read as it
+    is unpacked.
+    """
+
+    _upright = True
+
+    def __init__(self, path: str | os.PathLike, split: str, image_size: int):
+        root = expanded(path)
+        folder = split_folder(root, split)
+        classes, ignored = _classes(folder)
+        self.class_names = tuple(sorted(classes))
+        # File names only: the 1.3 million full paths of ImageNet would take 200 MB.
+        self._places = [classes[name][0] for name in self.class_names]
+        found = [classes[name][1] for name in self.class_names]
+        self._files = [file for files in found for file in files]
+        counts = [len(files) for files in found]
+        self._label_of = np.arange(len(found), dtype=np.int32)
+        self._class_of = np.repeat(self._label_of, counts)  # by example
+        self.num_examples = len(self._files)
+        self.image_size = image_size
+        self.ranges = ((os.path.realpath(folder), 0, self.num_examples),)
+        self.description = f"folder {folder}"
+        if ignored:
+            self.left_out = f"{len(ignored):,} left out of {folder}: {some(ignored)}"
+        self.statistics_path = root / statistics_name(split, image_size)
+
+    def labels_of(self, indices: np.ndarray) -> np.ndarray:
+        """See `Source.labels_of`."""
+        return self._label_of[self._class_of[indices]]
+
+    def path_of(self, index: int) -> Path:
+        """Return the file of an example."""
+        return self._places[self._class_of[index]] / self._files[index]
+
+    def name_of(self, index: int) -> str:
+        """Return the file of an example, for messages."""
+        return str(self.path_of(index))
+
+    def record(self, index: int) -> tuple[int, bytes]:
+        """Return the label and the picture file of an example."""
+        label = self._label_of[self._class_of[index]]
+        return label.item(), self.path_of(index).read_bytes()
+
+
+def split_folder(root: Path, split: str) -> Path:
+    """Return the folder of a split; `test`, `val`, `validation` stand for each other."""
+    aliases = [name for name in _EVAL_FOLDERS if name != split]
+    names = [split, *aliases] if split in _EVAL_FOLDERS else [split]
+    found = [root / name for name in names if (root / name).is_dir()]
+    if found and (found[0].name == split or len(found) == 1):
+        return found[0]
+    if found:
+        raise DataError(
+            f"{root} has no folder {split!r} but {some([f.name for f in found])}: "
+            "say which with --config.data.eval_split"
+        )
+    raise FileNotFoundError(
+        f"no folder {' or '.join(names)} in {root.absolute()} ({what_is_in(root)}). "
+        f"Expected {root}/train/<class>/<picture>.jpg and {root}/test/<class>/... (or "
+        "val); set --config.data.source=folder:PATH to the folder that holds them"
+    )
+
+
+def _classes(folder: Path) -> tuple[dict[str, tuple[Path, list[str]]], list[str]]:
+    """Find the pictures of a split.
+
+    Returns:
+      {class: (folder of its pictures, their sorted names)}, and the files and folders
+      that are not read, relative to `folder`.
+
+    Raises:
+      DataError: there are no classes, a class has no pictures, or a picture no class.
+    """
+    inside = {entry.name: entry.is_dir() for entry in visible(folder)}
+    folders = sorted(name for name in inside if inside[name])
+    ignored = sorted(name for name in inside if not inside[name])
+    found: dict[str, tuple[Path, list[str]]] = {}
+    if folders and folders != [_IMAGES]:
+        for name in folders:
+            place = folder / name
+            if (place / _IMAGES).is_dir():  # tiny-imagenet
+                beside = sorted(entry.name for entry in visible(place))
+                if not any(map(_is_picture, beside)):
+                    place /= _IMAGES
+                    ignored += [f"{name}/{n}" for n in beside if n != _IMAGES]
+            files, others = class_files(place)
+            found[name] = place, files
+            ignored += [f"{place.relative_to(folder)}/{other}" for other in others]
+        return found, ignored
+
+    # Pictures of all classes side by side.
+    place = folder / _IMAGES if folders else folder
+    if not folders:
+        class_of = {name: wnid for name in inside if (wnid := named_wnid(name))}
+    elif _ANNOTATIONS in inside:
+        lines = (folder / _ANNOTATIONS).read_text("utf-8").splitlines()
+        class_of = dict(line.split("\t")[:2] for line in lines if line)
+    else:
+        raise DataError(
+            f"the pictures in {place} have no classes: there is no {_ANNOTATIONS} beside "
+            "it, and the split test of tiny-imagenet has none. Set "
+            "--config.data.eval_split=val, or move the pictures into class folders"
+        )
+    if not class_of:
+        raise DataError(
+            f"no class folders in {folder} (found there: {some(sorted(inside))}). "
+            f"Expected {folder / '<class>' / '<picture>.jpg'}, one folder per class; "
+            "change --config.data.source or move the pictures"
+        )
+    files, others = class_files(place)
+    unknown = [name for name in files if name not in class_of]
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} of {len(files)} pictures in {place} have no class: "
+            f"{some(unknown)}. Move them into class folders, or out of {folder}"
+        )
+    for name in files:
+        found.setdefault(class_of[name], (place, []))[1].append(name)
+    return found, [str((place / other).relative_to(folder)) for other in others]
+
+
+def class_files(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the sorted names of the pictures in a class folder, and of all else.
+
+    Raises:
+      DataError: there are no pictures.
+    """
+    names = sorted(entry.name for entry in visible(folder))
+    files = [name for name in names if _is_picture(name)]
+    others = [name for name in names if not _is_picture(name)]
+    if files:
+        return files, others
+    if any((folder / name).is_dir() for name in others):
+        raise DataError(
+            f"class folder {folder} holds no pictures itself, but folders ({some(others)})"
+            f". Move the pictures into {folder} itself"
+        )
+    raise DataError(
+        f"class folder {folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)}; found "
+        f"there: {some(others)}). Fill it or remove it: an empty class would shift the "
+        "labels unnoticed"
+    )
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(PICTURE_SUFFIXES)

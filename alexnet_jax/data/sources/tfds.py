@@ -1,0 +1,258 @@
+"""Prepared tfds data sets, read in random order (array_record)."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alexnet_jax.cli import expanded
+from alexnet_jax.data.errors import DataError
+from alexnet_jax.data.sources.source import (
+    StoredSource,
+    some,
+    statistics_name,
+    what_is_in,
+)
+
+HOW_TO_GET_IMAGENET = (
+    "The archives are had from https://image-net.org/download-images after signing up "
+    'there: ILSVRC2012, "Training images (Task 1 & 2)", 138 GB, and "Validation images '
+    '(all tasks)", 6.3 GB; put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, '
+    "packed as they are, into one folder"
+)
+_PREPARE_AGAIN = "Delete the directory and prepare the data set again"
+
+
+class TfdsSource(StoredSource):
+    """A prepared tfds data set in a random-access format (array_record).
+
+    It needs an image and a class label among its features, whatever their names. Nothing
+    is downloaded or prepared here. Pictures are not turned by their EXIF orientation, as
+    in the published protocol of ImageNet.
+    """
+
+    _remedy = _PREPARE_AGAIN
+
+    def __init__(self, directory: Path, split: str, image_size: int):
+        import tensorflow_datasets as tfds
+
+        builder = tfds_builder(directory)
+        info = builder.info
+        self._image_key = _only_feature(info, tfds.features.Image)
+        self._label_key = _only_feature(info, tfds.features.ClassLabel)
+        dtype = np.dtype(info.features[self._image_key].np_dtype)
+        if dtype != np.uint8:  # float32 is stored as its bytes
+            raise DataError(
+                f"tfds data set {info.full_name}: its feature {self._image_key!r} is an "
+                f"image of {dtype}; only uint8 images, 0..255, are read"
+            )
+        try:
+            parts = _slices(info, split)
+            # Raw records: parsing the protocol buffer here takes half the time of
+            # tfds's own deserialisation, and that time holds the interpreter lock.
+            # (Any: tfds wraps its methods in ways that type checkers cannot see.)
+            as_data_source: Any = builder.as_data_source
+            self._records = as_data_source(
+                split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+            )
+        except NotImplementedError:
+            raise DataError(
+                f"{directory} was prepared as {info.file_format.value}, which cannot be "
+                "read in random order. Prepare it again as array_record, in another "
+                f"data_dir. {_how_to_prepare(':'.join(info.full_name.rsplit('/', 1)))}"
+            ) from None
+        except (ValueError, AssertionError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"cannot read split {split!r} of {directory}: {reason} (its splits: "
+                f"{some(sorted(info.splits))}; a slice is written 'train[:90%]')"
+            ) from error
+        # Checked here, not when the first evaluation comes to it after hours.
+        shards = info.splits[split].file_instructions
+        check_files({s.filename: s.examples_in_shard for s in shards}, directory)
+        # array_record keeps all files open; ImageNet has 1,025, many systems allow 1,024.
+        with contextlib.suppress(ImportError):  # Windows
+            import resource
+
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            wanted = min(soft + len(shards), hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        self._parse = example_message().FromString
+        self.num_examples = len(self._records)
+        self.class_names = tuple(info.features[self._label_key].names)
+        self._label_of = np.arange(len(self.class_names), dtype=np.int32)
+        self.image_size = image_size
+        root = os.path.realpath(directory)
+        self.ranges = tuple((f"{root}/{name}", *span) for name, span in parts)
+        self.description = f"tfds {directory} [{split}]"
+        self.statistics_path = directory / statistics_name(split, image_size)
+
+    def name_of(self, index: int) -> str:
+        """Return the number and the data set of an example, for messages."""
+        return f"record {index} of {self.description}"
+
+    def labels_of(self, indices: np.ndarray) -> np.ndarray:
+        """See `Source.labels_of`."""
+        return np.array([self.record(index)[0] for index in indices.tolist()], np.int32)
+
+    def record(self, index: int) -> tuple[int, bytes]:
+        """Return the label and the picture file of an example."""
+        from google.protobuf.message import DecodeError
+
+        # One record per call: for a list of them array_record starts a new pool of up to
+        # 64 threads each time.
+        try:
+            features = self._parse(self._records[index]).features.feature
+            label = features[self._label_key].int64_list.value[0]
+            data = features[self._image_key].bytes_list.value[0]
+            if label < 0:  # tfds stores -1 in a split without labels
+                raise LookupError("it has no label")
+            return int(self._label_of[label]), data
+        except (RuntimeError, DecodeError, LookupError) as error:
+            raise DataError(
+                f"{self.name_of(index)} is damaged or not of {len(self._label_of)} "
+                f"classes: {error}. {_PREPARE_AGAIN}, or take another split"
+            ) from error
+
+
+def tfds_data_dir(data_dir: str | None) -> Path:
+    """Return the directory of tfds data sets: `data_dir`, else the one tfds takes."""
+    chosen = data_dir or os.environ.get("TFDS_DATA_DIR")
+    return expanded(chosen or "~/tensorflow_datasets")
+
+
+def tfds_directory(name: str, data_dir: Path) -> Path:
+    """Return DATA_DIR/name[/config]/version of a prepared data set, the newest version.
+
+    Raises:
+      FileNotFoundError: there is none; the message says how to prepare it.
+    """
+    path, _, version = name.partition(":")
+    pattern = re.escape(version).replace(r"\*", r"\d+") or r"\d+\.\d+\.\d+"
+    found = []
+    # dataset_info.json is written last: without it the data set is unfinished. The only
+    # config of a data set need not be named.
+    for place in ("*/dataset_info.json", "*/*/dataset_info.json"):
+        for info in (data_dir / path).glob(place):
+            if re.fullmatch(pattern, info.parent.name):
+                found.append(info.parent)
+        if len({directory.parent for directory in found}) == 1:
+            return max(found, key=lambda p: [int(part) for part in p.name.split(".")])
+    folder = data_dir / path
+    raise FileNotFoundError(
+        f"no prepared tfds data set {name} in {data_dir} "
+        f"({what_is_in(folder if folder.is_dir() else data_dir)}). "
+        "The directory is --config.data.dir, else the environment variable "
+        f"TFDS_DATA_DIR, else ~/tensorflow_datasets. {_how_to_prepare(name, data_dir)}"
+    )
+
+
+def _how_to_prepare(name: str, data_dir: Path | str = "DIR") -> str:
+    if not name.startswith("imagenet2012_256"):
+        return (
+            'To prepare it: python -c "import tensorflow_datasets as tfds; '
+            f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record')"
+            '.download_and_prepare()" (data sets whose builder needs TensorFlow: '
+            'pip install "alexnet_jax[tf]" first; training does not need it)'
+        )
+    command = (
+        f"python -m alexnet_jax.prepare imagenet --source=FOLDER --data_dir={data_dir}"
+    )
+    if any(Path(data_dir, "imagenet2012_256").glob("*.incomplete")):
+        return f"A preparation was begun there; the same command goes on: {command}"
+    return (
+        f"{HOW_TO_GET_IMAGENET}. Then: {command} (class folders, train/<wnid>/ and "
+        "val/, or a prepared tfds imagenet2012 do as well)"
+    )
+
+
+def tfds_builder(directory: Path) -> Any:
+    """Return tfds's builder of a prepared data set.
+
+    Raises:
+      DataError: its features name classes that are not tfds's: tfds would import them.
+    """
+    import tensorflow_datasets as tfds
+
+    path = directory / "features.json"
+
+    def check(fields: dict[str, Any]) -> None:
+        for key, value in fields.items():
+            if key in ("json", "content") and isinstance(
+                value, str
+            ):  # JSON inside JSON
+                json.loads(value, object_hook=check)
+            is_class = key in ("pythonClassName", "python_class_name", "type")
+            own = str(value).startswith("tensorflow_datasets.core.features.")
+            if is_class and "." in str(value) and not own:
+                raise DataError(
+                    f"{path} names the class {value!r}, which would be imported: only "
+                    f"classes of tensorflow_datasets are. {_PREPARE_AGAIN}"
+                )
+
+    if path.exists():
+        json.loads(path.read_bytes(), object_hook=check)
+    return tfds.builder_from_directory(directory)
+
+
+def example_message() -> Any:
+    """Return the protocol buffer class of a tfds record; it is made at run time."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    return getattr(tf_example_pb2, "Example")  # noqa: B009
+
+
+def check_files(files: Mapping[str, int], directory: Path) -> None:
+    """Raise DataError unless files (name -> number of records) are there and filled."""
+    missing = [
+        os.path.basename(name)
+        for name, count in sorted(files.items())
+        if not os.path.isfile(name) or os.path.getsize(name) < count
+    ]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(files)} files of {directory} are missing or cut off: "
+            f"{some(missing)}. Bring them back, or delete it and prepare it again"
+        )
+
+
+def _slices(info: Any, split: str) -> list[tuple[str, tuple[int, int]]]:
+    """Return the parts that a split consists of: (name, (start, end)).
+
+    Raises:
+      ValueError: a part is empty. tfds takes "train[51:50]" for "train[51:]", and counts
+        -30 examples in "train[50:20]".
+    """
+    import tensorflow_datasets as tfds
+
+    slices = []
+    for part in tfds.core.ReadInstruction.from_spec(split).to_absolute(info.splits):
+        count = info.splits[part.splitname].num_examples
+        start, end = part.from_ or 0, count if part.to is None else part.to
+        if start >= end:
+            raise ValueError(f"the slice {part.splitname}[{start}:{end}] is empty")
+        slices.append((part.splitname, (start, end)))
+    return slices
+
+
+def _only_feature(info: Any, kind: type) -> str:
+    """Return the key of the feature of a type; of several the supervised one.
+
+    Raises:
+      DataError: there is none, or there are several.
+    """
+    found = [key for key, feature in info.features.items() if isinstance(feature, kind)]
+    found = [key for key in found if key in (info.supervised_keys or ())] or found
+    if len(found) == 1:
+        return found[0]
+    features = [f"{k}: {' '.join(repr(f).split())}" for k, f in info.features.items()]
+    raise DataError(
+        f"tfds data set {info.full_name} has {len(found)} features of type "
+        f"{kind.__name__} ({some(sorted(features))}). Exactly one is needed: prepare it "
+        "again with one, or name it in supervised_keys=(image, label)"
+    )

@@ -1,0 +1,210 @@
+"""The vocabulary of layer tables: a row per layer, and what follows a layer."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+ActivationKind = Literal["relu", "tanh", "sigmoid"]
+PoolKind = Literal["max", "avg"]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A unit's output function (paper, section 3.1)."""
+
+    kind: ActivationKind = "relu"
+
+
+@dataclass(frozen=True)
+class Lrn:
+    """Local response normalisation across features (paper, section 3.3).
+
+    `per_column`: the window stays inside a column. `alpha_mode`: "sum" multiplies
+    the sum of squares by alpha (the paper), "mean" their mean (Caffe, torch).
+    """
+
+    size: int = 5
+    k: float = 2.0
+    alpha: float = 1e-4
+    beta: float = 0.75
+    alpha_mode: Literal["sum", "mean"] = "sum"
+    per_column: bool = True
+
+
+@dataclass(frozen=True)
+class WithinMapLrn:
+    """Response normalisation within one feature map (cuda-convnet's `rnorm`)."""
+
+    size: int
+    k: float
+    alpha: float
+    beta: float
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """Batch normalisation (Ioffe and Szegedy 2015), the modern stand-in for LRN."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Pooling; `window` > `stride` overlaps (paper, section 3.4).
+
+    `ceil`: the last window may hang over the right and bottom edge.
+    """
+
+    window: int = 3
+    stride: int = 2
+    kind: PoolKind = "max"
+    ceil: bool = False
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout (paper, section 4.2).
+
+    `scale_at`: "test" multiplies by the share of units kept when testing, as the
+    paper says; "train" divides by it when training (inverted dropout), as Caffe,
+    torch and flax do. The same network in expectation, but not at the same
+    learning rate and initial weights: inverted dropout doubles what the next
+    layer reads in training.
+    """
+
+    rate: float = 0.5
+    scale_at: Literal["test", "train"] = "test"
+
+
+Stage = Activation | Lrn | WithinMapLrn | BatchNorm | Pool | Dropout
+NORMS = (Lrn, WithinMapLrn, BatchNorm)
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolutional layer.
+
+    `padding`: pixels on every side, or "ceil": on the right and bottom only, just
+    until the last window fits (cuda-convnet's output size, 1 + ceil((n - k) / s)).
+    `sees`: "all" features of the layer before, or only those of its "own" column.
+    `weight_std`, `bias`: weights start as N(0, weight_std^2), biases at `bias`.
+    `weight_decay`: this layer's own, instead of the optimiser's.
+    `then`: what is done with the output, in this order.
+    """
+
+    name: str
+    features: int
+    kernel: int
+    stride: int = 1
+    padding: int | Literal["ceil"] = 0
+    sees: Literal["all", "own"] = "all"
+    weight_std: float = 0.01
+    bias: float = 0.0
+    weight_decay: float | None = None
+    then: tuple[Stage, ...] = (Activation(),)
+
+    def pads(self, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return ((top, bottom), (left, right)) for inputs of size x size."""
+        if self.padding == "ceil":
+            sides = (0, (self.kernel - size) % self.stride)
+        else:
+            sides = (self.padding, self.padding)
+        return sides, sides
+
+
+@dataclass(frozen=True)
+class Local:
+    """A locally connected layer: a convolution of stride 1 with unshared weights.
+
+    Every place has its own kernel and its own bias, and sees all features of the layer
+    before. Fields as in `Conv`.
+    """
+
+    name: str
+    features: int
+    kernel: int
+    padding: int = 0
+    weight_std: float = 0.01
+    bias: float = 0.0
+    weight_decay: float | None = None
+    then: tuple[Stage, ...] = (Activation(),)
+
+    def pads(self, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return ((top, bottom), (left, right)), the same for inputs of any size."""
+        return (self.padding, self.padding), (self.padding, self.padding)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A fully connected layer. Fields as in `Conv`; the last row sees everything."""
+
+    name: str
+    features: int
+    sees: Literal["all", "own"] = "all"
+    weight_std: float = 0.01
+    bias: float = 0.0
+    weight_decay: float | None = None
+    then: tuple[Stage, ...] = (Activation(),)
+
+
+Layer = Conv | Local | Dense
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A network: its rows, the number of columns, and the grid that it needs.
+
+    `grid` is the height and width of the first layer's output; an image size that
+    gives another grid is refused. `crop_size` is the customary input size.
+    """
+
+    name: str
+    columns: int
+    grid: int
+    crop_size: int
+    layers: tuple[Layer, ...]
+
+    @property
+    def convs(self) -> tuple[Conv, ...]:
+        return tuple(row for row in self.layers if isinstance(row, Conv))
+
+    @property
+    def denses(self) -> tuple[Dense, ...]:
+        return tuple(row for row in self.layers if isinstance(row, Dense))
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return tuple(stage for row in self.layers for stage in row.then)
+
+    @property
+    def layer_weight_decay(self) -> dict[str, float]:
+        """The layers with a weight decay of their own."""
+        return {
+            row.name: row.weight_decay
+            for row in self.layers
+            if row.weight_decay is not None
+        }
+
+
+def stage_name(kind: str, layer: str) -> str:
+    """Return the name of a norm or pool after a layer, different for every layer.
+
+    ("norm", "conv1") -> "norm1", as published; ("norm", "fc6") -> "norm_fc6".
+    """
+    number = re.fullmatch(r"conv(\d+)", layer)
+    return f"{kind}{number[1]}" if number else f"{kind}_{layer}"
+
+
+def feature_names(row: Layer) -> list[str | None]:
+    """Return the name that `AlexNet.features` gives the output of each stage of a row.
+
+    An activation belongs to what it is applied to; dropout has no name.
+    """
+    names: list[str | None] = []
+    name = row.name
+    for stage in row.then:
+        match stage:
+            case Lrn() | WithinMapLrn() | BatchNorm():
+                name = stage_name("norm", row.name)
+            case Pool():
+                name = stage_name("pool", row.name)
+        names.append(None if isinstance(stage, Dropout) else name)
+    return names
