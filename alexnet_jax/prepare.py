@@ -33,7 +33,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from alexnet_jax import stopping
+from alexnet_jax import signals
 from alexnet_jax.data import (
     DataError,
     eval_batches,
@@ -261,4 +261,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    stopping.run(lambda: main(sys.argv))
+    signals.run(lambda: main(sys.argv))

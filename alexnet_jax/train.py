@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,8 +32,8 @@ from alexnet_jax.metrics import shows_top5
 from alexnet_jax.model import INITS
 from alexnet_jax.optim import Plateau
 from alexnet_jax.profiler import Profiler
+from alexnet_jax.signals import Stop, stop_requests
 from alexnet_jax.steps import TrainState
-from alexnet_jax.stopping import Stop, asking
 from alexnet_jax.stopwatch import (
     CHECKPOINTS,
     COMPILING,
@@ -260,7 +261,7 @@ def _train(run: "_Run", path: Path) -> None:
     )
     first_step = run.step
     try:
-        with asking() as stop, profiler:
+        with stop_requests() as stop, profiler:
             run.train(stop, profiler)
     finally:
         if jax.process_index() == 0 and run.step > first_step:
@@ -304,7 +305,13 @@ def say_place(experiment: Experiment) -> None:
     if jax.process_count() > 1:
         low, high = experiment.positions()
         part = f"examples {low} to {high - 1} of each batch"
-        print(distributed.banner(f"{_mesh(experiment)}, {part}"), flush=True)
+        here, everywhere = jax.local_device_count(), jax.device_count()
+        print(
+            f"process {jax.process_index()} of {jax.process_count()} on "
+            f"{socket.gethostname()}: {here} of {everywhere} devices; "
+            f"{_mesh(experiment)}, {part}",
+            flush=True,
+        )
 
 
 def _compare_with_workdir(config: Config, workdir: Path) -> list[str]:
@@ -485,7 +492,7 @@ class _Run:
         self.stop = Stop()
         # One process knows at once whether it was asked to stop; several agree.
         several = jax.process_count() > 1
-        self.agreement = parallel.Agreement(experiment.mesh) if several else None
+        self.agreement = distributed.Agreement(experiment.mesh) if several else None
         self.votes: collections.deque[jax.Array] = collections.deque()
         self._restart_clock(0.0)
 
@@ -808,17 +815,14 @@ class _Run:
                 "num_examples": self.experiment.train_source.num_examples,
                 "versions": {"jax": jax.__version__},
             }
-            with distributed.heeding_process_0():
-                self.checkpointer.save(
-                    self.step, self.state, metadata=metadata, top1_error=top1_error
-                )
+            self.checkpointer.save(
+                self.step, self.state, metadata=metadata, top1_error=top1_error
+            )
         if self.saved_step != self.step:
             self.writers.text(f"checkpoint of step {self.step}")
         self.saved_step, self.saved_at = self.step, time.monotonic()
 
     def _save_last(self, top1_error: float | None) -> None:
-        """A run that ends by itself: whoever asks it to stop now is told so."""
-        self.stop.ending = True
         self._save(top1_error)
 
     def _stopped(self, number: int) -> None:

@@ -37,7 +37,7 @@ from typing import Any, TextIO
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # configs/ and, where it is not installed, alexnet_jax
 
-from alexnet_jax import records, stopping, sweeps
+from alexnet_jax import records, signals, sweeps
 from alexnet_jax.data import locks
 from alexnet_jax.data.files import replacing
 from alexnet_jax.data.paths import path_argument, require_writable
@@ -87,11 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _sweep(options)
     except BrokenPipeError:
-        return stopping.discard_output()
+        return signals.discard_output()
     except (SweepError, ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except stopping.Interrupted as stopped:
+    except signals.Interrupted as stopped:
         return stopped.status
 
 
@@ -124,7 +124,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    with stopping.answering():  # while files of Python run, nothing is lost
+    with signals.interrupts():  # while files of Python run, nothing is lost
         plan = make_plan(options)
     out = options.out
     require_writable(out)
