@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from alexnet_jax import config_files, experiment, retrieve, stopwatch
+from alexnet_jax import config_files, experiment, retrieve, timing
 from alexnet_jax.analysis.retrieval import Index, nearest, shrink
 from alexnet_jax.checkpoint import Checkpointer
 from alexnet_jax.data import DataError, match_classes
@@ -20,7 +20,7 @@ from alexnet_jax.data.sources import Sample, Source
 from alexnet_jax.evaluate import Predictions
 from alexnet_jax.model import LayerSummary, summary
 from alexnet_jax.pictures import Extractor
-from alexnet_jax.stopwatch import TIMES_FILE, Times, read_times
+from alexnet_jax.timing import TIMES_FILE, Times, read_times
 from alexnet_jax.writers import METRICS_FILE, read_metrics
 
 # Held-out pictures that are looked at; of more, a sample of so many.
@@ -299,8 +299,8 @@ def time_spent(run: Run) -> TimeSpent:
     rate = images / seconds if seconds else None
     if not run.times:
         parts = [
-            Part(stopwatch.TRAINING, seconds - waited),
-            Part(stopwatch.WAITING, waited),
+            Part(timing.TRAINING, seconds - waited),
+            Part(timing.WAITING, waited),
         ]
         return TimeSpent(None, parts if seconds else [], rate, before)
     sums: dict[str, float] = {}

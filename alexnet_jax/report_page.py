@@ -34,7 +34,7 @@ from alexnet_jax.findings import (
     time_spent,
 )
 from alexnet_jax.metrics import shows_top5
-from alexnet_jax.stopwatch import TIMES_FILE
+from alexnet_jax.timing import TIMES_FILE
 from alexnet_jax.writers import METRICS_FILE
 
 _EXAMPLES = 8  # pictures with their labels

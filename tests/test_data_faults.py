@@ -32,8 +32,8 @@ from test_imagenet import (
 )
 from test_train import folder, small_config  # noqa: F401, a fixture
 
+from alexnet_jax import banner, prepare, protocol, train
 from alexnet_jax import experiment as experiment_lib
-from alexnet_jax import prepare, protocol, train
 from alexnet_jax.data import DataError, images, locks, open_source, sources, statistics
 from alexnet_jax.data.imagenet import originals, preparation
 from alexnet_jax.data.loader import TrainOrder
@@ -231,7 +231,7 @@ def test_left_out_files_are_a_warning_of_every_command(tmp_path, capsys):
     ]
     run = small_config(root)
     experiment = experiment_lib.build(run)
-    assert "".join(f"{line}\n" for line in train._describe(experiment)).endswith(
+    assert "".join(f"{line}\n" for line in banner.describe_run(experiment)).endswith(
         "".join(lines)
     )
     capsys.readouterr()

@@ -25,7 +25,7 @@ from alexnet_jax import (
     load,
     report,
     report_page,
-    stopwatch,
+    timing,
     train,
 )
 from alexnet_jax.analysis import page
@@ -402,7 +402,7 @@ def test_a_folder_that_is_no_run_is_one_message(tmp_path, copied, capsys):
 
 def test_a_run_keeps_its_times(made):
     workdir, _ = made
-    (start,) = stopwatch.read_times(workdir / "times.jsonl")
+    (start,) = timing.read_times(workdir / "times.jsonl")
     assert (start.first_step, start.last_step) == (0, 16)
     seconds = dict(start.seconds)
     total = seconds.pop("total")
@@ -422,8 +422,9 @@ def test_a_run_keeps_its_times(made):
 def test_time_is_counted_once(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    watch = stopwatch.Stopwatch()
+    watch = timing.StepClock()
     now[0] += 5
+    watch.restart(3, 0.5)
     with watch.spending("evaluation"):
         now[0] += 2
         with watch.spending("compiling"):
@@ -432,14 +433,14 @@ def test_time_is_counted_once(tmp_path, monkeypatch):
     with pytest.raises(OSError), watch.spending("checkpoints"):
         now[0] += 4
         raise OSError
-    watch.add("training", 7)
     now[0] += 8
+    assert watch.lap(9, 2.5) == (6 / 8, 2 / 8)  # steps per second, share of waiting
     path = tmp_path / "times.jsonl"
     watch.append_to(path, first_step=3, last_step=9)
     with open(path, "a") as file:
         file.write('{"first_step": 1, "sec')  # torn by a kill
-    (times,) = stopwatch.read_times(path)
-    assert times == stopwatch.Times(
+    (times,) = timing.read_times(path)
+    assert times == timing.Times(
         3,
         9,
         {
@@ -447,10 +448,11 @@ def test_time_is_counted_once(tmp_path, monkeypatch):
             "compiling": 30.0,
             "evaluation": 3.0,
             "checkpoints": 4.0,
-            "training": 7.0,
+            "training": 6.0,
+            "waiting for data": 2.0,
         },
     )
-    assert stopwatch.read_times(tmp_path / "none.jsonl") == []
+    assert timing.read_times(tmp_path / "none.jsonl") == []
 
 
 def a_run(records, times):
@@ -471,8 +473,8 @@ def test_times_of_several_starts_are_added_up():
     assert dict(spent.parts) == {"training": 25.0, "waiting for data": 5.0}
     assert spent.images_per_sec == 2000 / 30
     starts = [
-        stopwatch.Times(0, 60, {"total": 20.0, "training": 12.0, "compiling": 3.0}),
-        stopwatch.Times(90, 200, {"total": 30.0, "training": 20.0, "compiling": 4.0}),
+        timing.Times(0, 60, {"total": 20.0, "training": 12.0, "compiling": 3.0}),
+        timing.Times(90, 200, {"total": 30.0, "training": 20.0, "compiling": 4.0}),
     ]
     spent = findings.time_spent(a_run(records, starts))
     assert (spent.total, spent.unrecorded_steps) == (50.0, 30)
