@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -16,53 +17,39 @@ from alexnet_jax import main
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def no_cache_folder():
-    """As if conftest.py had not chosen one."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
-def cache_folder(monkeypatch, platform, **environment):
-    """Where the command line would keep compiled programs on such a platform."""
-    chosen = {}
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    monkeypatch.setattr(jax.config, "update", chosen.__setitem__)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, str(value))
-    main._keep_compiled_programs()
-    return chosen.get("jax_compilation_cache_dir")
-
-
+@pytest.mark.parametrize(
+    "platform, environment, expected",
+    [
+        ("gpu", {"XDG_CACHE_HOME": "{0}/x"}, "{0}/x/alexnet_jax/jax"),
+        ("gpu", {"XDG_CACHE_HOME": "", "HOME": "{0}"}, "{0}/.cache/alexnet_jax/jax"),
+        # A place that cannot be written to is none.
+        ("gpu", {"XDG_CACHE_HOME": "{0}/file"}, None),
+        ("cpu", {"XDG_CACHE_HOME": "{0}/x"}, None),
+    ],
+)
 def test_compiled_programs_are_kept_on_accelerators(
-    no_cache_folder, monkeypatch, tmp_path
+    platform, environment, expected, tmp_path, monkeypatch
 ):
-    expected = str(tmp_path / "x" / "alexnet_jax" / "jax")
-    xdg = {"XDG_CACHE_HOME": tmp_path / "x"}
-    with monkeypatch.context() as patch:
-        assert cache_folder(patch, "gpu", **xdg) == expected
-    with monkeypatch.context() as patch:
-        folder = cache_folder(patch, "gpu", XDG_CACHE_HOME="", HOME=tmp_path)
-        assert folder == str(tmp_path / ".cache" / "alexnet_jax" / "jax")
-    with monkeypatch.context() as patch:
-        assert cache_folder(patch, "cpu", **xdg) is None
-    # jax's own settings go first, and a place that cannot be written to is none.
-    for name, value in (
-        ("jax_compilation_cache_dir", str(tmp_path / "own")),
-        ("jax_enable_compilation_cache", False),
-    ):
-        before = getattr(jax.config, name)
-        jax.config.update(name, value)
-        try:
-            with monkeypatch.context() as patch:
-                assert cache_folder(patch, "gpu", **xdg) is None
-        finally:
-            jax.config.update(name, before)
     (tmp_path / "file").touch()
-    with monkeypatch.context() as patch:
-        assert cache_folder(patch, "gpu", XDG_CACHE_HOME=tmp_path / "file") is None
+    settings = types.SimpleNamespace(
+        jax_compilation_cache_dir=None, jax_enable_compilation_cache=True
+    )
+    settings.update = settings.__setattr__
+    monkeypatch.setattr(main.jax, "config", settings)
+    monkeypatch.setattr(main.jax, "default_backend", lambda: platform)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value.format(tmp_path))
+    main._keep_compiled_programs()
+    found = settings.jax_compilation_cache_dir
+    assert found == (expected and expected.format(tmp_path))
+    # jax's own settings go first.
+    settings.jax_compilation_cache_dir = "mine"
+    main._keep_compiled_programs()
+    assert settings.jax_compilation_cache_dir == "mine"
+    settings.jax_compilation_cache_dir = None
+    settings.jax_enable_compilation_cache = False
+    main._keep_compiled_programs()
+    assert settings.jax_compilation_cache_dir is None
 
 
 def run_main(*args, cwd=ROOT, **env):
@@ -130,29 +117,13 @@ def read_until(process, words):
 
 
 @pytest.mark.slow
-def test_a_signal_before_training_leaves_nothing(tmp_path):
-    process = start_main(
-        "--config=configs/quickstart.py",
-        f"--workdir={tmp_path / 'run'}",
-        TFDS_DATA_DIR=str(tmp_path / "data"),
-    )
-    read_until(process, "Drawing the textures")
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert out == "stopped by SIGTERM; start the same command again\n"
-    left = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert [path.name for path in left if path.stat().st_size] == []
-
-
-@pytest.mark.slow
 def test_ctrl_c_ends_a_run_with_a_checkpoint(tmp_path):
     process = start_main(
         "--config=configs/paper.py",
         f"--workdir={tmp_path}",
         "--config.data.source=fake",
         "--config.data.batch_size=8",
-        "--config.model.width=0.25",
+        "--config.model.width=0.05",
     )
     read_until(process, "loss at step 0")
     process.send_signal(signal.SIGINT)
@@ -233,3 +204,38 @@ def test_describe_from_any_folder(tmp_path):
     last = done.stdout.splitlines()[-1].split()
     assert last[:5] == ["columns", "1", "x", "1", "none"]
     assert 2 * 4 * 60.97 < float(last[-1].replace(",", "")) < 3000
+
+
+MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
+
+
+@pytest.mark.parametrize(
+    "error, status, words",
+    [
+        (
+            FloatingPointError("The loss of step 7 is nan."),
+            3,
+            "error: The loss of step 7",
+        ),
+        (OSError("no room"), 1, "error: no room\n"),
+        (MEMORY, 1, "error: the memory of a device is too small (RESOURCE_EXHAUSTED: "),
+    ],
+)
+def test_exit_status_of_errors(error, status, words, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(main.app, "run", fail)
+    with pytest.raises(SystemExit) as ended:
+        main._run()
+    assert ended.value.code == status
+    assert capsys.readouterr().err.startswith(words)
+
+
+def test_other_errors_keep_their_traceback(tmp_path, monkeypatch):
+    config = tmp_path / "broken.py"
+    config.write_text("def get_config():\n    raise ValueError('mine')\n")
+    done = run_main(f"--config={config}", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 1
+    assert f'File "{config}", line 2, in get_config' in done.stderr
+    assert done.stderr.endswith("ValueError: mine\n")

@@ -2,18 +2,14 @@
 
 import collections
 import contextlib
-import dataclasses
-import functools
 import gzip
 import io
 import json
-import math
 import os
 import re
 import shutil
 import signal
 import time
-import types
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +17,9 @@ import numpy as np
 import pytest
 from test_parallel import fast_loops
 
-from alexnet_jax import load, progress, resume, run, timing, train
+from alexnet_jax import load, run, timing, train
 from alexnet_jax.checkpoint import CheckpointError
-from alexnet_jax.data import DataError, locks, statistics
 from alexnet_jax.data.sources import FolderSource
-from alexnet_jax.experiment import ConfigError
 from alexnet_jax.writers import read_metrics
 from configs import common
 
@@ -174,27 +168,6 @@ def test_a_run_ends_at_its_training_error_and_tests_several_views(
 
 
 @pytest.mark.slow
-def test_a_last_evaluation_that_was_lost_is_made_up_for(
-    folder, tmp_path, capsys, monkeypatch
-):
-    config = small_config(folder, max_steps=3, eval_every_epochs=0.0)
-
-    def killed(*_, **__):
-        raise MemoryError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "evaluate", killed)
-        with pytest.raises(MemoryError):
-            train.train_and_evaluate(config, tmp_path)
-    assert not records(tmp_path, "eval/")
-    train.train_and_evaluate(config, tmp_path)
-    assert len(records(tmp_path, "eval/")) == 1
-    train.train_and_evaluate(config, tmp_path)
-    assert len(records(tmp_path, "eval/")) == 1
-    assert capsys.readouterr().out.count("nothing to do") == 2
-
-
-@pytest.mark.slow
 def test_a_line_of_a_few_steps_does_not_end_a_run(folder, tmp_path):
     """The error counts when a line of the log is of all its steps."""
     half = small_config(folder, max_steps=1, stop_at_train_error=0.99)
@@ -205,26 +178,6 @@ def test_a_line_of_a_few_steps_does_not_end_a_run(folder, tmp_path):
     assert int(train.train_and_evaluate(half, tmp_path / "half").step) == 2
     half.max_steps = 3
     assert int(train.train_and_evaluate(half, tmp_path / "half").step) == 3
-
-
-def test_ten_steps_and_ten_more_are_twenty(folder, tmp_path, capsys):
-    whole = columns_config(folder)
-    whole.max_steps = 20
-    expected = train.train_and_evaluate(whole, tmp_path / "whole")
-    half = columns_config(folder)
-    half.max_steps = 10
-    train.train_and_evaluate(half, tmp_path / "parts")
-    assert "no checkpoint in" in capsys.readouterr().out
-    state = train.train_and_evaluate(whole, tmp_path / "parts")
-    out = capsys.readouterr().out
-    assert f"resuming from step 10 ({tmp_path / 'parts' / 'checkpoints'})" in out
-    assert "--config.max_steps: 10 in the workdir, now 20" in out
-    assert_same_state(state, expected)
-    # The same curves, but for the evaluation where the first part ended.
-    for prefix in ("train/", "eval/"):
-        rows = records(tmp_path / "parts", prefix)
-        wanted = records(tmp_path / "whole", prefix)
-        assert [row for row in rows if row["step"] != 10 or row in wanted] == wanted
 
 
 @contextlib.contextmanager
@@ -252,8 +205,31 @@ def float64_config(folder, mode, data, column):
 def ten_steps_on_two_devices(folder, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("two") / "columns"
     with in_float64():
-        train.train_and_evaluate(float64_config(folder, "columns", 1, 2), workdir)
-    return workdir
+        state = train.train_and_evaluate(
+            float64_config(folder, "columns", 1, 2), workdir
+        )
+    return state, workdir
+
+
+def after_five_steps(workdir, to):
+    """A copy of the workdir as it was when a checkpoint of step 5 was its last."""
+    shutil.copytree(workdir, to)
+    shutil.rmtree(to / "checkpoints" / "10")
+    return to
+
+
+def test_columns_go_on_exactly(folder, tmp_path, ten_steps_on_two_devices, capsys):
+    expected, workdir = ten_steps_on_two_devices
+    moved = after_five_steps(workdir, tmp_path / "moved")
+    config = float64_config(folder, "columns", 1, 2)
+    config.checkpoint.keep = 4
+    with in_float64():
+        state = train.train_and_evaluate(config, moved)
+    assert_same_state(state, expected)
+    assert records(moved, "") == records(workdir, "")
+    out = capsys.readouterr().out
+    assert f"resuming from step 5 ({moved / 'checkpoints'})" in out
+    assert re.search(r"--config.checkpoint.keep: \d in the workdir, now 4", out)
 
 
 @pytest.mark.parametrize(
@@ -270,20 +246,17 @@ def test_a_run_goes_on_on_other_devices(
     mode, data, column, folder, tmp_path, ten_steps_on_two_devices
 ):
     """Stopped on two after five steps: the next five losses are the same."""
-
-    def losses(workdir):
-        return [row["train/loss"] for row in read_metrics(workdir / "metrics.jsonl")]
-
-    moved = tmp_path / "moved"
-    shutil.copytree(ten_steps_on_two_devices, moved)
-    shutil.rmtree(moved / "checkpoints" / "10")
-    config = float64_config(folder, mode, data, column)
+    _, workdir = ten_steps_on_two_devices
+    moved = after_five_steps(workdir, tmp_path / "moved")
     with in_float64():
+        config = float64_config(folder, mode, data, column)
         state = train.train_and_evaluate(config, moved)
-    rows = read_metrics(moved / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, 11))
+    got, want = records(moved, "train/loss"), records(workdir, "train/loss")
+    assert [row["step"] for row in got] == list(range(1, 11))
     np.testing.assert_allclose(
-        losses(moved), losses(ten_steps_on_two_devices), rtol=1e-8
+        [row["train/loss"] for row in got],
+        [row["train/loss"] for row in want],
+        rtol=1e-8,
     )
     devices = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)}
     assert devices == {data * column}
@@ -436,32 +409,6 @@ def test_the_plateau_rule_lowers_the_learning_rate(folder, tmp_path, capsys):
     assert float(rate) == pytest.approx(1e-11)
 
 
-def test_another_network_is_refused_in_its_workdir(finished, folder):
-    _, workdir = finished
-    config = small_config(folder)
-    config.model.width = 2.0
-    before = (workdir / "config.json").read_text()
-    with pytest.raises(ConfigError, match=r"holds another network:\n.*model\.width: 1"):
-        train.train_and_evaluate(config, workdir)
-    assert (workdir / "config.json").read_text() == before
-
-
-def test_a_second_run_in_a_workdir_is_told_who_is_in_it(finished, folder, tmp_path):
-    # In a copy: a test that fails must not spoil what others look at.
-    shutil.copytree(finished[1], tmp_path, dirs_exist_ok=True)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    config = small_config(folder, num_epochs=9.0)
-    with locks.held(tmp_path / resume.LOCK_FILE, wait=False):
-        with pytest.raises(ConfigError) as raised:
-            train.train_and_evaluate(config, tmp_path)
-        load(tmp_path)  # who only reads is not kept waiting
-    words = rf"is in use by process {os.getpid()} on .* since .* \(.*python.*\)\. .*--w"
-    assert re.search(words, str(raised.value)), raised.value
-    changed = {path for path in tmp_path.rglob("*") if path not in before}
-    assert {path.name for path in changed} <= {resume.LOCK_FILE, ".readers"}
-    train.train_and_evaluate(config, tmp_path)
-
-
 @pytest.mark.parametrize(
     ("left", "words"),
     [
@@ -506,54 +453,6 @@ def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(
     state = train.train_and_evaluate(config, workdir)
     assert_same_state(state, finished[0])
     assert records(workdir, "train/") == records(finished[1], "train/")
-
-
-def test_a_checkpoint_of_another_network_is_refused_whatever_the_workdir_says(
-    finished, folder, tmp_path
-):
-    # Its config is gone, or was another one's when it was looked at.
-    shutil.copytree(finished[1], tmp_path, dirs_exist_ok=True)
-    (tmp_path / "config.json").unlink()
-    config = small_config(folder, num_epochs=9.0)
-    config.model.overrides.activation = "tanh"  # of the same shapes
-    with pytest.raises(ConfigError, match=r"activation: None in the workdir, now tanh"):
-        train.train_and_evaluate(config, tmp_path)
-
-
-def test_what_makes_a_checkpoint_unreadable_is_shown(finished, folder, tmp_path):
-    shutil.copytree(finished[1], tmp_path, dirs_exist_ok=True)
-    config = small_config(folder, num_epochs=9.0)
-    config.schedule.name, config.schedule.patience = "cosine", 5
-    with pytest.raises(CheckpointError, match=r"schedule.name: plateau in the workdir"):
-        train.train_and_evaluate(config, tmp_path)
-
-
-def test_the_advice_about_spoilt_statistics_of_a_workdir_mends_them(
-    finished, folder, tmp_path
-):
-    shutil.copytree(finished[1], tmp_path, dirs_exist_ok=True)
-    path, config = tmp_path / "statistics.npz", small_config(folder)
-    good = statistics.load(path)
-    dataclasses.replace(good, mean_image=good.mean_image[:32, :32]).save(path)
-    for use in (functools.partial(train.train_and_evaluate, config), load):
-        with pytest.raises(DataError, match=r"delete it and start the training"):
-            use(tmp_path)
-    path.unlink()
-    train.train_and_evaluate(config, tmp_path)
-    np.testing.assert_array_equal(statistics.load(path).mean_image, good.mean_image)
-
-
-def test_a_workdir_that_cannot_be_one(folder, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="file is a file; name a folder"):
-        train.train_and_evaluate(small_config(folder), tmp_path / "file")
-    with pytest.raises(ConfigError, match="gs://bucket/run must be a local or mounted"):
-        train.train_and_evaluate(small_config(folder), "gs://bucket/run")
-    with pytest.raises(
-        ConfigError, match="a,b has a comma, which separates runs in --m"
-    ):
-        train.train_and_evaluate(small_config(folder), tmp_path / "a,b")
-    assert not (tmp_path / "a,b").exists()
 
 
 def test_load_gives_model_variables_and_preprocess(finished, folder):
@@ -729,159 +628,17 @@ def test_waiting_for_data_is_told_from_computing(folder, tmp_path, monkeypatch):
     assert waited[10] < waited[30]
 
 
-@pytest.mark.parametrize(
-    "batch_size, parts, remedy",
-    [
-        (
-            3,
-            1,
-            "Keep 6; --config.optim.accumulate_steps=2 is the same run in less memory",
-        ),
-        (
-            2,
-            2,
-            "Keep 6; --config.optim.accumulate_steps=6 is the same run in less memory",
-        ),
-        (
-            4,
-            1,
-            "Keep 6; --config.optim.accumulate_steps=N is the same run in less memory",
-        ),
-        (12, 1, "Keep 6. Or take a new --workdir"),
-    ],
-)
-def test_another_batch_size_is_refused_on_resuming(
-    batch_size, parts, remedy, finished, folder
-):
-    """Step 34 of batches of 6 is epoch 8.16; of batches of 3 it would be 4.08."""
-    _, workdir = finished
-    before = {path: path.stat().st_mtime_ns for path in workdir.iterdir()}
-    config = small_config(folder)
-    config.data.batch_size, config.optim.accumulate_steps = batch_size, parts
-    with pytest.raises(ConfigError) as raised:
-        train.train_and_evaluate(config, workdir)
-    message = str(raised.value)
-    assert message.startswith(
-        f"{workdir} has --config.data.batch_size=6, not {batch_size}: its steps would mean "
-        f"other epochs, learning rates and places in the data. {remedy}"
-    )
-    assert f"--config=configs/finetune.py:{workdir} starts it" in message
-    after = {path: path.stat().st_mtime_ns for path in workdir.iterdir()}
-    assert after.keys() == before.keys()
-    for name in ("config.json", "metrics.jsonl"):
-        assert after[workdir / name] == before[workdir / name]
-
-
 def test_the_remedy_for_memory_is_the_same_run(
     ten_steps_on_two_devices, folder, tmp_path
 ):
     """From step 5 on each batch of 8 goes through the network in two parts."""
-    moved = tmp_path / "moved"
-    shutil.copytree(ten_steps_on_two_devices, moved)
-    shutil.rmtree(moved / "checkpoints" / "10")
+    whole, workdir = ten_steps_on_two_devices
+    moved = after_five_steps(workdir, tmp_path / "moved")
     config = float64_config(folder, "columns", 1, 2)
     config.optim.accumulate_steps = 2
     with in_float64():
         state = train.train_and_evaluate(config, moved)
-        config.optim.accumulate_steps = 1
-        whole = train.train_and_evaluate(config, ten_steps_on_two_devices)  # has ended
-    assert int(state.step) == int(whole.step) == 10
     for a, b in zip(leaves(state), leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
-    for prefix in ("train/loss", "lr"):
-        for row, wanted in zip(
-            records(moved, prefix),
-            records(ten_steps_on_two_devices, prefix),
-            strict=True,
-        ):
-            assert row == pytest.approx(wanted, rel=1e-10)
-
-
-def test_a_run_whose_pictures_changed_is_refused(folder, tmp_path):
-    data = shutil.copytree(folder, tmp_path / "data")
-    config = small_config(data, max_steps=4, eval_every_epochs=0.0)
-    train.train_and_evaluate(config, tmp_path / "run")
-    next((data / "train" / "red").iterdir()).unlink()
-    config.max_steps = 6
-    words = (
-        f"run was trained on {PICTURES} pictures, and there are {PICTURES - 1} now: its "
-        "steps would mean other epochs, learning rates and places in the data. Bring the "
-        "old ones back. Or take a new --workdir"
-    )
-    with pytest.raises(ConfigError, match=re.escape(words)):
-        train.train_and_evaluate(config, tmp_path / "run")
-
-
-def test_a_longer_run_says_that_its_schedule_is_laid_out_anew(folder, tmp_path, capsys):
-    config = small_config(folder, max_steps=2, num_epochs=2.0, eval_split="")
-    config.schedule.name = "cosine"
-    train.train_and_evaluate(config, tmp_path)
-    config.num_epochs, config.max_steps = 4.0, 4
-    train.train_and_evaluate(config, tmp_path)
-    assert (
-        "the cosine schedule is laid out over 4 epochs instead of 2: from here on the "
-        "learning rate is another\nresuming from step 2"
-    ) in capsys.readouterr().out
-    # Step 3 of round(4 * 25 / 6) steps.
-    rate = records(tmp_path, "lr")[-1]["lr"]
-    assert rate == pytest.approx(1e-3 * (1 + math.cos(math.pi * 3 / 17)) / 2)
-
-
-class SimulatedClock:
-    """A loader and devices that take as long as they are told, on a clock of their own."""
-
-    def __init__(self, monkeypatch):
-        self.now = self.batch_at = self.devices_until = self.wait_seconds = 0.0
-        fake = types.SimpleNamespace(perf_counter=lambda: self.now)
-        monkeypatch.setattr(timing, "time", fake)
-
-    def next_batch(self, fetch, busy):
-        """A batch that comes after `fetch` seconds, to devices busy for `busy`."""
-        self.batch_at, self.devices_until = self.now + fetch, self.now + busy
-        return timing.next_batch(self, self)
-
-    def is_ready(self):
-        return self.now >= self.devices_until
-
-    def wait(self, timeout):
-        self.now = min(self.now + timeout, max(self.now, self.batch_at))
-        return self.now >= self.batch_at
-
-    def __next__(self):
-        self.wait_seconds += max(0.0, self.batch_at - self.now)
-        self.now = max(self.now, self.batch_at)
-        return {}
-
-
-@pytest.mark.parametrize(("busy", "least", "most"), [(0.2, 0.19, 0.2), (9.0, 0.0, 0.0)])
-def test_waiting_counts_from_when_the_devices_are_idle(busy, least, most, monkeypatch):
-    clock = SimulatedClock(monkeypatch)
-    clock.next_batch(fetch=0.4, busy=busy)
-    assert clock.now == 0.4
-    assert least <= clock.wait_seconds <= most
-
-
-def test_waiting_counts_in_steps_of_less_than_a_millisecond(monkeypatch):
-    clock = SimulatedClock(monkeypatch)
-    for _ in range(50):
-        clock.next_batch(fetch=0.005, busy=0.0005)
-    assert 0.0043 < clock.wait_seconds / 50 <= 0.0045
-
-
-@pytest.mark.parametrize(
-    "metadata, evaluated_step",
-    [
-        ({}, -1),  # a new run
-        ({"evaluated_step": 5, "error": 0.5}, 5),
-        # Of older versions: an evaluation of this step is missing, or is not.
-        ({"evaluation_owed": True}, -1),
-        ({"evaluation_owed": False}, 9),
-    ],
-)
-def test_progress_of_old_and_new_checkpoints(metadata, evaluated_step, folder):
-    config = small_config(folder)
-    found = progress.Progress.resume(9, metadata, config)
-    assert (found.step, found.evaluated_step) == (9, evaluated_step)
-    again = progress.Progress.resume(9, found.to_json(), config)
-    assert again.evaluated_step == evaluated_step
-    assert again.error == metadata.get("error")
+    for row, wanted in zip(records(moved, "lr"), records(workdir, "lr"), strict=True):
+        assert row == pytest.approx(wanted, rel=1e-10)
