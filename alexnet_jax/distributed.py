@@ -162,14 +162,23 @@ def _visible_gpus(environ: Mapping[str, str]) -> list[int] | None:
 
 
 def _give_up(given: Mapping[str, Any], seconds: int) -> None:
-    """End the process because the others did not come."""
-    count, address = given["num_processes"], given["coordinator_address"]
+    """End the process because the others did not come; say who is missing."""
+    address, count, this = given.values()
+    reason = f"not all of {count or 'the'} processes came within {seconds} seconds"
+    if this:
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            reason = (
+                f"the coordinator {address} (process 0) could not be reached within "
+                f"{seconds} seconds ({error.strerror or error})"
+            )
     print(
-        f"error: not all of {count or 'the'} processes came within {seconds} seconds"
-        + (f" to {address}, where process 0 must listen" if address else "")
-        + ". Are all of them started, with the same --coordinator_address and "
-        "--num_processes, and no firewall between them? --connect_seconds changes how "
-        "long they wait; --distributed=off runs one process alone.",
+        f"error: {'' if this is None else f'process {this}: '}{reason}. Are all "
+        "processes started, with the same --coordinator_address and --num_processes, "
+        "and no firewall between them? --connect_seconds changes how long they wait."
+        + (" --distributed=off waits for none." if this is None else ""),
         file=sys.stderr,
         flush=True,
     )
@@ -259,6 +268,7 @@ class Votes:
     def __init__(self, mesh: Mesh):
         self._agreement = Agreement(mesh) if jax.process_count() > 1 else None
         self._pending: collections.deque[jax.Array] = collections.deque()
+        self._stale = 0  # votes under way from before the last save
 
     def cast(self, wish: Vote) -> Vote:
         """Give this process's wish; return the newest result that all know."""
@@ -267,5 +277,7 @@ class Votes:
         self._pending.append(self._agreement.largest([*wish]))
         if len(self._pending) <= VOTES_IN_FLIGHT:
             return Vote(0, False)
-        number, save = jax.device_get(self._pending.popleft())
-        return Vote(int(number), bool(save))
+        number, save = map(int, jax.device_get(self._pending.popleft()))
+        save = bool(save) and not self._stale
+        self._stale = VOTES_IN_FLIGHT if save else max(0, self._stale - 1)
+        return Vote(number, save)
