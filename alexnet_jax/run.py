@@ -1,7 +1,6 @@
 """A run in progress, and the actions that its loop takes between steps."""
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -47,6 +46,7 @@ class Run:
     Attributes:
       state: parameters, optimiser state and step, on the devices.
       progress: everything else that a checkpoint keeps.
+      log: the lines with the means of the training metrics.
       stop: the signal that asks the run to stop, if one came.
       saved_step: the newest checkpoint's step; -1: there is none.
     """
@@ -68,7 +68,7 @@ class Run:
         self.stop = Stop()
         self.statistics = experiment.pixel_statistics()
         self.saved_step, self.saved_at = saved_step, time.monotonic()
-        self._log = StepLog(experiment, checkpointer)
+        self.log = StepLog(experiment, checkpointer, writers, clock)
         self._votes = Votes(experiment.mesh)
         self._eval_steps: dict[int, Any] = {}  # compiled, by the number of views
         self._summary_step: Any = None
@@ -109,46 +109,7 @@ class Run:
             Vote(self.stop.signal or 0, bool(every) and minutes >= every)
         )
 
-    # Records.
-
-    def keep(self, metrics: dict[str, jax.Array]) -> None:
-        """Keep a step's metrics for the next line of the log."""
-        if self.step == 1:
-            classes = self.experiment.model.network.layers[-1].features
-            self.writers.text(
-                f"loss at step 0: {float(metrics['loss']):.4f}, "
-                f"ln({classes}) = {math.log(classes):.4f}"
-            )
-        self._log.add(metrics)
-        self.writers.progress(self.step)
-
-    def write_log(self, waited: float) -> None:
-        """Write the means since the last line of the log.
-
-        Args:
-          waited: `Batches.wait_seconds`.
-
-        Raises:
-          FloatingPointError: if a loss is not finite.
-        """
-        is_whole = self._log.is_whole
-        means = self._log.means(self.step)
-        pace = self.clock.lap(self.step, waited)
-        steps_left = self.experiment.total_steps - self.step
-        self._write(
-            means
-            | {
-                "images_per_sec": pace.steps_per_second * self.config.data.batch_size,
-                "data_wait_frac": pace.wait_share,
-                "eta_seconds": steps_left / pace.steps_per_second,
-            }
-        )
-        if warning := self._log.stall_warning(self.step, means["train/loss"]):
-            self.writers.text(warning)
-        # After a stop or a start a line may be of a few steps only.
-        target = self.config.stop_at_train_error
-        if is_whole and means["train/top1_error"] <= target > 0:
-            self.progress.target_reached = True
+    # Summaries.
 
     def summary_due(self) -> bool:
         """Return True if a summary of the coming step is due."""

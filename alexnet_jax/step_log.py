@@ -1,4 +1,4 @@
-"""Training metrics between two log lines: their means, and two warnings."""
+"""Lines of the log: means of the training metrics, and two warnings."""
 
 import math
 from typing import Any
@@ -9,36 +9,50 @@ import numpy as np
 from alexnet_jax.checkpoint import Checkpointer
 from alexnet_jax.experiment import Experiment
 from alexnet_jax.model import INITS
-from alexnet_jax.timing import STEPS_IN_FLIGHT
+from alexnet_jax.timing import STEPS_IN_FLIGHT, StepClock
+from alexnet_jax.writers import MultiWriter
 
 # A loss as near to ln(classes), in nats, is that of guessing.
 STALL_MARGIN = 0.02
 
 
 class StepLog:
-    """Metrics of the steps since the last log line, on the devices until then."""
+    """Keeps the metrics of each step on the devices until a line of the log is due."""
 
-    def __init__(self, experiment: Experiment, checkpointer: Checkpointer):
-        self._config = experiment.config
-        # The data's classes: units without any are learnt away at once.
-        self._classes = experiment.train_source.num_classes
-        self._checkpointer = checkpointer
+    def __init__(
+        self,
+        experiment: Experiment,
+        checkpointer: Checkpointer,
+        writers: MultiWriter,
+        clock: StepClock,
+    ):
+        self._experiment, self._config = experiment, experiment.config
+        self._checkpointer, self._writers, self._clock = checkpointer, writers, clock
         self._recent: list[dict[str, jax.Array]] = []
         self._has_warned = False
 
-    def add(self, metrics: dict[str, jax.Array]) -> None:
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Keep a step's metrics; wait until at most `STEPS_IN_FLIGHT` are under way."""
+        if step == 1:
+            classes = self._experiment.model.network.layers[-1].features
+            self._writers.text(
+                f"loss at step 0: {float(metrics['loss']):.4f}, "
+                f"ln({classes}) = {math.log(classes):.4f}"
+            )
         self._recent.append(metrics)
         if len(self._recent) > STEPS_IN_FLIGHT:
             self._recent[-1 - STEPS_IN_FLIGHT]["loss"].block_until_ready()
+        self._writers.progress(step)
 
-    @property
-    def is_whole(self) -> bool:
-        """True if there are as many steps as in a line of the log."""
-        return len(self._recent) == self._config.log_every_steps
+    def write(self, step: int, waited: float) -> bool:
+        """Write the means since the last line.
 
-    def means(self, step: int) -> dict[str, float]:
-        """Return the scalars of the steps up to `step`, and forget them.
+        Args:
+          step: the newest one.
+          waited: `Batches.wait_seconds`.
+
+        Returns:
+          True if the training error came down to `stop_at_train_error`.
 
         Raises:
           FloatingPointError: if a loss is not finite.
@@ -54,24 +68,37 @@ class StepLog:
                 f"together: steps {least} to {step}).",
                 self._checkpointer,
             )
-        return {
-            "train/loss": float(losses.mean()),
-            "train/top1_error": float(np.mean([m["top1_error"] for m in recent])),
+        loss, pace = float(losses.mean()), self._clock.lap(step, waited)
+        error = float(np.mean([metrics["top1_error"] for metrics in recent]))
+        steps_left = self._experiment.total_steps - step
+        scalars = {
+            "train/loss": loss,
+            "train/top1_error": error,
             "lr": float(recent[-1]["lr"]),
+            "images_per_sec": pace.steps_per_second * self._config.data.batch_size,
+            "data_wait_frac": pace.wait_share,
+            "eta_seconds": steps_left / pace.steps_per_second,
         }
+        self._writers.write(step, step / self._experiment.steps_per_epoch, scalars)
+        self._warn_of_stall(step, loss)
+        # After a stop or a start a line may be of a few steps only.
+        is_whole = len(recent) == self._config.log_every_steps
+        return is_whole and error <= self._config.stop_at_train_error > 0
 
-    def stall_warning(self, step: int, loss: float) -> str | None:
-        """Return a warning, once, if the network still guesses at `stall_after_steps`."""
-        config, guessing = self._config, math.log(self._classes)
-        after = config.stall_after_steps
+    def _warn_of_stall(self, step: int, loss: float) -> None:
+        """Warn once if the network still guesses at `stall_after_steps`."""
+        config = self._config
+        # The data's classes: units without any are learnt away at once.
+        classes = self._experiment.train_source.num_classes
+        guessing, after = math.log(classes), config.stall_after_steps
         is_stalled = after and step >= after and abs(loss - guessing) <= STALL_MARGIN
         if not is_stalled or self._has_warned:
-            return None
+            return
         self._has_warned = True
         inits = [init for init in INITS if init != config.model.init]
-        return (
+        self._writers.text(
             f"WARNING: after {step} steps the loss is {loss:.4f}, that of guessing "
-            f"(ln({self._classes}) = {guessing:.4f}): nothing is learnt. A network that "
+            f"(ln({classes}) = {guessing:.4f}): nothing is learnt. A network that "
             "starts with small weights may never leave this plateau, and whether it does "
             "depends on the biases and the seed (BVLC/caffe issues 401 and 2085). Start "
             "anew, in another --workdir, with one of: --config.model.init="

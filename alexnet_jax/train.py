@@ -181,14 +181,15 @@ def _loop(run: Run, profile: Path) -> None:
             with jax.profiler.StepTraceAnnotation("train", step_num=run.step):
                 run.state, metrics = train_step(run.state, batch, run.statistics)
             run.progress.step += 1
-            run.keep(metrics)
+            run.log.add(run.step, metrics)
 
             asked = run.vote()
             is_last = run.step >= experiment.total_steps or asked.stop_signal != 0
             if not is_last:  # decoded and sent while the devices compute
                 batch = experiment.put(next_batch(batches, metrics["loss"]))
             if is_last or run.step % config.log_every_steps == 0:
-                run.write_log(batches.wait_seconds)
+                target_reached = run.log.write(run.step, batches.wait_seconds)
+                run.progress.target_reached = target_reached
             if asked.stop_signal and not run.has_ended:
                 raise Stopped(asked.stop_signal)
             if run.evaluation_due():

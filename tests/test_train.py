@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from test_parallel import fast_loops
 
-from alexnet_jax import load, run, timing, train
+from alexnet_jax import load, run, step_log, timing, train
 from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.data.sources import FolderSource
 from alexnet_jax.writers import read_metrics
@@ -266,14 +266,14 @@ class StopAt:
     """Sends this process a signal when a step is done."""
 
     def __init__(self, monkeypatch, step, number):
-        keep = run.Run.keep
+        add = step_log.StepLog.add
 
-        def keep_and_stop(self, metrics):
-            keep(self, metrics)
-            if self.step == step:
+        def add_and_stop(self, done, metrics):
+            add(self, done, metrics)
+            if done == step:
                 os.kill(os.getpid(), number)
 
-        monkeypatch.setattr(run.Run, "keep", keep_and_stop)
+        monkeypatch.setattr(step_log.StepLog, "add", add_and_stop)
 
 
 @pytest.mark.parametrize(
@@ -427,22 +427,22 @@ def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(
     left, words, finished, folder, small_disk, monkeypatch
 ):
     workdir = small_disk(6) / "run"
-    ballast, keep = workdir.parent / "ballast", run.Run.keep
+    ballast, add = workdir.parent / "ballast", step_log.StepLog.add
 
-    def fill(self, metrics):
-        if self.step == 8:
+    def fill(self, step, metrics):
+        if step == 8:
             if not left:  # the file's last page, too, is full
                 page = os.sysconf("SC_PAGE_SIZE")
                 with open(workdir / "metrics.jsonl", "ab") as file:
                     file.write(b" " * (page - file.tell() % page - 1) + b"\n")
             free = shutil.disk_usage(workdir).free
             ballast.write_bytes(bytes(free - left))
-        keep(self, metrics)
+        add(self, step, metrics)
 
     config = small_config(folder)
     config.checkpoint.every_steps = 5
     with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "keep", fill)
+        patch.setattr(step_log.StepLog, "add", fill)
         with pytest.raises((CheckpointError, OSError)) as raised:
             train.train_and_evaluate(config, workdir)
     assert re.search(words, str(raised.value)), raised.value
@@ -527,15 +527,15 @@ def test_summaries_change_nothing_and_are_written(finished, folder, tmp_path, ca
 def test_a_resumed_run_has_each_summary_once(folder, tmp_path, monkeypatch):
     config = small_config(folder, summaries_every_steps=5, max_steps=18, eval_split="")
     config.checkpoint.every_steps = 10
-    keep = run.Run.keep
+    add = step_log.StepLog.add
 
-    def keep_or_crash(self, metrics):
-        if self.step == 11:  # after the checkpoint of step 10 and the summary
+    def add_or_crash(self, step, metrics):
+        if step == 11:  # after the checkpoint of step 10 and the summary
             raise RuntimeError("killed")
-        keep(self, metrics)
+        add(self, step, metrics)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "keep", keep_or_crash)
+        patch.setattr(step_log.StepLog, "add", add_or_crash)
         with pytest.raises(RuntimeError, match="killed"):
             train.train_and_evaluate(config, tmp_path)
     assert records(tmp_path, "grad_norm/")[-1]["step"] == 10
