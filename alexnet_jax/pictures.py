@@ -233,7 +233,7 @@ def exit_status(command: Callable[[], bool]) -> int:
     warnings.filterwarnings("ignore", module="PIL")  # an error says all that matters
     try:
         return 0 if command() else 1
-    except BrokenPipeError:  # no user error: `stopping.run` ends quietly
+    except BrokenPipeError:  # no user error: `signals.run` ends quietly
         raise
     except (CheckpointError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

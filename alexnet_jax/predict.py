@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from alexnet_jax import stopping
+from alexnet_jax import signals
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import short_names
 from alexnet_jax.data.paths import require_writable_file
@@ -191,4 +191,4 @@ def _predict(options: argparse.Namespace) -> bool:
 
 
 if __name__ == "__main__":
-    stopping.run(main)
+    signals.run(main)

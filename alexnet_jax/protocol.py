@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from alexnet_jax import banner, finetune, loading, resume
 from alexnet_jax import experiment as experiment_lib
-from alexnet_jax import finetune, loading, train
 from alexnet_jax.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -224,7 +224,7 @@ def _from_run(
     """
     workdir = member.path.absolute()
     if (stored := loading.read_config(workdir)) is not None:
-        train.compare(config, stored, workdir)  # another network is refused
+        resume.compare(config, stored, workdir)  # another network is refused
     statistics = loading.read_statistics(workdir, config.data.image_size)
     _say(loading.about_mean(workdir, statistics, stored or {}))
     experiment = experiment_lib.build_for_evaluation(
@@ -233,14 +233,14 @@ def _from_run(
         statistics=statistics,
         log=_say,
     )
-    train.say_place(experiment)
+    banner.say_place(experiment)
     with Checkpointer(workdir / loading.CHECKPOINTS, read_only=True) as saved:
         step = saved.find(member.step)
         is_best = member.step == "best" and saved.best_step() is not None
         variables, trained_with = _restore(experiment, saved, step)
     assert step is not None  # else there was no checkpoint to restore
     # The checkpoint's own: config.json may be lost, or of a start since then.
-    differences = train.compare(config, trained_with, workdir)
+    differences = resume.compare(config, trained_with, workdir)
     if differences:
         _say("\n".join([f"{member.path}: {differences[0]}", *differences[1:]]))
     about: dict[str, Any] = {"step": step}

@@ -129,12 +129,15 @@ class JsonlWriter:
 
     On resume, records beyond `resume_step` (of steps that the killed run took after
     its last checkpoint and that will be taken again) and a last line torn by the kill
-    are dropped. A new run (`resume_step` None) puts an earlier file aside as `.old`,
+    are dropped. A summary or evaluation of `resume_step` itself that is there already is
+    not written again. A new run (`resume_step` None) puts an earlier file aside as `.old`,
     or as `.old_2` if there is one already.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume_step: int | None = None):
         self._path = pathlib.Path(path)
+        self._resume_step = resume_step
+        self._written: set[frozenset[str]] = set()  # names in records of that step
         if resume_step is not None and self._path.exists():
             self._drop_after(resume_step)
         elif self._path.exists() and self._path.stat().st_size:
@@ -150,6 +153,8 @@ class JsonlWriter:
             for name, value in scalars.items()
             if name not in _ONLY_ON_CONSOLE
         }
+        if step == self._resume_step and frozenset(record) in self._written:
+            return
         finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
         # Opened for each line: no record waits in a buffer when the run is killed.
         line = json.dumps(finite, allow_nan=False) + "\n"
@@ -172,6 +177,9 @@ class JsonlWriter:
         lines = self._path.read_text(encoding="utf-8").splitlines()
         records = [(line, parse_record(line)) for line in lines]
         kept = [line for line, r in records if r and r["step"] <= resume_step]
+        self._written = {
+            frozenset(r) for _, r in records if r and r["step"] == resume_step
+        }
         with replacing(self._path) as file:  # never half a file
             file.writelines(f"{line}\n".encode() for line in kept)
 
@@ -193,18 +201,6 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         elif number < len(lines):
             raise ValueError(f"{path}, line {number} is not a record: {line!r}")
     return records
-
-
-def last_step_with(path: str | os.PathLike[str], prefix: str) -> int:
-    """The step of the last record with a name that starts so; -1: there is none."""
-    if not pathlib.Path(path).exists():
-        return -1
-    found = (
-        record["step"]
-        for record in read_metrics(path)
-        if any(name.startswith(prefix) for name in record)
-    )
-    return max(found, default=-1)
 
 
 @contextlib.contextmanager
