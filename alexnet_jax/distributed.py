@@ -1,39 +1,37 @@
-"""Several processes: how they find one another, and how they part.
+"""Several processes of one run: connect them, compare them, let them agree.
 
-`jax.distributed` does the work. Here is what it leaves to its caller: whether there is
-a cluster at all, which GPUs are this process's own, and errors in words instead of an
-abort inside XLA.
+`jax.distributed` does the work and finds SLURM, Open MPI and Kubernetes by itself. A
+process that fails or disappears ends the others: an exchange with it fails, or jax
+misses its heartbeat.
 """
 
+import collections
 import contextlib
 import json
 import os
 import re
-import shutil
 import socket
-import subprocess
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import jax
-from jax._src import distributed as jax_distributed
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# A process that has not been heard of for so long is dead, and the run with it.
+# A process that sends no heartbeat for so long counts as dead, and ends the run.
 HEARTBEAT_SECONDS = 40
 # How long a process that has ended waits for the others to end.
 SHUTDOWN_SECONDS = 60
-# Process 0 keeps the connections of all; it leaves last, so that a mistake that all
-# make is said by all.
+# Process 0 leaves so much later than the others: without it jax aborts them.
 LEAVE_SECONDS = 2.0
-_GO_ON = (
-    "its own output says why. The same command goes on, from the last checkpoint if "
-    "there is one."
-)
-_MISTAKE = "alexnet_jax/mistake"  # under which all find what process 0 leaves with
+# Room for a run's flags and config fields as JSON.
+MOST_FLAG_BYTES = 2**16
+# Votes under way before the first result is read.
+VOTES_IN_FLIGHT = 2
 
 
 class DistributedError(RuntimeError):
@@ -49,27 +47,26 @@ def start(
     local_device_ids: Sequence[int] | None = None,
     connect_seconds: int = 180,
 ) -> bool:
-    """Connects this process with the others of its run; before anything else of jax.
+    """Connect this process with the others of its run, before jax starts its devices.
 
     Args:
       mode: "off": this process is alone. "on": there are others, named by the
-        arguments or by the environment of SLURM or Open MPI. "auto": on if any
-        argument is given, or the environment is of one of several tasks.
-      coordinator_address: HOST:PORT of process 0, for all processes the same.
+        arguments or found by jax in the environment. "auto": "on" if one of the next
+        three arguments is given, or if srun or mpirun has started several tasks.
+      coordinator_address: HOST:PORT of process 0, the same for all processes.
       num_processes, process_id: how many there are, and which one this is, from 0.
-      local_device_ids: numbers of the GPUs that are this process's own; else SLURM
-        and Open MPI give each process of a node an equal share, and without them it
-        has all that it sees.
-      connect_seconds: how long to wait for the others.
+      local_device_ids: numbers of this process's GPUs. By default a task of SLURM or
+        Open MPI takes one GPU, or all if it is alone on its node; any other process
+        takes all that it sees.
+      connect_seconds: how long to wait for the others. Then this process prints an
+        error and exits with status 1.
 
     Returns:
-      Whether there are others.
+      True if there are others.
 
     Raises:
-      DistributedError: for arguments that do not fit together, an environment as of
-        `find_launcher`, a port that is taken, or GPUs that cannot be shared evenly.
-        When the others do not come in time the process ends with exit status 1 and a
-        message: XLA can only abort.
+      DistributedError: for arguments that contradict each other or are incomplete, a
+        port that is in use, or an environment in which jax finds no cluster.
     """
     given = {
         "coordinator_address": coordinator_address,
@@ -81,16 +78,16 @@ def start(
         if some:
             raise DistributedError(f"--distributed=off contradicts {', '.join(some)}.")
         return False
-    launcher, tasks = (None, 1) if some else find_launcher(os.environ)
-    if mode == "auto" and not some and tasks == 1:
-        return False
-    if launcher is None:
+    if some:
         _check_arguments(given)
     else:
-        given["num_processes"] = tasks
-    if coordinator_address and process_id == 0:
-        _check_port_is_free(coordinator_address)
-    # SIGTERM is the trainer's to answer; the service would swallow it.
+        tasks = count_tasks(os.environ)
+        if mode == "auto" and tasks == 1:
+            return False
+        given["num_processes"] = tasks if tasks > 1 else None
+        if local_device_ids is None:
+            local_device_ids = _visible_gpus(os.environ)
+    # The service would take SIGTERM away from the training loop.
     jax.config.update("jax_enable_preemption_service", False)
     giving_up = threading.Timer(connect_seconds, _give_up, (given, connect_seconds))
     giving_up.daemon = True
@@ -99,330 +96,188 @@ def start(
         jax.distributed.initialize(
             **given,
             local_device_ids=local_device_ids,
-            # Nothing else is asked, as Kubernetes' server would be.
-            cluster_detection_method=launcher or "deactivate",
-            # XLA's own end of patience is an abort with a stack trace.
+            cluster_detection_method="deactivate" if some else None,
+            # Later than `_give_up`: at its own timeout jax aborts with a stack trace.
             initialization_timeout=connect_seconds + 60,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
-        raise DistributedError(f"the processes could not be connected: {error}") from (
-            error
-        )
+        raise DistributedError(
+            f"the processes could not be connected: {error} Several processes need "
+            "--coordinator_address=HOST:PORT, --num_processes=N and --process_id=I, or "
+            "a task of SLURM (srun), Open MPI 4 or Kubernetes; --distributed=off runs "
+            "one process alone."
+        ) from error
     finally:
         giving_up.cancel()
-    settings: Any = jax.config
-    if local_device_ids is None and settings.jax_platforms != "cpu":
-        _take_share_of_gpus()
     return True
 
 
+def count_tasks(environ: Mapping[str, str]) -> int:
+    """Return how many tasks mpirun or srun has started; 1 if neither did.
+
+    jax reads SLURM_NTASKS, the number of tasks of the job. In a shell that `salloc`
+    opens there is only one of them, and it would wait for the others forever.
+    """
+    names = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # jax's order
+    return int(next(filter(None, map(environ.get, names)), "1"))
+
+
 def _check_arguments(given: Mapping[str, Any]) -> None:
-    missing = [name for name, value in given.items() if value is None]
-    if missing:
+    """Raise DistributedError if an argument is missing or wrong, or the port in use."""
+    if missing := [f"--{name}" for name, value in given.items() if value is None]:
         raise DistributedError(
             "several processes need --coordinator_address=HOST:PORT, --num_processes=N "
-            f"and --process_id=I, or a task of SLURM or Open MPI; missing: "
-            f"{', '.join('--' + name for name in missing)}."
+            f"and --process_id=I; missing: {', '.join(missing)}."
         )
-    address, count, this = given.values()
+    address, _, this = given.values()
     if not re.fullmatch(r".+:\d+", address):
         raise DistributedError(
             f"--coordinator_address={address} must be HOST:PORT of process 0."
         )
-    if not 0 <= this < count:
-        raise DistributedError(
-            f"--process_id={this} must be 0 to {count - 1} with --num_processes={count}."
-        )
+    if this == 0:  # jax's server would share a port with that of another run
+        port = int(address.rpartition(":")[2])
+        try:
+            socket.create_server(("", port)).close()
+        except (OSError, OverflowError) as error:
+            raise DistributedError(
+                f"process 0 cannot listen on port {port} of --coordinator_address="
+                f"{address} ({error}). Take another port, the same for all processes."
+            ) from error
 
 
-# Variables that mpirun and srun set for their tasks and jax reads, the number of tasks
-# first. In jax's order: mpirun may itself be a step of SLURM. SLURM_NTASKS can be the job's
-# number: in a shell that salloc opens, which is one task.
-_VARIABLES = {
-    "ompi": "OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_LOCAL_RANK "
-    "OMPI_MCA_orte_hnp_uri",
-    "slurm": "SLURM_STEP_NUM_TASKS SLURM_STEP_NODELIST SLURM_NTASKS SLURM_PROCID "
-    "SLURM_LOCALID SLURM_JOB_ID",
-}
+def _visible_gpus(environ: Mapping[str, str]) -> list[int] | None:
+    """Return all GPUs if they are this task's alone; None: jax takes one of them.
 
-
-def find_launcher(environ: Mapping[str, str]) -> tuple[str | None, int]:
-    """Return jax's name for what started this process, and the number of its tasks.
-
-    (None, 1) if neither Open MPI's mpirun nor SLURM's srun did, or only as one task of
-    which some variables are missing.
-
-    Raises:
-      DistributedError: if some variables of several tasks are missing.
+    jax takes the GPU with the task's number on its node. A task that is bound to its GPU
+    sees no other, and the only task of a node would leave all but one idle.
     """
-    for name, variables in _VARIABLES.items():
-        there = {v: environ[v] for v in variables.split() if environ.get(v)}
-        # Outside of srun, as in a batch script, SLURM has a job but no step.
-        if any(v.startswith(("OMPI_", "SLURM_STEP_")) for v in there):
-            tasks = there.get(variables.split()[0], "0")
-            missing = [v for v in variables.split() if v not in there]
-            if missing and tasks == "1":
-                continue
-            if missing:
-                raise DistributedError(
-                    "the environment of srun or mpirun is half set: it has "
-                    f"{', '.join(there)}, but not {', '.join(missing)}. Add "
-                    "--distributed=off to run one process alone, or "
-                    "--coordinator_address, --num_processes and --process_id to run "
-                    "several."
-                )
-            return name, int(tasks)
-    return None, 1
-
-
-def tasks_on_node(environ: Mapping[str, str]) -> tuple[int, int] | None:
-    """Return how many tasks are on this node, and which this is; None if nobody says."""
-    if tasks := environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"):
-        return int(tasks), int(environ["OMPI_COMM_WORLD_LOCAL_RANK"])
-    text = environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # "4(x2),1": 4, 4, 1
-    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
-    per_node = [int(count) for count, times in counts for _ in range(int(times or 1))]
-    node = int(environ.get("SLURM_NODEID", 0))
-    if node < len(per_node):
-        return per_node[node], int(environ.get("SLURM_LOCALID", 0))
-    return None
-
-
-def _check_port_is_free(address: str) -> None:
-    port = int(address.rpartition(":")[2])
-    try:
-        # On every address, as the coordinator will.
-        socket.create_server(("", port)).close()
-    except (OSError, OverflowError) as error:
-        raise DistributedError(
-            f"process 0 cannot listen on port {port} of --coordinator_address="
-            f"{address} ({error}); is another run using it? Take another port, for all "
-            "processes the same."
-        ) from error
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "")
+    count = len(visible.split(",")) if visible else 0
+    names = ("OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")
+    tasks = next(filter(None, map(environ.get, names)), "")
+    is_alone = re.fullmatch(r"1(\(x\d+\))?", tasks)  # SLURM: "1(x2)", "4(x2),1"
+    return list(range(count)) if count == 1 or (count and is_alone) else None
 
 
 def _give_up(given: Mapping[str, Any], seconds: int) -> None:
-    """Ends the process with the reason why it is still alone."""
-    state = jax_distributed.global_state
-    address = given["coordinator_address"] or state.coordinator_address
-    this, count = state.process_id, given["num_processes"]
-    if this == 0:
-        reason = f"not all of {count} processes came within {seconds} seconds"
-    else:
-        reason = _why_unreachable(str(address), seconds)
-    message = (
-        f"error: process {this}: {reason}. Are all processes started, with the same "
-        "--coordinator_address and --num_processes, and no firewall between them? "
-        "--connect_seconds changes how long they wait."
-        + ("" if given["coordinator_address"] else " --distributed=off waits for none.")
+    """End the process because the others did not come; say who is missing."""
+    address, count, this = given.values()
+    reason = f"not all of {count or 'the'} processes came within {seconds} seconds"
+    if this:
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            reason = (
+                f"the coordinator {address} (process 0) could not be reached within "
+                f"{seconds} seconds ({error.strerror or error})"
+            )
+    print(
+        f"error: {'' if this is None else f'process {this}: '}{reason}. Are all "
+        "processes started, with the same --coordinator_address and --num_processes, "
+        "and no firewall between them? --connect_seconds changes how long they wait."
+        + (" --distributed=off waits for none." if this is None else ""),
+        file=sys.stderr,
+        flush=True,
     )
-    print(message, file=sys.stderr, flush=True)
     os._exit(1)
 
 
-def _why_unreachable(address: str, seconds: int) -> str:
-    error = _connect_to(address)
-    if error is not None:
-        return (
-            f"the coordinator {address} (process 0) could not be reached within "
-            f"{seconds} seconds ({error.strerror or error})"
-        )
-    return (
-        f"the coordinator {address} answers, but not all processes came within "
-        f"{seconds} seconds"
-    )
-
-
-def _connect_to(address: str) -> OSError | None:
-    """What is in the way of a connection; None: somebody listens there."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except OSError as error:
-        return error
-    return None
-
-
-# GPUs.
-
-
-def _take_share_of_gpus() -> None:
-    """Make this process's share of its node's GPUs the ones that jax sees.
-
-    jax would take the GPU with the number of the task on its node. With fewer tasks than
-    GPUs the rest would be idle, and a task to which SLURM shows only its own GPU would look
-    for another.
-    """
-    place, gpus = tasks_on_node(os.environ), count_gpus(os.environ)
-    if place and gpus:
-        share = share_of_gpus(gpus, *place)
-        chosen = "all" if share is None else ",".join(map(str, share))
-        jax.config.update("jax_cuda_visible_devices", chosen)
-
-
-def count_gpus(environ: Mapping[str, str]) -> int:
-    """Return how many GPUs CUDA shows this process; 0 if nothing says it."""
-    if (chosen := environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return len(chosen.split(","))
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    command = ["nvidia-smi", "--list-gpus"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return len(done.stdout.splitlines())
-
-
-def share_of_gpus(gpus: int, tasks: int, local_id: int) -> list[int] | None:
-    """The numbers of the GPUs that are this task's among those it sees; None: all.
-
-    Raises:
-      DistributedError: when `gpus` do not divide over `tasks`.
-    """
-    # One GPU is what a launcher shows that binds GPUs to tasks by itself.
-    if tasks == 1 or gpus <= 1:
-        return None
-    if gpus % tasks:
-        raise DistributedError(
-            f"{tasks} processes on this node and {gpus} GPUs: as many processes as "
-            "GPUs, or one (--ntasks-per-node)."
-        )
-    each = gpus // tasks
-    return list(range(local_id * each, (local_id + 1) * each))
-
-
-# What is said, and leaving.
-
-
 def require_same(flags: Mapping[str, Any]) -> None:
-    """Compares a run's flags with process 0's; does nothing where there is only one.
+    """Raise DistributedError in every process if the flags are not the same in all.
 
     Processes that do different things wait for each other forever, or train a network
     that nobody asked for.
-
-    Raises:
-      DistributedError: in every process, naming the flags that differ, with both values.
     """
-    if not jax.distributed.is_initialized():
+    if jax.process_count() == 1:
         return
-    state: Any = jax_distributed.global_state
-    this, wait = state.process_id, 60_000
-    given, found, all_found = (f"alexnet_jax/flags{end}" for end in ("", "/{}", "/all"))
-    mine = json.dumps(flags)
-    if this == 0:
-        state.client.key_value_set(given, mine)
-        others = range(1, state.num_processes)
-        said = [
-            state.client.blocking_key_value_get(found.format(i), wait) for i in others
-        ]
-        state.client.key_value_set(all_found, "; ".join(filter(None, said)))
-    else:
-        first = json.loads(state.client.blocking_key_value_get(given, wait))
-        own = json.loads(mine)
+    here = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(here.values())) > 1:
+        counts = ", ".join(f"process {i}: {n}" for i, n in sorted(here.items()))
+        raise DistributedError(
+            f"every process must have the same number of devices; there are {counts}."
+        )
+    mine = np.frombuffer(json.dumps(flags).encode().ljust(MOST_FLAG_BYTES), np.uint8)
+    texts = np.asarray(multihost_utils.process_allgather(mine))
+    first, *others = [json.loads(bytes(text)) for text in texts]
+    for process, other in enumerate(others, start=1):
         different = [
-            f"--{name}={own.get(name)} (process 0: {first.get(name)})"
-            for name in sorted({*own, *first})
-            if own.get(name) != first.get(name)
+            f"--{name}={other.get(name)} (process 0: {first.get(name)})"
+            for name in sorted({*first, *other})
+            if first.get(name) != other.get(name)
         ]
-        words = f"process {this} has {', '.join(different)}" if different else ""
-        state.client.key_value_set(found.format(this), words)
-    if words := state.client.blocking_key_value_get(all_found, wait):
-        raise DistributedError(f"not all processes were started alike: {words}.")
+        if different:
+            raise DistributedError(
+                f"not all processes were started alike: process {process} has "
+                f"{', '.join(different)}. Start all with the same flags."
+            )
 
 
-def banner(devices_in_words: str) -> str:
-    """The line with which each of several processes begins."""
-    here, everywhere = jax.local_device_count(), jax.device_count()
-    return (
-        f"process {jax.process_index()} of {jax.process_count()} on "
-        f"{socket.gethostname()}: {here} of {everywhere} devices; {devices_in_words}"
-    )
+def leave(status: int) -> NoReturn:
+    """Exit; one of several processes does not wait for the others.
 
-
-def leave(message: str, status: int, *, all_say_it: bool = False) -> NoReturn:
-    """Ends the process with a message; one of several does not wait for the others.
-
-    They are not coming: most wait for this one, in an exchange or at the end.
-
-    Args:
-      message: for standard error, none if it is empty.
-      status: the exit status.
-      all_say_it: the others have probably made the same mistake. What process 0 says
-        is then not repeated.
+    They may be waiting for this one, and would end only after jax's timeouts.
     """
     if not jax.distributed.is_initialized():
-        if message:
-            print(message, file=sys.stderr)
         sys.exit(status)
-    this = jax_distributed.global_state.process_id
-    if message and all_say_it and _is_said_by_process_0(message):
-        message = "error: the same as in process 0"
-    if message:
-        print(f"process {this}: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    if this == 0:
-        time.sleep(LEAVE_SECONDS)
+    with contextlib.suppress(RuntimeError):  # jax has no devices
+        if jax.process_index() == 0:
+            time.sleep(LEAVE_SECONDS)
     os._exit(status)
 
 
-def _is_said_by_process_0(message: str) -> bool:
-    """Whether another process leaves, or is about to leave, with the same message."""
-    state: Any = jax_distributed.global_state
-    wait = round(1000 * LEAVE_SECONDS / 2)
-    try:
-        if state.process_id == 0:
-            state.client.key_value_set(_MISTAKE, message)
-            return False
-        return state.client.blocking_key_value_get(_MISTAKE, wait) == message
-    except RuntimeError:  # XLA's: it has made no mistake, or is gone
-        return False
+class Agreement:
+    """Asynchronous max-reduce of small integers over all processes.
 
-
-@contextlib.contextmanager
-def heeding_process_0() -> Iterator[None]:
-    """Within, this process ends, with a line, before process 0 does with a mistake.
-
-    For a save, in which Orbax's threads wait for what process 0 makes: XLA would hear
-    that it is gone before they do, and can only abort.
+    The devices exchange them beside the training steps, so that the result can be
+    read some steps later: by every process after the same step.
     """
-    state: Any = jax_distributed.global_state
-    if not jax.distributed.is_initialized() or state.process_id == 0:
-        yield
-        return
-    over = threading.Event()
 
-    def heed() -> None:
-        while not over.wait(LEAVE_SECONDS / 10):
-            with contextlib.suppress(RuntimeError):  # XLA's: nothing is said
-                state.client.key_value_try_get(_MISTAKE)
-                break
-        if not over.wait(LEAVE_SECONDS / 4):  # it has made no mistake of its own
-            leave(f"error: process 0 is gone; {_GO_ON}", 1)
+    def __init__(self, mesh: Mesh):
+        self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        whole = NamedSharding(mesh, PartitionSpec())
+        self._largest = jax.jit(lambda a: a.max(axis=0), out_shardings=whole)
 
-    thread = threading.Thread(target=heed, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    def largest(self, numbers: list[int]) -> jax.Array:
+        """Return the largest of each number over all processes, on its way."""
+        here = len(self._split.addressable_devices)
+        rows = np.tile(np.asarray(numbers, np.int32), (here, 1))
+        shape = (self._split.mesh.size, len(numbers))
+        return self._largest(
+            jax.make_array_from_process_local_data(self._split, rows, shape)
+        )
 
 
-def describe_failure(error: BaseException) -> str:
-    """A message for an error that is nobody's mistake in this process, or its trace."""
-    text = str(error)
-    lost = re.search(
-        r"Gloo|NCCL|coordination|heartbeat|Connection (closed|reset)", text
-    )
-    if not lost:
-        return "".join(traceback.format_exception(error)).rstrip()
-    return f"error: {_who_is_gone()} is gone ({text.splitlines()[0][:200]}); {_GO_ON}"
+class Vote(NamedTuple):
+    """A process's wish, or the result: stop for this signal (0: none); save."""
+
+    stop_signal: int
+    save: bool
 
 
-def _who_is_gone() -> str:
-    state: Any = jax_distributed.global_state
-    address = str(state.coordinator_address)
-    if state.process_id == 0 or _connect_to(address) is None:
-        return "another process"
-    return f"process 0 (the coordinator, {address})"
+class Votes:
+    """Let the processes of a run stop and save after the same step.
+
+    One process knows its result at once. Several know it `VOTES_IN_FLIGHT` calls later.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._agreement = Agreement(mesh) if jax.process_count() > 1 else None
+        self._pending: collections.deque[jax.Array] = collections.deque()
+        self._stale = 0  # votes under way from before the last save
+
+    def cast(self, wish: Vote) -> Vote:
+        """Give this process's wish; return the newest result that all know."""
+        if self._agreement is None:
+            return wish
+        self._pending.append(self._agreement.largest([*wish]))
+        if len(self._pending) <= VOTES_IN_FLIGHT:
+            return Vote(0, False)
+        number, save = map(int, jax.device_get(self._pending.popleft()))
+        save = bool(save) and not self._stale
+        self._stale = VOTES_IN_FLIGHT if save else max(0, self._stale - 1)
+        return Vote(number, save)

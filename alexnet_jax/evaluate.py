@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax import finetune, loading, metrics
+from alexnet_jax.banner import say_place
 from alexnet_jax.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -34,6 +35,7 @@ from alexnet_jax.data.sources import place_of_split
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.experiment import Experiment, build_for_evaluation
 from alexnet_jax.pretrained import Weights
+from alexnet_jax.resume import compare
 from alexnet_jax.writers import METRICS_FILE, read_metrics
 
 # Classes and confusions that are printed.
@@ -451,9 +453,6 @@ def _load_network(
         for part, tree in trees.items()
     }
     if chosen:
-        # Here, because `train` imports this module.
-        from alexnet_jax.train import say_place
-
         say_place(experiment)
         _say(chosen)
     return experiment, variables, about
@@ -466,8 +465,6 @@ def _read_checkpoint(
 
     Return its network, {"step", "best_of"} as in `evaluate_runs`, and a line about it.
     """
-    from alexnet_jax.train import compare
-
     workdir = member.path.absolute()
     with Checkpointer(workdir / loading.CHECKPOINTS, read_only=True) as saved:
         step = saved.find(member.step)

@@ -17,7 +17,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_jax import pretrained, stopping, variants
+from alexnet_jax import pretrained, signals, variants
 from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.cli import exit_status, path_argument, require_writable_file
 from alexnet_jax.loading import read_network
@@ -122,4 +122,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    stopping.run(main)
+    signals.run(main)

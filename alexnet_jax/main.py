@@ -10,6 +10,7 @@ python -m alexnet_jax.main --config=configs/paper.py --mode=describe
 import ctypes
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from alexnet_jax import (
     experiment,
     loading,
     parallel,
-    stopping,
+    signals,
     train,
 )
 from alexnet_jax.checkpoint import CheckpointError
@@ -42,11 +43,11 @@ _NO_WORKDIR = "--workdir=DIR is missing: the folder that keeps the run."
 
 
 class _NotLoadedError(Exception):
-    """Carries what a config file has raised past absl, which would reword it."""
+    """Carries an error of a config file past absl, which would hide its traceback."""
 
 
 class _ConfigFile(flags.ArgumentParser):
-    """Reads the file of --config, as launch/sweep.py does, or a workdir's config."""
+    """Parser for --config: a Python file, or the config.json of a workdir."""
 
     def parse(self, argument: str) -> ConfigDict:
         try:
@@ -90,8 +91,8 @@ _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",
     ["auto", "on", "off"],
-    "Whether this is one of several processes; auto: if the flags below say so, or the "
-    "environment is of several SLURM or Open MPI tasks.",
+    "on: this is one of several processes; auto: it is if the flags below say so, or if "
+    "SLURM or Open MPI has started several tasks.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, for all the same."
@@ -108,8 +109,8 @@ _LOCAL_DEVICE_IDS = flags.DEFINE_list(
 _CONNECT_SECONDS = flags.DEFINE_integer(
     "connect_seconds", 180, "How long to wait for the other processes.", lower_bound=1
 )
-# What a user can mend is said in words; anything else keeps its traceback.
-_USER_ERRORS = (
+# User errors are one line; anything else keeps its traceback.
+USER_ERRORS = (
     ConfigError,
     DataError,
     CheckpointError,
@@ -122,50 +123,45 @@ _USER_ERRORS = (
 
 
 def main(argv: Sequence[str]) -> None:
+    """Do what the flags say."""
     if len(argv) > 1:
         raise ConfigError(
             f"unknown on the command line: {' '.join(argv[1:])}. A field of the config "
             "is changed with --config.FIELD=VALUE."
         )
-    workdir = _WORKDIR.value or ""
-    if _MODE.value != "describe" and not workdir:
+    config, mode, workdir = _CONFIG.value, _MODE.value, _WORKDIR.value or ""
+    if mode != "describe" and not workdir:
         raise ConfigError(_NO_WORKDIR)
-    if _MODE.value != "eval" and _PREDICTIONS.value is not None:
+    if mode != "eval" and _PREDICTIONS.value is not None:
         raise ConfigError("--predictions=FILE.npz goes with --mode=eval.")
     if _CPU_DEVICES.value:
         # Before jax starts; afterwards it has no effect.
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
-    fields = flat(as_json(_CONFIG.value), "config.")
-    with stopping.at_once():  # they wait for the other processes
-        _connect()
-        distributed.require_same({"mode": _MODE.value, "workdir": workdir} | fields)
+    _connect()
     parallel.require_devices()
+    fields = flat(as_json(config), "config.")
+    distributed.require_same({"mode": mode, "workdir": workdir} | fields)
     _return_freed_arrays()
-    if _MODE.value != "describe":
-        _keep_compiled_programs()
-    if _MODE.value == "describe":
-        _describe(_CONFIG.value)
-    elif _MODE.value == "eval":
+    if mode == "describe":
+        speaks = jax.process_index() == 0
+        if speaks:  # the layers at once: the rest has to be compiled first
+            print(describe(config) + "\n", flush=True)
+        modes = describe_modes(
+            config, lambda line: speaks and print(line, file=sys.stderr, flush=True)
+        )
+        if speaks:
+            print(modes, flush=True)
+        return
+    _keep_compiled_programs()
+    if mode == "eval":
         members = [evaluate.Member.parse(name) for name in workdir.split(",")]
-        evaluate.evaluate_runs(_CONFIG.value, members, save_to=_PREDICTIONS.value)
+        evaluate.evaluate_runs(config, members, save_to=_PREDICTIONS.value)
     else:
-        train.train_and_evaluate(_CONFIG.value, workdir)
-
-
-def _describe(config: Any) -> None:
-    """Prints the layers at once, then what has to be compiled first."""
-
-    def say(line: str, file: Any = sys.stdout) -> None:
-        if jax.process_index() == 0:
-            print(line, file=file, flush=True)
-
-    say(describe(config) + "\n")
-    say(describe_modes(config, lambda line: say(line, sys.stderr)))
+        train.train_and_evaluate(config, workdir)
 
 
 def _connect() -> None:
-    """Finds the other processes, before jax looks for devices."""
     ids = _LOCAL_DEVICE_IDS.value
     if ids is not None and not all(i.isdigit() for i in ids):
         raise DistributedError(
@@ -182,7 +178,7 @@ def _connect() -> None:
 
 
 def _return_freed_arrays() -> None:
-    """Have glibc map arrays of 1 MiB and more one by one, so that free() returns them.
+    """Let glibc map arrays of 1 MiB and more one by one, so that free() returns them.
 
     It raises that threshold by itself to 32 MiB, and a run of days then grows
     (docs/reliability.md).
@@ -194,7 +190,7 @@ def _return_freed_arrays() -> None:
 
 
 def _keep_compiled_programs() -> None:
-    """Keeps compiled programs in the user's cache folder, for the next start.
+    """Keep compiled programs in the user's cache folder, for the next start.
 
     Not if jax's own settings say where, or that nothing is to be kept. And not on the
     CPU: there are processors on which XLA refuses every stored program, its own
@@ -216,12 +212,32 @@ def _keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def _stored_config() -> Path:
-    """The config that takes the place of a --config that is not given.
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Parse the flags; --mode=eval takes the config of the run that it evaluates."""
+    flags.FLAGS.set_gnu_getopt()
+    try:
+        rest = flags.FLAGS(list(argv), known_only=True)
+        if not flags.FLAGS["config"].present:
+            rest.insert(1, f"--config={_stored_config()}")
+        return flags.FLAGS(rest)
+    except _NotLoadedError as error:
+        assert error.__cause__ is not None
+        raise error.__cause__ from None
+    except ConfigError:
+        raise
+    except (AttributeError, KeyError) as error:
+        # ml_collections: "'FIELD'\nDid you mean ...", of a group in a second error.
+        inner = error.args[0]
+        text = inner.args[0] if isinstance(inner, KeyError) else inner
+        words = text.replace("'", "").replace("\n", ". ")
+        raise ConfigError(f"the config has no such field: {words}") from error
+    except (flags.Error, TypeError, ValueError) as error:
+        words = " ".join(str(error).split())
+        raise ConfigError(f"the command line: {words}") from error
 
-    Raises:
-      ConfigError: there is none.
-    """
+
+def _stored_config() -> Path:
+    """Return the path of the config to use when --config is not given."""
     if _MODE.value != "eval":
         raise ConfigError(_NO_CONFIG)
     if not _WORKDIR.value:
@@ -236,65 +252,47 @@ def _stored_config() -> Path:
     return runs[0] / loading.CONFIG_FILE
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    """absl's flag parsing; --mode=eval takes the config of the run that it tests."""
-    flags.FLAGS.set_gnu_getopt()
-    rest = _parse_flags(argv, known_only=True)
-    if not flags.FLAGS["config"].present:
-        rest.insert(1, f"--config={_stored_config()}")
-    return _parse_flags(rest)
-
-
-def _parse_flags(argv: Sequence[str], *, known_only: bool = False) -> list[str]:
-    """absl's flag parsing, with the mistakes of config flags in words too."""
-    try:
-        return flags.FLAGS(list(argv), known_only=known_only)
-    except _NotLoadedError as error:
-        assert error.__cause__ is not None
-        raise error.__cause__ from None
-    except (AttributeError, KeyError) as error:
-        # ml_collections: "'FIELD'\nDid you mean ...", of a group in a second error.
-        inner = error.args[0]
-        text = inner.args[0] if isinstance(inner, KeyError) else inner
-        words = text.replace("'", "").replace("\n", ". ")
-        raise ConfigError(f"the config has no such field: {words}") from error
-    except (flags.Error, TypeError, ValueError) as error:
-        words = " ".join(str(error).split())
-        raise ConfigError(f"the command line: {words}") from error
-
-
 def run() -> None:
-    """The command: exit status 1 (or 3) and one message for what the user can mend."""
+    """Run the command: one message and status 1 for a user error, 3 for divergence."""
     logging.set_verbosity(logging.WARNING)  # jax's and orbax's chatter
     warnings.filterwarnings("ignore", module="PIL")  # such as of damaged EXIF
     show_every_name()
+    signals.run(_run)
+
+
+def _run() -> int:
+    status = 1
     try:
-        with stopping.answering():
-            app.run(main, flags_parser=_parse)
+        app.run(main, flags_parser=_parse)  # raises SystemExit
     except BrokenPipeError:
-        sys.exit(stopping.discard_output())
+        raise
     except FloatingPointError as error:
-        distributed.leave(f"error: {error}", experiment.DIVERGED, all_say_it=True)
-    except _USER_ERRORS as error:
-        distributed.leave(f"error: {error}", 1, all_say_it=True)
-    except stopping.Interrupted as stopped:  # which has said its line
-        if jax.distributed.is_initialized():
-            distributed.leave("", stopped.status)
-        stopping.end(stopped.status)
-    except KeyboardInterrupt as stopped:
-        if stopped.args:  # by a checkpointed stop, which all processes agreed on
-            sys.exit(130)
-        distributed.leave("", 130)
+        print(f"error: {error}", file=sys.stderr)
+        status = experiment.DIVERGED
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+    except signals.Interrupted:
+        raise
+    except KeyboardInterrupt:  # of a run that has written its checkpoint
+        return 130
     except Exception as error:
-        if words := _out_of_memory(error):
-            distributed.leave(f"error: {words}", 1)
-        if not jax.distributed.is_initialized():
+        if advice := _out_of_memory(error):
+            print(f"error: {advice}", file=sys.stderr)
+        elif jax.distributed.is_initialized():
+            traceback.print_exc()
+            print(
+                "error: this process failed, or another one is gone, whose own output "
+                "says why. The same command goes on, from the last checkpoint if there "
+                "is one.",
+                file=sys.stderr,
+            )
+        else:
             raise
-        distributed.leave(distributed.describe_failure(error), 1)
+    distributed.leave(status)
 
 
 def _out_of_memory(error: Exception) -> str | None:
-    """What to say if the memory of a device was too small; None for other errors."""
+    """Return the advice for a device without enough memory; None for other errors."""
     words = str(error)
     refused = words.startswith("RESOURCE_EXHAUSTED")
     if not refused or not isinstance(error, jax.errors.JaxRuntimeError):

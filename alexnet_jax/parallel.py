@@ -455,25 +455,3 @@ def put_everywhere(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(
         lambda a: jax.make_array_from_process_local_data(sharding, a, a.shape), tree
     )
-
-
-class Agreement:
-    """Numbers that all processes of a run get to know, without waiting for them.
-
-    The devices exchange them beside the training steps, so that the answer can be
-    read some steps later: by every process after the same step.
-    """
-
-    def __init__(self, mesh: Mesh):
-        self._split = NamedSharding(mesh, P((DATA, COLUMN)))
-        whole = NamedSharding(mesh, P())
-        self._largest = jax.jit(lambda a: a.max(axis=0), out_shardings=whole)
-
-    def largest(self, numbers: list[int]) -> jax.Array:
-        """The largest of each of the numbers that the processes give, on its way."""
-        here = len(self._split.addressable_devices)
-        rows = np.tile(np.asarray(numbers, np.int32), (here, 1))
-        shape = (self._split.mesh.size, len(numbers))
-        return self._largest(
-            jax.make_array_from_process_local_data(self._split, rows, shape)
-        )

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from alexnet_jax import stopping
+from alexnet_jax import signals
 from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.cli import exit_status, figure_file, parser, require_writable_file
 from alexnet_jax.data.imagenet import words
@@ -184,4 +184,4 @@ def _predict(options: argparse.Namespace) -> bool:
 
 
 if __name__ == "__main__":
-    stopping.run(main)
+    signals.run(main)

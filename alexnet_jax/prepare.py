@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from alexnet_jax import stopping
+from alexnet_jax import signals
 from alexnet_jax.cli import expanded, progress, require_writable, show_every_name
 from alexnet_jax.data import (
     DataError,
@@ -224,4 +224,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    stopping.run(lambda: main(sys.argv))
+    signals.run(lambda: main(sys.argv))

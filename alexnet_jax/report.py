@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alexnet_jax import stopping
+from alexnet_jax import signals
 from alexnet_jax.analysis.figures import (
     filter_statistics_by_column,
     first_layer_filters,
@@ -190,4 +190,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    stopping.run(main)
+    signals.run(main)

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax import stopping
+from alexnet_jax import signals
 from alexnet_jax.analysis.codes import (
     STEPS,
     Codes,
@@ -281,4 +281,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    stopping.run(main)
+    signals.run(main)

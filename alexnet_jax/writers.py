@@ -119,12 +119,15 @@ class JsonlWriter:
 
     On resume, records beyond `resume_step` (of steps that the killed run took after its
     last checkpoint and that will be taken again) are dropped, and so is a last line torn
-    by the kill. A new run (`resume_step` None) renames an earlier file to `.old`, or to
-    `.old_2` if that exists.
+    by the kill. A summary or evaluation of `resume_step` that is there already is not
+    written again. A new run (`resume_step` None) renames an earlier file to `.old`, or
+    to `.old_2` if that exists.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume_step: int | None = None):
         self._path = Path(path)
+        self._resume_step = resume_step
+        self._written: set[frozenset[str]] = set()  # names in records of that step
         if resume_step is not None and self._path.exists():
             self._drop_after(resume_step)
         elif self._path.exists() and self._path.stat().st_size:
@@ -137,6 +140,8 @@ class JsonlWriter:
         record = {"step": int(step), "epoch": _number(epoch)}
         record |= {name: _number(value) for name, value in scalars.items()}
         record.pop(_ONLY_ON_CONSOLE, None)
+        if step == self._resume_step and frozenset(record) in self._written:
+            return
         finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
         # Opened for each line: no record waits in a buffer when the run is killed.
         line = json.dumps(finite, allow_nan=False) + "\n"
@@ -150,6 +155,12 @@ class JsonlWriter:
         lines = self._path.read_text(encoding="utf-8").splitlines()
         records = [(line, parse_record(line)) for line in lines]
         kept = [line for line, r in records if r and r["step"] <= resume_step]
+        self._written = {
+            frozenset(r) for _, r in records if r and r["step"] == resume_step
+        }
+        self._written = {
+            frozenset(r) for _, r in records if r and r["step"] == resume_step
+        }
         with replacing(self._path) as file:  # never half a file
             file.writelines(f"{line}\n".encode() for line in kept)
 
@@ -179,18 +190,6 @@ def parse_record(line: str) -> dict[str, Any] | None:
         return json.loads(line)
     except ValueError:
         return None
-
-
-def last_step_with(path: str | os.PathLike[str], prefix: str) -> int:
-    """Return the last step with a record of such a name; -1 if there is none."""
-    if not Path(path).exists():
-        return -1
-    found = (
-        record["step"]
-        for record in read_metrics(path)
-        if any(name.startswith(prefix) for name in record)
-    )
-    return max(found, default=-1)
 
 
 class TensorBoardWriter:

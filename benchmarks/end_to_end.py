@@ -24,7 +24,7 @@ import jax
 from matplotlib.figure import Figure
 
 from alexnet_jax import experiment as experiment_lib
-from alexnet_jax import train
+from alexnet_jax import timing
 from alexnet_jax.data import sources
 from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.loader import Batches, TrainOrder
@@ -131,7 +131,7 @@ class _Training:
             batch = self.experiment.put(next(batches))
             for _ in range(count - 1):
                 loss = self._submit(pending, batch)
-                batch = self.experiment.put(train.next_batch(batches, loss))
+                batch = self.experiment.put(timing.next_batch(batches, loss))
             self._submit(pending, batch)
             jax.block_until_ready(list(pending))
             self.waited += batches.wait_seconds
@@ -140,7 +140,7 @@ class _Training:
     def _submit(self, pending: deque[Any], batch: Any) -> jax.Array:
         self.state, metrics = self.step(self.state, batch, self.statistics)
         pending.append(metrics["loss"])
-        if len(pending) > train.STEPS_IN_FLIGHT:
+        if len(pending) > timing.STEPS_IN_FLIGHT:
             pending.popleft().block_until_ready()
         return metrics["loss"]
 

@@ -32,7 +32,7 @@ HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Starts the processes and waits for them; returns the exit status."""
+    """Start the processes and wait for them; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start(
     arguments: Sequence[str], index: int, count: int, port: int, gpus: int
 ) -> subprocess.Popen[str]:
-    """Process number `index` of `count`, in a process group of its own."""
+    """Start process `index` of `count`, in a process group of its own."""
     command = [
         sys.executable,
         "-m",
@@ -97,7 +97,7 @@ def start(
 
 
 def relay(process: subprocess.Popen[str], index: int) -> None:
-    """Prints a process's lines with its number before each."""
+    """Print a process's lines with its number before each."""
     assert process.stdout is not None
     for line in process.stdout:
         try:
@@ -109,7 +109,7 @@ def relay(process: subprocess.Popen[str], index: int) -> None:
 
 
 def hand_on(processes: Sequence[subprocess.Popen[str]], number: int) -> None:
-    """Sends a signal to those that still run."""
+    """Send a signal to those that still run."""
     for process in processes:
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
@@ -117,7 +117,7 @@ def hand_on(processes: Sequence[subprocess.Popen[str]], number: int) -> None:
 
 
 def wait(processes: Sequence[subprocess.Popen[str]]) -> int:
-    """Until all have ended; when one fails, ends the others. The first bad status."""
+    """Wait for all; when one fails, end the others. Return the first bad status."""
     failed = None
     while any(process.poll() is None for process in processes):
         time.sleep(POLL_SECONDS)
@@ -134,7 +134,7 @@ def wait(processes: Sequence[subprocess.Popen[str]]) -> int:
 def end_others(
     processes: Sequence[subprocess.Popen[str]], index: int, status: int
 ) -> None:
-    """Waits a little for processes that lost one, then kills them."""
+    """Wait a little for processes that lost one, then kill them."""
     end = time.monotonic() + GRACE_SECONDS
     while any(p.poll() is None for p in processes) and time.monotonic() < end:
         time.sleep(POLL_SECONDS)
@@ -155,7 +155,7 @@ def end_others(
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
+    """Return a port of this machine that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -703,8 +703,3 @@ def test_every_device_has_its_part_of_the_batch():
         labels = parallel.put_batch(batch(), mesh, mode, BATCH)["label"]
         assert {s.data.shape for s in labels.addressable_shards} == {(BATCH // shards,)}
         np.testing.assert_array_equal(labels, batch()["label"])
-
-
-def test_processes_agree_on_the_largest_number():
-    agreement = parallel.Agreement(parallel.make_mesh(2, 2))
-    np.testing.assert_array_equal(agreement.largest([0, 15, 1]), [0, 15, 1])

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from test_train import small_config
 
-from alexnet_jax import load, loading, report, stopwatch, train
+from alexnet_jax import load, loading, report, timing, train
 from alexnet_jax.analysis.report import findings
 from alexnet_jax.analysis.report import page as report_page
 from alexnet_jax.config import as_json
@@ -381,7 +381,7 @@ def test_folder_that_is_not_a_run_gives_one_message(tmp_path, copied, capsys):
 
 
 def test_times_of_a_run_add_up(made):
-    (start,) = stopwatch.read_times(made[0] / "times.jsonl")
+    (start,) = timing.read_times(made[0] / "times.jsonl")
     assert (start.first_step, start.last_step) == (0, 16)
     seconds = dict(start.seconds)
     total = seconds.pop("total")
@@ -400,8 +400,9 @@ def test_times_of_a_run_add_up(made):
 def test_stopwatch_counts_time_once(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    watch = stopwatch.Stopwatch()
+    watch = timing.StepClock()
     now[0] += 5
+    watch.restart(3, 0.5)
     with watch.spending("evaluation"):
         now[0] += 2
         with watch.spending("compiling"):
@@ -410,17 +411,26 @@ def test_stopwatch_counts_time_once(tmp_path, monkeypatch):
     with pytest.raises(OSError), watch.spending("checkpoints"):
         now[0] += 4
         raise OSError
-    watch.add("training", 7)
     now[0] += 8
+    assert watch.lap(9, 2.5) == (6 / 8, 2 / 8)  # steps per second, share of waiting
     path = tmp_path / "times.jsonl"
     watch.append_to(path, first_step=3, last_step=9)
     with open(path, "a") as file:
         file.write('{"first_step": 1, "sec')  # torn by a kill
-    (times,) = stopwatch.read_times(path)
-    assert (times.first_step, times.last_step) == (3, 9)
-    counted = {"compiling": 30, "evaluation": 3, "checkpoints": 4, "training": 7}
-    assert times.seconds == {"total": 50, **counted}
-    assert stopwatch.read_times(tmp_path / "none.jsonl") == []
+    (times,) = timing.read_times(path)
+    assert times == timing.Times(
+        3,
+        9,
+        {
+            "total": 50.0,
+            "compiling": 30.0,
+            "evaluation": 3.0,
+            "checkpoints": 4.0,
+            "training": 6.0,
+            "waiting for data": 2.0,
+        },
+    )
+    assert timing.read_times(tmp_path / "none.jsonl") == []
 
 
 def test_times_of_several_starts_are_added_up(made):
@@ -437,8 +447,8 @@ def test_times_of_several_starts_are_added_up(made):
     assert spent.parts == {"training": 25.0, "waiting for data": 5.0}
     assert spent.images_per_sec == 2000 / 30
     starts = [
-        stopwatch.Times(0, 60, {"total": 20.0, "training": 12.0, "compiling": 3.0}),
-        stopwatch.Times(90, 200, {"total": 30.0, "training": 20.0, "compiling": 4.0}),
+        timing.Times(0, 60, {"total": 20.0, "training": 12.0, "compiling": 3.0}),
+        timing.Times(90, 200, {"total": 30.0, "training": 20.0, "compiling": 4.0}),
     ]
     spent = findings.time_spent(dataclasses.replace(run, times=starts))
     assert (spent.total, spent.unrecorded_steps) == (50.0, 30)

@@ -22,7 +22,6 @@ from alexnet_jax.writers import (
     JsonlWriter,
     MultiWriter,
     TensorBoardWriter,
-    last_step_with,
     make_writers,
     read_metrics,
 )
@@ -141,16 +140,16 @@ def test_resume_is_atomic(path, monkeypatch):
     assert path.read_bytes() == before
 
 
-def test_the_last_record_of_a_kind(path):
-    assert last_step_with(path, "eval/") == -1
-    _write_steps(path, [100])
-    assert last_step_with(path, "eval/") == -1
-    writer = JsonlWriter(path, 100)
-    for step in (200, 300):
-        writer.write(step, 1.0, EVAL)
-    writer.write(400, 2.0, TRAIN)
-    assert last_step_with(path, "eval/") == 300
-    assert last_step_with(path, "train/") == 400
+def test_record_of_the_resumed_step_is_not_repeated(path):
+    _write_steps(path, [100, 200])
+    JsonlWriter(path, 200).write(200, 1.0, EVAL)
+    before = path.read_text()
+    writer = JsonlWriter(path, 200)
+    writer.write(200, 1.0, EVAL)
+    assert path.read_text() == before
+    writer.write(200, 1.0, {f"{name}_of_views": x for name, x in EVAL.items()})
+    writer.write(300, 2.0, EVAL)
+    assert _steps(path) == [100, 200, 200, 200, 300]
 
 
 # TensorBoard.

@@ -34,7 +34,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from alexnet_jax import records, stopping
+from alexnet_jax import records, signals
 from alexnet_jax.cli import path_argument, require_writable
 from alexnet_jax.config import ConfigError
 from alexnet_jax.data import locks
@@ -377,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(options)
     except BrokenPipeError:
-        return stopping.discard_output()
+        return signals.discard_output()
     except (SweepError, ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from alexnet_jax import loading, stopwatch
+from alexnet_jax import loading, timing
 from alexnet_jax.analysis.retrieval import Index, index_of, nearest, shrink
 from alexnet_jax.checkpoint import Checkpointer
 from alexnet_jax.config import as_json, flat, get_config
@@ -19,8 +19,8 @@ from alexnet_jax.data import DataError, match_classes
 from alexnet_jax.data.sources import Sample, Source
 from alexnet_jax.evaluate import Predictions
 from alexnet_jax.pictures import Extractor
-from alexnet_jax.stopwatch import TIMES_FILE, Times, read_times
 from alexnet_jax.summary import LayerSummary, summary
+from alexnet_jax.timing import TIMES_FILE, Times, read_times
 from alexnet_jax.writers import METRICS_FILE, read_metrics
 
 # Held-out images that are classified. Of a larger split, an even sample is taken.
@@ -279,7 +279,7 @@ def time_spent(run: Run) -> TimeSpent:
             waited += done / rate * record.get("data_wait_frac", 0.0)
     rate = images / seconds if seconds else None
     if not run.times:
-        parts = {stopwatch.TRAINING: seconds - waited, stopwatch.WAITING: waited}
+        parts = {timing.TRAINING: seconds - waited, timing.WAITING: waited}
         return TimeSpent(None, parts if seconds else {}, rate, before)
     sums: dict[str, float] = {}
     for start in run.times:

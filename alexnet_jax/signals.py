@@ -1,0 +1,133 @@
+"""Graceful shutdown on SIGINT, SIGTERM and SIGUSR1.
+
+A training run finishes its step, writes a checkpoint and ends (`stop_requests`). Any
+other command ends at once with one line (`run`). The exit status is 128 + the signal's
+number: 130, 143 or 138. SLURM sends SIGUSR1 before a job's time is up.
+
+Python runs a handler between two of its instructions. A signal that arrives during a
+compilation, or while devices wait for another process, is answered afterwards.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import NoReturn
+
+# Windows has no SIGUSR1.
+SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1")
+    if hasattr(signal, name)
+]
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a command that had nothing to save.
+
+    Attributes:
+      status: the command's exit status.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
+
+
+@dataclass
+class Stop:
+    """The first signal that asked a run to stop; None: no signal came yet."""
+
+    signal: int | None = None
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Stop]:
+    """Let the first signal set `Stop.signal` and nothing else.
+
+    A second Ctrl-C ends a command at once; in a notebook it raises KeyboardInterrupt.
+    """
+    stop, before = Stop(), signal.getsignal(signal.SIGINT)
+    is_pythons_own = before is signal.default_int_handler
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if stop.signal is None:
+            stop.signal = number
+            again = "a second" if number == signal.SIGINT else "a"
+            _say(
+                f"{signal.Signals(number).name}: stopping after this step, or this batch "
+                f"of an evaluation, with a checkpoint; {again} Ctrl-C ends at once"
+            )
+            signal.signal(signal.SIGINT, before if is_pythons_own else signal.SIG_DFL)
+
+    with _handled_by(request):
+        yield stop
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[None]:
+    """Say one line on a signal and raise `Interrupted`; a second Ctrl-C kills."""
+    said = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal said
+        if not said:
+            said = True
+            name = signal.Signals(number).name
+            _say(f"stopped by {name}; start the same command again")
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise Interrupted(number)
+
+    with _handled_by(interrupt):
+        yield
+
+
+def run(command: Callable[[], int]) -> NoReturn:
+    """Run a command within `interrupts` and exit with the status that it returns.
+
+    The status is 1, without a message, if nobody reads the output, as after `| head`.
+    """
+    try:
+        with interrupts():
+            status = command()
+            sys.stdout.flush()
+    except Interrupted as stopped:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        # The interpreter's own end can crash under threads that are still at work.
+        os._exit(stopped.status)
+    except BrokenPipeError:
+        status = discard_output()
+    sys.exit(status)
+
+
+def discard_output() -> int:
+    """Send further output nowhere, as nobody reads it; return exit status 1."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Install a handler for `SIGNALS`; do nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _say(line: str) -> None:
+    """Write a line to standard error; not by print, in which the handler may run."""
+    start = "\n" if os.isatty(2) else ""  # behind a progress bar, and "^C"
+    with contextlib.suppress(OSError):
+        os.write(2, f"{start}{line}\n".encode())
