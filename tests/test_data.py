@@ -827,12 +827,12 @@ def test_loader_arguments_are_checked(options):
 
 def test_statistics_are_numpys(folder, tmp_path):
     source = open_source(f"folder:{folder}", "train", image_size=SIZE)
-    pictures = np.stack([random_picture(SIZE, SIZE, i) for i in range(9)])
+    raw = np.stack([random_picture(SIZE, SIZE, i) for i in range(9)])
     seen = []
     result = statistics.compute(source, progress=seen.append)
     assert result.num_examples == sum(seen) == 9
-    np.testing.assert_allclose(result.mean_image, pictures.mean(axis=0), rtol=1e-6)
-    covariance = np.cov(pictures.reshape(-1, 3).T.astype(float), bias=True)
+    np.testing.assert_allclose(result.mean_image, raw.mean(axis=0), rtol=1e-6)
+    covariance = np.cov(raw.reshape(-1, 3).T.astype(float), bias=True)
     vectors = result.pca_vectors.astype(float)
     assert (np.diff(result.pca_std_255) > 0).all()
     np.testing.assert_allclose(
