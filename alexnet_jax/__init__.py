@@ -8,19 +8,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alexnet_jax.alexnet import AlexNet, create_model
-    from alexnet_jax.experiment import pipeline
-    from alexnet_jax.loading import load
-    from alexnet_jax.ops import jit
+    from alexnet_jax.models.alexnet import AlexNet, create_model
+    from alexnet_jax.models.ops import jit
+    from alexnet_jax.training.experiment import pipeline
+    from alexnet_jax.training.load import load
 
 __all__ = ["AlexNet", "create_model", "jit", "load", "pipeline"]
 
 _HOMES = {
-    "AlexNet": "alexnet",
-    "create_model": "alexnet",
-    "jit": "ops",
-    "load": "loading",
-    "pipeline": "experiment",
+    "AlexNet": "models.alexnet",
+    "create_model": "models.alexnet",
+    "jit": "models.ops",
+    "load": "training.load",
+    "pipeline": "training.experiment",
 }
 
 

@@ -17,11 +17,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_jax import pretrained, signals, variants
-from alexnet_jax.checkpoint import CheckpointError
-from alexnet_jax.cli import exit_status, path_argument, require_writable_file
-from alexnet_jax.loading import read_network
-from alexnet_jax.pretrained.torchvision import VARIANT
+from alexnet_jax.models import variants
+from alexnet_jax.models import weights as weights_lib
+from alexnet_jax.models.weights.torchvision import VARIANT
+from alexnet_jax.system import signals
+from alexnet_jax.system.cli import exit_status, path_argument, require_writable_file
+from alexnet_jax.training.checkpoint import CheckpointError
+from alexnet_jax.training.load import read_network
 
 SUFFIXES = (".safetensors", ".onnx")
 
@@ -39,7 +41,7 @@ def export(
     Args:
       source: the workdir or file, as for `loading.load`.
       out: a `.safetensors` or `.onnx`; its folder is created.
-      names: tensor names of a `.safetensors`, see `pretrained.save_safetensors`.
+      names: tensor names of a `.safetensors`, see `weights_lib.save_safetensors`.
       step, variant: as `loading.load`.
 
     Raises:
@@ -49,11 +51,11 @@ def export(
     """
     suffix = out.suffix.lower()
     if suffix not in SUFFIXES:
-        raise pretrained.WeightsError(
+        raise weights_lib.WeightsError(
             f"--out={out} must end in {' or '.join(SUFFIXES)}."
         )
     if suffix == ".onnx" and names != "alexnet_jax":
-        raise pretrained.WeightsError(
+        raise weights_lib.WeightsError(
             f"--names={names} is for .safetensors; got --out={out}."
         )
     require_writable_file(out)
@@ -61,9 +63,9 @@ def export(
     if names == "torchvision":
         _require_full_width(source, weights)
     if suffix == ".safetensors":
-        pretrained.save_safetensors(out, weights, names=names)
+        weights_lib.save_safetensors(out, weights, names=names)
         return
-    pretrained.export_onnx(
+    weights_lib.export_onnx(
         out,
         weights.make_model(),
         weights.variables,
@@ -73,13 +75,13 @@ def export(
     )
 
 
-def _require_full_width(source: Path, weights: pretrained.Weights) -> None:
+def _require_full_width(source: Path, weights: weights_lib.Weights) -> None:
     """Raise WeightsError for layers that torchvision's AlexNet has in another width."""
     network = weights.make_model().network
     own = {row.name: row.features for row in network.layers[:-1]}
     table = {row.name: row.features for row in variants.get(VARIANT).layers[:-1]}
     if network.name == VARIANT and own != table:
-        raise pretrained.WeightsError(
+        raise weights_lib.WeightsError(
             f"{source} has {', '.join(map(str, own.values()))} features per layer; "
             f"torchvision's AlexNet has {', '.join(map(str, table.values()))} and could "
             "not read them. Leave --names out: alexnet_jax.load reads any width."
@@ -100,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="folder of a run, or a file",
     )
     parser.add_argument("--out", type=path_argument, required=True, metavar="FILE")
-    names = pretrained.NAMES
+    names = weights_lib.NAMES
     parser.add_argument("--names", choices=names, default=names[0])
     parser.add_argument("--step", type=int, help="which checkpoint; else the best")
     parser.add_argument("--variant", help="of a file that does not name its network")

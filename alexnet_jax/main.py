@@ -20,23 +20,23 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from alexnet_jax import (
+from alexnet_jax.data import DataError
+from alexnet_jax.models.weights import WeightsError
+from alexnet_jax.system import signals
+from alexnet_jax.system.cli import show_every_name
+from alexnet_jax.training import (
     distributed,
     evaluate,
     experiment,
-    loading,
+    load,
+    loop,
     parallel,
-    signals,
-    train,
 )
-from alexnet_jax.checkpoint import CheckpointError
-from alexnet_jax.cli import show_every_name
-from alexnet_jax.config import ConfigError, as_json, flat
-from alexnet_jax.data import DataError
-from alexnet_jax.describe import describe, describe_modes
-from alexnet_jax.distributed import DistributedError
-from alexnet_jax.evaluate import PredictionsError
-from alexnet_jax.pretrained import WeightsError
+from alexnet_jax.training.checkpoint import CheckpointError
+from alexnet_jax.training.config import ConfigError, as_json, flat
+from alexnet_jax.training.describe import describe, describe_modes
+from alexnet_jax.training.distributed import DistributedError
+from alexnet_jax.training.evaluate import PredictionsError
 
 _NO_CONFIG = "--config=FILE is missing, such as --config=configs/paper.py."
 _NO_WORKDIR = "--workdir=DIR is missing: the folder that keeps the run."
@@ -53,7 +53,7 @@ class _ConfigFile(flags.ArgumentParser):
         try:
             if argument[:1] in ("", "-"):  # "--config --workdir=DIR"
                 raise ConfigError(_NO_CONFIG)
-            return loading.load_config(argument)
+            return load.load_config(argument)
         except Exception as error:
             raise _NotLoadedError from error
 
@@ -158,7 +158,7 @@ def main(argv: Sequence[str]) -> None:
         members = [evaluate.Member.parse(name) for name in workdir.split(",")]
         evaluate.evaluate_runs(config, members, save_to=_PREDICTIONS.value)
     else:
-        train.train_and_evaluate(config, workdir)
+        loop.train_and_evaluate(config, workdir)
 
 
 def _connect() -> None:
@@ -248,8 +248,8 @@ def _stored_config() -> Path:
         raise ConfigError(
             f"{_NO_CONFIG} Files do not say which pictures they are to be tested on."
         )
-    loading.require_run(runs[0])
-    return runs[0] / loading.CONFIG_FILE
+    load.require_run(runs[0])
+    return runs[0] / load.CONFIG_FILE
 
 
 def run() -> None:

@@ -20,13 +20,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from alexnet_jax import signals
-from alexnet_jax.checkpoint import CheckpointError
-from alexnet_jax.cli import exit_status, figure_file, parser, require_writable_file
+from alexnet_jax.analysis.features import (
+    BATCH,
+    Extractor,
+    read,
+    save_figure,
+)
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import short_names
-from alexnet_jax.loading import load
-from alexnet_jax.pictures import BATCH, Extractor, read, save_figure
+from alexnet_jax.system import signals
+from alexnet_jax.system.cli import (
+    exit_status,
+    figure_file,
+    parser,
+    require_writable_file,
+)
+from alexnet_jax.training.checkpoint import CheckpointError
+from alexnet_jax.training.load import load
 
 # Most pictures in a figure.
 MOST_DRAWN = 48

@@ -32,8 +32,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from alexnet_jax import signals
-from alexnet_jax.cli import expanded, progress, require_writable, show_every_name
 from alexnet_jax.data import (
     DataError,
     match_classes,
@@ -42,7 +40,14 @@ from alexnet_jax.data import (
     statistics,
     warnings_about,
 )
-from alexnet_jax.data.files import replacing
+from alexnet_jax.system import signals
+from alexnet_jax.system.cli import (
+    expanded,
+    progress,
+    require_writable,
+    show_every_name,
+)
+from alexnet_jax.system.files import replacing
 
 
 class _Parser(argparse.ArgumentParser):

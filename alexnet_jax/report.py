@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alexnet_jax import signals
+from alexnet_jax.analysis.features import save_figure
 from alexnet_jax.analysis.figures import (
     filter_statistics_by_column,
     first_layer_filters,
@@ -30,14 +30,19 @@ from alexnet_jax.analysis.figures import (
 )
 from alexnet_jax.analysis.report.findings import read_run
 from alexnet_jax.analysis.report.page import build_page
-from alexnet_jax.checkpoint import CheckpointError
-from alexnet_jax.cli import exit_status, path_argument, require_writable_file
-from alexnet_jax.data.files import replacing
 from alexnet_jax.data.images import short_names
-from alexnet_jax.loading import CONFIG_FILE, read_class_names, read_config, require_run
-from alexnet_jax.metrics import shows_top5
-from alexnet_jax.pictures import save_figure
-from alexnet_jax.writers import METRICS_FILE, read_metrics
+from alexnet_jax.system import signals
+from alexnet_jax.system.cli import exit_status, path_argument, require_writable_file
+from alexnet_jax.system.files import replacing
+from alexnet_jax.training.checkpoint import CheckpointError
+from alexnet_jax.training.load import (
+    CONFIG_FILE,
+    read_class_names,
+    read_config,
+    require_run,
+)
+from alexnet_jax.training.metrics import shows_top5
+from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 
 REPORT_FILE = "report.html"
 FIGURES = ("filters.png", "filter_statistics.png", "curves.png")

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax import signals
 from alexnet_jax.analysis.codes import (
     STEPS,
     Codes,
@@ -33,6 +32,12 @@ from alexnet_jax.analysis.codes import (
     recall_of_rows,
     shortlist,
     train_coder,
+)
+from alexnet_jax.analysis.features import (
+    BATCH,
+    Extractor,
+    read,
+    save_figure,
 )
 from alexnet_jax.analysis.retrieval import (
     Index,
@@ -45,18 +50,18 @@ from alexnet_jax.analysis.retrieval import (
     nearest,
     open_for_index,
 )
-from alexnet_jax.checkpoint import CheckpointError
-from alexnet_jax.cli import (
+from alexnet_jax.data.imagenet import words
+from alexnet_jax.data.images import short_names
+from alexnet_jax.data.sources import FolderSource
+from alexnet_jax.system import signals
+from alexnet_jax.system.cli import (
     exit_status,
     parser,
     path_argument,
     progress,
     require_writable_file,
 )
-from alexnet_jax.data.imagenet import words
-from alexnet_jax.data.images import short_names
-from alexnet_jax.data.sources import FolderSource
-from alexnet_jax.pictures import BATCH, Extractor, read, save_figure
+from alexnet_jax.training.checkpoint import CheckpointError
 
 # Pictures that the autoencoder does not learn from; their recall is printed.
 HELD_OUT = 200

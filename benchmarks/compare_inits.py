@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from alexnet_jax.analysis.figures import training_curves
-from alexnet_jax.writers import METRICS_FILE, read_metrics
+from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 
 INITS = ("paper", "caffe")
 

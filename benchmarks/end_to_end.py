@@ -4,7 +4,7 @@
         [--width W ...] [--batch N] [--workers N]
 
 The network of `configs/paper.py`, at several widths; records of 256 x 256 JPEGs as in
-`input_pipeline`, and the loop of `alexnet_jax.train`: decode ahead, put on the device,
+`input_pipeline`, and the loop of `alexnet_jax.training.loop`: decode ahead, put on the device,
 step. No more than the slower of step and loader can be had. On a CPU both compute on
 the same cores, and without waste the times of an image add up: 1/(1/step + 1/loader).
 The step alone is given the same batch again and again.
@@ -23,12 +23,12 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
-from alexnet_jax import experiment as experiment_lib
-from alexnet_jax import timing
 from alexnet_jax.data import sources
 from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.loader import Batches, TrainOrder
-from alexnet_jax.experiment import Experiment
+from alexnet_jax.training import experiment as experiment_lib
+from alexnet_jax.training import timing
+from alexnet_jax.training.experiment import Experiment
 from benchmarks import measure, pictures
 from configs import paper
 

@@ -8,8 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import augment, create_model, describe, ops, optim, parallel, steps
-from alexnet_jax.alexnet import AlexNet
+from alexnet_jax import create_model
+from alexnet_jax.data import augment
+from alexnet_jax.models import ops
+from alexnet_jax.models.alexnet import AlexNet
+from alexnet_jax.training import (
+    describe,
+    optim,
+    parallel,
+    steps,
+)
 from benchmarks.measure import Setting
 
 CROP = 224
@@ -54,7 +62,7 @@ def pictures(batch: int, side: int) -> jax.Array:
 def training_step(
     setting: Setting, augmentation: augment.Augmentation | None = None
 ) -> Step:
-    """The step of `alexnet_jax.train` on one device, with a batch to put through it.
+    """The step of `alexnet_jax.training.loop` on one device, with a batch to put through it.
 
     Args:
       setting: batch, precision, width.

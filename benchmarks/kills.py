@@ -36,8 +36,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alexnet_jax.checkpoint import Checkpointer, CheckpointError
-from alexnet_jax.writers import METRICS_FILE, read_metrics
+from alexnet_jax.training.checkpoint import Checkpointer, CheckpointError
+from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 from benchmarks import measure
 
 ROOT = Path(__file__).parent.parent

@@ -23,9 +23,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alexnet_jax import records
+from alexnet_jax.system import machine as machine_lib
 
-markdown_table = records.markdown_table
+markdown_table = machine_lib.markdown_table
 
 # Sides of the square matrices of `gemm_rate`, and bytes of `copy_bandwidth`'s array:
 # far beyond the caches, and a second or less a call.
@@ -215,7 +215,7 @@ def machine() -> dict[str, Any]:
     """What a result has to say about where it was measured, and by which command."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name if spec else 'benchmarks'}"
-    found = records.machine(f"{program} {records.without_paths(sys.argv[1:])}")
+    found = machine_lib.machine(f"{program} {machine_lib.without_paths(sys.argv[1:])}")
     if (jax := sys.modules.get("jax")) and jax.default_backend() != "cpu":
         found["gpu"] = jax.devices()[0].device_kind
     return found
@@ -236,7 +236,7 @@ def write_result(
     (out / f"{name}.json").write_text(text + "\n")
     page = (
         f"# {name} ({about['date']})\n\n    {about['command']}\n\n"
-        f"{records.in_words(about)}\n\n{table}\n"
+        f"{machine_lib.in_words(about)}\n\n{table}\n"
     )
     (out / f"{name}.md").write_text(page)
     if figure is not None:

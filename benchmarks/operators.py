@@ -25,9 +25,11 @@ import numpy as np
 from jax import lax
 from matplotlib.figure import Figure
 
-from alexnet_jax import augment, ops, optim
-from alexnet_jax.alexnet import AlexNet
-from alexnet_jax.summary import summary
+from alexnet_jax.data import augment
+from alexnet_jax.models import ops
+from alexnet_jax.models.alexnet import AlexNet
+from alexnet_jax.models.summary import summary
+from alexnet_jax.training import optim
 from benchmarks import jax_alexnet, measure, roofline
 from benchmarks.measure import Setting
 

@@ -73,7 +73,7 @@ def measure() -> list[dict[str, Any]]:
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(SIZES))
-    from alexnet_jax import communication, describe, experiment
+    from alexnet_jax.training import communication, describe, experiment
     from configs import common
 
     rows = []

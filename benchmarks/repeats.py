@@ -26,7 +26,7 @@ def parameters(setting: Setting, flags: str) -> dict[str, np.ndarray]:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     import jax
 
-    from alexnet_jax import augment
+    from alexnet_jax.data import augment
     from benchmarks import jax_alexnet
 
     augmentation = augment.Augmentation(jax_alexnet.CROP)

@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from alexnet_jax.alexnet import AlexNet
-from alexnet_jax.summary import LayerSummary, summary
+from alexnet_jax.models.alexnet import AlexNet
+from alexnet_jax.models.summary import LayerSummary, summary
 
 # An update reads weight, velocity and gradient and writes weight and velocity.
 _UPDATE_ARRAYS = 5

@@ -173,7 +173,7 @@ def soak(minutes: float, every: float, *, short: bool) -> dict[str, Any]:
 
 
 def _last_step(workdir: Path) -> int:
-    from alexnet_jax.writers import METRICS_FILE, read_metrics
+    from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 
     return int(read_metrics(workdir / METRICS_FILE)[-1]["step"])
 

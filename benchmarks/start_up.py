@@ -24,7 +24,7 @@ REPEATS = {"short": 1, "long": 5}
 IMPORTS = (
     "import alexnet_jax",
     "from alexnet_jax import create_model",
-    "import alexnet_jax.train",
+    "import alexnet_jax.training.loop",
     "import torch",  # for comparison
 )
 
@@ -87,7 +87,7 @@ def two_columns_bytes(batch: int) -> int:
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 2)
-    from alexnet_jax import describe, experiment
+    from alexnet_jax.training import describe, experiment
     from configs import common
 
     config: Any = common.get_config()

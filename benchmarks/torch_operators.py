@@ -6,8 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from alexnet_jax.alexnet import AlexNet
-from alexnet_jax.summary import summary
+from alexnet_jax.models.alexnet import AlexNet
+from alexnet_jax.models.summary import summary
 from benchmarks.measure import Setting
 from benchmarks.operators import Layer, convolutions
 from benchmarks.torch_alexnet import (

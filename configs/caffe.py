@@ -22,7 +22,7 @@ Expected on the 50,000 validation pictures of ILSVRC-2012, not run here: top-1 e
 42.9% and top-5 19.8% on the centre view (its readme: 57.1% and 80.2% right).
 """
 
-from alexnet_jax.config import get_config as defaults
+from alexnet_jax.training.config import get_config as defaults
 
 
 def get_config():

@@ -10,7 +10,7 @@ say where it ends: 140 epochs are this code's choice. `--config=configs/cifar10.
 the same in three epochs: the learning rate drops at the same shares of the run.
 """
 
-from alexnet_jax.config import get_config as defaults
+from alexnet_jax.training.config import get_config as defaults
 
 
 def get_config(num_epochs="140"):

@@ -1,10 +1,10 @@
-"""The defaults; `alexnet_jax/config.py` explains every field.
+"""The defaults; `alexnet_jax/training/config.py` explains every field.
 
     python -m alexnet_jax.main --config=configs/common.py --workdir=DIR
 
 A config file starts from them and changes what it needs. It may lie anywhere.
 """
 
-from alexnet_jax.config import get_config
+from alexnet_jax.training.config import get_config
 
 __all__ = ["get_config"]

@@ -14,15 +14,16 @@ Once it has begun the run is a source itself: `configs/finetune.py:runs/mine` go
 it, and tests it, where SOURCE is no longer there.
 """
 
-from alexnet_jax import loading, variants
-from alexnet_jax.config import get_config as defaults
+from alexnet_jax.models import variants
+from alexnet_jax.training import load
+from alexnet_jax.training.config import get_config as defaults
 
 
 def get_config(source=""):
     config = defaults()
     source = source or "SOURCE"  # which a run then asks for
     if source != "SOURCE":
-        config = loading.with_network_of(config, source)
+        config = load.with_network_of(config, source)
     config.finetune.source = source
     config.model.num_classes = 0
     config.data.source = "folder:PATH"

@@ -8,7 +8,7 @@ from the folders, pictures of any size are resized to 256 x 256. A narrower netw
 (`--config.model.width=0.5`) is often enough for some dozens of classes.
 """
 
-from alexnet_jax.config import get_config as defaults
+from alexnet_jax.training.config import get_config as defaults
 
 
 def get_config():

@@ -33,7 +33,7 @@ Expected on the 50,000 validation pictures of ILSVRC-2012, not run here: top-1 e
 about 41% on the centre view (58.6% right is what arXiv:1709.05011 is quoted with).
 """
 
-from alexnet_jax.config import get_config as defaults
+from alexnet_jax.training.config import get_config as defaults
 
 
 def get_config():

@@ -8,7 +8,7 @@ training error does not go to zero, or the error on pictures that are also in th
 training split does not follow, then labels, statistics or evaluation disagree.
 """
 
-from alexnet_jax.config import get_config as defaults
+from alexnet_jax.training.config import get_config as defaults
 
 
 def get_config():

@@ -26,7 +26,7 @@ by a source that was not checked. torchvision's own weights for this network:
 43.48%, and top-5 20.93%.
 """
 
-from alexnet_jax.config import get_config as defaults
+from alexnet_jax.training.config import get_config as defaults
 
 
 def get_config():

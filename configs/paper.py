@@ -16,7 +16,7 @@ interpolated between the original's experiment 170 and Caffe. README, "What to e
 the sources.
 """
 
-from alexnet_jax.config import get_config as defaults
+from alexnet_jax.training.config import get_config as defaults
 
 
 def get_config():

@@ -10,7 +10,7 @@ or, by itself,
 One to five minutes of training on two CPU cores; top-1 error 1.6% to 3.0% (three seeds).
 """
 
-from alexnet_jax.config import get_config as defaults
+from alexnet_jax.training.config import get_config as defaults
 
 
 def get_config():

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import augment, experiment, parallel, steps, variants
-from alexnet_jax.config import validate
-from alexnet_jax.summary import summary
+from alexnet_jax.data import augment
+from alexnet_jax.models import variants
+from alexnet_jax.models.summary import summary
 from alexnet_jax.sweeps import plan as plan_lib
+from alexnet_jax.training import experiment, parallel, steps
+from alexnet_jax.training.config import validate
 from configs.sweeps import ablations
 
 PAPER = (60_965_224, 724_406_816)

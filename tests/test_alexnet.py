@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from alexnet_jax import layers, ops
-from alexnet_jax.alexnet import create_model
-from alexnet_jax.exchange import Part
+from alexnet_jax.models import layers, ops
+from alexnet_jax.models.alexnet import create_model
+from alexnet_jax.models.exchange import Part
 
 CLASSES = 20
 

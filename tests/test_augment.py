@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import augment
+from alexnet_jax.data import augment
 
 COUNT = 20_000
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from test_alexnet import random_variables, torch_network
 
-from alexnet_jax import create_model, metrics
+from alexnet_jax import create_model
+from alexnet_jax.training import metrics
 from benchmarks import (
     gpu,
     growth,

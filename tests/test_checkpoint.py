@@ -13,8 +13,8 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from alexnet_jax import checkpoint
-from alexnet_jax.checkpoint import (
+from alexnet_jax.training import checkpoint
+from alexnet_jax.training.checkpoint import (
     MANIFEST,
     Checkpointer,
     CheckpointError,
@@ -448,7 +448,7 @@ def test_a_killed_save_leaves_a_complete_step_or_a_leftover(
     directory, monkeypatch, where, left
 ):
     with Checkpointer(directory, keep=1) as checkpoints, monkeypatch.context() as patch:
-        patch.setattr(f"alexnet_jax.checkpoint.{where}", _killed)
+        patch.setattr(f"alexnet_jax.training.checkpoint.{where}", _killed)
         with pytest.raises(KeyboardInterrupt):
             checkpoints.save(30, _make_state(30), metadata={})
     assert sorted(path.name for path in directory.glob("[!.]*")) == left

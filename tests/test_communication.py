@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from alexnet_jax import communication, parallel
-from alexnet_jax.communication import Exchange
+from alexnet_jax.training import communication, parallel
+from alexnet_jax.training.communication import Exchange
 
 N = 4
 

@@ -12,9 +12,9 @@ import pytest
 from absl.testing import flagsaver
 
 from alexnet_jax import main
-from alexnet_jax.ablations import ABLATIONS
-from alexnet_jax.alexnet import create_model
-from alexnet_jax.config import (
+from alexnet_jax.models.ablations import ABLATIONS
+from alexnet_jax.models.alexnet import create_model
+from alexnet_jax.training.config import (
     RANGES,
     ConfigError,
     flat,

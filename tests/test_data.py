@@ -24,7 +24,8 @@ from array_record.python import array_record_module
 from etils import epath
 from PIL import Image
 
-from alexnet_jax import pictures, prepare
+from alexnet_jax import prepare
+from alexnet_jax.analysis import features as features_lib
 from alexnet_jax.data import (
     DataError,
     eval_batches,
@@ -247,8 +248,8 @@ def test_exif_orientation_is_applied(kind, orientation, tmp_path):
     picture.save(path, kind, exif=with_orientation(orientation), **options)
     with Image.open(path) as opened:
         found = {"Pillow": images.load_picture(opened, SIZE)}
-    # `predict` and `retrieve` read files by `pictures.read`, an index its folder.
-    [found["file"]] = pictures.read([str(path)], SIZE)
+    # `predict` and `retrieve` read files by `features_lib.read`, an index its folder.
+    [found["file"]] = features_lib.read([str(path)], SIZE)
     source = open_source(f"folder:{tmp_path}", "train", image_size=SIZE)
     found["folder"] = next(eval_batches(source, batch_size=1))["image"][0]
     tolerance = 8 if kind == "JPEG" else 0

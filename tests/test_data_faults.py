@@ -30,12 +30,19 @@ from test_imagenet import (
 )
 from test_train import folder, small_config  # noqa: F401, a fixture
 
-from alexnet_jax import evaluate, prepare, train
-from alexnet_jax import experiment as experiment_lib
-from alexnet_jax.data import DataError, images, locks, open_source, statistics
+from alexnet_jax import prepare
+from alexnet_jax.data import (
+    DataError,
+    images,
+    open_source,
+    statistics,
+)
 from alexnet_jax.data.imagenet import originals, preparation
 from alexnet_jax.data.loader import TrainOrder
 from alexnet_jax.data.sources import FolderSource
+from alexnet_jax.system import locks
+from alexnet_jax.training import evaluate, loop
+from alexnet_jax.training import experiment as experiment_lib
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -410,7 +417,7 @@ def test_broken_picture_ends_a_run_with_its_name(folder, tmp_path):  # noqa: F81
     broken.write_bytes(broken.read_bytes()[:300])
     words = rf"cannot decode {broken} \(300 bytes\): .*truncated.*intact copy"
     with pytest.raises(DataError, match=words):
-        train.train_and_evaluate(config, tmp_path / "run")
+        loop.train_and_evaluate(config, tmp_path / "run")
 
 
 # A full disk.
@@ -445,7 +452,7 @@ def test_full_disk_while_imagenet_is_prepared(
 
 _HOLD = """
 import pathlib, runpy, sys
-held = runpy.run_path("alexnet_jax/data/locks.py")["held"]
+held = runpy.run_path("alexnet_jax/system/locks.py")["held"]
 with held(pathlib.Path(sys.argv[1]), wait=False):
     print("held", flush=True)
     sys.stdin.read()

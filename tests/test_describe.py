@@ -4,8 +4,9 @@ import jax
 import pytest
 from test_variants import TWO_SIXES
 
-from alexnet_jax import communication, describe, experiment, variants
-from alexnet_jax.parallel import MODES
+from alexnet_jax.models import variants
+from alexnet_jax.training import communication, describe, experiment
+from alexnet_jax.training.parallel import MODES
 from configs import common
 
 FULL_IMAGE_VALUES = {"conv3": 13 * 13 * 128, "fc6": 6 * 6 * 128, "fc7": 2048}

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from test_train import folder  # noqa: F401, a fixture
 
-from alexnet_jax import distributed, parallel
-from alexnet_jax.distributed import DistributedError
-from alexnet_jax.writers import read_metrics
+from alexnet_jax.training import distributed, parallel
+from alexnet_jax.training.distributed import DistributedError
+from alexnet_jax.training.writers import read_metrics
 
 ROOT = Path(__file__).parent.parent
 LAUNCHER = ROOT / "launch" / "multiprocess.py"

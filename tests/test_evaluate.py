@@ -16,13 +16,20 @@ import pytest
 from absl.testing import flagsaver
 from test_train import PICTURES, columns_config, folder, records, small_config
 
-from alexnet_jax import evaluate, load, loading, main, train
-from alexnet_jax.checkpoint import CheckpointError
-from alexnet_jax.config import ConfigError
+from alexnet_jax import load, main
 from alexnet_jax.data import DataError
-from alexnet_jax.evaluate import Member, Predictions, PredictionsError, evaluate_runs
-from alexnet_jax.loading import read_network
-from alexnet_jax.pretrained import save_safetensors
+from alexnet_jax.models.weights import save_safetensors
+from alexnet_jax.training import evaluate, loop
+from alexnet_jax.training import load as load_lib
+from alexnet_jax.training.checkpoint import CheckpointError
+from alexnet_jax.training.config import ConfigError
+from alexnet_jax.training.evaluate import (
+    Member,
+    Predictions,
+    PredictionsError,
+    evaluate_runs,
+)
+from alexnet_jax.training.load import read_network
 
 # Predictions, by hand.
 
@@ -197,7 +204,7 @@ def runs(folder, tmp_path_factory):
     config.eval_views = 10
     for seed in (0, 1):
         config.seed = seed
-        train.train_and_evaluate(config, root / f"seed_{seed}")
+        loop.train_and_evaluate(config, root / f"seed_{seed}")
     return root, config
 
 
@@ -357,11 +364,11 @@ def test_evaluation_takes_the_config_of_the_run(runs, tmp_path, monkeypatch, cap
 def test_a_stored_config_is_locked_and_has_tuples(runs, tmp_path):
     config = copy_of(runs[1])
     config.schedule.layer_factors = (("conv1", 0.0, 2.0),)
-    loading.write_config(tmp_path, config)
-    found = loading.load_config(str(tmp_path / "config.json"))
+    load_lib.write_config(tmp_path, config)
+    found = load_lib.load_config(str(tmp_path / "config.json"))
     assert found.to_dict() == config.to_dict() and found.is_locked
     with pytest.raises(ConfigError, match="there is no such file"):
-        loading.load_config(str(tmp_path / "none" / "config.json"))
+        load_lib.load_config(str(tmp_path / "none" / "config.json"))
 
 
 def test_another_network_is_refused_whatever_config_json_says(runs, tmp_path):
@@ -374,7 +381,7 @@ def test_another_network_is_refused_whatever_config_json_says(runs, tmp_path):
     for _ in range(2):
         with pytest.raises(ConfigError, match=words):
             evaluate_runs(config, [Member(workdir)])
-        loading.write_config(workdir, config)  # of a start since then
+        load_lib.write_config(workdir, config)  # of a start since then
 
 
 def test_any_checkpoint_can_be_named(runs):
@@ -459,7 +466,7 @@ def test_other_networks_share_an_ensemble(runs, folder, tmp_path):
     root, config = runs
     other = columns_config(folder)
     other.max_steps = 3
-    train.train_and_evaluate(other, tmp_path)
+    loop.train_and_evaluate(other, tmp_path)
     record = evaluate_runs(config, [Member(root / "seed_0"), Member(tmp_path)])
     both = record["members"]
     alone = evaluate_runs(other, [Member(tmp_path)])

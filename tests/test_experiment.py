@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 from test_config import config_with
 
-from alexnet_jax import augment, experiment, steps, variants
-from alexnet_jax.config import ConfigError
-from alexnet_jax.data import DataError
+from alexnet_jax.data import DataError, augment
 from alexnet_jax.data.statistics import Statistics
+from alexnet_jax.models import variants
+from alexnet_jax.training import experiment, steps
+from alexnet_jax.training.config import ConfigError
 
 
 def test_open_mesh_takes_what_there_is():

@@ -13,19 +13,20 @@ from PIL import Image
 from test_train import columns_config, folder, small_config  # noqa: F401
 from test_variants import TWO_SIXES
 
-from alexnet_jax import (
+from alexnet_jax import export, load
+from alexnet_jax.models import variants
+from alexnet_jax.models import weights as weights_lib
+from alexnet_jax.models.weights.files import flat, nested
+from alexnet_jax.training import (
     experiment,
-    export,
     finetune,
-    load,
-    loading,
-    pretrained,
-    train,
-    variants,
+    loop,
 )
-from alexnet_jax.config import ConfigError
-from alexnet_jax.pretrained.files import flat, nested
-from alexnet_jax.writers import read_metrics
+from alexnet_jax.training import (
+    load as load_lib,
+)
+from alexnet_jax.training.config import ConfigError
+from alexnet_jax.training.writers import read_metrics
 
 ROOT = Path(__file__).parent.parent
 KEPT = ("conv1", "conv2", "conv3")
@@ -35,7 +36,7 @@ KEPT = ("conv1", "conv2", "conv3")
 def source(folder, tmp_path_factory):  # noqa: F811
     """The workdir of a network of three classes, with a mean image of its own."""
     workdir = tmp_path_factory.mktemp("source")
-    train.train_and_evaluate(small_config(folder, num_epochs=2.0), workdir)
+    loop.train_and_evaluate(small_config(folder, num_epochs=2.0), workdir)
     return workdir
 
 
@@ -82,7 +83,7 @@ def test_all_but_the_classifier_is_kept_and_the_mean_with_it(source, shapes):
         want = trained[name] if kept else scratch[name]
         np.testing.assert_array_equal(array, want, err_msg=name)
         assert kept or array.shape[-1] == 2
-    mean = loading.read_network(source).mean
+    mean = load_lib.read_network(source).mean
     np.testing.assert_array_equal(begun.statistics.mean_image, mean)
     assert np.abs(mean - built.statistics.mean_image).max() > 1
     own = built.statistics.pca_std_255
@@ -95,7 +96,7 @@ def test_images_of_another_size_have_the_mean_colour(source, shapes):
     config = config_from(source, shapes)
     config.data.image_size = 40
     begun, *_ = finetune.begin(experiment.build(config))
-    colour = loading.read_network(source).mean.mean(axis=(0, 1))
+    colour = load_lib.read_network(source).mean.mean(axis=(0, 1))
     mean = begun.statistics.mean_image
     assert mean.shape == (40, 40, 3)
     np.testing.assert_allclose(mean, np.broadcast_to(colour, mean.shape), rtol=1e-6)
@@ -109,26 +110,26 @@ def test_a_run_keeps_frozen_layers_and_resumes_without_its_source(
     config = config_from(copy, shapes)
     config.finetune.new_layers = ("conv3",)
     config.schedule.layer_factors = (("conv1", 0, 0), ("fc10", 0, 10))
-    straight = leaves(train.train_and_evaluate(config, tmp_path / "straight"))
+    straight = leaves(loop.train_and_evaluate(config, tmp_path / "straight"))
     assert "but new: conv3, fc10; frozen: conv1\n" in capsys.readouterr().out
     config.max_steps = 1
-    train.train_and_evaluate(config, tmp_path / "twice")
+    loop.train_and_evaluate(config, tmp_path / "twice")
     shutil.rmtree(copy)
     config.max_steps = -1
-    twice = leaves(train.train_and_evaluate(config, tmp_path / "twice"))
+    twice = leaves(loop.train_and_evaluate(config, tmp_path / "twice"))
     trained = trained_leaves(source)
     for name, array in straight.items():
         np.testing.assert_array_equal(array, twice[name], err_msg=name)
         assert np.array_equal(array, trained[name]) == ("conv1" in name), name
     # The mean image stays with the weights.
-    mean = loading.read_network(tmp_path / "twice").mean
-    np.testing.assert_array_equal(mean, loading.read_network(source).mean)
+    mean = load_lib.read_network(tmp_path / "twice").mean
+    np.testing.assert_array_equal(mean, load_lib.read_network(source).mean)
     assert read_metrics(tmp_path / "twice" / "metrics.jsonl")[-1]["step"] == 3
 
 
 def test_columns_share_the_weights_of_one_device(folder, tmp_path):  # noqa: F811
     config = columns_config(folder, eval_split="", eval_every_epochs=0.0, max_steps=0)
-    train.train_and_evaluate(config, tmp_path / "source")
+    loop.train_and_evaluate(config, tmp_path / "source")
     config.seed, config.finetune.source = 1, str(tmp_path / "source@latest")
     _, state, _ = finetune.begin(experiment.build(config))
     trained = trained_leaves(tmp_path / "source")
@@ -149,9 +150,9 @@ def test_a_new_layer_restarts_its_own_norm_only(shapes, tmp_path, monkeypatch):
     trained = {name: leaf + np.float32(1) for name, leaf in scratch.items()}
     settings = {"variant": TWO_SIXES.name, "num_classes": 2, "init": "he"}
     mean = np.full(3, 99, np.float32)
-    weights = pretrained.Weights(settings, nested(trained), mean, side, side)
+    weights = weights_lib.Weights(settings, nested(trained), mean, side, side)
     config.finetune.source = str(tmp_path / "trained.safetensors")
-    pretrained.save_safetensors(config.finetune.source, weights)
+    weights_lib.save_safetensors(config.finetune.source, weights)
     config.finetune.new_layers = ("fc6",)
     _, begun, _ = finetune.begin(built)
     found = leaves(begun)
@@ -192,7 +193,7 @@ def test_weights_of_something_else_are_refused(
     if "model.variant" in changes:
         config.data.crop_size = 24
     with pytest.raises(ConfigError, match=words):
-        train.train_and_evaluate(config, tmp_path / "run")
+        loop.train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -17,7 +17,7 @@ import simplejpeg
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from alexnet_jax import cli, load, prepare
+from alexnet_jax import load, prepare
 from alexnet_jax.analysis.figures import contact_sheet
 from alexnet_jax.data import (
     DataError,
@@ -26,12 +26,18 @@ from alexnet_jax.data import (
     open_source,
     statistics,
 )
-from alexnet_jax.data.imagenet import class_words, classes, originals, preparation
+from alexnet_jax.data.imagenet import (
+    class_words,
+    classes,
+    originals,
+    preparation,
+)
 from alexnet_jax.data.imagenet import wnids as get_wnids
 from alexnet_jax.data.sources import Source
 from alexnet_jax.data.sources.tfds import example_message
-from alexnet_jax.train import train_and_evaluate
-from alexnet_jax.writers import read_metrics
+from alexnet_jax.system import cli
+from alexnet_jax.training.loop import train_and_evaluate
+from alexnet_jax.training.writers import read_metrics
 from configs import paper
 
 REPOSITORY = Path(__file__).parents[1]

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alexnet_jax import experiment, loading, train
-from alexnet_jax.checkpoint import MANIFEST
-from alexnet_jax.config import ConfigError, get_config
 from alexnet_jax.data import DataError
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.sweeps import plan as plan_lib
+from alexnet_jax.training import experiment, load, loop
+from alexnet_jax.training.checkpoint import MANIFEST
+from alexnet_jax.training.config import ConfigError, get_config
 
 
 def small_config():
@@ -62,7 +62,7 @@ def workdir(tmp_path):
     step = tmp_path / "checkpoints" / "3"
     step.mkdir(parents=True)
     (step / MANIFEST).touch()
-    loading.write_config(tmp_path, small_config())
+    load.write_config(tmp_path, small_config())
     STATISTICS.save(tmp_path / "statistics.npz")
     return tmp_path
 
@@ -75,11 +75,11 @@ def stored(workdir, change):
 
 
 def test_a_field_that_differs_is_printed(workdir):
-    assert train.prepare(small_config(), workdir)[0] == []
+    assert loop.prepare(small_config(), workdir)[0] == []
     config = small_config()
     config.optim.learning_rate = 0.5
     config.data.workers = 3
-    lines, _ = train.prepare(config, workdir)
+    lines, _ = loop.prepare(config, workdir)
     assert lines == [
         "the config differs from this workdir's:",
         "  --config.data.workers: 2 in the workdir, now 3",
@@ -103,7 +103,7 @@ def test_another_network_is_refused_with_its_line(field, value, workdir):
     if value == "cifar_13":
         config.data.crop_size = 24
     with pytest.raises(ConfigError, match=f"another network:\n(.*\n)*.*{field}: "):
-        train.prepare(config, workdir)
+        loop.prepare(config, workdir)
 
 
 def test_a_workdir_of_before_a_field_goes_on(workdir):
@@ -113,10 +113,10 @@ def test_a_workdir_of_before_a_field_goes_on(workdir):
         tree["optim"]["nesterov"] = True  # and one that there is not any more
 
     stored(workdir, older)
-    assert train.prepare(small_config(), workdir)[0] == []
+    assert loop.prepare(small_config(), workdir)[0] == []
     config = small_config()
     config.summaries_every_steps = 7  # the workdir has the default
-    assert train.prepare(config, workdir)[0][1:] == [
+    assert loop.prepare(config, workdir)[0][1:] == [
         "  --config.summaries_every_steps: 0 in the workdir, now 7"
     ]
 
@@ -124,7 +124,7 @@ def test_a_workdir_of_before_a_field_goes_on(workdir):
 def test_a_broken_config_of_a_workdir_is_said(workdir):
     path = workdir / "config.json"
     path.write_text("")
-    for read in (train.prepare, loading.with_network_of):
+    for read in (loop.prepare, load.with_network_of):
         with pytest.raises(ConfigError, match=f"{path} is damaged: Expecting value"):
             read(small_config(), workdir)
 
@@ -132,15 +132,15 @@ def test_a_broken_config_of_a_workdir_is_said(workdir):
 def test_statistics_that_are_missing_are_said(workdir):
     (workdir / "statistics.npz").unlink()
     with pytest.raises(FileNotFoundError, match="statistics.npz is missing: the mean"):
-        loading.read_network(workdir)
+        load.read_network(workdir)
 
 
 def test_a_resumed_run_says_where_its_mean_image_comes_from(workdir, capsys):
     path = workdir / "statistics.npz"
-    train.prepare(small_config(), workdir)
+    loop.prepare(small_config(), workdir)
     assert f"mean image: {path}, of 7 images\n" in capsys.readouterr().out
     dataclasses.replace(STATISTICS, split_examples=70).save(path)
-    train.prepare(small_config(), workdir)
+    loop.prepare(small_config(), workdir)
     assert f"mean image: {path}, of 7 of 70 images\n" in capsys.readouterr().out
 
 
@@ -150,7 +150,7 @@ def test_statistics_of_another_size_are_said(workdir):
     dataclasses.replace(STATISTICS, mean_image=others).save(path)
     words = f"{path}: the mean image is 32 x 32 pixels, the pictures here are 34 x 34"
     with pytest.raises(DataError, match=re.escape(words)):
-        train.prepare(small_config(), workdir)
+        loop.prepare(small_config(), workdir)
     # Beside the data, under a name of their size.
     pictures = Pictures(statistics_path=path)
     with pytest.raises(DataError, match=re.escape(words)):
@@ -161,7 +161,7 @@ def test_a_sweep_of_before_a_field_goes_on(workdir):
     """What was not said yet was the default."""
     row = plan_lib.Run("a", None, 0, "configs/tiny.py", {"optim.momentum": 0.5})
     config = plan_lib.set_fields(plan_lib.load_config(row.config), row.overrides, "")
-    loading.write_config(workdir, config)
+    load.write_config(workdir, config)
     path = workdir / "config.json"
     assert plan_lib.differences(row, path) == []
 
@@ -179,4 +179,4 @@ def test_a_sweep_of_before_a_field_goes_on(workdir):
 
 def test_load_refuses_what_is_no_workdir(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not the workdir of a run"):
-        loading.load(tmp_path)
+        load.load(tmp_path)

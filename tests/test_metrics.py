@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alexnet_jax import metrics
+from alexnet_jax.training import metrics
 
 LOGITS = jnp.array(
     [

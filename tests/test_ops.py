@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax import ops
+from alexnet_jax.models import ops
 
 BOTH = pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12}

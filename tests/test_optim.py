@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from alexnet_jax import optim
+from alexnet_jax.training import optim
 
 DROP_AT = 4
 

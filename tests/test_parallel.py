@@ -19,18 +19,18 @@ import optax
 import pytest
 from test_variants import TWO_SIXES
 
-from alexnet_jax import (
-    augment,
+from alexnet_jax.data import augment
+from alexnet_jax.models.alexnet import create_model
+from alexnet_jax.models.exchange import Alone
+from alexnet_jax.training import (
     communication,
     metrics,
     optim,
     parallel,
     steps,
 )
-from alexnet_jax.alexnet import create_model
-from alexnet_jax.communication import PHASES
-from alexnet_jax.exchange import Alone
-from alexnet_jax.steps import StepSpec
+from alexnet_jax.training.communication import PHASES
+from alexnet_jax.training.steps import StepSpec
 
 ROOT = Path(__file__).parent.parent
 SIZE, CROP, BATCH, CLASSES = 226, 224, 4, 10

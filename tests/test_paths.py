@@ -13,18 +13,18 @@ from PIL import Image
 from alexnet_jax import (
     create_model,
     export,
-    loading,
     main,
     predict,
     prepare,
     report,
     retrieve,
 )
-from alexnet_jax import train as train_lib
-from alexnet_jax.checkpoint import Checkpointer
-from alexnet_jax.config import as_json
-from alexnet_jax.data.files import replacing
 from alexnet_jax.data.statistics import Statistics
+from alexnet_jax.system.files import replacing
+from alexnet_jax.training import load
+from alexnet_jax.training import loop as train_lib
+from alexnet_jax.training.checkpoint import Checkpointer
+from alexnet_jax.training.config import as_json
 from configs import common
 
 ROOT = Path(__file__).parent.parent
@@ -64,8 +64,8 @@ def places(tmp_path_factory):
             metadata={"config": as_json(config)},
             top1_error=0.5,
         )
-    loading.write_config(folder / "run", config)
-    loading.write_class_names(folder / "run", [f"class {k}" for k in range(10)])
+    load.write_config(folder / "run", config)
+    load.write_class_names(folder / "run", [f"class {k}" for k in range(10)])
     mean = np.full((34, 34, 3), 99, np.float32)
     statistics = Statistics(mean, np.ones(3, "f4"), np.eye(3, dtype="f4"), 7)
     statistics.save(folder / "run" / "statistics.npz")

@@ -12,9 +12,16 @@ import pytest
 from PIL import Image
 from test_train import folder, small_config
 
-from alexnet_jax import export, load, predict, report, retrieve, train
+from alexnet_jax import (
+    export,
+    load,
+    predict,
+    report,
+    retrieve,
+)
 from alexnet_jax.analysis.figures import best_labels
-from alexnet_jax.config import ConfigError
+from alexnet_jax.training import loop
+from alexnet_jax.training.config import ConfigError
 
 NAMES = ["blue", "green", "red"]
 
@@ -22,7 +29,7 @@ NAMES = ["blue", "green", "red"]
 @pytest.fixture(scope="module")
 def workdir(folder, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    train.train_and_evaluate(small_config(folder, num_epochs=4.0), workdir)
+    loop.train_and_evaluate(small_config(folder, num_epochs=4.0), workdir)
     return workdir
 
 
@@ -129,7 +136,7 @@ def test_pictures_of_other_classes_are_refused(workdir, folder, tmp_path):
             Image.open(first).save(other / split / name / "0.png")
     config = small_config(other, num_epochs=5.0)
     with pytest.raises(ConfigError, match="label 1 was 'green'; .* label 1 is 'gold'"):
-        train.train_and_evaluate(config, workdir)
+        loop.train_and_evaluate(config, workdir)
 
 
 def test_bars_are_the_probabilities():

@@ -24,9 +24,11 @@ from safetensors.numpy import load_file, save_file
 from test_train import folder, small_config  # noqa: F401
 from test_variants import TWO_SIXES
 
-from alexnet_jax import ablations, export, load, pretrained, train, variants
+from alexnet_jax import export, load
 from alexnet_jax.data import imagenet, images
-from alexnet_jax.layers import (
+from alexnet_jax.models import ablations, variants
+from alexnet_jax.models import weights as weights_lib
+from alexnet_jax.models.layers import (
     Activation,
     Dense,
     Lrn,
@@ -34,7 +36,7 @@ from alexnet_jax.layers import (
     feature_names,
     stage_name,
 )
-from alexnet_jax.pretrained import (
+from alexnet_jax.models.weights import (
     Weights,
     WeightsError,
     caffe,
@@ -42,7 +44,13 @@ from alexnet_jax.pretrained import (
     read_weights,
     save_safetensors,
 )
-from alexnet_jax.pretrained.files import flat, make_model, nested, shapes_of
+from alexnet_jax.models.weights.files import (
+    flat,
+    make_model,
+    nested,
+    shapes_of,
+)
+from alexnet_jax.training import loop
 
 TOLERANCE = 1e-4
 NORMS = (Lrn, WithinMapLrn)
@@ -524,7 +532,7 @@ def test_torchvision_names_are_read_back_as_they_were(tmp_path):
     """With the mean, the sizes and the names that torchvision has no place for."""
     weights, path = owt_weights(), tmp_path / "owt.safetensors"
     save_safetensors(path, weights, names="torchvision")
-    assert set(load_file(path)) == set(pretrained.torchvision.to_state(weights))
+    assert set(load_file(path)) == set(weights_lib.torchvision.to_state(weights))
     found = read_weights(path)
     assert found.settings == OWT and found.class_names == weights.class_names
     np.testing.assert_allclose(found.mean, MEAN, rtol=1e-6)
@@ -617,7 +625,7 @@ def workdir(folder, tmp_path_factory):  # noqa: F811
     """The workdir of a run of one step."""
     workdir = tmp_path_factory.mktemp("run")
     config = small_config(folder, max_steps=1, eval_every_epochs=0.0)
-    train.train_and_evaluate(config, workdir)
+    loop.train_and_evaluate(config, workdir)
     return workdir
 
 
@@ -696,7 +704,7 @@ def test_files_of_no_known_format(tmp_path):
         read_weights(tmp_path / "weights.pth", variant="vgg")
 
 
-@pytest.mark.parametrize("suffix", pretrained.SUFFIXES)
+@pytest.mark.parametrize("suffix", weights_lib.SUFFIXES)
 def test_files_of_another_format(suffix, tmp_path):
     if suffix.startswith(".p"):
         pytest.importorskip("torch", reason="torch is not installed")

@@ -20,7 +20,7 @@ from test_distributed import (
 )
 from test_train import folder  # noqa: F401, a fixture
 
-from alexnet_jax.writers import read_metrics
+from alexnet_jax.training.writers import read_metrics
 
 
 def wait_for(process, words, seconds=90):

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alexnet_jax import variants
-from alexnet_jax.alexnet import create_model
-from alexnet_jax.summary import summary
-from alexnet_jax.train import train_and_evaluate
+from alexnet_jax.models import variants
+from alexnet_jax.models.alexnet import create_model
+from alexnet_jax.models.summary import summary
+from alexnet_jax.training.loop import train_and_evaluate
 from benchmarks import parallel_modes
 from configs import quickstart
 

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from alexnet_jax import prepare
-from alexnet_jax.augment import IMAGENET_MEAN_255, IMAGENET_PCA_STD_255
 from alexnet_jax.data import images, open_source, statistics
+from alexnet_jax.data.augment import IMAGENET_MEAN_255, IMAGENET_PCA_STD_255
 
 NUM_CLASSES = 40
 
@@ -104,8 +104,8 @@ def test_cifar10_pictures_train(data_dir, tmp_path):
     """Thirty steps on 2,000 pictures leave chance behind."""
     from test_parallel import fast_loops
 
-    from alexnet_jax.train import train_and_evaluate
-    from alexnet_jax.writers import read_metrics
+    from alexnet_jax.training.loop import train_and_evaluate
+    from alexnet_jax.training.writers import read_metrics
     from configs import cifar10
 
     archive = data_dir / "cifar10_images.tar"

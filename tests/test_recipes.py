@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import experiment, train
-from alexnet_jax.config import flat
-from alexnet_jax.writers import read_metrics
+from alexnet_jax.training import experiment, loop
+from alexnet_jax.training.config import flat
+from alexnet_jax.training.writers import read_metrics
 
 NAMES = ("paper", "original", "caffe", "caffenet", "owt", "large_batch")
 STEPS_PER_EPOCH = 10
@@ -33,7 +33,7 @@ def test_two_steps_of_every_recipe(name, tmp_path, monkeypatch):
     config.optim.accumulate_steps = min(2, config.optim.accumulate_steps)
     config.max_steps = 2
     config.log_every_steps = 1
-    state = train.train_and_evaluate(config, tmp_path)
+    state = loop.train_and_evaluate(config, tmp_path)
     assert int(state.step) == 2
     rows = [
         row for row in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in row

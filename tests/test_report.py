@@ -18,11 +18,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from test_train import small_config
 
-from alexnet_jax import load, loading, report, timing, train
+from alexnet_jax import load, report
 from alexnet_jax.analysis.report import findings
 from alexnet_jax.analysis.report import page as report_page
-from alexnet_jax.config import as_json
-from alexnet_jax.writers import read_metrics
+from alexnet_jax.training import load as load_lib
+from alexnet_jax.training import loop, timing
+from alexnet_jax.training.config import as_json
+from alexnet_jax.training.writers import read_metrics
 
 # Sorted as folders are. The first is mathematics to matplotlib; the second holds markup,
 # a quote and an entity.
@@ -56,7 +58,7 @@ def made(pictures, tmp_path_factory):
     (workdir / "times.jsonl").write_text(f"{without_checkpoint}\n")
     config = small_config(pictures, num_epochs=4.0, eval_views=10)
     config.eval_every_epochs = 2.0
-    train.train_and_evaluate(config, workdir)
+    loop.train_and_evaluate(config, workdir)
     return workdir, report.report(workdir)
 
 
@@ -295,7 +297,7 @@ def test_configuration_and_commands(made, parsed):
     assert shlex.split(test)[:2] == [workdir, "--mode=eval"]
     assert shlex.split(resume)[0] == workdir
     name, _, path = shlex.split(resume)[1].partition("=")
-    assert name == "--config" and as_json(loading.load_config(path)) == config
+    assert name == "--config" and as_json(load_lib.load_config(path)) == config
 
 
 def test_missing_pictures_are_told_and_the_rest_is_shown(copied):

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from test_train import PICTURES, folder, records, small_config  # noqa: F401
 
-from alexnet_jax import load, progress, resume, train
-from alexnet_jax.checkpoint import CheckpointError
-from alexnet_jax.data import DataError, locks, statistics
-from alexnet_jax.experiment import ConfigError
+from alexnet_jax import load
+from alexnet_jax.data import DataError, statistics
+from alexnet_jax.system import locks
+from alexnet_jax.training import loop, progress, resume
+from alexnet_jax.training.checkpoint import CheckpointError
+from alexnet_jax.training.experiment import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,7 @@ def begun(folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("begun")
     shutil.copytree(folder, root / "pictures")
     config = small_config(root / "pictures", max_steps=2)
-    train.train_and_evaluate(config, root / "run")
+    loop.train_and_evaluate(config, root / "run")
     return root
 
 
@@ -42,7 +44,7 @@ def test_another_network_is_refused(workdir, config):
     config.model.width = 2.0
     before = (workdir / "config.json").read_text()
     with pytest.raises(ConfigError, match=r"holds another network:\n.*model\.width: 1"):
-        train.train_and_evaluate(config, workdir)
+        loop.train_and_evaluate(config, workdir)
     assert (workdir / "config.json").read_text() == before
 
 
@@ -50,26 +52,26 @@ def test_checkpoint_of_another_network_is_refused_without_config_file(workdir, c
     (workdir / "config.json").unlink()
     config.model.overrides.activation = "tanh"  # of the same shapes
     with pytest.raises(ConfigError, match=r"activation: None in the workdir, now tanh"):
-        train.train_and_evaluate(config, workdir)
+        loop.train_and_evaluate(config, workdir)
 
 
 def test_unreadable_checkpoint_names_changed_fields(workdir, config):
     config.schedule.name, config.schedule.patience = "cosine", 5
     with pytest.raises(CheckpointError, match=r"schedule.name: plateau in the workdir"):
-        train.train_and_evaluate(config, workdir)
+        loop.train_and_evaluate(config, workdir)
 
 
 def test_second_run_is_told_who_is_in_the_workdir(workdir, config):
     before = set(workdir.rglob("*"))
     with locks.held(workdir / resume.LOCK_FILE, wait=False):
         with pytest.raises(ConfigError) as raised:
-            train.train_and_evaluate(config, workdir)
+            loop.train_and_evaluate(config, workdir)
         load(workdir)  # a reader is not kept waiting
     words = rf"is in use by process {os.getpid()} on .* since .* \(.*python.*\)\. .*--w"
     assert re.search(words, str(raised.value)), raised.value
     added = {path.name for path in workdir.rglob("*") if path not in before}
     assert added <= {resume.LOCK_FILE, ".readers"}
-    assert int(train.train_and_evaluate(config, workdir).step) == 3
+    assert int(loop.train_and_evaluate(config, workdir).step) == 3
 
 
 def test_advice_about_spoilt_statistics_mends_them(workdir, config):
@@ -77,13 +79,13 @@ def test_advice_about_spoilt_statistics_mends_them(workdir, config):
     good = statistics.load(path)
     dataclasses.replace(good, mean_image=good.mean_image[:32, :32]).save(path)
     for use in (
-        lambda: train.train_and_evaluate(config, workdir),
+        lambda: loop.train_and_evaluate(config, workdir),
         lambda: load(workdir),
     ):
         with pytest.raises(DataError, match=r"delete it and start the training"):
             use()
     path.unlink()
-    train.train_and_evaluate(config, workdir)
+    loop.train_and_evaluate(config, workdir)
     np.testing.assert_array_equal(statistics.load(path).mean_image, good.mean_image)
 
 
@@ -98,7 +100,7 @@ def test_advice_about_spoilt_statistics_mends_them(workdir, config):
 def test_workdir_that_cannot_be_one(name, words, config, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=words):
-        train.train_and_evaluate(config, name.format(tmp_path))
+        loop.train_and_evaluate(config, name.format(tmp_path))
     assert os.listdir(tmp_path) == ["file"]
 
 
@@ -121,7 +123,7 @@ def test_another_batch_size_is_refused(batch_size, parts, remedy, workdir, confi
     config.data.batch_size, config.optim.accumulate_steps = batch_size, parts
     before = {path: path.stat().st_mtime_ns for path in workdir.iterdir()}
     with pytest.raises(ConfigError) as raised:
-        train.train_and_evaluate(config, workdir)
+        loop.train_and_evaluate(config, workdir)
     message = str(raised.value)
     assert message.startswith(
         f"{workdir} has --config.data.batch_size=6, not {batch_size}: its steps would mean "
@@ -143,7 +145,7 @@ def test_other_number_of_pictures_is_refused(begun, workdir, tmp_path):
         "old ones back. Or take a new --workdir"
     )
     with pytest.raises(ConfigError, match=re.escape(words)):
-        train.train_and_evaluate(small_config(pictures), workdir)
+        loop.train_and_evaluate(small_config(pictures), workdir)
 
 
 def test_other_classes_are_refused(begun, workdir, tmp_path):
@@ -152,15 +154,15 @@ def test_other_classes_are_refused(begun, workdir, tmp_path):
         (pictures / split / "red").rename(pictures / split / "a")
     words = "label 0 was 'blue'; here are 3, and label 0 is 'a'. Take a new --workdir"
     with pytest.raises(ConfigError, match=words):
-        train.train_and_evaluate(small_config(pictures), workdir)
+        loop.train_and_evaluate(small_config(pictures), workdir)
 
 
 def test_longer_run_says_that_its_schedule_changes(folder, tmp_path, capsys):
     config = small_config(folder, max_steps=2, num_epochs=2.0, eval_split="")
     config.schedule.name = "cosine"
-    train.train_and_evaluate(config, tmp_path)
+    loop.train_and_evaluate(config, tmp_path)
     config.num_epochs, config.max_steps = 4.0, 4
-    train.train_and_evaluate(config, tmp_path)
+    loop.train_and_evaluate(config, tmp_path)
     assert (
         "the cosine schedule is laid out over 4 epochs instead of 2: from here on the "
         "learning rate is another\nresuming from step 2"

@@ -12,16 +12,17 @@ import pytest
 from PIL import Image
 from test_train import PICTURES, folder, small_config
 
-from alexnet_jax import load, retrieve, train
+from alexnet_jax import load, retrieve
 from alexnet_jax.analysis import retrieval
 from alexnet_jax.analysis.codes import load_codes
 from alexnet_jax.analysis.retrieval import Index, RetrievalError, nearest
+from alexnet_jax.training import loop
 
 
 @pytest.fixture(scope="module")
 def workdir(folder, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    train.train_and_evaluate(small_config(folder, num_epochs=2.0), workdir)
+    loop.train_and_evaluate(small_config(folder, num_epochs=2.0), workdir)
     return workdir
 
 
@@ -134,7 +135,7 @@ def _exchange_labels(train):
 
 
 def _move(train):
-    train.parent.rename(train.parent.with_name("moved"))
+    loop.parent.rename(loop.parent.with_name("moved"))
 
 
 OTHERS = "has other pictures now than the index. Make it again"
@@ -235,7 +236,7 @@ def test_what_does_not_fit_is_refused(index_file, workdir, folder, tmp_path, cap
         f"--workdir={workdir}", there, "--layer=conv1", picture
     )
     other = tmp_path / "other"
-    train.train_and_evaluate(small_config(folder, seed=1, max_steps=1), other)
+    loop.train_and_evaluate(small_config(folder, seed=1, max_steps=1), other)
     words = "the index is of another network than the workdir's"
     assert words in said(f"--workdir={other}", there, picture)
     assert "is not the workdir of a run" in said(f"--workdir={tmp_path}", new)

@@ -8,7 +8,9 @@ import threading
 
 import pytest
 
-from alexnet_jax import cli, pictures, prepare, signals
+from alexnet_jax import prepare
+from alexnet_jax.analysis import features
+from alexnet_jax.system import cli, signals
 
 STOPPED = "stopped by {}; start the same command again\n"
 
@@ -133,6 +135,6 @@ def test_interrupted_figure_leaves_the_old_one(tmp_path, capfd):
     path = tmp_path / "figure.png"
     path.write_bytes(b"whole")
     with pytest.raises(signals.Interrupted), signals.interrupts():
-        cli.exit_status(lambda: not pictures.save_figure(Figure(), path))
+        cli.exit_status(lambda: not features.save_figure(Figure(), path))
     assert capfd.readouterr().err == STOPPED.format("SIGINT")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"whole"]

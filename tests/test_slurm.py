@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alexnet_jax.distributed import count_tasks
+from alexnet_jax.training.distributed import count_tasks
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 from test_parallel import CROP, batch, narrow, statistics
 
-from alexnet_jax import augment, metrics, optim, parallel, steps
+from alexnet_jax.data import augment
+from alexnet_jax.training import (
+    metrics,
+    optim,
+    parallel,
+    steps,
+)
 
 EXAMPLES, STEPS = 8, 15
 

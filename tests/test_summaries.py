@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 from test_parallel import BATCH, CROP, batch, narrow, statistics
 
-from alexnet_jax import augment, metrics, optim, parallel, steps
-from alexnet_jax.alexnet import create_model
+from alexnet_jax.data import augment
+from alexnet_jax.models.alexnet import create_model
+from alexnet_jax.training import (
+    metrics,
+    optim,
+    parallel,
+    steps,
+)
 
 SEED = 5
 # Units whose bias is so low that nothing gets through: in both columns, or in one.

@@ -17,8 +17,6 @@ from absl import flags
 from ml_collections import config_flags
 from PIL import Image
 
-from alexnet_jax import records
-from alexnet_jax.config import as_json, flat, validate
 from alexnet_jax.sweeps import figures, summary
 from alexnet_jax.sweeps import plan as plan_lib
 from alexnet_jax.sweeps import run as launcher
@@ -33,6 +31,8 @@ from alexnet_jax.sweeps.plan import (
     SweepError,
 )
 from alexnet_jax.sweeps.summary import Estimate
+from alexnet_jax.system import machine
+from alexnet_jax.training.config import as_json, flat, validate
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
@@ -351,7 +351,7 @@ def test_the_table_and_the_figures(tmp_path):
 def test_a_command_is_told_without_paths():
     words = ["configs/sweeps/lrn.py", "--out=/a/b", "--set", "data.source=folder:/a/b"]
     expected = "configs/sweeps/lrn.py --out=DIR --set data.source=folder:PATH"
-    assert records.without_paths(words) == expected
+    assert machine.without_paths(words) == expected
 
 
 # The launcher.

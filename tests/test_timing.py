@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from alexnet_jax import timing
+from alexnet_jax.training import timing
 
 
 class SimulatedClock:

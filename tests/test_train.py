@@ -17,10 +17,16 @@ import numpy as np
 import pytest
 from test_parallel import fast_loops
 
-from alexnet_jax import load, run, step_log, timing, train
-from alexnet_jax.checkpoint import CheckpointError
+from alexnet_jax import load
 from alexnet_jax.data.sources import FolderSource
-from alexnet_jax.writers import read_metrics
+from alexnet_jax.training import (
+    loop,
+    run,
+    step_log,
+    timing,
+)
+from alexnet_jax.training.checkpoint import CheckpointError
+from alexnet_jax.training.writers import read_metrics
 from configs import common
 
 PICTURES, CLASSES = 25, 3  # 25 does not divide by 6: the last batch is padded
@@ -113,7 +119,7 @@ def finished(folder, tmp_path_factory):
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr(step_log, "STALL_AFTER_STEPS", 20)
-        state = train.train_and_evaluate(config, workdir)
+        state = loop.train_and_evaluate(config, workdir)
     assert "WARNING" not in out.getvalue()  # it learns
     return state, workdir
 
@@ -145,7 +151,7 @@ def test_the_same_seed_is_the_same_bits_with_any_number_of_workers(
 ):
     config = small_config(folder)
     config.data.workers = 3
-    state = train.train_and_evaluate(config, tmp_path)
+    state = loop.train_and_evaluate(config, tmp_path)
     assert_same_state(state, finished[0])
     assert records(tmp_path, "") == records(finished[1], "")
 
@@ -157,7 +163,7 @@ def test_a_run_ends_at_its_training_error_and_tests_several_views(
         folder, stop_at_train_error=0.02, eval_views=10, eval_every_epochs=0.0
     )
     config.log_every_steps = 2
-    state = train.train_and_evaluate(config, tmp_path)
+    state = loop.train_and_evaluate(config, tmp_path)
     rows = records(tmp_path, "train/")
     errors = [row["train/top1_error"] for row in rows]
     assert errors[-1] <= 0.02 < min(errors[:-1])
@@ -165,10 +171,10 @@ def test_a_run_ends_at_its_training_error_and_tests_several_views(
     (evaluation,) = records(tmp_path, "eval/")
     assert {"eval/views_top1_error", "eval/top1_error"} <= set(evaluation)
     capsys.readouterr()
-    train.train_and_evaluate(config, tmp_path)  # the same again has nothing to do
+    loop.train_and_evaluate(config, tmp_path)  # the same again has nothing to do
     assert "nothing to do: the run ended at step" in capsys.readouterr().out
     config.stop_at_train_error = 0.0  # another end: it goes on
-    assert int(train.train_and_evaluate(config, tmp_path).step) > int(state.step)
+    assert int(loop.train_and_evaluate(config, tmp_path).step) > int(state.step)
 
 
 @pytest.mark.slow
@@ -176,12 +182,12 @@ def test_a_line_of_a_few_steps_does_not_end_a_run(folder, tmp_path):
     """The error counts when a line of the log is of all its steps."""
     half = small_config(folder, max_steps=1, stop_at_train_error=0.99)
     half.log_every_steps = 2
-    state = train.train_and_evaluate(half, tmp_path / "half")
+    state = loop.train_and_evaluate(half, tmp_path / "half")
     assert int(state.step) == 1
     half.max_steps = 2  # its line has one step: no end, whatever its error
-    assert int(train.train_and_evaluate(half, tmp_path / "half").step) == 2
+    assert int(loop.train_and_evaluate(half, tmp_path / "half").step) == 2
     half.max_steps = 3
-    assert int(train.train_and_evaluate(half, tmp_path / "half").step) == 3
+    assert int(loop.train_and_evaluate(half, tmp_path / "half").step) == 3
 
 
 @contextlib.contextmanager
@@ -209,7 +215,7 @@ def float64_config(folder, mode, data, column):
 def ten_steps_on_two_devices(folder, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("two") / "columns"
     with in_float64():
-        state = train.train_and_evaluate(
+        state = loop.train_and_evaluate(
             float64_config(folder, "columns", 1, 2), workdir
         )
     return state, workdir
@@ -228,7 +234,7 @@ def test_columns_go_on_exactly(folder, tmp_path, ten_steps_on_two_devices, capsy
     config = float64_config(folder, "columns", 1, 2)
     config.checkpoint.keep = 4
     with in_float64():
-        state = train.train_and_evaluate(config, moved)
+        state = loop.train_and_evaluate(config, moved)
     assert_same_state(state, expected)
     assert records(moved, "") == records(workdir, "")
     out = capsys.readouterr().out
@@ -254,7 +260,7 @@ def test_a_run_goes_on_on_other_devices(
     moved = after_five_steps(workdir, tmp_path / "moved")
     with in_float64():
         config = float64_config(folder, mode, data, column)
-        state = train.train_and_evaluate(config, moved)
+        state = loop.train_and_evaluate(config, moved)
     got, want = records(moved, "train/loss"), records(workdir, "train/loss")
     assert [row["step"] for row in got] == list(range(1, 11))
     np.testing.assert_allclose(
@@ -295,10 +301,10 @@ def test_a_stopped_run_goes_on_where_it_was(
         # Step 13 is one after which an evaluation of the plateau rule is due.
         StopAt(patch, 13, number)
         with pytest.raises(error):
-            train.train_and_evaluate(small_config(folder), tmp_path)
+            loop.train_and_evaluate(small_config(folder), tmp_path)
     out = capsys.readouterr().out
     assert f"stopped at step 13 by {number.name}; the same command goes on" in out
-    state = train.train_and_evaluate(small_config(folder), tmp_path)
+    state = loop.train_and_evaluate(small_config(folder), tmp_path)
     assert_same_state(state, expected)
     starts = timing.read_times(tmp_path / "times.jsonl")
     assert [(start.first_step, start.last_step) for start in starts] == [
@@ -309,15 +315,15 @@ def test_a_stopped_run_goes_on_where_it_was(
 def test_a_signal_in_the_last_save_changes_nothing(
     folder, tmp_path, monkeypatch, capsys
 ):
-    save = train.Checkpointer.save
+    save = loop.Checkpointer.save
 
     def save_and_signal(checkpointer, step, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         save(checkpointer, step, *args, **kwargs)
 
     config = small_config(folder, max_steps=2, eval_split="")
-    monkeypatch.setattr(train.Checkpointer, "save", save_and_signal)
-    assert int(train.train_and_evaluate(config, tmp_path).step) == 2
+    monkeypatch.setattr(loop.Checkpointer, "save", save_and_signal)
+    assert int(loop.train_and_evaluate(config, tmp_path).step) == 2
     assert capsys.readouterr().out.endswith(
         "checkpoint of step 2\nSIGTERM: the run has ended, nothing is left to do\n"
     )
@@ -349,25 +355,25 @@ def test_an_evaluation_is_cut_short_and_made_up_for(
     # Nothing improves: after step 9, the second evaluation, the rule lowers the rate.
     config = small_config(folder, max_steps=12)
     config.optim.learning_rate = 1e-12
-    expected = train.train_and_evaluate(config, tmp_path / "whole")
+    expected = loop.train_and_evaluate(config, tmp_path / "whole")
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_in_evaluation(patch, step=9, batch=2)
         with pytest.raises(SystemExit) as stopped:
-            train.train_and_evaluate(config, workdir)
+            loop.train_and_evaluate(config, workdir)
     assert stopped.value.code == 143
     assert "stopped at step 9 by SIGTERM; the same" in capsys.readouterr().out
     assert [row["step"] for row in records(workdir, "eval/")] == [5]
     for where, name in (
-        (train.Checkpointer, "_add_error"),  # the record is written, and no more
-        (train, "next_batch"),  # in the steps that follow
+        (loop.Checkpointer, "_add_error"),  # the record is written, and no more
+        (loop, "next_batch"),  # in the steps that follow
     ):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, killed)
             with pytest.raises(MemoryError):
-                train.train_and_evaluate(config, workdir)
+                loop.train_and_evaluate(config, workdir)
         assert "learning rate now 1e-13" in capsys.readouterr().out
-    state = train.train_and_evaluate(config, workdir)
+    state = loop.train_and_evaluate(config, workdir)
     assert capsys.readouterr().out.count("learning rate now") == 1
     assert_same_state(state, expected)
     assert records(workdir, "eval/") == records(tmp_path / "whole", "eval/")
@@ -378,10 +384,10 @@ def test_the_last_evaluation_is_cut_short_too(folder, tmp_path, monkeypatch, cap
     with monkeypatch.context() as patch:
         stop_in_evaluation(patch, signal.SIGUSR1, step=3, batch=1)
         with pytest.raises(SystemExit) as stopped:
-            train.train_and_evaluate(config, tmp_path)
+            loop.train_and_evaluate(config, tmp_path)
     assert stopped.value.code == 138
     assert not records(tmp_path, "eval/")
-    train.train_and_evaluate(config, tmp_path)
+    loop.train_and_evaluate(config, tmp_path)
     out = capsys.readouterr().out
     assert "stopped at step 3 by SIGUSR1" in out and "nothing to do" in out
     (row,) = records(tmp_path, "eval/")
@@ -390,7 +396,7 @@ def test_the_last_evaluation_is_cut_short_too(folder, tmp_path, monkeypatch, cap
 
 def test_a_finished_run_has_nothing_to_do(finished, folder, capsys):
     state, workdir = finished
-    again = train.train_and_evaluate(small_config(folder), workdir)
+    again = loop.train_and_evaluate(small_config(folder), workdir)
     assert "nothing to do: the run ended at step 34" in capsys.readouterr().out
     assert_same_state(again, state)
 
@@ -399,7 +405,7 @@ def test_the_plateau_rule_lowers_the_learning_rate(folder, tmp_path, capsys):
     config = small_config(folder)
     config.optim.learning_rate = 1e-12  # nothing improves
     config.max_steps = 12
-    state = train.train_and_evaluate(config, tmp_path)
+    state = loop.train_and_evaluate(config, tmp_path)
     rate = state.opt_state.hyperparams["learning_rate"]
     assert float(rate) == pytest.approx(1e-13)
     out = capsys.readouterr().out
@@ -408,7 +414,7 @@ def test_the_plateau_rule_lowers_the_learning_rate(folder, tmp_path, capsys):
     config.optim.learning_rate = 1e-10
     config.schedule.max_drops, config.schedule.patience = 0, 5
     config.max_steps = 13
-    state = train.train_and_evaluate(config, tmp_path)
+    state = loop.train_and_evaluate(config, tmp_path)
     rate = state.opt_state.hyperparams["learning_rate"]
     assert float(rate) == pytest.approx(1e-11)
 
@@ -448,13 +454,13 @@ def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(
     with monkeypatch.context() as patch:
         patch.setattr(step_log.StepLog, "add", fill)
         with pytest.raises((CheckpointError, OSError)) as raised:
-            train.train_and_evaluate(config, workdir)
+            loop.train_and_evaluate(config, workdir)
     assert re.search(words, str(raised.value)), raised.value
     names = {path.name for path in (workdir / "checkpoints").iterdir()}
     assert names <= {".readers", "5", "9"}, names  # 9: the best one, of an evaluation
     load(workdir)  # is whole
     ballast.unlink()
-    state = train.train_and_evaluate(config, workdir)
+    state = loop.train_and_evaluate(config, workdir)
     assert_same_state(state, finished[0])
     assert records(workdir, "train/") == records(finished[1], "train/")
 
@@ -487,7 +493,7 @@ def test_divergence_ends_the_run(every_steps, words, folder, tmp_path):
     config.optim.learning_rate = 1e9
     config.checkpoint.every_steps = every_steps
     with pytest.raises(FloatingPointError) as raised:
-        train.train_and_evaluate(config, tmp_path)
+        loop.train_and_evaluate(config, tmp_path)
     found = re.search(words, str(raised.value))
     assert found, raised.value
     assert "run the same command with --config.summaries_every" in str(raised.value)
@@ -499,7 +505,7 @@ def test_divergence_ends_the_run(every_steps, words, folder, tmp_path):
 def test_without_an_evaluation_split(folder, tmp_path):
     config = small_config(folder, eval_split="")
     config.max_steps = 7
-    assert int(train.train_and_evaluate(config, tmp_path).step) == 7
+    assert int(loop.train_and_evaluate(config, tmp_path).step) == 7
     assert not records(tmp_path, "eval/")
     load(tmp_path)  # the newest checkpoint, as none has an error
 
@@ -507,7 +513,7 @@ def test_without_an_evaluation_split(folder, tmp_path):
 def test_summaries_change_nothing_and_are_written(finished, folder, tmp_path, capsys):
     expected, plain = finished
     config = small_config(folder, summaries_every_steps=5)
-    state = train.train_and_evaluate(config, tmp_path)
+    state = loop.train_and_evaluate(config, tmp_path)
     assert_same_state(state, expected)
     summaries = records(tmp_path, "grad_norm/")
     assert [row["step"] for row in summaries] == [0, 5, 10, 15, 20, 25, 30]
@@ -541,9 +547,9 @@ def test_a_resumed_run_has_each_summary_once(folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(step_log.StepLog, "add", add_or_crash)
         with pytest.raises(RuntimeError, match="killed"):
-            train.train_and_evaluate(config, tmp_path)
+            loop.train_and_evaluate(config, tmp_path)
     assert records(tmp_path, "grad_norm/")[-1]["step"] == 10
-    train.train_and_evaluate(config, tmp_path)
+    loop.train_and_evaluate(config, tmp_path)
     steps = [row["step"] for row in records(tmp_path, "grad_norm/")]
     assert steps == [0, 5, 10, 15]
 
@@ -555,7 +561,7 @@ def test_a_loss_that_stays_at_guessing_is_said_once(
     config = small_config(folder, max_steps=20, eval_split="")
     config.model.init = "caffe"
     config.optim.learning_rate = 1e-12
-    train.train_and_evaluate(config, tmp_path)
+    loop.train_and_evaluate(config, tmp_path)
     lines = capsys.readouterr().out.splitlines()
     (index,) = (i for i, line in enumerate(lines) if line.startswith("WARNING"))
     # The first record from step 9 on is that of step 10.
@@ -585,7 +591,7 @@ def traced_steps(workdir):
 @pytest.mark.slow
 def test_a_few_steps_are_traced(finished, folder, tmp_path, monkeypatch, capsys):
     config = small_config(folder, profile=2, max_steps=8, eval_split="")
-    train.train_and_evaluate(config, tmp_path / "whole")
+    loop.train_and_evaluate(config, tmp_path / "whole")
     assert traced_steps(tmp_path / "whole") == [3, 4]
     out = capsys.readouterr().out
     assert f"traced from step 3 on: {tmp_path / 'whole' / 'profile'}. Look" in out
@@ -597,11 +603,11 @@ def test_a_few_steps_are_traced(finished, folder, tmp_path, monkeypatch, capsys)
     with monkeypatch.context() as patch:
         StopAt(patch, 5, signal.SIGTERM)
         with pytest.raises(SystemExit):
-            train.train_and_evaluate(config, tmp_path / "stopped")
+            loop.train_and_evaluate(config, tmp_path / "stopped")
     assert traced_steps(tmp_path / "stopped") == [3, 4]
     config = small_config(folder, profile=2, max_steps=3, eval_split="")
     capsys.readouterr()
-    train.train_and_evaluate(config, tmp_path / "short")
+    loop.train_and_evaluate(config, tmp_path / "short")
     assert "no trace: --config.profile begins 3 steps after" in capsys.readouterr().out
     assert not (tmp_path / "short" / "profile").exists()
 
@@ -610,7 +616,7 @@ def test_bfloat16_trains(folder, tmp_path):
     config = small_config(folder)
     config.model.dtype = "bfloat16"
     config.max_steps = 3
-    state = train.train_and_evaluate(config, tmp_path)
+    state = loop.train_and_evaluate(config, tmp_path)
     assert state.params["conv1"]["kernel"].dtype == jnp.float32
 
 
@@ -626,7 +632,7 @@ def test_waiting_for_data_is_told_from_computing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(FolderSource, "fetch", fetch)
     config = small_config(folder, max_steps=30, eval_every_epochs=0.0)
     config.data.workers = 1  # a call a batch, and up to four of them ahead
-    train.train_and_evaluate(config, tmp_path)
+    loop.train_and_evaluate(config, tmp_path)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     waited = {r["step"]: r["data_wait_frac"] for r in rows if "data_wait_frac" in r}
     assert waited[10] < waited[30]
@@ -641,7 +647,7 @@ def test_the_remedy_for_memory_is_the_same_run(
     config = float64_config(folder, "columns", 1, 2)
     config.optim.accumulate_steps = 2
     with in_float64():
-        state = train.train_and_evaluate(config, moved)
+        state = loop.train_and_evaluate(config, moved)
     for a, b in zip(leaves(state), leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
     for row, wanted in zip(records(moved, "lr"), records(workdir, "lr"), strict=True):

@@ -11,8 +11,8 @@ import pytest
 from alexnet_jax.analysis.codes import load_codes
 from alexnet_jax.analysis.retrieval import load_index
 from alexnet_jax.data import statistics
-from alexnet_jax.evaluate import load_predictions
-from alexnet_jax.pretrained import WeightsError, read_weights
+from alexnet_jax.models.weights import WeightsError, read_weights
+from alexnet_jax.training.evaluate import load_predictions
 
 ROOT = Path(__file__).parent.parent
 

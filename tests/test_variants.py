@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from alexnet_jax import layers, variants
-from alexnet_jax.ablations import customize
-from alexnet_jax.alexnet import create_model
-from alexnet_jax.layers import feature_names
-from alexnet_jax.summary import summary
+from alexnet_jax.models import layers, variants
+from alexnet_jax.models.ablations import customize
+from alexnet_jax.models.alexnet import create_model
+from alexnet_jax.models.layers import feature_names
+from alexnet_jax.models.summary import summary
 
 # Total parameters and multiply-adds. `paper` 60,965,224 and 724,406,816, `owt`
 # 61,100,840 and 714,188,480 (torchvision's own count), `one_tower` 62,378,344 and

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from alexnet_jax.writers import (
+from alexnet_jax.training.writers import (
     METRICS_FILE,
     ConsoleWriter,
     JsonlWriter,
@@ -134,7 +134,7 @@ def test_resume_is_atomic(path, monkeypatch):
     def killed(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("alexnet_jax.writers.os.replace", killed)
+    monkeypatch.setattr("alexnet_jax.training.writers.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         JsonlWriter(path, 100)
     assert path.read_bytes() == before

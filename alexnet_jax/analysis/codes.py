@@ -30,7 +30,7 @@ from alexnet_jax.analysis.retrieval import (
     nearest,
     rank,
 )
-from alexnet_jax.data.files import read_npz, replacing
+from alexnet_jax.system.files import read_npz, replacing
 
 # Codes that are compared with the queries at once.
 BLOCK = 16384

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from alexnet_jax.analysis.features import Extractor
 from alexnet_jax.data.errors import DataError
-from alexnet_jax.data.files import read_npz, replacing
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import resize_to_square
 from alexnet_jax.data.sources import Source
-from alexnet_jax.pictures import Extractor
+from alexnet_jax.system.files import read_npz, replacing
 
 # Bytes of an index that are compared with the queries at once. For larger blocks the
 # copy to the device takes most of the time on a CPU.
@@ -342,7 +342,7 @@ def draw(
     Raises:
       RetrievalError, DataError: as `fetch_rows`.
     """
-    from alexnet_jax.analysis.figures import nearest_pictures  # matplotlib
+    from alexnet_jax.analysis.figures import nearest_pictures
 
     count = rows.shape[1]
     _, by_pixels = nearest(index.pixels, shrink(pictures), count)

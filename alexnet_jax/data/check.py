@@ -11,11 +11,8 @@ from concurrent import futures
 
 import numpy as np
 
-from alexnet_jax.augment import (
-    IMAGENET_MEAN_255,
-    IMAGENET_PCA_STD_255,
-)
 from alexnet_jax.data import statistics
+from alexnet_jax.data.augment import IMAGENET_MEAN_255, IMAGENET_PCA_STD_255
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, wnids, words
 from alexnet_jax.data.loader import TrainOrder

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from alexnet_jax.data.errors import DataError
-from alexnet_jax.data.files import read_npz, replacing
 from alexnet_jax.data.sources import Source
+from alexnet_jax.system.files import read_npz, replacing
 
 _FIELDS = ("mean_image", "pca_std_255", "pca_vectors", "num_examples")
 _SPLIT = "split_examples"  # not in files of earlier versions

@@ -12,8 +12,14 @@ from typing import Any, Literal
 from absl import flags
 from ml_collections import config_flags
 
-from alexnet_jax import loading
-from alexnet_jax.config import Config, ConfigError, as_json, flat, validate
+from alexnet_jax.training import load as load_lib
+from alexnet_jax.training.config import (
+    Config,
+    ConfigError,
+    as_json,
+    flat,
+    validate,
+)
 
 ROOT = Path(__file__).parents[2]
 COMPARISONS = ("difference", "ratio")
@@ -206,7 +212,7 @@ def load(path: str | os.PathLike[str]) -> Sweep:
             f"{', '.join(shipped)}."
         )
     try:
-        sweep = loading.run_file(f"{path}{colon}{argument}", "get_sweep")
+        sweep = load_lib.run_file(f"{path}{colon}{argument}", "get_sweep")
     except ConfigError as error:
         raise SweepError(
             f"{error} It must define get_sweep(), which returns a sweeps.Sweep."
@@ -394,7 +400,7 @@ def load_config(file: str) -> Config:
       SweepError: if there is none, or it makes no config.
     """
     try:
-        return loading.load_config(_config_path(file))
+        return load_lib.load_config(_config_path(file))
     except ConfigError as error:
         raise SweepError(f"config {file!r}: {error}") from error
 
@@ -466,8 +472,8 @@ def differences(run: Run, stored: Path) -> list[str]:
     Raises:
       ConfigError: if the file is damaged.
     """
-    own = loading.read_config(stored.parent) or {}
-    old, new = flat(as_json(loading.from_stored(own))), run.fields()
+    own = load_lib.read_config(stored.parent) or {}
+    old, new = flat(as_json(load_lib.from_stored(own))), run.fields()
     return [
         f"{name}: {old[name]} there, {new[name]} asked for"
         for name in sorted(new)

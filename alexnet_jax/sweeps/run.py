@@ -34,17 +34,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from alexnet_jax import records, signals
-from alexnet_jax.cli import path_argument, require_writable
-from alexnet_jax.config import ConfigError
-from alexnet_jax.data import locks
-from alexnet_jax.data.files import replacing
-from alexnet_jax.experiment import DIVERGED
-from alexnet_jax.loading import CHECKPOINTS, CONFIG_FILE
 from alexnet_jax.sweeps import plan as plan_lib
 from alexnet_jax.sweeps import summary
-from alexnet_jax.sweeps.plan import Measurement, Plan, Run, SweepError
-from alexnet_jax.writers import METRICS_FILE, parse_record, read_metrics
+from alexnet_jax.sweeps.plan import (
+    Measurement,
+    Plan,
+    Run,
+    SweepError,
+)
+from alexnet_jax.system import locks, machine, signals
+from alexnet_jax.system.cli import path_argument, require_writable
+from alexnet_jax.system.files import replacing
+from alexnet_jax.training.config import ConfigError
+from alexnet_jax.training.experiment import DIVERGED
+from alexnet_jax.training.load import CHECKPOINTS, CONFIG_FILE
+from alexnet_jax.training.writers import METRICS_FILE, parse_record, read_metrics
 
 POLL_SECONDS = 0.5
 SQUEUE_SECONDS = 30
@@ -105,9 +109,9 @@ class Job:
         """Store that the run has ended and how."""
         about = {
             "state": self.state,
-            "command": records.without_paths(command[1:]),
+            "command": machine.without_paths(command[1:]),
             "seconds": round(time.time() - self.started, 1),
-            "versions": records.versions(),
+            "versions": machine.versions(),
         }
         if self.beaten:
             about["beaten"] = True
@@ -423,7 +427,7 @@ def _run(options: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     with locks.held(out / LOCK, wait=False):
         interrupted = launcher.work()
-        command = f"python launch/sweep.py {records.without_paths(sys.argv[1:])}"
+        command = f"python launch/sweep.py {machine.without_paths(sys.argv[1:])}"
         page = summary.write(plan, launcher.jobs, launcher.results, out, command)
         print(f"\n{page}\nwrote {out}/summary.md, .csv, .png and {out}/sweep.json")
     broken = [job for job in launcher.jobs.values() if job.state == "broken"]

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from alexnet_jax import records
-from alexnet_jax.data.files import replacing
 from alexnet_jax.sweeps.plan import (
     EpochsTo,
     Measurement,
@@ -22,7 +20,9 @@ from alexnet_jax.sweeps.plan import (
     as_text,
     best,
 )
-from alexnet_jax.writers import METRICS_FILE, read_metrics
+from alexnet_jax.system import machine
+from alexnet_jax.system.files import replacing
+from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
     from alexnet_jax.sweeps.run import Job
@@ -271,7 +271,7 @@ def write(
       The Markdown page.
     """
     lines = summarize(plan, results)
-    about = records.machine(command)
+    about = machine.machine(command)
     page = _page(plan, lines, about, list(jobs.values()))
     with replacing(out / "summary.md") as file:
         file.write(page.encode())
@@ -287,7 +287,7 @@ def write(
         "measured_on": plan.sweep.measured_on,
         "seeds": list(plan.seeds),
         "settings": {
-            name: records.without_paths([f"{name}={value}"]).partition("=")[2]
+            name: machine.without_paths([f"{name}={value}"]).partition("=")[2]
             for name, value in plan.settings.items()
         },
         "rows": [dataclasses.asdict(line) for line in lines],
@@ -323,14 +323,14 @@ def _page(
         f"# {plan.name} ({about['date']})",
         sweep.about,
         f"    {about['command']}",
-        f"{records.in_words(about)}. Measured on {data}.",
-        records.markdown_table(*summary_table(plan, lines)),
+        f"{machine.in_words(about)}. Measured on {data}.",
+        machine.markdown_table(*summary_table(plan, lines)),
         _NOISE,
         *published(sweep),
     ]
     if any(line.tried for line in lines):
         parts += ["## Search", f"With seed {plan.seeds[0]}; the best is in bold."]
-        parts.append(records.markdown_table(*search_table(plan, lines)))
+        parts.append(machine.markdown_table(*search_table(plan, lines)))
     beaten = [job.run.name for job in jobs if job.beaten]
     if beaten:
         parts.append(f"Ended when another candidate had won: {', '.join(beaten)}.")
@@ -360,7 +360,7 @@ def _write_csv(path: Path, lines: Sequence[Line]) -> None:
 def _draw(
     plan: Plan, lines: Sequence[Line], jobs: "Mapping[str, Job]", path: Path
 ) -> None:
-    from alexnet_jax.sweeps import figures  # matplotlib is not needed to run anything
+    from alexnet_jax.sweeps import figures
 
     metric = plan.sweep.metric
     if isinstance(metric, EpochsTo):

@@ -24,7 +24,12 @@ of the picture (137), the cross-map LRN moved from behind pool1 to right over co
 other pictures faded in and exchanges in 16 bits (170), four GPUs (130).
 """
 
-from alexnet_jax.sweeps import FinalError, Paper, Row, Sweep
+from alexnet_jax.sweeps import (
+    FinalError,
+    Paper,
+    Row,
+    Sweep,
+)
 
 VALIDATION = "ILSVRC-2012 validation, ten views"
 TEST_2010 = "ILSVRC-2010 test, ten views"

@@ -15,7 +15,12 @@ ablation, the third the 13% network as it was published.
 
 import dataclasses
 
-from alexnet_jax.sweeps import FinalError, Paper, Row, Sweep
+from alexnet_jax.sweeps import (
+    FinalError,
+    Paper,
+    Row,
+    Sweep,
+)
 
 PAPER = Paper(
     value=11.0,

@@ -11,17 +11,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from alexnet_jax import loading, timing
-from alexnet_jax.analysis.retrieval import Index, index_of, nearest, shrink
-from alexnet_jax.checkpoint import Checkpointer
-from alexnet_jax.config import as_json, flat, get_config
+from alexnet_jax.analysis.features import Extractor
+from alexnet_jax.analysis.retrieval import (
+    Index,
+    index_of,
+    nearest,
+    shrink,
+)
 from alexnet_jax.data import DataError, match_classes
 from alexnet_jax.data.sources import Sample, Source
-from alexnet_jax.evaluate import Predictions
-from alexnet_jax.pictures import Extractor
-from alexnet_jax.summary import LayerSummary, summary
-from alexnet_jax.timing import TIMES_FILE, Times, read_times
-from alexnet_jax.writers import METRICS_FILE, read_metrics
+from alexnet_jax.models.summary import LayerSummary, summary
+from alexnet_jax.training import load, timing
+from alexnet_jax.training.checkpoint import Checkpointer
+from alexnet_jax.training.config import as_json, flat, get_config
+from alexnet_jax.training.evaluate import Predictions
+from alexnet_jax.training.timing import TIMES_FILE, Times, read_times
+from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 
 # Held-out images that are classified. Of a larger split, an even sample is taken.
 MOST_HELD_OUT = 10_000
@@ -90,16 +95,16 @@ def read_run(workdir: Path) -> Run:
     """Return the run in a workdir.
 
     Raises:
-      FileNotFoundError, CheckpointError: as `loading.load`.
+      FileNotFoundError, CheckpointError: as `load.load`.
     """
-    loading.require_run(workdir)
+    load.require_run(workdir)
     logits_of = Extractor(workdir, "logits")
-    checkpoints = workdir.absolute() / loading.CHECKPOINTS
+    checkpoints = workdir.absolute() / load.CHECKPOINTS
     with Checkpointer(checkpoints, read_only=True) as saved:
         step = saved.find("best")
         assert step is not None  # else Extractor has raised
         versions = saved.metadata(step).get("versions", {})
-    config = loading.read_config(workdir)
+    config = load.read_config(workdir)
     assert config is not None
     metrics = workdir / METRICS_FILE
     return Run(
@@ -242,7 +247,7 @@ def _open(run: Run, split: str) -> Source:
       DataError: as `match_classes` and `open_source`.
     """
     source = run.logits_of.open(split)
-    known = loading.read_class_names(run.workdir)
+    known = load.read_class_names(run.workdir)
     return source if known is None else match_classes(source, known)
 
 

@@ -17,7 +17,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image as PillowImage
 
-from alexnet_jax import records as machine_records
 from alexnet_jax.analysis import figures
 from alexnet_jax.analysis.report.findings import (
     Alike,
@@ -31,12 +30,13 @@ from alexnet_jax.analysis.report.findings import (
     time_spent,
 )
 from alexnet_jax.analysis.retrieval import draw
-from alexnet_jax.config import flat
 from alexnet_jax.data.imagenet import words
-from alexnet_jax.evaluate import class_errors, errors, worst_confusions
-from alexnet_jax.loading import CONFIG_FILE
-from alexnet_jax.metrics import shows_top5
-from alexnet_jax.writers import METRICS_FILE
+from alexnet_jax.system import machine as machine_records
+from alexnet_jax.training.config import flat
+from alexnet_jax.training.evaluate import class_errors, errors, worst_confusions
+from alexnet_jax.training.load import CONFIG_FILE
+from alexnet_jax.training.metrics import shows_top5
+from alexnet_jax.training.writers import METRICS_FILE
 
 _EXAMPLES = 8  # images with their most probable labels
 _SHOWN_QUERIES = 5  # images with their neighbours

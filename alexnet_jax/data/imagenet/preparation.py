@@ -32,15 +32,16 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
-from alexnet_jax.cli import require_writable
-from alexnet_jax.data import images, locks, statistics
+from alexnet_jax.data import images, statistics
 from alexnet_jax.data.errors import DataError
-from alexnet_jax.data.files import check_room, replacing, telling_of_a_full_disk
 from alexnet_jax.data.imagenet import originals as originals_lib
 from alexnet_jax.data.imagenet.classes import OFFICIAL_COUNTS, wnids
 from alexnet_jax.data.imagenet.originals import SPLITS, Originals
 from alexnet_jax.data.sources.source import some
 from alexnet_jax.data.sources.tfds import TfdsSource, example_message
+from alexnet_jax.system import locks
+from alexnet_jax.system.cli import require_writable
+from alexnet_jax.system.files import check_room, replacing, telling_of_a_full_disk
 
 NAME = "imagenet2012_256"
 VERSION = "1.0.0"

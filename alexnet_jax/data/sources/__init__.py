@@ -11,12 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax.cli import expanded
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.sources.fake import FakeSource
 from alexnet_jax.data.sources.folder import FolderSource, split_folder
-from alexnet_jax.data.sources.source import Sample, Source, StoredSource, some
+from alexnet_jax.data.sources.source import (
+    Sample,
+    Source,
+    StoredSource,
+    some,
+)
 from alexnet_jax.data.sources.tfds import TfdsSource, tfds_data_dir, tfds_directory
+from alexnet_jax.system.cli import expanded
 
 __all__ = [
     "FakeSource",

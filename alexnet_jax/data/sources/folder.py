@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from alexnet_jax.cli import expanded
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.imagenet import named_wnid
 from alexnet_jax.data.images import PICTURE_SUFFIXES
@@ -16,6 +15,7 @@ from alexnet_jax.data.sources.source import (
     visible,
     what_is_in,
 )
+from alexnet_jax.system.cli import expanded
 
 _EVAL_FOLDERS = ("test", "val", "validation")
 # Layout of tiny-imagenet: a folder of pictures in each class and split, and for a split

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax.cli import expanded
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.sources.source import (
     StoredSource,
@@ -18,6 +17,7 @@ from alexnet_jax.data.sources.source import (
     statistics_name,
     what_is_in,
 )
+from alexnet_jax.system.cli import expanded
 
 HOW_TO_GET_IMAGENET = (
     "The archives are had from https://image-net.org/download-images after signing up "

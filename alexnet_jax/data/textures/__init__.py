@@ -7,10 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-from alexnet_jax.cli import PathError, require_writable
-from alexnet_jax.data import locks
-from alexnet_jax.data.files import telling_of_a_full_disk
 from alexnet_jax.data.textures.drawing import CLASS_NAMES, draw
+from alexnet_jax.system import locks
+from alexnet_jax.system.cli import PathError, require_writable
+from alexnet_jax.system.files import telling_of_a_full_disk
 
 __all__ = ["CLASS_NAMES", "build", "draw"]
 

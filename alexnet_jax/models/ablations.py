@@ -1,0 +1,279 @@
+"""Ablations: named changes of a layer table.
+
+    create_model("paper", lrn=False, columns=1)
+
+Each function takes a table and a value and returns the changed table. `ABLATIONS` lists
+them by name, in the order in which `customize` applies them. All raise ValueError for a
+value out of range.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, get_args
+
+from alexnet_jax.models.layers import (
+    NORMS,
+    Activation,
+    ActivationKind,
+    BatchNorm,
+    Dense,
+    Dropout,
+    Layer,
+    Pool,
+    PoolKind,
+    Stage,
+    Variant,
+)
+from alexnet_jax.models.variants import PAPER_LRN
+
+NormalizationKind = Literal["lrn", "batch", "none"]
+Place = Literal["before", "after"]
+
+
+def skip(table: Variant, names: Iterable[str]) -> Variant:
+    """Take out convolutional (or local) layers, with their norms but not their pooling.
+
+    The first layer sets the grid and cannot be skipped.
+    """
+    names = _names(names)
+    can_go = [row.name for row in table.layers[1:] if not isinstance(row, Dense)]
+    for name in names:
+        if name not in can_go:
+            raise ValueError(
+                f"skip={list(names)}: {name!r} cannot be left out of variant "
+                f"{table.name!r}; these can: {', '.join(can_go)}."
+            )
+    rows: list[Layer] = []
+    for row in table.layers:
+        if row.name in names:
+            # The pooling stays with the layer before, so that the grid is kept (but for
+            # a stride of the layer's own, as zfnet's conv2 has).
+            kept = tuple(s for s in row.then if isinstance(s, Pool | Dropout))
+            rows[-1] = dataclasses.replace(rows[-1], then=(*rows[-1].then, *kept))
+        else:
+            rows.append(row)
+    return dataclasses.replace(table, layers=tuple(rows))
+
+
+def columns(table: Variant, count: int) -> Variant:
+    """Set the number of columns; with 1 every layer sees everything."""
+    return dataclasses.replace(table, columns=_positive("columns", count))
+
+
+def width(table: Variant, factor: float) -> Variant:
+    """Multiply the features of every layer but the last by a factor above 0."""
+    if not factor > 0:
+        raise ValueError(f"width={factor} must be above 0; 0.25 is a quarter.")
+    if factor == 1:
+        return table
+
+    def scale(row: Layer) -> Layer:
+        if row is table.layers[-1]:
+            return row
+        each = max(1, round(row.features * factor / table.columns))  # per column
+        return dataclasses.replace(row, features=table.columns * each)
+
+    return _each_layer(table, scale)
+
+
+def num_classes(table: Variant, count: int) -> Variant:
+    """Set the units of the last layer."""
+    features = _positive("num_classes", count)
+    last = dataclasses.replace(table.layers[-1], features=features)
+    return dataclasses.replace(table, layers=(*table.layers[:-1], last))
+
+
+def lrn(table: Variant, on: bool) -> Variant:
+    """Take every normalisation out (False), or use `normalization="lrn"` (True)."""
+    return normalization(table, "lrn" if on else "none")
+
+
+def normalization(table: Variant, kind: NormalizationKind) -> Variant:
+    """Normalise by "lrn", by "batch" norm, or not at all ("none").
+
+    A table that normalises keeps its places (and, for "lrn", its constants). One that
+    does not gets the paper's LRN, or batch norm, after the activations of conv1 and
+    conv2.
+    """
+    _one_of("normalization", kind, get_args(NormalizationKind))
+    normalizes = any(isinstance(stage, NORMS) for stage in table.stages)
+
+    def change(row: Layer) -> Layer:
+        norms, others = _split_norms(row.then)
+        then = row.then
+        if kind == "none":
+            then = others
+        elif kind == "batch" and norms:
+            # One in a row, in place of the first: the original's layer 2 has two.
+            at = then.index(norms[0])
+            then = (*others[:at], BatchNorm(), *others[at:])
+        elif not normalizes and row.name in ("conv1", "conv2"):
+            norm = PAPER_LRN if kind == "lrn" else BatchNorm()
+            at = 1 + next(i for i, s in enumerate(then) if isinstance(s, Activation))
+            then = (*then[:at], norm, *then[at:])
+        return dataclasses.replace(row, then=then)
+
+    return _each_layer(table, change)
+
+
+def norm_layers(table: Variant, names: Iterable[str]) -> Variant:
+    """Keep the normalisation of these layers only."""
+    names = _names(names)
+    normalized = [row.name for row in table.layers if _split_norms(row.then)[0]]
+    for name in names:
+        if name not in normalized:
+            raise ValueError(
+                f"norm_layers={list(names)}: {name!r} of variant {table.name!r} is "
+                f"not normalised; these are: {', '.join(normalized) or 'none'}."
+            )
+
+    def change(row: Layer) -> Layer:
+        if row.name in names:
+            return row
+        return dataclasses.replace(row, then=_split_norms(row.then)[1])
+
+    return _each_layer(table, change)
+
+
+def norm_place(table: Variant, place: Place) -> Variant:
+    """Put every norm "before" or "after" the activation of its layer.
+
+    A norm that has to change sides moves right next to the activation; one that is on
+    that side already stays.
+    """
+    _one_of("norm_place", place, get_args(Place))
+
+    def change(row: Layer) -> Layer:
+        units = [i for i, s in enumerate(row.then) if isinstance(s, Activation)]
+        if not units:
+            return row
+        at = units[0]
+        before, unit, after = row.then[:at], row.then[at], row.then[at + 1 :]
+        if place == "before":
+            norms, after = _split_norms(after)
+            then = (*before, *norms, unit, *after)
+        else:
+            norms, before = _split_norms(before)
+            then = (*before, unit, *norms, *after)
+        return dataclasses.replace(row, then=then)
+
+    return _each_layer(table, change)
+
+
+def pool_window(table: Variant, pixels: int) -> Variant:
+    """Set the window of every pooling layer; 2 is the paper's ablation of overlap."""
+    return _each_stage(table, Pool, window=_positive("pool_window", pixels))
+
+
+def pool_stride(table: Variant, pixels: int) -> Variant:
+    """Set the stride of every pooling layer."""
+    return _each_stage(table, Pool, stride=_positive("pool_stride", pixels))
+
+
+def pool_kind(table: Variant, kind: PoolKind) -> Variant:
+    """Make every pooling layer "max" or "avg"."""
+    _one_of("pool_kind", kind, get_args(PoolKind))
+    return _each_stage(table, Pool, kind=kind)
+
+
+def activation(table: Variant, kind: ActivationKind) -> Variant:
+    """Make every unit "relu", "tanh" or "sigmoid"."""
+    _one_of("activation", kind, get_args(ActivationKind))
+    return _each_stage(table, Activation, kind=kind)
+
+
+def dropout(table: Variant, rate: float) -> Variant:
+    """Set the rate, 0 <= rate < 1, wherever the table drops."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout={rate} is not a rate: 0 <= dropout < 1.")
+    return _each_stage(table, Dropout, rate=float(rate))
+
+
+ABLATIONS: dict[str, Callable[[Variant, Any], Variant]] = {
+    "skip": skip,
+    "columns": columns,
+    "width": width,
+    "num_classes": num_classes,
+    "lrn": lrn,
+    "normalization": normalization,
+    "norm_layers": norm_layers,
+    "norm_place": norm_place,
+    "pool_window": pool_window,
+    "pool_stride": pool_stride,
+    "pool_kind": pool_kind,
+    "activation": activation,
+    "dropout": dropout,
+}
+
+
+def customize(table: Variant, **ablations: Any) -> Variant:
+    """Return the table with ablations applied; None leaves a thing as it is.
+
+    Args:
+      table: the table to start from.
+      **ablations: values by the names of `ABLATIONS`, whose functions document them.
+
+    Raises:
+      TypeError: for an unknown name.
+      ValueError: for a value out of range, or features that do not divide into columns.
+    """
+    for name in ablations:
+        if name not in ABLATIONS:
+            raise TypeError(
+                f"There is no ablation {name!r}; the ablations are "
+                f"{', '.join(ABLATIONS)}."
+            )
+    given = {name: value for name, value in ablations.items() if value is not None}
+    if "lrn" in given and "normalization" in given:
+        raise ValueError(
+            f"lrn={given['lrn']} and normalization={given['normalization']!r} say the "
+            "same thing twice; give one of them."
+        )
+    for name, change in ABLATIONS.items():
+        if name in given:
+            table = change(table, given[name])
+    for row in table.layers[:-1]:
+        if row.features % table.columns:
+            raise ValueError(
+                f"The {row.features} features of {row.name} do not divide into "
+                f"{table.columns} columns."
+            )
+    return table
+
+
+def _each_layer(table: Variant, change: Callable[[Layer], Layer]) -> Variant:
+    return dataclasses.replace(table, layers=tuple(map(change, table.layers)))
+
+
+def _each_stage(table: Variant, of: type[Stage], /, **changes: Any) -> Variant:
+    def change(row: Layer) -> Layer:
+        then = (
+            dataclasses.replace(stage, **changes) if isinstance(stage, of) else stage
+            for stage in row.then
+        )
+        return dataclasses.replace(row, then=tuple(then))
+
+    return _each_layer(table, change)
+
+
+def _split_norms(
+    stages: tuple[Stage, ...],
+) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
+    """Return (the norms, the other stages)."""
+    norms = tuple(stage for stage in stages if isinstance(stage, NORMS))
+    return norms, tuple(stage for stage in stages if not isinstance(stage, NORMS))
+
+
+def _names(layers: Iterable[str]) -> tuple[str, ...]:
+    return (layers,) if isinstance(layers, str) else tuple(layers)
+
+
+def _positive(what: str, value: int) -> int:
+    if isinstance(value, bool) or value < 1 or value != int(value):
+        raise ValueError(f"{what}={value!r} must be a whole number of at least 1.")
+    return int(value)
+
+
+def _one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{what}={value!r} must be one of {', '.join(choices)}.")

@@ -1,0 +1,379 @@
+"""AlexNet: a Flax module that walks a layer table from top to bottom."""
+
+import functools
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from alexnet_jax.models import ops, variants
+from alexnet_jax.models.ablations import customize
+from alexnet_jax.models.exchange import Alone, Exchange, Part
+from alexnet_jax.models.layers import (
+    Activation,
+    BatchNorm,
+    Conv,
+    Dense,
+    Dropout,
+    Layer,
+    Local,
+    Lrn,
+    Pool,
+    Stage,
+    Variant,
+    WithinMapLrn,
+    feature_names,
+    stage_name,
+)
+from alexnet_jax.models.summary import check_image_size
+
+INITS = ("paper", "caffe", "he")
+DTYPES = ("float32", "bfloat16", "float64")
+# Of ImageNet's pixels about their mean, on the scale 0..255: the root of a third of
+# the sum of the three principal variances (augment.IMAGENET_PCA_STD_255).
+PIXEL_STD_255 = 74.4
+_ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid}
+
+
+class _Weights(nn.Module):
+    """The kernel and bias of one layer, in `dtype`.
+
+    `places`: for how many places, (down, across), there is a kernel and a bias each.
+    """
+
+    shape: tuple[int, ...]
+    kernel_init: nn.initializers.Initializer
+    bias: float
+    dtype: Any
+    places: tuple[int, ...] = ()
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        # bfloat16 computes with float32 weights; float64 has float64 ones.
+        param_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        shape = (*self.places, *self.shape)
+        kernel = self.param("kernel", self.kernel_init, shape, param_dtype)
+        constant = nn.initializers.constant(self.bias)
+        shape = (*self.places, self.shape[-1])
+        bias = self.param("bias", constant, shape, param_dtype)
+        return kernel.astype(self.dtype), bias.astype(self.dtype)
+
+
+class AlexNet(nn.Module):
+    """The network of a layer table. Made by `create_model`.
+
+    Attributes:
+      network: the layer table.
+      dtype: what is computed in; parameters are at least float32.
+      init_name: how parameters start, see `create_model`.
+      fast: use the backend's fast operators; False keeps forward-mode derivatives.
+      exchange: what this device has of the network, and how it gets what others have;
+        `parallel.local_model` sets it. The default has the whole network.
+    """
+
+    network: Variant
+    dtype: Any = jnp.float32
+    init_name: str = "paper"
+    fast: bool = True
+    exchange: Exchange = Alone()
+
+    def __call__(
+        self,
+        images: jax.Array,
+        train: bool = False,
+        first_example: int | jax.Array = 0,
+    ) -> jax.Array:
+        """Return the logits [B, K], in at least float32.
+
+        Args:
+          images: float [B, S, S, 3], RGB, 0..255 minus the mean.
+          train: dropout and batch statistics as in training; wants
+            `rngs={"dropout": key}`.
+          first_example: position of images[0] in the global batch. It picks the
+            dropout masks, so they do not depend on how the batch is split.
+
+        Raises:
+          ValueError: for a size that does not give the table's grid.
+        """
+        return self.features(images, train, first_example)["logits"]
+
+    @nn.compact
+    def features(
+        self,
+        images: jax.Array,
+        train: bool = False,
+        first_example: int | jax.Array = 0,
+    ) -> dict[str, jax.Array]:
+        """Return every layer's output by name, conv1 ... fc7 and logits.
+
+        `conv1` is the layer's output after bias and activation, `norm1` after
+        normalisation, `pool1` after pooling. A table may have the activation later
+        (`original`: after pooling); then it is in `pool1`, not in `conv1`. On a device
+        of a mesh they are its own features, of the examples that it has there.
+        Arguments and errors as for `__call__`.
+        """
+        _check_images(self.network, images)
+        x = images.astype(self.dtype)
+        own = first_example + jnp.arange(images.shape[0])
+        found: dict[str, jax.Array] = {}
+        for row in self.network.layers:
+            name, part = row.name, self.exchange.part(row, own)
+            terms: tuple[jax.Array, ...] = ()
+            if row is self.network.layers[-1]:
+                name, x = "logits", self._classifier(row, x)
+            elif isinstance(row, Conv):
+                terms = self._conv(row, x, part)
+                x = ops.add_bias(*terms, fast=self.fast)
+            elif isinstance(row, Local):
+                x = self._local(row, x)
+            else:
+                x = self._dense(row, x, part)
+            found[name] = x
+            labels = feature_names(row)
+            for i, (stage, label) in enumerate(zip(row.then, labels, strict=True)):
+                after_relu = row.then[:i] == (Activation("relu"),)
+                if isinstance(stage, Lrn) and terms and after_relu:
+                    # Bias and relu once more: the operator has them in its own loop,
+                    # and jit drops those that nobody reads.
+                    x = self._lrn(stage, part, *terms, relu=True)
+                else:
+                    x = self._stage(stage, row.name, x, train, part)
+                if label:
+                    found[label] = x
+        return found
+
+    def _conv(self, row: Conv, x: jax.Array, part: Part) -> tuple[jax.Array, jax.Array]:
+        """Return the convolution of x, and the bias that belongs to it."""
+        groups = 1
+        if row is not self.network.layers[0]:  # which reads images, whole everywhere
+            if row.sees == "own":
+                groups = self.network.columns // part.shards
+            else:
+                x = self.exchange.gather_features(x)
+        shape = (row.kernel, row.kernel, x.shape[-1] // groups)
+        kernel, bias = self._weights(row, shape, row.features // part.shards)
+        x = ops.grouped_conv(
+            x,
+            kernel,
+            stride=row.stride,
+            padding=row.pads(x.shape[1]),
+            groups=groups,
+            fast=self.fast,
+        )
+        return x, bias
+
+    def _local(self, row: Local, x: jax.Array) -> jax.Array:
+        side = x.shape[1] + 2 * row.padding - row.kernel + 1
+        shape = (row.kernel, row.kernel, x.shape[-1])
+        kernel, bias = self._weights(row, shape, row.features, (side, side))
+        return ops.local_conv(x, kernel, padding=row.padding) + bias
+
+    def _dense(self, row: Dense, x: jax.Array, part: Part) -> jax.Array:
+        columns = self.network.columns if row.sees == "own" else 1
+        x = self.exchange.dense_inputs(x, columns)
+        batch, own, inputs = x.shape
+        kernel, bias = self._weights(row, (inputs,), row.features // part.shards)
+        if own == 1:
+            return x.reshape(batch, inputs) @ kernel + bias
+        kernel = kernel.reshape(inputs, own, -1)
+        return jnp.einsum("bgi,igo->bgo", x, kernel).reshape(batch, -1) + bias
+
+    def _classifier(self, row: Layer, x: jax.Array) -> jax.Array:
+        """Return the logits of this device's own examples.
+
+        Split by its inputs, which are where they are needed already: one sum of the
+        parts of the logits, and the bias added once.
+        """
+        x = self.exchange.classifier_inputs(x)
+        kernel, bias = self._weights(row, x.shape[-1:], row.features)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        parts = jnp.matmul(x, kernel, preferred_element_type=wide)
+        return self.exchange.sum_logits(parts) + bias
+
+    def _weights(
+        self,
+        row: Layer,
+        inputs: tuple[int, ...],
+        features: int,
+        places: tuple[int, ...] = (),
+    ) -> tuple[jax.Array, jax.Array]:
+        kernel_init, bias = _initializers(self.network, row, self.init_name)
+        shape = (*inputs, features)
+        module = _Weights(shape, kernel_init, bias, self.dtype, places, name=row.name)
+        return module()
+
+    def _stage(
+        self, stage: Stage, layer: str, x: jax.Array, train: bool, part: Part
+    ) -> jax.Array:
+        match stage:
+            case Activation(kind=kind):
+                return _ACTIVATIONS[kind](x)
+            case Lrn():
+                return self._lrn(stage, part, x)
+            case WithinMapLrn():
+                return ops.within_map_response_norm(
+                    x,
+                    size=stage.size,
+                    k=stage.k,
+                    alpha=stage.alpha,
+                    beta=stage.beta,
+                    fast=self.fast,
+                )
+            case BatchNorm():
+                # Over the whole batch; flax hands the names on to `lax.pmean`.
+                axes: Any = None if self.is_initializing() else part.batch_axes
+                return nn.BatchNorm(
+                    use_running_average=not train,
+                    momentum=0.9,
+                    dtype=self.dtype,
+                    param_dtype=jnp.promote_types(self.dtype, jnp.float32),
+                    axis_name=axes or None,
+                    name=stage_name("norm", layer),
+                )(x)
+            case Pool():
+                pool = ops.avg_pool
+                if stage.kind == "max":
+                    pool = functools.partial(ops.max_pool, fast=self.fast)
+                return pool(
+                    x, window=stage.window, stride=stage.stride, ceil=stage.ceil
+                )
+            case Dropout():
+                return self._dropout(stage, x, train, part)
+
+    def _lrn(
+        self,
+        stage: Lrn,
+        part: Part,
+        x: jax.Array,
+        bias: jax.Array | None = None,
+        relu: bool = False,
+    ) -> jax.Array:
+        columns = self.network.columns // part.shards
+        return ops.local_response_norm(
+            x,
+            bias,
+            relu=relu,
+            size=stage.size,
+            k=stage.k,
+            alpha=stage.alpha,
+            beta=stage.beta,
+            groups=columns if stage.per_column else 1,
+            alpha_mode=stage.alpha_mode,
+            fast=self.fast,
+        )
+
+    def _dropout(
+        self, stage: Dropout, x: jax.Array, train: bool, part: Part
+    ) -> jax.Array:
+        if stage.rate == 0.0:
+            return x
+        keep = 1.0 - stage.rate
+        if not train:
+            return x * keep if stage.scale_at == "test" else x
+        key = self.make_rng("dropout")
+        units = x.shape[-1]
+        shape = (*x.shape[1:-1], units * part.shards)
+
+        def mask(example: jax.Array) -> jax.Array:
+            # All units of the layer, of which a device keeps its own: the masks
+            # are the same however the layer is split.
+            drawn = jax.random.bernoulli(
+                jax.random.fold_in(key, example), jnp.float32(keep), shape
+            )
+            if part.shards == 1:
+                return drawn
+            start = part.index * units
+            return lax.dynamic_slice_in_dim(drawn, start, units, axis=-1)
+
+        x = x * jax.vmap(mask)(part.positions)
+        return x if stage.scale_at == "test" else x / keep
+
+
+def create_model(
+    variant: str | Variant = "paper",
+    *,
+    num_classes: int | None = None,
+    width: float = 1.0,
+    dtype: Any = jnp.float32,
+    init: str = "paper",
+    fast: bool = True,
+    **ablations: Any,
+) -> AlexNet:
+    """Make a network: a layer table, changed as asked.
+
+    Args:
+      variant: a table, or the name of one in `variants.VARIANTS`: "paper", "original",
+        "owt", "cifar", ...
+      num_classes: units of the classifier; None: the table's own (1,000, or 10).
+      width: factor on the features of every layer but the classifier.
+      dtype: what is computed in: float32, bfloat16, or float64 (with x64 enabled).
+      init: "paper", the recipe that the variant was published with, which is in its
+        table (the paper's: N(0, 0.01), and a bias of 1 in conv2, conv4, conv5, fc6
+        and fc7); "caffe", as bvlc_alexnet: fc6 and fc7 from N(0, 0.005), biases of
+        0.1 instead of 1; "he": He et al. 2015 (fan-in), conv1 scaled down for
+        pixels of 0..255, the classifier from N(0, 0.01), biases 0. Narrowed
+        networks need "he": with the others they do not leave ln(classes).
+      fast: the backend's fast operators; False keeps forward-mode derivatives.
+      **ablations: `lrn=False`, `pool_window=2`, `columns=1`, ...: changes of the table
+        by the names in `ablations.ABLATIONS`, which documents them. None: no change.
+
+    Raises:
+      TypeError: for an ablation that does not exist.
+      ValueError: for another name that does not exist, or a value out of range.
+    """
+    if init not in INITS:
+        raise ValueError(f"init={init!r} must be one of {', '.join(INITS)}.")
+    if width < 1 and init != "he":
+        warnings.warn(
+            f"A network of width {width} started with init={init!r} seldom leaves a "
+            "loss of ln(classes); use init='he'.",
+            stacklevel=2,
+        )
+    table = variant if isinstance(variant, Variant) else variants.get(variant)
+    network = customize(table, num_classes=num_classes, width=width, **ablations)
+    return AlexNet(network, dtype=jnp.dtype(dtype), init_name=init, fast=fast)
+
+
+def from_settings(settings: Mapping[str, Any]) -> AlexNet:
+    """Return `create_model` of its arguments by name; None is as if not given."""
+    return create_model(**{k: v for k, v in settings.items() if v is not None})
+
+
+def _initializers(
+    network: Variant, row: Layer, init: str
+) -> tuple[nn.initializers.Initializer, float]:
+    """Return how the kernel of a layer starts, and the value of its biases."""
+    last = row is network.layers[-1]
+    if init == "he" and not last:
+        # Fan-in; the pixels that the first layer reads are not of unit variance.
+        gain = PIXEL_STD_255**-2 if row is network.layers[0] else 1.0
+        places = (0, 1) if isinstance(row, Local) else ()
+        he = nn.initializers.variance_scaling(
+            2.0 * gain, "fan_in", "normal", batch_axis=places
+        )
+        return he, 0.0
+    if init == "he":
+        return nn.initializers.normal(0.01), 0.0
+    if init == "caffe":
+        std = 0.005 if isinstance(row, Dense) and not last else 0.01
+        return nn.initializers.normal(std), 0.1 if row.bias else 0.0
+    return nn.initializers.normal(row.weight_std), row.bias
+
+
+def _check_images(network: Variant, images: jax.Array) -> None:
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(
+            f"images has shape {images.shape}; expected [batch, size, size, 3]."
+        )
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"images are {images.dtype}; expected floats, RGB from 0 to 255 minus "
+            "the mean (`preprocess` of `alexnet_jax.load` makes them)."
+        )
+    check_image_size(network, images.shape[1])
+    if images.shape[1] != images.shape[2]:
+        raise ValueError(f"images are {images.shape[1]}x{images.shape[2]}, not square.")

@@ -1,0 +1,371 @@
+"""Fast paths for the CPU, where XLA's own gradients of these operations are slow.
+
+Everything here has a hand-written reverse-mode gradient (`jax.custom_vjp`), so
+forward mode (`jax.jvp`, `jax.linearize`, Hessian-vector products) needs the plain
+form, `fast=False`. Arguments are checked in `alexnet_jax.models.ops`, not here.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from alexnet_jax.models.ops import reference
+from alexnet_jax.models.ops.reference import Pads
+
+# XLA writes a kernel's gradient as a convolution in which the examples are the input
+# channels and the whole picture is the window. Without the options below it takes, from
+# about 64 examples, twice as long an example on the 13x13 layers; with them a sixth less
+# in conv1. 8, 16 and 32 at a time are equally fast.
+_EXAMPLES_AT_A_TIME = 16
+_PARTS_OF_A_SUM = 32
+
+# Convolutions by Eigen instead of YNNPACK, which in jaxlib 0.10 gives less than 128
+# output channels to one thread; matrix products stay with YNNPACK. The wider vectors
+# are for LRN and pooling.
+COMPILER_OPTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+    "xla_cpu_prefer_vector_width": 512,
+}
+
+
+def conv(
+    x: jax.Array, kernel: jax.Array, *, stride: tuple[int, int], padding: Pads
+) -> jax.Array:
+    """One ungrouped convolution, NHWC and HWIO, computed in at least float32."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    a, kernel = _align_varying(x.astype(dtype), kernel.astype(dtype))
+    return _conv(a, kernel, stride, padding).astype(x.dtype)
+
+
+def _align_varying(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gives both operands the same varying mesh axes inside `jax.shard_map`.
+
+    A hand-written gradient has to return the kernel's gradient with the kernel's own
+    varying axes. A kernel that all data rows share is therefore first cast to varying:
+    the transpose of that cast is the sum over the rows, which is the gradient wanted.
+    Outside `shard_map`, and with `check_vma=False`, nothing varies and nothing is done.
+    """
+    x_axes = jax.typeof(x).manual_axis_type.varying
+    kernel_axes = jax.typeof(kernel).manual_axis_type.varying
+    if missing := kernel_axes - x_axes:
+        x = lax.pcast(x, tuple(sorted(missing)), to="varying")
+    if missing := x_axes - kernel_axes:
+        kernel = lax.pcast(kernel, tuple(sorted(missing)), to="varying")
+    return x, kernel
+
+
+def _conv_value(x, kernel, stride, padding) -> jax.Array:
+    return reference.conv(x, kernel, stride=stride, padding=padding)
+
+
+def _conv_forward(x, kernel, stride, padding):
+    return _conv_value(x, kernel, stride, padding), (x, kernel)
+
+
+def _conv_backward(stride, padding, residuals, g):
+    # Two independent pieces of code: jit drops the one whose result nobody uses,
+    # such as the gradient of conv1's pictures.
+    x, kernel = residuals
+    return (
+        _input_gradient(x.shape, kernel, g, stride, padding),
+        _kernel_gradient(x, kernel.shape, g, stride, padding),
+    )
+
+
+# Both gradients are convolutions, written in the order of dimensions that XLA computes
+# them in. It would change another order itself, but not inside a loop, such as that
+# over the parts of a batch (optim.accumulate_steps): there it took 12 times as long.
+
+
+def _input_gradient(shape, kernel, g, stride, padding):
+    """[B, H', W', Cout] -> [B, H, W, Cin]: with the kernel turned around."""
+    pads = [
+        _pads_for(length, _spread(count, step), size, size - 1 - before)
+        for length, count, step, size, (before, _) in zip(
+            shape[1:3], g.shape[1:3], stride, kernel.shape, padding, strict=False
+        )
+    ]
+    turned = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
+    return _convolve(g, turned, pads, lhs_dilation=stride)
+
+
+def _kernel_gradient(x, shape, g, stride, padding):
+    """[kh, kw, Cin, Cout], for a few examples at a time and summed.
+
+    The examples are what is summed over, the input channels are the pictures, and a
+    whole picture of g, spread by the stride, is the window.
+    """
+    pads = [
+        _pads_for(size, length, _spread(count, step), before)
+        for size, length, count, step, (before, _) in zip(
+            shape, x.shape[1:3], g.shape[1:3], stride, padding, strict=False
+        )
+    ]
+    total = jnp.zeros(shape, x.dtype)
+    for start in range(0, x.shape[0], _EXAMPLES_AT_A_TIME):
+        part = slice(start, start + _EXAMPLES_AT_A_TIME)
+        pictures, windows = (jnp.moveaxis(a[part], 0, -1) for a in (x, g))
+        pictures = jnp.moveaxis(pictures, 2, 0)  # [Cin, H, W, b]
+        windows = jnp.swapaxes(windows, 2, 3)  # [H', W', b, Cout]
+        found = _convolve(pictures, windows, pads, rhs_dilation=stride)
+        total += jnp.moveaxis(found, 0, 2)
+    return total
+
+
+def _spread(count: int, step: int) -> int:
+    return (count - 1) * step + 1
+
+
+def _pads_for(out: int, length: int, window: int, before: int) -> tuple[int, int]:
+    """Padding with which a window gives `out` places; a negative number cuts off."""
+    return before, out - 1 + window - length - before
+
+
+def _convolve(x, kernel, pads, **dilation) -> jax.Array:
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), pads, dimension_numbers=numbers, **dilation
+    )
+
+
+_conv = jax.custom_vjp(_conv_value, nondiff_argnums=(2, 3))
+_conv.defvjp(_conv_forward, _conv_backward)
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x[..., C] + bias[C]."""
+    return _add_bias(*_align_varying(x, bias))
+
+
+def _add_bias_forward(x, bias):
+    return x + bias, None
+
+
+def _add_bias_backward(_, g):
+    return g, _sum_positions(g)
+
+
+def _sum_positions(g: jax.Array) -> jax.Array:
+    """[..., C] -> [C]. XLA sums in a tree of windows: exact, but slow.
+
+    So the rows are cut into parts, which are added up element by element first, and
+    only a small part's worth is left to the tree.
+    """
+    rows = g.reshape(-1, g.shape[-1]).astype(jnp.promote_types(g.dtype, jnp.float32))
+    each, rest = divmod(rows.shape[0], _PARTS_OF_A_SUM)
+    total = jnp.sum(rows[rows.shape[0] - rest :], 0)
+    if each:
+        parts = [rows[i * each : (i + 1) * each] for i in range(_PARTS_OF_A_SUM)]
+        total += jnp.sum(sum(parts[1:], parts[0]), 0)
+    return total.astype(g.dtype)
+
+
+_add_bias = jax.custom_vjp(jnp.add)
+_add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
+def local_response_norm(
+    x: jax.Array,
+    bias: jax.Array | None,
+    *,
+    relu: bool,
+    size: int,
+    k: float,
+    alpha: float,
+    beta: float,
+    groups: int,
+) -> jax.Array:
+    """LRN across channels; `alpha` multiplies the plain sum of squares."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    terms = (x.astype(wide),)
+    if bias is not None:
+        terms = _align_varying(x.astype(wide), bias.astype(wide))
+    return _lrn(terms, relu, size, k, alpha, beta, groups).astype(x.dtype)
+
+
+def _activations(terms: Sequence[jax.Array], relu: bool) -> jax.Array:
+    total = sum(terms[1:], terms[0])
+    return jnp.maximum(total, 0) if relu else total
+
+
+def _lrn_value(terms, relu, size, k, alpha, beta, groups) -> jax.Array:
+    """One loop over `terms`, the array and its bias: what XLA can vectorise.
+
+    So the neighbours are shifts of the terms, not of the activations, which would be
+    computed behind a branch; and their own shape is kept, since an axis for the
+    groups would need an index computed for every element.
+    """
+    a = _activations(terms, relu)
+    width = a.shape[-1] // groups
+    place = np.arange(a.shape[-1]) % width
+    total = jnp.square(a)
+    for distance in range(1, min(size // 2, width - 1) + 1):
+        for shift in (distance, -distance):
+            shifted = _activations([_shift(term, shift) for term in terms], relu)
+            inside = (place + shift >= 0) & (place + shift < width)
+            total += jnp.where(inside, jnp.square(shifted), 0)
+    return a / _power(k + alpha * total, beta)
+
+
+def _shift(a: jax.Array, channels: int) -> jax.Array:
+    """a[..., c + channels] at c, 0 where there is none."""
+    pads = [(0, 0, 0)] * (a.ndim - 1) + [(-channels, channels, 0)]
+    return lax.pad(a, a.dtype.type(0), pads)
+
+
+def _lrn_forward(terms, relu, size, k, alpha, beta, groups):
+    # The base is as quick to compute again as to load, so it is not kept.
+    return _lrn_value(terms, relu, size, k, alpha, beta, groups), terms
+
+
+def _lrn_backward(relu, size, k, alpha, beta, groups, terms, g):
+    a = _activations(terms, relu)
+    base = k + alpha * _stored_window_sum(jnp.square(a), size, groups)
+    scaled = g / _power(base, beta)
+    # The window is centred, so "all i whose window holds j" is j's own window.
+    shared = _stored_window_sum(scaled * a / base, size, groups)
+    da = scaled - 2 * alpha * beta * a * shared
+    if relu:
+        da = jnp.where(a > 0, da, 0)
+    return ((da, *(_sum_positions(da) for _ in terms[1:])),)
+
+
+def _stored_window_sum(a: jax.Array, size: int, groups: int) -> jax.Array:
+    """Sums of `size` neighbouring channels inside their group.
+
+    The backward pass reads them several times: as an operation whose input and output
+    XLA stores, instead of every shifted array.
+    """
+    rows = a.reshape(-1, a.shape[-1] // groups)
+    sides = ((0, 0), (size // 2, size // 2))
+    sums = lax.reduce_window(
+        rows, rows.dtype.type(0), lax.add, (1, size), (1, 1), sides
+    )
+    return sums.reshape(a.shape)
+
+
+def _power(base: jax.Array, beta: float) -> jax.Array:
+    """base ** beta, by two roots for the usual beta of 0.75.
+
+    What is divided by it XLA takes for costly, and so computes and stores it once. A
+    product it would compute anew in every operation that reads it: nine times an
+    element in a pooling layer.
+    """
+    if beta == 0.75:
+        root = jnp.sqrt(base)
+        return root * jnp.sqrt(root)
+    return base**beta
+
+
+_lrn = jax.custom_vjp(_lrn_value, nondiff_argnums=(1, 2, 3, 4, 5, 6))
+_lrn.defvjp(_lrn_forward, _lrn_backward)
+
+
+def within_map_response_norm(
+    x: jax.Array, *, size: int, k: float, alpha: float, beta: float
+) -> jax.Array:
+    """LRN over `size` x `size` pixels of one map; `alpha` multiplies the plain sum."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return _within_map(x.astype(wide), size, k, alpha, beta).astype(x.dtype)
+
+
+def _within_map_value(a, size, k, alpha, beta) -> jax.Array:
+    return a / _power(k + alpha * _stored_area_sum(jnp.square(a), size), beta)
+
+
+def _within_map_forward(a, size, k, alpha, beta):
+    base = k + alpha * _stored_area_sum(jnp.square(a), size)
+    return a / _power(base, beta), (a, base)
+
+
+def _within_map_backward(size, k, alpha, beta, residuals, g):
+    a, base = residuals
+    scaled = g / _power(base, beta)
+    # As across channels: the pixels whose window holds a pixel are its own window.
+    shared = _stored_area_sum(scaled * a / base, size)
+    return (scaled - 2 * alpha * beta * a * shared,)
+
+
+def _stored_area_sum(a: jax.Array, size: int) -> jax.Array:
+    """Sums of size x size pixels of a map, a side after the other."""
+    for axis in (2, 1):
+        window = [1] * a.ndim
+        window[axis] = size
+        sides = [(0, 0)] * a.ndim
+        sides[axis] = (size // 2, size // 2)
+        a = lax.reduce_window(a, a.dtype.type(0), lax.add, window, (1,) * a.ndim, sides)
+    return a
+
+
+_within_map = jax.custom_vjp(_within_map_value, nondiff_argnums=(1, 2, 3, 4))
+_within_map.defvjp(_within_map_forward, _within_map_backward)
+
+
+def max_pool(
+    x: jax.Array, *, window: tuple[int, int], stride: tuple[int, int], ceil: bool
+) -> jax.Array:
+    """The maximum, with a gradient that remembers who won."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return reference.max_pool(x, window=window, stride=stride, ceil=ceil)
+    return _max_pool(x, window, stride, ceil, x.shape)
+
+
+def _max_pool_value(x, window, stride, ceil, shape) -> jax.Array:
+    return reference.max_pool(x, window=window, stride=stride, ceil=ceil)
+
+
+def _max_pool_forward(x, window, stride, ceil, shape):
+    # Of each window its winner's place, a byte along the columns and one along the
+    # rows: smaller than the picture, which need not be kept then.
+    x, columns = reference.max_along(x, window[1], stride[1], axis=2, ceil=ceil)
+    _, rows = reference.max_along(x, window[0], stride[0], axis=1, ceil=ceil)
+    # The same maximum, as an operation whose output XLA stores: others it repeats in
+    # all that reads them, such as each part of the next layer's kernel gradient.
+    overhang = max((rows.shape[1] - 1) * stride[0] + window[0] - shape[1], 0)
+    x = lax.reduce_window(
+        x,
+        x.dtype.type(-np.inf),
+        reference.larger,
+        (1, window[0], 1, 1),
+        (1, stride[0], 1, 1),
+        ((0, 0), (0, overhang), (0, 0), (0, 0)),
+    )
+    return x, (rows, columns)
+
+
+def _max_pool_backward(window, stride, ceil, shape, places, g):
+    for axis, place in zip((1, 2), places, strict=True):
+        g = _to_winners(g, place, window[axis - 1], stride[axis - 1], axis, shape[axis])
+    return (g,)
+
+
+def _to_winners(g, place, window: int, stride: int, axis: int, length: int):
+    """Windows' gradients along `axis`, given to the elements that won.
+
+    Element q * stride + t is at place t + j * stride of window q - j, for every j
+    that the window has room for.
+    """
+    rows = -(-length // stride)
+    shape = [1] * (g.ndim + 1)
+    shape[axis + 1] = stride
+    t = np.arange(stride).reshape(shape)
+    total: Any = 0
+    for j in range(-(-window // stride)):
+        pads = [(0, 0, 0)] * g.ndim
+        pads[axis] = (j, rows - j - g.shape[axis], 0)  # negative: cut off
+        shifted, at = (
+            jnp.expand_dims(lax.pad(a, a.dtype.type(0), pads), axis + 1)
+            for a in (g, place)
+        )
+        won = at == jnp.asarray(t + j * stride, place.dtype)
+        total += jnp.where(won, shifted, 0)
+    total = total.reshape(*g.shape[:axis], rows * stride, *g.shape[axis + 1 :])
+    return lax.slice_in_dim(total, 0, length, axis=axis)
+
+
+_max_pool = jax.custom_vjp(_max_pool_value, nondiff_argnums=(1, 2, 3, 4))
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)

@@ -1,0 +1,188 @@
+"""Plain jnp and lax: the definition that every fast path is tested against.
+
+Differentiable any number of times, forwards and backwards, on every backend.
+Arguments are checked in `alexnet_jax.models.ops`, not here.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Pads = tuple[tuple[int, int], tuple[int, int]]
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x[..., C] + bias[C]."""
+    return x + bias
+
+
+def local_response_norm(
+    x: jax.Array,
+    bias: jax.Array | None,
+    *,
+    relu: bool,
+    size: int,
+    k: float,
+    alpha: float,
+    beta: float,
+    groups: int,
+) -> jax.Array:
+    """LRN across channels; `alpha` multiplies the plain sum of squares."""
+    a = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if bias is not None:
+        a = a + bias.astype(a.dtype)
+    if relu:
+        a = jax.nn.relu(a)
+    a = a.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+    total = window_sum(jnp.square(a), size, axis=-1)
+    return (a / (k + alpha * total) ** beta).reshape(x.shape).astype(x.dtype)
+
+
+def within_map_response_norm(
+    x: jax.Array, *, size: int, k: float, alpha: float, beta: float
+) -> jax.Array:
+    """LRN over `size` x `size` pixels of one map; `alpha` multiplies the plain sum."""
+    a = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    total = window_sum(window_sum(jnp.square(a), size, axis=-2), size, axis=-3)
+    return (a / (k + alpha * total) ** beta).astype(x.dtype)
+
+
+def window_sum(x: jax.Array, size: int, *, axis: int) -> jax.Array:
+    """Sums of `size` neighbours along `axis`, centred, truncated at both ends."""
+    length = x.shape[axis]
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (size // 2, size // 2)
+    padded = jnp.pad(x, pads)
+    total = lax.slice_in_dim(padded, 0, length, axis=axis)
+    for start in range(1, size):
+        total += lax.slice_in_dim(padded, start, start + length, axis=axis)
+    return total
+
+
+def conv(
+    x: jax.Array, kernel: jax.Array, *, stride: tuple[int, int], padding: Pads
+) -> jax.Array:
+    """One ungrouped convolution, NHWC and HWIO.
+
+    XLA accumulates 16-bit inputs in float32 and rounds the result once, so nothing
+    is cast here: a GPU's tensor cores stay in reach.
+    """
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        stride,
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def local_conv(x: jax.Array, kernel: jax.Array, *, padding: Pads) -> jax.Array:
+    """Unshared weights: a matrix product a place, its window's values in a row."""
+    rows, columns, height, width, inputs, features = kernel.shape
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    windows = jnp.concatenate(
+        [
+            x[:, top : top + rows, left : left + columns]
+            for top in range(height)
+            for left in range(width)
+        ],
+        axis=-1,
+    )
+    return jnp.einsum(
+        "bhwi,hwio->bhwo",
+        windows,
+        kernel.reshape(rows, columns, height * width * inputs, features),
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    ).astype(x.dtype)
+
+
+def max_pool(
+    x: jax.Array, *, window: tuple[int, int], stride: tuple[int, int], ceil: bool
+) -> jax.Array:
+    """Maximum of shifted strided slices, along the columns first and then the rows.
+
+    That order, with ties kept by the earlier slice, makes the winner the first in
+    row-major order. `reduce_window` would choose the same one, but its gradient
+    (select-and-scatter) is slow on a CPU, and XLA refuses it on a GPU when asked for
+    deterministic operations.
+    """
+    for axis in (2, 1):
+        x, _ = max_along(x, window[axis - 1], stride[axis - 1], axis=axis, ceil=ceil)
+    return x
+
+
+def max_along(
+    x: jax.Array, window: int, stride: int, *, axis: int, ceil: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The maxima of the windows along one axis, and the place of each in its window.
+
+    Places have a dtype that can also count to the end of the stride behind the window.
+    """
+    lowest = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else _smallest(x.dtype)
+    x, *others = _window_slices(x, window, stride, axis=axis, ceil=ceil, fill=lowest)
+    place = jnp.zeros(x.shape, np.min_scalar_type(window + stride))
+    for i, other in enumerate(others, start=1):
+        place = jnp.where(_stays(x, other), place, jnp.asarray(i, place.dtype))
+        x = larger(x, other)
+    return x, place
+
+
+def larger(x: jax.Array, other: jax.Array) -> jax.Array:
+    """The maximum of two, the first if they are equal; NaN if one is."""
+    return jnp.where(_stays(x, other), x, other)
+
+
+def _stays(x: jax.Array, other: jax.Array) -> jax.Array:
+    # A NaN in `x` stays; one in `other` fails `x >= other` and is taken.
+    return (x >= other) | jnp.isnan(x)
+
+
+def avg_pool(
+    x: jax.Array, *, window: tuple[int, int], stride: tuple[int, int], ceil: bool
+) -> jax.Array:
+    """Mean over the pixels of each window that lie inside the picture."""
+    total = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    for axis in (2, 1):
+        size, step = window[axis - 1], stride[axis - 1]
+        length = x.shape[axis]
+        slices = _window_slices(total, size, step, axis=axis, ceil=ceil, fill=0)
+        starts = np.arange(slices[0].shape[axis]) * step
+        inside = np.minimum(starts + size, length) - starts
+        shape = [1] * x.ndim
+        shape[axis] = -1
+        total = sum(slices[1:], slices[0])
+        total = total / jnp.asarray(inside.reshape(shape), total.dtype)
+    return total.astype(x.dtype)
+
+
+def pooled_length(length: int, window: int, stride: int, *, ceil: bool) -> int:
+    """How many windows a side of `length` pixels holds."""
+    if not ceil:
+        return (length - window) // stride + 1
+    count = max(-(-(length - window) // stride), 0) + 1
+    # With a stride longer than the window the last one could start outside.
+    return min(count, -(-length // stride))
+
+
+def _window_slices(
+    x: jax.Array, window: int, stride: int, *, axis: int, ceil: bool, fill
+) -> Sequence[jax.Array]:
+    """Slice i holds the i-th element of every window along `axis`."""
+    count = pooled_length(x.shape[axis], window, stride, ceil=ceil)
+    last = (count - 1) * stride
+    overhang = last + window - x.shape[axis]
+    if overhang > 0:
+        pads = [(0, 0)] * x.ndim
+        pads[axis] = (0, overhang)
+        x = jnp.pad(x, pads, constant_values=fill)
+    return [
+        lax.slice_in_dim(x, start, start + last + 1, stride, axis=axis)
+        for start in range(window)
+    ]
+
+
+def _smallest(dtype: jnp.dtype) -> int:
+    return int(jnp.iinfo(dtype).min)

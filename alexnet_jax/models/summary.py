@@ -1,0 +1,107 @@
+"""The size of a network: shapes, parameters, multiply-adds, and the images that fit."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from alexnet_jax.models.layers import (
+    Conv,
+    Dense,
+    Local,
+    Pool,
+    Variant,
+)
+from alexnet_jax.models.ops.reference import pooled_length
+
+if TYPE_CHECKING:
+    from alexnet_jax.models.alexnet import AlexNet
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """A line of `summary`: shape without the batch; multiply-adds for one image."""
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: int
+    multiply_adds: int
+
+
+def summary(model: "AlexNet", image_size: int | None = None) -> list[LayerSummary]:
+    """Return shape, parameters and multiply-adds of every layer; computes nothing.
+
+    Raises:
+      ValueError: for a size that does not give the table's grid.
+    """
+    size = image_size or model.network.crop_size
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    names: list[str] = []
+
+    def trace(key: jax.Array, images: jax.Array) -> Any:
+        found, variables = model.init_with_output(key, images, method="features")
+        names.extend(found)  # in the order of the layers, which eval_shape forgets
+        return found, variables["params"]
+
+    shapes, params = jax.eval_shape(trace, key, images)
+    shared = {row.name for row in model.network.convs}  # one kernel for all places
+    lines = []
+    for name in names:
+        feature = shapes[name]
+        layer = model.network.layers[-1].name if name == "logits" else name
+        weights = params.get(layer, {})
+        count = sum(leaf.size for leaf in weights.values())
+        shape = feature.shape[1:]
+        products = weights["kernel"].size if "kernel" in weights else 0
+        if layer in shared:
+            products *= shape[0] * shape[1]
+        lines.append(LayerSummary(layer, shape, count, products))
+    return lines
+
+
+def check_image_size(network: Variant, size: int) -> None:
+    """Check that images of `size` give the table's grid, and every layer an output.
+
+    Raises:
+      ValueError: with the sizes that do, or the pooling that does not fit.
+    """
+    first = network.layers[0]
+    if isinstance(first, Conv) and _grid(first, size) != network.grid:
+        fits = [n for n in range(1, 2048) if _grid(first, n) == network.grid]
+        raise ValueError(
+            f"Variant {network.name!r} needs a {network.grid}x{network.grid} grid after "
+            f"{first.name}, from images of {fits[0]} to {fits[-1]} pixels; images of "
+            f"{size} pixels give {_grid(first, size)}x{_grid(first, size)}. Set "
+            f"--config.data.crop_size={network.crop_size}."
+        )
+    # Too large a pooling window, or too long a stride, leaves a later layer nothing.
+    side = size
+    for row in network.layers:
+        if isinstance(row, Dense):
+            return
+        side = _grid(row, side)
+        if side < 1:
+            raise ValueError(
+                f"Variant {network.name!r}: the maps before {row.name} are smaller than "
+                f"its {row.kernel}x{row.kernel} kernel; pool less "
+                "(--config.model.overrides.pool_window and pool_stride)."
+            )
+        for stage in row.then:
+            if not isinstance(stage, Pool):
+                continue
+            if max(stage.window, stage.stride) > side:
+                raise ValueError(
+                    f"Variant {network.name!r}: pool_window={stage.window} and "
+                    f"pool_stride={stage.stride} do not fit the {side}x{side} maps of "
+                    f"{row.name}: neither may be above {side}."
+                )
+            side = pooled_length(side, stage.window, stage.stride, ceil=stage.ceil)
+
+
+def _grid(row: Conv | Local, size: int) -> int:
+    """The side of a layer's output; 0 if its kernel is larger than its input."""
+    _, sides = row.pads(size)
+    stride = row.stride if isinstance(row, Conv) else 1
+    return max(0, 1 + (size + sum(sides) - row.kernel) // stride)

@@ -1,0 +1,332 @@
+"""A trained network, reading it from a file, and what the file formats share.
+
+Caffe, torch and ONNX keep channels first: a kernel is [out, in, down, across], and a
+fully connected layer reads the last features map by map. Ours is [down, across, in,
+out], and a fully connected layer reads the features place by place. The order of the
+channels, and which of them a column sees, is the same everywhere.
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from alexnet_jax.data import imagenet
+from alexnet_jax.models import ablations, alexnet, variants
+from alexnet_jax.models.layers import Variant
+
+# pytorch/examples writes `.pth.tar`.
+SUFFIXES = (".safetensors", ".caffemodel", ".pth.tar", ".pth", ".pt")
+# Caffe's and torchvision's AlexNet see the centre of images of this side, in pixels.
+FOREIGN_IMAGE_SIZE = 256
+# An error message names this many tensors and counts the rest.
+MOST_NAMED = 4
+
+Shapes = Mapping[str, tuple[int, ...]]
+T = TypeVar("T")
+
+
+class WeightsError(ValueError):
+    """A file of weights that cannot be used, or weights that cannot be written."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A trained network, from which `alexnet_jax.load` makes its three results.
+
+    Attributes:
+      settings: keyword arguments of `create_model`: variant, num_classes, width, ...
+      variables: argument of `model.apply`: {"params"}, with batch norm {"batch_stats"}.
+      mean: float32 [3] or [S, S, 3], RGB, 0..255: subtracted from raw images.
+      image_size: side S in pixels of a raw image before the central crop.
+      crop_size: side in pixels of the central crop, the input of the network.
+      class_names: by label; None if the file does not say.
+
+    Raises:
+      WeightsError: for a mean of another shape.
+    """
+
+    settings: dict[str, Any]
+    variables: dict[str, Any]
+    mean: np.ndarray
+    image_size: int
+    crop_size: int
+    class_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        side = self.image_size
+        if self.mean.shape not in ((3,), (side, side, 3)):
+            raise WeightsError(
+                f"the mean has shape {list(self.mean.shape)}, expected [3] or "
+                f"[{side}, {side}, 3]."
+            )
+
+    def make_model(self) -> alexnet.AlexNet:
+        """Return the network of the settings; ValueError if `create_model` refuses."""
+        return make_model(self.settings)
+
+
+def read_weights(
+    path: str | os.PathLike[str], *, variant: str | None = None
+) -> Weights:
+    """Read a file of weights.
+
+    Args:
+      path: a `.caffemodel` (bvlc_alexnet and CaffeNet, any number of classes), a
+        `.pth`, `.pt` or `.pth.tar` of torchvision's AlexNet (needs torch), or a
+        `.safetensors` with torchvision's names or our own.
+      variant: name of the network. Only a `.caffemodel` without normalisation layers
+        needs it ("caffe" or "caffenet"); any other file names its variant, and reading
+        it as another one is an error. The layers may be narrower than the variant's.
+
+    Returns:
+      The weights. The 1,000 classes of a foreign file are assumed to be ImageNet's, in
+      the order of their WNIDs.
+
+    Raises:
+      WeightsError: (a ValueError) if there is no such file, if it is damaged or of
+        another format or variant; names missing, unexpected and misshapen tensors.
+      ValueError: if there is no variant of that name.
+    """
+    from alexnet_jax.models.weights import caffe, safetensors, torchvision
+
+    path = Path(path)
+    name = path.name.lower()
+    if not path.is_file():
+        raise WeightsError(f"{path}: there is no such file.")
+    if not name.endswith(SUFFIXES):
+        raise WeightsError(
+            f"{path}: files of weights are {', '.join(SUFFIXES)}; got "
+            f"{path.suffix or 'no suffix'}."
+        )
+    if variant is not None:
+        variants.get(variant)
+    if name.endswith(".safetensors"):
+        return safetensors.read(path, variant)
+    if name.endswith(".caffemodel"):
+        return caffe.read(path, variant)
+    return torchvision.read(path, variant)
+
+
+def make_model(settings: Mapping[str, Any]) -> alexnet.AlexNet:
+    """Return `create_model(**settings)` without its advice on initial weights."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return alexnet.from_settings(settings)
+
+
+def shapes_of(model: alexnet.AlexNet, crop_size: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all variables by name, such as `params/conv1/kernel`."""
+    images = jax.ShapeDtypeStruct((1, crop_size, crop_size, 3), np.float32)
+    # A key or fast operators from outside would start JAX's devices; a file may be read
+    # before `jax.distributed` is set up.
+    plain = model.clone(fast=False)
+    variables = jax.eval_shape(lambda x: plain.init(jax.random.key(0), x), images)
+    return {name: leaf.shape for name, leaf in flat(variables).items()}
+
+
+def flat(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {"params": {"conv1": {"kernel": x}}} as {"params/conv1/kernel": x}."""
+    return traverse_util.flatten_dict(variables, sep="/")
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inverse of `flat`."""
+    return traverse_util.unflatten_dict(dict(leaves), sep="/")
+
+
+def channels_last(weight: np.ndarray, channels: int) -> np.ndarray:
+    """Return the kernel of a foreign weight, [out, in, down, across] or [out, in].
+
+    Args:
+      weight: channels first.
+      channels: features of the layer before. A fully connected weight reads each of
+        them at in / channels places.
+    """
+    if weight.ndim == 4:
+        return weight.transpose(2, 3, 1, 0)
+    outputs, inputs = weight.shape
+    side = math.isqrt(inputs // channels)
+    by_map = weight.reshape(outputs, channels, side, side)
+    return by_map.transpose(2, 3, 1, 0).reshape(inputs, outputs)
+
+
+def channels_first(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """Return the inverse of `channels_last`."""
+    if kernel.ndim == 4:
+        return kernel.transpose(3, 2, 0, 1)
+    inputs, outputs = kernel.shape
+    side = math.isqrt(inputs // channels)
+    by_place = kernel.reshape(side, side, channels, outputs)
+    return by_place.transpose(3, 2, 0, 1).reshape(outputs, inputs)
+
+
+def from_foreign(
+    path: Path,
+    what: str,
+    table: Variant,
+    tensors: Mapping[str, np.ndarray],
+    names: Mapping[str, tuple[str, str]],
+    *,
+    first: Callable[[np.ndarray], np.ndarray],
+    mean: np.ndarray,
+) -> Weights:
+    """Return foreign tensors as weights; width and classes are those of the tensors.
+
+    Args:
+      path: file of the tensors, for messages.
+      what: expected content of the file, for messages.
+      table: layer table at full width.
+      tensors: by name, channels first.
+      names: layer -> names of its weight and its bias in `tensors`.
+      first: converts the weight of the first layer, [out, 3, down, across], to one for
+        images in RGB, 0..255.
+      mean: [3], RGB, 0..255.
+
+    Raises:
+      WeightsError: names missing, unexpected and misshapen tensors.
+    """
+    features = {
+        layer: len(tensors[name])
+        for layer, (weight, bias) in names.items()
+        for name in (bias, weight)  # the later one counts
+        if name in tensors
+    }
+    classifier = table.layers[-1]
+    settings = {
+        "variant": table.name,
+        "num_classes": features.get(classifier.name, classifier.features),
+        "width": _fitting_width(table, features),
+    }
+    model = make_model(settings)
+    shapes, expected = shapes_of(model, table.crop_size), {}
+    for layer, (weight, bias) in names.items():
+        kernel = shapes[f"params/{layer}/kernel"]
+        expected |= {weight: kernel[::-1], bias: kernel[-1:]}  # kernels are square
+    found = {name: np.shape(tensor) for name, tensor in tensors.items()}
+    check_shapes(path, what, found, expected)
+    params, channels = {}, 3
+    for row in model.network.layers:
+        weight, bias = (tensors[name] for name in names[row.name])
+        if row is model.network.layers[0]:
+            weight = first(weight)
+        # Copied per layer, so that each transposed copy is freed before the next.
+        kernel = np.ascontiguousarray(channels_last(weight, channels))
+        params[row.name] = {"kernel": kernel, "bias": np.asarray(bias)}
+        channels = row.features
+    wnids = imagenet.wnids()
+    return Weights(
+        settings=settings,
+        variables={"params": params},
+        mean=mean,
+        image_size=FOREIGN_IMAGE_SIZE,
+        crop_size=table.crop_size,
+        class_names=wnids if len(wnids) == settings["num_classes"] else None,
+    )
+
+
+def _fitting_width(table: Variant, features: Mapping[str, int]) -> float:
+    """Return the width at which most layers have as many features as were found.
+
+    The one closest to 1 wins a tie. `check_shapes` then reports the layers that differ.
+    """
+    rows = [row for row in table.layers[:-1] if row.name in features]
+    widths = {1.0, *(features[row.name] / row.features for row in rows)}
+
+    def misfits(width: float) -> int:
+        scaled = ablations.customize(table, width=width).layers[:-1]
+        return sum(features.get(row.name) != row.features for row in scaled)
+
+    return min(sorted(widths, key=lambda width: abs(width - 1)), key=misfits)
+
+
+def renamed(
+    path: Path, named: Iterable[tuple[str, T]], rename: Callable[[str], str]
+) -> dict[str, T]:
+    """Return the values of a file by their new names.
+
+    Raises:
+      WeightsError: if two of the file's names become one.
+    """
+    before: dict[str, str] = {}
+    found: dict[str, T] = {}
+    for old, value in named:
+        new = rename(old)
+        if new in found:
+            raise WeightsError(
+                f"{path} holds both {before[new]!r} and {old!r} for {new!r}, and the "
+                "network has one. Write a file that holds only one of the two."
+            )
+        before[new], found[new] = old, value
+    return found
+
+
+def check_shapes(
+    path: str | os.PathLike[str], what: str, found: Shapes, expected: Shapes
+) -> None:
+    """Raise WeightsError unless exactly these tensors were found, of these shapes."""
+    wrong = [
+        f"{name} {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": wrong,
+    }
+    listed = [f"{kind} {some(names)}" for kind, names in problems.items() if names]
+    if listed:
+        raise WeightsError(f"{path} does not hold {what}: {'; '.join(listed)}.")
+
+
+def check_numbers(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raise WeightsError unless all tensors hold finite floating-point numbers."""
+    for name, tensor in tensors.items():
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise WeightsError(
+                f"{path}: {name} is {tensor.dtype}, and weights are floating point."
+            )
+        # A sum needs no memory, and NaN and infinity stay in it.
+        with np.errstate(invalid="ignore", over="ignore"):
+            finite = np.isfinite(np.sum(tensor, dtype=np.float64))
+        if not finite and not np.isfinite(tensor.astype(np.float64)).all():
+            raise WeightsError(
+                f"{path}: {name} holds numbers that are infinite or NaN. Was it "
+                "written when training had failed?"
+            )
+
+
+def check_variant(path: Path, given: str | None, expected: tuple[str, ...]) -> None:
+    """Raise WeightsError if the given variant is none that the file can hold."""
+    if given is not None and given not in expected:
+        raise WeightsError(
+            f"{path} holds weights of variant {' or '.join(expected)}; got "
+            f"variant={given!r}."
+        )
+
+
+def not_of_format(path: Path, suffix: str, why: object) -> WeightsError:
+    """Return the error for a file of another format, with the file's first bytes."""
+    with open(path, "rb") as file:
+        start = file.read(16)
+    reason = (str(why).strip().splitlines() or ["no reason given"])[0]
+    return WeightsError(
+        f"{path} ({os.path.getsize(path):,} bytes, beginning with {start!r}) is no "
+        f"{suffix} that can be read: {reason[:300].rstrip('.')}. Was it downloaded whole?"
+    )
+
+
+def some(names: list[str]) -> str:
+    """Return the first few names, and how many more there are."""
+    rest = len(names) - MOST_NAMED
+    more = f" and {rest} more" if rest > 0 else ""
+    return ", ".join(names[:MOST_NAMED]) + more

@@ -1,0 +1,59 @@
+"""First lines of a run's log: the network, the devices and the data."""
+
+import socket
+
+import jax
+
+from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, wnids
+from alexnet_jax.training import parallel
+from alexnet_jax.training.experiment import Experiment
+
+
+def describe_run(experiment: Experiment) -> list[str]:
+    """Return the lines that say what is trained, where, and on which data."""
+    network, mesh = experiment.model.network, experiment.mesh
+    shapes = experiment.abstract_state().params
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    device = mesh.devices.flat[0]
+    classes, size = network.layers[-1].features, experiment.crop_size
+    kind = f"{mesh.size} x {device.device_kind} ({device.platform})"
+    if jax.process_count() > 1:
+        kind += f" in {jax.process_count()} processes"
+    train = experiment.train_source
+    about = f"{parameters:,} parameters, {classes} classes, images of {size} pixels"
+    lines = [
+        f"network {network.name}: {about}",
+        f"devices {kind}: {_mesh(experiment)}",
+        f"training on {train.num_examples:,} pictures: {train.description}",
+    ]
+    if train.class_names == wnids() and train.num_examples < OFFICIAL_COUNTS["train"]:
+        lines.append(
+            f"WARNING: ILSVRC-2012 has {OFFICIAL_COUNTS['train']:,} training pictures; "
+            "published error rates are of all of them"
+        )
+    if experiment.eval_source is not None:
+        lines.append(
+            f"evaluating on {experiment.eval_source.num_examples:,} pictures: "
+            f"{experiment.eval_source.description}"
+        )
+    return lines
+
+
+def say_place(experiment: Experiment) -> None:
+    """Print, in each of several processes, where it runs and what it reads."""
+    if jax.process_count() > 1:
+        low, high = experiment.positions()
+        here, everywhere = jax.local_device_count(), jax.device_count()
+        print(
+            f"process {jax.process_index()} of {jax.process_count()} on "
+            f"{socket.gethostname()}: {here} of {everywhere} devices; "
+            f"{_mesh(experiment)}, examples {low} to {high - 1} of each batch",
+            flush=True,
+        )
+
+
+def _mesh(experiment: Experiment) -> str:
+    mesh, transform = experiment.mesh, experiment.config.parallel.transform
+    rows, columns = mesh.shape[parallel.DATA], mesh.shape[parallel.COLUMN]
+    by = "" if transform == "shard_map" else f" by {transform}"
+    return f"mode {experiment.mode}{by}, {rows} data x {columns} column"

@@ -1,0 +1,578 @@
+"""Every field of a config: its default, its unit, its source, and what it may hold.
+
+A config file is Python with a function `get_config()`, which starts from the one here:
+
+    from alexnet_jax.training.config import get_config as defaults
+
+    def get_config():
+        config = defaults()
+        config.optim.learning_rate = 0.02
+        return config
+
+On the command line: `--config.optim.learning_rate=0.02`.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict, config_dict
+
+from alexnet_jax.data import augment as augment_lib
+from alexnet_jax.models import alexnet, layers
+from alexnet_jax.models.summary import check_image_size
+from alexnet_jax.training import optim as optim_lib
+from alexnet_jax.training import parallel as parallel_lib
+
+# A ml_collections.ConfigDict, whose fields no type checker can know.
+Config = Any
+
+
+class ConfigError(ValueError):
+    """A config, or a file of a workdir, that cannot be used; lists every mistake."""
+
+
+def get_config() -> Config:
+    """Return the default configuration, locked: a misspelt field raises."""
+    config: Config = ConfigDict()
+    # Seed of all randomness: initial weights, order, augmentation, dropout.
+    config.seed = 0
+    # Length of the run in passes over the training split; fractions are fine (paper,
+    # section 5: "roughly 90 cycles"). Schedules are laid out over this length.
+    config.num_epochs = 90.0
+    # Stop after this many steps in all, wherever the schedule is; -1: off.
+    config.max_steps = -1
+    # Steps between two lines of the log; their metrics are averaged over the steps.
+    config.log_every_steps = 100
+    # Epochs between two evaluations; there is one more at the end. 0: only that one,
+    # with another schedule than plateau.
+    config.eval_every_epochs = 1.0
+    # Number of test views averaged in the final evaluation and in --mode=eval: 10 (paper,
+    # section 4.1), 9 (cuda-convnet2's of CIFAR-10), or 1: the centre view only.
+    config.eval_views = 1
+    # End the run when the mean training error over log_every_steps is no higher than
+    # this (paper, figure 1: 0.25); 0: off.
+    config.stop_at_train_error = 0.0
+    # Steps between two summaries, each layer's gradient norm and its share of units
+    # that are zero for the whole batch; 0: off. One costs about a step.
+    config.summaries_every_steps = 0
+    # Steps to trace into WORKDIR/profile soon after each start; 0: none.
+    config.profile = 0
+
+    config.model = model = ConfigDict()
+    # Layer table: paper, original, no_communication, six_conv, no_overlap, one_gpu, caffe,
+    # caffenet, one_tower, owt, zfnet, cifar, cifar_13 or cifar_11.
+    model.variant = "paper"
+    # Units of the classifier; 0: as many as the data set has classes.
+    model.num_classes = 0
+    # Factor on the features of every layer but the classifier.
+    model.width = 1.0
+    # Type of the computation: float32, bfloat16 or float64; parameters are >= float32.
+    model.dtype = "float32"
+    # How weights start: paper (as the variant was published), caffe or he.
+    model.init = "paper"
+    # Ablations, None: as in the table. See `alexnet_jax.models.ablations`.
+    model.overrides = overrides = ConfigDict()
+    # False takes normalisation out (paper, section 3.3), True is normalization=lrn.
+    overrides.lrn = config_dict.placeholder(bool)
+    # Side of every pooling window in pixels; 2: no overlap (paper, section 3.4).
+    overrides.pool_window = config_dict.placeholder(int)
+    # Stride of every pooling layer in pixels.
+    overrides.pool_stride = config_dict.placeholder(int)
+    # max or avg, of every pooling layer.
+    overrides.pool_kind = config_dict.placeholder(str)
+    # Units: relu, tanh or sigmoid (paper, section 3.1).
+    overrides.activation = config_dict.placeholder(str)
+    # Number of columns the kernels are divided into (paper, section 3.2).
+    overrides.columns = config_dict.placeholder(int)
+    # Dropout rate, 0: none (paper, section 4.2).
+    overrides.dropout = config_dict.placeholder(float)
+    # lrn, batch (Ioffe and Szegedy 2015) or none.
+    overrides.normalization = config_dict.placeholder(str)
+    # The only layers that stay normalised, such as ("conv1",).
+    overrides.norm_layers = config_dict.placeholder(tuple)
+    # Normalisation before or after the layer's units.
+    overrides.norm_place = config_dict.placeholder(str)
+    # Convolutional layers to leave out, such as ("conv3",).
+    overrides.skip = config_dict.placeholder(tuple)
+
+    config.finetune = finetune = ConfigDict()
+    # Trained weights to start from, all but the classifier's: the workdir of a run (DIR,
+    # DIR@STEP) or a file that `alexnet_jax.load` reads; empty: from scratch.
+    finetune.source = ""
+    # Layers that start anew as well, such as ("fc7",). schedule.layer_factors has rates
+    # of single layers, and freezes them.
+    finetune.new_layers = ()
+
+    config.data = data = ConfigDict()
+    # textures | folder:PATH | fake | name[:version] of a prepared tfds data set.
+    data.source = "textures"
+    # Directory of tfds data sets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+    data.dir = ""
+    # Split to train on; tfds data sets have slices too, train[:90%].
+    data.train_split = "train"
+    # Split to evaluate on, empty: none. In folders test, val, validation are one.
+    data.eval_split = "test"
+    # Examples in a step over ALL devices (paper, section 5: 128). A run keeps it.
+    data.batch_size = 128
+    # Side of the stored pictures in pixels (paper, section 2: 256).
+    data.image_size = 256
+    # Side of what the network sees in pixels (paper, section 4.1: 224).
+    data.crop_size = 224
+    # Threads that decode pictures on the host.
+    data.workers = 2
+
+    config.augment = augment = ConfigDict()
+    # Crops at random places in training; else the centre (paper, section 4.1).
+    augment.crop = True
+    # Smallest share of a picture's area that a crop has before it is resized to
+    # crop_size (Szegedy et al. 2015: 0.08); 1: crops of crop_size, not resized.
+    augment.min_area = 1.0
+    # Mirror every other training picture, by chance (paper, section 4.1).
+    augment.flip = True
+    # Standard deviation of the PCA colour noise; 0: none (paper, section 4.1: 0.1).
+    augment.lighting = 0.1
+    # paper: added; original: and the image then divided by 1 + its deviation.
+    augment.lighting_form = "paper"
+    # No colour noise from this epoch on (the original: 67); -1: always.
+    augment.lighting_until_epoch = -1.0
+
+    config.optim = optim = ConfigDict()
+    # The learning rate itself: nothing scales it (paper, section 5: 0.01 at 128).
+    optim.learning_rate = 0.01
+    # Share of the velocity that is kept (paper, section 5).
+    optim.momentum = 0.9
+    # Factor on the weights in the gradient (paper, section 5).
+    optim.weight_decay = 5e-4
+    # Layers that have a weight decay of their own in the table (the CIFAR-10 nets') take
+    # that instead.
+    optim.layer_weight_decay = True
+    # Learning rate of the biases over that of the weights (Caffe: 2).
+    optim.bias_lr_mult = 1.0
+    # The biases' rate stays bias_lr_mult * learning_rate whatever the schedule does (as
+    # in the original's run on ILSVRC-2012).
+    optim.constant_bias_lr = False
+    # Biases, and batch normalisation's scales, decay as well (the original's and Caffe's
+    # biases: no; the paper does not say).
+    optim.decay_bias = True
+    # paper: the learning rate inside the velocity; torch: outside.
+    optim.form = "paper"
+    # Parts that each device's share of a batch goes through the network in, one after
+    # the other: the same run in less memory (but for batch normalisation, which is of
+    # each part). 1: all at once.
+    optim.accumulate_steps = 1
+    # Share of the training target spread evenly over all classes; 0: none (Szegedy et
+    # al. 2016: 0.1).
+    optim.label_smoothing = 0.0
+    # LARS: a kernel's gradient is scaled to this share of the kernel's own norm; 0: off
+    # (NVCaffe: 0.001). Not for kernels split over columns.
+    optim.trust_coefficient = 0.0
+
+    config.schedule = schedule = ConfigDict()
+    # plateau (paper, section 5), fixed, cosine, polynomial or constant.
+    schedule.name = "plateau"
+    # plateau and fixed: the factor on the learning rate at a drop.
+    schedule.factor = 0.1
+    # plateau: evaluations without a better top-1 error before a drop.
+    schedule.patience = 5
+    # plateau: no more drops than this (paper: "reduced three times").
+    schedule.max_drops = 3
+    # fixed: epochs at which to drop (the original's run on ILSVRC-2012).
+    schedule.drop_epochs = (25.0, 51.0, 79.0)
+    # Factors on single layers' rates, each (layer, from which epoch, factor); a factor
+    # of 0 freezes the layer.
+    schedule.layer_factors = ()
+    # cosine and polynomial: epochs of linear rise at the start.
+    schedule.warmup_epochs = 0.0
+    # polynomial: the power of 1 - t, t from 0 after the rise to 1 at the end of the run
+    # (You et al. 2017: 2).
+    schedule.power = 2.0
+
+    config.parallel = parallel = ConfigDict()
+    # data: every device the whole network; columns: the paper's scheme (3.2); hybrid:
+    # convolutions as data, fully connected layers split (arXiv:1404.5997).
+    parallel.mode = "data"
+    # Devices along the batch; -1: all that the columns leave.
+    parallel.data = -1
+    # Devices along the columns; -1: in mode columns one a column if there are as many
+    # devices, in mode hybrid all there are, else 1.
+    parallel.column = -1
+    # shard_map, or pmap (mode data only; the same numbers).
+    parallel.transform = "shard_map"
+
+    config.checkpoint = checkpoint = ConfigDict()
+    # Steps between two checkpoints; 0: off.
+    checkpoint.every_steps = 0
+    # Minutes between two checkpoints; 0: off. There is always one at the end, and one
+    # at each evaluation that is the best so far.
+    checkpoint.every_minutes = 15.0
+    # Newest checkpoints to keep, beside the best.
+    checkpoint.keep = 2
+    return config.lock()
+
+
+_AT_LEAST_0 = (lambda v: v >= 0, "at least 0")
+_AT_LEAST_1 = (lambda v: v >= 1, "at least 1")
+_ABOVE_0 = (lambda v: v > 0, "above 0")
+
+
+def _one_of(*choices: Any) -> tuple[Callable[[Any], bool], str]:
+    return lambda v: v in choices, f"one of {', '.join(map(str, choices))}"
+
+
+# Field -> (check, words): "must be {words}". Its type is that of its default. A field
+# that is not here may hold anything of its type. NaN is in no range.
+# fmt: off
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": (lambda v: 0 <= v < 2**32, "0 to 4294967295"),
+    "num_epochs": _ABOVE_0,
+    "max_steps": (lambda v: v >= -1, "-1 (off) or more"),
+    "log_every_steps": _AT_LEAST_1,
+    "eval_every_epochs": _AT_LEAST_0,
+    "eval_views": _one_of(*augment_lib.VIEW_COUNTS),
+    "stop_at_train_error": (lambda v: 0 <= v < 1, "0 (off) to below 1"),
+    "summaries_every_steps": _AT_LEAST_0,
+    "profile": _AT_LEAST_0,
+    "model.num_classes": _AT_LEAST_0,
+    "model.dtype": _one_of(*alexnet.DTYPES),
+    "data.batch_size": _AT_LEAST_1,
+    "data.image_size": _AT_LEAST_1,
+    "data.crop_size": _AT_LEAST_1,
+    "data.workers": _AT_LEAST_1,
+    "augment.min_area": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "augment.lighting": _AT_LEAST_0,
+    "augment.lighting_form": _one_of(*augment_lib.LIGHTING_FORMS),
+    "augment.lighting_until_epoch": (lambda v: v == -1 or v >= 0, "-1 or at least 0"),
+    "optim.learning_rate": _ABOVE_0,
+    "optim.momentum": (lambda v: 0 <= v < 1, "0 to below 1"),
+    "optim.weight_decay": _AT_LEAST_0,
+    "optim.bias_lr_mult": _AT_LEAST_0,
+    "optim.form": _one_of(*optim_lib.FORMS),
+    "optim.accumulate_steps": _AT_LEAST_1,
+    "optim.label_smoothing": (lambda v: 0 <= v < 1, "0 (none) to below 1"),
+    "optim.trust_coefficient": (lambda v: v >= 0, "0 (off) or more"),
+    "schedule.name": _one_of(*optim_lib.SCHEDULES),
+    "schedule.factor": (lambda v: 0 < v < 1, "above 0 and below 1"),
+    "schedule.patience": _AT_LEAST_1,
+    "schedule.max_drops": _AT_LEAST_0,
+    "schedule.drop_epochs": (
+        lambda v: all(isinstance(b, int | float) and a < b
+                      for a, b in itertools.pairwise((0, *v))),
+        "numbers above 0 that increase"),
+    "schedule.warmup_epochs": _AT_LEAST_0,
+    "schedule.power": _ABOVE_0,
+    "parallel.mode": _one_of(*parallel_lib.MODES),
+    "parallel.data": (lambda v: v == -1 or v >= 1, "-1 (all there are) or at least 1"),
+    "parallel.column": (lambda v: v == -1 or v >= 1, "-1 (choose) or at least 1"),
+    "parallel.transform": _one_of(*parallel_lib.TRANSFORMS),
+    "checkpoint.every_steps": _AT_LEAST_0,
+    "checkpoint.every_minutes": _AT_LEAST_0,
+    "checkpoint.keep": _AT_LEAST_1,
+}
+# fmt: on
+
+
+def validate(config: Config, *, devices: bool = True, training: bool = True) -> None:
+    """Check everything that can be checked without the data.
+
+    Args:
+      devices: whether to check the mesh against the devices of this machine.
+      training: whether to refuse fields that would have no effect on a training.
+
+    Raises:
+      ConfigError: lists every mistake: the field, its value, and what it may hold.
+    """
+    fields = flat(config.to_dict())
+    # ml_collections checks types, except that any field takes None and an int True.
+    mistyped = {
+        name: f"of type {type(default).__name__}, as its default {default!r}"
+        for name, default in flat(get_config().to_dict()).items()
+        if default is not None
+        and (
+            fields.get(name) is None
+            or isinstance(fields[name], bool) != isinstance(default, bool)
+        )
+    }
+    wrong = mistyped | {
+        name: words
+        for name, (holds, words) in RANGES.items()
+        if name not in mistyped and not holds(fields[name])
+    }
+    problems = [
+        f"--config.{name}={fields.get(name)!r} must be {words}."
+        for name, words in wrong.items()
+    ]
+    if not mistyped:
+        problems += _conflicts(config)
+        if not wrong.keys() & {"model.num_classes", "model.dtype"}:
+            problems += _network_problems(config, wrong, devices, training)
+    if problems:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        count = f"{len(problems)} mistake{'s' if len(problems) > 1 else ''}"
+        raise ConfigError(f"{count} in the config:\n{lines}")
+
+
+def _conflicts(config: Config) -> list[str]:
+    """Return a message per pair of fields that contradict each other."""
+    problems = []
+    if config.data.crop_size > config.data.image_size:
+        problems.append(
+            f"--config.data.crop_size={config.data.crop_size} is larger than "
+            f"--config.data.image_size={config.data.image_size}."
+        )
+    if config.schedule.warmup_epochs >= config.num_epochs:
+        problems.append(
+            f"--config.schedule.warmup_epochs={config.schedule.warmup_epochs} must be "
+            f"below --config.num_epochs={config.num_epochs}."
+        )
+    if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        problems.append(
+            "--config.model.dtype=float64 needs JAX_ENABLE_X64=1 in the environment."
+        )
+    return problems
+
+
+def _network_problems(
+    config: Config, wrong: Collection[str], devices: bool, training: bool
+) -> list[str]:
+    """Return a message per mistake that depends on the network.
+
+    Args:
+      wrong: fields whose own value is a mistake already.
+      devices, training: see `validate`.
+    """
+    try:
+        network = make_model(config, config.model.num_classes or 2).network
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    try:
+        check_image_size(network, config.data.crop_size)
+    except ValueError as error:
+        problems.append(str(error))
+    names = [row.name for row in network.layers]
+    factors = _layer_factor_problem(config, names)
+    problems += factors
+    problems += [
+        f"--config.finetune.new_layers: {layer!r} must be one of {', '.join(names)}."
+        for layer in config.finetune.new_layers
+        if layer not in names
+    ]
+    if training and not wrong and not factors:
+        problems += _idle_schedule_problem(config)
+        problems += _idle_field_problems(config, network)
+    shape = ("parallel.", "data.batch_size", "optim.accumulate_steps")
+    if devices and not any(name.startswith(shape) for name in wrong):
+        problems += _mesh_problem(config, network)
+    return problems
+
+
+def _layer_factor_problem(config: Config, names: list[str]) -> list[str]:
+    before: dict[str, float] = {}
+    for row in config.schedule.layer_factors:
+        try:
+            layer, epoch, factor = row
+            right = layer in names and epoch > before.get(layer, -1)
+            right = right and epoch >= 0 and factor >= 0
+        except (TypeError, ValueError):  # the outer parentheses are forgotten easily
+            right = False
+        if not right:
+            problem = (
+                f"--config.schedule.layer_factors: {row!r} must be (layer, epoch, "
+                f"factor), the layer one of {', '.join(names)}, its epochs 0 or more "
+                "and increasing, the factor 0 or more."
+            )
+            return [problem]
+        before[layer] = epoch
+    return []
+
+
+def _idle_schedule_problem(config: Config) -> list[str]:
+    """Refuse a schedule that lowers the learning rate by events that never come."""
+    schedule = config.schedule
+    split, every = config.data.eval_split, config.eval_every_epochs
+    if schedule.name == "plateau" and schedule.max_drops and not (split and every):
+        problem = (
+            "--config.schedule.name='plateau' lowers the learning rate by evaluations, "
+            f"and --config.data.eval_split={split!r} with --config.eval_every_epochs="
+            f"{every} leaves none. Evaluate, or take another schedule, such as constant "
+            "or cosine, or --config.schedule.max_drops=0."
+        )
+        return [problem]
+    first_drop = min(schedule.drop_epochs, default=0)
+    if schedule.name == "fixed" and first_drop >= config.num_epochs:
+        problem = (
+            f"--config.schedule.drop_epochs={tuple(schedule.drop_epochs)} are all after "
+            f"the end, --config.num_epochs={config.num_epochs}: the learning rate would "
+            "never drop. Set earlier ones, or --config.schedule.name=constant."
+        )
+        return [problem]
+    return []
+
+
+def _idle_field_problems(config: Config, network: layers.Variant) -> list[str]:
+    """Refuse fields that are not at their default and cannot have an effect."""
+    c, schedule, augment = config, config.schedule, config.augment
+    dropout = c.model.overrides.dropout
+    first_factor = min((epoch for _, epoch, _ in schedule.layer_factors), default=0)
+
+    def has(*kinds: type) -> bool:
+        return any(isinstance(stage, kinds) for stage in network.stages)
+
+    # (field, whether it has an effect or asks for nothing, what that needs, of which
+    # fields). Fields that only say what is so anyway are not here, as decay_bias=False
+    # where nothing decays. `eval_views` needs no split: --mode=eval reads it.
+    # fmt: off
+    rows = (
+        ("eval_every_epochs", c.data.eval_split or not c.eval_every_epochs,
+         "a split", "data.eval_split"),
+        ("eval_every_epochs", c.eval_every_epochs <= c.num_epochs,
+         "a longer run", "num_epochs"),
+        ("eval_views", c.data.image_size > c.data.crop_size,
+         "larger pictures", "data.image_size", "data.crop_size"),
+        ("finetune.new_layers", c.finetune.source,
+         "weights to start from", "finetune.source"),
+        ("data.dir", not (c.data.source.startswith("folder:") or c.data.source == "fake"),
+         "a tfds data set or textures", "data.source"),
+        ("augment.min_area", augment.crop, "random crops", "augment.crop"),
+        ("augment.lighting_form", augment.lighting, "more than 0", "augment.lighting"),
+        ("augment.lighting_until_epoch", augment.lighting,
+         "more than 0", "augment.lighting"),
+        ("augment.lighting_until_epoch", augment.lighting_until_epoch < c.num_epochs,
+         "a longer run", "num_epochs"),
+        ("optim.weight_decay", not c.optim.layer_weight_decay
+         or len(network.layer_weight_decay) < len(network.layers),
+         "layers without a weight decay of their own",
+         "model.variant", "optim.layer_weight_decay"),
+        ("optim.constant_bias_lr", schedule.name != "constant" or schedule.layer_factors,
+         "another schedule", "schedule.name"),
+        ("optim.form", c.optim.momentum, "more than 0", "optim.momentum"),
+        ("schedule.factor", schedule.name in ("plateau", "fixed"),
+         "plateau or fixed", "schedule.name"),
+        ("schedule.patience", schedule.name == "plateau", "plateau", "schedule.name"),
+        ("schedule.patience", schedule.max_drops, "1 or more", "schedule.max_drops"),
+        ("schedule.max_drops", schedule.name == "plateau" or not schedule.max_drops,
+         "plateau", "schedule.name"),
+        ("schedule.drop_epochs", schedule.name == "fixed" or not schedule.drop_epochs,
+         "fixed", "schedule.name"),
+        ("schedule.layer_factors", first_factor < c.num_epochs,
+         "a longer run", "num_epochs"),
+        ("schedule.warmup_epochs", schedule.name in ("cosine", "polynomial"),
+         "cosine or polynomial", "schedule.name"),
+        ("schedule.power", schedule.name == "polynomial", "polynomial", "schedule.name"),
+        ("model.overrides.dropout", has(layers.Dropout) or not dropout,
+         "a network with dropout", "model.variant"),
+        ("model.overrides.norm_place", has(*layers.NORMS),
+         "a network with normalisation", "model.variant", "model.overrides.lrn",
+         "model.overrides.normalization"),
+    )
+    # fmt: on
+    fields, defaults = flat(config.to_dict()), flat(get_config().to_dict())
+    problems = []
+    for name, has_effect, needs, *others in rows:
+        value, default = fields[name], defaults[name]
+        if isinstance(value, list):
+            value = tuple(value)
+        if has_effect or value == default:
+            continue
+        beside = ", ".join(
+            f"--config.{other}={fields[other]!r}"
+            for other in others
+            if fields[other] is not None
+        )
+        left = "out" if default is None else f"at {default!r}"
+        problems.append(
+            f"--config.{name}={value!r} has no effect with {beside}; it needs {needs}, "
+            f"or to be left {left}."
+        )
+    return problems
+
+
+def _mesh_problem(config: Config, network: layers.Variant) -> list[str]:
+    mode, transform = config.parallel.mode, config.parallel.transform
+    batch, parts = config.data.batch_size, config.optim.accumulate_steps
+    try:
+        rows, columns = mesh_shape(config, network)
+        parallel_lib.check_mode(network, mode, columns)
+        parallel_lib.make_mesh(rows, columns)
+    except ValueError as error:
+        return [str(error)]
+    if config.optim.trust_coefficient > 0 and columns > 1:
+        problem = (
+            f"--config.optim.trust_coefficient={config.optim.trust_coefficient} is of "
+            f"the norms of whole layers, which --config.parallel.mode={mode} splits over "
+            f"{columns} columns; set --config.parallel.mode=data or "
+            "--config.parallel.column=1."
+        )
+        return [problem]
+    if transform == "pmap" and mode != "data":
+        problem = (
+            "--config.parallel.transform=pmap splits nothing but the batch: it goes with "
+            f"--config.parallel.mode=data, not {mode}."
+        )
+        return [problem]
+    if transform == "pmap" and jax.process_count() > 1:
+        problem = (
+            "--config.parallel.transform=pmap is for one process; "
+            f"{jax.process_count()} take shard_map."
+        )
+        return [problem]
+    devices = parallel_lib.batch_shards(rows, columns, mode)
+    step = devices * parts
+    if batch % step == 0:
+        return []
+    below, above = batch // step * step, -(-batch // step) * step
+    nearest = " or ".join(str(size) for size in (below, above) if size > 0)
+    each = "" if parts == 1 else f" in --config.optim.accumulate_steps={parts} parts"
+    problem = (
+        f"--config.data.batch_size={batch} does not divide over {devices} devices{each}; "
+        f"the nearest that do: {nearest}."
+    )
+    return [problem]
+
+
+def mesh_shape(config: Config, network: layers.Variant) -> tuple[int, int]:
+    """Return (data, column) of the mesh, with -1 resolved for the devices there are."""
+    devices = jax.device_count()
+    data, column = config.parallel.data, config.parallel.column
+    if column == -1:
+        match config.parallel.mode:
+            case "columns" if devices >= network.columns * max(1, data):
+                column = network.columns
+            case "hybrid":
+                column = max(1, devices // max(1, data))
+            case _:
+                column = 1
+    if data == -1:
+        data = max(1, devices // column)
+    return data, column
+
+
+def make_model(config: Config, num_classes: int | None) -> alexnet.AlexNet:
+    """Return the network of a config; None: with the variant's own number of classes."""
+    return alexnet.from_settings(model_settings(config, num_classes))
+
+
+def model_settings(config: Config, num_classes: int | None) -> dict[str, Any]:
+    """Return the arguments of `alexnet.create_model`."""
+    settings = config.model.to_dict()
+    overrides = settings.pop("overrides")
+    return {**settings, "num_classes": num_classes, **overrides}
+
+
+def as_json(config: Config) -> dict[str, Any]:
+    """Return the config as plain JSON values (tuples become lists)."""
+    return json.loads(config.to_json())
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data": {"dir": ""}} -> {"data.dir": ""}."""
+    fields: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            fields |= flat(value, f"{prefix}{key}.")
+        else:
+            fields[prefix + key] = value
+    return fields

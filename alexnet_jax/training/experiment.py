@@ -1,0 +1,386 @@
+"""Build everything that a config describes: network, optimiser, mesh, data."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from alexnet_jax import data as data_lib
+from alexnet_jax.data import augment
+from alexnet_jax.data import statistics as statistics_lib
+from alexnet_jax.data.sources import Source
+from alexnet_jax.data.statistics import Statistics
+from alexnet_jax.models import alexnet
+from alexnet_jax.training import optim, parallel, steps
+from alexnet_jax.training.config import (
+    Config,
+    ConfigError,
+    make_model,
+    mesh_shape,
+    validate,
+)
+
+# main's exit status when the loss is no longer finite: for a sweep a result like others.
+DIVERGED = 3
+# Pictures that the mean image is computed from when no full statistics are stored:
+# its standard error is then below one grey level.
+STATISTICS_SAMPLE = 10_000
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Hold everything that a config builds. Nothing in it changes while training.
+
+    `steps_per_epoch` may be a fraction; `total_steps` is where the run ends.
+    """
+
+    config: Config
+    model: alexnet.AlexNet
+    tx: optax.GradientTransformation
+    mesh: Mesh
+    mode: str
+    train_source: Source
+    eval_source: Source | None
+    statistics: Statistics
+    steps_per_epoch: float
+    total_steps: int
+
+    @property
+    def crop_size(self) -> int:
+        return self.config.data.crop_size
+
+    @property
+    def augmentation(self) -> augment.Augmentation:
+        """Return how training images are made of pictures."""
+        return make_augmentation(self.config, self.steps_per_epoch)
+
+    @property
+    def spec(self) -> steps.StepSpec:
+        """Return what the steps of the run share."""
+        return steps.StepSpec(
+            self.model,
+            self.tx,
+            self.augmentation,
+            self.mesh,
+            mode=self.mode,
+            transform=self.config.parallel.transform,
+            seed=self.config.seed,
+            accumulate_steps=self.config.optim.accumulate_steps,
+            label_smoothing=self.config.optim.label_smoothing,
+            frozen=optim.frozen_layers(self.config.schedule.layer_factors),
+        )
+
+    def init_state(self) -> steps.TrainState:
+        """Make a new run's state."""
+        return steps.init_state(self.spec)
+
+    def abstract_state(self) -> steps.TrainState:
+        """Return shapes and shardings of the state, for restoring."""
+        return steps.abstract_state(self.spec)
+
+    def train_step(self) -> Callable[..., Any]:
+        """Return the jitted (state, batch, statistics) -> (state, metrics)."""
+        return steps.make_train_step(self.spec)
+
+    def summary_step(self) -> Callable[..., dict[str, jax.Array]]:
+        """Return the jitted (state, batch, statistics) -> scalars."""
+        return steps.make_summary_step(self.spec)
+
+    def eval_step(self, views: int = 1) -> Callable[..., Any]:
+        """Return the jitted (params, batch_stats, batch, statistics) -> sums."""
+        return steps.make_eval_step(self.spec, views)
+
+    def predict_step(self, views: int = 1) -> Callable[..., Any]:
+        """Return the jitted (params, batch_stats, batch, statistics) -> predictions."""
+        return steps.make_predict_step(self.spec, views)
+
+    def pixel_statistics(self) -> augment.PixelStatistics:
+        """Return the statistics on every device of the mesh."""
+        wide = jnp.promote_types(self.model.dtype, jnp.float32)
+        names = ("mean_image", "pca_std_255", "pca_vectors")
+        arrays = {
+            name: np.asarray(getattr(self.statistics, name), wide) for name in names
+        }
+        return augment.PixelStatistics(**parallel.put_everywhere(arrays, self.mesh))
+
+    def train_batches(self, start_step: int) -> data_lib.Batches:
+        """Return this process's host batches from `start_step` on."""
+        return data_lib.train_batches(
+            self.train_source,
+            batch_size=self.config.data.batch_size,
+            seed=self.config.seed,
+            start_step=start_step,
+            positions=self.positions(),
+            workers=self.config.data.workers,
+        )
+
+    def eval_batches(self) -> data_lib.Batches:
+        """Return this process's part of batches that hold each example of the split once."""
+        assert self.eval_source is not None
+        return data_lib.eval_batches(
+            self.eval_source,
+            batch_size=self.config.data.batch_size,
+            positions=self.positions(),
+            workers=self.config.data.workers,
+        )
+
+    def positions(self) -> tuple[int, int]:
+        """(lo, hi): the part of each global batch that this process reads."""
+        return parallel.positions(self.mesh, self.mode, self.config.data.batch_size)
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Put a host batch of this process on the devices, as its part of the batch."""
+        return parallel.put_batch(
+            batch, self.mesh, self.mode, self.config.data.batch_size
+        )
+
+
+def build(
+    config: Config,
+    *,
+    statistics: Statistics | None = None,
+    log: Callable[[str], object] = print,
+) -> Experiment:
+    """Check a config and build everything that it describes.
+
+    Args:
+      config: see `config.get_config`.
+      statistics: of the training split, if already known (a resumed run has them);
+        else they are read from beside the data, or computed from a sample.
+      log: where process 0 says what is being done, and what is doubtful of the data.
+
+    Raises:
+      ConfigError: for anything wrong with the config itself.
+      ValueError, FileNotFoundError: for anything wrong with the data.
+    """
+    validate(config, training=False)  # `train` refuses what a training ignores
+    train, evaluation = _open_sources(config, log)
+    if jax.process_index() == 0:
+        for line in data_lib.warnings_about(train, evaluation):
+            log(line)
+    network = make_model(config, _num_classes(config, train))
+    mode = config.parallel.mode
+    rows, columns = mesh_shape(config, network.network)
+    steps_per_epoch = train.num_examples / config.data.batch_size
+    mesh = parallel.make_mesh(rows, columns)
+    total_steps = math.ceil(config.num_epochs * steps_per_epoch)
+    if config.max_steps >= 0:
+        total_steps = min(total_steps, config.max_steps)
+    return Experiment(
+        config=config,
+        model=network,
+        tx=make_optimizer(config, network, steps_per_epoch),
+        mesh=mesh,
+        mode=mode,
+        train_source=train,
+        eval_source=evaluation,
+        statistics=statistics or _find_statistics(config, train, log),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+    )
+
+
+def build_for_evaluation(
+    config: Config,
+    *,
+    class_names: Sequence[str] | None,
+    statistics: Statistics,
+    log: Callable[[str], object] = print,
+) -> Experiment:
+    """Build the experiment for an evaluation, without opening the training split.
+
+    Args:
+      config: see `config.get_config`; it has an evaluation split.
+      class_names: those that the network was trained on, by label; None: not known, so
+        those of the evaluation split.
+      statistics: those that it was trained with.
+      log: told of trained classes that the evaluation split has no images of.
+
+    Returns:
+      An experiment that cannot train: the evaluation split is its `train_source` too.
+
+    Raises:
+      ConfigError, ValueError, FileNotFoundError: as `build`.
+    """
+    validate(config, training=False)
+    source = _open_split(config, config.data.eval_split)
+    if class_names is not None:
+        source = data_lib.match_classes(source, class_names, log=log)
+    network = make_model(config, _num_classes(config, source))
+    mesh = parallel.make_mesh(*mesh_shape(config, network.network))
+    return Experiment(
+        config=config,
+        model=network,
+        tx=optax.identity(),
+        mesh=mesh,
+        mode=config.parallel.mode,
+        train_source=source,
+        eval_source=source,
+        statistics=statistics,
+        steps_per_epoch=0.0,
+        total_steps=0,
+    )
+
+
+def make_augmentation(config: Config, steps_per_epoch: float) -> augment.Augmentation:
+    """Return how a config makes training images of pictures."""
+    fields = config.augment
+    until = fields.lighting_until_epoch
+    return augment.Augmentation(
+        config.data.crop_size,
+        fields.crop,
+        fields.flip,
+        fields.lighting,
+        fields.lighting_form,
+        None if until == -1 else round(until * steps_per_epoch),
+        fields.min_area,
+    )
+
+
+def _open_sources(
+    config: Config, log: Callable[[str], object]
+) -> tuple[Source, Source | None]:
+    train = _open_split(config, config.data.train_split)
+    if not config.data.eval_split:
+        return train, None
+    evaluation = _open_split(config, config.data.eval_split)
+    evaluation = data_lib.match_classes(
+        evaluation,
+        train.class_names,
+        log=log if jax.process_index() == 0 else lambda line: None,
+    )
+    return train, evaluation
+
+
+def _open_split(config: Config, split: str) -> Source:
+    return data_lib.open_source(
+        config.data.source,
+        split,
+        data_dir=config.data.dir or None,
+        image_size=config.data.image_size,
+    )
+
+
+def _num_classes(config: Config, train: Source) -> int:
+    asked = config.model.num_classes
+    if asked and asked < train.num_classes:
+        raise ConfigError(
+            f"--config.model.num_classes={asked} is fewer than the "
+            f"{train.num_classes} classes of {train.description}; 0 counts them."
+        )
+    return asked or train.num_classes
+
+
+def make_optimizer(
+    config: Config, network: alexnet.AlexNet, steps_per_epoch: float
+) -> optax.GradientTransformation:
+    """Return the update rule of a config, with its schedule."""
+    schedule = optim.make_schedule(
+        config.schedule.name,
+        config.optim.learning_rate,
+        steps_per_epoch=steps_per_epoch,
+        num_epochs=config.num_epochs,
+        drop_epochs=tuple(config.schedule.drop_epochs),
+        factor=config.schedule.factor,
+        warmup_epochs=config.schedule.warmup_epochs,
+        power=config.schedule.power,
+    )
+    return optim.make_optimizer(
+        schedule,
+        momentum=config.optim.momentum,
+        weight_decay=config.optim.weight_decay,
+        bias_lr_mult=config.optim.bias_lr_mult,
+        decay_bias=config.optim.decay_bias,
+        form=config.optim.form,
+        layer_weight_decay=(
+            network.network.layer_weight_decay
+            if config.optim.layer_weight_decay
+            else None
+        ),
+        bias_learning_rate=(
+            config.optim.bias_lr_mult * config.optim.learning_rate
+            if config.optim.constant_bias_lr
+            else None
+        ),
+        layer_factors=optim.make_layer_factors(
+            config.schedule.layer_factors, steps_per_epoch=steps_per_epoch
+        ),
+        trust_coefficient=config.optim.trust_coefficient or None,
+    )
+
+
+def _find_statistics(
+    config: Config, source: Source, log: Callable[[str], object]
+) -> Statistics:
+    """Return the stored statistics of the data, else those of a sample.
+
+    Process 0 finds them for all: the same to the last bit, and read once.
+    """
+    if jax.process_count() == 1:
+        return _find_own_statistics(config, source, log)
+    side = source.image_size
+    found: dict[str, Any] = {
+        "mean_image": np.zeros((side, side, 3), np.float32),
+        "pca_std_255": np.zeros(3, np.float32),
+        "pca_vectors": np.zeros((3, 3), np.float32),
+        "num_examples": np.int32(0),
+        "split_examples": np.int32(0),
+    }
+    if jax.process_index() == 0:
+        own = _find_own_statistics(config, source, log)
+        found = {k: np.asarray(getattr(own, k), v.dtype) for k, v in found.items()}
+    shared = jax.device_get(multihost_utils.broadcast_one_to_all(found))
+    count, split = (int(shared.pop(k)) for k in ("num_examples", "split_examples"))
+    arrays = {name: np.asarray(array) for name, array in shared.items()}
+    return Statistics(**arrays, num_examples=count, split_examples=split)
+
+
+def _find_own_statistics(
+    config: Config, source: Source, log: Callable[[str], object]
+) -> Statistics:
+    path, why = source.statistics_path, ""
+    # The mean image of trained weights is their own (`finetune.with_mean_of`).
+    what = "colour PCA" if config.finetune.source else "mean image"
+    if path is not None and path.exists():
+        stored = statistics_lib.load(path, source.image_size)
+        if stored.split_examples == source.num_examples:
+            log(f"{what}: {path}, of {stored.extent}")
+            return stored
+        why = f", since {path} is of {stored.extent}"
+    count, total = min(STATISTICS_SAMPLE, source.num_examples), source.num_examples
+    log(f"{what}: computing it from {count:,} of {total:,} images{why}")
+    if path is not None and (why or count < total):
+        log("  (python -m alexnet_jax.prepare statistics stores that of all)")
+    return statistics_lib.compute(
+        source, max_examples=count, workers=config.data.workers
+    )
+
+
+def pipeline(config: Config, *, start_step: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield the training batches as the network sees them, endlessly, for a notebook.
+
+    Yields {"image": float32 [B, crop, crop, 3], "label": int32 [B]}: cropped, flipped
+    and lit exactly as training at that step does it inside its own jitted step.
+    """
+    experiment = build(config)
+    statistics = experiment.pixel_statistics()
+    key = steps.purpose_key(config.seed, steps.AUGMENT)
+
+    @jax.jit
+    def augmented(pictures: jax.Array, step: jax.Array) -> jax.Array:
+        step_key = jax.random.fold_in(key, step)
+        return augment.train_images(
+            pictures, step_key, 0, statistics, experiment.augmentation, step=step
+        )
+
+    with experiment.train_batches(start_step) as batches:
+        for step, batch in enumerate(batches, start_step):
+            images = augmented(batch["image"], jnp.int32(step))
+            yield {"image": images, "label": jnp.asarray(batch["label"])}

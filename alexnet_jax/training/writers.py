@@ -1,0 +1,363 @@
+"""Record the numbers of a run: metrics.jsonl, TensorBoard and the console.
+
+Process 0 writes; on the others `make_writers(..., enabled=False)` returns a writer that
+does nothing, so that the training loop has no special case.
+
+Names of the scalars: `train/loss`, `train/top1_error`, `lr`, `images_per_sec`,
+`data_wait_frac`; `eval/loss`, `eval/top1_error`, `eval/top5_error`, `eval/count`; at the
+end of a run with several views `eval/views_...` for their average; in summaries
+`grad_norm/<layer>` and `dead_relu/<layer>` (see `steps`). Errors and fractions are in
+[0, 1]. `eta_seconds` is shown on the console only.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+import numpy as np
+
+from alexnet_jax.system.cli import free_name, progress_bar
+from alexnet_jax.system.files import replacing, telling_of_a_full_disk
+
+METRICS_FILE = "metrics.jsonl"
+# Longest time for which an event waits in memory; each flush waits for the disk.
+FLUSH_SECONDS = 10.0
+_ONLY_ON_CONSOLE = "eta_seconds"
+
+
+def make_writers(
+    workdir: str | os.PathLike[str],
+    *,
+    total_steps: int,
+    resume_step: int | None = None,
+    enabled: bool = True,
+    show_top5: bool = True,
+) -> "MultiWriter":
+    """Return the writer of a run in `workdir`, which is created if missing.
+
+    Args:
+      total_steps: the last step of the run, for the console.
+      resume_step: the step that the run resumes from; records beyond it are dropped.
+        None for a new run.
+      enabled: False on every process but the first: nothing is created or written.
+      show_top5: show top-5 errors on the console; they are stored in any case.
+    """
+    if not enabled:
+        return MultiWriter()
+    os.makedirs(workdir, exist_ok=True)
+    return MultiWriter(
+        JsonlWriter(Path(workdir) / METRICS_FILE, resume_step),
+        TensorBoardWriter(workdir, resume_step),
+        ConsoleWriter(total_steps, start_step=resume_step or 0, show_top5=show_top5),
+    )
+
+
+class MultiWriter:
+    """Write records to metrics.jsonl, TensorBoard and the console; a context manager.
+
+    A part that is None is left out.
+    """
+
+    def __init__(
+        self,
+        jsonl: "JsonlWriter | None" = None,
+        events: "TensorBoardWriter | None" = None,
+        console: "ConsoleWriter | None" = None,
+    ):
+        self._writers = [w for w in (jsonl, events, console) if w is not None]
+        self._events, self._console = events, console
+
+    def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
+        """Write one record: scalars (numbers or 0-d arrays) after `step` steps.
+
+        Raises:
+          FullDiskError: (an OSError) the disk has no room for it.
+        """
+        if self._writers:
+            # Converted once: each conversion of a device array waits for the device.
+            numbers = {name: _number(value) for name, value in scalars.items()}
+            for writer in self._writers:
+                writer.write(step, epoch, numbers)
+
+    def progress(self, step: int) -> None:
+        """Move the progress bar to `step`, if there is one; cheap."""
+        if self._console is not None:
+            self._console.progress(step)
+
+    def text(self, line: str) -> None:
+        """Print a line on the console, above the bar."""
+        if self._console is not None:
+            self._console.text(line)
+
+    def close(self) -> None:
+        """Flush and close all parts, also if one of them raises."""
+        try:
+            if self._events is not None:
+                self._events.close()
+        finally:
+            if self._console is not None:
+                self._console.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class JsonlWriter:
+    """Append one JSON object per line: {"step": 200, "epoch": 1.5, "train/loss": 2.1}.
+
+    NaN and infinities become null, because JSON has no words for them; `read_metrics`
+    turns null into NaN. Each line is with the operating system when `write` returns.
+
+    On resume, records beyond `resume_step` (of steps that the killed run took after its
+    last checkpoint and that will be taken again) are dropped, and so is a last line torn
+    by the kill. A summary or evaluation of `resume_step` that is there already is not
+    written again. A new run (`resume_step` None) renames an earlier file to `.old`, or
+    to `.old_2` if that exists.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], resume_step: int | None = None):
+        self._path = Path(path)
+        self._resume_step = resume_step
+        self._written: set[frozenset[str]] = set()  # names in records of that step
+        if resume_step is not None and self._path.exists():
+            self._drop_after(resume_step)
+        elif self._path.exists() and self._path.stat().st_size:
+            name = self._path.name + ".old"
+            os.rename(self._path, free_name(self._path.with_name(name)))
+        self._path.touch()
+
+    def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
+        """Append one line."""
+        record = {"step": int(step), "epoch": _number(epoch)}
+        record |= {name: _number(value) for name, value in scalars.items()}
+        record.pop(_ONLY_ON_CONSOLE, None)
+        if step == self._resume_step and frozenset(record) in self._written:
+            return
+        finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
+        # Opened for each line: no record waits in a buffer when the run is killed.
+        line = json.dumps(finite, allow_nan=False) + "\n"
+        with (
+            telling_of_a_full_disk(self._path.parent),
+            open(self._path, "a", encoding="utf-8", newline="\n") as file,
+        ):
+            file.write(line)
+
+    def _drop_after(self, resume_step: int) -> None:
+        lines = self._path.read_text(encoding="utf-8").splitlines()
+        records = [(line, parse_record(line)) for line in lines]
+        kept = [line for line, r in records if r and r["step"] <= resume_step]
+        self._written = {
+            frozenset(r) for _, r in records if r and r["step"] == resume_step
+        }
+        self._written = {
+            frozenset(r) for _, r in records if r and r["step"] == resume_step
+        }
+        with replacing(self._path) as file:  # never half a file
+            file.writelines(f"{line}\n".encode() for line in kept)
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the records of a `metrics.jsonl`, in order; null comes back as NaN.
+
+    A last line that is torn by a kill, or is being written now, is left out.
+
+    Raises:
+      ValueError: a line before the last is not a record.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        record = parse_record(line)
+        if record is not None:
+            records.append({k: math.nan if v is None else v for k, v in record.items()})
+        elif number < len(lines):
+            raise ValueError(f"{path}, line {number} is not a record: {line!r}")
+    return records
+
+
+def parse_record(line: str) -> dict[str, Any] | None:
+    """Return a record, or None for a line that was torn by a kill."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+class TensorBoardWriter:
+    """Write scalars as TensorBoard event files, by tensorboardX (no TensorFlow).
+
+    On resume TensorBoard is told to forget the events beyond `resume_step`. The file is
+    written here and not in tensorboardX's thread: that one dies of a full disk, and
+    the next record would wait for ever.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], resume_step: int | None = None
+    ):
+        # Imported here, because reading metrics must not need tensorboardX; and with
+        # torch hidden, whose import takes a second and is of no use here.
+        modules: dict[str, Any] = sys.modules
+        hide = "torch" not in modules
+        if hide:
+            modules["torch"] = None
+        try:
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2
+        finally:
+            if hide:
+                del modules["torch"]
+
+        self._directory = Path(directory)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._event: Any = getattr(event_pb2, "Event")  # noqa: B009  (made at import)
+        # The file's name has the time in seconds: two quick starts would share it.
+        suffix = f".{os.getpid()}.{resume_step or 0}"
+        self._file = EventsWriter(os.path.join(directory, "events"), suffix)
+        self._flushed_at = -math.inf
+        if resume_step is not None:
+            # TensorBoard drops the events at the step of a start and after it.
+            self._add(step=resume_step + 1, session_log={"status": "START"})
+
+    def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
+        """Write each scalar and the epoch."""
+        values = [
+            {"tag": name, "simple_value": float(value)}
+            for name, value in {"epoch": epoch, **scalars}.items()
+            if name != _ONLY_ON_CONSOLE
+        ]
+        self._add(step=int(step), summary={"value": values})
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        with telling_of_a_full_disk(self._directory):
+            self._file.close()
+
+    def _add(self, **fields: Any) -> None:
+        with telling_of_a_full_disk(self._directory):
+            self._file.write_event(self._event(wall_time=time.time(), **fields))
+            if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
+                self._file.flush()
+                self._flushed_at = time.monotonic()
+
+
+class ConsoleWriter:
+    """Print one readable line per record, below it on a terminal a progress bar.
+
+    Args:
+      total_steps: the last step of the run.
+      stream: standard output by default.
+      start_step: where the bar starts after a resume.
+      show_top5: show top-5 errors.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        stream: TextIO | None = None,
+        *,
+        start_step: int = 0,
+        show_top5: bool = True,
+    ):
+        self._total = total_steps
+        self._show_top5 = show_top5
+        self._stream = sys.stdout if stream is None else stream
+        self._bar = None
+        if self._stream.isatty():
+            self._bar = progress_bar(
+                self._stream, total=total_steps, initial=start_step, unit="step"
+            )
+
+    def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
+        """Print a record, for example (one line):
+
+        step 1200/45000  epoch 2.67  train: loss 3.214  top-1 error 71.2%  lr 0.01
+        1523 images/s  waiting for data 3%  left 1:02:33
+        """
+        width = len(str(self._total))
+        parts = [f"step {step:{width}d}/{self._total}", f"epoch {float(epoch):.2f}"]
+        previous = ""
+        for name, value in sorted(scalars.items(), key=_place):
+            group, _, short = name.rpartition("/")
+            if short.endswith("top5_error") and not self._show_top5:
+                continue
+            form = _FORMS.get(group) or _FORMS.get(short) or "{name} {value:.4g}"
+            words = form.format(
+                name=short, value=value, digits=int(value < 100), time=_hours(value)
+            )
+            # The group is printed once, before the first number of that kind.
+            new = group not in ("", previous)
+            parts.append(f"{group.replace('_', ' ')}: {words}" if new else words)
+            previous = group or previous
+        self.text("  ".join(parts))
+
+    def progress(self, step: int) -> None:
+        """Move the bar to `step`."""
+        if self._bar is not None:
+            with contextlib.suppress(OSError):
+                self._bar.update(step - self._bar.n)
+
+    def text(self, line: str) -> None:
+        """Print `line`, above the bar if there is one.
+
+        A run goes on if its output cannot be written: its records are in the workdir.
+        """
+        with contextlib.suppress(OSError):
+            if self._bar is not None:
+                self._bar.write(line, file=self._stream)
+            else:
+                self._stream.write(line + "\n")
+            self._stream.flush()
+
+    def close(self) -> None:
+        """Remove the bar; the stream stays open."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _hours(seconds: float) -> str:
+    """Return "1:02:33" for 3753, "?" if it is not known."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+
+
+# Forms of the numbers on the console, in their order. The key is the last part of the
+# scalar's name; in a summary the first, since the last is the layer's name.
+_FORMS = {
+    "loss": "loss {value:.4f}",
+    "top1_error": "top-1 error {value:.2%}",
+    "top5_error": "top-5 error {value:.2%}",
+    "views_loss": "several views: loss {value:.4f}",
+    "views_top1_error": "top-1 error {value:.2%}",
+    "views_top5_error": "top-5 error {value:.2%}",
+    "count": "on {value:.0f} images",
+    "lr": "lr {value:.4g}",
+    "images_per_sec": "{value:.{digits}f} images/s",
+    "data_wait_frac": "waiting for data {value:.0%}",
+    "eta_seconds": "left {time}",
+    "grad_norm": "{name} {value:.1e}",
+    "dead_relu": "{name} {value:.0%}",
+}
+
+
+def _place(item: tuple[str, Any]) -> tuple[int, int]:
+    """Return the sort key of a scalar: train, then eval, then others, as in `_FORMS`."""
+    group, _, short = item[0].rpartition("/")
+    groups, names = ["train", "eval", group], [*_FORMS, short]
+    return groups.index(group), names.index(short)
+
+
+def _number(value: Any) -> int | float:
+    """Return a Python number for a number, NumPy scalar or array of one element."""
+    number = value if isinstance(value, (int, float)) else np.asarray(value).item()
+    return number if isinstance(number, int) else float(number)
