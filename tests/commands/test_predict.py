@@ -1,0 +1,155 @@
+"""What is in a picture, from the command line and as a figure."""
+
+# ruff: noqa: F401, F811  (fixtures of other files)
+
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_jax import (
+    export,
+    load,
+    predict,
+    report,
+    retrieve,
+)
+from alexnet_jax.analysis.figures import best_labels
+from alexnet_jax.training import loop
+from alexnet_jax.training.config import ConfigError
+from tests.training.test_train import folder, small_config
+
+NAMES = ["blue", "green", "red"]
+
+
+@pytest.fixture(scope="module")
+def workdir(folder, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    loop.train_and_evaluate(small_config(folder, num_epochs=4.0), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def pictures(folder):
+    return [str(path) for path in sorted(folder.glob("test/*/*.png"))]
+
+
+def test_text_names_the_best_labels(workdir, pictures, capsys):
+    assert predict.main([f"--workdir={workdir}", *pictures, "--top=2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[::3] == pictures
+    for path, line in zip(pictures, lines[1::3], strict=True):
+        assert re.fullmatch(rf" *\d+\.\d\d%  {path.split('/')[-2]}", line)
+
+
+def test_json_holds_the_networks_probabilities(workdir, pictures, monkeypatch, capsys):
+    monkeypatch.setattr(predict, "BATCH", 4)  # several batches, the last one not full
+    arguments = [f"--workdir={workdir}", "--format=json", *pictures[:6]]
+    assert predict.main(arguments) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    model, variables, preprocess = load(workdir)
+    logits = jax.jit(model.apply)(variables, preprocess(pictures[:6]))
+    want = np.asarray(jax.nn.softmax(logits))
+    assert [item["file"] for item in found] == pictures[:6]
+    for item, row in zip(found, want, strict=True):
+        labels = [label["label"] for label in item["labels"]]
+        assert labels == np.argsort(-row).tolist()  # all three: fewer than five
+        for label in item["labels"]:
+            assert label["name"] == label["words"] == NAMES[label["label"]]
+            assert label["probability"] == pytest.approx(row[label["label"]], rel=1e-4)
+
+
+def test_an_unreadable_picture_does_not_stop_the_others(
+    workdir, pictures, tmp_path, capsys
+):
+    broken, missing = tmp_path / "broken.jpg", tmp_path / "missing.jpg"
+    broken.write_bytes(b"\xff\xd8 torn")
+    figure, maps = tmp_path / "new" / "figure.png", tmp_path / "maps.png"
+    base = [f"--workdir={workdir}", f"--figure={figure}", f"--feature_maps={maps}"]
+    assert predict.main([*base, str(broken), pictures[0], str(missing)]) == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == pictures[0]
+    first, second = err.splitlines()
+    assert f"cannot decode {broken}" in first and str(missing) in second
+    assert Image.open(figure).size[0] > 100
+    # The picture and its three convolutions, before and after pooling and norm.
+    width, height = Image.open(maps).size
+    assert height > width / 2
+    maps.unlink()
+    assert predict.main([*base, str(broken)]) == 1
+    assert not maps.exists()
+
+
+def test_wrong_arguments_are_one_message(workdir, pictures, tmp_path, capsys):
+    assert predict.main([f"--workdir={tmp_path}", pictures[0]]) == 1
+    assert "is not the workdir of a run" in capsys.readouterr().err
+    assert predict.main([f"--workdir={workdir}", "--step=3", pictures[0]]) == 1
+    assert "step 3" in capsys.readouterr().err
+    for wrong in ([], ["--top=0", pictures[0]]):
+        with pytest.raises(SystemExit):
+            predict.main([f"--workdir={workdir}", *wrong])
+    assert "--top=0 must be at least 1" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_without_names_are_numbered(workdir, pictures, tmp_path, capsys):
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    classes = copy / "classes.json"
+    classes.write_text('["blue", "green"]')
+    assert predict.main([f"--workdir={copy}", pictures[0]]) == 0
+    words = [line.split("%  ")[1] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert sorted(words) == ["blue", "class 2", "green"]
+    classes.write_text("[")
+    assert predict.main([f"--workdir={copy}", pictures[0]]) == 1
+    assert f"{classes} is damaged" in capsys.readouterr().err
+
+
+def test_a_file_of_weights_says_the_same_as_its_run(
+    workdir, pictures, tmp_path, capsys
+):
+    weights = tmp_path / "net.safetensors"
+    assert export.main([f"--workdir={workdir}", f"--out={weights}"]) == 0
+    capsys.readouterr()
+    said = []
+    for where in (workdir, weights):
+        assert predict.main([f"--workdir={where}", *pictures[:3]]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and "red" in said[0]
+    index = f"--index={tmp_path / 'index.npz'}"
+    assert retrieve.main([f"--workdir={weights}", index, "--layer=pool3"]) == 1
+    assert "give --source" in capsys.readouterr().err
+    assert report.main([f"--workdir={weights}"]) == 1
+    assert "is not the workdir of a run" in capsys.readouterr().err
+
+
+def test_pictures_of_other_classes_are_refused(workdir, folder, tmp_path):
+    """The same number of them: shapes alone would not tell."""
+    other = tmp_path / "pictures"
+    for split in ("train", "test"):
+        for name in ("blue", "gold", "red"):
+            (other / split / name).mkdir(parents=True)
+            first = next((folder / split / name.replace("gold", "green")).iterdir())
+            Image.open(first).save(other / split / name / "0.png")
+    config = small_config(other, num_epochs=5.0)
+    with pytest.raises(ConfigError, match="label 1 was 'green'; .* label 1 is 'gold'"):
+        loop.train_and_evaluate(config, workdir)
+
+
+def test_bars_are_the_probabilities():
+    chances = np.array([[0.1, 0.7, 0.2], [0.5, 0.3, 0.2]])
+    pictures = np.zeros((2, 8, 8, 3), np.uint8)
+    figure = best_labels(pictures, chances, ["a", "b", "c" * 40], labels=[2, 0])
+    first, second, *below = figure.axes
+    assert (first.get_title(), second.get_title()) == ("c" * 27 + "…", "a")
+    widths = [[bar.get_width() for bar in axes.patches] for axes in below]
+    assert widths == [[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]]
+    texts = [text.get_text() for text in below[0].texts]
+    assert texts == ["b  70%", "c" * 21 + "…  20%", "a  10%"]
+    # The correct one stands out.
+    colors = [[bar.get_facecolor() for bar in axes.patches] for axes in below]
+    assert colors[0][0] == colors[0][2] != colors[0][1]
+    assert colors[1][0] == colors[0][1]

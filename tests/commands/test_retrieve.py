@@ -1,0 +1,287 @@
+"""Neighbours by features: exact, from the command line, and of the right network."""
+
+# ruff: noqa: F401, F811  (fixtures of other files)
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_jax import load, retrieve
+from alexnet_jax.analysis import retrieval
+from alexnet_jax.analysis.codes import load_codes
+from alexnet_jax.analysis.retrieval import Index, RetrievalError, nearest
+from alexnet_jax.training import loop
+from tests.training.test_train import PICTURES, folder, small_config
+
+
+@pytest.fixture(scope="module")
+def workdir(folder, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    loop.train_and_evaluate(small_config(folder, num_epochs=2.0), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def index_file(workdir, tmp_path_factory):
+    path = tmp_path_factory.mktemp("index") / "deep" / "pool3.npz"
+    arguments = [f"--workdir={workdir}", f"--index={path}", "--layer=pool3"]
+    assert retrieve.main(arguments) == 0
+    return path
+
+
+def brute_force(features, queries, count):
+    differences = features[None].astype(np.float64) - queries[:, None]
+    distances = np.sqrt((differences**2).sum(-1))
+    order = np.argsort(distances, axis=1, kind="stable")[:, :count]
+    return np.take_along_axis(distances, order, 1), order
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1000])
+def test_neighbours_are_those_of_a_plain_search(block, monkeypatch):
+    monkeypatch.setattr(retrieval, "QUERIES", 4)
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(300, 20)).astype(np.float32)
+    features[17] = features[211]  # a tie
+    queries = np.concatenate([features[[211, 5]], rng.normal(size=(9, 20))])
+    queries = queries.astype(np.float32)
+    distances, rows = nearest(features, queries, 5, block=block)
+    want_distances, want_rows = brute_force(features, queries, 5)
+    np.testing.assert_array_equal(rows, want_rows)
+    np.testing.assert_allclose(distances, want_distances, rtol=1e-12)
+    assert rows[0, :2].tolist() == [17, 211] and distances[0, 1] == 0
+    everything, order = nearest(features[:3], queries, 9, block=block)
+    assert everything.shape == (11, 3)
+    np.testing.assert_array_equal(order, brute_force(features[:3], queries, 3)[1])
+    distances, rows = nearest(features, queries[:0], 2)
+    assert distances.shape == rows.shape == (0, 2)
+    with pytest.raises(RetrievalError, match=r"queries are \(11, 3\); .* \[Q, 20\]"):
+        nearest(features, queries[:, :3], 1)
+
+
+def test_neighbours_far_from_zero_are_told_apart():
+    """|q|^2 - 2 q x + |x|^2 alone would be rounding: 1e8 against differences of 1."""
+    rng = np.random.default_rng(1)
+    features = (10_000 + rng.integers(0, 3, (40, 8))).astype(np.float32)
+    queries = features[:6] + np.float32(0.25)
+    want_distances, _ = brute_force(features, queries, 3)
+    distances, _ = nearest(features, queries, 3)
+    assert (distances[:, 0] == want_distances[:, 0]).mean() > 0.5
+    pixels = rng.integers(0, 256, (50, 30), np.uint8)
+    distances, rows = nearest(pixels, pixels[:4], 3)  # bytes, without wrapping round
+    np.testing.assert_array_equal(rows, brute_force(pixels, pixels[:4], 3)[1])
+
+
+def test_an_index_holds_the_features_of_the_training_pictures(
+    index_file, workdir, folder
+):
+    index = retrieval.load_index(index_file)
+    model, variables, preprocess = load(workdir)
+    paths = sorted(folder.glob("train/*/*.png"))
+    features_of = jax.jit(model.apply, static_argnames="method")
+    features = features_of(variables, preprocess(paths), method="features")["pool3"]
+    np.testing.assert_allclose(
+        index.features, np.reshape(features, (PICTURES, -1)), rtol=1e-4, atol=1e-5
+    )
+    names = [index.class_names[label] for label in index.labels]
+    assert names == [path.parent.name for path in paths]
+    assert index.pixels.shape == (PICTURES, 32 * 32 * 3)
+    assert [p.name for p in index_file.parent.iterdir()] == ["pool3.npz"]
+
+
+def test_pictures_are_looked_up(index_file, workdir, folder, tmp_path, capsys):
+    paths = [str(path) for path in sorted(folder.glob("train/*/*.png"))]
+    figure = tmp_path / "figure.png"
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    base = [f"--workdir={workdir}", f"--index={index_file}", "--top=3"]
+    arguments = [paths[3], str(broken), paths[20], f"--figure={figure}"]
+    assert retrieve.main([*base, "--format=json", *arguments]) == 1
+    out, err = capsys.readouterr()
+    first, second = (json.loads(line) for line in out.splitlines())
+    assert (first["file"], second["file"]) == (paths[3], paths[20])
+    for answer, row in ((first, 3), (second, 20)):
+        assert len(answer["neighbours"]) == 3
+        best = answer["neighbours"][0]
+        assert best["row"] == row and best["distance"] < 1e-3
+        assert best["file"] == paths[row]
+        assert best["name"] == paths[row].split("/")[-2]
+    assert f"cannot decode {broken}" in err
+    assert Image.open(figure).size[0] > 300
+    assert retrieve.main([*base, paths[0]]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == paths[0] and len(lines) == 4
+    assert lines[1].endswith(f" 0  blue  {paths[0]}")
+
+
+def _lose_one(train):
+    (train / "red" / "000.png").unlink()
+
+
+def _exchange_two(train):
+    first, second = sorted((train / "blue").iterdir())[:2]
+    kept = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(kept)
+
+
+def _exchange_labels(train):
+    for name, new in (("blue", "x"), ("green", "blue"), ("x", "green")):
+        (train / name).rename(train / new)
+
+
+def _move(train):
+    loop.parent.rename(loop.parent.with_name("moved"))
+
+
+OTHERS = "has other pictures now than the index. Make it again"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (_lose_one, "has 24 pictures now, the index 25. Make it again"),
+        (_exchange_two, OTHERS),
+        (_exchange_labels, OTHERS),
+        (_move, "does not exist). Expected "),
+    ],
+)
+def test_changed_pictures_are_neither_named_nor_drawn(
+    change, words, index_file, workdir, folder, tmp_path, capsys
+):
+    pictures, path = tmp_path / "pictures", tmp_path / "index.npz"
+    shutil.copytree(folder, pictures)
+    index = retrieval.load_index(index_file)
+    dataclasses.replace(index, source=f"folder:{pictures}").save(path)
+    asked = str(min(folder.glob("train/blue/*.png")))
+    base = [f"--workdir={workdir}", f"--index={path}", "--top=2", asked]
+    assert retrieve.main(base) == 0
+    before, said = capsys.readouterr()
+    assert before.count(str(pictures)) == 2 and not said
+    change(pictures / "train")
+    assert retrieve.main(base) == 0
+    after, said = capsys.readouterr()
+    names = [line.partition(str(pictures))[0].rstrip() for line in before.splitlines()]
+    assert after.splitlines() == names
+    assert said.startswith("no files are named: ") and words in said
+    assert "--config" not in said and said.count("\n") == 1
+    figure = tmp_path / "figure.png"
+    assert retrieve.main([*base, f"--figure={figure}"]) == 1
+    assert f"error: {said.partition(': ')[2]}" in capsys.readouterr().err
+    assert not figure.exists()
+
+
+def test_pictures_are_looked_up_by_codes(
+    index_file, workdir, folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(retrieve, "STEPS", 30)
+    paths = [str(path) for path in sorted(folder.glob("train/*/*.png"))]
+    there, figure = tmp_path / "pool3.npz", tmp_path / "figure.png"
+    shutil.copy(index_file, there)
+    base = [f"--workdir={workdir}", f"--index={there}", "--top=3", "--bits=40"]
+    assert retrieve.main(base) == 0  # makes them and asks nothing
+    width = retrieval.load_index(there).features.shape[1]
+    said = capsys.readouterr().err
+    assert f": 40 bits a picture, 5 bytes instead of {4 * width:,}. Of the 10" in said
+    assert "of 3 pictures that training left out" in said
+    codes = load_codes(tmp_path / "pool3.40bits.npz")
+    assert codes.packed.shape == (PICTURES, 5)
+
+    assert retrieve.main([*base, "--format=json", paths[3], f"--figure={figure}"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)["neighbours"]
+    different = np.unpackbits(codes.packed ^ codes.packed[3], axis=1).sum(axis=1)
+    order = np.argsort(different, kind="stable")[:3]
+    assert [item["row"] for item in found] == order.tolist() and not err
+    assert [item["bits"] for item in found] == different[order].tolist()
+    assert "distance" not in found[0] and Image.open(figure).size[0] > 300
+    assert retrieve.main([*base, paths[3]]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["0", "bits", str(order[0]), "blue", paths[order[0]]]
+
+    exact = [*base[:3], "--format=json", paths[3]]
+    assert retrieve.main(exact) == 0
+    assert retrieve.main([*exact, "--bits=40", f"--shortlist={PICTURES}"]) == 0
+    plain, listed = capsys.readouterr().out.splitlines()
+    assert plain == listed
+
+    codes.save(tmp_path / "pool3.48bits.npz")
+    assert retrieve.main([*base[:3], "--bits=48"]) == 0
+    assert "48bits.npz: codes of another index or length" in capsys.readouterr().err
+    assert load_codes(tmp_path / "pool3.48bits.npz").coder.bits == 48
+    (tmp_path / "pool3.8bits.npz").write_bytes(b"PK")
+    names = {path.name for path in tmp_path.iterdir()}
+    for bits, words in ((32 * width, "be shorter than"), (8, "no .npz that can")):
+        assert retrieve.main([*base[:3], f"--bits={bits}"]) == 1
+        assert words in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_what_does_not_fit_is_refused(index_file, workdir, folder, tmp_path, capsys):
+    picture = str(next(folder.glob("train/*/*.png")))
+
+    def said(*arguments):
+        assert retrieve.main(list(arguments)) == 1
+        return capsys.readouterr().err
+
+    new = f"--index={tmp_path / 'new.npz'}"
+    words = "layer 'fc7' must be one of conv1, conv2, conv3, logits, norm1"
+    assert words in said(f"--workdir={workdir}", new)
+    there = f"--index={index_file}"
+    assert "is of --layer=pool3, not of conv1" in said(
+        f"--workdir={workdir}", there, "--layer=conv1", picture
+    )
+    other = tmp_path / "other"
+    loop.train_and_evaluate(small_config(folder, seed=1, max_steps=1), other)
+    words = "the index is of another network than the workdir's"
+    assert words in said(f"--workdir={other}", there, picture)
+    assert "is not the workdir of a run" in said(f"--workdir={tmp_path}", new)
+    for wrong in (
+        ["--top=0"],
+        ["--figure=a.png"],
+        ["--index=a.txt"],
+        ["--bits=0"],
+        ["--bits=8", "--shortlist=9"],
+        ["--shortlist=9", picture],
+        ["--bits=8", "--shortlist=5", picture],
+    ):
+        with pytest.raises(SystemExit):
+            retrieve.main([f"--workdir={workdir}", there, *wrong])
+    assert {path.name for path in tmp_path.iterdir()} == {"other"}
+
+
+def test_features_that_are_no_numbers_are_not_kept(
+    index_file, workdir, tmp_path, capsys, monkeypatch
+):
+    index = retrieval.load_index(index_file)
+    index.features[-1, -1] = np.nan
+    monkeypatch.setattr(retrieval, "index_of", lambda *_, **options: index)
+    path = tmp_path / "new.npz"
+    arguments = [f"--workdir={workdir}", f"--index={path}", "--layer=pool3"]
+    assert retrieve.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: features of pool3 are infinite, NaN")
+    assert not path.exists()
+
+
+def test_files_that_are_no_index_are_refused(index_file, tmp_path):
+    good = vars(retrieval.load_index(index_file))
+    path = tmp_path / "index.npz"
+    for changes, words in (
+        ({"probe": None}, "is no index: it has no probe"),
+        ({"class_names": np.array([{}])}, "Object arrays cannot be loaded"),
+    ):
+        fields = {k: v for k, v in (good | changes).items() if v is not None}
+        np.savez(path, **fields)
+        with pytest.raises(RetrievalError, match=words):
+            retrieval.load_index(path)
+    path.write_bytes(b"PK\x03\x04")
+    with pytest.raises(RetrievalError, match=r"no \.npz that can be read"):
+        retrieval.load_index(path)
+    with pytest.raises(RetrievalError, match="there is no such file"):
+        retrieval.load_index(tmp_path / "none.npz")
+    assert Index(**good).layer == "pool3"

@@ -1,0 +1,323 @@
+"""launch/slurm.sbatch under a real SLURM of one node, started for these tests."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alexnet_jax.training.distributed import count_tasks
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+NODE = ROOT / "tests" / "slurm_node.sh"
+LAUNCH = ROOT / "launch" / "slurm.sbatch"
+PROGRAMS = ("sbatch", "srun", "slurmctld", "slurmd", "munged")
+OUTER = ("SLURM_", "SBATCH_", "SRUN_")
+FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+# Two tasks without GPUs, each on a core.
+REHEARSAL = ("--gres=none", "--cpus-per-task=1")
+
+# The paper's net, very narrow, a column a process.
+CONFIG = """
+from configs import common
+
+
+def get_config():
+    config = common.get_config()
+    config.data.source = "folder:{folder}"
+    config.data.image_size = 226
+    config.data.crop_size = 224
+    config.data.batch_size = 4
+    config.model.variant = "paper"
+    config.model.width = 1 / 32
+    config.model.init = "he"
+    config.optim.learning_rate = 1e-3
+    config.parallel.mode = "columns"
+    config.parallel.column = 2
+    config.num_epochs = 28.0
+    config.eval_every_epochs = 0.0
+    config.schedule.name = "constant"
+    config.log_every_steps = 2
+    return config
+"""
+STEPS = 84  # 28 epochs of 12 pictures in batches of 4
+
+# In place of the interpreter: says what it was given, and once a signal has come,
+# task 1 takes two seconds longer than task 0 for its checkpoint. A restarted one ends.
+STAND_IN = """#!/usr/bin/env bash
+say() { echo "task $SLURM_PROCID: $*"; }
+stop() { sleep $((2 * SLURM_PROCID)); say "checkpoint after $1"; exit "$2"; }
+trap 'stop USR1 138' USR1
+trap 'stop TERM 143' TERM
+say "started with $*"
+if [ -n "${SLURM_RESTART_COUNT:-}" ]; then exit 0; fi
+for status; do :; done  # the last argument
+case $status in --exit=*) exit "${status#--exit=}" ;; esac
+while true; do sleep 0.1; done
+"""
+
+
+def missing_programs():
+    """SLURM's daemons are in sbin, which is not everybody's PATH."""
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
+
+
+def provide_slurm():
+    """Installs SLURM where that is wanted; skips where there is none."""
+    wanted = os.environ.get("CI") or os.environ.get("ALEXNET_TEST_INSTALL")
+    root = os.getuid() == 0
+    if missing_programs() and wanted and root and shutil.which("apt-get"):
+        install = "apt-get install --yes --no-install-recommends slurm-wlm munge"
+        for command in ("apt-get update", install):
+            done = subprocess.run(
+                command.split(),
+                env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+                capture_output=True,
+                text=True,
+                timeout=600,
+                check=False,
+            )
+            if done.returncode:
+                why = (done.stderr or done.stdout).strip().splitlines()[-1]
+                pytest.skip(f"SLURM could not be installed: {command}: {why}")
+    if missing := missing_programs():
+        pytest.skip(
+            f"no {', '.join(missing)}: install Debian's packages slurm-wlm and munge, "
+            "or as root set ALEXNET_TEST_INSTALL=1 and let the test do it"
+        )
+    if not root:
+        pytest.skip("SLURM's daemons are started for the test, which takes root")
+
+
+class Slurm:
+    """Commands to the node of the tests, and what its jobs say."""
+
+    def __init__(self, folder):
+        self.environment = {
+            # Not that of a job in which the tests may be run themselves.
+            **{k: v for k, v in os.environ.items() if not k.startswith(OUTER)},
+            "SLURM_CONF": f"{folder}/slurm.conf",
+        }
+
+    def run(self, *command, **environment):
+        done = subprocess.run(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def submit(self, output, *command, **environment):
+        """Gives the job's id; its output goes to the file `output`."""
+        sbatch = ("sbatch", "--parsable", f"--output={output}")
+        return self.run(*sbatch, *command, **environment)
+
+    def job(self, job):
+        """What `scontrol show job` says of it."""
+        text = self.run("scontrol", "--oneliner", "show", "job", job)
+        names = "JobState|Reason|Restarts|ExitCode|PreemptTime"
+        return dict(re.findall(rf" ({names})=(\S+)", text))
+
+    def wait(self, job, condition, output, *, seconds=60):
+        """Until condition(fields of the job); fails with what the job has said."""
+        deadline = time.monotonic() + seconds
+        while True:
+            fields = self.job(job)
+            if condition(fields):
+                return fields
+            state = fields["JobState"]
+            ended = state in FINAL_STATES
+            if ended or time.monotonic() > deadline:
+                why = f"job {job} is {state}" if ended else f"waited {seconds} s"
+                said = output.read_text() if output.exists() else "nothing"
+                pytest.fail(f"{why}\n{fields}\nthe end of its output:\n{said[-4000:]}")
+            time.sleep(0.2)
+
+    def wait_for_requeue(self, job, output):
+        """And has it start again soon; by itself SLURM would wait for two minutes."""
+
+        def requeued(fields):
+            return fields["Restarts"] == "1" and fields["JobState"] == "PENDING"
+
+        self.wait(job, requeued, output)
+        # Not in the second in which it was ended: credentials are told apart by that.
+        self.run("scontrol", "update", f"jobid={job}", "StartTime=now+2")
+
+    def wait_for_state(self, job, state, output, *, seconds=60):
+        def reached(fields):
+            return fields["JobState"] == state
+
+        return self.wait(job, reached, output, seconds=seconds)
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    provide_slurm()
+    # Not pytest's folder: the names of sockets may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+        try:
+            # Into a file: the daemons would keep a pipe open.
+            with open(Path(folder) / "start.log", "w+") as log:
+                command = [NODE, "start", folder]
+                done = subprocess.run(
+                    command, stdout=log, stderr=log, timeout=60, check=False
+                )
+                log.seek(0)
+                assert done.returncode == 0, log.read()
+            yield Slurm(folder)
+        finally:
+            subprocess.run([NODE, "stop", folder], timeout=60, check=True)
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    path = tmp_path / "python"
+    path.write_text(STAND_IN)
+    path.chmod(0o755)
+    return {"PYTHON": str(path)}
+
+
+def said(output, pattern):
+    return re.findall(pattern, output.read_text()) if output.exists() else []
+
+
+def wait_until_started(slurm, job, output, tasks=2):
+    def started(_):
+        return len(said(output, "started with")) == tasks
+
+    slurm.wait(job, started, output)
+
+
+def test_every_task_finishes_before_the_job_is_requeued(slurm, stand_in, tmp_path):
+    output = tmp_path / "out"
+    job = slurm.submit(output, *REHEARSAL, LAUNCH, "--mode=x", "--a=b c", **stand_in)
+    wait_until_started(slurm, job, output)
+    slurm.run("scancel", "--signal=USR1", job)
+    slurm.wait_for_requeue(job, output)
+    slurm.wait_for_state(job, "COMPLETED", output)
+    for task in range(2):
+        arguments = "-m alexnet_jax.main --distributed=on --mode=x --a=b c"
+        # Twice the same: the job and its successor.
+        assert len(said(output, f"task {task}: started with {arguments}\n")) == 2
+        assert said(output, f"task {task}: checkpoint after USR1")
+    assert len(said(output, "requeueing job")) == 1
+
+
+def test_a_preempted_job_is_requeued(slurm, stand_in, tmp_path):
+    output = tmp_path / "out"
+    job = slurm.submit(output, *REHEARSAL, LAUNCH, **stand_in)
+    wait_until_started(slurm, job, output)
+    command = ("--partition=urgent", "--ntasks=2", "--wrap=true")
+    urgent = slurm.submit(tmp_path / "urgent", *command)
+    slurm.wait_for_requeue(job, output)
+    slurm.wait_for_state(urgent, "COMPLETED", tmp_path / "urgent")
+    slurm.wait_for_state(job, "COMPLETED", output)
+    for task in range(2):
+        assert said(output, f"task {task}: checkpoint after TERM")
+
+
+def test_a_job_stopped_by_its_user_stays_stopped(slurm, stand_in, tmp_path):
+    output = tmp_path / "out"
+    job = slurm.submit(output, *REHEARSAL, LAUNCH, **stand_in)
+    wait_until_started(slurm, job, output)
+    slurm.run("scancel", "--signal=TERM", job)
+    fields = slurm.wait_for_state(job, "FAILED", output)
+    assert fields["ExitCode"] == "143:0"
+    assert fields["Restarts"] == "0"
+
+
+def test_an_exit_status_is_passed_on(slurm, stand_in, tmp_path):
+    output = tmp_path / "out"
+    # And one task is no cluster.
+    one = ("--ntasks-per-node=1", *REHEARSAL)
+    job = slurm.submit(output, *one, LAUNCH, "--exit=3", **stand_in)
+    fields = slurm.wait_for_state(job, "FAILED", output)
+    assert fields["ExitCode"] == "3:0"
+    assert said(output, "task 0: started with -m alexnet_jax.main --distributed=off")
+
+
+def test_a_step_of_one_task_in_a_job_of_two_is_one_process(slurm):
+    def found(*srun):
+        lines = slurm.run("salloc", "--ntasks=2", "srun", *srun, "env").splitlines()
+        return count_tasks(dict(line.split("=", 1) for line in lines if "=" in line))
+
+    assert found() == 2
+    assert found("--ntasks=1") == 1
+    # The shell that salloc opens, by LaunchParameters=use_interactive_step.
+    assert found("--interactive", "--preserve-env") == 1
+
+
+def test_a_missing_interpreter_is_said(slurm, tmp_path):
+    output = tmp_path / "out"
+    job = slurm.submit(output, *REHEARSAL, LAUNCH, PYTHON="no/python")
+    fields = slurm.wait_for_state(job, "FAILED", output)
+    assert fields["ExitCode"] == "1:0"
+    assert said(output, "error: no no/python in ")
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """A config on twelve pictures of two colours."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for index in range(12):
+            picture = rng.integers(0, 120, (32, 32, 3))
+            picture[..., index % 2] += 100
+            target = tmp_path / "pictures" / split / ["red", "green"][index % 2]
+            target.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture.astype(np.uint8)).save(target / f"{index:03d}.png")
+    path = tmp_path / "small.py"
+    path.write_text(CONFIG.format(folder=tmp_path / "pictures"))
+    return path
+
+
+def logged_steps(workdir):
+    path = workdir / "metrics.jsonl"
+    # The last line may be half-written.
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return [row["step"] for row in rows if "train/loss" in row]
+
+
+def test_a_run_goes_on_after_the_time_limit(slurm, config_file, tmp_path):
+    output, workdir = tmp_path / "out", tmp_path / "run"
+    job = slurm.submit(
+        output,
+        *REHEARSAL,
+        LAUNCH,
+        f"--config={config_file}",
+        f"--workdir={workdir}",
+        "--cpu_devices=1",
+        PYTHON=sys.executable,
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    )
+    slurm.wait(job, lambda _: len(logged_steps(workdir)) >= 3, output, seconds=120)
+    slurm.run("scancel", "--signal=USR1", job)  # to the tasks, as at the limit
+    slurm.wait_for_requeue(job, output)
+    (stopped,) = said(output, r"stopped at step (\d+) by SIGUSR1")
+    assert 6 <= int(stopped) < STEPS
+    assert list((workdir / "checkpoints").glob(f"*{stopped}*"))
+    assert sorted(said(output, r"process (\d) of 2 on ")) == ["0", "1"]
+    fields = slurm.wait_for_state(job, "COMPLETED", output, seconds=120)
+    assert fields["Restarts"] == "1"
+    assert said(output, r"resuming from step (\d+)") == [stopped]
+    # Nothing twice, nothing missing.
+    expected = {*range(2, STEPS + 1, 2), int(stopped)}
+    assert logged_steps(workdir) == sorted(expected)

@@ -1,0 +1,260 @@
+"""The embedded data set: what it contains, that it repeats, and what it must not be.
+
+Its promise: colours alone and linear functions of the pixels do not give the class.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alexnet_jax.data import eval_batches, open_source
+from alexnet_jax.data.textures import CLASS_NAMES, build, draw
+from alexnet_jax.data.textures import textures_dataset_builder as module
+from benchmarks import texture_baselines as baselines
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    data_dir = tmp_path_factory.mktemp("tfds")
+    build(data_dir, tiny=True)
+    return data_dir
+
+
+@pytest.fixture(scope="module")
+def drawn() -> tuple[np.ndarray, np.ndarray]:
+    """1,200 pictures, classes by turns, and their labels."""
+    labels = np.arange(1200) % 10
+    pictures = [draw(i % 10, np.random.default_rng((5, i))) for i in range(1200)]
+    # Every second pixel: colours stay exact, and 1,200 pictures take 59 MB.
+    return np.stack([p[::2, ::2] for p in pictures]), labels
+
+
+def test_picture_is_a_function_of_class_and_generator():
+    one = draw(3, np.random.default_rng(1))
+    assert one.shape == (256, 256, 3) and one.dtype == np.uint8
+    np.testing.assert_array_equal(one, draw(3, np.random.default_rng(1)))
+    assert (one != draw(3, np.random.default_rng(2))).mean() > 0.5
+    with pytest.raises(ValueError, match=r"0\.\.9, got 10"):
+        draw(10, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("label", range(10), ids=CLASS_NAMES)
+def test_two_colours_share_the_area_equally(label):
+    for i in range(4):
+        picture = draw(label, np.random.default_rng((7, i))).astype(float)
+        # Along the line from one colour to the other, brightness has two heaps.
+        axis = np.linalg.svd(
+            picture.reshape(-1, 3)[::64] - picture.mean(axis=(0, 1)),
+            full_matrices=False,
+        )[2][0]
+        values = picture @ axis
+        low, high = np.quantile(values, [0.1, 0.9])
+        share = np.mean(values > (low + high) / 2)
+        assert abs(share - 0.5) < 0.05
+        edge = np.abs(values - (low + high) / 2) < (high - low) / 6
+        assert edge.mean() < 0.2  # soft edges are thin
+
+
+def test_colours_and_linear_pixels_fail(drawn):
+    """Chance is an error of 0.9. The baselines may choose on the test pictures."""
+    pictures, labels = drawn
+    train, test = slice(0, 900), slice(900, None)
+    for error, features in (
+        (baselines.linear_error, baselines.pixel_features(pictures, 16)),
+        (baselines.color_error, baselines.color_features(pictures)),
+    ):
+        arrays = features[train], labels[train], features[test], labels[test]
+        assert error(*arrays) >= 0.75, error.__name__
+
+
+def test_the_baselines_do_work():
+    """On pictures whose class is a colour, both find it."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    pictures = rng.integers(0, 200, (300, 16, 16, 3), np.uint8)
+    pictures[np.arange(300), ..., labels] += 55  # class 0 is reddish, and so on
+    arrays = {
+        baselines.linear_error: baselines.pixel_features(pictures, 8),
+        baselines.color_error: baselines.color_features(pictures),
+    }
+    for error, features in arrays.items():
+        result = error(features[:200], labels[:200], features[200:], labels[200:])
+        assert result < 0.1
+
+
+def test_no_class_is_another_ones_mirror_image(drawn):
+    """Local structure tells the classes apart, flipped or not.
+
+    The power spectrum around the grid's axes and its orientation are blind to
+    phase; the nearest neighbour in it must mostly have the same class, for the
+    mirrored test pictures too.
+    """
+    pictures, labels = drawn
+    grey = pictures.mean(axis=3, dtype=np.float32)[:, :128, :128]
+    grey -= grey.mean(axis=(1, 2), keepdims=True)
+
+    def spectrum(grey):
+        power = np.abs(np.fft.rfft2(grey * np.hanning(128)[:, None] * np.hanning(128)))
+        power = power[:, np.r_[0:32, -32:0], :32].reshape(-1, 32, 2, 16, 2)
+        features = np.sqrt(power.mean(axis=(2, 4))).reshape(len(grey), -1)
+        return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+    train = spectrum(grey[:900])
+    train = np.concatenate([train, spectrum(grey[:900, :, ::-1])])
+    for view in (grey[900:], grey[900:, :, ::-1]):
+        nearest = (spectrum(view) @ train.T).argmax(axis=1) % 900
+        assert np.mean(labels[nearest] != labels[900:]) < 0.5
+
+
+def test_contents(tiny):
+    train = open_source("textures/tiny", "train", data_dir=str(tiny))
+    test = open_source("textures/tiny", "test", data_dir=str(tiny))
+    assert (train.num_examples, test.num_examples) == (200, 100)
+    assert train.class_names == test.class_names == CLASS_NAMES
+    assert train.num_classes == 10
+    batch = next(eval_batches(train, batch_size=20))
+    assert batch["label"].tolist() == [*range(10), *range(10)]
+    for i in (0, 13):
+        original = draw(i % 10, np.random.default_rng((2012, 0, i))).astype(int)
+        assert np.abs(batch["image"][i] - original).mean() < 15  # JPEG
+    assert not np.array_equal(
+        batch["image"][0], next(eval_batches(test, batch_size=1))["image"][0]
+    )
+    assert module.TexturesConfig("x").train_examples == 4000
+    assert module.TexturesConfig("x").test_examples == 1000
+
+
+def test_slices_and_sizes(tiny):
+    source = open_source("textures/tiny", "train[:90%]", data_dir=str(tiny))
+    assert source.num_examples == 180
+    path = (
+        tiny / "textures" / "tiny" / "1.0.0" / "statistics_256_train%5B%3A90%25%5D.npz"
+    )
+    assert source.statistics_path == path
+    rest = open_source(
+        "textures/tiny", "train[90%:]", data_dir=str(tiny), image_size=64
+    )
+    whole = open_source("textures/tiny", "train", data_dir=str(tiny))
+    small = next(eval_batches(rest, batch_size=1))["image"][0]
+    full = np.zeros((1, 256, 256, 3), np.uint8)
+    whole.fetch(np.array([180]), full, np.zeros(1, np.int32))
+    cells = full.reshape(64, 4, 64, 4, 3).mean(axis=(1, 3))
+    assert np.abs(small - cells).max() <= 1.5  # Pillow rounds after each pass
+
+
+def test_split_errors(tiny):
+    for split, words in {
+        "val": "Unknown split",
+        "train[:x]": "Error parsing",
+        "train[300:]": "incompatible with 200",
+        "train[:0%]": r"the slice train\[0:0\] is empty",
+        "train[51:50]": r"the slice train\[51:50\] is empty",  # tfds's own end is 200
+        "train+test[3:2]": r"the slice test\[3:2\] is empty",
+    }.items():
+        match = rf"cannot read split .*{words}.*its splits: test, train"
+        with pytest.raises(ValueError, match=match):
+            open_source("textures/tiny", split, data_dir=str(tiny))
+
+
+def test_named_configs_and_versions(tiny):
+    for name in ("textures/tiny:1.0.0", "textures/tiny:1.*.*", "textures:1.0.0"):
+        # With a single config its name may be left out.
+        assert open_source(name, "test", data_dir=str(tiny)).num_examples == 100
+    with pytest.raises(FileNotFoundError, match=r"found in .*tiny: 1\.0\.0"):
+        open_source("textures/tiny:2.0.0", "test", data_dir=str(tiny))
+
+
+def test_tfrecord_is_refused_with_the_remedy(tiny, tmp_path):
+    directory = tmp_path / "textures" / "1.0.0"
+    directory.mkdir(parents=True)
+    for file in (tiny / "textures" / "tiny" / "1.0.0").iterdir():
+        text = file.read_bytes() if file.suffix in (".json", ".txt") else b""
+        text = text.replace(b'"array_record"', b'"tfrecord"')
+        name = file.name.replace("array_record", "tfrecord")
+        (directory / name).write_bytes(text)
+    with pytest.raises(ValueError, match=r"prepared as tfrecord.*as array_record"):
+        open_source("textures:1.0.0", "train", data_dir=str(tmp_path))
+
+
+def digest(data_dir: Path) -> dict[str, str]:
+    files = sorted((data_dir / "textures").rglob("*array_record*"))
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def test_two_builds_are_the_same_bytes(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)  # another number of threads
+    build(tmp_path, tiny=True)
+    assert digest(tmp_path) == digest(tiny) and len(digest(tiny)) == 2
+
+
+def test_second_use_builds_nothing(tiny, capsys):
+    before = digest(tiny)
+    assert build(tiny, tiny=True) == "textures/tiny:1.0.0"
+    open_source("textures/tiny", "train", data_dir=str(tiny))
+    assert capsys.readouterr() == ("", "")
+    assert digest(tiny) == before
+
+
+def test_build_says_one_line_before_and_one_after(tmp_path, capfd):
+    build(tmp_path, tiny=True)
+    out, err = capfd.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("WARNING:absl")]
+    assert out == "" and len(lines) == 2
+    assert str(tmp_path) in lines[0] and "ready" in lines[1]
+
+
+def test_an_interrupted_build_is_not_taken_for_a_data_set(tmp_path):
+    script = "import sys, pathlib; from alexnet_jax.data.textures import build\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script + "build(pathlib.Path(sys.argv[1]))", tmp_path],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    assert b"Drawing" in process.stderr.readline()
+    deadline = time.monotonic() + 20
+    while not list(tmp_path.glob("textures/incomplete.*_1.0.0")):  # tfds's name
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "textures" / "1.0.0").exists()
+    with pytest.raises(FileNotFoundError, match="no prepared tfds data set"):
+        open_source("textures:1.0.0", "train", data_dir=str(tmp_path))
+    # The lock died with the process.
+    source = open_source("textures/tiny", "test", data_dir=str(tmp_path))
+    assert source.num_examples == 100
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_what_killed_builds_have_left_is_removed(has_locks, tmp_path, monkeypatch):
+    """Without locks it may be another process's that is alive."""
+    seen = []
+
+    def prepare(builder):
+        seen.extend(sorted(p.name for p in (tmp_path / "textures" / "tiny").iterdir()))
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    left = "incomplete.ABC123_1.0.0"
+    others = ["incomplete.ABC123_2.0.0", "mine"]
+    for name in (left, *others):
+        (tmp_path / "textures" / "tiny" / name / "part").mkdir(parents=True)
+    monkeypatch.setattr(module.Builder, "download_and_prepare", prepare)
+    if not has_locks:
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+    build(tmp_path, tiny=True)
+    assert seen == (others if has_locks else [left, *others])

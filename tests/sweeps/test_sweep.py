@@ -1,0 +1,621 @@
+"""Sweeps: the shipped ones fit their configs, the arithmetic, and the launcher."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import config_flags
+from PIL import Image
+
+from alexnet_jax.sweeps import figures, summary
+from alexnet_jax.sweeps import plan as plan_lib
+from alexnet_jax.sweeps import run as launcher
+from alexnet_jax.sweeps.plan import (
+    EpochsTo,
+    FinalError,
+    Measurement,
+    Paper,
+    Plan,
+    Row,
+    Sweep,
+    SweepError,
+)
+from alexnet_jax.sweeps.summary import Estimate
+from alexnet_jax.system import machine
+from alexnet_jax.training.config import as_json, flat, validate
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
+CIFAR = "configs/cifar10.py"
+
+
+def make_sweep(*rows, **fields):
+    fields = {"baseline": rows[0].name, "measured_on": "noise"} | fields
+    return Sweep(about="Why?", config=CIFAR, rows=rows, **fields)
+
+
+def all_runs(plan):
+    """Every run, with the first candidate of each search as the best."""
+    results = {}
+    while missing := [r for r in plan.runs(results) if r.name not in results]:
+        results |= {run.name: Measurement(i) for i, run in enumerate(missing)}
+    return plan.runs(results)
+
+
+# The shipped sweeps.
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_row_is_a_valid_config_and_is_parsed_back(path, monkeypatch):
+    plan = Plan(path.stem, plan_lib.load(path), seeds=(3,))
+    assert str(path.name) in (path.read_text().partition('"""\n')[0])
+    for run in all_runs(plan):
+        config = plan_lib.load_config(run.config)
+        plan_lib.set_fields(config, run.overrides, "")
+        validate(config)
+        # As alexnet_jax.main parses its command line.
+        monkeypatch.setattr(sys, "argv", ["main", *run.flags()])
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=values)
+        values(sys.argv)
+        parsed = flat(as_json(values.config))
+        assert parsed == run.fields()
+        assert parsed["seed"] == 3
+
+
+def test_figure_1_has_no_weight_decay():
+    plan = Plan("figure1", plan_lib.load(ROOT / "configs/sweeps/figure1.py"), (0,))
+    for run in plan.runs({}):
+        fields = run.fields()
+        assert fields["optim.weight_decay"] == 0
+        assert not fields["optim.layer_weight_decay"]  # the layers' own
+
+
+# Overrides.
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"optim.learning_rat": 0.1}, "no such field.*learning_rate"),
+        ({"optm.learning_rate": 0.1}, "no such field"),
+        ({"seed": 1.5}, "seed=1.5: "),
+        ({"data.source": 3}, "data.source=3 must be of type str"),
+        ({"augment.crop": 1}, "augment.crop=1 must be of type bool"),
+        ({"model.overrides.skip": "conv2"}, "must be of type tuple"),
+        ({"model.overrides.lrn": None}, "model.overrides.lrn"),
+        ({"seed": 1}, "--seeds"),
+    ],
+)
+def test_a_wrong_override_is_told_with_sweep_row_and_key(overrides, words):
+    sweep = make_sweep(Row("whole"), Row("other", overrides))
+    with pytest.raises(SweepError, match=words) as error:
+        Plan("mine", sweep, (0,))
+    assert str(error.value).startswith("sweep 'mine', row 'other': ")
+    assert next(iter(overrides)) in str(error.value)
+
+
+def test_values_are_parsed_back_from_the_command_line():
+    wanted = {
+        "model.overrides.skip": ("conv2",),
+        "model.overrides.lrn": False,
+        "model.overrides.dropout": 0,
+        "schedule.drop_epochs": (1.5, 2.0),
+        "schedule.layer_factors": (("conv1", 67.0, 0.1),),
+        "optim.learning_rate": 3e-05,
+        "data.source": "folder:/a b/c=d",
+        "data.dir": "",
+    }
+    config = plan_lib.set_fields(plan_lib.load_config("configs/common.py"), wanted, "")
+    assert config.model.overrides.skip == ("conv2",)
+    assert config.model.overrides.dropout == 0.0
+    assert config.schedule.layer_factors == (("conv1", 67.0, 0.1),)
+    assert (config.data.source, config.data.dir) == ("folder:/a b/c=d", "")
+
+
+def test_settings_win_over_the_sweep_but_not_over_what_its_rows_differ_in():
+    sweep = make_sweep(
+        Row("whole"), Row("other", {"augment.crop": True}), overrides={"max_steps": 5}
+    )
+    plan = Plan("mine", sweep, (0, 1), {"max_steps": "7", "num_epochs": "200"})
+    runs = plan.runs({})
+    assert [run.name for run in runs] == [
+        *("whole/seed_0", "whole/seed_1", "other/seed_0", "other/seed_1")
+    ]
+    assert runs[3].overrides == {
+        "max_steps": 7, "augment.crop": True, "num_epochs": 200.0, "seed": 1
+    }  # fmt: skip
+    with pytest.raises(SweepError, match="rows of sweep 'mine' differ in it"):
+        Plan("mine", sweep, (0,), {"augment.crop": "False"})
+
+
+def test_a_sweep_that_makes_no_sense_is_refused():
+    with pytest.raises(SweepError, match="must be a row: a"):
+        make_sweep(Row("a"), baseline="b")
+    with pytest.raises(SweepError, match="two have the same name"):
+        make_sweep(Row("a"), Row("a"))
+    with pytest.raises(SweepError, match="must be one field and its candidates"):
+        make_sweep(Row("a", search={"seed": ()}))
+    for seeds in ((), (1, 1), (2**32,)):
+        with pytest.raises(SweepError, match="must be different numbers from 0 to"):
+            make_sweep(Row("a"), seeds=seeds)
+    with pytest.raises(SweepError, match="'sum' must be one of difference, ratio"):
+        make_sweep(Row("a"), compare="sum")
+
+
+# Metrics, search and summary, by hand.
+
+
+def test_metrics_of_records():
+    found = [
+        {"step": 1, "epoch": 0.25, "train/top1_error": 0.5},
+        {"step": 2, "epoch": 0.5, "train/top1_error": 0.25, "eval/top1_error": 0.4},
+        {"step": 3, "epoch": 0.75, "train/top1_error": 0.3},
+        {"step": 4, "epoch": 1.0, "eval/top1_error": 0.35},
+    ]
+    assert FinalError().measure(found) == Measurement(35.0)
+    assert FinalError("eval/views_top1_error").measure(found) is None
+    assert EpochsTo(0.25).measure(found) == Measurement(0.5)
+    never = EpochsTo(0.2).measure(found)
+    assert never == Measurement(0.75, censored=True, tie=0.3)
+    assert str(never) == ">0.75"
+    # Stopped at step 5, two steps after a line of the log: chance, not a line of it.
+    stopped = [
+        {"step": 3, "epoch": 0.3, "train/top1_error": 0.5},
+        {"step": 5, "epoch": 0.5, "train/top1_error": 0.1},
+        {"step": 6, "epoch": 0.6, "train/top1_error": 0.2},
+        {"step": 9, "epoch": 0.9, "train/top1_error": 0.24},
+    ]
+    assert EpochsTo(0.25).measure(stopped) == Measurement(0.9)
+
+
+def test_a_candidate_is_beaten_when_another_was_there_sooner():
+    rows = (Row("a", search={"optim.learning_rate": (0.1, 0.2)}), Row("b"))
+    plan = Plan("mine", make_sweep(*rows, metric=EpochsTo(0.25)), (3, 4))
+    first, second, other = plan.runs({})[:3]
+    results = {first.name: Measurement(6.0)}
+    assert not plan.is_beaten(second, 5.9, results)
+    assert not plan.is_beaten(second, 6.0, results)
+    assert plan.is_beaten(second, 6.1, results)
+    assert not plan.is_beaten(first, 7.0, results)  # not by itself
+    assert not plan.is_beaten(other, 99.0, results)  # nor without a search
+    settled = plan.runs({**results, second.name: None})
+    (further,) = [run for run in settled if (run.row, run.seed) == ("a", 4)]
+    assert not plan.is_beaten(further, 99.0, results)  # nor with another seed
+    assert not plan.is_beaten(second, 99.0, {first.name: Measurement(6.0, True)})
+    errors = Plan("mine", make_sweep(*rows), (3, 4))
+    assert not errors.is_beaten(second, 99.0, results)  # errors need the whole run
+
+
+def test_the_search_takes_the_best_with_the_first_seed():
+    sweep = make_sweep(Row("a", search={"optim.learning_rate": (0.1, 0.2, 0.3)}))
+    plan = Plan("mine", sweep, (5, 6))
+    first = [f"a-{rate}/seed_5" for rate in (0.1, 0.2, 0.3)]
+    assert [run.name for run in plan.runs({first[0]: Measurement(1)})] == first
+    results = dict(zip(first, [Measurement(3), Measurement(2), None], strict=True))
+    assert plan.runs(results)[-1].name == "a-0.2/seed_6"
+    # Any that got there before one that did not; of those, the lower error.
+    censored = [Measurement(1, True, 0.4), Measurement(1, True, 0.3), Measurement(9)]
+    results = dict(zip(first, censored, strict=True))
+    assert plan.runs(results)[-1].candidate == 0.3
+    results[first[2]] = None
+    assert plan.runs(results)[-1].candidate == 0.2
+    line = summary.summarize(plan, results)[0]
+    assert line.title == "a (0.2)"
+    _, rows = summary.search_table(plan, [line])
+    assert rows == [["a", "0.1", ">1.00"], ["a", "0.2", "**>1.00**"], ["a", "0.3", "none"]]  # fmt: skip
+    assert plan.runs(dict.fromkeys(first))[-1].name == first[2]  # all are broken
+
+
+def test_a_row_can_have_a_baseline_of_its_own():
+    rows = (Row("a"), Row("b"), Row("c", paper=Paper(effect=1.0), baseline="b"))
+    plan = Plan("mine", make_sweep(*rows), (0, 1))
+    numbers = {"a": (10.0, 10.0), "b": (20.0, 21.0), "c": (21.0, 22.5)}
+    results = {
+        f"{name}/seed_{seed}": Measurement(pair[seed])
+        for name, pair in numbers.items()
+        for seed in (0, 1)
+    }
+    lines = summary.summarize(plan, results)
+    assert [line.effect.mean for line in lines] == [None, 10.5, 1.25]
+    assert lines[2].verdict == "agrees within the noise"
+    _, cells = summary.summary_table(plan, lines)
+    assert cells[2][3] == "+1.25 ± 0.25 (minus b)"
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (
+            (Row("a", search={"optim.momentum": (0.1, 0.2)}), Row("a-0.1")),
+            "'a' and 'a-0.1' would share the folder a-0.1/seed_0",
+        ),
+        ((Row("a b"), Row("a_b")), "'a b' and 'a_b' would share the folder a_b/seed_0"),
+        (
+            (Row("a", search={"data.source": ("folder:x/y", "folder:x_y")}),),
+            "row 'a': two candidates share a folder",
+        ),
+        ((Row("a", baseline="b"),), "baseline='b' must be a row: a"),
+        ((Row("a", {"model.variant": "papr"}),), "row 'a': .*no variant 'papr'"),
+        ((Row("a", {"eval_views": 7}),), "row 'a': .*eval_views=7 must be one of"),
+        (
+            (Row("a", {"data.eval_split": ""}),),
+            "compares eval/top1_error, and data.eval",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_run_are_refused_beforehand(rows, words):
+    with pytest.raises(SweepError, match=f"(?s){words}"):
+        Plan("mine", make_sweep(*rows), (0,))
+
+
+def values(*numbers):
+    return {seed: Measurement(number) for seed, number in enumerate(numbers)}
+
+
+def test_the_summary_by_hand():
+    base, row = values(40.0, 41.0, 42.0), values(41.0, 42.5, 43.5, 99.0)
+    assert summary.mean_of_values([*base.values()]) == Estimate(41.0, 1.0, "", 3)
+    effect = summary.compare(row, base, "difference")  # of seeds 0 to 2: 1, 1.5, 1.5
+    assert effect.mean == pytest.approx(4 / 3)
+    # Deviation sqrt(((1/3)^2 + 2 * (1/6)^2) / 2) = 0.288675, over sqrt(3).
+    assert effect.spread == pytest.approx(1 / 6)
+    assert effect.words("+.2f") == "+1.33 ± 0.17"
+    ratio = summary.compare(values(6.0, 10.0), values(2.0, 2.0), "ratio")
+    assert (ratio.mean, ratio.spread) == pytest.approx((4.0, 1.0))
+
+
+def test_censored_runs_make_bounds():
+    never = {0: Measurement(60.0, censored=True)}
+    assert summary.mean_of_values([*never.values()]) == Estimate(60.0, None, ">", 1)
+    above = summary.compare(never, values(10.0), "ratio")
+    assert above.words(".1f") == ">6.0"
+    assert summary.compare(values(10.0), never, "difference").words("+.0f") == "<-50"
+    assert summary.compare(never, never, "ratio") == Estimate()
+    assert summary.verdict(above, Paper(effect=6.0), "ratio") == ""
+
+
+@pytest.mark.parametrize(
+    ("effect", "paper", "words"),
+    [
+        (Estimate(1.0, 0.2, "", 3), Paper(effect=1.4), "agrees within the noise"),
+        (Estimate(1.0, 0.2, "", 3), Paper(effect=1.41), "differs"),
+        (Estimate(5.0, 0.2, "", 3), Paper(effect=1.0), "differs"),
+        (
+            Estimate(5.0, 0.2, "", 3),
+            Paper(effect=1.0, at_least=True),
+            "agrees within the noise",
+        ),
+        (Estimate(0.5, 0.2, "", 3), Paper(effect=1.0, at_least=True), "differs"),
+        (Estimate(1.0, None, "", 1), Paper(effect=1.4), "one seed: no noise known"),
+        (Estimate(), Paper(effect=1.4), ""),
+        (Estimate(1.0, 0.2, "", 3), Paper(value=40.7), ""),
+        (Estimate(1.0, 0.2, "", 3), None, ""),
+    ],
+)
+def test_the_verdict(effect, paper, words):
+    assert summary.verdict(effect, paper, "difference") == words
+
+
+def test_noise_that_hides_the_effect_is_said():
+    words = "agrees within the noise; so would no effect"
+    noisy = Estimate(1.0, 0.6, "", 3)
+    assert summary.verdict(noisy, Paper(effect=1.4), "difference") == words
+    assert summary.verdict(noisy, Paper(effect=1.4), "ratio") == words
+    above = Estimate(2.5, 0.6, "", 3)
+    assert summary.verdict(above, Paper(effect=3.0), "ratio") == words.partition(";")[0]
+    assert summary.verdict(above, Paper(effect=-3.0), "ratio") == "differs"
+
+
+def test_the_table_and_the_figures(tmp_path):
+    paper = Paper(42.03, 1.4, "ImageNet", "section 3.3")
+    sweep = make_sweep(Row("whole"), Row("less", paper=paper))
+    plan = Plan("mine", sweep, (0, 1))
+    numbers = {"whole": (40.0, 41.0), "less": (41.0, 43.0)}
+    lines = summary.summarize(
+        plan,
+        {
+            f"{name}/seed_{seed}": Measurement(number)
+            for name, found in numbers.items()
+            for seed, number in enumerate(found)
+        },
+    )
+    _, rows = summary.summary_table(plan, lines)
+    assert rows == [
+        ["whole", "2", "40.50 ± 0.71", "", "", "", ""],
+        ["less", "2", "42.00 ± 1.41", "+1.50 ± 0.50", "42.03", "+1.40"]
+        + ["agrees within the noise"],
+    ]
+    assert summary.published(sweep) == ["Published on ImageNet (section 3.3): less."]
+    curve = [{"epoch": e, "train/top1_error": 1 / e} for e in (1, 2, 3)]
+    for i, figure in enumerate(
+        (
+            figures.sweep_results(sweep, lines),
+            figures.error_curves({"relu": [curve, curve]}, 0.25),
+        )
+    ):
+        figure.savefig(tmp_path / f"{i}.png")
+        assert (tmp_path / f"{i}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_command_is_told_without_paths():
+    words = ["configs/sweeps/lrn.py", "--out=/a/b", "--set", "data.source=folder:/a/b"]
+    expected = "configs/sweeps/lrn.py --out=DIR --set data.source=folder:PATH"
+    assert machine.without_paths(words) == expected
+
+
+# The launcher.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["configs/sweeps/nothing.py"], "no such file in .*lrn.py"),
+        ([CIFAR], "must define get_sweep"),
+        (["configs/sweeps/lrn.py", "--seeds=0,x"], "--seeds=0,x must be numbers"),
+        (["configs/sweeps/lrn.py", "--seeds=1,1"], "--seeds=1,1 must be different"),
+        (["configs/sweeps/lrn.py", "--seeds=20260131123"], "numbers from 0 to 4294967295"),
+        (["configs/sweeps/lrn.py", "--jobs=0"], "--jobs=0 must be at least 1"),
+        (["configs/sweeps/lrn.py", "--set", "num_epochs"], "must be FIELD=VALUE"),
+        (["configs/sweeps/lrn.py", "--set", "num_epoch=2"], "--set num_epoch: .*no such"),
+        (["configs/sweeps/lrn.py", "--set", "seed=2"], "--seeds=0,1,2"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_on_the_command_line_is_told(
+    arguments, words, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    assert launcher.main([*arguments, f"--out={tmp_path / 'out'}"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert re.search(words, said.replace("\n", " "))
+    assert not (tmp_path / "out").exists()
+
+
+def _status(text):
+    def make(out):
+        folder = out / "runs" / "no_LRN" / "seed_0"
+        folder.mkdir(parents=True)
+        (folder / "status.json").write_text(text)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda out: out.write_text("mine"),
+            "/out is a file, where a folder has to be",
+        ),
+        (_status("["), r"status.json is damaged .*; remove it"),
+    ],
+)
+def test_what_is_in_the_way_of_a_sweep_is_told(
+    make, words, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    make(tmp_path / "out")
+    arguments = ["configs/sweeps/lrn.py", f"--out={tmp_path / 'out'}", "--dry_run"]
+    assert launcher.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and re.search(words, said)
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [(None, "has no record for eval/top1_error"), ("{}\nx\n{}\n", "is not a record")],
+)
+def test_a_finished_run_without_its_records_is_broken(records, words, tmp_path):
+    _status('{"state": "finished"}')(tmp_path)
+    name = "no_LRN/seed_0"
+    if records:
+        (tmp_path / "runs" / name / "metrics.jsonl").write_text(records)
+    sweep = plan_lib.load(ROOT / "configs/sweeps/lrn.py")
+    launched = launcher.Launcher(Plan("lrn", sweep, (0,)), tmp_path, 1, None)
+    launched.update()
+    assert launched.jobs[name].state == "broken"
+    assert words in launched.jobs[name].error
+    assert launched.results[name] is None
+
+
+def test_a_dry_run_shows_the_commands_and_makes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "out"
+    arguments = ["configs/sweeps/figure1.py", f"--out={out}", "--dry_run"]
+    assert launcher.main([*arguments, "--seeds=0,1", "--slurm=--gres=none"]) == 0
+    *commands, last = capsys.readouterr().out.splitlines()
+    assert len(commands) == 3 + 3 + 2 + 4
+    assert commands[0].startswith("sbatch --wait --parsable --nodes=1 ")
+    assert "--gres=gpu:1" in commands[0].partition(" --gres=none ")[0]
+    assert f"--workdir={out}/runs/relu-0.003/seed_0" in commands[0]
+    assert last.startswith("# and of relu, tanh, sigmoid the best candidate")
+    assert not out.exists()
+
+
+def test_a_job_tells_its_progress(tmp_path):
+    plan = Plan("mine", make_sweep(Row("whole")), (0,))
+    job = launcher.Job(plan.runs({})[0], tmp_path)
+    assert str(job) == "whole/seed_0"
+    record = {"step": 10, "epoch": 0.5, "train/loss": 2.0, "train/top1_error": 0.75}
+    line = json.dumps({**record, "images_per_sec": 64.0})
+    # An evaluation and a torn line come after it.
+    text = f'{line}\n{{"step": 10, "epoch": 0.5, "eval/loss": 2}}\n{{"step": 11, "ep'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert str(job) == "whole/seed_0  epoch 0.50  error 75.0%"
+
+
+# Real runs.
+
+SWEEP = """
+from alexnet_jax.sweeps import Paper, Row, Sweep
+
+
+def get_sweep():
+    return Sweep(
+        about="Does it work?",
+        config="configs/cifar10.py",
+        overrides={"max_steps": 60, "num_epochs": 1000.0, "data.batch_size": 8,
+                   "model.width": 0.25, "log_every_steps": 1,
+                   "eval_every_epochs": 0.0},
+        rows=(
+            Row("whole"),
+            Row("fails", {"data.eval_split": "nowhere"}, paper=Paper(effect=1.0)),
+            Row("diverges", {"optim.learning_rate": 1e30}),
+        ),
+        baseline="whole",
+        measured_on="noise",
+        seeds=(0, 1),
+    )
+"""
+ENVIRONMENT = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+def wait_for(condition, seconds=90):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def command(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for i in range(8):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    (tmp_path / "tiny.py").write_text(SWEEP)
+    return [
+        *(sys.executable, str(ROOT / "launch" / "sweep.py"), str(tmp_path / "tiny.py")),
+        *(f"--out={tmp_path / 'out'}", "--jobs=2", "--set"),
+        f"data.source=folder:{tmp_path / 'data'}",
+    ]
+
+
+def run(command, environment=ENVIRONMENT):
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_sweep_is_interrupted_goes_on_and_skips_what_is_finished(command, tmp_path):
+    out = tmp_path / "out"
+    whole = out / "runs" / "whole" / "seed_0"
+    process = subprocess.Popen(
+        [*command, "max_steps=150"], env=ENVIRONMENT, stdout=subprocess.PIPE
+    )
+    wait_for(whole.exists)
+    again = run([*command, "max_steps=150"])  # while the other's runs are starting
+    assert again.returncode == 1
+    assert "is held by process" in again.stderr
+    metrics = whole / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped" in (out / "summary.md").read_text()
+    assert not (whole / "status.json").exists()
+    command = [*command, "max_steps=150"]
+
+    done = run(command)
+    assert done.returncode == 1, done.stderr
+    assert "broken:" in done.stderr
+    assert "error:" in done.stderr
+    assert "nowhere" in done.stderr
+    assert "resuming from step" in (whole / "log.txt").read_text()
+    status = json.loads((whole / "status.json").read_text())
+    assert status["versions"]["jax"] == jax.__version__
+    assert str(tmp_path) not in status["command"]
+    record = json.loads((out / "sweep.json").read_text())
+    states = {name: run["state"] for name, run in record["runs"].items()}
+    assert states == {
+        "whole/seed_0": "finished",
+        "whole/seed_1": "finished",
+        "fails/seed_0": "broken",
+        "fails/seed_1": "broken",
+        "diverges/seed_0": "diverged",
+        "diverges/seed_1": "diverged",
+    }
+    assert "The loss of step" in record["runs"]["diverges/seed_0"]["error"]
+    for name in ("machine", "settings"):
+        assert str(tmp_path) not in json.dumps(record[name])
+    rows = list(csv.DictReader((out / "summary.csv").open()))
+    counts = {row["row"]: row["seeds"] for row in rows}
+    assert counts == {"whole": "2", "fails": "0", "diverges": "0"}
+    assert (out / "summary.png").read_bytes().startswith(b"\x89PNG")
+    assert "- fails/seed_0: broken" in (out / "summary.md").read_text()
+
+    log = (whole / "log.txt").read_bytes()
+    assert run(command).returncode == 1
+    assert (whole / "log.txt").read_bytes() == log
+    other = run([*command, "optim.momentum=0.8"])
+    assert other.returncode == 1
+    assert "is of other settings:" in other.stderr
+    assert "--config.optim.momentum: 0.9 there, 0.8 asked for" in other.stderr
+
+
+# In place of SLURM's programs: a job that runs until it is cancelled.
+SBATCH = """#!/usr/bin/env bash
+echo "17;cluster"
+echo "$@" >"{folder}/arguments"
+if [ "$PYTHON" = refused ]; then echo "sbatch: error: no such partition"; exit 1; fi
+while [ ! -e "{folder}/cancelled" ]; do sleep 0.05; done
+exit 143
+"""
+
+
+@pytest.mark.slow
+def test_slurm_jobs_are_submitted_cancelled_and_reported(command, tmp_path):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    scripts = {
+        "sbatch": SBATCH.format(folder=programs),
+        "squeue": "#!/bin/sh\n",
+        "scancel": f'#!/bin/sh\necho "$1" >"{programs}/cancelled"\n',
+    }
+    for name, text in scripts.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    command = [word for word in command if word != "--jobs=2"] + ["--slurm"]
+    environment = {**ENVIRONMENT, "PATH": f"{programs}:{os.environ['PATH']}"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+    wait_for(lambda: len(list(tmp_path.glob("out/runs/*/*/sbatch.txt"))) == 6)
+    wait_for(lambda: (programs / "arguments").exists())
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert (programs / "cancelled").read_text() == "17\n"
+    arguments = (programs / "arguments").read_text()
+    assert "--wait --parsable --nodes=1" in arguments
+    assert f"{ROOT}/launch/slurm.sbatch --workdir={tmp_path}/out/runs/" in arguments
+
+    done = run(command, {**environment, "PYTHON": "refused"})
+    assert done.returncode == 1
+    assert "sbatch: error: no such partition" in done.stderr
+
+
+def test_a_killed_run_is_told_from_one_with_an_error(tmp_path):
+    run = launcher.Job(run=None, folder=tmp_path)
+    (tmp_path / "log.txt").write_text("no checkpoint in DIR: starting from scratch\n")
+    killed = run.last_words(-signal.SIGKILL)
+    first, *rest = killed.splitlines()
+    assert first.startswith("killed by SIGKILL, perhaps for want of memory; the end of")
+    assert rest == ["no checkpoint in DIR: starting from scratch"]
+    (tmp_path / "log.txt").write_text("step 1\nerror: no such data\n")
+    assert run.last_words(1) == "error: no such data"

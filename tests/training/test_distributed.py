@@ -1,0 +1,378 @@
+"""Several processes of one run give the numbers of one process.
+
+The processes are real, on this machine, connected by gloo.
+"""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alexnet_jax.training import distributed, parallel
+from alexnet_jax.training.distributed import DistributedError
+from alexnet_jax.training.writers import read_metrics
+from tests.training.test_train import folder  # noqa: F401, a fixture
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER = ROOT / "launch" / "multiprocess.py"
+# With LLVM's cheap passes (conftest.py): without any a float64 step takes a second.
+ENVIRONMENT = {
+    **os.environ,
+    "JAX_ENABLE_X64": "1",
+    "PYTHONPATH": str(ROOT),
+    "PYTHONUNBUFFERED": "1",
+}
+CONFIG = """
+from configs import common
+
+
+def get_config():
+    config = common.get_config()
+    config.data.source = "folder:{folder}"
+    config.data.image_size, config.data.crop_size = 226, 224
+    config.data.batch_size = 6
+    config.model.width, config.model.init = 1 / 32, "he"
+    config.model.dtype = "float64"
+    config.optim.learning_rate = 1e-3
+    config.log_every_steps = 1
+    config.eval_every_epochs = 1.0
+    config.num_epochs = 400.0
+    config.max_steps = 8
+    config.parallel.mode = "columns"
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(folder, tmp_path_factory):  # noqa: F811
+    path = tmp_path_factory.mktemp("config") / "tiny.py"
+    path.write_text(CONFIG.format(folder=folder))
+    return path
+
+
+def main_command(config_file, workdir, *more):
+    return [
+        *(sys.executable, "-m", "alexnet_jax.main"),
+        *(f"--config={config_file}", f"--workdir={workdir}", *more),
+    ]
+
+
+def run(command):
+    return subprocess.run(
+        command,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def run_alone(config_file, workdir, devices, *more):
+    """One process on so many devices."""
+    done = run(main_command(config_file, workdir, f"--cpu_devices={devices}", *more))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def launch(config_file, workdir, count, *more):
+    """launch/multiprocess.py, started."""
+    arguments = main_command(config_file, workdir, *more)[3:]
+    return subprocess.Popen(
+        [sys.executable, LAUNCHER, "-n", str(count), "--", *arguments],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def start_by_hand(config_file, workdir, *flags_of_each):
+    """The processes of a run, without the launcher."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            main_command(
+                *(config_file, workdir, "--cpu_devices=1", *flags),
+                f"--coordinator_address=127.0.0.1:{port}",
+                *(f"--num_processes={len(flags_of_each)}", f"--process_id={index}"),
+            ),
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index, flags in enumerate(flags_of_each)
+    ]
+
+
+def run_together(config_file, workdir, count, *more):
+    process = launch(config_file, workdir, count, *more)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    return out
+
+
+def scalars(workdir):
+    """(step, name, value) of every loss and error, in the order of the file."""
+    return [
+        (row["step"], name, value)
+        for row in read_metrics(workdir / "metrics.jsonl")
+        for name, value in row.items()
+        if "/" in name
+    ]
+
+
+def assert_same_scalars(got, want):
+    assert [row[:2] for row in got] == [row[:2] for row in want]
+    np.testing.assert_allclose(
+        [row[2] for row in got], [row[2] for row in want], rtol=1e-10
+    )
+
+
+def of_training(rows, last_step):
+    """Without evaluations: a run that stops has one more."""
+    return [row for row in rows if "train/" in row[1] and row[0] <= last_step]
+
+
+@pytest.fixture(scope="module")
+def alone(config_file, tmp_path_factory):
+    """Twelve steps of one process on two devices."""
+    workdir = tmp_path_factory.mktemp("alone")
+    run_alone(config_file, workdir, 2, "--config.max_steps=12")
+    return scalars(workdir)
+
+
+@pytest.fixture(scope="module")
+def together(config_file, tmp_path_factory):
+    """Eight steps of two processes with a device each: workdir and output."""
+    workdir = tmp_path_factory.mktemp("together")
+    return workdir, run_together(config_file, workdir, 2)
+
+
+def test_two_processes_are_one(alone, together):
+    workdir, out = together
+    got, want = scalars(workdir), of_training(alone, 8)
+    assert_same_scalars(of_training(got, 8), want)
+    assert len(want) == 2 * 8
+    evaluations = [row for row in alone if "eval/" in row[1] and row[0] <= 8]
+    assert_same_scalars(
+        [r for r in got if r[:2] in [e[:2] for e in evaluations]], evaluations
+    )
+    assert len(evaluations) == 4
+    host = socket.gethostname()
+    for index in range(2):
+        banner = f"[{index}] process {index} of 2 on {host}: 1 of 2 devices; mode "
+        # The columns of a row read the same pictures.
+        what = "columns, 1 data x 2 column, examples 0 to 5 of each batch"
+        assert banner + what in out
+    # Process 0 alone writes and speaks.
+    assert len(list(workdir.glob("events.out.tfevents.*"))) == 1
+    assert not re.search(r"^\[1\] (step|checkpoint|compil)", out, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_what_two_processes_wrote_one_reads_and_the_other_way_round(
+    config_file, alone, together, tmp_path
+):
+    workdir = tmp_path / "moved"
+    shutil.copytree(together[0], workdir)
+    out = run_alone(config_file, workdir, 1, "--config.max_steps=10")
+    assert "resuming from step 8" in out
+    out = run_together(config_file, workdir, 2, "--config.max_steps=12")
+    assert "resuming from step 10" in out
+    assert_same_scalars(of_training(scalars(workdir), 12), of_training(alone, 12))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mode, parts", [("data", ("0 to 2", "3 to 5")), ("hybrid", ("0 to 2", "3 to 5"))]
+)
+def test_two_processes_are_one_in_the_other_modes(
+    mode, parts, config_file, alone, tmp_path
+):
+    out = run_together(config_file, tmp_path, 2, f"--config.parallel.mode={mode}")
+    assert_same_scalars(of_training(scalars(tmp_path), 8), of_training(alone, 8))
+    for index, part in enumerate(parts):  # each row reads its own part
+        assert re.search(rf"\[{index}\] process {index} .*examples {part} of each", out)
+
+
+@pytest.mark.slow
+def test_four_processes_in_rows_of_columns(config_file, alone, tmp_path):
+    out = run_together(config_file, tmp_path, 4)
+    assert_same_scalars(of_training(scalars(tmp_path), 8), of_training(alone, 8))
+    parts = re.findall(r"process (\d) of 4 .*examples (\d to \d)", out)
+    expected = {"0": "0 to 2", "1": "0 to 2", "2": "3 to 5", "3": "3 to 5"}
+    assert dict(parts) == expected
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    "index, words",
+    [
+        (0, "not all of 2 processes came within 2 seconds. Are all processes started"),
+        (1, (r"the coordinator 127.0.0.1:\d+ \(process 0\) could not be reached within 2 "
+            r"seconds \(Connection refused\). Are all processes started")),
+    ],
+)  # fmt: skip
+def test_a_process_that_stays_alone_says_so_in_time(
+    index, words, config_file, tmp_path
+):
+    command = main_command(
+        *(config_file, tmp_path, f"--coordinator_address=127.0.0.1:{free_port()}"),
+        *("--num_processes=2", f"--process_id={index}", "--connect_seconds=2"),
+        "--cpu_devices=1",
+    )
+    done = run(command)
+    assert done.returncode == 1
+    message = done.stderr.strip().splitlines()[-1]
+    assert re.match(f"error: process {index}: {words}", message), message
+    assert message.endswith("--connect_seconds changes how long they wait.")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(DistributedError, match=f"cannot listen on port {port}"):
+            distributed.start(
+                coordinator_address=f"localhost:{port}", num_processes=2, process_id=0
+            )
+
+
+# Variables of a task of srun and of one of Open MPI 4.
+SRUN = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NUM_TASKS": "9",
+    "SLURM_STEP_NODELIST": "node[1-3]",
+    "SLURM_NTASKS": "9",
+    "SLURM_PROCID": "8",
+    "SLURM_LOCALID": "0",
+}
+MPIRUN = {
+    "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+# A shell that `salloc -n 9` opens; a batch script, outside of srun.
+SALLOC = {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
+BATCH = {name: value for name, value in SRUN.items() if "STEP" not in name}
+
+
+def use(monkeypatch, environment):
+    """Put these variables of launchers into the environment, and no others."""
+    for name in os.environ:
+        if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def without(environment, name):
+    return {key: value for key, value in environment.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "arguments, environment, words",
+    [
+        ({"mode": "on"}, {}, "coordinator_address should be defined.* need --coordinator"),
+        ({"num_processes": 2}, {}, "missing: --coordinator_address, --process_id"),
+        ({"num_processes": 2}, SRUN, "missing: --coordinator_address, --process_id"),
+        ({"mode": "off", "process_id": 1}, {}, "off contradicts --process_id"),
+        ({}, without(SRUN, "SLURM_PROCID"), "coordinator_address should be defined"),
+        # Open MPI 5 does not say where process 0 is.
+        ({}, without(MPIRUN, "OMPI_MCA_orte_hnp_uri"), "should be defined.* Open MPI 4"),
+        ({"coordinator_address": "host", "num_processes": 2, "process_id": 0}, {},
+         "--coordinator_address=host must be HOST:PORT"),
+        ({"coordinator_address": "host:1", "num_processes": 2, "process_id": 2}, {},
+         "process_id < num_processes"),
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_fit_together(arguments, environment, words, monkeypatch):
+    use(monkeypatch, environment)
+    with pytest.raises(DistributedError, match=words):
+        distributed.start(**arguments)
+
+
+@pytest.mark.parametrize(
+    "mode, environment",
+    [("auto", {}), ("auto", SALLOC), ("auto", BATCH), ("off", {}), ("off", SRUN)],
+)
+def test_one_process_is_not_connected(mode, environment, monkeypatch):
+    use(monkeypatch, environment)
+    assert distributed.start(mode) is False
+
+
+@pytest.mark.parametrize(
+    "environment, count",
+    [({}, 1), (SRUN, 9), (MPIRUN, 4), (SRUN | MPIRUN, 4), (SALLOC, 1), (BATCH, 1)],
+)
+def test_tasks_of_launcher(environment, count):
+    assert distributed.count_tasks(environment) == count
+
+
+@pytest.mark.parametrize(
+    "gpus, environment, expected",
+    [
+        # Bound to its own GPU, which is number 0 of one.
+        ("3", SRUN, {"num_processes": 9, "local_device_ids": [0]}),
+        # jax takes the GPU with the task's number on its node.
+        ("0,1,2,3", SRUN, {"num_processes": 9, "local_device_ids": None}),
+        ("", MPIRUN, {"num_processes": 4, "local_device_ids": None}),
+        # One process for all GPUs of its node.
+        (
+            "0,1",
+            SRUN | {"SLURM_STEP_TASKS_PER_NODE": "1(x9)"},
+            {"local_device_ids": [0, 1]},
+        ),
+        (
+            "0,1",
+            SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4(x2),1"},
+            {"local_device_ids": None},
+        ),
+    ],
+)
+def test_tasks_are_left_to_jax(gpus, environment, expected, monkeypatch):
+    use(monkeypatch, environment | {"CUDA_VISIBLE_DEVICES": gpus})
+    given = {}
+    monkeypatch.setattr(
+        distributed.jax.distributed, "initialize", lambda **kw: given.update(kw)
+    )
+    assert distributed.start() is True
+    assert given["cluster_detection_method"] is None
+    assert given["coordinator_address"] is given["process_id"] is None
+    assert {name: given[name] for name in expected} == expected
+
+
+def test_processes_agree_on_the_largest_number():
+    """All devices of one process, here; the runs above have several."""
+    agreement = distributed.Agreement(parallel.make_mesh(2, 2))
+    np.testing.assert_array_equal(agreement.largest([0, 15, 1]), [0, 15, 1])
+
+
+def test_results_of_votes_come_later(monkeypatch):
+    mesh, nothing = parallel.make_mesh(1, 2), distributed.Vote(0, False)
+    alone = distributed.Votes(mesh)
+    assert alone.cast(distributed.Vote(15, True)) == (15, True)
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    votes = distributed.Votes(mesh)
+    wishes = [distributed.Vote(15, False), *4 * [nothing]]
+    results = [votes.cast(wish) for wish in wishes]
+    assert results == [nothing, nothing, (15, False), nothing, nothing]
+    # Each asks for a save until there was one: what is under way by then counts not.
+    votes = distributed.Votes(mesh)
+    wishes = [*3 * [distributed.Vote(0, True)], *3 * [nothing]]
+    saves = [votes.cast(wish).save for wish in wishes]
+    assert saves == [False, False, True, False, False, False]

@@ -1,0 +1,705 @@
+"""One definition on any mesh: the same numbers, and only the exchanges it needs.
+
+The acceptance test trains three steps, dropout and augmentation on, in float64: in
+float32 another summation order flips the odd max-pool winner, and a gradient moves
+by a hundredth.
+"""
+
+import contextlib
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from alexnet_jax.data import augment
+from alexnet_jax.models.alexnet import create_model
+from alexnet_jax.models.exchange import Alone
+from alexnet_jax.training import (
+    communication,
+    metrics,
+    optim,
+    parallel,
+    steps,
+)
+from alexnet_jax.training.communication import PHASES
+from alexnet_jax.training.steps import StepSpec
+from tests.models.test_variants import TWO_SIXES
+
+ROOT = Path(__file__).parents[2]
+SIZE, CROP, BATCH, CLASSES = 226, 224, 4, 10
+SGD = optim.make_optimizer(0.01)
+QUICK = [
+    ("data", 2, 1),
+    ("columns", 1, 2),
+    ("hybrid", 1, 2),
+    ("columns", 2, 2),
+    ("hybrid", 2, 2),
+]
+# The others of up to eight devices; `make test` leaves them out.
+OTHERS = [
+    ("columns", 1, 1),
+    ("data", 4, 1),
+    ("hybrid", 1, 4),
+    ("data", 8, 1),
+    ("columns", 4, 2),
+    ("hybrid", 1, 8),
+    ("hybrid", 2, 4),
+    ("hybrid", 4, 2),
+]
+
+
+def slowly(*arguments):
+    return pytest.param(*arguments, marks=pytest.mark.slow)
+
+
+MESHES = [*QUICK, *(slowly(*mesh) for mesh in OTHERS)]
+
+
+@contextlib.contextmanager
+def fast_loops():
+    """Compiles longer what runs ten times faster then: XLA's float64 convolutions."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, False)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+def narrow(dtype, *, variant="paper", **kwargs):
+    return create_model(
+        variant, num_classes=CLASSES, width=1 / 32, dtype=dtype, init="he", **kwargs
+    )
+
+
+def batch(examples=BATCH):
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (examples, SIZE, SIZE, 3), np.uint8),
+        "label": rng.integers(0, CLASSES, examples).astype(np.int32),
+    }
+
+
+def examples_for(mode, rows, columns):
+    """Four, or one a device where there are more."""
+    return max(BATCH, parallel.batch_shards(rows, columns, mode))
+
+
+def on_one_device(mode, rows, columns, **kwargs):
+    """What `three_steps` has to be on that mesh."""
+    examples = examples_for(mode, rows, columns)
+    return three_steps("data", 1, 1, examples=examples, **kwargs)
+
+
+def statistics(dtype):
+    return augment.PixelStatistics(
+        jnp.full((SIZE, SIZE, 3), 120, dtype),
+        jnp.asarray(augment.IMAGENET_PCA_STD_255, dtype),
+        jnp.asarray(augment.IMAGENET_PCA_VECTORS, dtype),
+    )
+
+
+@functools.cache
+def first_state(model, tx):
+    """On one device, and taken from it: compiled once for all meshes."""
+    mesh = parallel.make_mesh(1, 1)
+    return jax.device_get(
+        steps.init_state(StepSpec(model, tx, augment.Augmentation(CROP), mesh))
+    )
+
+
+def make(
+    mode,
+    rows,
+    columns,
+    dtype,
+    *,
+    parts=1,
+    examples=None,
+    transform="shard_map",
+    tx=None,
+    frozen=(),
+    **kwargs,
+):
+    """The compiled training step on a mesh, its first state and its batch."""
+    examples = examples or examples_for(mode, rows, columns)
+    model, tx = narrow(dtype, **kwargs), tx or SGD
+    mesh = parallel.make_mesh(rows, columns)
+    spec = StepSpec(
+        model,
+        tx,
+        augment.Augmentation(CROP),
+        mesh,
+        mode,
+        transform,
+        accumulate_steps=parts,
+        frozen=frozen,
+    )
+    specs = steps.state_specs(spec)
+    state = jax.device_put(first_state(model, tx), parallel.shardings(mesh, specs))
+    step = steps.make_train_step(spec)
+    on_device = parallel.put_batch(batch(examples), mesh, mode, examples)
+    args = (state, on_device, statistics(dtype))
+    slow = dtype == jnp.float64 and examples > BATCH
+    with fast_loops() if slow else contextlib.nullcontext():
+        return step.lower(*args).compile(), *args
+
+
+@functools.cache
+def three_steps(mode, rows, columns, **kwargs):
+    """Parameters after each of three float64 steps, velocities, losses, the HLO."""
+    with jax.enable_x64(True):
+        step, state, on_device, stats = make(mode, rows, columns, jnp.float64, **kwargs)
+        params, losses = [], []
+        for _ in range(3):
+            state, scalars = step(state, on_device, stats)
+            params.append(jax.device_get(state.params))
+            losses.append(float(scalars["loss"]))
+        return params, jax.device_get(state.opt_state), losses, step.as_text()
+
+
+def assert_same_leaves(got, expected, tolerance):
+    leaves = jax.tree_util.tree_leaves_with_path(expected)
+    for (path, b), a in zip(leaves, jax.tree.leaves(got), strict=True):
+        difference = np.linalg.norm(np.asarray(a - b)) / max(np.linalg.norm(b), 1e-300)
+        assert difference < tolerance, jax.tree_util.keystr(path)
+
+
+NO_PLUGIN = "Backend 'rocm' is not in the list of known backends: ['cpu', 'tpu']."
+NO_LIBRARY = "INTERNAL: Failed to open libtpu.so"
+AUTOMATIC = " (set JAX_PLATFORMS='' to automatically choose an available backend)"
+
+
+# As jax 0.10 and 0.11 have them: for cuda, for gpu, and for tpu.
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (AssertionError(), ""),
+        (RuntimeError(f"{NO_PLUGIN}{AUTOMATIC}"), ""),
+        (RuntimeError(f"{NO_LIBRARY}{AUTOMATIC}"), f": {NO_LIBRARY}"),
+    ],
+)
+def test_devices_that_do_not_start_are_a_user_error(error, reason, monkeypatch):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", fail)
+    with pytest.raises(parallel.DeviceError) as raised:
+        parallel.require_devices()
+    words = f"starts no devices with JAX_PLATFORMS='cpu'{reason} (installed: cpu"
+    assert words in str(raised.value)
+    assert 'pip install "jax[cuda13]"' in str(raised.value)
+    assert "set JAX_PLATFORMS=cpu or unset it" in str(raised.value)
+    # With several processes, one of them may be gone; `distributed` says that.
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    with pytest.raises(RuntimeError if reason else parallel.DeviceError):
+        parallel.require_devices()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("main", f"--config={ROOT}/configs/tiny.py", "--mode=describe"),
+        ("export", "--workdir=run", "--out=weights.onnx"),
+    ],
+)
+def test_platform_that_is_not_there_ends_a_command_with_one_line(command, tmp_path):
+    name, *arguments = command
+    done = subprocess.run(
+        [sys.executable, "-m", f"alexnet_jax.{name}", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "JAX_PLATFORMS": "cdua", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: jax ")
+    assert "starts no devices with JAX_PLATFORMS='cdua' (installed:" in line
+
+
+@pytest.mark.parametrize("mode, rows, columns", MESHES)
+def test_three_steps_are_those_of_one_device(mode, rows, columns):
+    params, opt_state, losses, _ = three_steps(mode, rows, columns)
+    expected, expected_opt_state, expected_losses, _ = on_one_device(
+        mode, rows, columns
+    )
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-10)
+    for got, want in zip(params, expected, strict=True):
+        assert_same_leaves(got, want, 1e-10)
+    # After one step at rest the velocity is the gradient; it is compared as well.
+    assert_same_leaves(opt_state, expected_opt_state, 1e-10)
+    assert losses[0] != losses[2]
+
+
+ABLATED = ("original", "no_communication")
+
+
+@pytest.mark.parametrize(
+    "variant, mode, rows, columns",
+    [
+        ("original", "columns", 2, 2),
+        *(slowly(name, "hybrid", 1, 4) for name in ABLATED),
+        slowly("no_communication", "columns", 2, 2),
+        slowly("six_conv", "columns", 1, 2),
+        slowly("no_overlap", "columns", 1, 2),
+        *(slowly(name, "data", 2, 1) for name in ABLATED),
+        *(slowly(name, "hybrid", 2, 2) for name in ABLATED),
+    ],
+)
+def test_the_original_and_its_columns_apart_run_in_every_mode(
+    variant, mode, rows, columns
+):
+    want = on_one_device(mode, rows, columns, variant=variant)
+    got = three_steps(mode, rows, columns, variant=variant)
+    np.testing.assert_allclose(got[2], want[2], rtol=1e-10)
+    assert_same_leaves(got[0][-1], want[0][-1], 1e-10)
+    assert_same_leaves(got[1], want[1], 1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant, columns", [("owt", 4), ("one_tower", 2)])
+def test_networks_of_one_column_run_as_hybrid(variant, columns):
+    """With dropout before fc6: on a device's own examples."""
+    want = on_one_device("hybrid", 1, columns, variant=variant)
+    got = three_steps("hybrid", 1, columns, variant=variant)
+    assert_same_leaves(got[0][-1], want[0][-1], 1e-10)
+
+
+@pytest.mark.slow
+def test_a_classifier_of_feature_maps_trades_examples_for_features():
+    """CIFAR-10's nets have no other fully connected layer: one all-to-all before it."""
+    tx, side = optim.make_optimizer(1e-3), 24
+    model = create_model("cifar_11", dtype="float64", init="he")
+    examples = batch(8)
+    examples["image"] = examples["image"][:, :side, :side]
+    stats = jax.tree.map(np.asarray, augment.imagenet_statistics(side))
+
+    def step_on(mode, rows, columns):
+        mesh = parallel.make_mesh(rows, columns)
+        spec = StepSpec(model, tx, augment.Augmentation(side), mesh, mode)
+        state, step = steps.init_state(spec), steps.make_train_step(spec)
+        args = (state, parallel.put_batch(examples, mesh, mode, 8), stats)
+        compiled = step.lower(*args).compile()
+        return compiled(*args)[0].params, communication.exchanges(compiled.as_text())
+
+    with jax.enable_x64(True):
+        want, _ = step_on("data", 1, 1)
+        got, found = step_on("hybrid", 2, 4)
+    assert_same_leaves(jax.device_get(got), jax.device_get(want), 1e-10)
+    kinds = [dict(communication.counts(by_phase(found, p))) for p in PHASES[:2]]
+    assert kinds == [
+        {"all-to-all": 1, "reduce-scatter": 1},
+        {"all-to-all": 1, "all-gather": 1},
+    ]
+
+
+@pytest.mark.parametrize(
+    "mode, rows, columns",
+    [("data", 1, 1), slowly("data", 4, 1), slowly("hybrid", 2, 2)],
+)
+def test_several_views_are_averaged(mode, rows, columns):
+    """The sums of the centre, and of probabilities averaged over ten views."""
+    model = create_model("cifar_11", init="he", width=1 / 8)
+    size, crop, examples = 28, 24, 4
+    mesh = parallel.make_mesh(rows, columns)
+    spec = StepSpec(model, SGD, augment.Augmentation(crop), mesh, mode)
+    state, step = steps.init_state(spec), steps.make_eval_step(spec, views=10)
+    padded = batch(examples) | {"mask": np.array([1, 1, 1, 0], np.float32)}
+    padded["image"] = padded["image"][:, :size, :size]
+    stats = augment.imagenet_statistics(size)
+    on_device = parallel.put_batch(padded, mesh, mode, examples)
+    sums = step(state.params, state.batch_stats, on_device, stats)
+    views = [
+        augment.eval_images(view, mean_image=stats.mean_image, crop_size=crop)
+        for view in augment.several_views(padded["image"], 10, crop)
+    ]
+    params = jax.device_get(state.params)
+    logits = [np.asarray(model.apply({"params": params}, view)) for view in views]
+    mean = np.mean([jax.nn.softmax(z) for z in logits], axis=0)
+    labels, mask = padded["label"], padded["mask"]
+    own = np.log(mean[np.arange(examples), labels])
+    assert sums["count"] == sums["views_count"] == 3
+    np.testing.assert_allclose(sums["views_loss"], -own[:3].sum(), rtol=1e-5)
+    assert sums["views_top1"] == np.sum((mean.argmax(-1) == labels) * mask)
+    centre = metrics.sums(jnp.asarray(logits[0]), labels, jnp.asarray(mask))
+    np.testing.assert_allclose(sums["loss"], centre["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [2, slowly(8)])
+def test_pmap_is_the_same_step(rows):
+    want = on_one_device("data", rows, 1)
+    got = three_steps("data", rows, 1, transform="pmap")
+    np.testing.assert_allclose(got[2], want[2], rtol=1e-10)
+    assert_same_leaves(got[0][-1], want[0][-1], 1e-10)
+    assert_same_leaves(got[1], want[1], 1e-10)
+    assert dict(communication.collectives(got[3])) == {"all-reduce": 18}
+
+
+def test_a_missing_reduction_is_noticed(monkeypatch):
+    """Under pmap by the comparison above, since nothing else notices it there."""
+    want = on_one_device("data", 2, 1)
+    monkeypatch.setattr(parallel, "sum_gradients", lambda grads, *_: grads)
+    with jax.enable_x64(True):
+        step, *args = make("data", 2, 1, jnp.float64, transform="pmap")
+        state, _ = step(*args)
+    with pytest.raises(AssertionError):
+        assert_same_leaves(jax.device_get(state.params), want[0][0], 1e-3)
+    with pytest.raises(ValueError, match="out_specs"):
+        make("data", 2, 1, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "mode, rows, columns",
+    [slowly("columns", 2, 2), ("hybrid", 2, 2)],
+)
+def test_batch_norm_sees_the_whole_batch(mode, rows, columns):
+    want = on_one_device(mode, rows, columns, normalization="batch")
+    got = three_steps(mode, rows, columns, normalization="batch")
+    assert_same_leaves(got[0][-1], want[0][-1], 1e-10)
+
+
+@pytest.mark.parametrize("mode, rows", [("hybrid", 1), ("hybrid", 2), ("columns", 2)])
+def test_batch_norms_of_one_number_are_split_with_their_own_layers(mode, rows):
+    model = create_model(TWO_SIXES, dtype="float64", init="he")
+    tx, side = optim.make_optimizer(0.01), TWO_SIXES.crop_size
+    examples = batch(8)
+    examples["image"] = examples["image"][:, :side, :side]
+    examples["label"] %= TWO_SIXES.layers[-1].features
+    stats = jax.tree.map(np.asarray, augment.imagenet_statistics(side))
+
+    def after_three_steps(mode, rows, columns):
+        mesh = parallel.make_mesh(rows, columns)
+        spec = StepSpec(model, tx, augment.Augmentation(side), mesh, mode)
+        state, step = steps.init_state(spec), steps.make_train_step(spec)
+        on_device = parallel.put_batch(examples, mesh, mode, 8)
+        for _ in range(3):
+            state, _ = step(state, on_device, stats)
+        return jax.device_get((state.params, state.batch_stats))
+
+    with jax.enable_x64(True):
+        want = after_three_steps("data", 1, 1)
+        got = after_three_steps(mode, rows, 2)
+    assert_same_leaves(got, want, 1e-10)
+    assert np.ptp(got[0]["norm_fc6"]["scale"]) > 0 < np.ptp(got[0]["norm6"]["scale"])
+
+
+@pytest.mark.parametrize(
+    "mode, rows, columns, count",
+    [
+        ("data", 1, 1, 4),
+        ("data", 2, 1, 2),
+        ("columns", 1, 2, 4),
+        ("hybrid", 1, 2, 2),
+        slowly("hybrid", 2, 2, 2),
+    ],
+)
+def test_a_batch_in_parts_is_the_same_batch(mode, rows, columns, count):
+    """Other masks, crops or lighting in a part would move every parameter."""
+    # A part has at least one example on every device.
+    shards = parallel.batch_shards(rows, columns, mode)
+    more = {} if BATCH % (shards * count) == 0 else {"examples": shards * count}
+    whole = three_steps(mode, rows, columns, **more)
+    parts = three_steps(mode, rows, columns, parts=count, **more)
+    np.testing.assert_allclose(parts[2], whole[2], rtol=1e-10)
+    for got, want in zip(parts[0], whole[0], strict=True):
+        assert_same_leaves(got, want, 1e-10)
+    assert_same_leaves(parts[1], whole[1], 1e-10)
+
+
+def test_gradients_are_exchanged_once_however_many_parts():
+    whole = three_steps("data", 2, 1)[3]
+    parts = three_steps("data", 2, 1, parts=2)[3]
+    assert dict(communication.collectives(whole)) == {"all-reduce": 18}
+    assert communication.collectives(parts) == communication.collectives(whole)
+    # The loop's body is a computation of its own: all that is sent is outside it.
+    entry = parts[parts.index("\nENTRY ") :]
+    assert communication.collectives(entry) == communication.collectives(parts)
+    # And it is a loop: unrolled it would have each convolution once more.
+    assert parts.count(" convolution(") == whole.count(" convolution(") > 0
+
+
+def test_batch_norm_in_parts_passes_its_statistics_on():
+    """Two parts of two: the running mean moves twice, each time by a tenth."""
+    model = narrow(jnp.float32, normalization="batch")
+    tx, mesh = optim.make_optimizer(0.01), parallel.make_mesh(2, 1)
+    plain = augment.Augmentation(CROP, crop=False, flip=False, lighting=0.0)
+    spec = StepSpec(model, tx, plain, mesh, accumulate_steps=2)
+    state, step = steps.init_state(spec), steps.make_train_step(spec)
+    stats, examples = statistics(jnp.float32), batch(4)
+    images = augment.eval_images(
+        examples["image"], mean_image=stats.mean_image, crop_size=CROP
+    )
+    conv1 = jax.jit(lambda *args: model.apply(*args, method="features")["conv1"])(
+        {"params": state.params, "batch_stats": state.batch_stats}, images
+    )
+    # Each device holds two neighbours; a part is the first, or the second, of both.
+    first, second = conv1[::2].mean((0, 1, 2)), conv1[1::2].mean((0, 1, 2))
+    state, _ = step(state, parallel.put_batch(examples, mesh, "data", 4), stats)
+    np.testing.assert_allclose(
+        state.batch_stats["norm1"]["mean"], 0.09 * first + 0.1 * second, rtol=1e-4
+    )
+
+
+@pytest.mark.slow
+def test_parts_take_less_memory():
+    def bytes_needed(parts):
+        step, *_ = make("data", 1, 1, jnp.float32, parts=parts, examples=8)
+        return step.memory_analysis().temp_size_in_bytes
+
+    # A quarter of the activations, and once more the gradients.
+    assert bytes_needed(4) < 0.5 * bytes_needed(1)
+
+
+@functools.cache
+def eval_logits_and_sums(mode, rows, columns, examples):
+    model = narrow(jnp.float32)
+    mesh = parallel.make_mesh(rows, columns)
+    spec = StepSpec(model, SGD, augment.Augmentation(CROP), mesh, mode, seed=3)
+    state, step = steps.init_state(spec), steps.make_eval_step(spec)
+    padded = batch(examples) | {"mask": (np.arange(examples) < 3).astype(np.float32)}
+    stats = statistics(jnp.float32)
+    device_batch = parallel.put_batch(padded, mesh, mode, examples)
+    sums = step(state.params, state.batch_stats, device_batch, stats)
+    images = augment.eval_images(
+        padded["image"], mean_image=stats.mean_image, crop_size=CROP
+    )
+    local, specs = spec.local_model, steps.state_specs(spec).params
+    examples = parallel.P(spec.batch_axes)
+    apply = parallel.on_devices(
+        lambda params, images: local.apply({"params": params}, images),
+        mesh,
+        (specs, examples),
+        examples,
+    )
+    logits = jax.device_get(jax.jit(apply)(state.params, images))
+    return logits, jax.device_get(sums), padded
+
+
+@pytest.mark.parametrize(
+    "mode, rows, columns",
+    [
+        ("columns", 2, 2),
+        ("hybrid", 2, 2),
+        *(slowly(*mesh) for mesh in QUICK if mesh[1:] != (2, 2)),
+        *(slowly(*mesh) for mesh in OTHERS),
+    ],
+)
+def test_float32_logits_and_masked_sums(mode, rows, columns):
+    examples = examples_for(mode, rows, columns)
+    expected, _, padded = eval_logits_and_sums("data", 1, 1, examples)
+    logits, sums, _ = eval_logits_and_sums(mode, rows, columns, examples)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(logits / scale, expected / scale, atol=1e-5)
+    by_hand = metrics.sums(expected, padded["label"], padded["mask"])
+    assert sums["count"] == 3
+    np.testing.assert_allclose(sums["loss"], by_hand["loss"], rtol=1e-5)
+    assert sums["top1"] == by_hand["top1"] and sums["top5"] == by_hand["top5"]
+
+
+# The exchanges of a training step. Gradients that are summed: 16 kernels and biases,
+# and with them go the loss and the error.
+FEATURES = {"all-gather": 3, "all-reduce": 1}
+FEATURES_BACK = {"reduce-scatter": 3}
+# One gather of examples before fc6, one of features before fc7; every device's parts
+# of the logits are summed where the example is at home. And all of it back.
+HYBRID = {"all-gather": 2, "reduce-scatter": 1}
+HYBRID_BACK = {"all-gather": 1, "reduce-scatter": 2}
+# Kernels and biases of five convolutions, fc8's bias; loss and error.
+CONVOLUTIONS = {"all-reduce": 13}
+EXCHANGES = {
+    ("columns", 1, 1): ({}, {}, {}),
+    ("data", 2, 1): ({}, {}, {"all-reduce": 18}),
+    ("data", 4, 1): ({}, {}, {"all-reduce": 18}),
+    ("data", 8, 1): ({}, {}, {"all-reduce": 18}),
+    ("columns", 1, 2): (FEATURES, FEATURES_BACK, {}),
+    # Rows of columns average what each column owns.
+    ("columns", 2, 2): (FEATURES, FEATURES_BACK, {"all-reduce": 18}),
+    ("columns", 4, 2): (FEATURES, FEATURES_BACK, {"all-reduce": 18}),
+    ("hybrid", 1, 2): (HYBRID, HYBRID_BACK, CONVOLUTIONS),
+    ("hybrid", 1, 4): (HYBRID, HYBRID_BACK, CONVOLUTIONS),
+    ("hybrid", 1, 8): (HYBRID, HYBRID_BACK, CONVOLUTIONS),
+    # Two rows also sum the parts of the fully connected layers' gradients.
+    ("hybrid", 2, 2): (HYBRID, HYBRID_BACK, {"all-reduce": 18}),
+    ("hybrid", 2, 4): (HYBRID, HYBRID_BACK, {"all-reduce": 18}),
+    ("hybrid", 4, 2): (HYBRID, HYBRID_BACK, {"all-reduce": 18}),
+}
+
+
+def by_phase(found, phase):
+    return [exchange for exchange in found if exchange.phase == phase]
+
+
+@pytest.mark.parametrize("mode, rows, columns", MESHES)
+def test_collectives_are_pinned(mode, rows, columns):
+    *_, hlo = three_steps(mode, rows, columns)
+    found = communication.exchanges(hlo)
+    got = [dict(communication.counts(by_phase(found, p))) for p in PHASES]
+    assert tuple(got) == EXCHANGES[mode, rows, columns]
+
+
+# Of frozen convolutions: nothing of them goes back, and none of their gradients.
+FROZEN = {
+    ("columns", 1, 2): ({"reduce-scatter": 1}, {}),
+    ("data", 2, 1): ({}, {"all-reduce": 8}),
+    ("hybrid", 2, 2): ({"all-gather": 1, "reduce-scatter": 1}, {"all-reduce": 8}),
+}
+
+
+@pytest.mark.parametrize(
+    "mode, rows, columns, parts",
+    [("columns", 1, 2, 1), slowly("data", 2, 1, 2), slowly("hybrid", 2, 2, 1)],
+)
+def test_frozen_layers_stay_and_their_gradients_are_left_out(
+    mode, rows, columns, parts
+):
+    frozen = tuple(f"conv{number}" for number in range(1, 6))
+    changes = [(name, 0, 0.0) for name in frozen]
+    assert optim.frozen_layers(changes) == set(frozen)
+    factors = optim.make_layer_factors(changes, steps_per_epoch=1)
+    tx = optim.make_optimizer(0.01, layer_factors=factors)
+    whole, *_ = on_one_device(mode, rows, columns, tx=tx)
+    kwargs = {"tx": tx, "frozen": frozen, "parts": parts}
+    params, *_, hlo = three_steps(mode, rows, columns, **kwargs)
+    for before, after in zip(params, whole, strict=True):
+        assert_same_leaves(before, after, 1e-10)
+    for name in params[0]:
+        moved = np.any(params[0][name]["kernel"] != params[2][name]["kernel"])
+        assert moved == (name not in frozen), name
+    found = communication.exchanges(hlo)
+    got = [dict(communication.counts(by_phase(found, p))) for p in PHASES[1:]]
+    assert tuple(got) == FROZEN[mode, rows, columns]
+
+
+def test_columns_apart_exchange_nothing_but_logits():
+    *_, hlo = three_steps("columns", 2, 2, variant="no_communication")
+    found = communication.exchanges(hlo)
+    assert [e.shape for e in by_phase(found, "forward")] == [(BATCH // 2, CLASSES)]
+    assert not by_phase(found, "backward")
+
+
+@pytest.mark.parametrize("mode, rows, columns", MESHES)
+def test_nothing_gathers_images_kernels_or_optimiser_state(mode, rows, columns):
+    *_, hlo = three_steps(mode, rows, columns)
+    examples = examples_for(mode, rows, columns)
+    kernels = {leaf.shape for leaf in jax.tree.leaves(three_steps("data", 1, 1)[0][0])}
+    for exchange in communication.exchanges(hlo):
+        if exchange.kind == "all-gather":
+            assert exchange.shape not in kernels
+            # [examples, ..., features]: of a device's or a row's examples, after conv2.
+            assert exchange.shape[0] in (examples // rows, examples // rows // columns)
+            assert exchange.shape[1:-1] in ((13, 13), (6, 6), ())
+
+
+def test_what_the_columns_exchange_is_what_the_paper_exchanged():
+    step, *_ = make("columns", 1, 2, jnp.float32)
+    found = communication.exchanges(step.as_text())
+    # Full width: 13 x 13 x 128, 6 x 6 x 128 and 2,048 values an image and direction;
+    # at a width of 1/32 4 maps, 4 maps and 64 units a column.
+    sent = [e.sent_bytes / 4 / BATCH for e in found if e.kind == "all-gather"]
+    assert sorted(sent) == [64, 6 * 6 * 4, 13 * 13 * 4]
+    assert [e.shape for e in found if e.kind == "all-reduce"] == [(BATCH, CLASSES)]
+    back = [e.sent_bytes / 4 / BATCH for e in by_phase(found, "backward")]
+    assert sorted(back) == [64, 6 * 6 * 4, 13 * 13 * 4]
+
+
+@pytest.mark.parametrize(
+    "mode, rows, columns, split",
+    [
+        slowly("columns", 1, 2, 16),
+        ("columns", 2, 2, 16),
+        ("hybrid", 1, 4, 6),
+    ],
+)
+def test_optimiser_state_is_split_like_the_parameters(mode, rows, columns, split):
+    """Of eight kernels and their velocities; a third of them are fully connected."""
+    factors = optim.make_layer_factors([("conv1", 1, 0.0)], steps_per_epoch=1)
+    original = optim.make_optimizer(
+        optax.constant_schedule(0.01), bias_learning_rate=0.02, layer_factors=factors
+    )
+    step, put, *args = make(mode, rows, columns, jnp.float32, tx=original)
+    mesh, model = parallel.make_mesh(rows, columns), narrow(jnp.float32)
+    spec = StepSpec(model, original, augment.Augmentation(CROP), mesh, mode)
+    state = steps.init_state(spec)
+    for made, wanted in zip(*map(jax.tree.leaves, (state, put)), strict=True):
+        np.testing.assert_allclose(made, wanted, rtol=1e-6)
+    for _ in range(2):  # as it is made, and as a step leaves it
+        kernels, matching = (
+            [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim > 1]
+            for tree in (state.params, state.opt_state)
+        )
+        assert len(matching) == len(kernels) == 8
+        for kernel, velocity in zip(kernels, matching, strict=True):
+            assert velocity.shape == kernel.shape
+            assert velocity.sharding.is_equivalent_to(kernel.sharding, kernel.ndim)
+        sizes = [
+            {shard.data.size for shard in leaf.addressable_shards}
+            == {leaf.size // columns}
+            for leaf in [*kernels, *matching]
+        ]
+        assert sum(sizes) == split
+        # No device holds what belongs to another one.
+        used = [leaf.sharding.device_set for leaf in jax.tree.leaves(state)]
+        assert all(len(devices) == rows * columns for devices in used)
+        state, _ = step(state, *args)
+
+
+@pytest.mark.parametrize(
+    "variant, words",
+    [
+        ("caffe", "looks across the columns"),
+        ("caffenet", "looks across the columns"),
+        ("one_tower", "it has 1 column"),
+        ("one_gpu", "it has 1 column"),
+        ("owt", "it has 1 column"),
+        ("cifar", "it has 1 column"),
+        ("zfnet", "it has 1 column"),
+    ],
+)
+def test_variants_without_columns_say_why(variant, words):
+    model = create_model(variant)
+    with pytest.raises(ValueError, match=f"'{variant}' cannot be split.*{words}"):
+        parallel.local_model(model, parallel.make_mesh(1, 2), "columns")
+    for rows, columns, mode, exchange in (
+        (2, 1, "data", Alone(("data",))),
+        (1, 2, "hybrid", parallel.Hybrid(("column",), 2)),
+    ):
+        local = parallel.local_model(model, parallel.make_mesh(rows, columns), mode)
+        assert local.exchange == exchange
+
+
+def test_units_that_do_not_divide_are_named():
+    with pytest.raises(ValueError, match="4096 units of fc6 do not divide by 3"):
+        parallel.local_model(create_model(), parallel.make_mesh(1, 3), "hybrid")
+
+
+def test_meshes_that_cannot_be_made_are_named():
+    with pytest.raises(ValueError, match=r"12 devices \(6 data x 2 column\), found 8"):
+        parallel.make_mesh(6, 2)
+    with pytest.raises(ValueError, match="at least 1"):
+        parallel.make_mesh(0, 2)
+    with pytest.raises(ValueError, match="no use for 2 columns"):
+        parallel.local_model(create_model(), parallel.make_mesh(1, 2), "data")
+    with pytest.raises(ValueError, match="must be one of data, columns, hybrid"):
+        parallel.local_model(create_model(), parallel.make_mesh(1, 2), "rows")
+
+
+def test_every_device_has_its_part_of_the_batch():
+    """All of one process, here; tests/training/test_distributed.py has several."""
+    for mode, rows, columns in QUICK:
+        mesh = parallel.make_mesh(rows, columns)
+        assert parallel.positions(mesh, mode, BATCH) == (0, BATCH)
+        shards = parallel.batch_shards(rows, columns, mode)
+        labels = parallel.put_batch(batch(), mesh, mode, BATCH)["label"]
+        assert {s.data.shape for s in labels.addressable_shards} == {(BATCH // shards,)}
+        np.testing.assert_array_equal(labels, batch()["label"])

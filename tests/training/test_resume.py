@@ -1,0 +1,190 @@
+"""A workdir to go on in: which configs and data it refuses, and who is in it."""
+
+# ruff: noqa: F811, for the fixture of another file
+import dataclasses
+import math
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from alexnet_jax import load
+from alexnet_jax.data import DataError, statistics
+from alexnet_jax.system import locks
+from alexnet_jax.training import loop, progress, resume
+from alexnet_jax.training.checkpoint import CheckpointError
+from alexnet_jax.training.experiment import ConfigError
+from tests.training.test_train import PICTURES, folder, records, small_config  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def begun(folder, tmp_path_factory):
+    """The pictures and the workdir of a run of two steps."""
+    root = tmp_path_factory.mktemp("begun")
+    shutil.copytree(folder, root / "pictures")
+    config = small_config(root / "pictures", max_steps=2)
+    loop.train_and_evaluate(config, root / "run")
+    return root
+
+
+@pytest.fixture
+def config(begun):
+    return small_config(begun / "pictures", max_steps=3)
+
+
+@pytest.fixture
+def workdir(begun, tmp_path):
+    """A copy: a test that fails must not spoil it for the others."""
+    return shutil.copytree(begun / "run", tmp_path / "run")
+
+
+def test_another_network_is_refused(workdir, config):
+    config.model.width = 2.0
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(ConfigError, match=r"holds another network:\n.*model\.width: 1"):
+        loop.train_and_evaluate(config, workdir)
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_checkpoint_of_another_network_is_refused_without_config_file(workdir, config):
+    (workdir / "config.json").unlink()
+    config.model.overrides.activation = "tanh"  # of the same shapes
+    with pytest.raises(ConfigError, match=r"activation: None in the workdir, now tanh"):
+        loop.train_and_evaluate(config, workdir)
+
+
+def test_unreadable_checkpoint_names_changed_fields(workdir, config):
+    config.schedule.name, config.schedule.patience = "cosine", 5
+    with pytest.raises(CheckpointError, match=r"schedule.name: plateau in the workdir"):
+        loop.train_and_evaluate(config, workdir)
+
+
+def test_second_run_is_told_who_is_in_the_workdir(workdir, config):
+    before = set(workdir.rglob("*"))
+    with locks.held(workdir / resume.LOCK_FILE, wait=False):
+        with pytest.raises(ConfigError) as raised:
+            loop.train_and_evaluate(config, workdir)
+        load(workdir)  # a reader is not kept waiting
+    words = rf"is in use by process {os.getpid()} on .* since .* \(.*python.*\)\. .*--w"
+    assert re.search(words, str(raised.value)), raised.value
+    added = {path.name for path in workdir.rglob("*") if path not in before}
+    assert added <= {resume.LOCK_FILE, ".readers"}
+    assert int(loop.train_and_evaluate(config, workdir).step) == 3
+
+
+def test_advice_about_spoilt_statistics_mends_them(workdir, config):
+    path = workdir / "statistics.npz"
+    good = statistics.load(path)
+    dataclasses.replace(good, mean_image=good.mean_image[:32, :32]).save(path)
+    for use in (
+        lambda: loop.train_and_evaluate(config, workdir),
+        lambda: load(workdir),
+    ):
+        with pytest.raises(DataError, match=r"delete it and start the training"):
+            use()
+    path.unlink()
+    loop.train_and_evaluate(config, workdir)
+    np.testing.assert_array_equal(statistics.load(path).mean_image, good.mean_image)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("{}/file", "file is a file; name a folder"),
+        ("gs://bucket/run", "gs://bucket/run must be a local or mounted"),
+        ("{}/a,b", "a,b has a comma, which separates runs in --m"),
+    ],
+)
+def test_workdir_that_cannot_be_one(name, words, config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=words):
+        loop.train_and_evaluate(config, name.format(tmp_path))
+    assert os.listdir(tmp_path) == ["file"]
+
+
+LESS_MEMORY = (
+    "Keep 6; --config.optim.accumulate_steps={} is the same run in less memory"
+)
+
+
+@pytest.mark.parametrize(
+    "batch_size, parts, remedy",
+    [
+        (3, 1, LESS_MEMORY.format(2)),
+        (2, 2, LESS_MEMORY.format(6)),
+        (4, 1, LESS_MEMORY.format("N")),
+        (12, 1, "Keep 6. Or take a new --workdir"),
+    ],
+)
+def test_another_batch_size_is_refused(batch_size, parts, remedy, workdir, config):
+    """Step 34 of batches of 6 is epoch 8.16; of batches of 3 it would be 4.08."""
+    config.data.batch_size, config.optim.accumulate_steps = batch_size, parts
+    before = {path: path.stat().st_mtime_ns for path in workdir.iterdir()}
+    with pytest.raises(ConfigError) as raised:
+        loop.train_and_evaluate(config, workdir)
+    message = str(raised.value)
+    assert message.startswith(
+        f"{workdir} has --config.data.batch_size=6, not {batch_size}: its steps would mean "
+        f"other epochs, learning rates and places in the data. {remedy}"
+    )
+    assert f"--config=configs/finetune.py:{workdir} starts it" in message
+    after = {path: path.stat().st_mtime_ns for path in workdir.iterdir()}
+    assert after.keys() == before.keys()
+    for name in ("config.json", "metrics.jsonl"):
+        assert after[workdir / name] == before[workdir / name]
+
+
+def test_other_number_of_pictures_is_refused(begun, workdir, tmp_path):
+    pictures = shutil.copytree(begun / "pictures", tmp_path / "pictures")
+    next((pictures / "train" / "red").iterdir()).unlink()
+    words = (
+        f"run was trained on {PICTURES} pictures, and there are {PICTURES - 1} now: its "
+        "steps would mean other epochs, learning rates and places in the data. Bring the "
+        "old ones back. Or take a new --workdir"
+    )
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        loop.train_and_evaluate(small_config(pictures), workdir)
+
+
+def test_other_classes_are_refused(begun, workdir, tmp_path):
+    pictures = shutil.copytree(begun / "pictures", tmp_path / "pictures")
+    for split in ("train", "test"):
+        (pictures / split / "red").rename(pictures / split / "a")
+    words = "label 0 was 'blue'; here are 3, and label 0 is 'a'. Take a new --workdir"
+    with pytest.raises(ConfigError, match=words):
+        loop.train_and_evaluate(small_config(pictures), workdir)
+
+
+def test_longer_run_says_that_its_schedule_changes(folder, tmp_path, capsys):
+    config = small_config(folder, max_steps=2, num_epochs=2.0, eval_split="")
+    config.schedule.name = "cosine"
+    loop.train_and_evaluate(config, tmp_path)
+    config.num_epochs, config.max_steps = 4.0, 4
+    loop.train_and_evaluate(config, tmp_path)
+    assert (
+        "the cosine schedule is laid out over 4 epochs instead of 2: from here on the "
+        "learning rate is another\nresuming from step 2"
+    ) in capsys.readouterr().out
+    # Step 3 of round(4 * 25 / 6) steps.
+    rate = records(tmp_path, "lr")[-1]["lr"]
+    assert rate == pytest.approx(1e-3 * (1 + math.cos(math.pi * 3 / 17)) / 2)
+
+
+@pytest.mark.parametrize(
+    "metadata, evaluated_step",
+    [
+        ({}, -1),  # a new run
+        ({"evaluated_step": 5, "error": 0.5}, 5),
+        # Of older versions: an evaluation of this step is missing, or is not.
+        ({"evaluation_owed": True}, -1),
+        ({"evaluation_owed": False}, 9),
+    ],
+)
+def test_progress_of_old_and_new_checkpoints(metadata, evaluated_step, config):
+    found = progress.Progress.resume(9, metadata, config)
+    assert (found.step, found.evaluated_step) == (9, evaluated_step)
+    again = progress.Progress.resume(9, found.to_json(), config)
+    assert again.evaluated_step == evaluated_step
+    assert again.error == metadata.get("error")

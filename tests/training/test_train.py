@@ -1,0 +1,654 @@
+"""A run as a whole: it learns, stops, goes on exactly, and is read back."""
+
+import collections
+import contextlib
+import gzip
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax import load
+from alexnet_jax.data.sources import FolderSource
+from alexnet_jax.training import (
+    loop,
+    run,
+    step_log,
+    timing,
+)
+from alexnet_jax.training.checkpoint import CheckpointError
+from alexnet_jax.training.writers import read_metrics
+from configs import common
+from tests.training.test_parallel import fast_loops
+
+PICTURES, CLASSES = 25, 3  # 25 does not divide by 6: the last batch is padded
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast_loops():
+    """These runs take more steps than their compilation is worth saving at."""
+    with fast_loops():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three classes of blurred colours: easy, but not for nothing."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for index in range(PICTURES):
+            label = index % CLASSES
+            picture = rng.integers(0, 120, (32, 32, 3))
+            picture[..., label] += 100
+            target = root / split / ["red", "green", "blue"][label]
+            target.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture.astype(np.uint8)).save(target / f"{index:03d}.png")
+    return root
+
+
+def small_config(folder, *, eval_split="test", **changes):
+    config = common.get_config()
+    config.data.source = f"folder:{folder}"
+    config.data.image_size = 34
+    config.data.crop_size = 32
+    config.data.batch_size = 6
+    config.model.variant = "cifar"
+    config.model.init = "he"
+    config.optim.learning_rate = 1e-3
+    config.num_epochs = 8.0
+    config.log_every_steps = 5
+    config.eval_every_epochs = 1.0
+    config.parallel.data = 1
+    config.data.eval_split = eval_split
+    for name, value in changes.items():
+        setattr(config, name, value)
+    if eval_split and config.eval_every_epochs:
+        config.schedule.patience = 1
+    else:  # nothing that the plateau rule could go by
+        config.schedule.name = "constant"
+    return config
+
+
+def columns_config(folder, **changes):
+    """The paper's net, very narrow, in two columns."""
+    config = small_config(folder, **{"eval_every_epochs": 2.0} | changes)
+    config.data.image_size = 226
+    config.data.crop_size = 224
+    config.model.variant = "paper"
+    config.model.width = 1 / 32
+    config.parallel.mode = "columns"
+    config.parallel.column = 2
+    config.optim.learning_rate = 1e-3
+    config.num_epochs = 5.0
+    return config
+
+
+def leaves(state):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def records(workdir, prefix):
+    """Records without what depends on the clock."""
+    clock = {"images_per_sec", "data_wait_frac"}
+    rows = read_metrics(workdir / "metrics.jsonl")
+    return [
+        {k: v for k, v in row.items() if k not in clock}
+        for row in rows
+        if any(key.startswith(prefix) for key in row)
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """A run of 34 steps; tests that change it take a copy."""
+    workdir = tmp_path_factory.mktemp("run")
+    config = small_config(folder)
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(step_log, "STALL_AFTER_STEPS", 20)
+        state = loop.train_and_evaluate(config, workdir)
+    assert "WARNING" not in out.getvalue()  # it learns
+    return state, workdir
+
+
+def assert_same_state(got, want):
+    for a, b in zip(leaves(got), leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_learns_and_leaves_its_records(finished):
+    state, workdir = finished
+    steps = -(-8 * PICTURES // 6)  # 8 epochs of 25 pictures in batches of 6
+    assert int(state.step) == steps
+    rows = records(workdir, "train/")
+    assert [row["step"] for row in rows] == [*range(5, steps, 5), steps]
+    assert rows[-1]["epoch"] == pytest.approx(steps * 6 / PICTURES)
+    evaluations = records(workdir, "eval/")
+    assert {row["eval/count"] for row in evaluations} == {PICTURES}
+    assert evaluations[-1]["eval/top1_error"] < 0.2
+    assert evaluations[-1]["eval/top5_error"] == 0
+    saved = json.loads((workdir / "config.json").read_text())
+    assert saved["data"]["batch_size"] == 6
+    assert list(workdir.glob("events.out.tfevents.*"))
+    assert (workdir / "statistics.npz").exists()
+
+
+def test_the_same_seed_is_the_same_bits_with_any_number_of_workers(
+    finished, folder, tmp_path
+):
+    config = small_config(folder)
+    config.data.workers = 3
+    state = loop.train_and_evaluate(config, tmp_path)
+    assert_same_state(state, finished[0])
+    assert records(tmp_path, "") == records(finished[1], "")
+
+
+def test_a_run_ends_at_its_training_error_and_tests_several_views(
+    folder, tmp_path, capsys
+):
+    config = small_config(
+        folder, stop_at_train_error=0.02, eval_views=10, eval_every_epochs=0.0
+    )
+    config.log_every_steps = 2
+    state = loop.train_and_evaluate(config, tmp_path)
+    rows = records(tmp_path, "train/")
+    errors = [row["train/top1_error"] for row in rows]
+    assert errors[-1] <= 0.02 < min(errors[:-1])
+    assert int(state.step) == rows[-1]["step"] < 8 * PICTURES // 6
+    (evaluation,) = records(tmp_path, "eval/")
+    assert {"eval/views_top1_error", "eval/top1_error"} <= set(evaluation)
+    capsys.readouterr()
+    loop.train_and_evaluate(config, tmp_path)  # the same again has nothing to do
+    assert "nothing to do: the run ended at step" in capsys.readouterr().out
+    config.stop_at_train_error = 0.0  # another end: it goes on
+    assert int(loop.train_and_evaluate(config, tmp_path).step) > int(state.step)
+
+
+@pytest.mark.slow
+def test_a_line_of_a_few_steps_does_not_end_a_run(folder, tmp_path):
+    """The error counts when a line of the log is of all its steps."""
+    half = small_config(folder, max_steps=1, stop_at_train_error=0.99)
+    half.log_every_steps = 2
+    state = loop.train_and_evaluate(half, tmp_path / "half")
+    assert int(state.step) == 1
+    half.max_steps = 2  # its line has one step: no end, whatever its error
+    assert int(loop.train_and_evaluate(half, tmp_path / "half").step) == 2
+    half.max_steps = 3
+    assert int(loop.train_and_evaluate(half, tmp_path / "half").step) == 3
+
+
+@contextlib.contextmanager
+def in_float64():
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
+def float64_config(folder, mode, data, column):
+    config = columns_config(folder, eval_split="", eval_every_epochs=0.0)
+    config.model.dtype = "float64"
+    config.data.batch_size = 8
+    config.log_every_steps = 1
+    config.max_steps = 10
+    config.checkpoint.every_steps = 5
+    config.parallel.mode = mode
+    config.parallel.data, config.parallel.column = data, column
+    return config
+
+
+@pytest.fixture(scope="module")
+def ten_steps_on_two_devices(folder, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("two") / "columns"
+    with in_float64():
+        state = loop.train_and_evaluate(
+            float64_config(folder, "columns", 1, 2), workdir
+        )
+    return state, workdir
+
+
+def after_five_steps(workdir, to):
+    """A copy of the workdir as it was when a checkpoint of step 5 was its last."""
+    shutil.copytree(workdir, to)
+    shutil.rmtree(to / "checkpoints" / "10")
+    return to
+
+
+def test_columns_go_on_exactly(folder, tmp_path, ten_steps_on_two_devices, capsys):
+    expected, workdir = ten_steps_on_two_devices
+    moved = after_five_steps(workdir, tmp_path / "moved")
+    config = float64_config(folder, "columns", 1, 2)
+    config.checkpoint.keep = 4
+    with in_float64():
+        state = loop.train_and_evaluate(config, moved)
+    assert_same_state(state, expected)
+    assert records(moved, "") == records(workdir, "")
+    out = capsys.readouterr().out
+    assert f"resuming from step 5 ({moved / 'checkpoints'})" in out
+    assert re.search(r"--config.checkpoint.keep: \d in the workdir, now 4", out)
+
+
+@pytest.mark.parametrize(
+    "mode, data, column",
+    [
+        ("data", 1, 1),
+        pytest.param("hybrid", 2, 2, marks=pytest.mark.slow),
+        pytest.param("columns", 2, 2, marks=pytest.mark.slow),
+        pytest.param("data", 4, 1, marks=pytest.mark.slow),
+        pytest.param("hybrid", 1, 8, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_goes_on_on_other_devices(
+    mode, data, column, folder, tmp_path, ten_steps_on_two_devices
+):
+    """Stopped on two after five steps: the next five losses are the same."""
+    _, workdir = ten_steps_on_two_devices
+    moved = after_five_steps(workdir, tmp_path / "moved")
+    with in_float64():
+        config = float64_config(folder, mode, data, column)
+        state = loop.train_and_evaluate(config, moved)
+    got, want = records(moved, "train/loss"), records(workdir, "train/loss")
+    assert [row["step"] for row in got] == list(range(1, 11))
+    np.testing.assert_allclose(
+        [row["train/loss"] for row in got],
+        [row["train/loss"] for row in want],
+        rtol=1e-8,
+    )
+    devices = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)}
+    assert devices == {data * column}
+
+
+class StopAt:
+    """Sends this process a signal when a step is done."""
+
+    def __init__(self, monkeypatch, step, number):
+        add = step_log.StepLog.add
+
+        def add_and_stop(self, done, metrics):
+            add(self, done, metrics)
+            if done == step:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(step_log.StepLog, "add", add_and_stop)
+
+
+@pytest.mark.parametrize(
+    "number, error",
+    [
+        (signal.SIGTERM, SystemExit),
+        pytest.param(signal.SIGINT, KeyboardInterrupt, marks=pytest.mark.slow),
+    ],
+)
+def test_a_stopped_run_goes_on_where_it_was(
+    number, error, finished, folder, tmp_path, monkeypatch, capsys
+):
+    expected, _ = finished
+    with monkeypatch.context() as patch:
+        # Step 13 is one after which an evaluation of the plateau rule is due.
+        StopAt(patch, 13, number)
+        with pytest.raises(error):
+            loop.train_and_evaluate(small_config(folder), tmp_path)
+    out = capsys.readouterr().out
+    assert f"stopped at step 13 by {number.name}; the same command goes on" in out
+    state = loop.train_and_evaluate(small_config(folder), tmp_path)
+    assert_same_state(state, expected)
+    starts = timing.read_times(tmp_path / "times.jsonl")
+    assert [(start.first_step, start.last_step) for start in starts] == [
+        *((0, 13), (13, 34))
+    ]
+
+
+def test_a_signal_in_the_last_save_changes_nothing(
+    folder, tmp_path, monkeypatch, capsys
+):
+    save = loop.Checkpointer.save
+
+    def save_and_signal(checkpointer, step, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(checkpointer, step, *args, **kwargs)
+
+    config = small_config(folder, max_steps=2, eval_split="")
+    monkeypatch.setattr(loop.Checkpointer, "save", save_and_signal)
+    assert int(loop.train_and_evaluate(config, tmp_path).step) == 2
+    assert capsys.readouterr().out.endswith(
+        "checkpoint of step 2\nSIGTERM: the run has ended, nothing is left to do\n"
+    )
+
+
+def stop_in_evaluation(patch, number=signal.SIGTERM, *, step, batch):
+    """Sends this process a signal in an evaluation, when a batch is on the devices."""
+    counts = collections.Counter()
+    eval_batch = run.Run.eval_batch
+
+    def eval_batch_and_stop(self, *args):
+        counts[self.step] += 1
+        if self.step == step and counts[step] == batch:
+            os.kill(os.getpid(), number)
+        assert counts[step] <= batch  # the rest is not looked at
+        return eval_batch(self, *args)
+
+    patch.setattr(run.Run, "eval_batch", eval_batch_and_stop)
+
+
+def test_an_evaluation_is_cut_short_and_made_up_for(
+    folder, tmp_path, monkeypatch, capsys
+):
+    """However often the start that makes up for it ends, the rule drops once."""
+
+    def killed(*_, **__):
+        raise MemoryError
+
+    # Nothing improves: after step 9, the second evaluation, the rule lowers the rate.
+    config = small_config(folder, max_steps=12)
+    config.optim.learning_rate = 1e-12
+    expected = loop.train_and_evaluate(config, tmp_path / "whole")
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_in_evaluation(patch, step=9, batch=2)
+        with pytest.raises(SystemExit) as stopped:
+            loop.train_and_evaluate(config, workdir)
+    assert stopped.value.code == 143
+    assert "stopped at step 9 by SIGTERM; the same" in capsys.readouterr().out
+    assert [row["step"] for row in records(workdir, "eval/")] == [5]
+    for where, name in (
+        (loop.Checkpointer, "_add_error"),  # the record is written, and no more
+        (loop, "next_batch"),  # in the steps that follow
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, killed)
+            with pytest.raises(MemoryError):
+                loop.train_and_evaluate(config, workdir)
+        assert "learning rate now 1e-13" in capsys.readouterr().out
+    state = loop.train_and_evaluate(config, workdir)
+    assert capsys.readouterr().out.count("learning rate now") == 1
+    assert_same_state(state, expected)
+    assert records(workdir, "eval/") == records(tmp_path / "whole", "eval/")
+
+
+def test_the_last_evaluation_is_cut_short_too(folder, tmp_path, monkeypatch, capsys):
+    config = small_config(folder, max_steps=3, eval_every_epochs=0.0, eval_views=10)
+    with monkeypatch.context() as patch:
+        stop_in_evaluation(patch, signal.SIGUSR1, step=3, batch=1)
+        with pytest.raises(SystemExit) as stopped:
+            loop.train_and_evaluate(config, tmp_path)
+    assert stopped.value.code == 138
+    assert not records(tmp_path, "eval/")
+    loop.train_and_evaluate(config, tmp_path)
+    out = capsys.readouterr().out
+    assert "stopped at step 3 by SIGUSR1" in out and "nothing to do" in out
+    (row,) = records(tmp_path, "eval/")
+    assert "eval/views_loss" in row
+
+
+def test_a_finished_run_has_nothing_to_do(finished, folder, capsys):
+    state, workdir = finished
+    again = loop.train_and_evaluate(small_config(folder), workdir)
+    assert "nothing to do: the run ended at step 34" in capsys.readouterr().out
+    assert_same_state(again, state)
+
+
+def test_the_plateau_rule_lowers_the_learning_rate(folder, tmp_path, capsys):
+    config = small_config(folder)
+    config.optim.learning_rate = 1e-12  # nothing improves
+    config.max_steps = 12
+    state = loop.train_and_evaluate(config, tmp_path)
+    rate = state.opt_state.hyperparams["learning_rate"]
+    assert float(rate) == pytest.approx(1e-13)
+    out = capsys.readouterr().out
+    assert "no better error in 1 evaluations\nlearning rate now 1e-13" in out
+    # A lower rate asked for on resuming is followed.
+    config.optim.learning_rate = 1e-10
+    config.schedule.max_drops, config.schedule.patience = 0, 5
+    config.max_steps = 13
+    state = loop.train_and_evaluate(config, tmp_path)
+    rate = state.opt_state.hyperparams["learning_rate"]
+    assert float(rate) == pytest.approx(1e-11)
+
+
+@pytest.mark.parametrize(
+    ("left", "words"),
+    [
+        (
+            100_000,
+            r"^no checkpoint of step 10: cannot write in .*/checkpoints: No space ",
+        ),
+        # No room for a line either.
+        (
+            0,
+            r"^cannot write in .*: No space left on device \(0.0 MB free\)\. Make room",
+        ),
+    ],
+)
+def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(
+    left, words, finished, folder, small_disk, monkeypatch
+):
+    workdir = small_disk(6) / "run"
+    ballast, add = workdir.parent / "ballast", step_log.StepLog.add
+
+    def fill(self, step, metrics):
+        if step == 8:
+            if not left:  # the file's last page, too, is full
+                page = os.sysconf("SC_PAGE_SIZE")
+                with open(workdir / "metrics.jsonl", "ab") as file:
+                    file.write(b" " * (page - file.tell() % page - 1) + b"\n")
+            free = shutil.disk_usage(workdir).free
+            ballast.write_bytes(bytes(free - left))
+        add(self, step, metrics)
+
+    config = small_config(folder)
+    config.checkpoint.every_steps = 5
+    with monkeypatch.context() as patch:
+        patch.setattr(step_log.StepLog, "add", fill)
+        with pytest.raises((CheckpointError, OSError)) as raised:
+            loop.train_and_evaluate(config, workdir)
+    assert re.search(words, str(raised.value)), raised.value
+    names = {path.name for path in (workdir / "checkpoints").iterdir()}
+    assert names <= {".readers", "5", "9"}, names  # 9: the best one, of an evaluation
+    load(workdir)  # is whole
+    ballast.unlink()
+    state = loop.train_and_evaluate(config, workdir)
+    assert_same_state(state, finished[0])
+    assert records(workdir, "train/") == records(finished[1], "train/")
+
+
+def test_load_gives_model_variables_and_preprocess(finished, folder):
+    _, workdir = finished
+    model, variables, preprocess = load(workdir)
+    paths = sorted(folder.glob("test/*/*.png"))
+    names = sorted({path.parent.name for path in paths})
+    logits = jax.jit(model.apply)(variables, preprocess(paths))
+    assert preprocess(str(paths[0])).shape == (1, 32, 32, 3)
+    labels = np.array([names.index(path.parent.name) for path in paths])
+    error = np.mean(np.argmax(logits, -1) != labels)
+    best = min(row["eval/top1_error"] for row in records(workdir, "eval/"))
+    assert error == pytest.approx(best)
+
+
+@pytest.mark.parametrize(
+    "every_steps, words",
+    [
+        (0, (r"^The loss of step (\d) is (nan|inf) \(checked together: steps 1 to 5\)\. "
+            r"There is no checkpoint in .*/checkpoints yet\. Try a lower --config")),
+        # Weights can be spoilt a step before the loss shows it.
+        (1, (r"^The parameters of step (\d) are not finite; no checkpoint was written\. "
+            r"The last good checkpoint is that of step (\d) in ")),
+    ],
+)  # fmt: skip
+def test_divergence_ends_the_run(every_steps, words, folder, tmp_path):
+    config = small_config(folder)
+    config.optim.learning_rate = 1e9
+    config.checkpoint.every_steps = every_steps
+    with pytest.raises(FloatingPointError) as raised:
+        loop.train_and_evaluate(config, tmp_path)
+    found = re.search(words, str(raised.value))
+    assert found, raised.value
+    assert "run the same command with --config.summaries_every" in str(raised.value)
+    if every_steps:
+        assert int(found[1]) == int(found[2]) + 1
+        load(f"{tmp_path}@{found[2]}")  # it is whole
+
+
+def test_without_an_evaluation_split(folder, tmp_path):
+    config = small_config(folder, eval_split="")
+    config.max_steps = 7
+    assert int(loop.train_and_evaluate(config, tmp_path).step) == 7
+    assert not records(tmp_path, "eval/")
+    load(tmp_path)  # the newest checkpoint, as none has an error
+
+
+def test_summaries_change_nothing_and_are_written(finished, folder, tmp_path, capsys):
+    expected, plain = finished
+    config = small_config(folder, summaries_every_steps=5)
+    state = loop.train_and_evaluate(config, tmp_path)
+    assert_same_state(state, expected)
+    summaries = records(tmp_path, "grad_norm/")
+    assert [row["step"] for row in summaries] == [0, 5, 10, 15, 20, 25, 30]
+    for row in summaries:
+        names = {name for name in row if name.startswith("grad_norm/")}
+        assert names == {f"grad_norm/{layer}" for layer in state.params}
+        assert all(row[name] > 0 for name in names)
+        assert 0 <= row["dead_relu/conv1"] <= 1
+    # The loss before any update; afterwards the training records have it.
+    assert [row["step"] for row in summaries if "train/loss" in row] == [0]
+    first = summaries[0]["train/loss"]
+    out = capsys.readouterr().out
+    assert f"loss at step 0: {first:.4f}" in out
+    assert f"step  0/34  epoch 0.00  train: loss {first:.4f}  dead relu: conv1 " in out
+    assert records(tmp_path, "lr") == records(plain, "lr")
+    (events,) = tmp_path.glob("events.out.tfevents.*")
+    assert b"grad_norm/conv1" in events.read_bytes()
+    assert b"dead_relu/conv1" in events.read_bytes()
+
+
+def test_a_resumed_run_has_each_summary_once(folder, tmp_path, monkeypatch):
+    config = small_config(folder, summaries_every_steps=5, max_steps=18, eval_split="")
+    config.checkpoint.every_steps = 10
+    add = step_log.StepLog.add
+
+    def add_or_crash(self, step, metrics):
+        if step == 11:  # after the checkpoint of step 10 and the summary
+            raise RuntimeError("killed")
+        add(self, step, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step_log.StepLog, "add", add_or_crash)
+        with pytest.raises(RuntimeError, match="killed"):
+            loop.train_and_evaluate(config, tmp_path)
+    assert records(tmp_path, "grad_norm/")[-1]["step"] == 10
+    loop.train_and_evaluate(config, tmp_path)
+    steps = [row["step"] for row in records(tmp_path, "grad_norm/")]
+    assert steps == [0, 5, 10, 15]
+
+
+def test_a_loss_that_stays_at_guessing_is_said_once(
+    folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(step_log, "STALL_AFTER_STEPS", 9)
+    config = small_config(folder, max_steps=20, eval_split="")
+    config.model.init = "caffe"
+    config.optim.learning_rate = 1e-12
+    loop.train_and_evaluate(config, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    (index,) = (i for i, line in enumerate(lines) if line.startswith("WARNING"))
+    # The first record from step 9 on is that of step 10.
+    assert lines[index - 1].startswith("step 10/20")
+    for words in (
+        "after 10 steps the loss is 1.0",
+        "ln(3) = 1.0986",
+        "--config.model.init=paper or he",  # it has caffe
+        "another --config.seed",
+        "--config.schedule.name=cosine --config.schedule.warmup_epochs=1",
+        f"python -m alexnet_jax.prepare check --source={config.data.source}",
+    ):
+        assert words in lines[index]
+    # It goes on training.
+    assert records(tmp_path, "train/")[-1]["step"] == 20
+
+
+def traced_steps(workdir):
+    """The numbers of the steps in a workdir's one trace."""
+    (path,) = workdir.glob("profile/plugins/profile/*/*.trace.json.gz")
+    assert path.with_name(path.name.replace("trace.json.gz", "xplane.pb")).exists()
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    steps = {e["args"]["step_num"] for e in events if e.get("name") == "train"}
+    return sorted(int(step) for step in steps)
+
+
+@pytest.mark.slow
+def test_a_few_steps_are_traced(finished, folder, tmp_path, monkeypatch, capsys):
+    config = small_config(folder, profile=2, max_steps=8, eval_split="")
+    loop.train_and_evaluate(config, tmp_path / "whole")
+    assert traced_steps(tmp_path / "whole") == [3, 4]
+    out = capsys.readouterr().out
+    assert f"traced from step 3 on: {tmp_path / 'whole' / 'profile'}. Look" in out
+    _, plain = finished
+    assert records(tmp_path / "whole", "train/")[0] == records(plain, "train/")[0]
+    assert not (plain / "profile").exists()
+    # Stopped in the middle: closed, or the next one could not be started.
+    config = small_config(folder, profile=50, eval_split="")
+    with monkeypatch.context() as patch:
+        StopAt(patch, 5, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            loop.train_and_evaluate(config, tmp_path / "stopped")
+    assert traced_steps(tmp_path / "stopped") == [3, 4]
+    config = small_config(folder, profile=2, max_steps=3, eval_split="")
+    capsys.readouterr()
+    loop.train_and_evaluate(config, tmp_path / "short")
+    assert "no trace: --config.profile begins 3 steps after" in capsys.readouterr().out
+    assert not (tmp_path / "short" / "profile").exists()
+
+
+def test_bfloat16_trains(folder, tmp_path):
+    config = small_config(folder)
+    config.model.dtype = "bfloat16"
+    config.max_steps = 3
+    state = loop.train_and_evaluate(config, tmp_path)
+    assert state.params["conv1"]["kernel"].dtype == jnp.float32
+
+
+def test_waiting_for_data_is_told_from_computing(folder, tmp_path, monkeypatch):
+    times = []
+
+    def fetch(source, indices, images, labels):
+        times.append(time.monotonic())
+        if len(times) > 20:  # three times as long as steps, which it waited for before
+            time.sleep(3 * (times[19] - times[9]) / 10)
+        images[...], labels[...] = 100, indices % CLASSES
+
+    monkeypatch.setattr(FolderSource, "fetch", fetch)
+    config = small_config(folder, max_steps=30, eval_every_epochs=0.0)
+    config.data.workers = 1  # a call a batch, and up to four of them ahead
+    loop.train_and_evaluate(config, tmp_path)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    waited = {r["step"]: r["data_wait_frac"] for r in rows if "data_wait_frac" in r}
+    assert waited[10] < waited[30]
+
+
+def test_the_remedy_for_memory_is_the_same_run(
+    ten_steps_on_two_devices, folder, tmp_path
+):
+    """From step 5 on each batch of 8 goes through the network in two parts."""
+    whole, workdir = ten_steps_on_two_devices
+    moved = after_five_steps(workdir, tmp_path / "moved")
+    config = float64_config(folder, "columns", 1, 2)
+    config.optim.accumulate_steps = 2
+    with in_float64():
+        state = loop.train_and_evaluate(config, moved)
+    for a, b in zip(leaves(state), leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
+    for row, wanted in zip(records(moved, "lr"), records(workdir, "lr"), strict=True):
+        assert row == pytest.approx(wanted, rel=1e-10)
