@@ -15,7 +15,7 @@ from alexnet_jax.analysis.codes import (
     train_coder,
 )
 from alexnet_jax.analysis.retrieval import RetrievalError, nearest
-from benchmarks import codes as benchmark
+from benchmarks.speed import codes as benchmark
 
 BITS = 20  # fills neither its last byte nor its word
 

@@ -14,19 +14,18 @@ import pytest
 
 from alexnet_jax import create_model
 from alexnet_jax.training import metrics
-from benchmarks import (
+from benchmarks.reliability import repeats, soak
+from benchmarks.speed import (
     gpu,
     growth,
     jax_alexnet,
     measure,
     operators,
-    repeats,
     roofline,
     side_by_side,
-    soak,
     start_up,
 )
-from benchmarks.measure import Setting
+from benchmarks.speed.measure import Setting
 from tests.models.test_alexnet import random_variables, torch_network
 
 PAPER_MULTIPLY_ADDS = 724_406_816
@@ -113,7 +112,7 @@ def test_the_roofline_takes_the_slower_of_two_limits_for_each_part():
 def peer_with(table, params, lrn, dropout):
     """The peer holding our parameters; `table` is the network's with no padding."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    from benchmarks import torch_alexnet
+    from benchmarks.speed import torch_alexnet
 
     peer = torch_alexnet.paper_network(
         lrn, width=NARROW.width, num_classes=10, dropout=dropout
@@ -168,7 +167,7 @@ def test_the_peer_is_the_same_network(small, lrn, channels_last):
 
 def test_the_peers_dropout_is_the_papers():
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    from benchmarks.torch_alexnet import PaperDropout
+    from benchmarks.speed.torch_alexnet import PaperDropout
 
     layer, x = PaperDropout(0.25), torch.ones(1000)
     torch.manual_seed(0)

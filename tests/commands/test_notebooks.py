@@ -9,7 +9,7 @@ import nbclient
 import nbformat
 import pytest
 
-from benchmarks.notebook_figures import RESULTS, images, named_figures
+from benchmarks.speed.notebook_figures import RESULTS, images, named_figures
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("01_quickstart", "02_lrn_and_pooling", "03_two_columns", "04_retrieval")

@@ -14,7 +14,7 @@ from alexnet_jax.models import variants
 from alexnet_jax.models.alexnet import create_model
 from alexnet_jax.models.summary import summary
 from alexnet_jax.training.loop import train_and_evaluate
-from benchmarks import parallel_modes
+from benchmarks.speed import parallel_modes
 from configs import quickstart
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +118,7 @@ def test_troubleshooting_messages(number, workdir, tmp_path):
 
 
 def test_tables_of_parallelism_are_of_the_results():
-    """docs/parallelism.md holds what benchmarks/parallel_modes.py makes of its file."""
+    """docs/parallelism.md holds what benchmarks/speed/parallel_modes.py makes of its file."""
     text = (ROOT / "docs" / "parallelism.md").read_text()
     results = ROOT / "benchmarks" / "results" / "parallel_modes"
     rows = json.loads((results / "modes.json").read_text())["rows"]

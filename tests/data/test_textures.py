@@ -19,7 +19,7 @@ import pytest
 from alexnet_jax.data import eval_batches, open_source
 from alexnet_jax.data.textures import CLASS_NAMES, build, draw
 from alexnet_jax.data.textures import textures_dataset_builder as module
-from benchmarks import texture_baselines as baselines
+from benchmarks.speed import texture_baselines as baselines
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -1,11 +1,11 @@
-"""Kills and damaged checkpoints: the short form of benchmarks/kills.py."""
+"""Kills and damaged checkpoints: the short form of benchmarks/reliability/kills.py."""
 
 import json
 import sys
 
 import pytest
 
-from benchmarks import kills
+from benchmarks.reliability import kills
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ scale, angle, offset and slight warp. The field is cut at its median over the
 picture, so exactly half of every picture is painted in each of two random colours:
 the classes have the same colours, and as offset and polarity are random too, the
 same mean at every pixel. Neither colours nor a linear function of pixels can name
-the class (`benchmarks/texture_baselines.py`). No class is the mirror image of another, because
+the class (`benchmarks/speed/texture_baselines.py`). No class is the mirror image of another, because
 training flips pictures, and the 224 x 224 crops hold several periods.
 """
 

@@ -18,7 +18,7 @@ from alexnet_jax.training import (
     parallel,
     steps,
 )
-from benchmarks.measure import Setting
+from benchmarks.speed.measure import Setting
 
 CROP = 224
 

@@ -1,6 +1,6 @@
 """Runs the notebooks and keeps the figures that the README shows.
 
-    python -m benchmarks.notebook_figures --out=benchmarks/results/notebooks
+    python -m benchmarks.speed.notebook_figures --out=benchmarks/results/notebooks
 
 A code cell whose metadata has {"figure": "lrn.png"} makes that file. Notebooks that name
 none are not run. A name that ends in .jpg is for a figure full of pictures.
@@ -16,7 +16,7 @@ import nbclient
 import nbformat
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "notebooks"
 
 

@@ -1,6 +1,6 @@
 """The loader, beside the bare JPEG decoder and a PyTorch DataLoader with Pillow.
 
-    python -m benchmarks.input_pipeline --out=DIR [--short] [--workers N]
+    python -m benchmarks.speed.input_pipeline --out=DIR [--short] [--workers N]
         [--pictures=FOLDER] [--memory_records N]
 
 Records of 256 x 256 JPEGs in array_record, as `prepare imagenet` writes them: one file
@@ -33,7 +33,7 @@ from PIL import Image
 from alexnet_jax.data import sources
 from alexnet_jax.data.imagenet import preparation
 from alexnet_jax.data.loader import Batches, TrainOrder
-from benchmarks import measure, memory, pictures
+from benchmarks.speed import measure, memory, pictures
 
 BATCH_SIZE = 128
 SHUFFLED, IN_ORDER = "ours, shuffled", "ours, in order"

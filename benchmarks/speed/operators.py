@@ -1,6 +1,6 @@
 """Every operator of the paper's network by itself, beside the machine's limits.
 
-    python -m benchmarks.operators --out=DIR [--short] [--batch N] [--precision NAME]
+    python -m benchmarks.speed.operators --out=DIR [--short] [--batch N] [--precision NAME]
 
 Convolutions, normalisation, pooling and fully connected layers, forwards and backwards,
 and the update, at batch 128: ours as the network runs them, ours plain (`fast=False`)
@@ -30,8 +30,8 @@ from alexnet_jax.models import ops
 from alexnet_jax.models.alexnet import AlexNet
 from alexnet_jax.models.summary import summary
 from alexnet_jax.training import optim
-from benchmarks import jax_alexnet, measure, roofline
-from benchmarks.measure import Setting
+from benchmarks.speed import jax_alexnet, measure, roofline
+from benchmarks.speed.measure import Setting
 
 ROUNDS = {"short": 2, "long": 5}
 COLUMNS = 2
@@ -190,7 +190,7 @@ def candidates(
         if name.startswith(("conv", "norm", "pool")):
             found[name]["plain"] = build
     if importlib.util.find_spec("torch"):
-        from benchmarks import torch_operators
+        from benchmarks.speed import torch_operators
 
         for name, who, build in torch_operators.operators(model, setting, device):
             found[name][who] = build

@@ -1,6 +1,6 @@
 """Everything that is measured on a GPU, by one command in at most nine minutes.
 
-    python -m benchmarks.gpu --out=DIR [--short] [--minutes N]
+    python -m benchmarks.speed.gpu --out=DIR [--short] [--minutes N]
 
 Needs JAX for the GPU, and torch for the GPU for the comparisons. Each benchmark runs in
 a process of its own and leaves its files in DIR; DIR/gpu.json and .md say how each
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks import measure
+from benchmarks.speed import measure
 
 # Stopping a process and writing the last files.
 _RESERVE_SECONDS = 10.0
@@ -138,9 +138,9 @@ def require_gpu(platform: str) -> None:
     """Exits with a message unless JAX's default backend is a GPU."""
     if platform != "gpu":
         raise SystemExit(
-            f"benchmarks.gpu: JAX's backend here is {platform!r}, expected a GPU. With "
+            f"benchmarks.speed.gpu: JAX's backend here is {platform!r}, expected a GPU. With "
             'one, `pip install "jax[cuda13]"`; without, run the benchmarks one by one '
-            "(`python -m benchmarks.train_step --out=DIR`) or `make bench`."
+            "(`python -m benchmarks.speed.train_step --out=DIR`) or `make bench`."
         )
 
 

@@ -1,6 +1,6 @@
 """Kill runs at any moment, start them again and compare: is anything lost?
 
-    python -m benchmarks.kills --out=DIR [--short] [--kills=50] [--seed=0]
+    python -m benchmarks.reliability.kills --out=DIR [--short] [--kills=50] [--seed=0]
 
 Trains configs/quickstart.py, shortened (`QUICKLY`), on two virtual devices and in two
 processes, once without a disturbance each. Then the same in new folders, with the data
@@ -38,9 +38,9 @@ from typing import Any
 
 from alexnet_jax.training.checkpoint import Checkpointer, CheckpointError
 from alexnet_jax.training.writers import METRICS_FILE, read_metrics
-from benchmarks import measure
+from benchmarks.speed import measure
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # Each step has a record, so a record does not depend on where a start begins.
 STEPS, EVALUATE_EVERY = 24, 6
 QUICKLY = (

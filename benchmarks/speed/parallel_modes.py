@@ -1,6 +1,6 @@
 """What each parallel mode sends, compiled for 2 to 1,024 devices, and what it costs.
 
-    python -m benchmarks.parallel_modes --out=benchmarks/results/parallel_modes
+    python -m benchmarks.speed.parallel_modes --out=benchmarks/results/parallel_modes
 
 compiles the full-width paper network's training step on that many virtual devices of the
 CPU (nothing is computed; some minutes), reads bytes and memory from the programs into
@@ -199,7 +199,7 @@ def main() -> None:
 
         found = {
             "date": time.strftime("%Y-%m-%d"),
-            "command": "python -m benchmarks.parallel_modes --out=DIR",
+            "command": "python -m benchmarks.speed.parallel_modes --out=DIR",
             "machine": f"{platform.machine()}, virtual CPU devices",
             "versions": {"python": platform.python_version(), "jax": jax.__version__},
             "images_a_device": IMAGES,

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure
-from benchmarks.measure import Setting
+from benchmarks.speed import measure
+from benchmarks.speed.measure import Setting
 
 PLAN = "ours, the compiler's plan"
 RESIDENT = "growth of the process's peak resident memory"
@@ -60,7 +60,7 @@ def _growth(setting: Setting, form: Any) -> float:
     if form is None:
         import jax.numpy as jnp
 
-        from benchmarks import jax_alexnet
+        from benchmarks.speed import jax_alexnet
 
         jnp.zeros(()).block_until_ready()  # the runtime itself is not counted
 
@@ -68,7 +68,7 @@ def _growth(setting: Setting, form: Any) -> float:
             return jax_alexnet.Trainer(setting)
 
     else:
-        from benchmarks import torch_alexnet
+        from benchmarks.speed import torch_alexnet
 
         def build() -> Callable[[], float]:
             return torch_alexnet.trainer(setting, form)

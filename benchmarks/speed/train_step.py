@@ -1,6 +1,6 @@
 """The training step, ours against PyTorch's best form and the machine's limits.
 
-    python -m benchmarks.train_step --out=DIR [--short] [--batch N ...]
+    python -m benchmarks.speed.train_step --out=DIR [--short] [--batch N ...]
         [--precision NAME ...]
 
 The "paper" network with response normalisation and dropout: forward pass, gradients,
@@ -10,7 +10,7 @@ a CPU float32 at batch 128; on a GPU bfloat16, float32 and tensorfloat32 at 128 
 needs.
 """
 
-from benchmarks import side_by_side
+from benchmarks.speed import side_by_side
 
 if __name__ == "__main__":
     side_by_side.run("train_step", __doc__)

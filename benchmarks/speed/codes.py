@@ -3,7 +3,7 @@
     python -m alexnet_jax.retrieve --workdir=RUN --index=TRAIN.npz [--layer=LAYER]
     python -m alexnet_jax.retrieve --workdir=RUN --index=TEST.npz [--layer=LAYER] \
         --split=test
-    python -m benchmarks.codes --out=DIR [--short] [--index TRAIN.npz ...]
+    python -m benchmarks.speed.codes --out=DIR [--short] [--index TRAIN.npz ...]
         [--queries TEST.npz ...] [--parts quality|speed ...]
 
 For each index, by codes of several lengths: how many of the exact 10 nearest are among
@@ -41,7 +41,7 @@ from alexnet_jax.analysis.codes import (
     train_coder,
 )
 from alexnet_jax.analysis.retrieval import load_index, nearest
-from benchmarks import measure
+from benchmarks.speed import measure
 
 BITS = (28, 64, 128, 256)
 NEAREST, AMONG = 10, 100

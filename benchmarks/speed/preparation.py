@@ -1,6 +1,6 @@
 """`prepare imagenet` beside decoding, resizing and encoding alone.
 
-    python -m benchmarks.preparation --out=DIR [--short] [--pictures=FOLDER]
+    python -m benchmarks.speed.preparation --out=DIR [--short] [--pictures=FOLDER]
         [--workers N ...]
 
 The command by 1 and by 2 processes, on 400 and on 4,000 pictures in class folders (those
@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 from alexnet_jax.data import images
 from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, originals, preparation
-from benchmarks import measure, pictures
+from benchmarks.speed import measure, pictures
 
 ALONE, AGAIN = "decode, resize, encode", "and decode again"
 RECORDS, WHOLE = "records", "with statistics"

@@ -16,8 +16,13 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
-from benchmarks import jax_alexnet, measure, memory, roofline
-from benchmarks.measure import Setting
+from benchmarks.speed import (
+    jax_alexnet,
+    measure,
+    memory,
+    roofline,
+)
+from benchmarks.speed.measure import Setting
 
 ROUNDS = {"short": 2, "long": 7}
 SELECTION_CALLS = 2
@@ -47,7 +52,7 @@ def settings(
 
 def forms(on_gpu: bool, short: bool) -> list[Any]:
     """The peer's forms; `short` leaves one of eager and one of torch.compile."""
-    from benchmarks.torch_alexnet import LRNS, Form
+    from benchmarks.speed.torch_alexnet import LRNS, Form
 
     if short:
         return [Form("library", "", True), Form("roots", "default", True)]
@@ -281,7 +286,7 @@ def run(name: str, doc: str | None) -> None:
 def _builder(
     training: bool, setting: Setting, form: Any, device: str
 ) -> Callable[[], Call]:
-    from benchmarks import torch_alexnet
+    from benchmarks.speed import torch_alexnet
 
     make = torch_alexnet.trainer if training else torch_alexnet.classifier
     return lambda: make(setting, form, device)

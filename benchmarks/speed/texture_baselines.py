@@ -1,6 +1,6 @@
 """Two classifiers that must fail on the textures: by colour, and linear in pixels.
 
-    python -m benchmarks.texture_baselines [--data_dir=DIR]
+    python -m benchmarks.speed.texture_baselines [--data_dir=DIR]
 
 They show that a network which learns this data set has learned local structure. Both are
 given every advantage: their one free number is chosen on the test pictures.

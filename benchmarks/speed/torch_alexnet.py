@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.measure import Setting
+from benchmarks.speed.measure import Setting
 
 LRNS = ("library", "slices", "roots")
 COLUMNS = 2

@@ -1,6 +1,6 @@
 """The starts `paper` and `caffe` at full width: which one leaves ln(classes)?
 
-    python benchmarks/compare_inits.py --out=DIR [--steps=1000] \
+    python benchmarks/speed/compare_inits.py --out=DIR [--steps=1000] \
         -- --config.data.source=folder:PATH --config.data.eval_split=train
 
 trains `configs/paper.py` once with each start, one after the other (a run that is

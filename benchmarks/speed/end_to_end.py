@@ -1,6 +1,6 @@
 """Training with real pictures, beside the step alone and the loader alone.
 
-    python -m benchmarks.end_to_end --out=DIR [--short] [--pictures=FOLDER]
+    python -m benchmarks.speed.end_to_end --out=DIR [--short] [--pictures=FOLDER]
         [--width W ...] [--batch N] [--workers N]
 
 The network of `configs/paper.py`, at several widths; records of 256 x 256 JPEGs as in
@@ -29,7 +29,7 @@ from alexnet_jax.data.loader import Batches, TrainOrder
 from alexnet_jax.training import experiment as experiment_lib
 from alexnet_jax.training import timing
 from alexnet_jax.training.experiment import Experiment
-from benchmarks import measure, pictures
+from benchmarks.speed import measure, pictures
 from configs import paper
 
 STEP, LOADER, TOGETHER = "step alone", "loader alone", "ours, end to end"

@@ -1,6 +1,6 @@
 """Whether a long run grows: memory, open files and threads of training and loading.
 
-    python -m benchmarks.soak --out=DIR [--minutes=60] [--short]
+    python -m benchmarks.reliability.soak --out=DIR [--minutes=60] [--short]
 
 Two processes run side by side: the quickstart without an end, which trains, evaluates,
 summarises and saves a checkpoint every minute, and a loader alone, which decodes
@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks import measure
+from benchmarks.speed import measure
 
 MINUTES = {"short": 0.7, "long": 60.0}
 SECONDS_BETWEEN = {"short": 2.0, "long": 10.0}
 # Compiling, caches and the allocator's first arenas: not counted as growth.
 WARM_UP_SHARE = 1 / 6
 BATCHES_A_SOURCE = 1000
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,12 @@ def soak(minutes: float, every: float, *, short: bool) -> dict[str, Any]:
     """Runs both processes; samples, growth, and how much was done."""
     with tempfile.TemporaryDirectory() as folder:
         workdir, counted = Path(folder) / "run", Path(folder) / "batches"
-        loader = [sys.executable, "-m", "benchmarks.soak", f"--load={counted}"]
+        loader = [
+            sys.executable,
+            "-m",
+            "benchmarks.reliability.soak",
+            f"--load={counted}",
+        ]
         commands = {"training": training_command(workdir, short), "loading": loader}
         log = (Path(folder) / "log").open("wb")
         processes = {

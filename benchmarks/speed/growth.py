@@ -1,6 +1,6 @@
 """Images a second of training over the batch and over the network's width.
 
-    python -m benchmarks.growth --out=DIR [--short] [--peer] [--precision NAME]
+    python -m benchmarks.speed.growth --out=DIR [--short] [--peer] [--precision NAME]
 
 Batches of 8 to 256 (on a GPU 32 to 2,048) at full width, and widths of a quarter to all
 at batch 128, beside the roofline of each point. `--peer` adds PyTorch in the form that
@@ -15,8 +15,8 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
-from benchmarks import jax_alexnet, measure, roofline
-from benchmarks.measure import Setting
+from benchmarks.speed import jax_alexnet, measure, roofline
+from benchmarks.speed.measure import Setting
 
 ROUNDS = {"short": 2, "long": 5}
 BATCHES = (8, 16, 32, 64, 128, 256)
@@ -48,7 +48,7 @@ def measured(
     print(f"{setting} ...", file=sys.stderr, flush=True)
     candidates: dict[str, Any] = {"ours": jax_alexnet.Trainer(setting)}
     if peer is not None:
-        from benchmarks import torch_alexnet
+        from benchmarks.speed import torch_alexnet
 
         candidates["torch"] = torch_alexnet.trainer(setting, peer, device)
     seconds = measure.alternate(candidates, rounds=rounds)
@@ -130,7 +130,7 @@ def main() -> None:
     precision = chosen.precision or ("bfloat16" if on_gpu else "float32")
     peer = None
     if chosen.peer:
-        from benchmarks.torch_alexnet import Form
+        from benchmarks.speed.torch_alexnet import Form
 
         peer = Form("roots", "default", channels_last=True)
     limits = measure.gemm_rate(precision), measure.copy_bandwidth()

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from alexnet_jax.models.alexnet import AlexNet
 from alexnet_jax.models.summary import summary
-from benchmarks.measure import Setting
-from benchmarks.operators import Layer, convolutions
-from benchmarks.torch_alexnet import (
+from benchmarks.speed.measure import Setting
+from benchmarks.speed.operators import Layer, convolutions
+from benchmarks.speed.torch_alexnet import (
     LRNS,
     local_response_norm,
     paper_network,

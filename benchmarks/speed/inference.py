@@ -1,6 +1,6 @@
 """Classification of a batch, ours against PyTorch's best form and the machine's limits.
 
-    python -m benchmarks.inference --out=DIR [--short] [--batch N ...]
+    python -m benchmarks.speed.inference --out=DIR [--short] [--batch N ...]
         [--precision NAME ...]
 
 The "paper" network with response normalisation, from uint8 pictures of 224 x 224 less
@@ -8,7 +8,7 @@ their mean to logits. On a CPU float32 at batch 128; on a GPU bfloat16, float32 
 tensorfloat32 at 128 and 1,024.
 """
 
-from benchmarks import side_by_side
+from benchmarks.speed import side_by_side
 
 if __name__ == "__main__":
     side_by_side.run("inference", __doc__)

@@ -1,6 +1,6 @@
 """Check that training repeats bit for bit: the same steps in fresh processes.
 
-    python -m benchmarks.repeats --out=DIR [--short]
+    python -m benchmarks.reliability.repeats --out=DIR [--short]
 
 Trains the paper's network with augmentation and dropout from one seed on one device. On a
 GPU also with XLA's deterministic kernels (XLA_FLAGS=--xla_gpu_deterministic_ops=true).
@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import measure
-from benchmarks.measure import Setting
+from benchmarks.speed import measure
+from benchmarks.speed.measure import Setting
 
 PROCESSES = {"short": 2, "long": 3}
 STEPS = {"short": 2, "long": 20}
@@ -27,7 +27,7 @@ def parameters(setting: Setting, flags: str) -> dict[str, np.ndarray]:
     import jax
 
     from alexnet_jax.data import augment
-    from benchmarks import jax_alexnet
+    from benchmarks.speed import jax_alexnet
 
     augmentation = augment.Augmentation(jax_alexnet.CROP)
     step = jax_alexnet.training_step(setting, augmentation)

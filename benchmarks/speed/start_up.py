@@ -1,6 +1,6 @@
 """How long a start takes, and how much memory the paper's batch needs a device.
 
-    python -m benchmarks.start_up --out=DIR [--short]
+    python -m benchmarks.speed.start_up --out=DIR [--short]
 
 Importing, and the full network's first training step at batch 128, with nothing kept
 and from JAX's persistent compile cache; each in fresh processes. The memory is the
@@ -17,8 +17,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import measure
-from benchmarks.measure import Setting
+from benchmarks.speed import measure
+from benchmarks.speed.measure import Setting
 
 REPEATS = {"short": 1, "long": 5}
 IMPORTS = (
@@ -64,7 +64,7 @@ def first_step(batch: int, cache: str) -> dict[str, float]:
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-    from benchmarks import jax_alexnet
+    from benchmarks.speed import jax_alexnet
 
     step = jax_alexnet.training_step(Setting(batch))
     jax.block_until_ready(step.state)
