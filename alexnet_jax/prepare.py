@@ -47,7 +47,7 @@ from alexnet_jax.system.cli import (
     require_writable,
     show_every_name,
 )
-from alexnet_jax.system.files import replacing
+from alexnet_jax.system.files import atomic_write
 
 
 class _Parser(argparse.ArgumentParser):
@@ -160,7 +160,7 @@ def _check(options: argparse.Namespace) -> int:
         _say(str(finding))
         findings.append(finding.level)
     figure = contact_sheet(train, labels[0], evaluation, labels[-1])
-    with replacing(out) as file:
+    with atomic_write(out) as file:
         figure.savefig(file, format=out.suffix.removeprefix("."), dpi=110)
     _say(f"look at {out}: each pair must show what its title says")
     wrong = findings.count("WRONG")

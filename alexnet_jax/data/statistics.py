@@ -14,7 +14,7 @@ import numpy as np
 
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.sources import Source
-from alexnet_jax.system.files import read_npz, replacing
+from alexnet_jax.system.files import atomic_write, read_npz
 
 _FIELDS = ("mean_image", "pca_std_255", "pca_vectors", "num_examples")
 _SPLIT = "split_examples"  # not in files of earlier versions
@@ -64,7 +64,7 @@ class Statistics:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write an .npz file, completely or not at all."""
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             np.savez(
                 file,
                 mean_image=self.mean_image,

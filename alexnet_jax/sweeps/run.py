@@ -42,9 +42,9 @@ from alexnet_jax.sweeps.plan import (
     Run,
     SweepError,
 )
-from alexnet_jax.system import locks, machine, signals
+from alexnet_jax.system import machine, signals
 from alexnet_jax.system.cli import path_argument, require_writable
-from alexnet_jax.system.files import replacing
+from alexnet_jax.system.files import atomic_write, exclusive_lock
 from alexnet_jax.training.config import ConfigError
 from alexnet_jax.training.experiment import DIVERGED
 from alexnet_jax.training.load import CHECKPOINTS, CONFIG_FILE
@@ -117,7 +117,7 @@ class Job:
             about["beaten"] = True
         if self.error:
             about["error"] = self.error
-        with replacing(self.folder / STATUS) as file:
+        with atomic_write(self.folder / STATUS) as file:
             file.write(json.dumps(about, indent=1).encode() + b"\n")
 
     def slurm_id(self) -> str:
@@ -425,7 +425,7 @@ def _run(options: argparse.Namespace) -> int:
         _print_commands(launcher)
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    with locks.held(out / LOCK, wait=False):
+    with exclusive_lock(out / LOCK, wait=False):
         interrupted = launcher.work()
         command = f"python launch/sweep.py {machine.without_paths(sys.argv[1:])}"
         page = summary.write(plan, launcher.jobs, launcher.results, out, command)

@@ -24,7 +24,7 @@ from alexnet_jax.data.sources import place_of_split
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.models.weights import Weights
 from alexnet_jax.system.cli import expanded, require_writable_file
-from alexnet_jax.system.files import read_npz, replacing
+from alexnet_jax.system.files import atomic_write, read_npz
 from alexnet_jax.training import finetune, load, metrics
 from alexnet_jax.training.banner import say_place
 from alexnet_jax.training.checkpoint import (
@@ -129,7 +129,7 @@ class Predictions:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz atomically, for `load_predictions` and NumPy."""
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             np.savez(file, **{k: v for k, v in vars(self).items() if v is not None})
 
 

@@ -24,7 +24,7 @@ from alexnet_jax.models.weights import (
     WeightsError,
     read_weights,
 )
-from alexnet_jax.system.files import replacing
+from alexnet_jax.system.files import atomic_write
 from alexnet_jax.training import parallel
 from alexnet_jax.training.checkpoint import Checkpointer, CheckpointError, split_step
 from alexnet_jax.training.config import (
@@ -324,5 +324,5 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(f"{json.dumps(value, indent=2)}\n".encode())

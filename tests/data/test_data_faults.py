@@ -24,7 +24,7 @@ from alexnet_jax.data import (
 from alexnet_jax.data.imagenet import originals, preparation
 from alexnet_jax.data.loader import TrainOrder
 from alexnet_jax.data.sources import FolderSource
-from alexnet_jax.system import locks
+from alexnet_jax.system.files import HeldError, exclusive_lock
 from alexnet_jax.training import evaluate, loop
 from alexnet_jax.training import experiment as experiment_lib
 from tests.data.test_data import encoded, fetched
@@ -451,9 +451,9 @@ def test_full_disk_while_imagenet_is_prepared(
 # One process at a time.
 
 _HOLD = """
-import pathlib, runpy, sys
-held = runpy.run_path("alexnet_jax/system/locks.py")["held"]
-with held(pathlib.Path(sys.argv[1]), wait=False):
+import pathlib, sys
+from alexnet_jax.system.files import exclusive_lock
+with exclusive_lock(pathlib.Path(sys.argv[1]), wait=False):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -471,13 +471,13 @@ def test_refused_process_is_told_who_holds_the_lock(tmp_path):
     with holder:
         assert holder.stdout and holder.stdout.readline() == "held\n"
         for _ in range(2):  # who is refused must not wipe out the holder's line
-            with pytest.raises(locks.HeldError) as error, locks.held(path, wait=False):
+            with pytest.raises(HeldError) as error, exclusive_lock(path, wait=False):
                 pass
             who = f"process {holder.pid} on {socket.gethostname()} since 2"
             assert str(error.value).startswith(f"{path} is held by {who}")
             assert "sys.stdin.read()" in error.value.holder
         holder.kill()
-    with locks.held(path, wait=False):  # the lock of a killed process is free
+    with exclusive_lock(path, wait=False):  # the lock of a killed process is free
         pass
 
 

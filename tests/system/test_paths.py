@@ -20,7 +20,7 @@ from alexnet_jax import (
     retrieve,
 )
 from alexnet_jax.data.statistics import Statistics
-from alexnet_jax.system.files import replacing
+from alexnet_jax.system.files import atomic_write
 from alexnet_jax.training import load
 from alexnet_jax.training import loop as train_lib
 from alexnet_jax.training.checkpoint import Checkpointer
@@ -134,7 +134,7 @@ def test_file_that_cannot_be_replaced_leaves_nothing(tmp_path):
     (tmp_path / "x.npz").mkdir()
     with (
         pytest.raises(IsADirectoryError, match=r"x\.npz"),
-        replacing(tmp_path / "x.npz"),
+        atomic_write(tmp_path / "x.npz"),
     ):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]

@@ -39,9 +39,14 @@ from alexnet_jax.data.imagenet.classes import OFFICIAL_COUNTS, wnids
 from alexnet_jax.data.imagenet.originals import SPLITS, Originals
 from alexnet_jax.data.sources.source import some
 from alexnet_jax.data.sources.tfds import TfdsSource, example_message
-from alexnet_jax.system import locks
 from alexnet_jax.system.cli import require_writable
-from alexnet_jax.system.files import check_room, replacing, telling_of_a_full_disk
+from alexnet_jax.system.files import (
+    HeldError,
+    atomic_write,
+    check_room,
+    exclusive_lock,
+    explain_full_disk,
+)
 
 NAME = "imagenet2012_256"
 VERSION = "1.0.0"
@@ -106,7 +111,7 @@ def prepare(
             _verify(source, bar)
         shards = _shards(found, unfinished)
         check_room(data_dir, _bytes_missing(shards))
-        with telling_of_a_full_disk(data_dir, lambda: _bytes_missing(shards)):
+        with explain_full_disk(data_dir, lambda: _bytes_missing(shards)):
             (unfinished / "parts").mkdir(parents=True, exist_ok=True)
             planned = {shard.path.name for shard in shards}
             for path in unfinished.glob("*.array_record-*"):
@@ -142,9 +147,9 @@ def _alone(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder; refuse a second process that prepares there."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with locks.held(folder / ".lock", wait=False):
+        with exclusive_lock(folder / ".lock", wait=False):
             yield
-    except locks.HeldError as error:
+    except HeldError as error:
         raise DataError(
             f"{folder} is being prepared by {error.holder}; wait for it, or end it and "
             "start this command again"
@@ -333,7 +338,7 @@ def write_shard(shard: Shard) -> None:
         "made_of": shard.originals.fingerprint(),
         "unreadable": unreadable,
     }
-    with replacing(shard.result_path) as file:
+    with atomic_write(shard.result_path) as file:
         file.write(json.dumps(result).encode())
 
 
@@ -386,7 +391,7 @@ def _finish(
         "preprocessing": f"shorter side {SIZE} (box or bicubic), central {SIZE} x "
         f"{SIZE}, JPEG of quality {_JPEG_QUALITY}, 4:2:0",
     }
-    with replacing(unfinished / RECORD_FILE) as file:
+    with atomic_write(unfinished / RECORD_FILE) as file:
         file.write(json.dumps(record, indent=2).encode() + b"\n")
 
 

@@ -8,9 +8,8 @@ import time
 from pathlib import Path
 
 from alexnet_jax.data.textures.drawing import CLASS_NAMES, draw
-from alexnet_jax.system import locks
 from alexnet_jax.system.cli import PathError, require_writable
-from alexnet_jax.system.files import telling_of_a_full_disk
+from alexnet_jax.system.files import exclusive_lock, explain_full_disk
 
 __all__ = ["CLASS_NAMES", "build", "draw"]
 
@@ -52,8 +51,8 @@ def build(data_dir: Path, *, tiny: bool = False) -> str:
     # The processes of one run build once. Where there are no locks each one builds:
     # tfds writes to a directory of its own and renames it.
     with (
-        telling_of_a_full_disk(data_dir),
-        locks.held(data_dir / ".textures.lock", wait=True) as is_held,
+        explain_full_disk(data_dir),
+        exclusive_lock(data_dir / ".textures.lock", wait=True) as is_held,
     ):
         if (directory / "dataset_info.json").exists():  # another process was faster
             return name

@@ -35,7 +35,7 @@ from alexnet_jax.models.ops.reference import pooled_length
 from alexnet_jax.models.summary import check_image_size
 from alexnet_jax.models.weights import files
 from alexnet_jax.models.weights.files import WeightsError
-from alexnet_jax.system.files import replacing
+from alexnet_jax.system.files import atomic_write
 
 # From 2022: it has all operators needed here, and all current runtimes read it.
 OPSET = 17
@@ -113,7 +113,7 @@ def export_onnx(
         producer_name="alexnet_jax",
     )
     helper.set_model_props(whole, properties)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(whole.SerializeToString())
 
 

@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from alexnet_jax.models.weights import files, torchvision
 from alexnet_jax.models.weights.files import Weights, WeightsError
-from alexnet_jax.system.files import replacing
+from alexnet_jax.system.files import atomic_write
 
 NAMES = ("alexnet_jax", "torchvision")
 # Metadata entry with everything but the tensors, as JSON.
@@ -73,7 +73,7 @@ def save_safetensors(
         tensors = {_MEAN: weights.mean, **leaves}
     # safetensors writes an array's memory as it lies, also that of a transposed one.
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in tensors.items()}
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(safetensors.numpy.save(arrays, metadata))
 
 
