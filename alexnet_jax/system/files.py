@@ -109,14 +109,11 @@ def _in_words(count: int) -> str:
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path, *, wait: bool) -> Iterator[bool]:
+def exclusive_lock(path: Path, *, wait: bool) -> Iterator[None]:
     """Hold the exclusive lock of a file, which is created; write the holder into it.
 
     The system frees the lock of a killed process. On a file system without locks nobody
     waits: results written under the lock must be harmless if written twice.
-
-    Yields:
-      True if the lock is held; False on a file system without locks.
 
     Raises:
       HeldError: (an OSError) another process holds it, and `wait` is false.
@@ -126,12 +123,11 @@ def exclusive_lock(path: Path, *, wait: bool) -> Iterator[bool]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            is_held = True
         except BlockingIOError:
             holder = os.pread(descriptor, 65_536, 0).decode(errors="replace").strip()
             raise HeldError(path, holder or "another process") from None
         except OSError:
-            is_held = False
+            pass  # a file system without locks
         line = (
             f"process {os.getpid()} on {socket.gethostname()} since "
             f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M:%S} UTC "
@@ -141,7 +137,7 @@ def exclusive_lock(path: Path, *, wait: bool) -> Iterator[bool]:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, line.encode(errors="replace"), 0)
         try:
-            yield is_held
+            yield
         finally:
             with contextlib.suppress(OSError):
                 os.ftruncate(descriptor, 0)

@@ -125,12 +125,7 @@ def read_network(
             f"variant={variant!r}."
         )
     side = config.data.image_size
-    statistics_lib.require_size(
-        statistics,
-        side,
-        workdir / STATISTICS_FILE,
-        remedy=statistics_lib.TRAIN_AGAIN,
-    )
+    statistics_lib.require_size(statistics, side, workdir / STATISTICS_FILE)
     names = read_class_names(workdir)
     classifier = variants.get(config.model.variant).layers[-1].name
     units = variables["params"][classifier]["bias"].shape[0]
@@ -155,7 +150,7 @@ def read_statistics(workdir: Path, image_size: int | None = None) -> Statistics:
     """
     path = workdir / STATISTICS_FILE
     try:
-        return statistics_lib.load(path, image_size, remedy=statistics_lib.TRAIN_AGAIN)
+        return statistics_lib.load(path, image_size)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{path} is missing: the mean image that the network of this run is given "

@@ -96,9 +96,7 @@ def prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
         differences = [] if saved is None else compare(config, saved, workdir)
         stored = workdir / load.STATISTICS_FILE
         if stored.exists():
-            statistics = statistics_lib.load(
-                stored, config.data.image_size, remedy=statistics_lib.TRAIN_AGAIN
-            )
+            statistics = statistics_lib.load(stored, config.data.image_size)
             if jax.process_index() == 0:
                 print(load.about_mean(workdir, statistics, config), flush=True)
     experiment = experiment_lib.build(config, statistics=statistics)

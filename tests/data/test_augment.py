@@ -41,7 +41,7 @@ def test_the_paper_has_33_by_33_places(keys):
     np.testing.assert_array_equal(tops, np.arange(33))
 
 
-@pytest.mark.parametrize("min_area", [0.08, 0.5, 0.9])
+@pytest.mark.parametrize("min_area", [0.08, 0.9])
 def test_boxes_are_those_of_torchvision(keys, min_area):
     """Areas, shapes and places against torchvision's loop of ten tries."""
     side = 256
@@ -90,28 +90,14 @@ def torchvision_boxes(rng, side, min_area, count):
     return np.array(boxes)
 
 
-def test_at_area_one_the_whole_picture_is_taken(keys):
+def test_at_area_one_the_whole_image_is_taken(keys):
     boxes = augment.random_boxes(keys[:50], 32, 1.0)
     assert (np.asarray(boxes) == [0, 0, 32, 32]).mean() > 0.95
-    raw = pictures(5, 32)
-    whole = jnp.tile(jnp.array([0, 0, 32, 32]), (5, 1))
-    same = augment.resize_boxes(raw, whole, 32)
-    assert same.dtype == jnp.float32
-    np.testing.assert_allclose(same, raw, atol=1e-3)
 
 
-def test_boxes_of_the_size_are_cut_out_as_they_are():
-    raw, size = pictures(3, 12), 5
-    corners = [(0, 0), (7, 7), (3, 6)]
-    boxes = jnp.array([(top, left, size, size) for top, left in corners])
-    for found, picture, (top, left) in zip(
-        augment.resize_boxes(raw, boxes, size), raw, corners, strict=True
-    ):
-        cut = picture[top : top + size, left : left + size]
-        np.testing.assert_allclose(found, cut, atol=1e-3)
-
-
-@pytest.mark.parametrize("box", [(2, 3, 4, 5), (0, 0, 12, 12), (1, 2, 11, 7)])
+@pytest.mark.parametrize(
+    "box", [(2, 3, 4, 5), (0, 0, 12, 12), (1, 2, 11, 7), (3, 6, 6, 6)]
+)
 def test_resizing_equals_a_numpy_loop(box):
     """Bilinear where it enlarges (4 x 5 to 6), a wider triangle where it reduces."""
     raw, size = pictures(1, 12), 6

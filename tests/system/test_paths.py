@@ -20,7 +20,6 @@ from alexnet_jax import (
     retrieve,
 )
 from alexnet_jax.data.statistics import Statistics
-from alexnet_jax.system.files import atomic_write
 from alexnet_jax.training import load
 from alexnet_jax.training import loop as train_lib
 from alexnet_jax.training.checkpoint import Checkpointer
@@ -128,13 +127,3 @@ def test_full_device_memory_is_one_message(places, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "allocating 9 bytes.). Set a larger --config.optim.accumulate_steps" in err
     assert err.count("\n") == 1 and "Traceback" not in err
-
-
-def test_file_that_cannot_be_replaced_leaves_nothing(tmp_path):
-    (tmp_path / "x.npz").mkdir()
-    with (
-        pytest.raises(IsADirectoryError, match=r"x\.npz"),
-        atomic_write(tmp_path / "x.npz"),
-    ):
-        pass
-    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]

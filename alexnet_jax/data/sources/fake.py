@@ -1,4 +1,4 @@
-"""Random pictures in memory."""
+"""Random images in memory."""
 
 import numpy as np
 
@@ -6,10 +6,10 @@ from alexnet_jax.data.sources.source import Source
 
 
 class FakeSource(Source):
-    """Random but constant pictures and labels at no cost, for benchmarks and tests.
+    """Random but constant images and labels at no cost, for benchmarks and tests.
 
-    Example i is picture i modulo 32 of a pool drawn once from the seed, with label i
-    modulo `num_classes`: there is nothing to learn. The numbers of examples are those of
+    Example i is image i modulo 32 of a pool drawn once from the seed, with label i
+    modulo `num_classes`: there is nothing to learn. The number of examples is that of
     ImageNet unless given.
     """
 
