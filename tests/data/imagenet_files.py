@@ -4,6 +4,7 @@ import io
 import struct
 import tarfile
 from collections.abc import Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from etils import epath
 from PIL import Image
 
 from alexnet_jax import prepare
-from alexnet_jax.data.imagenet import classes, preparation, wnids
+from alexnet_jax.data.imagenet import classes, wnids
 from alexnet_jax.data.sources.tfds import example_message
 
 WNIDS = wnids()[:3]
@@ -180,13 +181,19 @@ def write_shards_here(monkeypatch) -> list[str]:
     """Let `prepare` write in this process; return the shards that will be written."""
     made = []
 
-    def write(shards, workers, max_unreadable, log):
-        missing = [shard for shard in shards if not shard.is_done()]
-        for shard in missing:
-            preparation.write_shard(shard)
-            made.append(shard.path.name)
-        unreadable = [u for s in missing for u in s.result()["unreadable"]]
-        preparation._check_unreadable(unreadable, max_unreadable)
+    class Here(futures.Executor):
+        def __init__(self, *_):
+            pass
 
-    monkeypatch.setattr(preparation, "_write_shards", write)
+        def submit(self, function, shard):
+            future: futures.Future[None] = futures.Future()
+            try:
+                function(shard)
+                made.append(shard.path.name)
+                future.set_result(None)
+            except OSError as error:
+                future.set_exception(error)
+            return future
+
+    monkeypatch.setattr(futures, "ProcessPoolExecutor", Here)
     return made

@@ -295,9 +295,7 @@ def _tfds(directory: Path, split: str) -> Originals:
         )
     kind = info.file_format.value
     if kind not in ("tfrecord", "array_record"):
-        raise DataError(
-            f"{directory} is stored as {kind}, not tfrecord or array_record"
-        )
+        raise DataError(f"{directory} is a {kind}, not a tfrecord or array_record")
     files = [os.fspath(path) for path in info.splits[split].filepaths]
     lengths = dict(zip(files, info.splits[split].shard_lengths, strict=True))
     check_files(lengths, directory)
@@ -306,12 +304,10 @@ def _tfds(directory: Path, split: str) -> Originals:
         if kind == "tfrecord":
             spans = _tfrecord_spans(path)
         else:  # the size of the file tells data sets apart
-            size = os.path.getsize(path)
-            spans = [(number, size) for number in range(lengths[path])]
-        names = (f"{os.path.basename(path)}#{n}".encode() for n in range(len(spans)))
-        rows += [
-            (place, name, *span, -1) for name, span in zip(names, spans, strict=True)
-        ]
+            spans = [(n, os.path.getsize(path)) for n in range(lengths[path])]
+        for number, span in enumerate(spans):
+            name = f"{os.path.basename(path)}#{number}".encode()
+            rows.append((place, name, *span, -1))
     return _table(f"tfds {directory} [{split}]", kind, files, rows)
 
 

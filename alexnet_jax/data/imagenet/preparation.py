@@ -37,7 +37,7 @@ from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.imagenet import originals as originals_lib
 from alexnet_jax.data.imagenet.classes import OFFICIAL_COUNTS, wnids
 from alexnet_jax.data.imagenet.originals import SPLITS, Originals
-from alexnet_jax.data.sources.source import some, statistics_name
+from alexnet_jax.data.sources.source import statistics_name
 from alexnet_jax.data.sources.tfds import TfdsSource, example_message
 from alexnet_jax.system.cli import progress, require_writable
 from alexnet_jax.system.files import (
@@ -99,10 +99,6 @@ def prepare(
             found = originals_lib.find(source, done)
         for split, originals in found.items():
             log(_count(split, len(originals), originals.description))
-            present = {int(label) for label in np.unique(originals.rows["label"])}
-            absent = [w for label, w in enumerate(wnids()) if label not in present]
-            if absent and originals.kind == "file":
-                log(f"  WARNING: no pictures of {some(absent)}")
         if verify:
             _verify(source)
         shards = _shards(found, unfinished)
@@ -153,11 +149,13 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _count(split: str, count: int, description: str) -> str:
-    line = f"{split}: {count:,} pictures, {description}"
-    official = OFFICIAL_COUNTS[split]
-    if count == official:
-        return line
-    return f"{line}\n  WARNING: ILSVRC-2012 has {official:,}; these are not all of it"
+    line, official = (
+        f"{split}: {count:,} pictures, {description}",
+        OFFICIAL_COUNTS[split],
+    )
+    if count != official:
+        line += f"\n  WARNING: ILSVRC-2012 has {official:,}; these are not all of it"
+    return line
 
 
 def _verify(source: Path) -> None:
@@ -263,7 +261,13 @@ def _write_shards(
             for future in futures.as_completed(pending):
                 future.result()
                 unreadable += pending[future].result()["unreadable"]
-                _check_unreadable(unreadable, max_unreadable)
+                if len(unreadable) > max_unreadable:
+                    raise DataError(
+                        f"pictures that cannot be read: {len(unreadable):,}, "
+                        f"--max_unreadable={max_unreadable} allows no more. Put intact "
+                        "copies in their place, or leave out as many with a larger one:"
+                        f"{_reasons(unreadable)}"
+                    )
                 done(len(pending[future].originals))
         except process.BrokenProcessPool as error:
             raise OSError(
@@ -273,15 +277,6 @@ def _write_shards(
         finally:
             stopping.set()
             pool.shutdown(cancel_futures=True)
-
-
-def _check_unreadable(unreadable: list[list[str]], max_unreadable: int) -> None:
-    if len(unreadable) > max_unreadable:
-        raise DataError(
-            f"pictures that cannot be read: {len(unreadable):,}, --max_unreadable="
-            f"{max_unreadable} allows no more. Put intact copies in their place, or leave "
-            f"out as many with a larger one:{_reasons(unreadable)}"
-        )
 
 
 def _reasons(unreadable: list[list[str]]) -> str:
@@ -374,8 +369,7 @@ def _finish(
     unfinished: Path, source: Path, shards: list[Shard], workers: int, log: Log
 ) -> None:
     """Write description, statistics and record of the data set beside its shards."""
-    results = [(shard.split, shard.result()) for shard in shards]
-    unreadable = [pair for _, result in results for pair in result["unreadable"]]
+    unreadable = [pair for shard in shards for pair in shard.result()["unreadable"]]
     log(f"pictures left out: {len(unreadable):,}{_reasons(unreadable)}")
     write_metadata(unfinished, shards)
     train = TfdsSource(unfinished, "train", SIZE)
@@ -386,7 +380,7 @@ def _finish(
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "source": str(source),
         "pictures": {
-            split: sum(result["records"] for of, result in results if of == split)
+            split: sum(s.result()["records"] for s in shards if s.split == split)
             for split in SPLITS
         },
         "unreadable": unreadable,
