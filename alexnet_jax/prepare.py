@@ -73,18 +73,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--out", default="contact_sheet.png", help="figure that check draws")
     add("--image_size", type=at_least(1), default=256, help="side of the pictures")
     add("--max_examples", type=at_least(1), help="use so many pictures, evenly spread")
-    add(
-        "--max_unreadable",
-        type=at_least(0),
-        default=10,
-        help="broken pictures to leave out before giving up",
-    )
-    add(
-        "--workers",
-        type=at_least(1),
-        default=os.cpu_count() or 1,
-        help="processes or decoding threads",
-    )
+    count, cores = at_least(0), os.cpu_count() or 1
+    add("--max_unreadable", type=count, default=10, help="broken pictures to leave out")
+    add("--workers", type=at_least(1), default=cores, help="processes or threads")
     add("--verify", action="store_true", help="compare the MD5 of the archives first")
     add("--partial", action="store_true", help="accept less than all of ImageNet")
     return parser.parse_args(argv)

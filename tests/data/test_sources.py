@@ -274,9 +274,7 @@ def test_missing_data_set_says_where_and_how(tmp_path, monkeypatch):
 def test_data_set_of_more_files_than_may_be_open(tmp_path, monkeypatch):
     open_source("textures/tiny", "train", data_dir=str(tmp_path))
     raised = []
-    monkeypatch.setattr(
-        resource, "setrlimit", lambda kind, limits: raised.append(limits)
-    )
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 4096))
     open_source("textures/tiny", "train", data_dir=str(tmp_path))
     assert raised == [(1025, 4096)]  # it has one file
@@ -308,25 +306,24 @@ LABEL = tfds.features.ClassLabel(names=["x", "y"])
 
 
 @pytest.mark.parametrize(
-    "features, message",
+    "key, feature, message",
     [
         (
-            {"image": tfds.features.Image(shape=(4, 4, 1), dtype=np.float32)},
+            "image",
+            tfds.features.Image(shape=(4, 4, 1), dtype=np.float32),
             r"feature 'image' is an image of float32; only uint8 images, 0\.\.255, are",
         ),
         (
-            {"image": tfds.features.Tensor(shape=(4, 4, 3), dtype=np.uint8)},
+            "image",
+            tfds.features.Tensor(shape=(4, 4, 3), dtype=np.uint8),
             r"has 0 features of type Image \(image: Tensor\(shape=\(4, 4, 3\), dtype=ui",
         ),
-        (
-            {"coarse": LABEL},
-            r"2 features of type ClassLabel \(coarse: .*name it in supe",
-        ),
+        ("coarse", LABEL, r"2 features of type ClassLabel \(coarse: .*name it in supe"),
     ],
 )
-def test_unusable_tfds_features_are_refused(features, message, tmp_path):
+def test_unusable_tfds_features_are_refused(key, feature, message, tmp_path):
     with pytest.raises(DataError, match=message):
-        open_own(tmp_path, {"image": IMAGE, "label": LABEL} | features)
+        open_own(tmp_path, {"image": IMAGE, "label": LABEL, key: feature})
 
 
 def test_supervised_keys_choose_the_features(tmp_path):

@@ -32,12 +32,10 @@ class FakeSource(Source):
         self._pool = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
-        """See `Source.labels_of`."""
         return indices % self.num_classes
 
     def fetch(
         self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
     ) -> None:
-        """See `Source.fetch`."""
         np.take(self._pool, indices % len(self._pool), axis=0, out=images, mode="wrap")
         labels[:] = self.labels_of(indices)

@@ -55,7 +55,6 @@ class FolderSource(StoredSource):
         self.statistics_path = root / statistics_name(split, image_size)
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
-        """See `Source.labels_of`."""
         return self._label_of[self._class_of[indices]]
 
     def path_of(self, index: int) -> Path:
@@ -63,11 +62,9 @@ class FolderSource(StoredSource):
         return self._places[self._class_of[index]] / self._files[index]
 
     def name_of(self, index: int) -> str:
-        """Return the file of an example, for messages."""
         return str(self.path_of(index))
 
     def record(self, index: int) -> tuple[int, bytes]:
-        """Return the label and the picture file of an example."""
         label = self._label_of[self._class_of[index]]
         return label.item(), self.path_of(index).read_bytes()
 

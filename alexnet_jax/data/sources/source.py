@@ -78,7 +78,6 @@ class StoredSource(Source):
     def fetch(
         self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
     ) -> None:
-        """See `Source.fetch`."""
         options = {"upright": self._upright, "remedy": self._remedy}
         for i, index in enumerate(indices.tolist()):
             labels[i], data = self.record(index)
@@ -115,13 +114,11 @@ class Sample(Source):
         self.class_names, self.image_size = source.class_names, source.image_size
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
-        """See `Source.labels_of`."""
         return self._source.labels_of(self._chosen[indices])
 
     def fetch(
         self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
     ) -> None:
-        """See `Source.fetch`."""
         self._source.fetch(self._chosen[indices], images, labels)
 
 

@@ -91,15 +91,12 @@ class TfdsSource(StoredSource):
         self.statistics_path = directory / statistics_name(split, image_size)
 
     def name_of(self, index: int) -> str:
-        """Return the record of an example, for messages."""
         return f"record {index} of {self.description}"
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
-        """See `Source.labels_of`."""
         return np.array([self.record(index)[0] for index in indices.tolist()], np.int32)
 
     def record(self, index: int) -> tuple[int, bytes]:
-        """Return the label and the image file of an example."""
         from google.protobuf.message import DecodeError
 
         # One record per call: for a list of them array_record starts a new pool of up to
