@@ -30,7 +30,7 @@ class Section:
     """A benchmark and its arguments; the most important ones come first.
 
     Attributes:
-      module: of `benchmarks`.
+      module: for example `speed.growth`, of `benchmarks`.
       arguments: after --out.
       at_most: seconds, so that one that hangs leaves time for the others.
     """
@@ -56,28 +56,21 @@ def sections(short: bool) -> list[Section]:
     time runs out.
     """
     if short:
-        modules = (
-            "train_step",
-            "inference",
-            "operators",
-            "growth",
-            "start_up",
-            "repeats",
-        )
+        names = ("train_step", "inference", "operators", "growth", "start_up")
+        modules = [*(f"speed.{name}" for name in names), "reliability.repeats"]
         return [Section(module, ("--short",), 100.0) for module in modules]
+    train, classify = "speed.train_step", "speed.inference"
     return [
-        Section("train_step", ("--precision", "bfloat16"), 200.0),
-        Section("operators", (), 120.0),
-        Section("train_step", ("--precision", "float32", "--batch", "128"), 100.0),
-        Section("inference", ("--precision", "bfloat16"), 90.0),
-        Section("growth", (), 120.0),
-        Section(
-            "train_step", ("--precision", "tensorfloat32", "--batch", "128"), 100.0
-        ),
-        Section("repeats", (), 100.0),
-        Section("start_up", ("--short",), 60.0),
-        Section("train_step", ("--precision", "float32", "--batch", "1024"), 100.0),
-        Section("inference", ("--precision", "float32"), 90.0),
+        Section(train, ("--precision", "bfloat16"), 200.0),
+        Section("speed.operators", (), 120.0),
+        Section(train, ("--precision", "float32", "--batch", "128"), 100.0),
+        Section(classify, ("--precision", "bfloat16"), 90.0),
+        Section("speed.growth", (), 120.0),
+        Section(train, ("--precision", "tensorfloat32", "--batch", "128"), 100.0),
+        Section("reliability.repeats", (), 100.0),
+        Section("speed.start_up", ("--short",), 60.0),
+        Section(train, ("--precision", "float32", "--batch", "1024"), 100.0),
+        Section(classify, ("--precision", "float32"), 90.0),
     ]
 
 
@@ -126,26 +119,8 @@ def start_process(command: list[str], seconds: float) -> int | None:
         return None
 
 
-def report(found: Sequence[Outcome], out: Path) -> None:
-    """Writes gpu.json and gpu.md."""
-    rows = [[o.command, o.result, f"{o.seconds:,.0f}"] for o in found]
-    table = measure.markdown_table(["benchmark", "result", "seconds"], rows)
-    record = {"sections": [asdict(outcome) for outcome in found]}
-    measure.write_result(out, "gpu", record, table=table)
-
-
-def require_gpu(platform: str) -> None:
-    """Exits with a message unless JAX's default backend is a GPU."""
-    if platform != "gpu":
-        raise SystemExit(
-            f"benchmarks.speed.gpu: JAX's backend here is {platform!r}, expected a GPU. With "
-            'one, `pip install "jax[cuda13]"`; without, run the benchmarks one by one '
-            "(`python -m benchmarks.speed.train_step --out=DIR`) or `make bench`."
-        )
-
-
 def backend() -> str:
-    """JAX's default backend."""
+    """Return JAX's default backend."""
     import jax
 
     return jax.default_backend()
@@ -156,14 +131,22 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="in all; 9")
     chosen = parser.parse_args()
     # In a process that ends: a CUDA context kept here would hold memory.
-    require_gpu(measure.in_fresh_process(backend))
+    if measure.in_fresh_process(backend) != "gpu":
+        raise SystemExit(
+            "benchmarks.speed.gpu: JAX finds no GPU here. With one, `pip install "
+            '"jax[cuda13]"`; without, run the benchmarks one by one (`python -m '
+            "benchmarks.speed.train_step --out=DIR`) or `make bench`."
+        )
     found = run(
         sections(chosen.short),
         chosen.out,
         budget=60 * chosen.minutes,
         start=start_process,
     )
-    report(found, chosen.out)
+    rows = [[o.command, o.result, f"{o.seconds:,.0f}"] for o in found]
+    table = measure.markdown_table(["benchmark", "result", "seconds"], rows)
+    record = {"sections": [asdict(outcome) for outcome in found]}
+    measure.write_result(chosen.out, "gpu", record, table=table)
     if any(outcome.result.startswith("failed") for outcome in found):
         raise SystemExit(1)
 
