@@ -168,23 +168,12 @@ def test_a_training_call_trains():
 
 
 def test_the_gpu_plan_names_benchmarks_and_keeps_to_its_time(tmp_path):
-    for short in (True, False):
-        for section in gpu.sections(short):
-            assert importlib.util.find_spec(f"benchmarks.{section.module}")
-    now = [0.0]
-    lasting = {"quick": (0, 10.0), "broken": (3, 20.0), "endless": (None, 50.0)}
-
-    def start(command, seconds):
-        status, takes = lasting[command[2].removeprefix("benchmarks.")]
-        now[0] += min(takes, seconds)
-        return status
-
-    names = ("quick", "broken", "endless", "quick", "quick")
-    plan = [gpu.Section(name, (), 40.0) for name in names]
-    found = gpu.run(plan, tmp_path, budget=89.0, start=start, clock=lambda: now[0])
-    results = [(outcome.result, outcome.seconds) for outcome in found]
-    assert results[:3] == [("done", 10.0), ("failed (3)", 20.0), ("stopped", 40.0)]
-    assert results[3:] == [("done", 9.0), ("left out", 0.0)]
+    for words, _ in (*gpu.PLAN, *gpu.SHORT_PLAN):
+        assert importlib.util.find_spec(f"benchmarks.{words.split()[0]}")
+    late = gpu.run((("speed.no_such", 60.0), ("x", 1.0)), tmp_path, budget=10.01)
+    assert [outcome["result"] for outcome in late] == ["stopped", "left out"]
+    (outcome,) = gpu.run((("speed.no_such", 60.0),), tmp_path, budget=90.0)
+    assert outcome["result"] == "failed (1)"
 
 
 def test_growth_of_a_process_and_differences_of_runs():
