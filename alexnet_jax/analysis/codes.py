@@ -22,16 +22,10 @@ import numpy as np
 import optax
 from jax import lax
 
-from alexnet_jax.analysis.retrieval import (
-    QUERIES,
-    RetrievalError,
-    keep_nearest,
-    nearest,
-    rank,
-)
+from alexnet_jax.analysis.retrieval import RetrievalError, nearest, rank, search
 from alexnet_jax.system.files import read_npz, replacing
 
-# Codes that are compared with the queries at once.
+# Codes on the device at once.
 BLOCK = 16384
 # Updates of an autoencoder in training.
 STEPS = 500
@@ -239,43 +233,22 @@ def nearest_codes(
       (distances int [Q, n] in bits, rows int [Q, n]), the nearest first; ties by row.
     """
     count = min(count, len(codes))
-    block = max(min(block, len(codes)), count)
-    words, asked = _words(codes), _words(queries)
-    distances = np.zeros((len(queries), count), np.int32)
-    rows = np.zeros((len(queries), count), np.int32)
-    for i in range(0, len(queries), QUERIES):
-        part = asked[i : i + QUERIES]
-        best = jnp.full((len(part), count), jnp.inf)
-        places = jnp.zeros((len(part), count), jnp.int32)
-        for first in range(0, len(codes), block):
-            start = min(first, len(codes) - block)
-            there = words[start : start + block]
-            best, places = _merge(best, places, part, there, start, first)
-        distances[i : i + QUERIES], rows[i : i + QUERIES] = best, places
-    return distances, rows
+    bits, rows = search(_words(codes), _words(queries), count, block, _differing_bits)
+    return bits.astype(np.int32), rows
+
+
+def _differing_bits(queries: jax.Array, part: jax.Array) -> jax.Array:
+    different = jnp.zeros((len(queries), len(part)), jnp.uint32)
+    for word in range(part.shape[1]):
+        different += lax.population_count(queries[:, word, None] ^ part[:, word])
+    # As float32, exact up to 2^24 bits: top_k would sort integers whole.
+    return different.astype(jnp.float32)
 
 
 def _words(packed: np.ndarray) -> np.ndarray:
     """Return codes uint8 [N, bytes] as uint32 [N, words], padded with zeros."""
     padded = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 4)))
     return np.ascontiguousarray(padded).view(np.uint32)
-
-
-@jax.jit
-def _merge(
-    best: jax.Array,
-    rows: jax.Array,
-    queries: jax.Array,
-    part: jax.Array,
-    start: int,
-    first: int,
-) -> tuple[jax.Array, jax.Array]:
-    """`keep_nearest` with the Hamming distances to a block of the codes."""
-    here = jnp.zeros((len(queries), len(part)), jnp.uint32)
-    for word in range(part.shape[1]):
-        here += lax.population_count(queries[:, word, None] ^ part[:, word])
-    # As float32, exact up to 2^24 bits: top_k would sort integers whole.
-    return keep_nearest(best, rows, here.astype(jnp.float32), start, first)
 
 
 def shortlist(

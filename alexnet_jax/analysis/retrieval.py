@@ -6,8 +6,10 @@ paper, section 6.1).
 """
 
 import dataclasses
+import functools
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,50 +98,35 @@ def shrink(pictures: np.ndarray) -> np.ndarray:
 
 
 def nearest(
-    features: np.ndarray,
-    queries: np.ndarray,
-    count: int,
-    *,
-    block: int | None = None,
+    features: np.ndarray, queries: np.ndarray, count: int, *, block: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the nearest rows of an index by Euclidean distance, exactly.
 
-    The index goes to the device in blocks. There |q|^2 - 2 q x + |x|^2 in float32 finds
-    the nearest `count` and sixteen more; for these |q - x| is computed in float64, where
-    nothing cancels. A neighbour is missed only if more than sixteen others are as near
-    as float32 can tell.
+    On the device |q|^2 - 2 q x + |x|^2 in float32 finds the nearest `count` and sixteen
+    more; for these |q - x| is computed in float64, where nothing cancels. A neighbour is
+    missed only if more than sixteen others are as near as float32 can tell.
 
     Args:
       features: [N, D], float32 or uint8.
       queries: [Q, D] of the same type.
       count: how many to find; n = min(count, N).
-      block: rows per block; None: 16 MB.
+      block: rows on the device at once; None: 16 MB.
 
     Returns:
       (distances float64 [Q, n], rows int [Q, n]), the nearest first; ties by row.
-
     """
     most = min(count + _MORE, len(features))
     size = block or BLOCK_BYTES // (features.itemsize * features.shape[1])
-    size = max(min(size, len(features)), most)
-    parts = [queries[i : i + QUERIES] for i in range(0, len(queries), QUERIES)]
-    on_device = [jnp.asarray(part, jnp.float32) for part in parts]
-    best = [
-        (jnp.full((len(part), most), jnp.inf), jnp.zeros((len(part), most), jnp.int32))
-        for part in parts
-    ]
-    for first in range(0, len(features), size):
-        # The last block starts earlier, at rows of the block before: all have one size.
-        start = min(first, len(features) - size)
-        there = jnp.asarray(features[start : start + size])
-        for i, part in enumerate(on_device):
-            best[i] = _merge(*best[i], part, there, start, first)
-    found = [
-        rank(features, part, np.asarray(rows), count)
-        for part, (_, rows) in zip(parts, best, strict=True)
-    ] or [(np.zeros((0, count)), np.zeros((0, count), np.int32))]
-    distances, rows = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-    return distances, rows
+    _, rows = search(features, queries.astype(np.float32), most, size, _squares)
+    return rank(features, queries, rows, count)
+
+
+def _squares(queries: jax.Array, part: jax.Array) -> jax.Array:
+    part = part.astype(queries.dtype)
+    # In this order, because XLA would otherwise write out the block transposed.
+    products = jnp.matmul(part, queries.T, precision=lax.Precision.HIGHEST).T
+    lengths = jnp.sum(part**2, axis=1) - 2 * products
+    return lengths + jnp.sum(queries**2, axis=1, keepdims=True)
 
 
 def rank(
@@ -161,34 +148,59 @@ def rank(
     )
 
 
-@jax.jit
+def search(
+    table: np.ndarray,
+    queries: np.ndarray,
+    count: int,
+    block: int,
+    distances: Callable[[jax.Array, jax.Array], jax.Array],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of a table with the smallest distances, which goes in blocks.
+
+    Args:
+      table, queries: [N, D] and [Q, D].
+      count: at most N.
+      block: rows on the device at once.
+      distances: a module-level function (queries, block) -> float32 [Q, B].
+
+    Returns:
+      (distances float32 [Q, count], rows int32 [Q, count]), ascending; ties by row.
+    """
+    size = max(min(block, len(table)), count)
+    parts = [
+        jnp.asarray(queries[i : i + QUERIES]) for i in range(0, len(queries), QUERIES)
+    ]
+    best = [
+        (
+            jnp.full((len(part), count), jnp.inf),
+            jnp.zeros((len(part), count), jnp.int32),
+        )
+        for part in parts
+    ]
+    for first in range(0, len(table), size):
+        # The last block starts earlier, at rows of the block before: all have one size.
+        start = min(first, len(table) - size)
+        there = jnp.asarray(table[start : start + size])
+        for i, part in enumerate(parts):
+            best[i] = _merge(*best[i], part, there, start, first, distances)
+    if not best:
+        return np.zeros((0, count), np.float32), np.zeros((0, count), np.int32)
+    found, rows = (np.concatenate(arrays) for arrays in zip(*best, strict=True))
+    return found, rows
+
+
+@functools.partial(jax.jit, static_argnames="distances")
 def _merge(
-    squares: jax.Array,
+    best: jax.Array,
     rows: jax.Array,
     queries: jax.Array,
     part: jax.Array,
     start: int,
     first: int,
+    distances: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-    """`keep_nearest` with the squared distances to a block of the index."""
-    part = part.astype(queries.dtype)
-    # In this order, because XLA would otherwise write out the block transposed.
-    products = jnp.matmul(part, queries.T, precision=lax.Precision.HIGHEST).T
-    lengths = jnp.sum(part**2, axis=1) - 2 * products
-    here = lengths + jnp.sum(queries**2, axis=1, keepdims=True)
-    return keep_nearest(squares, rows, here, start, first)
-
-
-def keep_nearest(
-    best: jax.Array, rows: jax.Array, here: jax.Array, start: int, first: int
-) -> tuple[jax.Array, jax.Array]:
-    """Return the nearest of those so far and of a block, [Q, n] each; ties by row.
-
-    Args:
-      best, rows: the smallest distances so far [Q, n], and their rows.
-      here: float32 [Q, B], distances to the rows of the block.
-      start: the first row of the block; rows before `first` are ignored.
-    """
+    """Merge the nearest so far with those of a block, whose rows before `first` are old."""
+    here = distances(queries, part)
     here = jnp.where(start + jnp.arange(here.shape[1]) >= first, here, jnp.inf)
     count = best.shape[1]
     nearest_here, places = lax.top_k(-here, count)

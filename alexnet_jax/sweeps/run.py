@@ -94,11 +94,9 @@ class Job:
             "command": machine.without_paths(command[1:]),
             "seconds": round(time.time() - self.started, 1),
             "versions": machine.versions(),
+            **({"beaten": True} if self.beaten else {}),
+            **({"error": self.error} if self.error else {}),
         }
-        if self.beaten:
-            about["beaten"] = True
-        if self.error:
-            about["error"] = self.error
         with replacing(self.folder / STATUS) as file:
             file.write(json.dumps(about, indent=1).encode() + b"\n")
 

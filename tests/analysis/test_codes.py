@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax.analysis import codes as codes_lib
+from alexnet_jax.analysis import retrieval
 from alexnet_jax.analysis.codes import (
     Coder,
     Codes,
@@ -54,7 +55,7 @@ def plain_search(codes, queries, count):
 
 @pytest.mark.parametrize(("width", "block"), [(1, 1), (3, 7), (8, 64), (3, 1000)])
 def test_codes_are_found_as_by_a_plain_search(width, block, monkeypatch):
-    monkeypatch.setattr(codes_lib, "QUERIES", 4)
+    monkeypatch.setattr(retrieval, "QUERIES", 4)
     rng = np.random.default_rng(width)
     codes = rng.integers(0, 256, (150, width), np.uint8)
     codes[[17, 149]] = codes[90]  # more ties than bytes alone give
