@@ -126,6 +126,13 @@ def test_settings_win_over_the_sweep_but_not_over_its_rows():
 
 
 def test_contradictory_sweeps_are_refused():
+    for rows, words in (
+        ((Row("a b"), Row("a_b")), "row 'a_b' would share the folder a_b/seed_0"),
+        ((Row("a", {"model.variant": "papr"}),), "row 'a': .*no variant 'papr'"),
+        ((Row("a", {"eval_views": 7}),), "row 'a': .*eval_views=7 must be one of"),
+    ):
+        with pytest.raises(SweepError, match=f"(?s){words}"):
+            Plan("mine", make_sweep(*rows), (0,))
     with pytest.raises(SweepError, match="must be a row: a"):
         make_sweep(Row("a"), baseline="b")
     with pytest.raises(SweepError, match="two have the same name"):
@@ -198,35 +205,6 @@ def test_the_search_takes_the_best_with_the_first_seed():
     assert plan.runs(dict.fromkeys(first))[-1].name == first[2]  # all are broken
 
 
-def test_a_row_can_have_a_baseline_of_its_own():
-    rows = (Row("a"), Row("b"), Row("c", paper=Paper(effect=1.0), baseline="b"))
-    plan = Plan("mine", make_sweep(*rows), (0, 1))
-    numbers = {"a": (10.0, 10.0), "b": (20.0, 21.0), "c": (21.0, 22.5)}
-    results = {
-        f"{name}/seed_{seed}": Measurement(pair[seed])
-        for name, pair in numbers.items()
-        for seed in (0, 1)
-    }
-    lines = summary.summarize(plan, results)
-    assert [line.effect.mean for line in lines] == [None, 10.5, 1.25]
-    assert lines[2].verdict == "agrees within the noise"
-    _, cells = summary.summary_table(plan, lines)
-    assert cells[2][3] == "+1.25 ± 0.25 (minus b)"
-
-
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
-        ((Row("a b"), Row("a_b")), "row 'a_b' would share the folder a_b/seed_0"),
-        ((Row("a", {"model.variant": "papr"}),), "row 'a': .*no variant 'papr'"),
-        ((Row("a", {"eval_views": 7}),), "row 'a': .*eval_views=7 must be one of"),
-    ],
-)
-def test_rows_that_cannot_run_are_refused_beforehand(rows, words):
-    with pytest.raises(SweepError, match=f"(?s){words}"):
-        Plan("mine", make_sweep(*rows), (0,))
-
-
 def values(*numbers):
     return {seed: Measurement(number) for seed, number in enumerate(numbers)}
 
@@ -253,62 +231,51 @@ def test_censored_runs_make_bounds():
     assert summary.verdict(above, Paper(effect=6.0), "ratio") == ""
 
 
+AGREES, NO_EFFECT = "agrees within the noise", "; so would no effect"
+
+
 @pytest.mark.parametrize(
-    ("effect", "paper", "words"),
+    ("mean", "spread", "published", "words"),
     [
-        (Estimate(1.0, 0.2, "", 3), Paper(effect=1.4), "agrees within the noise"),
-        (
-            Estimate(1.0, 0.6, "", 3),
-            Paper(effect=1.4),
-            "agrees within the noise; so would no effect",
-        ),
-        (Estimate(1.0, 0.2, "", 3), Paper(effect=1.41), "differs"),
-        (Estimate(5.0, 0.2, "", 3), Paper(effect=1.0), "differs"),
-        (
-            Estimate(5.0, 0.2, "", 3),
-            Paper(effect=1.0, at_least=True),
-            "agrees within the noise",
-        ),
-        (Estimate(0.5, 0.2, "", 3), Paper(effect=1.0, at_least=True), "differs"),
-        (Estimate(1.0, None, "", 1), Paper(effect=1.4), "one seed: no noise known"),
-        (Estimate(), Paper(effect=1.4), ""),
-        (Estimate(1.0, 0.2, "", 3), Paper(value=40.7), ""),
-        (Estimate(1.0, 0.2, "", 3), None, ""),
+        (1.0, 0.2, {"effect": 1.4}, AGREES),
+        (1.0, 0.6, {"effect": 1.4}, AGREES + NO_EFFECT),
+        (1.0, 0.2, {"effect": 1.41}, "differs"),
+        (5.0, 0.2, {"effect": 1.0}, "differs"),
+        (5.0, 0.2, {"effect": 1.0, "at_least": True}, AGREES),
+        (0.5, 0.2, {"effect": 1.0, "at_least": True}, "differs"),
+        (1.0, None, {"effect": 1.4}, "one seed: no noise known"),
+        (None, None, {"effect": 1.4}, ""),
+        (1.0, 0.2, {"value": 40.7}, ""),
     ],
 )
-def test_the_verdict(effect, paper, words):
+def test_the_verdict(mean, spread, published, words):
+    effect, paper = Estimate(mean, spread), Paper(**published)
     assert summary.verdict(effect, paper, "difference") == words
 
 
 def test_the_table_and_the_figures(tmp_path):
     paper = Paper(42.03, 1.4, "ImageNet", "section 3.3")
-    sweep = make_sweep(Row("whole"), Row("less", paper=paper))
+    rows = (Row("whole"), Row("less", paper=paper), Row("least", baseline="less"))
+    sweep = make_sweep(*rows)
     plan = Plan("mine", sweep, (0, 1))
-    numbers = {"whole": (40.0, 41.0), "less": (41.0, 43.0)}
-    lines = summary.summarize(
-        plan,
-        {
-            f"{name}/seed_{seed}": Measurement(number)
-            for name, found in numbers.items()
-            for seed, number in enumerate(found)
-        },
-    )
-    _, rows = summary.summary_table(plan, lines)
-    assert rows == [
+    numbers = {"whole": (40.0, 41.0), "less": (41.0, 43.0), "least": (42.0, 44.5)}
+    results = {
+        f"{name}/seed_{seed}": Measurement(number)
+        for name, found in numbers.items()
+        for seed, number in enumerate(found)
+    }
+    lines = summary.summarize(plan, results)
+    _, cells = summary.summary_table(plan, lines)
+    assert cells == [
         ["whole", "2", "40.50 ± 0.71", "", "", "", ""],
-        ["less", "2", "42.00 ± 1.41", "+1.50 ± 0.50", "42.03", "+1.40"]
-        + ["agrees within the noise"],
+        ["less", "2", "42.00 ± 1.41", "+1.50 ± 0.50", "42.03", "+1.40", AGREES],
+        ["least", "2", "43.25 ± 1.77", "+1.25 ± 0.25 (minus less)", "", "", ""],
     ]
     assert summary.published(sweep) == ["Published on ImageNet (section 3.3): less."]
     curve = [{"epoch": e, "train/top1_error": 1 / e} for e in (1, 2, 3)]
-    for i, figure in enumerate(
-        (
-            figures.sweep_results(sweep, lines),
-            figures.error_curves({"relu": [curve, curve]}, 0.25),
-        )
-    ):
-        figure.savefig(tmp_path / f"{i}.png")
-        assert (tmp_path / f"{i}.png").read_bytes().startswith(b"\x89PNG")
+    drawn = figures.sweep_results(sweep, lines)
+    for figure in (drawn, figures.error_curves({"relu": [curve, curve]}, 0.25)):
+        figure.savefig(tmp_path / "figure.png")
 
 
 # The launcher.
