@@ -162,6 +162,8 @@ class Sweep:
     seeds: Sequence[int] = (0,)
 
     def __post_init__(self) -> None:
+        if self.compare not in ("difference", "ratio"):
+            raise SweepError(f"compare={self.compare!r} must be difference or ratio.")
         names = [row.name for row in self.rows]
         if len(set(names)) < len(names):
             raise SweepError(f"rows {', '.join(names)}: two have the same name.")

@@ -1,4 +1,4 @@
-"""The README's examples run, its table is complete, its messages are the real ones."""
+"""The examples and tables of README and docs are true, and the messages are the real ones."""
 
 import json
 import re
@@ -19,6 +19,8 @@ from configs import quickstart
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+NETWORKS = (ROOT / "docs" / "networks.md").read_text()
+TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text()
 
 
 def test_table_of_variants():
@@ -26,7 +28,7 @@ def test_table_of_variants():
         rows = summary(create_model(name))
         parameters = sum(row.parameters for row in rows)
         multiply_adds = sum(row.multiply_adds for row in rows)
-        line = next(x for x in README.splitlines() if x.startswith(f"| `{name}` |"))
+        line = next(x for x in NETWORKS.splitlines() if x.startswith(f"| `{name}` |"))
         assert line.endswith(f"| {parameters:,} | {multiply_adds:,} |")
 
 
@@ -117,8 +119,7 @@ def messages(workdir, tmp_path_factory):
 
 @pytest.mark.parametrize("number", range(len(MISTAKES)))
 def test_troubleshooting_messages(number, messages):
-    table = README[README.index("## Troubleshooting") :]
-    said = re.findall(r"^\| .* \| `(error: .*)` \|$", table, re.MULTILINE)
+    said = re.findall(r"^\| .* \| `(error: .*)` \|$", TROUBLESHOOTING, re.MULTILINE)
     assert len(said) == len(MISTAKES)
     expected = said[number].replace("within 180 seconds", "within 2 seconds")
     expected = expected.replace("0.25 in the workdir", "0.0625 in the workdir")
@@ -157,14 +158,3 @@ def test_bytes_of_the_results_follow_from_the_formulas():
             c = row["column"]
             values = 9_216 + 4_096 // c * c + 1_000
             assert row["forward_bytes"] == (c - 1) * images * 4 * values
-
-
-def test_tables_of_performance_are_those_of_the_results():
-    """docs/performance.md shows every table of the results as it was written."""
-    text = (ROOT / "docs" / "performance.md").read_text()
-    tables = sorted((ROOT / "benchmarks" / "results" / "performance").glob("*.md"))
-    assert len(tables) == 8
-    for path in tables:
-        assert json.loads(path.with_suffix(".json").read_text()), path
-        rows = [row for row in path.read_text().splitlines() if row.startswith("|")]
-        assert rows and all(row in text for row in rows), path
