@@ -1,10 +1,10 @@
-"""Networks as ONNX: standard operators, any batch size, features under our names.
+"""Export to ONNX: standard operators, any batch size, values named like our features.
 
-Channels come first, as usual in ONNX. LRN inside columns is Split, LRN and Concat. ONNX
-multiplies the mean of the squares, so the paper's alpha is multiplied by the window's
-size. A pooling window that hangs over an edge becomes padding, which both pooling
-operators leave out. cuda-convnet's normalisation within a map is an average pooling of
-squares, and a locally connected layer is one matrix product per place.
+ONNX keeps channels first. LRN inside columns becomes Split, LRN and Concat. ONNX's LRN
+multiplies the mean of the squares, so the paper's alpha is multiplied by the size of the
+window. A pooling window that hangs over an edge becomes padding, which both pooling
+operators leave out. Normalisation within a map becomes an average pooling of squares, and
+a locally connected layer becomes one matrix product per place.
 """
 
 import json
@@ -37,13 +37,12 @@ from alexnet_jax.models.weights import files
 from alexnet_jax.models.weights.files import WeightsError
 from alexnet_jax.system.files import replacing
 
-# From 2022: it has all operators needed here, and all current runtimes read it.
+# Of 2022: it has all operators that are needed here, and current runtimes read it.
 OPSET = 17
 IR_VERSION = 8
 INPUT, OUTPUT = "images", "logits"
 _ACTIVATIONS = {"relu": "Relu", "tanh": "Tanh", "sigmoid": "Sigmoid"}
-# Default of flax's BatchNorm, which the model uses.
-_BATCH_NORM_EPSILON = 1e-5
+_BATCH_NORM_EPSILON = 1e-5  # flax's default
 
 
 def export_onnx(
@@ -59,17 +58,17 @@ def export_onnx(
 
     The input is `images`, float32 [batch, 3, S, S], RGB; the batch has any size. The
     output is `logits` [batch, K]. Values inside have the names of
-    `model.apply(..., method="features")`. The network computes in float32 and as in
-    evaluation: no dropout but the paper's factor, batch norm with running statistics.
+    `model.apply(..., method="features")`. The network computes in float32 as in
+    evaluation: dropout is the paper's factor, batch norm uses its running statistics.
 
     Args:
       path: file to write.
       model: the whole network, for example from `create_model` or `load`.
       variables: argument of `model.apply`.
-      mean: if None, images are 0..255 minus the mean, as for `model.apply`. Otherwise
+      mean: None: images are 0..255 minus the mean, as for `model.apply`. Otherwise
         images are 0..255, and the network subtracts this mean: [3], or the centre of
         [side, side, 3], RGB, 0..255.
-      crop_size: the side S; default: the variant's own.
+      crop_size: the side S; None: the variant's own.
       class_names: stored in the file's metadata (`class_names`, a JSON list).
 
     Raises:
@@ -91,7 +90,18 @@ def export_onnx(
     files.check_shapes(path, "this network", shapes, files.shapes_of(model, size))
     graph = _Graph(network, leaves, size)
     if mean is not None:
-        _subtract(graph, np.asarray(mean, np.float32))
+        if mean.ndim == 1:
+            mean = mean[None, None]
+        else:
+            start = (len(mean) - size) // 2
+            if start < 0:
+                raise WeightsError(
+                    f"the mean image is {len(mean)} pixels wide, the network's input "
+                    f"{size}."
+                )
+            mean = mean[start : start + size, start : start + size]
+        inputs = [graph.x, graph.constant("mean", mean.transpose(2, 0, 1))]
+        graph.x = graph.add("Sub", inputs, "images_minus_mean")
     for row in network.layers:
         _add_layer(graph, row)
     minus = "minus the mean" if mean is None else "the mean is subtracted inside"
@@ -118,11 +128,12 @@ def export_onnx(
 
 
 class _Graph:
-    """Nodes of a network under construction.
+    """An ONNX graph under construction.
 
     Attributes:
-      network, leaves: the layer table, and its variables by name.
-      nodes: so far.
+      network: the layer table.
+      leaves: its variables by name.
+      nodes: the nodes so far.
       constants: arrays by name.
       x: name of the value that the next node reads.
       channels, side: shape of `x`, [batch, channels, side, side]; after a fully
@@ -168,27 +179,10 @@ class _Graph:
         return kernel, bias
 
     def groups(self, row: Conv | Dense) -> int:
-        """Return into how many columns, each of its own inputs, a layer is split."""
-        # The first and the last layer see everything, whatever the table says.
+        """Return the number of columns of a layer that do not see each other."""
+        # The first and the last layer always see everything.
         inside = row not in (self.network.layers[0], self.network.layers[-1])
         return self.network.columns if inside and row.sees == "own" else 1
-
-
-def _subtract(graph: _Graph, mean: np.ndarray) -> None:
-    """Subtract a mean colour, or the centre of a mean image."""
-    if mean.ndim == 3:
-        start = (mean.shape[0] - graph.side) // 2
-        if start < 0:
-            raise WeightsError(
-                f"the mean image is {mean.shape[0]} pixels wide, the network's input "
-                f"{graph.side}."
-            )
-        centre = slice(start, start + graph.side)
-        mean = mean[centre, centre].transpose(2, 0, 1)
-    else:
-        mean = mean.reshape(3, 1, 1)
-    inputs = [graph.x, graph.constant("mean", mean)]
-    graph.x = graph.add("Sub", inputs, "images_minus_mean")
 
 
 def _add_layer(graph: _Graph, row: Layer) -> None:
@@ -235,7 +229,7 @@ def _conv(graph: _Graph, row: Conv, name: str) -> None:
 
 
 def _local(graph: _Graph, row: Local, name: str) -> None:
-    """Multiply the windows of every place, as rows of a matrix, like `ops.local_conv`."""
+    """Add a matrix product per place, of its window as a row, as in `ops.local_conv`."""
     kernel, bias = graph.kernel_and_bias(row)
     down, across, side, _, channels, features = kernel.shape
     places, values = down * across, side * side * channels
@@ -270,23 +264,21 @@ def _local(graph: _Graph, row: Local, name: str) -> None:
 
 
 def _dense(graph: _Graph, row: Dense, name: str) -> None:
-    """Add a Gemm per column: ONNX has no groups for it."""
+    """Add a Gemm per column: Gemm knows no groups."""
     columns = graph.groups(row)
     kernel, bias = graph.kernel_and_bias(row)
-    kernels, biases = np.split(kernel, columns, axis=1), np.split(bias, columns)
-    parts = [graph.x]
-    if columns > 1:
-        parts = graph.split(columns, f"{row.name}_columns")
+    parts = graph.split(columns, f"{row.name}_columns") if columns > 1 else [graph.x]
     outputs = []
     for i, x in enumerate(parts):
         suffix = f"_{i}" if columns > 1 else ""
         if graph.side:
             x = graph.add("Flatten", [x], f"{row.name}_flat{suffix}", axis=1)
-        weight = files.channels_first(kernels[i], graph.channels // columns)
+        kernel_part = np.split(kernel, columns, axis=1)[i]
+        weight = files.channels_first(kernel_part, graph.channels // columns)
         inputs = [
             x,
             graph.constant(f"{row.name}.weight{suffix}", weight),
-            graph.constant(f"{row.name}.bias{suffix}", biases[i]),
+            graph.constant(f"{row.name}.bias{suffix}", np.split(bias, columns)[i]),
         ]
         outputs.append(graph.add("Gemm", inputs, f"{name}{suffix}", transB=1))
     graph.x = outputs[0]
@@ -296,7 +288,7 @@ def _dense(graph: _Graph, row: Dense, name: str) -> None:
 
 
 def _stage(graph: _Graph, stage: Stage, row: Layer, name: str) -> None:
-    """Add a stage; its output has this name."""
+    """Add a stage of a row; its output gets this name."""
     match stage:
         case Activation(kind=kind):
             graph.x = graph.add(_ACTIVATIONS[kind], [graph.x], name)
@@ -306,18 +298,13 @@ def _stage(graph: _Graph, stage: Stage, row: Layer, name: str) -> None:
             _within_map_lrn(graph, stage, name)
         case BatchNorm():
             norm = stage_name("norm", row.name)
-            leaves = ("params", "scale"), ("params", "bias")
-            leaves += ("batch_stats", "mean"), ("batch_stats", "var")
-            inputs = [
-                graph.constant(f"{norm}.{leaf}", graph.leaves[f"{part}/{norm}/{leaf}"])
-                for part, leaf in leaves
-            ]
-            graph.x = graph.add(
-                "BatchNormalization",
-                [graph.x, *inputs],
-                name,
-                epsilon=_BATCH_NORM_EPSILON,
-            )
+            inputs = [graph.x]
+            for leaf in ("scale", "bias", "mean", "var"):
+                part = "params" if leaf in ("scale", "bias") else "batch_stats"
+                values = graph.leaves[f"{part}/{norm}/{leaf}"]
+                inputs.append(graph.constant(f"{norm}.{leaf}", values))
+            epsilon = _BATCH_NORM_EPSILON
+            graph.x = graph.add("BatchNormalization", inputs, name, epsilon=epsilon)
         case Pool():
             _pool(graph, stage, name)
         case Dropout(rate=rate, scale_at="test") if rate > 0:
