@@ -12,7 +12,7 @@ from jax import lax
 
 from alexnet_jax.models import ops, variants
 from alexnet_jax.models.ablations import customize
-from alexnet_jax.models.exchange import Alone, Exchange, Part
+from alexnet_jax.models.exchange import Exchange, Part
 from alexnet_jax.models.layers import (
     Activation,
     BatchNorm,
@@ -80,7 +80,7 @@ class AlexNet(nn.Module):
     dtype: Any = jnp.float32
     init_name: str = "paper"
     fast: bool = True
-    exchange: Exchange = Alone()
+    exchange: Exchange = Exchange(batch_axes=())
 
     def __call__(
         self,

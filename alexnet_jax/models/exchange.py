@@ -1,11 +1,10 @@
 """The network's only view of other devices: an `Exchange`.
 
-The default, `Alone`, exchanges nothing. `training.parallel` implements the exchanges of
-a network that is split over several devices.
+This one exchanges nothing: every layer is on one device. `training.parallel` has the
+exchanges of a network that is split over several devices.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +29,15 @@ class Part:
     index: int | jax.Array = 0
 
 
-class Exchange(Protocol):
-    """Communication between the devices that share a network or a batch.
+@dataclass(frozen=True)
+class Exchange:
+    """What the devices that share a network or a batch send to each other.
 
     Attributes:
       batch_axes: mesh axes that the images are split over; () on a single device.
     """
 
-    @property
-    def batch_axes(self) -> tuple[str, ...]: ...
+    batch_axes: tuple[str, ...]
 
     def part(self, row: Layer, own: jax.Array) -> Part:
         """Return this device's part of the output of a layer.
@@ -47,11 +46,11 @@ class Exchange(Protocol):
           row: the layer.
           own: [B], positions of this device's images in the global batch.
         """
-        ...
+        return Part(own, self.batch_axes)
 
     def gather_features(self, x: jax.Array) -> jax.Array:
         """Return all features [B, H, W, C], for a convolution that sees them all."""
-        ...
+        return x
 
     def dense_inputs(self, x: jax.Array, columns: int) -> jax.Array:
         """Return the inputs of this device's units in a fully connected layer.
@@ -64,36 +63,14 @@ class Exchange(Protocol):
         Returns:
           [B', columns on this device, inputs per column].
         """
-        ...
-
-    def classifier_inputs(self, x: jax.Array) -> jax.Array:
-        """Return this device's inputs of the last layer, [B', F]."""
-        ...
-
-    def sum_logits(self, parts: jax.Array) -> jax.Array:
-        """Return the logits [B, K], summed over the devices' partial logits [B', K]."""
-        ...
-
-
-@dataclass(frozen=True)
-class Alone:
-    """A device that has every layer: nothing to exchange."""
-
-    batch_axes: tuple[str, ...] = ()
-
-    def part(self, row: Layer, own: jax.Array) -> Part:
-        return Part(own, self.batch_axes)
-
-    def gather_features(self, x: jax.Array) -> jax.Array:
-        return x
-
-    def dense_inputs(self, x: jax.Array, columns: int) -> jax.Array:
         return by_column(x, columns)
 
     def classifier_inputs(self, x: jax.Array) -> jax.Array:
+        """Return this device's inputs of the last layer, [B', F]."""
         return x.reshape(x.shape[0], -1)
 
     def sum_logits(self, parts: jax.Array) -> jax.Array:
+        """Return the logits [B, K], summed over the devices' partial logits [B', K]."""
         return parts
 
 

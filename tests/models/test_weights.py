@@ -39,7 +39,6 @@ from alexnet_jax.models.weights import (
     caffe,
     files,
     read_weights,
-    torchvision,
 )
 from alexnet_jax.models.weights.files import make_model
 from alexnet_jax.models.weights.onnx import export_onnx
@@ -144,8 +143,6 @@ def jitted_features(model, variables):
     return lambda batch: jax.tree.map(np.asarray, apply(batch))
 
 
-# --- ONNX ---------------------------------------------------------------------------
-
 # Squares of values below 1 would be nothing beside LRN's constant.
 SIGMOID = {"activation": "sigmoid", "lrn": False}
 ABLATIONS = {
@@ -201,8 +198,7 @@ def test_onnx_gives_our_logits(name, kind, onnx, tmp_path):
 
 def test_onnx_file_is_well_formed_and_names_our_features(onnx, tmp_path):
     model, variables, features = network("original")
-    names = [f"class {k}" for k in range(CLASSES)]
-    path = tmp_path / "x.onnx"
+    path, names = tmp_path / "x.onnx", [f"class {k}" for k in range(CLASSES)]
     export_onnx(path, model, variables, class_names=names)
     found = onnx.load(path)
     onnx.checker.check_model(found, full_check=True)
@@ -251,8 +247,6 @@ def test_onnx_refuses_what_does_not_fit(onnx, tmp_path):
         export_onnx(out, model, variables, crop_size=32)
     assert not list(tmp_path.iterdir())
 
-
-# --- Caffe --------------------------------------------------------------------------
 
 CAFFE_CONVS = {
     "conv1": "kernel_size: 11 stride: 4",
@@ -389,8 +383,6 @@ def test_caffemodel_in_chunks_with_a_classifier_of_another_name(tmp_path):
     assert found.class_names == imagenet.wnids()
 
 
-# --- torchvision --------------------------------------------------------------------
-
 OWT = {"variant": "owt", "num_classes": CLASSES, "width": NARROW}
 TORCHVISION_MEAN, TORCHVISION_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -405,25 +397,22 @@ def torch_alexnet(torch):
     nn = torch.nn
     c1, c2, c3, c4, c5 = (round(c * NARROW) for c in (64, 192, 384, 256, 256))
     units = round(4096 * NARROW)
+
+    def conv(*sizes):
+        return nn.Conv2d(*sizes), nn.ReLU()
+
     # fmt: off
     features = nn.Sequential(
-        nn.Conv2d(3, c1, kernel_size=11, stride=4, padding=2), nn.ReLU(),
-        nn.MaxPool2d(kernel_size=3, stride=2),
-        nn.Conv2d(c1, c2, kernel_size=5, padding=2), nn.ReLU(),
-        nn.MaxPool2d(kernel_size=3, stride=2),
-        nn.Conv2d(c2, c3, kernel_size=3, padding=1), nn.ReLU(),
-        nn.Conv2d(c3, c4, kernel_size=3, padding=1), nn.ReLU(),
-        nn.Conv2d(c4, c5, kernel_size=3, padding=1), nn.ReLU(),
-        nn.MaxPool2d(kernel_size=3, stride=2),
+        *conv(3, c1, 11, 4, 2), nn.MaxPool2d(3, 2), *conv(c1, c2, 5, 1, 2),
+        nn.MaxPool2d(3, 2), *conv(c2, c3, 3, 1, 1), *conv(c3, c4, 3, 1, 1),
+        *conv(c4, c5, 3, 1, 1), nn.MaxPool2d(3, 2),
     )
     classifier = nn.Sequential(
         nn.Dropout(), nn.Linear(c5 * 36, units), nn.ReLU(),
-        nn.Dropout(), nn.Linear(units, units), nn.ReLU(),
-        nn.Linear(units, CLASSES),
+        nn.Dropout(), nn.Linear(units, units), nn.ReLU(), nn.Linear(units, CLASSES),
     )
     # fmt: on
-    pool = {"avgpool": nn.AdaptiveAvgPool2d((6, 6)), "flatten": nn.Flatten()}
-    parts = OrderedDict(features=features, **pool, classifier=classifier)
+    parts = OrderedDict(features=features, flatten=nn.Flatten(), classifier=classifier)
     net = nn.Sequential(parts).eval()
     torch.manual_seed(0)
     with torch.no_grad():
@@ -499,38 +488,27 @@ def test_the_tensors_are_found_under_prefixes_and_keys(
         assert_same_weights(read_weights(tmp_path / name), wanted)
 
 
-def owt_weights() -> Weights:
-    variables = random_variables(make_model(OWT), 224)
-    return Weights(OWT, variables, MEAN, 256, 224, tuple("abcdefghijkl"))
-
-
-def test_torchvision_names_are_read_back_as_they_were(tmp_path):
-    """With the mean, the sizes and the names that torchvision has no place for."""
-    weights, path = owt_weights(), tmp_path / "owt.safetensors"
-    save_safetensors(path, weights, names="torchvision")
-    assert set(load_file(path)) == set(torchvision.to_state(weights))
-    found = read_weights(path)
-    assert found.settings == OWT and found.class_names == weights.class_names
-    np.testing.assert_allclose(found.mean, MEAN, rtol=1e-6)
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
-    jax.tree.map(close, found.variables, weights.variables)
-
-
 @pytest.mark.parametrize("kind", ["random", "real"])
-def test_torch_runs_what_we_export(kind, torch, tmp_path):
-    weights, path = owt_weights(), tmp_path / "owt.safetensors"
+def test_torch_runs_what_we_export_and_we_read_it_back(kind, torch, tmp_path):
+    variables, path = random_variables(make_model(OWT), 224), tmp_path / "x.safetensors"
+    weights = Weights(OWT, variables, MEAN, 256, 224, tuple("abcdefghijkl"))
     save_safetensors(path, weights, names="torchvision")
+    net, state = torch_alexnet(torch), load_file(path)
+    net.load_state_dict({name: torch.from_numpy(a) for name, a in state.items()})
     with safetensors.safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
     mean, std = (json.loads(metadata[f"normalize_{n}"]) for n in ("mean", "std"))
     np.testing.assert_allclose(mean, MEAN / 255, rtol=1e-6)
     assert tuple(std) == TORCHVISION_STD
-    net = torch_alexnet(torch)
-    state = {name: torch.from_numpy(array) for name, array in load_file(path).items()}
-    net.load_state_dict(state)
     batch = pictures(kind, 224)
-    ours = jitted_features(weights.make_model(), weights.variables)(batch - MEAN)
+    ours = jitted_features(weights.make_model(), variables)(batch - MEAN)
     assert_same_logits(torch_logits(torch, net, batch, mean, std), ours["logits"])
+    # With the mean, the sizes and the names that torchvision has no place for.
+    found = read_weights(path)
+    assert found.settings == OWT and found.class_names == weights.class_names
+    np.testing.assert_allclose(found.mean, MEAN, rtol=1e-6)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(close, found.variables, variables)
 
 
 def test_torchvision_has_no_other_networks(tmp_path):
@@ -541,9 +519,6 @@ def test_torchvision_has_no_other_networks(tmp_path):
         with pytest.raises(WeightsError, match="torchvision has no network like"):
             save_safetensors(tmp_path / "x.safetensors", weights, names="torchvision")
     assert not list(tmp_path.iterdir())
-
-
-# --- our own files ------------------------------------------------------------------
 
 
 def own_weights(**changes) -> Weights:
@@ -593,9 +568,6 @@ def test_safetensors_keeps_arrays_of_any_order_and_precision(tmp_path):
         np.testing.assert_array_equal(bias, params[layer]["bias"])
 
 
-# --- the command --------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def workdir(folder, tmp_path_factory):  # noqa: F811
     """The workdir of a run of one step."""
@@ -628,12 +600,15 @@ def test_a_run_becomes_a_file_and_the_file_onnx(workdir, tmp_path, capsys):
 
 
 def test_mistakes_are_one_line(workdir, tmp_path, capsys):
+    names, narrow = "--names=torchvision", workdir / "narrow.safetensors"
+    save_safetensors(narrow, own_weights())
     for arguments, message in (
         (["--out={tmp}/x.h5"], "must end in .safetensors or .onnx"),
-        (["--out={tmp}/x.onnx", "--names=torchvision"], "is for .safetensors"),
+        (["--out={tmp}/x.onnx", names], "is for .safetensors"),
+        (["--out={tmp}/x.safetensors", names], "no network like variant cifar"),
         (
-            ["--out={tmp}/x.safetensors", "--names=torchvision"],
-            "which torchvision's AlexNet could not read",
+            ["--out={tmp}/x.safetensors", names, f"--workdir={narrow}"],
+            "layers of width 0.25, which torchvision's AlexNet could not read",
         ),
         (["--out={tmp}/x.onnx", "--step=77"], "step 77"),
         (["--out={tmp}/x.onnx", "--workdir={tmp}/a.pth"], "a.pth"),
@@ -644,9 +619,6 @@ def test_mistakes_are_one_line(workdir, tmp_path, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and message in line
         assert not list(tmp_path.iterdir())
-
-
-# --- wrong files --------------------------------------------------------------------
 
 
 def refused(path: Path, *expected: str, variant: str | None = None) -> None:
@@ -682,20 +654,12 @@ def test_wrong_caffemodels(tmp_path):
     path = tmp_path / "x.caffemodel"
     whole = write_caffemodel(path, tensors).read_bytes()
     refused(path, "holds weights of variant caffe;", "'caffenet'", variant="caffenet")
-    refused(path, "holds weights of variant caffe or", "'owt'", variant="owt")
     path.write_bytes(whole[:-1])
     refused(path, "is no .caffemodel that can be read", "downloaded whole")
-    ungrouped = np.zeros((16, 6, 5, 5), np.float32)
-    for changed, words in (
-        ({"conv3": ()}, "missing conv3 blob 0, conv3 blob 1."),
-        ({"norm1": tensors["conv1"]}, "unexpected norm1 blob 0, norm1 blob 1."),
-        (
-            {"conv2": (ungrouped, tensors["conv2"][1])},
-            "conv2 blob 0 [16, 6, 5, 5] instead of [16, 3, 5, 5].",
-        ),
-    ):
-        write_caffemodel(path, tensors | changed)
-        refused(path, words)
+    ungrouped = np.zeros((16, 6, 5, 5), np.float32), tensors["conv2"][1]
+    write_caffemodel(path, {**tensors, "conv2": ungrouped, "conv3": ()})
+    refused(path, "missing conv3 blob 0, conv3 blob 1;")
+    refused(path, "conv2 blob 0 [16, 6, 5, 5] instead of [16, 3, 5, 5].")
     write_caffemodel(path, tensors, order=())
     refused(path, "variant='caffe' or variant='caffenet'")
     assert read_weights(path, variant="caffenet").settings["variant"] == "caffenet"
@@ -714,27 +678,21 @@ def test_wrong_state_dicts(torch, torch_files, tmp_path):
     refused(path, "is no .pth that can be read")
     refused(whole, "holds weights of variant owt; got variant='paper'", variant="paper")
     some = {name: value for name, value in state.items() if "6.weight" not in name}
-    kernel, bias = torch.zeros(16, 24, 5, 5), torch.full((4,), float("nan"))
+    bias = torch.full((4,), float("nan"))
     two = "under each of the keys state_dict, model."
     for content, words in (
         (some, "missing features.6.weight, classifier.6.weight."),
-        (state | {"extra": torch.zeros(2)}, "unexpected extra."),
-        (
-            state | {"features.8.weight": kernel},
-            "features.8.weight [16, 24, 5, 5] instead of [16, 24, 3, 3].",
-        ),
         (state | {"features.0.bias": bias}, "numbers that are infinite or NaN"),
         ({"state_dict": state, "model": state}, two),
         ({"weights": state, "epoch": 3}, "holds no state_dict. Expected that of"),
-        ([1, 2], "holds no state_dict. Expected that of"),
     ):
         torch.save(content, path)
         refused(path, words)
 
 
 def test_wrong_safetensors(tmp_path):
-    weights, path = own_weights(), tmp_path / "x.safetensors"
-    save_safetensors(path, weights)
+    path = tmp_path / "x.safetensors"
+    save_safetensors(path, own_weights())
     whole, leaves = path.read_bytes(), load_file(path)
     with safetensors.safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
@@ -751,14 +709,12 @@ def test_wrong_safetensors(tmp_path):
         (leaves | {"more": MEAN}, "unexpected more."),
         (both, "holds both 'ema.classifier.6.bias' and 'model.classifier.6.bias' for"),
         (leaves | {"mean": MEAN[:2]}, "of another shape mean [2] instead of [3]."),
-        (leaves | {"mean": MEAN * np.inf}, "mean holds numbers that are infinite"),
     ):
         save_file(tensors, path, metadata)
         refused(path, words)
     record = json.loads(metadata["alexnet_jax"])
     for change, words in (
         ({"version": 2}, "version 2, expected 1"),
-        ({"settings": {"variant": "vgg"}}, "no variant 'vgg'"),
         ({"settings": {"variant": "cifar", "depth": 5}}, "'depth'"),
     ):
         save_file(leaves, path, {"alexnet_jax": json.dumps(record | change)})
@@ -788,9 +744,6 @@ def test_weights_that_do_not_fit_their_settings_are_not_written(tmp_path):
     with pytest.raises(WeightsError, match="names='caffe'"):
         save_safetensors(path, weights, names="caffe")
     assert not list(tmp_path.iterdir())
-
-
-# --- at full size -------------------------------------------------------------------
 
 
 @pytest.mark.slow
