@@ -112,10 +112,10 @@ class AlexNet(nn.Module):
         """Return the output of every layer by name: conv1, norm1, pool1 ... fc7, logits.
 
         `conv1` is the output after bias and activation, `norm1` after normalisation,
-        `pool1` after pooling. If a table has the activation later, it is in the name
-        before it: in `original` it is in `pool1`, not in `conv1`. A device of a mesh
-        returns its own features, of its own examples. Arguments and errors are those of
-        `__call__`.
+        `pool1` after pooling. An activation keeps the name of its input: in `original`
+        conv1's comes after pooling, so `pool1` has it and `conv1` does not. A device of a
+        mesh returns its own features of its own examples. Arguments and errors are those
+        of `__call__`.
         """
         _check_images(self.network, images)
         x = images.astype(self.dtype)
@@ -156,8 +156,9 @@ class AlexNet(nn.Module):
                 groups = self.network.columns // part.shards
             else:
                 x = self.exchange.gather_features(x)
-        shape = (row.kernel, row.kernel, x.shape[-1] // groups)
-        kernel, bias = self._weights(row, shape, row.features // part.shards)
+        features = row.features // part.shards
+        shape = (row.kernel, row.kernel, x.shape[-1] // groups, features)
+        kernel, bias = self._weights(row, shape)
         x = ops.grouped_conv(
             x,
             kernel,
@@ -170,15 +171,15 @@ class AlexNet(nn.Module):
 
     def _local(self, row: Local, x: jax.Array) -> jax.Array:
         side = x.shape[1] + 2 * row.padding - row.kernel + 1
-        shape = (row.kernel, row.kernel, x.shape[-1])
-        kernel, bias = self._weights(row, shape, row.features, (side, side))
+        shape = (row.kernel, row.kernel, x.shape[-1], row.features)
+        kernel, bias = self._weights(row, shape, places=(side, side))
         return ops.local_conv(x, kernel, padding=row.padding) + bias
 
     def _dense(self, row: Dense, x: jax.Array, part: Part) -> jax.Array:
         columns = self.network.columns if row.sees == "own" else 1
         x = self.exchange.dense_inputs(x, columns)
         batch, own, inputs = x.shape
-        kernel, bias = self._weights(row, (inputs,), row.features // part.shards)
+        kernel, bias = self._weights(row, (inputs, row.features // part.shards))
         if own == 1:
             return x.reshape(batch, inputs) @ kernel + bias
         kernel = kernel.reshape(inputs, own, -1)
@@ -191,39 +192,29 @@ class AlexNet(nn.Module):
         partial logits are summed once, and the bias is added once.
         """
         x = self.exchange.classifier_inputs(x)
-        kernel, bias = self._weights(row, x.shape[-1:], row.features)
+        kernel, bias = self._weights(row, (x.shape[-1], row.features))
         wide = jnp.promote_types(self.dtype, jnp.float32)
         partial_logits = jnp.matmul(x, kernel, preferred_element_type=wide)
         return self.exchange.sum_logits(partial_logits) + bias
 
     def _weights(
-        self,
-        row: Layer,
-        inputs: tuple[int, ...],
-        features: int,
-        places: tuple[int, ...] = (),
+        self, row: Layer, shape: tuple[int, ...], places: tuple[int, ...] = ()
     ) -> tuple[jax.Array, jax.Array]:
         kernel_init, bias = _initializers(self.network, row, self.init_name)
-        shape = (*inputs, features)
-        module = _Weights(shape, kernel_init, bias, self.dtype, places, name=row.name)
-        return module()
+        weights = _Weights(shape, kernel_init, bias, self.dtype, places, name=row.name)
+        return weights()
 
     def _stage(
         self, stage: Stage, layer: str, x: jax.Array, train: bool, part: Part
     ) -> jax.Array:
         match stage:
-            case Activation(kind=kind):
+            case Activation(kind):
                 return _ACTIVATIONS[kind](x)
             case Lrn():
                 return self._lrn(stage, part, x)
-            case WithinMapLrn():
+            case WithinMapLrn(size, k, alpha, beta):
                 return ops.within_map_response_norm(
-                    x,
-                    size=stage.size,
-                    k=stage.k,
-                    alpha=stage.alpha,
-                    beta=stage.beta,
-                    fast=self.fast,
+                    x, size=size, k=k, alpha=alpha, beta=beta, fast=self.fast
                 )
             case BatchNorm():
                 # Statistics of the global batch: flax passes the axes to `lax.pmean`.
@@ -236,13 +227,11 @@ class AlexNet(nn.Module):
                     axis_name=axes or None,
                     name=stage_name("norm", layer),
                 )(x)
-            case Pool():
+            case Pool(window, stride, kind, ceil):
                 pool = ops.avg_pool
-                if stage.kind == "max":
+                if kind == "max":
                     pool = functools.partial(ops.max_pool, fast=self.fast)
-                return pool(
-                    x, window=stage.window, stride=stage.stride, ceil=stage.ceil
-                )
+                return pool(x, window=window, stride=stride, ceil=ceil)
             case Dropout():
                 return self._dropout(stage, x, train, part)
 

@@ -290,7 +290,7 @@ def _dense(graph: _Graph, row: Dense, name: str) -> None:
 def _stage(graph: _Graph, stage: Stage, row: Layer, name: str) -> None:
     """Add a stage of a row; its output gets this name."""
     match stage:
-        case Activation(kind=kind):
+        case Activation(kind):
             graph.x = graph.add(_ACTIVATIONS[kind], [graph.x], name)
         case Lrn():
             _lrn(graph, stage, name)
