@@ -65,7 +65,7 @@ class _Weights(nn.Module):
 
 
 class AlexNet(nn.Module):
-    """The network of a layer table. `create_model` makes it.
+    """The network of a layer table; `create_model` makes it.
 
     Attributes:
       network: the layer table.
@@ -151,13 +151,13 @@ class AlexNet(nn.Module):
     def _conv(self, row: Conv, x: jax.Array, part: Part) -> tuple[jax.Array, jax.Array]:
         """Return the convolution of x, and the bias to add to it."""
         groups = 1
-        if row is not self.network.layers[0]:  # Every device reads whole images.
+        if row is not self.network.layers[0]:  # The first layer reads whole images.
             if row.sees == "own":
                 groups = self.network.columns // part.shards
             else:
                 x = self.exchange.gather_features(x)
-        features = row.features // part.shards
-        shape = (row.kernel, row.kernel, x.shape[-1] // groups, features)
+        inputs, outputs = x.shape[-1] // groups, row.features // part.shards
+        shape = (row.kernel, row.kernel, inputs, outputs)
         kernel, bias = self._weights(row, shape)
         x = ops.grouped_conv(
             x,
@@ -178,11 +178,11 @@ class AlexNet(nn.Module):
     def _dense(self, row: Dense, x: jax.Array, part: Part) -> jax.Array:
         columns = self.network.columns if row.sees == "own" else 1
         x = self.exchange.dense_inputs(x, columns)
-        batch, own, inputs = x.shape
+        batch, own_columns, inputs = x.shape
         kernel, bias = self._weights(row, (inputs, row.features // part.shards))
-        if own == 1:
+        if own_columns == 1:
             return x.reshape(batch, inputs) @ kernel + bias
-        kernel = kernel.reshape(inputs, own, -1)
+        kernel = kernel.reshape(inputs, own_columns, -1)
         return jnp.einsum("bgi,igo->bgo", x, kernel).reshape(batch, -1) + bias
 
     def _classifier(self, row: Layer, x: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ import numpy as np
 from flax import traverse_util
 
 from alexnet_jax.data import imagenet
-from alexnet_jax.models import alexnet, variants
+from alexnet_jax.models import alexnet
 from alexnet_jax.models.layers import Variant
 
 # pytorch/examples writes `.pth.tar`.
@@ -91,7 +91,6 @@ def read_weights(
     Raises:
       WeightsError: (a ValueError) if there is no such file, or if it is damaged or of
         another format or variant. The message names the wrong tensors.
-      ValueError: if there is no variant of that name.
     """
     from alexnet_jax.models.weights import caffe, safetensors, torchvision
 
@@ -104,8 +103,6 @@ def read_weights(
             f"{path}: files of weights are {', '.join(SUFFIXES)}; got "
             f"{path.suffix or 'no suffix'}."
         )
-    if variant is not None:
-        variants.get(variant)
     if name.endswith(".safetensors"):
         return safetensors.read(path, variant)
     if name.endswith(".caffemodel"):

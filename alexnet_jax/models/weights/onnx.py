@@ -101,7 +101,7 @@ def export_onnx(
                 )
             mean = mean[start : start + size, start : start + size]
         inputs = [graph.x, graph.constant("mean", mean.transpose(2, 0, 1))]
-        graph.x = graph.add("Sub", inputs, "images_minus_mean")
+        graph.add("Sub", inputs, "images_minus_mean")
     for row in network.layers:
         _add_layer(graph, row)
     minus = "minus the mean" if mean is None else "the mean is subtracted inside"
@@ -149,10 +149,11 @@ class _Graph:
     def add(
         self, kind: str, inputs: Sequence[str], name: str, **attributes: Any
     ) -> str:
-        """Add a node with one output; return `name`, that of the node and its output."""
+        """Add a node whose output is the new `x`; return `name`, that of both."""
         from onnx import helper
 
         self.nodes.append(helper.make_node(kind, inputs, [name], name, **attributes))
+        self.x = name
         return name
 
     def constant(self, name: str, values: Any, dtype: Any = np.float32) -> str:
@@ -215,7 +216,7 @@ def _conv(graph: _Graph, row: Conv, name: str) -> None:
         graph.constant(f"{row.name}.weight", weight),
         graph.constant(f"{row.name}.bias", bias),
     ]
-    graph.x = graph.add(
+    graph.add(
         "Conv",
         inputs,
         name,
@@ -259,7 +260,7 @@ def _local(graph: _Graph, row: Local, name: str) -> None:
     x = add("Add", [x, biases], "sums")
     x = add("Transpose", [x], "places_last", perm=[1, 2, 0])
     shape = constant("_maps", [0, features, down, across])
-    graph.x = graph.add("Reshape", [x, shape], name)
+    graph.add("Reshape", [x, shape], name)
     graph.channels, graph.side = features, down
 
 
@@ -281,9 +282,8 @@ def _dense(graph: _Graph, row: Dense, name: str) -> None:
             graph.constant(f"{row.name}.bias{suffix}", np.split(bias, columns)[i]),
         ]
         outputs.append(graph.add("Gemm", inputs, f"{name}{suffix}", transB=1))
-    graph.x = outputs[0]
     if columns > 1:
-        graph.x = graph.add("Concat", outputs, name, axis=1)
+        graph.add("Concat", outputs, name, axis=1)
     graph.channels, graph.side = row.features, 0
 
 
@@ -291,7 +291,7 @@ def _stage(graph: _Graph, stage: Stage, row: Layer, name: str) -> None:
     """Add a stage of a row; its output gets this name."""
     match stage:
         case Activation(kind):
-            graph.x = graph.add(_ACTIVATIONS[kind], [graph.x], name)
+            graph.add(_ACTIVATIONS[kind], [graph.x], name)
         case Lrn():
             _lrn(graph, stage, name)
         case WithinMapLrn():
@@ -304,14 +304,14 @@ def _stage(graph: _Graph, stage: Stage, row: Layer, name: str) -> None:
                 values = graph.leaves[f"{part}/{norm}/{leaf}"]
                 inputs.append(graph.constant(f"{norm}.{leaf}", values))
             epsilon = _BATCH_NORM_EPSILON
-            graph.x = graph.add("BatchNormalization", inputs, name, epsilon=epsilon)
+            graph.add("BatchNormalization", inputs, name, epsilon=epsilon)
         case Pool():
             _pool(graph, stage, name)
         case Dropout(rate=rate, scale_at="test") if rate > 0:
             kept = graph.constant(f"{name}_kept", 1 - rate)
-            graph.x = graph.add("Mul", [graph.x, kept], name)
+            graph.add("Mul", [graph.x, kept], name)
         case Dropout():
-            graph.x = graph.add("Identity", [graph.x], name)
+            graph.add("Identity", [graph.x], name)
 
 
 def _lrn(graph: _Graph, stage: Lrn, name: str) -> None:
@@ -323,40 +323,32 @@ def _lrn(graph: _Graph, stage: Lrn, name: str) -> None:
     }
     columns = graph.network.columns if stage.per_column else 1
     if columns == 1:
-        graph.x = graph.add("LRN", [graph.x], name, **constants)
+        graph.add("LRN", [graph.x], name, **constants)
         return
     parts = [
         graph.add("LRN", [part], f"{part}_normalized", **constants)
         for part in graph.split(columns, f"{name}_columns")
     ]
-    graph.x = graph.add("Concat", parts, name, axis=1)
+    graph.add("Concat", parts, name, axis=1)
 
 
 def _within_map_lrn(graph: _Graph, stage: WithinMapLrn, name: str) -> None:
     """Compute x / (k + alpha * mean of the window's squares, zeros around) ** beta."""
-    alpha = graph.constant(f"{name}_alpha", stage.alpha)
-    k = graph.constant(f"{name}_k", stage.k)
-    beta = graph.constant(f"{name}_beta", stage.beta)
-    squares = graph.add("Mul", [graph.x, graph.x], f"{name}_squares")
-    means = graph.add(
-        "AveragePool",
-        [squares],
-        f"{name}_means",
-        kernel_shape=[stage.size, stage.size],
-        pads=[stage.size // 2] * 4,
-        count_include_pad=1,
-    )
-    scaled = graph.add("Mul", [means, alpha], f"{name}_scaled")
-    total = graph.add("Add", [scaled, k], f"{name}_total")
-    divisor = graph.add("Pow", [total, beta], f"{name}_divisor")
-    graph.x = graph.add("Div", [graph.x, divisor], name)
+    x, pad, window = graph.x, stage.size // 2, [stage.size, stage.size]
+    means = {"kernel_shape": window, "pads": [pad] * 4, "count_include_pad": 1}
+    graph.add("Mul", [x, x], f"{name}_squares")
+    graph.add("AveragePool", [graph.x], f"{name}_means", **means)
+    for kind, constant in (("Mul", "alpha"), ("Add", "k"), ("Pow", "beta")):
+        value = graph.constant(f"{name}_{constant}", getattr(stage, constant))
+        graph.add(kind, [graph.x, value], f"{name}_{kind.lower()}_{constant}")
+    graph.add("Div", [x, graph.x], name)
 
 
 def _pool(graph: _Graph, stage: Pool, name: str) -> None:
     window, stride = stage.window, stage.stride
     count = pooled_length(graph.side, window, stride, ceil=stage.ceil)
     overhang = max(0, (count - 1) * stride + window - graph.side)
-    graph.x = graph.add(
+    graph.add(
         "MaxPool" if stage.kind == "max" else "AveragePool",
         [graph.x],
         name,

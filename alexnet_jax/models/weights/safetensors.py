@@ -100,7 +100,10 @@ def read(path: Path, variant: str | None) -> Weights:
         files.check_variant(path, variant, (torchvision.VARIANT,))
         weights = torchvision.from_state(
             path,
-            {name: array.astype(np.float32) for name, array in tensors.items()},
+            {
+                name: array.astype(np.float32, copy=False)
+                for name, array in tensors.items()
+            },
             mean=json.loads(metadata.get("normalize_mean", "null")) or torchvision.MEAN,
             std=json.loads(metadata.get("normalize_std", "null")) or torchvision.STD,
         )
