@@ -53,7 +53,7 @@ def load(
 
     Args:
       path: the workdir of a run, DIR or DIR@STEP, or a file of weights: `.safetensors`,
-        `.caffemodel`, `.pth` (see `pretrained.read_weights`).
+        `.caffemodel`, `.pth` (see `weights.read_weights`).
       step: which checkpoint of a run; else the one with the lowest top-1 error, and
         without any evaluation the newest.
       variant: of a file that does not say it.
