@@ -1,4 +1,4 @@
-"""First lines of a run's log: the network, the devices and the data."""
+"""First lines of a run's log: network, devices and data."""
 
 import socket
 
@@ -10,7 +10,7 @@ from alexnet_jax.training.experiment import Experiment
 
 
 def describe_run(experiment: Experiment) -> list[str]:
-    """Return the lines that say what is trained, where, and on which data."""
+    """Return lines that name the network, the devices and the data."""
     network, mesh = experiment.model.network, experiment.mesh
     shapes = experiment.abstract_state().params
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
@@ -40,7 +40,7 @@ def describe_run(experiment: Experiment) -> list[str]:
 
 
 def say_place(experiment: Experiment) -> None:
-    """Print, in each of several processes, where it runs and what it reads."""
+    """Print in each of several processes its host and its part of the batch."""
     if jax.process_count() > 1:
         low, high = experiment.positions()
         here, everywhere = jax.local_device_count(), jax.device_count()
