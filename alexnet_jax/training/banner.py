@@ -15,7 +15,7 @@ def describe_run(experiment: Experiment) -> list[str]:
     shapes = experiment.abstract_state().params
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     device = mesh.devices.flat[0]
-    classes, size = network.layers[-1].features, experiment.crop_size
+    classes, size = network.layers[-1].features, experiment.spec.crop_size
     kind = f"{mesh.size} x {device.device_kind} ({device.platform})"
     if jax.process_count() > 1:
         kind += f" in {jax.process_count()} processes"
@@ -56,4 +56,4 @@ def _mesh(experiment: Experiment) -> str:
     mesh, transform = experiment.mesh, experiment.config.parallel.transform
     rows, columns = mesh.shape[parallel.DATA], mesh.shape[parallel.COLUMN]
     by = "" if transform == "shard_map" else f" by {transform}"
-    return f"mode {experiment.mode}{by}, {rows} data x {columns} column"
+    return f"mode {experiment.spec.mode}{by}, {rows} data x {columns} column"
