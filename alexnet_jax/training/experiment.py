@@ -330,9 +330,10 @@ def _find_statistics(
         own = _find_own_statistics(config, source, log)
         found = {k: np.asarray(getattr(own, k), v.dtype) for k, v in found.items()}
     shared = jax.device_get(multihost_utils.broadcast_one_to_all(found))
-    return Statistics(
-        **{k: np.asarray(v) if np.ndim(v) else int(v) for k, v in shared.items()}
-    )
+    values: dict[str, Any] = {
+        k: np.asarray(v) if np.ndim(v) else int(v) for k, v in shared.items()
+    }
+    return Statistics(**values)
 
 
 def _find_own_statistics(
