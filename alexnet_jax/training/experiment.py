@@ -69,22 +69,6 @@ class Experiment:
         """Return shapes and shardings of the state, for restoring."""
         return steps.abstract_state(self.spec)
 
-    def train_step(self) -> Callable[..., Any]:
-        """Return the jitted (state, batch, statistics) -> (state, metrics)."""
-        return steps.make_train_step(self.spec)
-
-    def summary_step(self) -> Callable[..., dict[str, jax.Array]]:
-        """Return the jitted (state, batch, statistics) -> scalars."""
-        return steps.make_summary_step(self.spec)
-
-    def eval_step(self, views: int = 1) -> Callable[..., Any]:
-        """Return the jitted (params, batch_stats, batch, statistics) -> sums."""
-        return steps.make_eval_step(self.spec, views)
-
-    def predict_step(self, views: int = 1) -> Callable[..., Any]:
-        """Return the jitted (params, batch_stats, batch, statistics) -> predictions."""
-        return steps.make_predict_step(self.spec, views)
-
     def pixel_statistics(self) -> augment.PixelStatistics:
         """Return the statistics on every device of the mesh."""
         wide = jnp.promote_types(self.model.dtype, jnp.float32)

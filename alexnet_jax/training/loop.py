@@ -24,7 +24,7 @@ from alexnet_jax.training.resume import (
     restore,
 )
 from alexnet_jax.training.run import Run, Stopped
-from alexnet_jax.training.steps import TrainState
+from alexnet_jax.training.steps import TrainState, make_train_step
 from alexnet_jax.training.timing import (
     TIMES_FILE,
     TRACING,
@@ -172,7 +172,11 @@ def _loop(run: Run, profile: Path) -> None:
     ):
         batch = experiment.put(next(batches))
         train_step = run.compile(
-            "training", experiment.train_step(), run.state, batch, run.statistics
+            "training",
+            make_train_step(experiment.spec),
+            run.state,
+            batch,
+            run.statistics,
         )
         run.clock.restart(run.step, batches.wait_seconds)
         while not run.has_ended:

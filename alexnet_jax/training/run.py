@@ -12,7 +12,7 @@ import numpy as np
 
 from alexnet_jax.data.loader import Batch
 from alexnet_jax.system.signals import Stop
-from alexnet_jax.training import parallel
+from alexnet_jax.training import parallel, steps
 from alexnet_jax.training.checkpoint import Checkpointer
 from alexnet_jax.training.config import as_json
 from alexnet_jax.training.distributed import Vote, Votes
@@ -20,7 +20,6 @@ from alexnet_jax.training.evaluate import evaluate
 from alexnet_jax.training.experiment import Experiment
 from alexnet_jax.training.progress import Progress
 from alexnet_jax.training.step_log import StepLog, divergence
-from alexnet_jax.training.steps import TrainState
 from alexnet_jax.training.timing import (
     CHECKPOINTS,
     COMPILING,
@@ -57,7 +56,7 @@ class Run:
     def __init__(
         self,
         experiment: Experiment,
-        state: TrainState,
+        state: steps.TrainState,
         progress: Progress,
         checkpointer: Checkpointer,
         writers: MultiWriter,
@@ -124,7 +123,7 @@ class Run:
         args = self.state, batch, self.statistics
         with self.paused(SUMMARIES):
             if self._summary_step is None:
-                step = self.experiment.summary_step()
+                step = steps.make_summary_step(self.experiment.spec)
                 self._summary_step = self.compile("summary", step, *args)
             scalars = jax.device_get(self._summary_step(*args))
         if self.step:  # the log has the mean loss of later steps
@@ -175,7 +174,7 @@ class Run:
         """Return the sums of the evaluation metrics over a batch."""
         args = self.state.params, self.state.batch_stats, batch, self.statistics
         if views not in self._eval_steps:
-            step = self.experiment.eval_step(views)
+            step = steps.make_eval_step(self.experiment.spec, views)
             self._eval_steps[views] = self.compile("evaluation", step, *args)
         return self._eval_steps[views](*args)
 
