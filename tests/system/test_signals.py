@@ -8,7 +8,6 @@ import threading
 
 import pytest
 
-from alexnet_jax import prepare
 from alexnet_jax.analysis import features
 from alexnet_jax.system import cli, signals
 
@@ -107,21 +106,6 @@ def test_command_ends_quietly_when_its_reader_has_gone():
     done = run_command(body, stdout=writing)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, b"")
-
-
-def test_interrupted_preparation_leaves_no_data(tmp_path, monkeypatch, capfd):
-    from alexnet_jax.data.textures import textures_dataset_builder as builder
-
-    def draw_and_be_stopped(*_):
-        send(signal.SIGTERM)
-        raise AssertionError("it went on")
-
-    monkeypatch.setattr(builder.Builder, "_generate_examples", draw_and_be_stopped)
-    with pytest.raises(signals.Interrupted), signals.interrupts():
-        prepare.main(["prepare", "textures", f"--data_dir={tmp_path}"])
-    assert STOPPED.format("SIGTERM") in capfd.readouterr().err
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert [path for path in files if path.stat().st_size] == []
 
 
 def test_interrupted_figure_leaves_the_old_one(tmp_path, capfd):
