@@ -42,12 +42,11 @@ def get_config() -> Config:
     # Length of the run in passes over the training split; fractions are fine (paper,
     # section 5: "roughly 90 cycles"). Schedules are laid out over this length.
     config.num_epochs = 90.0
-    # Stop after this many steps in all, wherever the schedule is; -1: off.
+    # Stop after this many steps in total, without changing the schedule; -1: off.
     config.max_steps = -1
     # Steps between two lines of the log; their metrics are averaged over the steps.
     config.log_every_steps = 100
-    # Epochs between two evaluations; there is one more at the end. 0: only that one,
-    # with another schedule than plateau.
+    # Epochs between two evaluations; 0: one at the end only (not with plateau).
     config.eval_every_epochs = 1.0
     # Number of test views averaged in the final evaluation and in --mode=eval: 10 (paper,
     # section 4.1), 9 (cuda-convnet2's of CIFAR-10), or 1: the centre view only.
@@ -71,7 +70,7 @@ def get_config() -> Config:
     model.width = 1.0
     # Type of the computation: float32, bfloat16 or float64; parameters are >= float32.
     model.dtype = "float32"
-    # How weights start: paper (as the variant was published), caffe or he.
+    # Initial weights: paper (as the variant was published), caffe or he.
     model.init = "paper"
     # Ablations, None: as in the table. See `alexnet_jax.models.ablations`.
     model.overrides = overrides = ConfigDict()
@@ -91,19 +90,18 @@ def get_config() -> Config:
     overrides.dropout = config_dict.placeholder(float)
     # lrn, batch (Ioffe and Szegedy 2015) or none.
     overrides.normalization = config_dict.placeholder(str)
-    # The only layers that stay normalised, such as ("conv1",).
+    # The only layers that stay normalised, for example ("conv1",).
     overrides.norm_layers = config_dict.placeholder(tuple)
     # Normalisation before or after the layer's units.
     overrides.norm_place = config_dict.placeholder(str)
-    # Convolutional layers to leave out, such as ("conv3",).
+    # Convolutional layers to leave out, for example ("conv3",).
     overrides.skip = config_dict.placeholder(tuple)
 
     config.finetune = finetune = ConfigDict()
     # Trained weights to start from, all but the classifier's: the workdir of a run (DIR,
     # DIR@STEP) or a file that `alexnet_jax.load` reads; empty: from scratch.
     finetune.source = ""
-    # Layers that start anew as well, such as ("fc7",). schedule.layer_factors has rates
-    # of single layers, and freezes them.
+    # More layers that start from scratch, for example ("fc7",).
     finetune.new_layers = ()
 
     config.data = data = ConfigDict()
@@ -111,26 +109,26 @@ def get_config() -> Config:
     data.source = "textures"
     # Directory of tfds data sets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
     data.dir = ""
-    # Split to train on; tfds data sets have slices too, train[:90%].
+    # Split to train on; for tfds data sets also a slice, train[:90%].
     data.train_split = "train"
-    # Split to evaluate on, empty: none. In folders test, val, validation are one.
+    # Split to evaluate on; empty: none. In folders test, val and validation are the same.
     data.eval_split = "test"
-    # Examples in a step over ALL devices (paper, section 5: 128). A run keeps it.
+    # Images per step over ALL devices (paper, section 5: 128); fixed within a run.
     data.batch_size = 128
-    # Side of the stored pictures in pixels (paper, section 2: 256).
+    # Side of the raw images in pixels (paper, section 2: 256).
     data.image_size = 256
-    # Side of what the network sees in pixels (paper, section 4.1: 224).
+    # Side of the network's input in pixels (paper, section 4.1: 224).
     data.crop_size = 224
-    # Threads that decode pictures on the host.
+    # Number of threads that decode images on the host.
     data.workers = 2
 
     config.augment = augment = ConfigDict()
-    # Crops at random places in training; else the centre (paper, section 4.1).
+    # Train on random crops; False: on the centre (paper, section 4.1).
     augment.crop = True
-    # Smallest share of a picture's area that a crop has before it is resized to
-    # crop_size (Szegedy et al. 2015: 0.08); 1: crops of crop_size, not resized.
+    # Smallest crop, before it is resized to crop_size, as a share of the raw image's area
+    # (Szegedy et al. 2015: 0.08); 1: crops of crop_size, not resized.
     augment.min_area = 1.0
-    # Mirror every other training picture, by chance (paper, section 4.1).
+    # Mirror training images with probability 1/2 (paper, section 4.1).
     augment.flip = True
     # Standard deviation of the PCA colour noise; 0: none (paper, section 4.1: 0.1).
     augment.lighting = 0.1
@@ -140,13 +138,13 @@ def get_config() -> Config:
     augment.lighting_until_epoch = -1.0
 
     config.optim = optim = ConfigDict()
-    # The learning rate itself: nothing scales it (paper, section 5: 0.01 at 128).
+    # Learning rate, not scaled by the batch size (paper, section 5: 0.01 at 128).
     optim.learning_rate = 0.01
-    # Share of the velocity that is kept (paper, section 5).
+    # Factor on the velocity per step (paper, section 5).
     optim.momentum = 0.9
     # Factor on the weights in the gradient (paper, section 5).
     optim.weight_decay = 5e-4
-    # Use the weight decay of a layer's row in the table instead (CIFAR-10 nets).
+    # Use the weight decay in the table for the layers that have one (CIFAR-10 nets).
     optim.layer_weight_decay = True
     # Learning rate of the biases over that of the weights (Caffe: 2).
     optim.bias_lr_mult = 1.0

@@ -96,7 +96,7 @@ def start(
             **given,
             local_device_ids=local_device_ids,
             cluster_detection_method="deactivate" if some else None,
-            # Later than `_give_up`: at its own timeout jax aborts with a stack trace.
+            # Later than `_give_up`: at its own timeout JAX aborts with a stack trace.
             initialization_timeout=connect_seconds + 60,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,

@@ -352,10 +352,10 @@ def pipeline(config: Config, *, start_step: int = 0) -> Iterator[dict[str, Any]]
     key = steps.purpose_key(config.seed, steps.AUGMENT)
 
     @jax.jit
-    def augmented(pictures: jax.Array, step: jax.Array) -> jax.Array:
+    def augmented(raw_images: jax.Array, step: jax.Array) -> jax.Array:
         step_key = jax.random.fold_in(key, step)
         return augment.train_images(
-            pictures, step_key, 0, statistics, experiment.spec.augmentation, step=step
+            raw_images, step_key, 0, statistics, experiment.spec.augmentation, step=step
         )
 
     with experiment.train_batches(start_step) as batches:
