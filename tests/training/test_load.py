@@ -10,7 +10,6 @@ import pytest
 
 from alexnet_jax.data import DataError
 from alexnet_jax.data.statistics import Statistics
-from alexnet_jax.sweeps import plan as plan_lib
 from alexnet_jax.training import experiment, load, loop
 from alexnet_jax.training.checkpoint import MANIFEST
 from alexnet_jax.training.config import ConfigError, get_config
@@ -87,21 +86,6 @@ def test_changed_fields_are_printed(workdir):
     ]
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("model.width", 0.5),
-        ("model.overrides.dropout", 0.25),
-        ("data.image_size", 40),
-    ],
-)
-def test_another_network_is_refused(field, value, workdir):
-    config = small_config()
-    config.update_from_flattened_dict({field: value})
-    with pytest.raises(ConfigError, match=f"another network:\n(.*\n)*.*{field}: "):
-        loop.prepare(config, workdir)
-
-
 def test_workdir_of_an_older_version_is_resumed(workdir):
     def older(tree):
         del tree["summaries_every_steps"], tree["model"]["overrides"]["skip"]
@@ -141,26 +125,3 @@ def test_statistics_of_another_size_are_refused(workdir):
     words = f"{path}: the mean image is 32 x 32 pixels, the pictures here are 34 x 34"
     with pytest.raises(DataError, match=re.escape(words)):
         loop.prepare(small_config(), workdir)
-    # Beside the data, under a name of their size.
-    pictures = Pictures(statistics_path=path)
-    with pytest.raises(DataError, match=re.escape(words)):
-        experiment._find_own_statistics(small_config(), pictures, print)
-
-
-def test_sweep_of_an_older_version_is_resumed(workdir):
-    row = plan_lib.Run("a", None, 0, "configs/tiny.py", {"optim.momentum": 0.5})
-    config = plan_lib.set_fields(plan_lib.load_config(row.config), row.overrides, "")
-    load.write_config(workdir, config)
-    path = workdir / "config.json"
-    assert plan_lib.differences(row, path) == []
-
-    def older(tree):
-        del tree["summaries_every_steps"], tree["optim"]["momentum"], tree["finetune"]
-
-    stored(workdir, older)
-    assert plan_lib.differences(row, path) == [
-        "optim.momentum: 0.9 there, 0.5 asked for"
-    ]
-    path.write_text("{")
-    with pytest.raises(ConfigError, match="config.json is damaged"):
-        plan_lib.differences(row, path)

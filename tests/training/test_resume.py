@@ -39,10 +39,13 @@ def workdir(begun, tmp_path):
     return shutil.copytree(begun / "run", tmp_path / "run")
 
 
-def test_another_network_is_refused(workdir, config):
-    config.model.width = 2.0
+@pytest.mark.parametrize(
+    ("field", "value"), [("model.width", 2.0), ("data.image_size", 40)]
+)
+def test_another_network_is_refused(field, value, workdir, config):
+    config.update_from_flattened_dict({field: value})
     before = (workdir / "config.json").read_text()
-    with pytest.raises(ConfigError, match=r"holds another network:\n.*model\.width: 1"):
+    with pytest.raises(ConfigError, match=rf"holds another network:\n.*{field}: \d"):
         loop.train_and_evaluate(config, workdir)
     assert (workdir / "config.json").read_text() == before
 
