@@ -342,8 +342,8 @@ def _network_problems(
     except ValueError as error:
         problems.append(str(error))
     names = [row.name for row in network.layers]
-    factor_problem = _layer_factor_problem(config, names)
-    problems += [factor_problem] if factor_problem else []
+    if factor_problem := _layer_factor_problem(config, names):
+        problems.append(factor_problem)
     problems += [
         f"--config.finetune.new_layers: {layer!r} must be one of {', '.join(names)}."
         for layer in config.finetune.new_layers
@@ -352,9 +352,9 @@ def _network_problems(
     if training and not wrong and not factor_problem:
         problems += _idle_problems(config, network)
     shape = ("parallel.", "data.batch_size", "optim.accumulate_steps")
-    if devices and not any(name.startswith(shape) for name in wrong):
-        mesh_problem = _mesh_problem(config, network)
-        problems += [mesh_problem] if mesh_problem else []
+    devices = devices and not any(name.startswith(shape) for name in wrong)
+    if devices and (mesh_problem := _mesh_problem(config, network)):
+        problems.append(mesh_problem)
     return problems
 
 
