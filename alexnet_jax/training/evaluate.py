@@ -24,7 +24,7 @@ from alexnet_jax.data.sources import place_of_split
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.models.weights import Weights
 from alexnet_jax.system.cli import expanded, require_writable_file
-from alexnet_jax.system.files import read_npz, replacing
+from alexnet_jax.system.files import atomic_write, read_npz
 from alexnet_jax.training import finetune, load, metrics
 from alexnet_jax.training.banner import say_place
 from alexnet_jax.training.checkpoint import (
@@ -36,7 +36,6 @@ from alexnet_jax.training.checkpoint import (
 from alexnet_jax.training.config import Config, ConfigError
 from alexnet_jax.training.experiment import Experiment, build_for_evaluation
 from alexnet_jax.training.resume import compare
-from alexnet_jax.training.steps import make_predict_step
 from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 
 # Classes and confusions that are printed.
@@ -130,7 +129,7 @@ class Predictions:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz atomically, for `load_predictions` and NumPy."""
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             np.savez(file, **{k: v for k, v in vars(self).items() if v is not None})
 
 
@@ -167,10 +166,7 @@ def predict(experiment: Experiment, variables: dict[str, Any]) -> Predictions:
     assert source is not None
     if source.left_out:
         _say(f"WARNING: {source.left_out}")
-    step, statistics = (
-        make_predict_step(experiment.spec, views),
-        experiment.pixel_statistics(),
-    )
+    step, statistics = experiment.predict_step(views), experiment.pixel_statistics()
     params, batch_stats = variables["params"], variables["batch_stats"]
     with experiment.eval_batches() as batches:
         found = list(

@@ -69,6 +69,10 @@ class Experiment:
         """Return shapes and shardings of the state, for restoring."""
         return steps.abstract_state(self.spec)
 
+    def predict_step(self, views: int = 1) -> Callable[..., Any]:
+        """Return the jitted (params, batch_stats, batch, statistics) -> predictions."""
+        return steps.make_predict_step(self.spec, views)
+
     def pixel_statistics(self) -> augment.PixelStatistics:
         """Return the statistics on every device of the mesh."""
         wide = jnp.promote_types(self.model.dtype, jnp.float32)

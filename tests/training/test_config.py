@@ -68,20 +68,6 @@ def test_every_field_has_a_comment():
             assert before.lstrip().startswith("#"), line
 
 
-def test_readme_lists_every_field():
-    table = (ROOT / "README.md").read_text().partition("| group | fields |")[2]
-    listed = []
-    for row in table.partition("\n\n")[0].splitlines()[2:]:
-        group, fields = re.fullmatch(r"\| `?(\w+)`? \| (.*) \|", row).groups()
-        for name in re.findall(r"`([^`]+)`", fields):
-            names = re.sub(r"^overrides\.\{|\}$", "", name).split(", ")
-            prefix = "overrides." if name.startswith("overrides") else ""
-            listed += [
-                ("" if group == "run" else f"{group}.") + prefix + n for n in names
-            ]
-    assert sorted(listed) == sorted(DEFAULTS)
-
-
 @pytest.mark.parametrize("field", RANGES)
 def test_every_range_holds_its_default_and_refuses_a_value(field):
     holds, words = RANGES[field]
