@@ -17,15 +17,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_jax.models import variants
-from alexnet_jax.models import weights as weights_lib
-from alexnet_jax.models.weights.torchvision import VARIANT
+from alexnet_jax.models.weights import WeightsError
+from alexnet_jax.models.weights.onnx import export_onnx
+from alexnet_jax.models.weights.safetensors import NAMES, save_safetensors
 from alexnet_jax.system import signals
 from alexnet_jax.system.cli import exit_status, path_argument, require_writable_file
 from alexnet_jax.training.checkpoint import CheckpointError
 from alexnet_jax.training.load import read_network
-
-SUFFIXES = (".safetensors", ".onnx")
 
 
 def export(
@@ -39,33 +37,33 @@ def export(
     """Write the network of a workdir, or of a file of weights, to `out`.
 
     Args:
-      source: the workdir or file, as for `loading.load`.
+      source: the workdir or file, as for `alexnet_jax.load`.
       out: a `.safetensors` or `.onnx`; its folder is created.
-      names: tensor names of a `.safetensors`, see `weights_lib.save_safetensors`.
-      step, variant: as `loading.load`.
+      names: tensor names of a `.safetensors`, see `save_safetensors`.
+      step, variant: as for `alexnet_jax.load`.
 
     Raises:
       WeightsError: for another suffix, or a network that the format cannot hold.
-      PathError: (an OSError) `out` cannot be written.
-      FileNotFoundError, CheckpointError: as `loading.load`.
+      PathError: (an OSError) if `out` cannot be written.
+      FileNotFoundError, CheckpointError: as `alexnet_jax.load`.
     """
     suffix = out.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise weights_lib.WeightsError(
-            f"--out={out} must end in {' or '.join(SUFFIXES)}."
-        )
+    if suffix not in (".safetensors", ".onnx"):
+        raise WeightsError(f"--out={out} must end in .safetensors or .onnx.")
     if suffix == ".onnx" and names != "alexnet_jax":
-        raise weights_lib.WeightsError(
-            f"--names={names} is for .safetensors; got --out={out}."
-        )
+        raise WeightsError(f"--names={names} is for .safetensors; got --out={out}.")
     require_writable_file(out)
     weights = read_network(source, step=step, variant=variant)
-    if names == "torchvision":
-        _require_full_width(source, weights)
+    width = weights.settings.get("width") or 1.0
+    if names == "torchvision" and width != 1:
+        raise WeightsError(
+            f"{source} has layers of width {width:g}, which torchvision's AlexNet could "
+            "not read. Leave --names out: alexnet_jax.load reads any width."
+        )
     if suffix == ".safetensors":
-        weights_lib.save_safetensors(out, weights, names=names)
+        save_safetensors(out, weights, names=names)
         return
-    weights_lib.export_onnx(
+    export_onnx(
         out,
         weights.make_model(),
         weights.variables,
@@ -75,19 +73,6 @@ def export(
     )
 
 
-def _require_full_width(source: Path, weights: weights_lib.Weights) -> None:
-    """Raise WeightsError for layers that torchvision's AlexNet has in another width."""
-    network = weights.make_model().network
-    own = {row.name: row.features for row in network.layers[:-1]}
-    table = {row.name: row.features for row in variants.get(VARIANT).layers[:-1]}
-    if network.name == VARIANT and own != table:
-        raise weights_lib.WeightsError(
-            f"{source} has {', '.join(map(str, own.values()))} features per layer; "
-            f"torchvision's AlexNet has {', '.join(map(str, table.values()))} and could "
-            "not read them. Leave --names out: alexnet_jax.load reads any width."
-        )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
     parser = argparse.ArgumentParser(
@@ -95,29 +80,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--workdir",
         type=path_argument,
         required=True,
         help="folder of a run, or a file",
     )
-    parser.add_argument("--out", type=path_argument, required=True, metavar="FILE")
-    names = weights_lib.NAMES
-    parser.add_argument("--names", choices=names, default=names[0])
-    parser.add_argument("--step", type=int, help="which checkpoint; else the best")
-    parser.add_argument("--variant", help="of a file that does not name its network")
+    add("--out", type=path_argument, required=True, metavar="FILE")
+    add("--names", choices=NAMES, default=NAMES[0])
+    add("--step", type=int, help="which checkpoint; else the best")
+    add("--variant", help="of a file that does not name its network")
     options = parser.parse_args(argv)
 
     def run() -> bool:
-        out = options.out
         export(
             options.workdir,
-            out,
+            options.out,
             names=options.names,
             step=options.step,
             variant=options.variant,
         )
-        print(f"wrote {out} ({out.stat().st_size / 1e6:,.1f} MB)")
+        size = options.out.stat().st_size / 1e6
+        print(f"wrote {options.out} ({size:,.1f} MB)")
         return True
 
     return exit_status(run, CheckpointError)

@@ -4,7 +4,7 @@ python -m alexnet_jax.prepare imagenet --source=DIR --data_dir=DIR
     [--workers=N] [--max_unreadable=10] [--verify]
     Make the tfds data set imagenet2012_256 from ILSVRC2012_img_train.tar and
     ILSVRC2012_img_val.tar (or from class folders, or a prepared tfds imagenet2012) in
-    --source, with its mean image and colour PCA. Started again it goes on.
+    --source, with its mean image and colour PCA. Started again it resumes.
 
 python -m alexnet_jax.prepare check [--source=imagenet2012_256] [--data_dir=DIR]
     [--split=train] [--eval_split=validation] [--out=contact_sheet.png] [--partial]
@@ -29,7 +29,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from alexnet_jax.data import (
@@ -41,13 +40,8 @@ from alexnet_jax.data import (
     warnings_about,
 )
 from alexnet_jax.system import signals
-from alexnet_jax.system.cli import (
-    expanded,
-    progress,
-    require_writable,
-    show_every_name,
-)
-from alexnet_jax.system.files import replacing
+from alexnet_jax.system.cli import expanded, progress, require_writable, show_every_name
+from alexnet_jax.system.files import atomic_write
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,18 +73,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--out", default="contact_sheet.png", help="figure that check draws")
     add("--image_size", type=at_least(1), default=256, help="side of the pictures")
     add("--max_examples", type=at_least(1), help="use so many pictures, evenly spread")
-    add(
-        "--max_unreadable",
-        type=at_least(0),
-        default=10,
-        help="broken pictures to leave out before giving up",
-    )
-    add(
-        "--workers",
-        type=at_least(1),
-        default=os.cpu_count() or 1,
-        help="processes or decoding threads",
-    )
+    count, cores = at_least(0), os.cpu_count() or 1
+    add("--max_unreadable", type=count, default=10, help="broken pictures to leave out")
+    add("--workers", type=at_least(1), default=cores, help="processes or threads")
     add("--verify", action="store_true", help="compare the MD5 of the archives first")
     add("--partial", action="store_true", help="accept less than all of ImageNet")
     return parser.parse_args(argv)
@@ -109,7 +94,6 @@ def _imagenet(options: argparse.Namespace) -> int:
         max_unreadable=options.max_unreadable,
         verify=options.verify,
         log=_say,
-        bar=progress,
     )
     _say("look at it before training:")
     _say(f"  python -m alexnet_jax.prepare check --data_dir={data_dir}")
@@ -141,30 +125,24 @@ def _check(options: argparse.Namespace) -> int:
             evaluation = match_classes(evaluation, train.class_names)
     for line in warnings_about(train, evaluation):
         _say(line)
-    findings, labels, hashes = [], [], []
+    workers, levels, labels, hashes = options.workers, [], [], []
     for source in filter(None, (train, evaluation)):
         _say(source.description)
-        what, count = "reading labels and images", source.num_examples
-        with progress(what, count, "records") as bar:
-            of_split = check.read_records(source, options.workers, bar)
+        count = source.num_examples
+        with progress("reading labels and images", count, "records") as bar:
+            of_split = check.read_records(source, workers, bar)
         labels.append(of_split[0])
         hashes.append(of_split[1])
-    for finding in check.examine(
-        train,
-        evaluation,
-        labels,
-        hashes,
-        partial=options.partial,
-        workers=options.workers,
-    ):
+    checks = {"partial": options.partial, "workers": workers}
+    for finding in check.examine(train, evaluation, labels, hashes, **checks):
         _say(str(finding))
-        findings.append(finding.level)
+        levels.append(finding.level)
     figure = contact_sheet(train, labels[0], evaluation, labels[-1])
-    with replacing(out) as file:
+    with atomic_write(out) as file:
         figure.savefig(file, format=out.suffix.removeprefix("."), dpi=110)
     _say(f"look at {out}: each pair must show what its title says")
-    wrong = findings.count("WRONG")
-    _say(f"{wrong} of {len(findings)} checks failed" if wrong else "all checks passed")
+    wrong = levels.count("WRONG")
+    _say(f"{wrong} of {len(levels)} checks failed" if wrong else "all checks passed")
     return 1 if wrong else 0
 
 
@@ -179,7 +157,9 @@ def _statistics(options: argparse.Namespace) -> int:
     if not options.source:
         raise ValueError("--source is missing: folder:PATH or a tfds data set")
     source = _open(options, options.source, options.split)
-    path = statistics.statistics_path(source)
+    path = source.statistics_path
+    if path is None:
+        raise DataError(f"{source.description}: has no place to keep statistics in")
     require_writable(path.parent)  # before the long pass
     count = min(source.num_examples, options.max_examples or source.num_examples)
     _say(f"{source.description}: {count:,} of {source.num_examples:,} pictures")
@@ -191,16 +171,14 @@ def _statistics(options: argparse.Namespace) -> int:
             source, max_examples=count, workers=options.workers, progress=bar
         )
     result.save(path)
-    seconds = time.perf_counter() - started
-    means = result.mean_image.mean(axis=(0, 1))
-    _say(f"mean of R, G, B               {_numbers(means)}  (0..255)")
-    _say(f"standard deviations along PCA {_numbers(result.pca_std_255)}  (ascending)")
-    _say(f"wrote {path} ({seconds:.0f} s)")
+    for what, values, note in (
+        ("mean of R, G, B              ", result.mean_image.mean((0, 1)), "0..255"),
+        ("standard deviations along PCA", result.pca_std_255, "ascending"),
+    ):
+        numbers = "  ".join(f"{value:7.3f}" for value in values)
+        _say(f"{what} {numbers}  ({note})")
+    _say(f"wrote {path} ({time.perf_counter() - started:.0f} s)")
     return 0
-
-
-def _numbers(values: np.ndarray) -> str:
-    return "  ".join(f"{value:7.3f}" for value in values)
 
 
 def _say(text: str) -> None:

@@ -33,7 +33,7 @@ from alexnet_jax.analysis.report.page import build_page
 from alexnet_jax.data.images import short_names
 from alexnet_jax.system import signals
 from alexnet_jax.system.cli import exit_status, path_argument, require_writable_file
-from alexnet_jax.system.files import replacing
+from alexnet_jax.system.files import atomic_write
 from alexnet_jax.training.checkpoint import CheckpointError
 from alexnet_jax.training.load import (
     CONFIG_FILE,
@@ -78,7 +78,7 @@ def report(workdir: Path, *, python: str = "python") -> list[str]:
     save_figure(first_layer_filters(kernel, columns=columns), filters)
     save_figure(filter_statistics_by_column(kernel, columns=columns), statistics)
     save_figure(training_curves(run.records), curves)
-    with replacing(workdir / REPORT_FILE) as file:
+    with atomic_write(workdir / REPORT_FILE) as file:
         file.write(html)
     return [
         *_held_out_errors(run.records, shows_top5(len(run.names))),

@@ -23,7 +23,7 @@ import optax
 from jax import lax
 
 from alexnet_jax.analysis.retrieval import RetrievalError, nearest, rank, search
-from alexnet_jax.system.files import read_npz, replacing
+from alexnet_jax.system.files import atomic_write, read_npz
 
 # Codes on the device at once.
 BLOCK = 16384
@@ -95,7 +95,7 @@ class Codes:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz atomically, for `load_codes` and NumPy."""
         checksum = np.uint32(self.checksum)
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             np.savez(file, packed=self.packed, checksum=checksum, **vars(self.coder))
 
 

@@ -15,7 +15,7 @@ from alexnet_jax.data.images import load_picture
 from alexnet_jax.data.sources import Source
 from alexnet_jax.models import ops
 from alexnet_jax.system.cli import progress
-from alexnet_jax.system.files import replacing
+from alexnet_jax.system.files import atomic_write
 from alexnet_jax.training.checkpoint import split_step
 from alexnet_jax.training.load import (
     is_weights_file,
@@ -167,5 +167,5 @@ def fetch(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a matplotlib figure atomically; its folder is made if missing."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format=path.suffix.removeprefix(".").lower(), dpi=150)

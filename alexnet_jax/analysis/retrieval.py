@@ -24,7 +24,7 @@ from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import resize_to_square
 from alexnet_jax.data.sources import Source
-from alexnet_jax.system.files import read_npz, replacing
+from alexnet_jax.system.files import atomic_write, read_npz
 
 # Bytes of an index that are compared with the queries at once; on a CPU, larger blocks
 # are slower.
@@ -71,7 +71,7 @@ class Index:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz atomically, for `load_index` and NumPy."""
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             np.savez(file, **vars(self))
 
 

@@ -1,9 +1,9 @@
-"""Pictures and labels: storage, decoding, order.
+"""Images and labels, from a disk to augmented batches. Nothing here imports TensorFlow.
 
 `sources` opens a split (class folders, tfds data sets, the embedded textures, fake
-data), `images` decodes and resizes, `loader` turns a source into batches and `statistics`
-computes the mean image and the colour PCA. `imagenet` prepares ILSVRC-2012, and `check`
-looks for mistakes that nothing else would show. Nothing here imports TensorFlow.
+data), `images` decodes and resizes, `loader` makes batches, `augment` crops them on the
+device, and `statistics` computes the mean image and the colour PCA. `imagenet` prepares
+ILSVRC-2012, and `check` looks for mistakes that nothing else would show.
 """
 
 from alexnet_jax.data.errors import DataError

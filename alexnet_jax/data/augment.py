@@ -1,8 +1,8 @@
 """Random crop, flip and PCA lighting, and the centre crop, on the device.
 
-uint8 pictures in, float images out, inside the jitted step. Every picture draws from
-its own key, made of the step's key and the picture's position in the global batch:
-the same whatever the number of devices (`first_example`).
+Raw images (uint8) in, float images out, inside the jitted step. Every image draws from
+its own key, made of the step's key and the image's position in the global batch, so
+the draws do not depend on the number of devices (`first_example`).
 
 Source: Krizhevsky et al. 2012, section 4.1; the original's `convdata_jpeg.py`.
 Resized crops: Szegedy et al. 2015; torchvision's `RandomResizedCrop`.
@@ -39,7 +39,7 @@ IMAGENET_MEAN_255 = np.array([127.305, 119.715, 104.913])
 
 @flax.struct.dataclass
 class PixelStatistics:
-    """The training data's statistics, as arrays on the device.
+    """Statistics of the training data, as arrays on the device.
 
     Attributes:
       mean_image: [S, S, 3], RGB, 0..255.
@@ -52,7 +52,7 @@ class PixelStatistics:
 
 
 def imagenet_statistics(side: int) -> PixelStatistics:
-    """ImageNet's, with its mean colour for the mean image; pictures of side pixels."""
+    """Return ImageNet's statistics, with its mean colour at all side x side pixels."""
     return PixelStatistics(
         mean_image=jnp.full((side, side, 3), IMAGENET_MEAN_255),
         pca_std_255=jnp.asarray(IMAGENET_PCA_STD_255),
@@ -62,13 +62,12 @@ def imagenet_statistics(side: int) -> PixelStatistics:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training images are made of pictures.
+    """Settings of `train_images`.
 
     Attributes:
-      crop_size: side of the images, at most that of the pictures.
-      crop, flip: whether to draw them; without `crop` the centre is taken.
-      lighting: sigma of `pca_lighting`.
-      lighting_form: its form.
+      crop_size: side of the images, at most that of the raw images.
+      crop, flip: draw them; without `crop` the centre is taken.
+      lighting, lighting_form: sigma and form of `pca_lighting`.
       lighting_steps: light before this step only; None: always.
       min_area: below 1 the crops are those of `random_resized_crop`.
     """
@@ -83,21 +82,21 @@ class Augmentation:
 
 
 def example_keys(key: jax.Array, first_example: Any, count: int) -> jax.Array:
-    """A key for each of the examples first_example ... first_example + count - 1."""
+    """Return a key per example first_example ... first_example + count - 1."""
     return jax.vmap(jax.random.fold_in, (None, 0))(
         key, first_example + jnp.arange(count)
     )
 
 
 def random_crop(pictures: jax.Array, keys: jax.Array, size: int) -> jax.Array:
-    """Cuts size x size at a random place out of each picture.
+    """Cut size x size at a random place out of each image.
 
-    Every offset from 0 to S - size, both included, is as likely: at 224 of 256, 33
-    x 33 places (the paper's "factor of 2048" counts 32 x 32, twice for the flip).
+    Every offset from 0 to S - size, both included, is equally likely: at 224 of 256,
+    33 x 33 places (the paper's "factor of 2048" counts 32 x 32, twice for the flip).
 
     Args:
       pictures: [B, S, S, 3] of any dtype.
-      keys: [B] random keys, one a picture.
+      keys: [B] random keys, one per image.
       size: at most S.
 
     Returns:
@@ -115,12 +114,12 @@ def random_crop(pictures: jax.Array, keys: jax.Array, size: int) -> jax.Array:
 
 
 def random_boxes(keys: jax.Array, side: int, min_area: float) -> jax.Array:
-    """Draws a box in a side x side picture for each key, as torchvision does.
+    """Draw a box in a side x side image per key, as torchvision does.
 
-    Its share of the picture's area is uniform in [min_area, 1], the logarithm of its
-    width over height in `CROP_RATIOS`; drawn up to ten times until it fits, all at
-    once here, the first that fits is taken, and the whole picture if none does. Sides
-    and corners are whole pixels, every place that there is as likely.
+    The box's share of the area is uniform in [min_area, 1], the logarithm of its width
+    over height uniform in the range of `CROP_RATIOS`. The first of ten draws that fits
+    is taken, and the whole image if none does. Sides and corners are whole pixels, and
+    every place is equally likely.
 
     Returns:
       int32 [B, 4]: top, left, height, width.
@@ -146,19 +145,18 @@ def random_boxes(keys: jax.Array, side: int, min_area: float) -> jax.Array:
 def resize_boxes(
     pictures: jax.Array, boxes: jax.Array, size: int, dtype: Any = jnp.float32
 ) -> jax.Array:
-    """Resizes a box of each picture to size x size, bilinearly and antialiased.
+    """Resize a box of each image to size x size, bilinearly and antialiased.
 
-    Where a box is enlarged this is bilinear interpolation between pixel centres;
-    where it is reduced, the triangle is widened to the pixels it stands for.
+    A box that is enlarged is interpolated between pixel centres. For one that is
+    reduced the triangle is widened to the pixels that it stands for.
 
     Args:
       pictures: [B, S, S, C].
-      boxes: int [B, 4]: top, left, height, width, in pixels, within the picture.
-      size: of the result.
-      dtype: of the result, a float.
+      boxes: int [B, 4]: top, left, height, width, in pixels, within the image.
+      size, dtype: of the result; a float dtype.
 
     Returns:
-      [B, size, size, C], within the range of the pictures and not rounded.
+      [B, size, size, C], within the range of the raw images and not rounded.
     """
 
     def resize(picture: jax.Array, box: jax.Array) -> jax.Array:
@@ -184,19 +182,18 @@ def random_resized_crop(
     min_area: float,
     dtype: Any = jnp.float32,
 ) -> jax.Array:
-    """Cuts a box of random area, shape and place out of each, resized to size x size.
+    """Cut a box of random area, shape and place out of each, resized to size x size.
 
     Differs from torchvision's `RandomResizedCrop` in two things: a pixel at the edge of
-    a box is interpolated with its neighbours outside of the box, where there are any
-    (there the box is cut out first), and the result is not rounded to grey levels.
+    a box is interpolated with its neighbours outside (torchvision cuts the box out
+    first), and the result is not rounded to grey levels.
 
     Args:
       pictures: [B, S, S, 3] of any dtype; S need not be as large as `size`.
-      keys: [B] random keys, one a picture.
-      size: of the result.
-      min_area: the smallest share of a picture's area, above 0, at most 1; 0.08 in
-        Szegedy et al. 2015.
-      dtype: of the result, a float.
+      keys: [B] random keys, one per image.
+      min_area: smallest share of an image's area, above 0, at most 1; 0.08 in Szegedy
+        et al. 2015.
+      size, dtype: of the result; a float dtype.
 
     Returns:
       [B, size, size, 3] of `dtype`.
@@ -208,7 +205,7 @@ def random_resized_crop(
 
 
 def random_flip(pictures: jax.Array, keys: jax.Array) -> jax.Array:
-    """Mirrors each picture [H, W, 3] left to right with probability 1/2."""
+    """Mirror each image [H, W, 3] left to right with probability 1/2."""
 
     def flip(picture: jax.Array, key: jax.Array) -> jax.Array:
         coin = jax.random.bits(key, dtype=jnp.uint32) & 1
@@ -226,15 +223,15 @@ def pca_lighting(
     std_255: Any = IMAGENET_PCA_STD_255,
     vectors: Any = IMAGENET_PCA_VECTORS,
 ) -> jax.Array:
-    """Adds a random multiple of the principal components of colour to each image.
+    """Add a random multiple of the principal components of colour to each image.
 
     Every pixel of an image gets the same vectors @ (z * std_255), z ~ N(0, sigma^2)
-    drawn once an image. The paper writes eigenvalues; on pixels of 0..255 the first
+    drawn once per image. The paper writes eigenvalues; on pixels of 0..255 the first
     would give a sigma of about 1,500 grey levels. The original uses their square roots.
 
     Args:
       images: float [B, H, W, 3], RGB, on the scale 0..255.
-      keys: [B] random keys, one an image.
+      keys: [B] random keys, one per image.
       sigma: 0.1 in the paper; 0 returns the images as they are.
       form: "paper" adds; "original" then divides by 1 + sigma, as the original did
         in training (and not in testing) without a word in the paper.
@@ -261,8 +258,10 @@ def pca_lighting(
 
 
 def centre_crop(pictures: jax.Array, size: int) -> jax.Array:
-    """The central size x size of [..., S, S, 3]; an odd margin leaves the larger
-    half on the right and at the bottom."""
+    """Return the central size x size of [..., S, S, 3].
+
+    The larger half of an odd margin is cut at the right and the bottom.
+    """
     start = (pictures.shape[-3] - size) // 2
     return pictures[..., start : start + size, start : start + size, :]
 
@@ -277,7 +276,7 @@ def train_images(
     *,
     step: Any = 0,
 ) -> jax.Array:
-    """uint8 pictures -> augmented training images.
+    """Augment raw images for training.
 
     Args:
       pictures: uint8 [B, S, S, 3].
@@ -285,7 +284,7 @@ def train_images(
       first_example: the position of pictures[0] in the global batch.
       statistics: of the training data. The centre of the mean image is subtracted
         from every crop, wherever it was cut, as the original did.
-      augmentation: what to draw.
+      augmentation: the draws to make.
       dtype: of the result.
       step: of the training, for `lighting_steps`.
 
@@ -332,18 +331,17 @@ def eval_images(
     crop_size: int,
     dtype: Any = jnp.float32,
 ) -> jax.Array:
-    """uint8 pictures [B, S, S, 3] -> their centre crops minus the mean's centre."""
+    """Return the centre crops of uint8 [B, S, S, 3] minus the mean's centre."""
     return _minus_mean(centre_crop(pictures, crop_size), mean_image, crop_size, dtype)
 
 
 def several_views(pictures: jax.Array, count: int, size: int) -> jax.Array:
-    """Pictures [B, S, S, 3] -> several views of each [V, B, size, size, 3], same dtype.
+    """Cut several views out of each image: [B, S, S, 3] -> [V, B, size, size, 3].
 
     Args:
       count: 1, the centre; 9, cuda-convnet2's views of CIFAR-10, the three by three
         offsets 0, half and all of the margin; 10, the paper's (section 4.1), the centre
-        and the four corners, and then the five mirrored. The centre is view 0. Where
-        pictures are hardly larger than `size` some are the same.
+        and the four corners, and then the five mirrored. The centre is view 0.
 
     Raises:
       ValueError: for another count.

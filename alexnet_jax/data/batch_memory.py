@@ -11,7 +11,7 @@ _ALIGNMENT = 64  # bytes; a cache line, and what XLA asks for
 class BatchMemory:
     """Arrays for batches; memory that nothing refers to any more is used again.
 
-    Fresh memory is zeroed by the kernel page by page, which takes a tenth of the time of
+    The kernel zeroes fresh memory page by page, which takes a tenth of the time of
     decoding into it. The arrays begin at multiples of 64 bytes: JAX copies others on CPU.
     """
 
@@ -33,7 +33,7 @@ class BatchMemory:
 
 
 class _Lease:
-    """The base that an array and all its views, those of JAX too, keep alive."""
+    """Base of an array; returns the memory when the last view (NumPy or JAX) dies."""
 
     def __init__(self, memory: np.ndarray, free: "collections.deque[np.ndarray]"):
         self.__array_interface__ = memory.__array_interface__

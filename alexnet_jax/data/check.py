@@ -1,6 +1,6 @@
 """Checks of a data set before a long run: mistakes that nothing else shows.
 
-With wrong or missing labels, classes in another order, pictures that are not shuffled or
+With wrong or missing labels, classes in another order, images that are not shuffled or
 statistics of other data, training runs, and ends at a bad error rate.
 """
 
@@ -21,24 +21,22 @@ from alexnet_jax.data.sources import (
     Source,
     StoredSource,
     match_classes,
-    num_shared,
-    shared_in_words,
+    overlap,
 )
 from alexnet_jax.data.sources.source import some
 
 _CHUNK = 256  # records that a thread reads at a time
-# Pictures of the check of pixel values, and of the check of statistics.
+# Images of the check of pixel values, and of the check of statistics.
 _FEW, _SAMPLE = 256, 2000
-# Label entropies are of at most so many batches of at most so many labels. In batches of
-# fewer than `_FEWEST` they tell nothing.
+# Label entropies are of at most so many batches of at most so many labels; smaller
+# batches than the last number tell nothing.
 _NUM_BATCHES, _BATCH_SIZE, _FEWEST = 100, 128, 8
-# Grey levels between the darkest and the brightest value of an image, in the median.
-# Values of 14 bits in 16 that were cut to the upper 8 are 0 to 63, and a resize may go a
-# little beyond; those of 12 bits are 0 to 15.
+# Median over images of (brightest - darkest value), in grey levels. Values of 14 bits in
+# 16 that were cut to the upper 8 are 0 to 63, and a resize may go a little beyond.
 _LEAST_RANGE = 80
 # As a share of the evaluation images: published data sets have a few such images.
 _MOST_IDENTICAL = 0.01
-# Standard deviation of the mean of a picture, in grey levels: about 37 for ImageNet.
+# Standard deviation of the mean of an image, in grey levels: about 37 for ImageNet.
 _SPREAD_OF_MEANS = 40.0
 
 
@@ -104,7 +102,7 @@ def examine(
     Args:
       train, evaluation: the splits; the second with the labels of the first, unless its
         classes are other ones.
-      labels, hashes: results of `read_records` for each split.
+      labels, hashes: results of `read_records` per split.
       partial: accept less than all of ImageNet.
       workers: decoding threads.
     """
@@ -138,15 +136,16 @@ def examine(
 
 def _class_order(train: Source, is_imagenet: bool, partial: bool) -> Finding:
     names = train.class_names
-    if list(names) != sorted(names) and not is_imagenet:
-        return Finding("note", f"{len(names):,} classes, not in alphabetical order")
+    is_sorted = list(names) == sorted(names)
     if is_imagenet and names != wnids():
         missing = sorted(set(wnids()) - set(names))
         return Finding(
-            "note" if partial and list(names) == sorted(names) else "WRONG",
+            "note" if partial and is_sorted else "WRONG",
             f"class order: {len(names):,} classes, ImageNet has 1,000 in the order of "
             f"their WNIDs; missing {some(missing)}: labels are not the published ones",
         )
+    if not is_sorted:
+        return Finding("note", f"{len(names):,} classes, not in alphabetical order")
     first, last = (
         f"{name} ({words(name)})" if is_imagenet else name
         for name in (names[0], names[-1])
@@ -160,26 +159,27 @@ def _in_both(
     train: Source, evaluation: Source, hashes: Sequence[np.ndarray]
 ) -> Iterator[Finding]:
     """Look for evaluation images that are training images: by place, else by content."""
-    if shared := num_shared(train, evaluation):
-        yield Finding("WRONG", shared_in_words(shared, train, evaluation))
+    if message := overlap(train, evaluation):
+        yield Finding("WRONG", message)
         return
     if not isinstance(train, StoredSource) or not isinstance(evaluation, StoredSource):
         return
+    total = len(hashes[1])
     found = np.flatnonzero(np.isin(hashes[1], hashes[0]))
     if not len(found):
         yield Finding(
             "ok",
-            f"no evaluation image is byte for byte a training image ({len(hashes[1]):,} "
-            f"compared with {len(hashes[0]):,})",
+            f"no evaluation image is byte for byte a training image ({total:,} compared "
+            f"with {len(hashes[0]):,})",
         )
         return
     first = int(found[0])
     twin = int(np.flatnonzero(hashes[0] == hashes[1][first])[0])
     yield Finding(
-        "WRONG" if len(found) >= _MOST_IDENTICAL * len(hashes[1]) else "note",
-        f"{len(found):,} of {len(hashes[1]):,} evaluation images are byte for byte "
-        f"training images, for example {evaluation.name_of(first)} and {train.name_of(twin)}: "
-        "their error is not that of unseen images. Take them out of one split",
+        "WRONG" if len(found) >= _MOST_IDENTICAL * total else "note",
+        f"{len(found):,} of {total:,} evaluation images are byte for byte training images, "
+        f"for example {evaluation.name_of(first)} and {train.name_of(twin)}: their error "
+        "is not that of unseen images. Take them out of one split",
     )
 
 
@@ -204,10 +204,9 @@ def _counts(split: str, source: Source, labels: np.ndarray) -> Finding:
 def _pixel_values(split: str, source: Source) -> Finding:
     """Look for images that hardly vary: most likely they had more than 8 bits."""
     sample = Sample(source, _FEW)
-    side = source.image_size
+    image = np.empty((1, source.image_size, source.image_size, 3), np.uint8)
     ranges = []
     for index in range(sample.num_examples):
-        image = np.empty((1, side, side, 3), np.uint8)
         sample.fetch(np.array([index]), image, np.empty(1, np.int32))
         ranges.append(int(image.max()) - int(image.min()))
     median = float(np.median(ranges))
@@ -257,8 +256,7 @@ def _order(labels: np.ndarray) -> Iterator[Finding]:
     # Matters to readers that shuffle little, and to slices such as train[:10%].
     stored = entropy(labels)
     if stored > 0.9 * chance:
-        text = f"order of storage: shuffled as well ({stored:.2f} bits)"
-        yield Finding("ok", text)
+        yield Finding("ok", f"order of storage: shuffled as well ({stored:.2f} bits)")
         return
     yield Finding(
         "note",
@@ -288,7 +286,7 @@ def _statistics(train: Source, is_imagenet: bool, workers: int) -> Iterator[Find
     count = min(_SAMPLE, train.num_examples)
     again = statistics.compute(train, max_examples=count, workers=workers)
     mean, new_mean = (s.mean_image.mean((0, 1)) for s in (stored, again))
-    # Four standard errors; of all pictures again the same numbers must come.
+    # Four standard errors; of all images again the same numbers must come.
     same = count == train.num_examples == stored.num_examples
     tolerance = 0.01 if same else 4 * _SPREAD_OF_MEANS / np.sqrt(count)
     share = 1e-3 if same else 0.15
@@ -298,9 +296,9 @@ def _statistics(train: Source, is_imagenet: bool, workers: int) -> Iterator[Find
     )
     yield Finding(
         "ok" if near else "WRONG",
-        f"statistics: stored (of {stored.extent}) mean "
-        f"{_numbers(mean)}, PCA {_numbers(stored.pca_std_255)}; of {count:,} pictures "
-        f"again {_numbers(new_mean)}, {_numbers(again.pca_std_255)}",
+        f"statistics: stored (of {stored.extent}) mean {_numbers(mean)}, PCA "
+        f"{_numbers(stored.pca_std_255)}; of {count:,} pictures again "
+        f"{_numbers(new_mean)}, {_numbers(again.pca_std_255)}",
     )
     if is_imagenet:
         yield Finding(

@@ -1,5 +1,2 @@
-"""What is wrong with the data, in words."""
-
-
 class DataError(ValueError):
     """Data that cannot be used; the message names the file and what to do."""

@@ -1,11 +1,11 @@
-"""Decoding and resizing on the host: any picture file to uint8 RGB [S, S, 3].
+"""Decoding and resizing on the host: any image file to uint8 RGB [S, S, 3].
 
-The resize is the one of 2012: the shorter side to S, then the central S x S (Krizhevsky
-et al. 2012, section 2; make-data of cuda-convnet2 shrinks by pixel area and enlarges by
-cubic interpolation). Every picture becomes RGB: about twenty ImageNet files are CMYK, one
-is a PNG. Transparent pixels are composited on white. EXIF orientation is applied to the
-user's own files (`upright`), but not to ImageNet: its published numbers were obtained
-without it. An animation is read as its first frame.
+The shorter side becomes S, then the central S x S is kept (Krizhevsky et al. 2012,
+section 2; like make-data of cuda-convnet2, by pixel area to shrink and by cubic
+interpolation to enlarge). Every mode becomes RGB: about twenty ImageNet files are CMYK,
+one is a PNG. Transparent pixels are composited on white. EXIF orientation is applied to
+the user's own files (`upright`), but not to ImageNet: its published numbers were
+obtained without it. An animation is read as its first frame.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedIm
 
 from alexnet_jax.data.errors import DataError
 
-# The bound above which Pillow warns: 256 MiB as RGB.
+# Pillow warns above this: 256 MiB as RGB.
 MAX_PIXELS = 89_478_485
 # The formats that are read, and the suffixes of their files. Some other formats of Pillow
 # start a program (EPS).
@@ -65,22 +65,22 @@ def decode(
     upright: bool = False,
     remedy: str = TAKE_OUT,
 ) -> np.ndarray:
-    """Decode one picture file to RGB, resized and cut to a square.
+    """Decode one image file to RGB, resized and cut to a square.
 
     Args:
-      data: the whole file in one of the formats above, whatever it is called.
+      data: the whole file in one of the formats above, whatever its suffix.
       size: side S of the result in pixels.
       name: file or record, for the error message.
-      out: where to write, uint8 [S, S, 3], C-contiguous; allocated when absent.
+      out: where to write, uint8 [S, S, 3], C-contiguous; allocated if absent.
       upright: turn it as its EXIF orientation says. (Pillow turns every TIFF.)
-      remedy: advice about a broken one, for the error message.
+      remedy: advice about a broken image, for the error message.
 
     Returns:
       `out`: uint8 [S, S, 3], 0..255.
 
     Raises:
-      DataError: (a ValueError) the picture is broken, too large, or has less than 15
-        bits stored in 16; the message says which one, and why.
+      DataError: (a ValueError) the image is broken, too large, or has less than 15
+        bits stored in 16.
     """
     if out is None:
         out = np.empty((size, size, 3), np.uint8)
@@ -94,20 +94,19 @@ def decode(
 def load_picture(
     picture: str | os.PathLike | Image.Image | np.ndarray, size: int
 ) -> np.ndarray:
-    """Read one picture, from a path, Pillow or an array, the way training sees it.
+    """Read one image from a path, Pillow or an array, as training sees it.
 
     Args:
-      picture: a path, a Pillow picture, or uint8 [H, W], [H, W, 3] or [H, W, 4]. Files
-        and Pillow pictures are turned by their EXIF orientation.
+      picture: a path, a Pillow image, or uint8 [H, W], [H, W, 3] or [H, W, 4]. Files
+        and Pillow images are turned by their EXIF orientation.
       size: side S of the result in pixels.
 
     Returns:
       uint8 [S, S, 3], RGB, 0..255; never a view of the argument.
 
     Raises:
-      ValueError: a broken file or picture (a DataError, see `decode`), or an array that
-        is not a uint8 picture.
-      OSError: there is no such file, or it cannot be read.
+      ValueError: a broken file (a DataError, see `decode`), or an unusable array.
+      OSError: the file cannot be read.
     """
     remedy = "Give an intact copy or another picture"
     if isinstance(picture, (str, os.PathLike)):
@@ -128,13 +127,13 @@ def resize_to_square(image: np.ndarray | Image.Image, size: int) -> np.ndarray:
     """Resize the shorter side to `size`, then cut the central `size` x `size`.
 
     Args:
-      image: uint8 [H, W, 3] or a Pillow picture.
+      image: uint8 [H, W, 3] or a Pillow image.
       size: side of the result in pixels.
 
     Returns:
-      uint8 [size, size, 3]; a picture that already has this size is not resampled.
-      Shrinking averages areas (Pillow BOX), enlarging is BICUBIC. When the number of
-      pixels to cut is odd, the larger part goes at the right and the bottom.
+      uint8 [size, size, 3]. Shrinking is Pillow's BOX, enlarging BICUBIC; an image of
+      this size is not resampled. Of an odd margin the larger part is cut at the right
+      and the bottom.
     """
     if not isinstance(image, Image.Image):
         if image.shape == (size, size, 3):
@@ -155,17 +154,16 @@ def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
     """Return the names of files; with their folders if several are alike."""
     parts = [Path(path).parts or (".",) for path in paths]
     names = [part[-1] for part in parts]
-    if len(set(names)) == len(names):
-        return names
-    return ["/".join(part[-2:]) for part in parts]
+    is_unique = len(set(names)) == len(names)
+    return names if is_unique else ["/".join(part[-2:]) for part in parts]
 
 
 @contextlib.contextmanager
 def _naming(name: str, remedy: str) -> Iterator[None]:
-    """Raise an error of decoding as a DataError with the name and the remedy."""
+    """Convert errors of decoding into a DataError with the name and the remedy."""
     try:
         yield
-    except MemoryError:  # not the picture's fault: `prepare` must not leave it out
+    except MemoryError:  # not the image's fault: `prepare` must not leave it out
         raise
     except Exception as error:  # Pillow also lets errors of zlib, struct ... through
         reason = str(error).rstrip(".") or type(error).__name__
@@ -175,14 +173,15 @@ def _naming(name: str, remedy: str) -> Iterator[None]:
 
 @functools.cache
 def _formats() -> list[str]:
+    """Return those of the formats that this Pillow reads; set it up."""
+    # Pillow refuses intact files with more than 1 MB of compressed text or colour profile.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def _open(data: bytes) -> Image.Image:
     """Read the header only."""
-    # Pillow refuses intact files with more than 1 MB of compressed text or colour profile.
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
     try:
         return Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError:  # Pillow names a buffer at an address
@@ -218,15 +217,14 @@ def _decode_plain_jpeg(
 
 
 def _orientation(picture: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 without a tag that can be read."""
     try:
         return picture.getexif().get(ExifTags.Base.Orientation, 1)
     except (SyntaxError, ValueError, LookupError, TypeError, OSError, struct.error):
-        return 1  # a damaged tag makes no picture unreadable
+        return 1  # a damaged tag makes no image unreadable
 
 
 def _square(picture: Image.Image, size: int, *, upright: bool) -> np.ndarray:
-    """Check, load, turn and resize a picture that may not be decoded yet."""
+    """Check, load, turn and resize an image that may not be decoded yet."""
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise ValueError(
@@ -236,7 +234,7 @@ def _square(picture: Image.Image, size: int, *, upright: bool) -> np.ndarray:
     tiles = str(getattr(picture, "tile", ""))
     if isinstance(picture, TiffImagePlugin.TiffImageFile):
         # Pillow reads 16-bit channels that are stored apart as bytes, and does not
-        # invert 16-bit pictures whose white is 0.
+        # invert 16-bit images whose white is 0.
         tags = picture.tag_v2
         apart = picture.tile and ";" not in tiles
         inverted = tags.get(_TIFF_PHOTOMETRIC) == 0
@@ -248,8 +246,7 @@ def _square(picture: Image.Image, size: int, *, upright: bool) -> np.ndarray:
             )
     picture.load()
     if _REDUCED.search(tiles):
-        above = 256 * (1 + np.asarray(picture.convert("RGB")).max().item())
-        _check_range(above - 1, f"below {above:,}")
+        _check_range(256 * np.asarray(picture.convert("RGB")).max().item() + 255)
     orientation = _orientation(picture) if upright else 1
     picture = _to_rgb(picture)
     if orientation in _TURNS:
@@ -263,7 +260,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         values = np.asarray(picture)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError("more than 16 bits per channel")
-        _check_range(int(values.max()), f"{values.max():,}")
+        _check_range(values.max().item())
         picture = Image.fromarray((values >> 8).astype(np.uint8))
     elif picture.mode == "F":
         raise ValueError("floating-point pixels have no known range")
@@ -274,19 +271,14 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def _check_range(largest: int, in_words: str) -> None:
-    """Raise ValueError if 16 bits hold 14 or fewer: their upper 8 would look black.
-
-    Args:
-      largest: largest value of the picture, or the largest that it may have.
-      in_words: the same for the error message.
-    """
+def _check_range(largest: int) -> None:
+    """Raise ValueError if 16 bits hold 14 or fewer: their upper 8 would look black."""
     bits = max(8, largest.bit_length())
     if bits > 14 or largest == 0:
         return
     factor = 2 ** (16 - bits - bits % 2)
     raise ValueError(
-        f"it has 16 bits per channel, but its largest value is {in_words} of 65,535: it "
-        "would be read as nearly black. Multiply the values of all such files alike, for "
-        f"example by {factor}: magick FILE -evaluate multiply {factor} NEW_FILE"
+        f"it has 16 bits per channel, but its values are at most {largest:,} of 65,535: "
+        "it would be read as nearly black. Multiply the values of all such files alike, "
+        f"for example by {factor}: magick FILE -evaluate multiply {factor} NEW_FILE"
     )

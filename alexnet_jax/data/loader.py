@@ -1,9 +1,8 @@
 """Batches from a source: order by Grain, decoding in threads.
 
-The batch of step s is a pure function of (seed, s): no worker count, no process
-count and no restart changes it, so nothing about the data position has to be
-stored in a checkpoint. Batches run on across the ends of epochs and nothing is
-dropped; within one epoch every example comes exactly once.
+The batch of step s is a pure function of (seed, s), whatever the number of workers,
+processes and restarts. So a checkpoint stores no data position. Batches run on across
+the ends of epochs and nothing is dropped; every example comes once per epoch.
 """
 
 import collections
@@ -26,15 +25,15 @@ PREFETCH = 4
 
 
 class TrainOrder:
-    """The order of training: every epoch another permutation, computed on the spot.
+    """Order of training: another permutation per epoch, computed on the spot.
 
     It equals Grain's `MapDataset.range(n).seed(seed).shuffle().repeat()`, but calls only
     the permutation: an index of ImageNet takes 3 microseconds instead of 9, in which no
     other thread runs Python.
 
     Args:
-      num_examples: examples in an epoch, n.
-      batch_size: examples in a (global) batch.
+      num_examples: examples per epoch, n.
+      batch_size: examples per global batch.
       seed: 0..2**32 - 1.
     """
 
@@ -67,14 +66,13 @@ class TrainOrder:
 class Batches(Iterator[Batch]):
     """Iterator over decoded batches, read ahead by a pool of threads.
 
-    On CPU a jax array may share a NumPy array's memory: a batch's memory is used again
-    only when nothing refers to it any more, and must not be written to by others. Use
-    it as a context manager or call `close()`.
+    The memory of a batch is used again when nothing refers to it any more, JAX's arrays
+    included; do not write to it. Use it as a context manager or call `close()`.
 
     Attributes:
-      step: number of the batch that `next` gives.
+      step: number of the batch that `next` returns.
       num_batches: batches from step 0 to the end; None for endless training.
-      wait_seconds: total time `next` was blocked.
+      wait_seconds: total time for which `next` was blocked.
     """
 
     def __init__(
@@ -90,17 +88,13 @@ class Batches(Iterator[Batch]):
         prefetch: int = PREFETCH,
     ):
         if workers < 1 or prefetch < 1:
-            raise ValueError(
-                "workers and prefetch must be at least 1, "
-                f"got workers={workers}, prefetch={prefetch}"
-            )
+            raise ValueError(f"{workers=} and {prefetch=} must be at least 1")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         low, high = positions or (0, batch_size)
         if not 0 <= low < high <= batch_size:
             raise ValueError(
-                f"positions must be a non-empty range inside 0..{batch_size} (the global "
-                f"batch), got ({low}, {high})"
+                f"{positions=} must be a non-empty range in 0..{batch_size}"
             )
         self.step = start_step
         self.num_batches = num_examples and -(-num_examples // batch_size)
@@ -212,12 +206,12 @@ def train_batches(
     """Iterate over shuffled batches without end, from `start_step` on.
 
     Args:
-      source: where the pictures come from.
-      batch_size: size of the GLOBAL batch.
+      source: where the images come from.
+      batch_size: size of the global batch.
       seed: 0..2**32 - 1; decides the order.
-      start_step: the step to begin with (after a resume: the restored step).
-      positions: (lo, hi), the half-open range of positions of the global batch this
-        process feeds; the whole batch when absent.
+      start_step: first step (after a resume: the restored step).
+      positions: (lo, hi), the half-open range of positions in the global batch that
+        this process feeds; the whole batch if absent.
       workers: decoding threads; as many as there are free cores.
       prefetch: batches decoded ahead; each takes b * S * S * 3 bytes.
 
@@ -225,8 +219,8 @@ def train_batches(
       An iterator of {"image": uint8 [b, S, S, 3], "label": int32 [b]}, b = hi - lo.
 
     Raises:
-      ValueError: arguments out of range; while iterating a DataError for a broken
-        picture.
+      ValueError: an argument is out of range; while iterating a DataError for a broken
+        image.
     """
     if start_step < 0:
         raise ValueError(f"start_step must not be negative, got {start_step}")
@@ -253,21 +247,17 @@ def eval_batches(
     """Iterate over every example exactly once, in order; pad the last batch.
 
     Args:
-      source: where the pictures come from.
-      batch_size: size of the GLOBAL batch; may exceed the number of examples.
-      positions: (lo, hi), the part of each global batch this process feeds; every
-        process gets the same number of batches, so none waits for another.
-      workers: decoding threads.
-      prefetch: batches decoded ahead.
+      source, positions, workers, prefetch: see `train_batches`. Every process gets the
+        same number of batches, so none waits for another.
+      batch_size: size of the global batch; may exceed the number of examples.
 
     Returns:
       An iterator of ceil(num_examples / batch_size) batches {"image": uint8
       [b, S, S, 3], "label": int32 [b], "mask": float32 [b]}; mask is 1 for an
-      example and 0 for padding, whose picture and label are 0.
+      example and 0 for padding, whose image and label are 0.
 
     Raises:
-      ValueError: arguments out of range; while iterating a DataError for a broken
-        picture.
+      ValueError: see `train_batches`.
     """
     return Batches(
         source,

@@ -1,6 +1,6 @@
 """Mean image and colour PCA of a data set (Krizhevsky et al. 2012, sections 2, 4.1).
 
-One pass over the pictures, exact sums, memory independent of their number.
+One pass over the images, exact sums, memory independent of their number.
 """
 
 import dataclasses
@@ -8,25 +8,22 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent import futures
-from pathlib import Path
 
 import numpy as np
 
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.sources import Source
-from alexnet_jax.system.files import read_npz, replacing
+from alexnet_jax.system.files import atomic_write, read_npz
 
 _FIELDS = ("mean_image", "pca_std_255", "pca_vectors", "num_examples")
 _SPLIT = "split_examples"  # not in files of earlier versions
-_CHUNK = 16  # pictures a thread holds at a time
-# Advice about a stored file that is broken or of other pictures: beside the data, and in
-# the workdir of a run.
+_CHUNK = 16  # images that a thread holds at a time
 COMPUTE_AGAIN = (
     "Compute it again: python -m alexnet_jax.prepare statistics --source=..."
 )
-TRAIN_AGAIN = (
-    "Bring it back from a copy; or delete it and start the training command again, "
-    "which makes it anew."
+_REMEDY = (
+    f"{COMPUTE_AGAIN} In the workdir of a run delete it and start the training command "
+    "again, which makes it anew."
 )
 
 
@@ -41,8 +38,8 @@ class Statistics:
         deviations, not eigenvalues).
       pca_vectors: float32 [3, 3], its unit eigenvectors in the COLUMNS, in the same
         order; rows are R, G, B. Signs: the largest component is positive.
-      num_examples: pictures that were used.
-      split_examples: pictures that the split had then; all were used when absent.
+      num_examples: images that were used.
+      split_examples: images that the split had then; `num_examples` if absent.
     """
 
     mean_image: np.ndarray
@@ -64,7 +61,7 @@ class Statistics:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write an .npz file, completely or not at all."""
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             np.savez(
                 file,
                 mean_image=self.mean_image,
@@ -75,21 +72,15 @@ class Statistics:
             )
 
 
-def load(
-    path: str | os.PathLike,
-    image_size: int | None = None,
-    *,
-    remedy: str = COMPUTE_AGAIN,
-) -> Statistics:
+def load(path: str | os.PathLike, image_size: int | None = None) -> Statistics:
     """Read a file that `Statistics.save` wrote.
 
     Args:
-      image_size: expected side of the pictures; None: any.
-      remedy: advice of the error; `TRAIN_AGAIN` for the file of a workdir.
+      image_size: expected side of the images; None: any.
 
     Raises:
       FileNotFoundError: there is no such file.
-      DataError: the file is damaged, or of pictures of another size.
+      DataError: the file is damaged, or of images of another size.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"{os.fspath(path)}: there is no such file.")
@@ -98,44 +89,24 @@ def load(
         mean, std, vectors, count = (arrays[name] for name in _FIELDS)
     except (ValueError, KeyError) as error:
         raise DataError(
-            f"{os.fspath(path)} is not a statistics file ({error}). {remedy}"
+            f"{os.fspath(path)} is not a statistics file ({error}). {_REMEDY}"
         ) from error
     split = arrays.get(_SPLIT, count)
     found = Statistics(mean, std, vectors, int(count), int(split))
     if image_size is not None:
-        require_size(found, image_size, path, remedy=remedy)
+        require_size(found, image_size, path)
     return found
 
 
-def require_size(
-    found: Statistics,
-    image_size: int,
-    path: str | os.PathLike,
-    *,
-    remedy: str = COMPUTE_AGAIN,
-) -> None:
-    """Raise DataError if the statistics in `path` are of pictures of another size."""
+def require_size(found: Statistics, image_size: int, path: str | os.PathLike) -> None:
+    """Raise DataError if the statistics in `path` are of images of another size."""
     side = len(found.mean_image)
     if side != image_size:
         raise DataError(
             f"{os.fspath(path)}: the mean image is {side} x {side} pixels, the pictures "
             f"here are {image_size} x {image_size}: it is of other data, or of another "
-            f"run. {remedy}"
+            f"run. {_REMEDY}"
         )
-
-
-def statistics_path(source: Source) -> Path:
-    """Return the file of the statistics of this source, beside the data.
-
-    PATH/statistics_S.npz for a folder, the version's directory for tfds; the name
-    also holds the split if that is not plainly `train`.
-
-    Raises:
-      DataError: the source is no data on a disk (fake).
-    """
-    if source.statistics_path is None:
-        raise DataError(f"{source.description}: has no place to keep statistics in")
-    return source.statistics_path
 
 
 def compute(
@@ -143,26 +114,23 @@ def compute(
     *,
     max_examples: int | None = None,
     workers: int = 2,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> Statistics:
     """Compute the mean image and the colour PCA.
 
     Args:
       source: the training split.
-      max_examples: use only as many pictures, evenly spread over the split (class
-        folders are sorted by class); all when absent.
+      max_examples: use only as many images, evenly spread over the split (class
+        folders are sorted by class); all if absent.
       workers: decoding threads.
-      progress: called with the number of pictures done since its last call.
+      progress: called with the number of images done since its last call.
 
     Raises:
-      DataError: a broken picture.
-      ValueError: max_examples is below 1.
+      DataError: an image is broken.
     """
-    if max_examples is not None and max_examples < 1:
-        raise ValueError(f"max_examples must be at least 1, got {max_examples}")
     count = min(source.num_examples, max_examples or source.num_examples)
     side = source.image_size
-    # Sums of integers below 2**53 are exact in float64 (for 2 million pictures of
+    # Sums of integers below 2**53 are exact in float64 (for 2 million images of
     # 256 x 256), so the order in which the threads add makes no difference.
     total = np.zeros((side, side, 3), np.float64)
     products = np.zeros((3, 3), np.float64)
@@ -183,8 +151,7 @@ def compute(
     pool = futures.ThreadPoolExecutor(workers)
     try:
         for done in pool.map(add, range(0, count, _CHUNK)):
-            if progress is not None:
-                progress(done)
+            progress(done)
     finally:
         pool.shutdown(cancel_futures=True)
     return _summary(total, products, count, source.num_examples)
@@ -193,9 +160,9 @@ def compute(
 def _products(images: np.ndarray) -> np.ndarray:
     """Return RGB times RGB, summed over all pixels: float64 [3, 3], exact.
 
-    It uses float32, where 256 products of two bytes still have an exact sum: the values of
-    a picture, RGBRGB..., lie in 256 rows, and are multiplied by themselves, by the next
-    value and by the one after that. Products with the next pixel's values are dropped.
+    In float32, 256 products of two bytes still have an exact sum: the values of an image,
+    RGBRGB..., lie in 256 rows, and are multiplied by themselves, by the next value and by
+    the one after that. Products with the next pixel's values are dropped.
     """
     rows = 256
     count = images[0].size
@@ -216,7 +183,7 @@ def _products(images: np.ndarray) -> np.ndarray:
 def _summary(
     total: np.ndarray, products: np.ndarray, count: int, split_examples: int
 ) -> Statistics:
-    """Compute statistics from the sums of the pictures and of RGB times RGB."""
+    """Compute statistics from the sums of the images and of RGB times RGB."""
     num_pixels = count * total.shape[0] * total.shape[1]
     mean = total.reshape(-1, 3).sum(axis=0) / num_pixels
     covariance = products / num_pixels - np.outer(mean, mean)

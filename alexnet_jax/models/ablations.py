@@ -2,13 +2,13 @@
 
     create_model("paper", lrn=False, columns=1)
 
-Each function takes a table and a value and returns the changed table. `ABLATIONS` lists
-them by name, in the order in which `customize` applies them. All raise ValueError for a
-value out of range.
+Each function takes a table and a value, and returns the changed table. It raises
+ValueError for a value out of range. `ABLATIONS` lists the functions by name, in the order
+in which `customize` applies them.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any, Literal, get_args
 
 from alexnet_jax.models.layers import (
@@ -30,12 +30,11 @@ NormalizationKind = Literal["lrn", "batch", "none"]
 Place = Literal["before", "after"]
 
 
-def skip(table: Variant, names: Iterable[str]) -> Variant:
-    """Take out convolutional (or local) layers, with their norms but not their pooling.
+def skip(table: Variant, names: Collection[str]) -> Variant:
+    """Remove convolutional or local layers and their norms, but not their pooling.
 
-    The first layer sets the grid and cannot be skipped.
+    The first layer sets the grid and cannot be removed.
     """
-    names = _names(names)
     can_go = [row.name for row in table.layers[1:] if not isinstance(row, Dense)]
     for name in names:
         if name not in can_go:
@@ -46,8 +45,8 @@ def skip(table: Variant, names: Iterable[str]) -> Variant:
     rows: list[Layer] = []
     for row in table.layers:
         if row.name in names:
-            # The pooling stays with the layer before, so that the grid is kept (but for
-            # a stride of the layer's own, as zfnet's conv2 has).
+            # The layer before takes over the pooling, so the grids stay the same (but
+            # for the stride of the layer itself, in zfnet's conv2).
             kept = tuple(s for s in row.then if isinstance(s, Pool | Dropout))
             rows[-1] = dataclasses.replace(rows[-1], then=(*rows[-1].then, *kept))
         else:
@@ -84,15 +83,15 @@ def num_classes(table: Variant, count: int) -> Variant:
 
 
 def lrn(table: Variant, on: bool) -> Variant:
-    """Take every normalisation out (False), or use `normalization="lrn"` (True)."""
+    """Apply `normalization="lrn"` (True) or `normalization="none"` (False)."""
     return normalization(table, "lrn" if on else "none")
 
 
 def normalization(table: Variant, kind: NormalizationKind) -> Variant:
     """Normalise by "lrn", by "batch" norm, or not at all ("none").
 
-    A table that normalises keeps its places (and, for "lrn", its constants). One that
-    does not gets the paper's LRN, or batch norm, after the activations of conv1 and
+    A table that normalises keeps the places of its norms and, for "lrn", their constants.
+    Another table gets the paper's LRN, or batch norm, after the activations of conv1 and
     conv2.
     """
     _one_of("normalization", kind, get_args(NormalizationKind))
@@ -104,7 +103,7 @@ def normalization(table: Variant, kind: NormalizationKind) -> Variant:
         if kind == "none":
             then = others
         elif kind == "batch" and norms:
-            # One in a row, in place of the first: the original's layer 2 has two.
+            # A single one, in place of the first: layer 2 of the original has two.
             at = then.index(norms[0])
             then = (*others[:at], BatchNorm(), *others[at:])
         elif not normalizes and row.name in ("conv1", "conv2"):
@@ -116,9 +115,8 @@ def normalization(table: Variant, kind: NormalizationKind) -> Variant:
     return _each_layer(table, change)
 
 
-def norm_layers(table: Variant, names: Iterable[str]) -> Variant:
+def norm_layers(table: Variant, names: Collection[str]) -> Variant:
     """Keep the normalisation of these layers only."""
-    names = _names(names)
     normalized = [row.name for row in table.layers if _split_norms(row.then)[0]]
     for name in names:
         if name not in normalized:
@@ -138,8 +136,7 @@ def norm_layers(table: Variant, names: Iterable[str]) -> Variant:
 def norm_place(table: Variant, place: Place) -> Variant:
     """Put every norm "before" or "after" the activation of its layer.
 
-    A norm that has to change sides moves right next to the activation; one that is on
-    that side already stays.
+    A norm on the other side moves next to the activation.
     """
     _one_of("norm_place", place, get_args(Place))
 
@@ -183,7 +180,7 @@ def activation(table: Variant, kind: ActivationKind) -> Variant:
 
 
 def dropout(table: Variant, rate: float) -> Variant:
-    """Set the rate, 0 <= rate < 1, wherever the table drops."""
+    """Set the rate, 0 <= rate < 1, of every dropout."""
     if not 0 <= rate < 1:
         raise ValueError(f"dropout={rate} is not a rate: 0 <= dropout < 1.")
     return _each_stage(table, Dropout, rate=float(rate))
@@ -207,11 +204,11 @@ ABLATIONS: dict[str, Callable[[Variant, Any], Variant]] = {
 
 
 def customize(table: Variant, **ablations: Any) -> Variant:
-    """Return the table with ablations applied; None leaves a thing as it is.
+    """Return the table with ablations applied.
 
     Args:
       table: the table to start from.
-      **ablations: values by the names of `ABLATIONS`, whose functions document them.
+      **ablations: values by the names of `ABLATIONS`; None: no change.
 
     Raises:
       TypeError: for an unknown name.
@@ -264,12 +261,8 @@ def _split_norms(
     return norms, tuple(stage for stage in stages if not isinstance(stage, NORMS))
 
 
-def _names(layers: Iterable[str]) -> tuple[str, ...]:
-    return (layers,) if isinstance(layers, str) else tuple(layers)
-
-
 def _positive(what: str, value: int) -> int:
-    if isinstance(value, bool) or value < 1 or value != int(value):
+    if value < 1 or value != int(value):
         raise ValueError(f"{what}={value!r} must be a whole number of at least 1.")
     return int(value)
 

@@ -12,7 +12,7 @@ from jax import lax
 
 from alexnet_jax.models import ops, variants
 from alexnet_jax.models.ablations import customize
-from alexnet_jax.models.exchange import Alone, Exchange, Part
+from alexnet_jax.models.exchange import Exchange, Part
 from alexnet_jax.models.layers import (
     Activation,
     BatchNorm,
@@ -33,16 +33,17 @@ from alexnet_jax.models.summary import check_image_size
 
 INITS = ("paper", "caffe", "he")
 DTYPES = ("float32", "bfloat16", "float64")
-# Of ImageNet's pixels about their mean, on the scale 0..255: the root of a third of
-# the sum of the three principal variances (augment.IMAGENET_PCA_STD_255).
+# Standard deviation of ImageNet's pixels, 0..255: the root of a third of the sum of the
+# three principal variances (augment.IMAGENET_PCA_STD_255).
 PIXEL_STD_255 = 74.4
 _ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid}
 
 
 class _Weights(nn.Module):
-    """The kernel and bias of one layer, in `dtype`.
+    """The kernel and the bias of one layer, in `dtype`.
 
-    `places`: for how many places, (down, across), there is a kernel and a bias each.
+    A locally connected layer has a kernel and a bias per place. `places` is its number
+    of places, (down, across).
     """
 
     shape: tuple[int, ...]
@@ -64,22 +65,22 @@ class _Weights(nn.Module):
 
 
 class AlexNet(nn.Module):
-    """The network of a layer table. Made by `create_model`.
+    """The network of a layer table; `create_model` makes it.
 
     Attributes:
       network: the layer table.
-      dtype: what is computed in; parameters are at least float32.
+      dtype: dtype of the computation; parameters are at least float32.
       init_name: how parameters start, see `create_model`.
-      fast: use the backend's fast operators; False keeps forward-mode derivatives.
-      exchange: what this device has of the network, and how it gets what others have;
-        `parallel.local_model` sets it. The default has the whole network.
+      fast: use the backend's fast operators; False supports forward-mode derivatives.
+      exchange: which part of the network this device has, and how it gets what other
+        devices have. The default has everything; `parallel.local_model` sets another.
     """
 
     network: Variant
     dtype: Any = jnp.float32
     init_name: str = "paper"
     fast: bool = True
-    exchange: Exchange = Alone()
+    exchange: Exchange = Exchange(batch_axes=())
 
     def __call__(
         self,
@@ -91,10 +92,10 @@ class AlexNet(nn.Module):
 
         Args:
           images: float [B, S, S, 3], RGB, 0..255 minus the mean.
-          train: dropout and batch statistics as in training; wants
+          train: use dropout and the statistics of the batch; needs
             `rngs={"dropout": key}`.
-          first_example: position of images[0] in the global batch. It picks the
-            dropout masks, so they do not depend on how the batch is split.
+          first_example: position of images[0] in the global batch. Dropout masks follow
+            it, so they do not depend on how the batch is split.
 
         Raises:
           ValueError: for a size that does not give the table's grid.
@@ -108,54 +109,56 @@ class AlexNet(nn.Module):
         train: bool = False,
         first_example: int | jax.Array = 0,
     ) -> dict[str, jax.Array]:
-        """Return every layer's output by name, conv1 ... fc7 and logits.
+        """Return the output of every layer by name: conv1, norm1, pool1 ... fc7, logits.
 
-        `conv1` is the layer's output after bias and activation, `norm1` after
-        normalisation, `pool1` after pooling. A table may have the activation later
-        (`original`: after pooling); then it is in `pool1`, not in `conv1`. On a device
-        of a mesh they are its own features, of the examples that it has there.
-        Arguments and errors as for `__call__`.
+        `conv1` is the output after bias and activation, `norm1` after normalisation,
+        `pool1` after pooling. An activation keeps the name of its input: in `original`
+        conv1's comes after pooling, so `pool1` has it and `conv1` does not. A device of a
+        mesh returns its own features of its own examples. Arguments and errors are those
+        of `__call__`.
         """
         _check_images(self.network, images)
         x = images.astype(self.dtype)
-        own = first_example + jnp.arange(images.shape[0])
-        found: dict[str, jax.Array] = {}
-        for row in self.network.layers:
-            name, part = row.name, self.exchange.part(row, own)
-            terms: tuple[jax.Array, ...] = ()
-            if row is self.network.layers[-1]:
-                name, x = "logits", self._classifier(row, x)
-            elif isinstance(row, Conv):
-                terms = self._conv(row, x, part)
-                x = ops.add_bias(*terms, fast=self.fast)
-            elif isinstance(row, Local):
-                x = self._local(row, x)
-            else:
-                x = self._dense(row, x, part)
-            found[name] = x
-            labels = feature_names(row)
-            for i, (stage, label) in enumerate(zip(row.then, labels, strict=True)):
+        positions = first_example + jnp.arange(images.shape[0])
+        features: dict[str, jax.Array] = {}
+        *rows, classifier = self.network.layers
+        for row in rows:
+            part = self.exchange.part(row, positions)
+            conv_and_bias = None
+            match row:
+                case Conv():
+                    conv_and_bias = self._conv(row, x, part)
+                    x = ops.add_bias(*conv_and_bias, fast=self.fast)
+                case Local():
+                    x = self._local(row, x)
+                case Dense():
+                    x = self._dense(row, x, part)
+            features[row.name] = x
+            names = feature_names(row)
+            for i, (stage, name) in enumerate(zip(row.then, names, strict=True)):
                 after_relu = row.then[:i] == (Activation("relu"),)
-                if isinstance(stage, Lrn) and terms and after_relu:
-                    # Bias and relu once more: the operator has them in its own loop,
-                    # and jit drops those that nobody reads.
-                    x = self._lrn(stage, part, *terms, relu=True)
+                if isinstance(stage, Lrn) and conv_and_bias and after_relu:
+                    # LRN adds the bias and applies ReLU again, in its own loop, which
+                    # is faster. jit drops the results above that nobody reads.
+                    x = self._lrn(stage, part, *conv_and_bias, relu=True)
                 else:
                     x = self._stage(stage, row.name, x, train, part)
-                if label:
-                    found[label] = x
-        return found
+                if name:
+                    features[name] = x
+        features["logits"] = self._classifier(classifier, x)
+        return features
 
     def _conv(self, row: Conv, x: jax.Array, part: Part) -> tuple[jax.Array, jax.Array]:
-        """Return the convolution of x, and the bias that belongs to it."""
+        """Return the convolution of x, and the bias to add to it."""
         groups = 1
-        if row is not self.network.layers[0]:  # which reads images, whole everywhere
+        if row is not self.network.layers[0]:  # The first layer reads whole images.
             if row.sees == "own":
                 groups = self.network.columns // part.shards
             else:
                 x = self.exchange.gather_features(x)
-        shape = (row.kernel, row.kernel, x.shape[-1] // groups)
-        kernel, bias = self._weights(row, shape, row.features // part.shards)
+        inputs, outputs = x.shape[-1] // groups, row.features // part.shards
+        shape = (row.kernel, row.kernel, inputs, outputs)
+        kernel, bias = self._weights(row, shape)
         x = ops.grouped_conv(
             x,
             kernel,
@@ -168,63 +171,53 @@ class AlexNet(nn.Module):
 
     def _local(self, row: Local, x: jax.Array) -> jax.Array:
         side = x.shape[1] + 2 * row.padding - row.kernel + 1
-        shape = (row.kernel, row.kernel, x.shape[-1])
-        kernel, bias = self._weights(row, shape, row.features, (side, side))
+        shape = (row.kernel, row.kernel, x.shape[-1], row.features)
+        kernel, bias = self._weights(row, shape, places=(side, side))
         return ops.local_conv(x, kernel, padding=row.padding) + bias
 
     def _dense(self, row: Dense, x: jax.Array, part: Part) -> jax.Array:
         columns = self.network.columns if row.sees == "own" else 1
         x = self.exchange.dense_inputs(x, columns)
-        batch, own, inputs = x.shape
-        kernel, bias = self._weights(row, (inputs,), row.features // part.shards)
-        if own == 1:
+        batch, own_columns, inputs = x.shape
+        kernel, bias = self._weights(row, (inputs, row.features // part.shards))
+        if own_columns == 1:
             return x.reshape(batch, inputs) @ kernel + bias
-        kernel = kernel.reshape(inputs, own, -1)
+        kernel = kernel.reshape(inputs, own_columns, -1)
         return jnp.einsum("bgi,igo->bgo", x, kernel).reshape(batch, -1) + bias
 
     def _classifier(self, row: Layer, x: jax.Array) -> jax.Array:
         """Return the logits of this device's own examples.
 
-        Split by its inputs, which are where they are needed already: one sum of the
-        parts of the logits, and the bias added once.
+        The layer is split by its inputs, which are on the right device already. The
+        partial logits are summed once, and the bias is added once.
         """
         x = self.exchange.classifier_inputs(x)
-        kernel, bias = self._weights(row, x.shape[-1:], row.features)
+        kernel, bias = self._weights(row, (x.shape[-1], row.features))
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        parts = jnp.matmul(x, kernel, preferred_element_type=wide)
-        return self.exchange.sum_logits(parts) + bias
+        partial_logits = jnp.matmul(x, kernel, preferred_element_type=wide)
+        return self.exchange.sum_logits(partial_logits) + bias
 
     def _weights(
-        self,
-        row: Layer,
-        inputs: tuple[int, ...],
-        features: int,
-        places: tuple[int, ...] = (),
+        self, row: Layer, shape: tuple[int, ...], places: tuple[int, ...] = ()
     ) -> tuple[jax.Array, jax.Array]:
         kernel_init, bias = _initializers(self.network, row, self.init_name)
-        shape = (*inputs, features)
-        module = _Weights(shape, kernel_init, bias, self.dtype, places, name=row.name)
-        return module()
+        weights = _Weights(shape, kernel_init, bias, self.dtype, places, name=row.name)
+        return weights()
 
     def _stage(
         self, stage: Stage, layer: str, x: jax.Array, train: bool, part: Part
     ) -> jax.Array:
         match stage:
-            case Activation(kind=kind):
+            case Activation(kind):
                 return _ACTIVATIONS[kind](x)
             case Lrn():
                 return self._lrn(stage, part, x)
-            case WithinMapLrn():
+            case WithinMapLrn(size, k, alpha, beta):
                 return ops.within_map_response_norm(
-                    x,
-                    size=stage.size,
-                    k=stage.k,
-                    alpha=stage.alpha,
-                    beta=stage.beta,
-                    fast=self.fast,
+                    x, size=size, k=k, alpha=alpha, beta=beta, fast=self.fast
                 )
             case BatchNorm():
-                # Over the whole batch; flax hands the names on to `lax.pmean`.
+                # Statistics of the global batch: flax passes the axes to `lax.pmean`.
                 axes: Any = None if self.is_initializing() else part.batch_axes
                 return nn.BatchNorm(
                     use_running_average=not train,
@@ -234,13 +227,11 @@ class AlexNet(nn.Module):
                     axis_name=axes or None,
                     name=stage_name("norm", layer),
                 )(x)
-            case Pool():
+            case Pool(window, stride, kind, ceil):
                 pool = ops.avg_pool
-                if stage.kind == "max":
+                if kind == "max":
                     pool = functools.partial(ops.max_pool, fast=self.fast)
-                return pool(
-                    x, window=stage.window, stride=stage.stride, ceil=stage.ceil
-                )
+                return pool(x, window=window, stride=stride, ceil=ceil)
             case Dropout():
                 return self._dropout(stage, x, train, part)
 
@@ -279,11 +270,10 @@ class AlexNet(nn.Module):
         shape = (*x.shape[1:-1], units * part.shards)
 
         def mask(example: jax.Array) -> jax.Array:
-            # All units of the layer, of which a device keeps its own: the masks
-            # are the same however the layer is split.
-            drawn = jax.random.bernoulli(
-                jax.random.fold_in(key, example), jnp.float32(keep), shape
-            )
+            # Draw for all units of the layer and keep those of this device: the
+            # masks do not depend on how the layer is split.
+            example_key = jax.random.fold_in(key, example)
+            drawn = jax.random.bernoulli(example_key, jnp.float32(keep), shape)
             if part.shards == 1:
                 return drawn
             start = part.index * units
@@ -303,27 +293,29 @@ def create_model(
     fast: bool = True,
     **ablations: Any,
 ) -> AlexNet:
-    """Make a network: a layer table, changed as asked.
+    """Build the network of a layer table.
 
     Args:
-      variant: a table, or the name of one in `variants.VARIANTS`: "paper", "original",
-        "owt", "cifar", ...
-      num_classes: units of the classifier; None: the table's own (1,000, or 10).
-      width: factor on the features of every layer but the classifier.
-      dtype: what is computed in: float32, bfloat16, or float64 (with x64 enabled).
-      init: "paper", the recipe that the variant was published with, which is in its
-        table (the paper's: N(0, 0.01), and a bias of 1 in conv2, conv4, conv5, fc6
-        and fc7); "caffe", as bvlc_alexnet: fc6 and fc7 from N(0, 0.005), biases of
-        0.1 instead of 1; "he": He et al. 2015 (fan-in), conv1 scaled down for
-        pixels of 0..255, the classifier from N(0, 0.01), biases 0. Narrowed
-        networks need "he": with the others they do not leave ln(classes).
-      fast: the backend's fast operators; False keeps forward-mode derivatives.
-      **ablations: `lrn=False`, `pool_window=2`, `columns=1`, ...: changes of the table
-        by the names in `ablations.ABLATIONS`, which documents them. None: no change.
+      variant: a table, or the name of one in `variants.VARIANTS`, for example "paper",
+        "original", "owt" or "cifar".
+      num_classes: units of the last layer; None: the table's own (1,000 or 10).
+      width: factor on the features of every layer but the last.
+      dtype: dtype of the computation: float32, bfloat16, or float64 (with x64 enabled).
+      init: how weights and biases start.
+        "paper": as the table says. In the paper's own, weights have a standard
+          deviation of 0.01, and biases are 1 in conv2, conv4, conv5, fc6 and fc7.
+        "caffe": as bvlc_alexnet. The standard deviation is 0.005 in fc6 and fc7, and
+          biases are 0.1 instead of 1.
+        "he": He et al. 2015 (fan-in), conv1 scaled down for pixels of 0..255, the last
+          layer with a standard deviation of 0.01, biases 0. Narrow networks need it:
+          with the others their loss seldom leaves ln(classes).
+      fast: use the backend's fast operators; False supports forward-mode derivatives.
+      **ablations: changes of the table, for example `lrn=False`, `pool_window=2` or
+        `columns=1`. `ablations.ABLATIONS` lists and documents them. None: no change.
 
     Raises:
-      TypeError: for an ablation that does not exist.
-      ValueError: for another name that does not exist, or a value out of range.
+      TypeError: for an unknown ablation.
+      ValueError: for another unknown name, or a value out of range.
     """
     if init not in INITS:
         raise ValueError(f"init={init!r} must be one of {', '.join(INITS)}.")
@@ -339,17 +331,17 @@ def create_model(
 
 
 def from_settings(settings: Mapping[str, Any]) -> AlexNet:
-    """Return `create_model` of its arguments by name; None is as if not given."""
+    """Return `create_model(**settings)` without the settings that are None."""
     return create_model(**{k: v for k, v in settings.items() if v is not None})
 
 
 def _initializers(
     network: Variant, row: Layer, init: str
 ) -> tuple[nn.initializers.Initializer, float]:
-    """Return how the kernel of a layer starts, and the value of its biases."""
+    """Return the initializer of a layer's kernel, and the start of its biases."""
     last = row is network.layers[-1]
     if init == "he" and not last:
-        # Fan-in; the pixels that the first layer reads are not of unit variance.
+        # The first layer reads pixels, which do not have unit variance.
         gain = PIXEL_STD_255**-2 if row is network.layers[0] else 1.0
         places = (0, 1) if isinstance(row, Local) else ()
         he = nn.initializers.variance_scaling(

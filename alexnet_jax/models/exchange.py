@@ -1,10 +1,10 @@
-"""The network's only view of other devices: an `Exchange`, by default `Alone`.
+"""The network's only view of other devices: an `Exchange`.
 
-`parallel` has the exchanges of a network that is split over several devices.
+This one exchanges nothing: every layer is on one device. `training.parallel` has the
+exchanges of a network that is split over several devices.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,12 @@ from alexnet_jax.models.layers import Layer
 
 @dataclass(frozen=True)
 class Part:
-    """A device's part of a layer's output.
+    """The part of a layer's output that is on one device.
 
     Attributes:
-      positions: [B], where the device's examples are in the global batch.
-      batch_axes: the mesh axes that the examples are split over.
-      shards: into how many equal parts the features are split.
+      positions: [B], positions of the device's examples in the global batch.
+      batch_axes: mesh axes that the examples are split over.
+      shards: number of equal parts that the features are split into.
       index: which of these parts the device has.
     """
 
@@ -29,74 +29,52 @@ class Part:
     index: int | jax.Array = 0
 
 
-class Exchange(Protocol):
-    """How the devices that share a network, or a batch, exchange what they lack.
+@dataclass(frozen=True)
+class Exchange:
+    """What the devices that share a network or a batch send to each other.
 
     Attributes:
-      batch_axes: the mesh axes that images are split over; empty for the whole batch.
+      batch_axes: mesh axes that the images are split over; () on a single device.
     """
 
-    @property
-    def batch_axes(self) -> tuple[str, ...]: ...
+    batch_axes: tuple[str, ...]
 
     def part(self, row: Layer, own: jax.Array) -> Part:
         """Return this device's part of the output of a layer.
 
         Args:
           row: the layer.
-          own: [B], the positions in the global batch of the images of this device.
+          own: [B], positions of this device's images in the global batch.
         """
-        ...
-
-    def gather_features(self, x: jax.Array) -> jax.Array:
-        """Return all features [B, H, W, C] for a convolution that sees them all."""
-        ...
-
-    def dense_inputs(self, x: jax.Array, columns: int) -> jax.Array:
-        """Return what the units of this device read in a fully connected layer.
-
-        Args:
-          x: this device's part of the layer before, [B, H, W, C] or [B, C].
-          columns: how many columns the layer has, each with its own inputs; 1 if every
-            unit reads everything.
-
-        Returns:
-          [B', columns of this device, inputs of each].
-        """
-        ...
-
-    def classifier_inputs(self, x: jax.Array) -> jax.Array:
-        """Return the inputs of the last layer that this device multiplies, [B', F]."""
-        ...
-
-    def sum_logits(self, parts: jax.Array) -> jax.Array:
-        """Return the logits [B, K], from every device's product of its inputs [B', K]."""
-        ...
-
-
-@dataclass(frozen=True)
-class Alone:
-    """All layers are on this device: nothing to exchange."""
-
-    batch_axes: tuple[str, ...] = ()
-
-    def part(self, row: Layer, own: jax.Array) -> Part:
         return Part(own, self.batch_axes)
 
     def gather_features(self, x: jax.Array) -> jax.Array:
+        """Return all features [B, H, W, C], for a convolution that sees them all."""
         return x
 
     def dense_inputs(self, x: jax.Array, columns: int) -> jax.Array:
+        """Return the inputs of this device's units in a fully connected layer.
+
+        Args:
+          x: this device's part of the layer before, [B, H, W, C] or [B, C].
+          columns: number of columns that do not see each other; 1 if every unit reads
+            everything.
+
+        Returns:
+          [B', columns on this device, inputs per column].
+        """
         return by_column(x, columns)
 
     def classifier_inputs(self, x: jax.Array) -> jax.Array:
+        """Return this device's inputs of the last layer, [B', F]."""
         return x.reshape(x.shape[0], -1)
 
     def sum_logits(self, parts: jax.Array) -> jax.Array:
+        """Return the logits [B, K], summed over the devices' partial logits [B', K]."""
         return parts
 
 
 def by_column(x: jax.Array, columns: int) -> jax.Array:
-    """Features [B, ..., C] -> [B, columns, inputs of a column], in the same order."""
+    """Return features [B, ..., C] as [B, columns, inputs per column], in order."""
     x = x.reshape(*x.shape[:-1], columns, x.shape[-1] // columns)
     return jnp.moveaxis(x, -2, 1).reshape(x.shape[0], columns, -1)

@@ -1,4 +1,4 @@
-"""The vocabulary of layer tables: a row per layer, and what follows a layer."""
+"""The vocabulary of layer tables: rows (layers), and the stages that follow a row."""
 
 import re
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ PoolKind = Literal["max", "avg"]
 
 @dataclass(frozen=True)
 class Activation:
-    """A unit's output function (paper, section 3.1)."""
+    """The nonlinearity of a layer's units (paper, section 3.1)."""
 
     kind: ActivationKind = "relu"
 
@@ -19,8 +19,9 @@ class Activation:
 class Lrn:
     """Local response normalisation across features (paper, section 3.3).
 
-    `per_column`: the window stays inside a column. `alpha_mode`: "sum" multiplies
-    the sum of squares by alpha (the paper), "mean" their mean (Caffe, torch).
+    `per_column`: the window stays inside a column.
+    `alpha_mode`: alpha multiplies the "sum" of the squares (the paper) or their "mean"
+    (Caffe, torch).
     """
 
     size: int = 5
@@ -43,12 +44,12 @@ class WithinMapLrn:
 
 @dataclass(frozen=True)
 class BatchNorm:
-    """Batch normalisation (Ioffe and Szegedy 2015), the modern stand-in for LRN."""
+    """Batch normalisation (Ioffe and Szegedy 2015), the modern alternative to LRN."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Pooling; `window` > `stride` overlaps (paper, section 3.4).
+    """Pooling; windows overlap if `window` > `stride` (paper, section 3.4).
 
     `ceil`: the last window may hang over the right and bottom edge.
     """
@@ -63,11 +64,10 @@ class Pool:
 class Dropout:
     """Dropout (paper, section 4.2).
 
-    `scale_at`: "test" multiplies by the share of units kept when testing, as the
-    paper says; "train" divides by it when training (inverted dropout), as Caffe,
-    torch and flax do. The same network in expectation, but not at the same
-    learning rate and initial weights: inverted dropout doubles what the next
-    layer reads in training.
+    `scale_at`: "test" multiplies by the share of kept units when testing, as in the
+    paper; "train" divides by it when training (inverted dropout), as in Caffe, torch and
+    flax. The two train differently with the same learning rate and initial weights:
+    at a rate of 0.5, inverted dropout doubles what the next layer reads in training.
     """
 
     rate: float = 0.5
@@ -82,12 +82,12 @@ NORMS = (Lrn, WithinMapLrn, BatchNorm)
 class Conv:
     """A convolutional layer.
 
-    `padding`: pixels on every side, or "ceil": on the right and bottom only, just
-    until the last window fits (cuda-convnet's output size, 1 + ceil((n - k) / s)).
+    `padding`: pixels on every side, or "ceil": on the right and bottom only, until the
+    last window fits (cuda-convnet's output size, 1 + ceil((n - k) / s)).
     `sees`: "all" features of the layer before, or only those of its "own" column.
     `weight_std`, `bias`: weights start as N(0, weight_std^2), biases at `bias`.
-    `weight_decay`: this layer's own, instead of the optimiser's.
-    `then`: what is done with the output, in this order.
+    `weight_decay`: of this layer, instead of the optimiser's.
+    `then`: the stages applied to the output, in order.
     """
 
     name: str
@@ -112,10 +112,10 @@ class Conv:
 
 @dataclass(frozen=True)
 class Local:
-    """A locally connected layer: a convolution of stride 1 with unshared weights.
+    """A locally connected layer: every place has its own kernel and its own bias.
 
-    Every place has its own kernel and its own bias, and sees all features of the layer
-    before. Fields as in `Conv`.
+    The stride is 1, and a kernel sees all features of the layer before. Fields as in
+    `Conv`.
     """
 
     name: str
@@ -127,14 +127,10 @@ class Local:
     weight_decay: float | None = None
     then: tuple[Stage, ...] = (Activation(),)
 
-    def pads(self, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return ((top, bottom), (left, right)), the same for inputs of any size."""
-        return (self.padding, self.padding), (self.padding, self.padding)
-
 
 @dataclass(frozen=True)
 class Dense:
-    """A fully connected layer. Fields as in `Conv`; the last row sees everything."""
+    """A fully connected layer. Fields as in `Conv`; a last row always sees "all"."""
 
     name: str
     features: int
@@ -150,10 +146,11 @@ Layer = Conv | Local | Dense
 
 @dataclass(frozen=True)
 class Variant:
-    """A network: its rows, the number of columns, and the grid that it needs.
+    """A network as a table: one row per layer. The last row gives the logits.
 
-    `grid` is the height and width of the first layer's output; an image size that
-    gives another grid is refused. `crop_size` is the customary input size.
+    `columns`: number of columns (the paper's GPUs) that the features are split into.
+    `grid`: side of the first layer's output; images that give another one are refused.
+    `crop_size`: the usual side of an image.
     """
 
     name: str
@@ -176,7 +173,7 @@ class Variant:
 
     @property
     def layer_weight_decay(self) -> dict[str, float]:
-        """The layers with a weight decay of their own."""
+        """Weight decay by layer, of the layers that have their own."""
         return {
             row.name: row.weight_decay
             for row in self.layers
@@ -185,7 +182,7 @@ class Variant:
 
 
 def stage_name(kind: str, layer: str) -> str:
-    """Return the name of a norm or pool after a layer, different for every layer.
+    """Return the name of the norm or pool after a layer.
 
     ("norm", "conv1") -> "norm1", as published; ("norm", "fc6") -> "norm_fc6".
     """
@@ -194,9 +191,9 @@ def stage_name(kind: str, layer: str) -> str:
 
 
 def feature_names(row: Layer) -> list[str | None]:
-    """Return the name that `AlexNet.features` gives the output of each stage of a row.
+    """Return the name of each stage's output in `AlexNet.features`.
 
-    An activation belongs to what it is applied to; dropout has no name.
+    An activation keeps the name of its input; dropout has no name.
     """
     names: list[str | None] = []
     name = row.name

@@ -1,4 +1,4 @@
-"""The size of a network: shapes, parameters, multiply-adds, and the images that fit."""
+"""The size of a network: shapes, parameters, multiply-adds, and image sizes that fit."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -6,13 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from alexnet_jax.models.layers import (
-    Conv,
-    Dense,
-    Local,
-    Pool,
-    Variant,
-)
+from alexnet_jax.models.layers import Conv, Dense, Local, Pool, Variant
 from alexnet_jax.models.ops.reference import pooled_length
 
 if TYPE_CHECKING:
@@ -21,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """A line of `summary`: shape without the batch; multiply-adds for one image."""
+    """One line of `summary`, for one image: shapes have no batch dimension."""
 
     name: str
     shape: tuple[int, ...]
@@ -30,7 +24,11 @@ class LayerSummary:
 
 
 def summary(model: "AlexNet", image_size: int | None = None) -> list[LayerSummary]:
-    """Return shape, parameters and multiply-adds of every layer; computes nothing.
+    """Return shape, parameters and multiply-adds of every layer, without computing it.
+
+    Args:
+      model: the network.
+      image_size: side in pixels; None: the variant's own.
 
     Raises:
       ValueError: for a size that does not give the table's grid.
@@ -42,7 +40,7 @@ def summary(model: "AlexNet", image_size: int | None = None) -> list[LayerSummar
 
     def trace(key: jax.Array, images: jax.Array) -> Any:
         found, variables = model.init_with_output(key, images, method="features")
-        names.extend(found)  # in the order of the layers, which eval_shape forgets
+        names.extend(found)  # eval_shape forgets the order of the layers
         return found, variables["params"]
 
     shapes, params = jax.eval_shape(trace, key, images)
@@ -62,10 +60,10 @@ def summary(model: "AlexNet", image_size: int | None = None) -> list[LayerSummar
 
 
 def check_image_size(network: Variant, size: int) -> None:
-    """Check that images of `size` give the table's grid, and every layer an output.
+    """Check that images of `size` give the table's grid, and that every layer fits.
 
     Raises:
-      ValueError: with the sizes that do, or the pooling that does not fit.
+      ValueError: the message names the sizes that fit, or the layer that does not.
     """
     first = network.layers[0]
     if isinstance(first, Conv) and _grid(first, size) != network.grid:
@@ -76,7 +74,7 @@ def check_image_size(network: Variant, size: int) -> None:
             f"{size} pixels give {_grid(first, size)}x{_grid(first, size)}. Set "
             f"--config.data.crop_size={network.crop_size}."
         )
-    # Too large a pooling window, or too long a stride, leaves a later layer nothing.
+    # Ablations of the pooling can leave a later layer no input.
     side = size
     for row in network.layers:
         if isinstance(row, Dense):
@@ -101,7 +99,9 @@ def check_image_size(network: Variant, size: int) -> None:
 
 
 def _grid(row: Conv | Local, size: int) -> int:
-    """The side of a layer's output; 0 if its kernel is larger than its input."""
-    _, sides = row.pads(size)
-    stride = row.stride if isinstance(row, Conv) else 1
-    return max(0, 1 + (size + sum(sides) - row.kernel) // stride)
+    """Return the side of a layer's output; 0 if its kernel is larger than its input."""
+    if isinstance(row, Conv):
+        stride, padding = row.stride, sum(row.pads(size)[0])
+    else:
+        stride, padding = 1, 2 * row.padding
+    return max(0, 1 + (size + padding - row.kernel) // stride)

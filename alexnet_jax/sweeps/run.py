@@ -36,9 +36,9 @@ from tqdm import tqdm
 from alexnet_jax.sweeps import plan as plan_lib
 from alexnet_jax.sweeps import summary
 from alexnet_jax.sweeps.plan import Measurement, Plan, Run, SweepError
-from alexnet_jax.system import locks, machine, signals
+from alexnet_jax.system import machine, signals
 from alexnet_jax.system.cli import path_argument, require_writable
-from alexnet_jax.system.files import replacing
+from alexnet_jax.system.files import atomic_write, exclusive_lock
 from alexnet_jax.training.config import ConfigError
 from alexnet_jax.training.experiment import DIVERGED
 from alexnet_jax.training.load import CHECKPOINTS, CONFIG_FILE
@@ -97,7 +97,7 @@ class Job:
             **({"beaten": True} if self.beaten else {}),
             **({"error": self.error} if self.error else {}),
         }
-        with replacing(self.folder / STATUS) as file:
+        with atomic_write(self.folder / STATUS) as file:
             file.write(json.dumps(about, indent=1).encode() + b"\n")
 
     def slurm_id(self) -> str:
@@ -395,7 +395,7 @@ def _run(options: argparse.Namespace) -> int:
         _print_commands(launcher)
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    with locks.held(out / LOCK, wait=False):
+    with exclusive_lock(out / LOCK, wait=False):
         interrupted = launcher.work()
         command = f"python launch/sweep.py {machine.without_paths(sys.argv[1:])}"
         plan, jobs = launcher.plan, launcher.jobs

@@ -21,7 +21,7 @@ from alexnet_jax.sweeps.plan import (
     best,
 )
 from alexnet_jax.system import machine
-from alexnet_jax.system.files import replacing
+from alexnet_jax.system.files import atomic_write
 from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def write(
     lines = summarize(plan, results)
     about = machine.machine(command)
     page = _page(plan, lines, about, list(jobs.values()))
-    with replacing(out / "summary.md") as file:
+    with atomic_write(out / "summary.md") as file:
         file.write(page.encode())
     _write_csv(out / "summary.csv", lines)
     _draw(plan, lines, jobs, out / "summary.png")
@@ -287,7 +287,7 @@ def write(
             for name, job in jobs.items()
         },
     }
-    with replacing(out / "sweep.json") as file:
+    with atomic_write(out / "sweep.json") as file:
         file.write(json.dumps(record).encode() + b"\n")
     return page
 

@@ -1,10 +1,14 @@
-"""Files that are written completely or not at all, full disks, and `.npz` files."""
+"""Atomic writes, full disks, locks between processes, and `.npz` files."""
 
 import contextlib
+import datetime
 import errno
+import fcntl
 import os
+import shlex
 import shutil
 import socket
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,24 +23,59 @@ class FullDiskError(OSError):
     """There is no room to write; the message says where and how much is free."""
 
 
-@contextlib.contextmanager
-def telling_of_a_full_disk(
-    folder: Path, needed: Callable[[], int] | None = None
-) -> Iterator[None]:
-    """Turn the errors of a full disk into one that says where, for writes to `folder`.
+class HeldError(OSError):
+    """Another process holds a lock.
 
-    Args:
-      needed: called when the disk is full; about how many bytes are still to be written.
+    Attributes:
+      holder: "process 12 on HOST since 2026-01-31 12:00:00 UTC (python -m ...)", or
+        "another process" if the file does not say.
+    """
+
+    def __init__(self, path: Path, holder: str):
+        super().__init__(f"{path} is held by {holder}")
+        self.holder = holder
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a new file that replaces `path` once all of it is on the disk.
+
+    It is written beside `path` under a name that no other process uses. After an
+    exception it is removed and `path` is as it was. The folder is created if need be.
 
     Raises:
-      FullDiskError: (an OSError) instead of the OSError of a full disk or a used up
-        quota, array_record's RuntimeError and TensorStore's ValueError.
+      FullDiskError: (an OSError) there is no room for it.
+    """
+    path = Path(path)
+    process = f"{socket.gethostname()}.{os.getpid()}"  # containers share process ids
+    temporary = path.with_name(f".{path.name}.{process}.tmp")
+    with explain_full_disk(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def explain_full_disk(
+    folder: Path, needed: Callable[[], int] | None = None
+) -> Iterator[None]:
+    """Raise FullDiskError in place of any error of a full disk or a used up quota.
+
+    Args:
+      folder: where the body writes.
+      needed: called when the disk is full; about how many bytes are still to be written.
     """
     try:
         yield
     except FullDiskError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # array_record, TensorStore
         for code in (errno.ENOSPC, errno.EDQUOT):
             reason = os.strerror(code)
             if code == getattr(error, "errno", None) or reason in str(error):
@@ -66,34 +105,63 @@ def _free(folder: Path) -> int:
 
 
 def _in_words(count: int) -> str:
-    """Return bytes as MB or GB, for example 12.3 MB."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a new file that replaces `path` once all of it is on the disk.
+def exclusive_lock(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold the exclusive lock of a file, which is created; write the holder into it.
 
-    It is written beside `path` under a name that no other process uses. After an
-    exception nothing is left of it and `path` is as it was. The folder is created if
-    need be.
+    The system frees the lock of a killed process. On a file system without locks nobody
+    waits: results written under the lock must be harmless if written twice.
 
     Raises:
-      FullDiskError: (an OSError) there is no room for it.
+      HeldError: (an OSError) another process holds it, and `wait` is false.
     """
-    path = Path(path)
-    process = f"{socket.gethostname()}.{os.getpid()}"  # containers share process ids
-    temporary = path.with_name(f".{path.name}.{process}.tmp")
-    with telling_of_a_full_disk(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    # Not truncated: the line in it may be another holder's.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
         try:
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            holder = os.pread(descriptor, 65_536, 0).decode(errors="replace").strip()
+            raise HeldError(path, holder or "another process") from None
+        except OSError:
+            pass  # a file system without locks
+        line = (
+            f"process {os.getpid()} on {socket.gethostname()} since "
+            f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M:%S} UTC "
+            f"({shlex.join(sys.orig_argv)})\n"
+        )
+        with contextlib.suppress(OSError):  # on a full disk
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, line.encode(errors="replace"), 0)
+        try:
+            yield
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def shared_lock(path: Path) -> Iterator[None]:
+    """Keep everybody from `exclusive_lock(path, ...)`, beside any number of other readers.
+
+    Waits for a holder. Does nothing if the file cannot be opened, for example because
+    its folder does not exist, or on a file system without locks.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            flags = os.O_RDONLY | os.O_CLOEXEC
+            try:
+                descriptor = os.open(path, flags | os.O_CREAT, 0o666)
+            except OSError:  # in a folder that only others may write to
+                descriptor = os.open(path, flags)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
 
 
 def read_npz(

@@ -33,12 +33,14 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from alexnet_jax.system import locks
 from alexnet_jax.system.files import (
     FullDiskError,
+    HeldError,
+    atomic_write,
     check_room,
-    replacing,
-    telling_of_a_full_disk,
+    exclusive_lock,
+    explain_full_disk,
+    shared_lock,
 )
 
 STATE, METADATA, MANIFEST = "state", "metadata.json", "manifest.json"
@@ -113,7 +115,7 @@ class Checkpointer:
         self._arrays = ocp.Checkpointer(self._handler)
         self._reading = contextlib.ExitStack()
         if read_only:
-            self._reading.enter_context(locks.shared(self.directory / READERS))
+            self._reading.enter_context(shared_lock(self.directory / READERS))
         elif jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             for path in self.directory.glob("*.tmp"):
@@ -165,7 +167,7 @@ class Checkpointer:
         temporary = self.directory / f"{step}.tmp"
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         try:
-            with telling_of_a_full_disk(self.directory, lambda: size):
+            with explain_full_disk(self.directory, lambda: size):
                 check_room(self.directory, size)
                 self._arrays.save(temporary / STATE, args=ocp.args.PyTreeSave(state))
                 if jax.process_index() == 0:
@@ -207,7 +209,7 @@ class Checkpointer:
             body = _read_manifest(self._folder(step))
             if body["top1_error"] is None:
                 body["top1_error"] = top1_error
-                with replacing(self._folder(step) / MANIFEST) as file:
+                with atomic_write(self._folder(step) / MANIFEST) as file:
                     file.write(_manifest_text(body))
         multihost_utils.sync_global_devices(f"error of step {step}")
 
@@ -218,8 +220,8 @@ class Checkpointer:
         old = [step for step in steps if step not in kept]
         if old:
             with (
-                contextlib.suppress(locks.HeldError),  # deleted after a later save
-                locks.held(self.directory / READERS, wait=False),
+                contextlib.suppress(HeldError),  # deleted after a later save
+                exclusive_lock(self.directory / READERS, wait=False),
             ):
                 for step in old:
                     self._delete(step)

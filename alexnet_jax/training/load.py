@@ -19,7 +19,7 @@ from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.models import alexnet, variants
 from alexnet_jax.models.weights import SUFFIXES, Weights, WeightsError, read_weights
-from alexnet_jax.system.files import replacing
+from alexnet_jax.system.files import atomic_write
 from alexnet_jax.training import parallel
 from alexnet_jax.training.checkpoint import Checkpointer, CheckpointError, split_step
 from alexnet_jax.training.config import (
@@ -142,7 +142,7 @@ def read_statistics(workdir: Path, image_size: int | None = None) -> Statistics:
     """
     path = workdir / STATISTICS_FILE
     try:
-        return statistics_lib.load(path, image_size, remedy=statistics_lib.TRAIN_AGAIN)
+        return statistics_lib.load(path, image_size)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{path} is missing: the mean image that the network of this run is given "
@@ -302,5 +302,5 @@ def _read_json(path: Path) -> Any:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(f"{json.dumps(value, indent=2)}\n".encode())

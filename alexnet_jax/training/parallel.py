@@ -31,12 +31,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alexnet_jax.models.alexnet import AlexNet
-from alexnet_jax.models.exchange import (
-    Alone,
-    Exchange,
-    Part,
-    by_column,
-)
+from alexnet_jax.models.exchange import Exchange, Part, by_column
 from alexnet_jax.models.layers import (
     Dense,
     Layer,
@@ -211,7 +206,7 @@ def local_model(model: AlexNet, mesh: Mesh, mode: str, parts: int = 1) -> AlexNe
     """
     columns, axes = mesh.shape[COLUMN], batch_axes(mesh, mode)
     check_mode(model.network, mode, columns)
-    exchange: Exchange = Alone(axes)
+    exchange = Exchange(axes)
     if columns > 1 and mode == "columns":
         exchange = Columns(axes, columns)
     elif columns > 1:
@@ -220,10 +215,9 @@ def local_model(model: AlexNet, mesh: Mesh, mode: str, parts: int = 1) -> AlexNe
 
 
 @dataclass(frozen=True)
-class Columns:
+class Columns(Exchange):
     """Mode `columns`: a device has one part of the features of every layer."""
 
-    batch_axes: tuple[str, ...]
     columns: int
 
     def part(self, row: Layer, own: jax.Array) -> Part:
@@ -247,7 +241,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Hybrid:
+class Hybrid(Exchange):
     """Mode `hybrid`: data-parallel convolutions, then fully connected layers in parts.
 
     A device has all convolutional features of its own examples, and one part of the
@@ -255,7 +249,6 @@ class Hybrid:
     `local_model`.
     """
 
-    batch_axes: tuple[str, ...]
     columns: int
     parts: int = 1
 
@@ -270,9 +263,6 @@ class Hybrid:
         positions = (own + apart * others[:, None]).reshape(-1)
         axes = tuple(axis for axis in self.batch_axes if axis != COLUMN)
         return Part(positions, axes, self.columns, index)
-
-    def gather_features(self, x: jax.Array) -> jax.Array:
-        return x  # those of the convolutions are all here
 
     def dense_inputs(self, x: jax.Array, columns: int) -> jax.Array:
         # Maps: those of the row's examples. Units: all features of these.

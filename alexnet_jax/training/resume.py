@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from alexnet_jax.system import locks
 from alexnet_jax.system.cli import expanded, require_writable
+from alexnet_jax.system.files import HeldError, exclusive_lock
 from alexnet_jax.training import experiment as experiment_lib
 from alexnet_jax.training import load
 from alexnet_jax.training.banner import say_place
@@ -59,8 +59,8 @@ def alone_in(workdir: Path) -> Iterator[None]:
         holder = ""
         if jax.process_index() == 0:
             try:
-                held.enter_context(locks.held(workdir / LOCK_FILE, wait=False))
-            except locks.HeldError as error:
+                held.enter_context(exclusive_lock(workdir / LOCK_FILE, wait=False))
+            except HeldError as error:
                 holder = error.holder
         refused = bool(holder)
         if jax.process_count() > 1:

@@ -23,7 +23,7 @@ from typing import Any, Self, TextIO
 import numpy as np
 
 from alexnet_jax.system.cli import free_name, progress_bar
-from alexnet_jax.system.files import replacing, telling_of_a_full_disk
+from alexnet_jax.system.files import atomic_write, explain_full_disk
 
 METRICS_FILE = "metrics.jsonl"
 # Longest time for which an event waits in memory; each flush waits for the disk.
@@ -146,7 +146,7 @@ class JsonlWriter:
         # Opened for each line: no record waits in a buffer when the run is killed.
         line = json.dumps(finite, allow_nan=False) + "\n"
         with (
-            telling_of_a_full_disk(self._path.parent),
+            explain_full_disk(self._path.parent),
             open(self._path, "a", encoding="utf-8", newline="\n") as file,
         ):
             file.write(line)
@@ -161,7 +161,7 @@ class JsonlWriter:
         self._written = {
             frozenset(r) for _, r in records if r and r["step"] == resume_step
         }
-        with replacing(self._path) as file:  # never half a file
+        with atomic_write(self._path) as file:  # never half a file
             file.writelines(f"{line}\n".encode() for line in kept)
 
 
@@ -238,11 +238,11 @@ class TensorBoardWriter:
 
     def close(self) -> None:
         """Flush and close the event file."""
-        with telling_of_a_full_disk(self._directory):
+        with explain_full_disk(self._directory):
             self._file.close()
 
     def _add(self, **fields: Any) -> None:
-        with telling_of_a_full_disk(self._directory):
+        with explain_full_disk(self._directory):
             self._file.write_event(self._event(wall_time=time.time(), **fields))
             if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
                 self._file.flush()

@@ -457,7 +457,7 @@ class Disturbed:
         folder = self.folder / "run" / "checkpoints" / str(whole[-1])
         files = [
             path
-            for path in folder.rglob("[!.]*")  # not what a killed `replacing` left
+            for path in folder.rglob("[!.]*")  # not what a killed `atomic_write` left
             if path.is_file() and path.stat().st_size
         ]
         path = self.chance.choice(sorted(files))

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from matplotlib.figure import Figure
 
@@ -126,7 +127,10 @@ def _prepare(source: Path, workers: int, records_seconds: list[float]) -> None:
         if what == "preparing":
             records_seconds.append(time.perf_counter() - started)
 
-    with tempfile.TemporaryDirectory(dir=source.parent) as folder:
+    with (
+        tempfile.TemporaryDirectory(dir=source.parent) as folder,
+        mock.patch.object(preparation, "progress", bar),
+    ):
         preparation.prepare(
             source,
             Path(folder),
@@ -134,7 +138,6 @@ def _prepare(source: Path, workers: int, records_seconds: list[float]) -> None:
             max_unreadable=0,
             verify=False,
             log=io.StringIO().write,
-            bar=bar,
         )
 
 

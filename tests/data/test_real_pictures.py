@@ -1,11 +1,10 @@
-"""Real pictures, where there are any.
+"""Real images, if there are any.
 
 ALEXNET_TEST_DATA names a folder with `imagenet_sample/ILSVRC2012_img_{train,val}.tar`
 (laid out as ImageNet's own) and `cifar10_images.tar` (class folders); without it these
 tests are skipped.
 """
 
-import io
 import math
 import os
 import tarfile
@@ -13,13 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from alexnet_jax import prepare
-from alexnet_jax.data import images, open_source, statistics
+from alexnet_jax.data import open_source, statistics
 from alexnet_jax.data.augment import IMAGENET_MEAN_255, IMAGENET_PCA_STD_255
-
-NUM_CLASSES = 40
+from tests.data.pictures import fetched
 
 
 @pytest.fixture(scope="module")
@@ -30,45 +27,6 @@ def data_dir():
     return Path(name)
 
 
-@pytest.fixture(scope="module")
-def imagenet_folder(data_dir, tmp_path_factory):
-    """The first classes of the sample's training archive as class folders."""
-    archive = data_dir / "imagenet_sample" / "ILSVRC2012_img_train.tar"
-    if not archive.exists():
-        pytest.skip(f"there is no {archive}")
-    folder = tmp_path_factory.mktemp("imagenet")
-    with tarfile.open(archive) as tar:
-        for member in sorted(tar.getmembers(), key=lambda m: m.name)[:NUM_CLASSES]:
-            inner = tar.extractfile(member)
-            assert inner is not None
-            with tarfile.open(fileobj=io.BytesIO(inner.read())) as pictures:
-                target = folder / "train" / Path(member.name).stem
-                pictures.extractall(target, filter="data")
-    return folder
-
-
-def test_imagenet_pictures_by_two_decoders(imagenet_folder):
-    shapes = set()
-    for path in sorted(imagenet_folder.glob("train/*/*"))[:20]:
-        whole = np.asarray(Image.open(path).convert("RGB"))
-        shapes.add(whole.shape)
-        picture = images.decode(path.read_bytes(), 256, path.name)
-        other = images.resize_to_square(whole, 256)  # Pillow's decoder
-        assert np.abs(picture.astype(int) - other).mean() < 1, path.name
-    assert len(shapes) > 1
-
-
-def test_imagenet_statistics_are_close_to_the_originals(imagenet_folder):
-    source = open_source(f"folder:{imagenet_folder}", "train", image_size=256)
-    assert source.num_classes == NUM_CLASSES
-    found = statistics.compute(source)
-    # Forty pictures: the mean of means is known to about 5 grey levels.
-    np.testing.assert_allclose(
-        found.mean_image.mean((0, 1)), IMAGENET_MEAN_255, atol=25
-    )
-    np.testing.assert_allclose(found.pca_std_255, IMAGENET_PCA_STD_255, rtol=0.35)
-
-
 def test_imagenet_archives_prepare_with_the_official_labels(data_dir, tmp_path):
     """The sample's validation pictures are its training pictures, made smaller."""
     source = data_dir / "imagenet_sample"
@@ -76,25 +34,20 @@ def test_imagenet_archives_prepare_with_the_official_labels(data_dir, tmp_path):
         pytest.skip(f"there are no archives in {source}")
     arguments = ["imagenet", f"--source={source}", f"--data_dir={tmp_path}"]
     assert prepare.main(["prepare", *arguments]) == 0
-    pictures, labels = {}, {}
+    images, labels = {}, {}
     for split, count in (("train", 1000), ("validation", 300)):
         small = open_source(
             "imagenet2012_256", split, data_dir=str(tmp_path), image_size=32
         )
         assert small.num_examples == count
-        stack, labels[split] = (
-            np.empty((count, 32, 32, 3), np.uint8),
-            np.empty(count, int),
-        )
-        small.fetch(np.arange(count), stack, labels[split])
-        pictures[split] = stack.reshape(count, -1).astype(np.float32)
-    distances = (pictures["train"] ** 2).sum(1) - 2 * pictures["validation"] @ pictures[
-        "train"
-    ].T
-    nearest = labels["train"][distances.argmin(1)]
-    assert np.mean(nearest == labels["validation"]) > 0.98
+        everything = np.arange(count)
+        images[split] = fetched(small, *everything).reshape(count, -1).astype("f4")
+        labels[split] = small.labels_of(everything)
+    products = images["validation"] @ images["train"].T
+    nearest = ((images["train"] ** 2).sum(1) - 2 * products).argmin(1)
+    assert np.mean(labels["train"][nearest] == labels["validation"]) > 0.98
     train = open_source("imagenet2012_256", "train", data_dir=str(tmp_path))
-    found = statistics.load(statistics.statistics_path(train))
+    found = statistics.load(train.statistics_path)
     means = found.mean_image.mean((0, 1))
     np.testing.assert_allclose(means, IMAGENET_MEAN_255, atol=5)
     np.testing.assert_allclose(found.pca_std_255, IMAGENET_PCA_STD_255, rtol=0.2)

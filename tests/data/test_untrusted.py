@@ -60,7 +60,11 @@ PICKLES = {
     *("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve"),
     *("joblib", "jsonpickle", "pandas"),
 }
-RUN_OR_UNPACK = {"extract", "extractall", "unpack_archive"}
+UNPACK = {"extract", "extractall", "unpack_archive"}
+RUN = {
+    *("eval", "exec", "compile", "__import__", "os.system", "os.popen"),
+    *("yaml.load", "yaml.unsafe_load"),
+}
 SHIPPED = sorted(
     path
     for folder in ("alexnet_jax", "configs", "launch", "benchmarks", "notebooks")
@@ -84,7 +88,7 @@ def code_of(path: Path) -> str:
 
 
 def dangers(code: str) -> list[str]:
-    """What in a module could run code that it reads, or put files anywhere."""
+    """Return what could run code that a module reads, or put files anywhere."""
     found = []
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
@@ -93,31 +97,17 @@ def dangers(code: str) -> list[str]:
             if (node.module or "").split(".")[0] in PICKLES:
                 found.append(str(node.module))
         elif isinstance(node, ast.Call):
-            found += _dangerous_call(node)
-    return found
-
-
-def _dangerous_call(node: ast.Call) -> list[str]:
-    name = ast.unparse(node.func)
-    last = name.rpartition(".")[2]
-    keywords = {
-        k.arg: k.value.value if isinstance(k.value, ast.Constant) else "unknown"
-        for k in node.keywords
-    }
-    found = []
-    if name in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"):
-        found.append(name)
-    if last in RUN_OR_UNPACK or name in ("yaml.load", "yaml.unsafe_load"):
-        found.append(name)
-    if keywords.get("allow_pickle", False) is not False:
-        found.append(f"{name}(allow_pickle)")
-    if keywords.get("shell", False) is not False:
-        found.append(f"{name}(shell)")
-    if (
-        name in ("torch.load", "torch.hub.load")
-        and keywords.get("weights_only") is not True
-    ):
-        found.append(name)
+            name = ast.unparse(node.func)
+            keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            is_load = name in ("torch.load", "torch.hub.load")
+            if (
+                name in RUN
+                or name.rpartition(".")[2] in UNPACK
+                or keywords.get("allow_pickle", "False") != "False"
+                or keywords.get("shell", "False") != "False"
+                or (is_load and keywords.get("weights_only") != "True")
+            ):
+                found.append(ast.unparse(node))
     return found
 
 
@@ -128,22 +118,16 @@ def test_no_module_reads_what_can_run():
 @pytest.mark.parametrize(
     "code",
     [
-        "import pickle",
         "from pickle import loads",
-        "import marshal as m",
         "import joblib.numpy_pickle",
         "eval(text)",
-        "exec(text)",
-        "np.load(path, allow_pickle=True)",
         "np.load(path, allow_pickle=wanted)",
         "torch.load(path)",
         "torch.load(path, weights_only=False)",
-        "yaml.load(file)",
         "subprocess.run(line, shell=True)",
         "archive.extractall(folder)",
-        "tar.extract(member)",
     ],
 )
-def test_what_can_run_would_be_found(code):
+def test_code_that_can_run_is_found(code):
     assert dangers(code)
     assert not dangers("net.eval(); torch.load(p, weights_only=True); re.compile('x')")

@@ -20,9 +20,7 @@ from alexnet_jax import (
     retrieve,
 )
 from alexnet_jax.data.statistics import Statistics
-from alexnet_jax.system.files import replacing
 from alexnet_jax.training import load
-from alexnet_jax.training import loop as train_lib
 from alexnet_jax.training.checkpoint import Checkpointer
 from alexnet_jax.training.config import as_json
 from configs import common
@@ -115,26 +113,3 @@ def test_home_is_expanded_in_every_command(places, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(Path(places["run"]).parent))
     assert export.main(["--workdir=~/run", f"--out={tmp_path / 'x.safetensors'}"]) == 0
     assert predict.main(["--workdir=~/run", places["picture"]]) == 0
-
-
-def test_full_device_memory_is_one_message(places, monkeypatch, capsys):
-    def refuse(*_):
-        raise jax.errors.JaxRuntimeError(
-            "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffers: ..."
-        )
-
-    monkeypatch.setattr(train_lib, "train_and_evaluate", refuse)
-    assert started(main, [f"--workdir={places['new']}"], monkeypatch) == 1
-    err = capsys.readouterr().err
-    assert "allocating 9 bytes.). Set a larger --config.optim.accumulate_steps" in err
-    assert err.count("\n") == 1 and "Traceback" not in err
-
-
-def test_file_that_cannot_be_replaced_leaves_nothing(tmp_path):
-    (tmp_path / "x.npz").mkdir()
-    with (
-        pytest.raises(IsADirectoryError, match=r"x\.npz"),
-        replacing(tmp_path / "x.npz"),
-    ):
-        pass
-    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from alexnet_jax.analysis import features
-from alexnet_jax.system import cli, signals
+from alexnet_jax import prepare
+from alexnet_jax.system import signals
 
 STOPPED = "stopped by {}; start the same command again\n"
 
@@ -108,17 +108,16 @@ def test_command_ends_quietly_when_its_reader_has_gone():
     assert (done.returncode, done.stderr) == (1, b"")
 
 
-def test_interrupted_figure_leaves_the_old_one(tmp_path, capfd):
-    """All commands write their results in this way."""
+def test_interrupted_preparation_leaves_no_data(tmp_path, monkeypatch, capfd):
+    from alexnet_jax.data.textures import textures_dataset_builder as builder
 
-    class Figure:
-        def savefig(self, file, format, dpi):
-            file.write(b"half")
-            send(signal.SIGINT)
+    def draw_and_be_stopped(*_):
+        send(signal.SIGTERM)
+        raise AssertionError("it went on")
 
-    path = tmp_path / "figure.png"
-    path.write_bytes(b"whole")
+    monkeypatch.setattr(builder.Builder, "_generate_examples", draw_and_be_stopped)
     with pytest.raises(signals.Interrupted), signals.interrupts():
-        cli.exit_status(lambda: not features.save_figure(Figure(), path))
-    assert capfd.readouterr().err == STOPPED.format("SIGINT")
-    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"whole"]
+        prepare.main(["prepare", "textures", f"--data_dir={tmp_path}"])
+    assert STOPPED.format("SIGTERM") in capfd.readouterr().err
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path for path in files if path.stat().st_size] == []

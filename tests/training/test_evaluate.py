@@ -17,7 +17,7 @@ from absl.testing import flagsaver
 
 from alexnet_jax import load, main
 from alexnet_jax.data import DataError
-from alexnet_jax.models.weights import save_safetensors
+from alexnet_jax.models.weights.safetensors import save_safetensors
 from alexnet_jax.training import evaluate, loop
 from alexnet_jax.training import load as load_lib
 from alexnet_jax.training.checkpoint import CheckpointError

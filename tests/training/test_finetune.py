@@ -13,8 +13,8 @@ from PIL import Image
 
 from alexnet_jax import export, load
 from alexnet_jax.models import variants
-from alexnet_jax.models import weights as weights_lib
-from alexnet_jax.models.weights.files import flat, nested
+from alexnet_jax.models.weights.files import Weights, flat, nested
+from alexnet_jax.models.weights.safetensors import save_safetensors
 from alexnet_jax.training import (
     experiment,
     finetune,
@@ -150,9 +150,9 @@ def test_a_new_layer_restarts_its_own_norm_only(shapes, tmp_path, monkeypatch):
     trained = {name: leaf + np.float32(1) for name, leaf in scratch.items()}
     settings = {"variant": TWO_SIXES.name, "num_classes": 2, "init": "he"}
     mean = np.full(3, 99, np.float32)
-    weights = weights_lib.Weights(settings, nested(trained), mean, side, side)
+    weights = Weights(settings, nested(trained), mean, side, side)
     config.finetune.source = str(tmp_path / "trained.safetensors")
-    weights_lib.save_safetensors(config.finetune.source, weights)
+    save_safetensors(config.finetune.source, weights)
     config.finetune.new_layers = ("fc6",)
     _, begun, _ = finetune.begin(built)
     found = leaves(begun)

@@ -20,7 +20,7 @@ import pytest
 
 from alexnet_jax.data import augment
 from alexnet_jax.models.alexnet import create_model
-from alexnet_jax.models.exchange import Alone
+from alexnet_jax.models.exchange import Exchange
 from alexnet_jax.training import (
     describe,
     metrics,
@@ -675,7 +675,7 @@ def test_variants_without_columns_say_why(variant, words):
     with pytest.raises(ValueError, match=f"'{variant}' cannot be split.*{words}"):
         parallel.local_model(model, parallel.make_mesh(1, 2), "columns")
     for rows, columns, mode, exchange in (
-        (2, 1, "data", Alone(("data",))),
+        (2, 1, "data", Exchange(("data",))),
         (1, 2, "hybrid", parallel.Hybrid(("column",), 2)),
     ):
         local = parallel.local_model(model, parallel.make_mesh(rows, columns), mode)

@@ -11,7 +11,7 @@ import pytest
 
 from alexnet_jax import load
 from alexnet_jax.data import DataError, statistics
-from alexnet_jax.system import locks
+from alexnet_jax.system.files import exclusive_lock
 from alexnet_jax.training import loop, progress, resume
 from alexnet_jax.training.checkpoint import CheckpointError
 from alexnet_jax.training.experiment import ConfigError
@@ -65,7 +65,7 @@ def test_unreadable_checkpoint_names_changed_fields(workdir, config):
 
 def test_second_run_in_a_workdir_is_refused(workdir, config):
     before = set(workdir.rglob("*"))
-    with locks.held(workdir / resume.LOCK_FILE, wait=False):
+    with exclusive_lock(workdir / resume.LOCK_FILE, wait=False):
         with pytest.raises(ConfigError) as raised:
             loop.train_and_evaluate(config, workdir)
         load(workdir)  # a reader is not kept waiting

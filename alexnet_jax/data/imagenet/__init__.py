@@ -1,8 +1,8 @@
 """ILSVRC-2012: its classes, its archives, and the data set `imagenet2012_256`.
 
-`classes` has the words and the official validation labels, `originals` finds the
-pictures in archives, class folders or tfds, `preparation` makes 256 x 256 pictures of
-them once, as the paper did, and stores them as a tfds data set.
+`classes` has the words and the official validation labels, `originals` finds the images
+in archives, class folders or tfds, and `preparation` stores them once as 256 x 256 images
+in a tfds data set, as the paper did.
 """
 
 from alexnet_jax.data.imagenet.classes import (

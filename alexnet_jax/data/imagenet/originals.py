@@ -1,7 +1,7 @@
-"""Find the original pictures of ILSVRC-2012: archives, class folders or tfds.
+"""Find the original images of ILSVRC-2012: archives, class folders or tfds.
 
-Nothing is unpacked. A split becomes a table with one row per picture: the file and the
-bytes where it lies. Any process can then read any picture by itself.
+Archives are read in place. A split becomes a table with one row per image: the file and
+the bytes where it lies. Any process can then read any image by itself.
 """
 
 import dataclasses
@@ -53,16 +53,16 @@ Progress = Callable[[int], object]
 
 @dataclasses.dataclass(frozen=True)
 class Originals:
-    """The pictures of one split.
+    """The images of one split.
 
     Attributes:
       description: one line that says what it is and where.
-      kind: "file", bytes of a picture file; "tfrecord" and "array_record", records of a
+      kind: "file", bytes of an image file; "tfrecord" and "array_record", records of a
         tfds data set (for array_record, `offset` is the record's number).
       places: archives, folders or shard files.
       rows: structured array [n] with the fields
         place: number in `places`;
-        name: file name of the picture (in a tfds data set, of the record);
+        name: file name of the image (in a tfds data set, of the record);
         offset, size: its bytes; offset -1 is a file of its own in a folder;
         label: 0..999; -1 if only the record knows.
     """
@@ -82,8 +82,8 @@ class Originals:
     def divided(self, count: int) -> "list[Originals]":
         """Divide into `count` parts, each a fair sample, by a hash of the names.
 
-        The part of a picture depends on its name alone: archives and folders give the
-        same, and a picture more or less changes one part. The records of a tfds data set
+        The part of an image depends on its name alone: archives and folders give the
+        same, and an image more or less changes one part. The records of a tfds data set
         are shuffled already and keep their order.
         """
         if self.kind != "file":
@@ -99,16 +99,16 @@ class Originals:
         return [self.take(part) for part in np.split(order, cuts)]
 
     def fingerprint(self) -> str:
-        """Return a hash of names, sizes and labels, wherever the pictures lie."""
+        """Return a hash of names, sizes and labels, wherever the images lie."""
         digest = hashlib.blake2b(b"/".join(self.rows["name"].tolist()), digest_size=16)
         digest.update(self.rows["size"].tobytes() + self.rows["label"].tobytes())
         return digest.hexdigest()
 
     def read(self, index: int) -> tuple[str, int, bytes]:
-        """Return name, label and file of a picture.
+        """Return name, label and bytes of an image file.
 
         Raises:
-          OSError: it cannot be read, whatever it may hold.
+          OSError: it cannot be read.
           DataError: its label cannot be right.
         """
         place, name, offset, size, label = self.rows[index].item()
@@ -137,11 +137,11 @@ def find(source: Path, progress: Progress = lambda _: None) -> dict[str, Origina
       source: holds the two archives, or train/<wnid>/ and val/ (class folders, or files
         side by side whose names say the class), or one of each; or a prepared tfds
         `imagenet2012`.
-      progress: called with the number of pictures found since its last call.
+      progress: called with the number of images found since its last call.
 
     Raises:
-      DataError, FileNotFoundError: a split is missing, an archive is cut off, a class is
-        unknown; with what was found and what to do.
+      DataError: an archive is cut off, or a class is unknown.
+      FileNotFoundError: a split is missing.
     """
     if (source / "dataset_info.json").exists():
         return {split: _tfds(source, split) for split in SPLITS}
@@ -168,15 +168,13 @@ def find(source: Path, progress: Progress = lambda _: None) -> dict[str, Origina
 
 
 def _pictures(place: Path, progress: Progress) -> Originals:
-    """Read the table of an archive, or list a folder, and label the pictures."""
-    kind, pictures = (
-        ("archive", _in_archive(place))
-        if place.is_file()
-        else ("folder", _in_folder(place))
-    )
+    """Read the table of an archive, or list a folder, and label the images."""
+    is_archive = place.is_file()
     places: dict[Path, int] = {}
     rows = []
-    for where, wnid, name, offset, size in pictures:
+    for where, wnid, name, offset, size in (
+        _in_archive(place) if is_archive else _in_folder(place)
+    ):
         wnid = wnid or named_wnid(name)
         if wnid not in _LABELS:
             raise DataError(
@@ -189,6 +187,7 @@ def _pictures(place: Path, progress: Progress) -> Originals:
         number = places.setdefault(where, len(places))
         rows.append((number, os.fsencode(name), offset, size, _LABELS[wnid]))
         progress(1)
+    kind = "archive" if is_archive else "folder"
     return _table(f"{kind} {place}", "file", [*places], rows)
 
 
@@ -215,7 +214,7 @@ Picture = tuple[Path, str | None, str, int, int]
 
 
 def _in_archive(path: Path) -> Iterator[Picture]:
-    """Yield the pictures of an archive, and of the archives of classes inside it."""
+    """Yield the images of an archive, and of the archives of classes inside it."""
     for member in _members(path, 0, path.stat().st_size):
         name = os.path.basename(member.name)
         wnid, suffix = os.path.splitext(name)
@@ -248,9 +247,7 @@ def _members(
             if file.read(2 * _BLOCK) != bytes(2 * _BLOCK):
                 raise tarfile.ReadError("there is no end mark")
     except tarfile.TarError as error:
-        official = next(
-            OFFICIAL_BYTES[s] for s, a in ARCHIVES.items() if a == path.name
-        )
+        official = {name: OFFICIAL_BYTES[s] for s, name in ARCHIVES.items()}[path.name]
         where = f"{path}, archive {inner}.tar" if inner else path
         raise DataError(
             f"{where}: {error}. It has {path.stat().st_size:,} bytes, the official archive "
@@ -260,10 +257,10 @@ def _members(
 
 
 def _in_folder(folder: Path) -> Iterator[Picture]:
-    """Yield the pictures of class folders, or those that lie side by side.
+    """Yield the images of class folders, or those that lie side by side.
 
     Raises:
-      DataError: there is anything else: no picture is left out without a word.
+      DataError: there is anything else: no image is left out without a word.
     """
     inside = {entry.name: entry.is_dir() for entry in visible(folder)}
     classes = sorted(name for name in inside if inside[name])
@@ -298,9 +295,7 @@ def _tfds(directory: Path, split: str) -> Originals:
         )
     kind = info.file_format.value
     if kind not in ("tfrecord", "array_record"):
-        raise DataError(
-            f"{directory} is stored as {kind}, not tfrecord or array_record"
-        )
+        raise DataError(f"{directory} is a {kind}, not a tfrecord or array_record")
     files = [os.fspath(path) for path in info.splits[split].filepaths]
     lengths = dict(zip(files, info.splits[split].shard_lengths, strict=True))
     check_files(lengths, directory)
@@ -309,12 +304,10 @@ def _tfds(directory: Path, split: str) -> Originals:
         if kind == "tfrecord":
             spans = _tfrecord_spans(path)
         else:  # the size of the file tells data sets apart
-            size = os.path.getsize(path)
-            spans = [(number, size) for number in range(lengths[path])]
-        names = (f"{os.path.basename(path)}#{n}".encode() for n in range(len(spans)))
-        rows += [
-            (place, name, *span, -1) for name, span in zip(names, spans, strict=True)
-        ]
+            spans = [(n, os.path.getsize(path)) for n in range(lengths[path])]
+        for number, span in enumerate(spans):
+            name = f"{os.path.basename(path)}#{number}".encode()
+            rows.append((place, name, *span, -1))
     return _table(f"tfds {directory} [{split}]", kind, files, rows)
 
 
@@ -336,13 +329,12 @@ def _tfrecord_spans(path: str) -> list[tuple[int, int]]:
 
 @functools.lru_cache(maxsize=4)
 def _reader(path: str) -> Any:
-    # (The type checker cannot see into this module.)
     module: Any = importlib.import_module("array_record.python.array_record_module")
     return module.ArrayRecordReader(path)
 
 
 def _from_example(record: bytes, name: str, place: str) -> tuple[str, int, bytes]:
-    """Return name, label and picture file in a record of tfds's imagenet2012."""
+    """Return name, label and image file in a record of tfds's imagenet2012."""
     from google.protobuf.message import DecodeError
 
     try:
@@ -359,18 +351,3 @@ def _from_example(record: bytes, name: str, place: str) -> tuple[str, int, bytes
         ) from error
     check_label(name, wnids()[label], place)
     return name, label, data
-
-
-def md5_problem(split: str, path: Path, progress: Progress) -> str | None:
-    """Return how an archive differs from the official one; None if it does not."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-            progress(len(block))
-    if digest.hexdigest() == OFFICIAL_MD5[split]:
-        return None
-    return (
-        f"{path} has the MD5 {digest.hexdigest()}, the official archive "
-        f"{OFFICIAL_MD5[split]}: it is damaged or was packed again"
-    )

@@ -1,18 +1,18 @@
-"""Make the tfds data set `imagenet2012_256` from the original pictures, once.
+"""Make the tfds data set `imagenet2012_256` from the original images, once.
 
-The paper's preprocessing (section 2): the shorter side to 256, then the central
-256 x 256; stored as JPEG of quality 95, as make-data of cuda-convnet2 did. EXIF
-orientation is ignored, as in the published results.
+The shorter side becomes 256, then the central 256 x 256 is kept (section 2 of the paper)
+and stored as JPEG of quality 95, as make-data of cuda-convnet2 did. EXIF orientation is
+ignored, as in the published results.
 
-`download_and_prepare` of tfds starts anew when it is interrupted, and uses one core. Here
-every shard is a task for any process: it is written under another name and then renamed,
-so a shard that is there is complete, and a second start makes only the missing ones. tfds
-writes the description of the data set.
+Every shard is a task for any process (tfds's `download_and_prepare` uses one core and
+starts anew after an interruption). It is written under another name and then renamed: a
+shard that is there is complete, and a second start makes only the missing ones.
 """
 
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import importlib
 import io
 import json
@@ -37,11 +37,16 @@ from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.imagenet import originals as originals_lib
 from alexnet_jax.data.imagenet.classes import OFFICIAL_COUNTS, wnids
 from alexnet_jax.data.imagenet.originals import SPLITS, Originals
-from alexnet_jax.data.sources.source import some
+from alexnet_jax.data.sources.source import statistics_name
 from alexnet_jax.data.sources.tfds import TfdsSource, example_message
-from alexnet_jax.system import locks
-from alexnet_jax.system.cli import require_writable
-from alexnet_jax.system.files import check_room, replacing, telling_of_a_full_disk
+from alexnet_jax.system.cli import progress, require_writable
+from alexnet_jax.system.files import (
+    HeldError,
+    atomic_write,
+    check_room,
+    exclusive_lock,
+    explain_full_disk,
+)
 
 NAME = "imagenet2012_256"
 VERSION = "1.0.0"
@@ -51,13 +56,10 @@ _JPEG_QUALITY = 95
 PICTURES_A_SHARD = 1250  # about 43 MB, and some ten seconds of work
 # A small set is spread over the cores as well, but no shard may be empty.
 _FEWEST_SHARDS, _FEWEST_PICTURES = 8, 64
-_BYTES_A_PICTURE = 36_000  # 34,400 on average over 1,000 ImageNet pictures
+_BYTES_A_PICTURE = 36_000  # 34,400 on average over 1,000 ImageNet images
 _BYTES_BESIDE = 2_000_000  # for the mean image and the descriptions
 
 Log = Callable[[str], object]
-# Called with (what is done, total, unit); gives a context that yields a function to be
-# called with the number that is done since its last call.
-Bar = Callable[[str, int | None, str], contextlib.AbstractContextManager[Any]]
 
 
 def prepare(
@@ -68,24 +70,23 @@ def prepare(
     max_unreadable: int,
     verify: bool,
     log: Log,
-    bar: Bar,
 ) -> Path:
-    """Prepare both splits, or go on with it, and compute their statistics.
+    """Prepare both splits, or resume their preparation, and compute their statistics.
 
     Args:
       source: see `originals.find`.
       data_dir: directory of tfds data sets, made if absent.
       workers: processes.
-      max_unreadable: with more broken pictures than this, in both splits together, the
-        preparation stops; up to it each is named and left out.
+      max_unreadable: broken images to leave out, in both splits together; more raise.
       verify: compare the MD5 of the archives with the official ones first.
+      log: called with lines about the progress.
 
     Returns:
       The directory of the data set, DATA_DIR/imagenet2012_256/1.0.0.
 
     Raises:
-      DataError, OSError: what is missing or broken, where, and what to do. Finished
-        shards stay, in a directory whose name ends in .incomplete.
+      DataError, OSError: something is missing, broken or full. Finished shards stay, in
+        a directory whose name ends in .incomplete.
     """
     directory = data_dir / NAME / VERSION
     if (directory / "dataset_info.json").exists():
@@ -94,26 +95,22 @@ def prepare(
     started = time.monotonic()
     require_writable(data_dir)
     with _alone(data_dir / NAME):
-        with bar("reading tables of contents", None, "pictures") as progress:
-            found = originals_lib.find(source, progress)
+        with progress("reading tables of contents", None, "pictures") as done:
+            found = originals_lib.find(source, done)
         for split, originals in found.items():
             log(_count(split, len(originals), originals.description))
-            present = {int(label) for label in np.unique(originals.rows["label"])}
-            absent = [w for label, w in enumerate(wnids()) if label not in present]
-            if absent and originals.kind == "file":
-                log(f"  WARNING: no pictures of {some(absent)}")
         if verify:
-            _verify(source, bar)
+            _verify(source)
         shards = _shards(found, unfinished)
         check_room(data_dir, _bytes_missing(shards))
-        with telling_of_a_full_disk(data_dir, lambda: _bytes_missing(shards)):
+        with explain_full_disk(data_dir, lambda: _bytes_missing(shards)):
             (unfinished / "parts").mkdir(parents=True, exist_ok=True)
             planned = {shard.path.name for shard in shards}
             for path in unfinished.glob("*.array_record-*"):
                 if path.name not in planned:  # a half one, or of other pictures
                     path.unlink()
-            _write_shards(shards, workers, max_unreadable, log, bar)
-            _finish(unfinished, source, shards, workers, log, bar)
+            _write_shards(shards, workers, max_unreadable, log)
+            _finish(unfinished, source, shards, workers, log)
             os.rename(unfinished, directory)
             shutil.rmtree(directory / "parts")
     log(f"{directory} is ready, after {(time.monotonic() - started) / 60:.1f} minutes")
@@ -121,7 +118,7 @@ def prepare(
 
 
 def _found_already(directory: Path, source: Path, log: Log) -> Path:
-    """Describe the finished data set; raise DataError if it is of another source."""
+    """Describe a finished data set; raise DataError if it is of another source."""
     shutil.rmtree(directory / "parts", ignore_errors=True)  # left by a kill at the end
     for split in SPLITS:
         found = TfdsSource(directory, split, SIZE)
@@ -142,9 +139,9 @@ def _alone(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder; refuse a second process that prepares there."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with locks.held(folder / ".lock", wait=False):
+        with exclusive_lock(folder / ".lock", wait=False):
             yield
-    except locks.HeldError as error:
+    except HeldError as error:
         raise DataError(
             f"{folder} is being prepared by {error.holder}; wait for it, or end it and "
             "start this command again"
@@ -152,23 +149,37 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _count(split: str, count: int, description: str) -> str:
-    line = f"{split}: {count:,} pictures, {description}"
-    official = OFFICIAL_COUNTS[split]
-    if count == official:
-        return line
-    return f"{line}\n  WARNING: ILSVRC-2012 has {official:,}; these are not all of it"
+    line, official = (
+        f"{split}: {count:,} pictures, {description}",
+        OFFICIAL_COUNTS[split],
+    )
+    if count != official:
+        line += f"\n  WARNING: ILSVRC-2012 has {official:,}; these are not all of it"
+    return line
 
 
-def _verify(source: Path, bar: Bar) -> None:
+def _verify(source: Path) -> None:
+    """Raise DataError unless both archives have the official MD5."""
     problems = []
     for split, name in originals_lib.ARCHIVES.items():
-        path = source / name
+        path, digest = source / name, hashlib.md5(usedforsecurity=False)
         if not path.is_file():
             raise DataError(f"--verify needs the archives; {path} is not there")
-        with bar(f"MD5 of {name}", path.stat().st_size, "B") as progress:
-            problems.append(originals_lib.md5_problem(split, path, progress))
-    if any(problems):
-        raise DataError("; ".join(problem for problem in problems if problem))
+        with (
+            progress(f"MD5 of {name}", path.stat().st_size, "B") as done,
+            open(path, "rb") as file,
+        ):
+            while block := file.read(1 << 24):
+                digest.update(block)
+                done(len(block))
+        official = originals_lib.OFFICIAL_MD5[split]
+        if digest.hexdigest() != official:
+            problems.append(
+                f"{path} has the MD5 {digest.hexdigest()}, the official archive "
+                f"{official}: it is damaged or was packed again"
+            )
+    if problems:
+        raise DataError("; ".join(problems))
 
 
 def _bytes_missing(shards: "list[Shard]") -> int:
@@ -182,10 +193,10 @@ def _bytes_missing(shards: "list[Shard]") -> int:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shard:
-    """One file of the data set and the pictures that go into it.
+    """One file of the data set and the images that go into it.
 
-    Its result is written to `parts/` beside it when it is complete: {"records", "bytes",
-    "made_of": fingerprint of the originals, "unreadable": [[name, why], ...]}.
+    `write_shard` writes its result to `parts/` beside it: {"records", "bytes", "made_of":
+    fingerprint of the originals, "unreadable": [[name, why], ...]}.
     """
 
     path: Path
@@ -197,17 +208,17 @@ class Shard:
         return self.path.parent / "parts" / f"{self.path.name}.json"
 
     def is_done(self) -> bool:
-        """Return whether it is complete, of these pictures, and all could be read."""
+        """Return True if it is complete, of these images, and all could be read."""
         try:
             result, size = self.result(), self.path.stat().st_size
         except FileNotFoundError:
             return False
-        # A picture that could not be read may have been mended since.
+        # An image that could not be read may have been mended since.
         whole = result["bytes"] == size and not result["unreadable"]
         return whole and result["made_of"] == self.originals.fingerprint()
 
     def result(self) -> dict[str, Any]:
-        """Return its result; raise FileNotFoundError if it is not made yet."""
+        """Return the result; raise FileNotFoundError if there is none yet."""
         return json.loads(self.result_path.read_text())
 
 
@@ -228,9 +239,9 @@ def shard_name(split: str, number: int, count: int) -> str:
 
 
 def _write_shards(
-    shards: list[Shard], workers: int, max_unreadable: int, log: Log, bar: Bar
+    shards: list[Shard], workers: int, max_unreadable: int, log: Log
 ) -> None:
-    """Make the missing shards in processes; count the broken pictures."""
+    """Make the missing shards in processes; count the broken images."""
     missing = [shard for shard in shards if not shard.is_done()]
     if len(missing) < len(shards):
         log(f"{len(shards) - len(missing)} of {len(shards)} shards are done already")
@@ -240,8 +251,8 @@ def _write_shards(
     stopping = context.Event()
     unreadable: list[list[str]] = []
     total = sum(len(shard.originals) for shard in shards)
-    with bar("preparing", total, "pictures") as progress:
-        progress(total - sum(len(shard.originals) for shard in missing))
+    with progress("preparing", total, "pictures") as done:
+        done(total - sum(len(shard.originals) for shard in missing))
         pool = futures.ProcessPoolExecutor(
             min(workers, len(missing)), context, _begin_worker, (stopping,)
         )
@@ -250,8 +261,14 @@ def _write_shards(
             for future in futures.as_completed(pending):
                 future.result()
                 unreadable += pending[future].result()["unreadable"]
-                _check_unreadable(unreadable, max_unreadable)
-                progress(len(pending[future].originals))
+                if len(unreadable) > max_unreadable:
+                    raise DataError(
+                        f"pictures that cannot be read: {len(unreadable):,}, "
+                        f"--max_unreadable={max_unreadable} allows no more. Put intact "
+                        "copies in their place, or leave out as many with a larger one:"
+                        f"{_reasons(unreadable)}"
+                    )
+                done(len(pending[future].originals))
         except process.BrokenProcessPool as error:
             raise OSError(
                 "a worker process was killed (by hand, or for want of memory?); the "
@@ -260,15 +277,6 @@ def _write_shards(
         finally:
             stopping.set()
             pool.shutdown(cancel_futures=True)
-
-
-def _check_unreadable(unreadable: list[list[str]], max_unreadable: int) -> None:
-    if len(unreadable) > max_unreadable:
-        raise DataError(
-            f"pictures that cannot be read: {len(unreadable):,}, --max_unreadable="
-            f"{max_unreadable} allows no more. Put intact copies in their place, or leave "
-            f"out as many with a larger one:{_reasons(unreadable)}"
-        )
 
 
 def _reasons(unreadable: list[list[str]]) -> str:
@@ -283,24 +291,23 @@ def _begin_worker(stopping: Any) -> None:
     global _stopping
     _stopping = stopping
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent decides
-    warnings.filterwarnings("ignore", module="PIL")  # about pictures that it can read
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    warnings.filterwarnings("ignore", module="PIL")  # about images that it can read
 
+    def end_with_parent() -> None:  # a new start may write the same shard
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
 
-def _end_with_parent() -> None:
-    """End this worker if its parent is killed: a new start may write the same shard."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def write_shard(shard: Shard) -> None:
     """Write one shard and its result; an unfinished shard has another name.
 
     Raises:
-      OSError: an original cannot be got at, or the shard cannot be written. (Bytes that
-        are no picture are counted instead.)
+      OSError: an original cannot be read, or the shard cannot be written. (Broken images
+        are counted instead.)
     """
     module: Any = importlib.import_module("array_record.python.array_record_module")
     temporary = shard.path.with_name(f".{shard.path.name}.tmp")
@@ -333,7 +340,7 @@ def write_shard(shard: Shard) -> None:
         "made_of": shard.originals.fingerprint(),
         "unreadable": unreadable,
     }
-    with replacing(shard.result_path) as file:
+    with atomic_write(shard.result_path) as file:
         file.write(json.dumps(result).encode())
 
 
@@ -345,13 +352,13 @@ def encode(picture: np.ndarray) -> bytes:
 
 
 def _record(name: str, label: int, picture: np.ndarray) -> bytes:
-    """Return one picture as a tfds record."""
+    """Return one image as a tfds record."""
     example = example_message()()
     feature = example.features.feature
     feature["image"].bytes_list.value.append(encode(picture))
     feature["label"].int64_list.value.append(label)
     feature["file_name"].bytes_list.value.append(name.encode())
-    # The same bytes for the same picture: a map has no order of its own.
+    # The same bytes for the same image: a map has no order of its own.
     return example.SerializeToString(deterministic=True)
 
 
@@ -359,34 +366,28 @@ def _record(name: str, label: int, picture: np.ndarray) -> bytes:
 
 
 def _finish(
-    unfinished: Path,
-    source: Path,
-    shards: list[Shard],
-    workers: int,
-    log: Log,
-    bar: Bar,
+    unfinished: Path, source: Path, shards: list[Shard], workers: int, log: Log
 ) -> None:
-    """Write description, statistics and record of the data set, all shards being there."""
-    results = [(shard.split, shard.result()) for shard in shards]
-    unreadable = [pair for _, result in results for pair in result["unreadable"]]
+    """Write description, statistics and record of the data set beside its shards."""
+    unreadable = [pair for shard in shards for pair in shard.result()["unreadable"]]
     log(f"pictures left out: {len(unreadable):,}{_reasons(unreadable)}")
     write_metadata(unfinished, shards)
     train = TfdsSource(unfinished, "train", SIZE)
-    with bar("mean image and colour PCA", train.num_examples, "pictures") as progress:
-        found = statistics.compute(train, workers=workers, progress=progress)
-    found.save(statistics.statistics_path(train))
+    with progress("mean image and colour PCA", train.num_examples, "pictures") as done:
+        found = statistics.compute(train, workers=workers, progress=done)
+    found.save(unfinished / statistics_name("train", SIZE))
     record = {
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "source": str(source),
         "pictures": {
-            split: sum(result["records"] for of, result in results if of == split)
+            split: sum(s.result()["records"] for s in shards if s.split == split)
             for split in SPLITS
         },
         "unreadable": unreadable,
         "preprocessing": f"shorter side {SIZE} (box or bicubic), central {SIZE} x "
         f"{SIZE}, JPEG of quality {_JPEG_QUALITY}, 4:2:0",
     }
-    with replacing(unfinished / RECORD_FILE) as file:
+    with atomic_write(unfinished / RECORD_FILE) as file:
         file.write(json.dumps(record, indent=2).encode() + b"\n")
 
 

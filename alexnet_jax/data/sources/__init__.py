@@ -1,7 +1,7 @@
-"""Sources of pictures behind one interface: class folders, tfds data sets, fake data.
+"""Class folders, tfds data sets and fake data behind one interface.
 
 A source knows how many examples there are and fetches any of them by index into arrays
-that the caller owns. It holds no order and no state: the loader does.
+that the caller owns. Order and state are the loader's.
 """
 
 import contextlib
@@ -14,12 +14,7 @@ import numpy as np
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.sources.fake import FakeSource
 from alexnet_jax.data.sources.folder import FolderSource, split_folder
-from alexnet_jax.data.sources.source import (
-    Sample,
-    Source,
-    StoredSource,
-    some,
-)
+from alexnet_jax.data.sources.source import Sample, Source, StoredSource, some
 from alexnet_jax.data.sources.tfds import TfdsSource, tfds_data_dir, tfds_directory
 from alexnet_jax.system.cli import expanded
 
@@ -31,10 +26,9 @@ __all__ = [
     "StoredSource",
     "TfdsSource",
     "match_classes",
-    "num_shared",
     "open_source",
+    "overlap",
     "place_of_split",
-    "shared_in_words",
     "tfds_data_dir",
     "warnings_about",
 ]
@@ -49,18 +43,18 @@ def open_source(
 
     Args:
       source: `folder:PATH` (PATH/train/<class>/*.jpg), `textures` (procedural
-        pictures, built at first use; `textures/tiny` for tests), `fake`, or the
+        images, built at first use; `textures/tiny` for tests), `fake`, or the
         name of a prepared tfds data set: `imagenet2012_256`, `cifar10:3.0.2`,
         `name/config`.
-      split: `train`, `test`, ...; for tfds also slices such as `train[:90%]`. For
+      split: `train`, `test`, ...; for tfds also slices, for example `train[:90%]`. For
         a folder, `test`, `val` and `validation` stand for each other.
-      data_dir: directory of tfds data sets; when absent the environment variable
+      data_dir: directory of tfds data sets; if absent the environment variable
         TFDS_DATA_DIR, else ~/tensorflow_datasets.
-      image_size: side of the pictures in pixels; others are resized.
+      image_size: side of the images in pixels; others are resized.
 
     Raises:
-      DataError (a ValueError), FileNotFoundError: what was looked for, where, what was
-        found there and what to do.
+      DataError: (a ValueError) the data cannot be used.
+      FileNotFoundError: the data is not there.
     """
     if image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
@@ -87,9 +81,7 @@ def match_classes(
     *,
     log: Callable[[str], object] = lambda _: None,
 ) -> Source:
-    """Return a split with the labels of the classes that a network is trained on.
-
-    Classes are matched by name, so label k means the same in training and evaluation.
+    """Return a split with the labels of the trained classes, matched by name.
 
     Args:
       source: the split; it may lack some of the trained classes.
@@ -121,11 +113,7 @@ def match_classes(
 
 
 def place_of_split(source: str, split: str, data_dir: str) -> Any:
-    """Return the same value for all names of a split: in folders, test may be val.
-
-    Args:
-      source, split, data_dir: fields of `config.data`.
-    """
+    """Return the same value for all names of a split: in folders, test may be val."""
     if source.startswith("folder:"):
         with contextlib.suppress(OSError, DataError):  # it may not be there
             root = expanded(source.removeprefix("folder:"))
@@ -133,27 +121,25 @@ def place_of_split(source: str, split: str, data_dir: str) -> Any:
     return source, split, tfds_data_dir(data_dir).absolute()
 
 
-def num_shared(train: Source, evaluation: Source) -> int:
-    """Return the number of evaluation images that are training images, by place.
+def overlap(train: Source, evaluation: Source) -> str:
+    """Return a message about evaluation images that are training images, by place.
 
-    Compares `ranges`: slices of a tfds data set may overlap, and two names may stand for
-    one folder.
+    Slices of a tfds data set may overlap, and two names may stand for one folder. The
+    message is empty if there are no such images.
     """
     if not isinstance(train, StoredSource) or not isinstance(evaluation, StoredSource):
-        return 0
+        return ""
     shared = sum(
         max(0, min(end, other_end) - max(start, other_start))
         for place, start, end in train.ranges
         for other, other_start, other_end in evaluation.ranges
         if place == other
     )
-    return min(shared, evaluation.num_examples)
-
-
-def shared_in_words(shared: int, train: Source, evaluation: Source) -> str:
-    """Return the message about the result of `num_shared`."""
+    if not shared:
+        return ""
+    total = evaluation.num_examples
     return (
-        f"{shared:,} of {evaluation.num_examples:,} evaluation images are training images "
+        f"{min(shared, total):,} of {total:,} evaluation images are training images "
         f"too, so their error is not that of unseen images (training: "
         f"{train.description}; evaluation: {evaluation.description}). Take a split of "
         "other images (of a tfds data set for example train[:90%] and train[90%:])"
@@ -161,10 +147,7 @@ def shared_in_words(shared: int, train: Source, evaluation: Source) -> str:
 
 
 def warnings_about(train: Source, evaluation: Source | None = None) -> list[str]:
-    """Return lines about files that are not read, and about mistakes that hide.
-
-    With such a mistake training runs and its numbers look good.
-    """
+    """Return lines about skipped files, and mistakes with which the numbers look good."""
     lines = []
     for what, source in (("training", train), ("evaluation", evaluation)):
         if source is None:
@@ -180,6 +163,6 @@ def warnings_about(train: Source, evaluation: Source | None = None) -> list[str]
                 f"{source.class_names[labels[0]]}. A low loss and error mean "
                 "nothing then: take a split of several classes"
             )
-    if evaluation is not None and (shared := num_shared(train, evaluation)):
-        lines.append(f"WARNING: {shared_in_words(shared, train, evaluation)}")
+    if evaluation is not None and (message := overlap(train, evaluation)):
+        lines.append(f"WARNING: {message}")
     return lines

@@ -1,4 +1,4 @@
-"""Random pictures in memory."""
+"""Random images in memory."""
 
 import numpy as np
 
@@ -6,10 +6,10 @@ from alexnet_jax.data.sources.source import Source
 
 
 class FakeSource(Source):
-    """Random but constant pictures and labels at no cost, for benchmarks and tests.
+    """Random but constant images and labels at no cost, for benchmarks and tests.
 
-    Example i is picture i modulo 32 of a pool drawn once from the seed, with label i
-    modulo `num_classes`: there is nothing to learn. The numbers of examples are those of
+    Example i is image i modulo 32 of a pool drawn once from the seed, with label i
+    modulo `num_classes`: there is nothing to learn. The number of examples is that of
     ImageNet unless given.
     """
 
@@ -32,12 +32,10 @@ class FakeSource(Source):
         self._pool = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
-        """See `Source.labels_of`."""
         return indices % self.num_classes
 
     def fetch(
         self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
     ) -> None:
-        """See `Source.fetch`."""
         np.take(self._pool, indices % len(self._pool), axis=0, out=images, mode="wrap")
         labels[:] = self.labels_of(indices)

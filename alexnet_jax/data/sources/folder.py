@@ -18,7 +18,7 @@ from alexnet_jax.data.sources.source import (
 from alexnet_jax.system.cli import expanded
 
 _EVAL_FOLDERS = ("test", "val", "validation")
-# Layout of tiny-imagenet: a folder of pictures in each class and split, and for a split
+# Layout of tiny-imagenet: a folder of images per class and split, and for a split
 # without class folders a table of lines "file name, TAB, class, TAB, box".
 _IMAGES, _ANNOTATIONS = "images", "val_annotations.txt"
 
@@ -27,11 +27,10 @@ class FolderSource(StoredSource):
     """PATH/{train, test|val|validation}/<class>/<picture>.
 
     Labels are the positions of the class names in sorted order (by code point, so WNIDs
-    of ImageNet get their usual labels); files are sorted too. Pictures are turned by
-    their EXIF orientation. Hidden files are ignored; files of other kinds and folders
-    inside a class folder are named in `left_out`. Pictures of ImageNet need no class
-    folders if their names say the class (`named_wnid`), and tiny-imagenet is read as it
-    is unpacked.
+    of ImageNet get their usual labels); files are sorted too. Images are turned by their
+    EXIF orientation. Hidden files are ignored; other files and folders inside a class
+    folder are named in `left_out`. ImageNet needs no class folders if the file names say
+    the class (`named_wnid`). tiny-imagenet is read as it is unpacked.
     """
 
     _upright = True
@@ -43,11 +42,10 @@ class FolderSource(StoredSource):
         self.class_names = tuple(sorted(classes))
         # File names only: the 1.3 million full paths of ImageNet would take 200 MB.
         self._places = [classes[name][0] for name in self.class_names]
-        found = [classes[name][1] for name in self.class_names]
-        self._files = [file for files in found for file in files]
-        counts = [len(files) for files in found]
-        self._label_of = np.arange(len(found), dtype=np.int32)
-        self._class_of = np.repeat(self._label_of, counts)  # by example
+        files = [classes[name][1] for name in self.class_names]
+        self._files = [file for of_class in files for file in of_class]
+        self._label_of = np.arange(len(files), dtype=np.int32)
+        self._class_of = np.repeat(self._label_of, [len(f) for f in files])
         self.num_examples = len(self._files)
         self.image_size = image_size
         self.ranges = ((os.path.realpath(folder), 0, self.num_examples),)
@@ -57,7 +55,6 @@ class FolderSource(StoredSource):
         self.statistics_path = root / statistics_name(split, image_size)
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
-        """See `Source.labels_of`."""
         return self._label_of[self._class_of[indices]]
 
     def path_of(self, index: int) -> Path:
@@ -65,11 +62,9 @@ class FolderSource(StoredSource):
         return self._places[self._class_of[index]] / self._files[index]
 
     def name_of(self, index: int) -> str:
-        """Return the file of an example, for messages."""
         return str(self.path_of(index))
 
     def record(self, index: int) -> tuple[int, bytes]:
-        """Return the label and the picture file of an example."""
         label = self._label_of[self._class_of[index]]
         return label.item(), self.path_of(index).read_bytes()
 
@@ -94,14 +89,14 @@ def split_folder(root: Path, split: str) -> Path:
 
 
 def _classes(folder: Path) -> tuple[dict[str, tuple[Path, list[str]]], list[str]]:
-    """Find the pictures of a split.
+    """Find the images of a split.
 
     Returns:
-      {class: (folder of its pictures, their sorted names)}, and the files and folders
+      {class: (folder of its images, their sorted names)}, and the files and folders
       that are not read, relative to `folder`.
 
     Raises:
-      DataError: there are no classes, a class has no pictures, or a picture no class.
+      DataError: there are no classes, a class has no images, or an image no class.
     """
     inside = {entry.name: entry.is_dir() for entry in visible(folder)}
     folders = sorted(name for name in inside if inside[name])
@@ -120,7 +115,7 @@ def _classes(folder: Path) -> tuple[dict[str, tuple[Path, list[str]]], list[str]
             ignored += [f"{place.relative_to(folder)}/{other}" for other in others]
         return found, ignored
 
-    # Pictures of all classes side by side.
+    # Images of all classes side by side.
     place = folder / _IMAGES if folders else folder
     if not folders:
         class_of = {name: wnid for name in inside if (wnid := named_wnid(name))}
@@ -152,10 +147,10 @@ def _classes(folder: Path) -> tuple[dict[str, tuple[Path, list[str]]], list[str]
 
 
 def class_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the sorted names of the pictures in a class folder, and of all else.
+    """Return the sorted names of the images in a class folder, and of all else.
 
     Raises:
-      DataError: there are no pictures.
+      DataError: there are no images.
     """
     names = sorted(entry.name for entry in visible(folder))
     files = [name for name in names if _is_picture(name)]

@@ -1,4 +1,4 @@
-"""Base classes of the sources of pictures."""
+"""Base classes of the sources of images."""
 
 import copy
 import os
@@ -18,7 +18,7 @@ class Source:
     Attributes:
       num_examples: number of examples in the split, at least 1.
       class_names: names, indexed by label; `num_classes` is their number.
-      image_size: side S of the pictures that `fetch` writes.
+      image_size: side S of the images that `fetch` writes.
       description: one line that says where the examples are.
       left_out: one line about the files there that are not read; empty if all are.
       statistics_path: file beside the data for the mean image and the colour PCA of
@@ -50,20 +50,20 @@ class Source:
           labels: int32 [n].
 
         Raises:
-          DataError: a picture is broken; the message names it.
+          DataError: an image is broken; the message names it.
         """
         raise NotImplementedError
 
 
 class StoredSource(Source):
-    """Picture files or records on a disk.
+    """Image files or records on a disk.
 
     Attributes, besides those of `Source`:
-      ranges: (place, start, end) of the stored examples, for `num_shared`.
+      ranges: (place, start, end) of the stored examples, for `overlap`.
     """
 
     ranges: tuple[tuple[str, int, int], ...]
-    _upright = False  # pictures are turned by their EXIF orientation
+    _upright = False  # images are turned by their EXIF orientation
     _remedy = images_lib.TAKE_OUT
     _label_of: np.ndarray  # stored class -> label, see `with_classes`
 
@@ -72,23 +72,20 @@ class StoredSource(Source):
         raise NotImplementedError
 
     def record(self, index: int) -> tuple[int, bytes]:
-        """Return the label and the picture file of an example."""
+        """Return the label and the image file of an example."""
         raise NotImplementedError
 
     def fetch(
         self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
     ) -> None:
-        """See `Source.fetch`."""
-        size, upright, remedy = self.image_size, self._upright, self._remedy
+        options = {"upright": self._upright, "remedy": self._remedy}
         for i, index in enumerate(indices.tolist()):
             labels[i], data = self.record(index)
             name = self.name_of(index)
-            images_lib.decode(
-                data, size, name, images[i], upright=upright, remedy=remedy
-            )
+            images_lib.decode(data, self.image_size, name, images[i], **options)
 
     def with_classes(self, class_names: Sequence[str]) -> Self:
-        """Return the same pictures, labelled by the position in `class_names`."""
+        """Return the same images, labelled by the position in `class_names`."""
         labels = {name: label for label, name in enumerate(class_names)}
         positions = np.array([labels[name] for name in self.class_names], np.int32)
         other = copy.copy(self)
@@ -98,11 +95,10 @@ class StoredSource(Source):
 
 
 class Sample(Source):
-    """Some pictures of a source, the same every time.
+    """A fixed sample: one image drawn from each of `count` equal parts of a source.
 
-    The split is cut into `count` equal parts, and one picture is drawn from each. So they
-    are spread evenly (class folders are sorted by class), yet without a period (other
-    splits have their classes in turn).
+    So the images are spread evenly (class folders are sorted by class), yet without a
+    period (other splits have their classes in turn).
     """
 
     def __init__(self, source: Source, count: int):
@@ -118,18 +114,15 @@ class Sample(Source):
         self.class_names, self.image_size = source.class_names, source.image_size
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
-        """See `Source.labels_of`."""
         return self._source.labels_of(self._chosen[indices])
 
     def fetch(
         self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
     ) -> None:
-        """See `Source.fetch`."""
         self._source.fetch(self._chosen[indices], images, labels)
 
 
 def statistics_name(split: str, image_size: int) -> str:
-    """Return the name of a split's statistics file."""
     part = "" if split == "train" else "_" + quote(split, safe="")
     return f"statistics_{image_size}{part}.npz"
 

@@ -31,9 +31,8 @@ _PREPARE_AGAIN = "Delete the directory and prepare the data set again"
 class TfdsSource(StoredSource):
     """A prepared tfds data set in a random-access format (array_record).
 
-    It needs an image and a class label among its features, whatever their names. Nothing
-    is downloaded or prepared here. Pictures are not turned by their EXIF orientation, as
-    in the published protocol of ImageNet.
+    It needs an image and a class label among its features, whatever their names. Images
+    are not turned by their EXIF orientation, as in the published protocol of ImageNet.
     """
 
     _remedy = _PREPARE_AGAIN
@@ -55,8 +54,7 @@ class TfdsSource(StoredSource):
             parts = _slices(info, split)
             # Raw records: parsing the protocol buffer here takes half the time of
             # tfds's own deserialisation, and that time holds the interpreter lock.
-            # (Any: tfds wraps its methods in ways that type checkers cannot see.)
-            as_data_source: Any = builder.as_data_source
+            as_data_source: Any = builder.as_data_source  # untyped in tfds
             self._records = as_data_source(
                 split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
             )
@@ -93,15 +91,12 @@ class TfdsSource(StoredSource):
         self.statistics_path = directory / statistics_name(split, image_size)
 
     def name_of(self, index: int) -> str:
-        """Return the number and the data set of an example, for messages."""
         return f"record {index} of {self.description}"
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
-        """See `Source.labels_of`."""
         return np.array([self.record(index)[0] for index in indices.tolist()], np.int32)
 
     def record(self, index: int) -> tuple[int, bytes]:
-        """Return the label and the picture file of an example."""
         from google.protobuf.message import DecodeError
 
         # One record per call: for a list of them array_record starts a new pool of up to
@@ -183,13 +178,12 @@ def tfds_builder(directory: Path) -> Any:
 
     def check(fields: dict[str, Any]) -> None:
         for key, value in fields.items():
-            if key in ("json", "content") and isinstance(
-                value, str
-            ):  # JSON inside JSON
-                json.loads(value, object_hook=check)
+            text = str(value)
+            if key in ("json", "content") and isinstance(value, str):
+                json.loads(value, object_hook=check)  # JSON inside JSON
             is_class = key in ("pythonClassName", "python_class_name", "type")
-            own = str(value).startswith("tensorflow_datasets.core.features.")
-            if is_class and "." in str(value) and not own:
+            own = text.startswith("tensorflow_datasets.core.features.")
+            if is_class and "." in text and not own:
                 raise DataError(
                     f"{path} names the class {value!r}, which would be imported: only "
                     f"classes of tensorflow_datasets are. {_PREPARE_AGAIN}"
@@ -222,7 +216,7 @@ def check_files(files: Mapping[str, int], directory: Path) -> None:
 
 
 def _slices(info: Any, split: str) -> list[tuple[str, tuple[int, int]]]:
-    """Return the parts that a split consists of: (name, (start, end)).
+    """Return the parts of a split: (name, (start, end)).
 
     Raises:
       ValueError: a part is empty. tfds takes "train[51:50]" for "train[51:]", and counts
@@ -241,11 +235,7 @@ def _slices(info: Any, split: str) -> list[tuple[str, tuple[int, int]]]:
 
 
 def _only_feature(info: Any, kind: type) -> str:
-    """Return the key of the feature of a type; of several the supervised one.
-
-    Raises:
-      DataError: there is none, or there are several.
-    """
+    """Return the key of the only feature of a type, or of the supervised one."""
     found = [key for key, feature in info.features.items() if isinstance(feature, kind)]
     found = [key for key in found if key in (info.supervised_keys or ())] or found
     if len(found) == 1:

@@ -2,15 +2,13 @@
 
 import contextlib
 import io
-import shutil
 import sys
 import time
 from pathlib import Path
 
 from alexnet_jax.data.textures.drawing import CLASS_NAMES, draw
-from alexnet_jax.system import locks
-from alexnet_jax.system.cli import PathError, require_writable
-from alexnet_jax.system.files import telling_of_a_full_disk
+from alexnet_jax.system.cli import require_writable
+from alexnet_jax.system.files import exclusive_lock, explain_full_disk
 
 __all__ = ["CLASS_NAMES", "build", "draw"]
 
@@ -20,8 +18,8 @@ def build(data_dir: Path, *, tiny: bool = False) -> str:
 
     Args:
       data_dir: directory of tfds data sets; made if absent.
-      tiny: 200 pictures for training and 100 for testing instead of 4,000 and
-        1,000, in a folder of their own.
+      tiny: 200 images for training and 100 for testing instead of 4,000 and 1,000, in a
+        folder of their own.
 
     Returns:
       The full tfds name, with the config and version, for `sources.TfdsSource`.
@@ -36,37 +34,24 @@ def build(data_dir: Path, *, tiny: bool = False) -> str:
     config = None
     if tiny:
         config = module.TexturesConfig("tiny", train_examples=200, test_examples=100)
-    name = f"textures/tiny:{module.Builder.VERSION}"
-    name = name if tiny else name.replace("/tiny", "")
+    name = f"textures{'/tiny' if tiny else ''}:{module.Builder.VERSION}"
     directory = data_dir / name.replace(":", "/")
     if (directory / "dataset_info.json").exists():
         return name
-    try:
-        require_writable(data_dir)
-    except PathError as error:
-        raise PathError(
-            f"{error}, with --config.data.dir (of prepare: --data_dir) or the environment "
-            "variable TFDS_DATA_DIR"
-        ) from error
+    require_writable(data_dir)
     data_dir.mkdir(parents=True, exist_ok=True)
-    # The processes of one run build once. Where there are no locks each one builds:
+    # The processes of one run build once. On a file system without locks each one builds:
     # tfds writes to a directory of its own and renames it.
-    with (
-        telling_of_a_full_disk(data_dir),
-        locks.held(data_dir / ".textures.lock", wait=True) as is_held,
-    ):
+    lock = exclusive_lock(data_dir / ".textures.lock", wait=True)
+    with explain_full_disk(data_dir), lock:
         if (directory / "dataset_info.json").exists():  # another process was faster
             return name
-        if is_held:  # else what looks left by a killed process may be a living one's
-            for folder in directory.parent.glob(f"incomplete.*_{directory.name}"):
-                shutil.rmtree(folder, ignore_errors=True)
         print(f"Drawing the textures data set into {directory} ...", file=sys.stderr)
         started = time.perf_counter()
         builder = module.Builder(
             data_dir=data_dir, file_format="array_record", config=config
         )
-        # tfds draws several bars and says "Downloading", which nothing does.
-        tfds.disable_progress_bar()
+        tfds.disable_progress_bar()  # several, which speak of downloads
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 builder.download_and_prepare()

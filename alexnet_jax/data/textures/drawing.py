@@ -1,12 +1,12 @@
-"""Ten classes of procedural pictures that only their local structure tells apart.
+"""Ten classes of procedural images that only local structure tells apart.
 
 A class is a scalar field over the plane (stripes, rings, bricks ...), at a random
-scale, angle, offset and slight warp. The field is cut at its median over the
-picture, so exactly half of every picture is painted in each of two random colours:
-the classes have the same colours, and as offset and polarity are random too, the
-same mean at every pixel. Neither colours nor a linear function of pixels can name
-the class (`benchmarks/speed/texture_baselines.py`). No class is the mirror image of another, because
-training flips pictures, and the 224 x 224 crops hold several periods.
+scale, angle, offset and slight warp. The field is cut at its median, so exactly half
+of every image is painted in each of two random colours: the classes have the same
+colours, and as offset and polarity are random too, the same mean at every pixel.
+Neither colours nor a linear function of pixels can name the class
+(`benchmarks/speed/texture_baselines.py`). No class is the mirror image of another,
+because training flips images, and the 224 x 224 crops hold several periods.
 """
 
 import numpy as np
@@ -34,15 +34,10 @@ _TAU = np.float32(2 * np.pi)
 
 
 def draw(label: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw a picture of class `label`: uint8 [256, 256, 3], RGB, 0..255.
+    """Draw an image of class `label`: uint8 [256, 256, 3], RGB, 0..255.
 
-    The picture is a function of the label and the state of `rng` only.
-
-    Raises:
-      ValueError: there is no such class.
+    The image is a function of the label and the state of `rng` only.
     """
-    if not 0 <= label < len(CLASS_NAMES):
-        raise ValueError(f"label must be in 0..{len(CLASS_NAMES) - 1}, got {label}")
     name = CLASS_NAMES[label]
     period = rng.uniform(*_PERIODS[name])
     if name == "blobs":

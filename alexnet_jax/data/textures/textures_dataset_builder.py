@@ -1,9 +1,7 @@
-"""The tfds data set `textures`: ten classes of procedural 256 x 256 pictures."""
+"""The tfds data set `textures`: ten classes of procedural 256 x 256 images."""
 
-import collections
 import dataclasses
 import io
-import itertools
 import os
 from collections.abc import Iterator
 from concurrent import futures
@@ -16,16 +14,15 @@ import tensorflow_datasets as tfds
 from alexnet_jax.data.textures import drawing
 
 _JPEG_QUALITY = 85
-_SPLITS = ("train", "test")
 
 
 @dataclasses.dataclass
 class TexturesConfig(tfds.core.BuilderConfig):
-    """Sizes and seed; a config with a name gets a folder of that name.
+    """Sizes and seed; a named config has a folder of that name.
 
     Attributes:
-      train_examples, test_examples: pictures in each split, classes by turns.
-      seed: picture i of a split is a function of (seed, split, i) only.
+      train_examples, test_examples: images per split, classes by turns.
+      seed: image i of a split is a function of (seed, split, i) only.
     """
 
     train_examples: int = 4000
@@ -34,7 +31,7 @@ class TexturesConfig(tfds.core.BuilderConfig):
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """Draws the pictures; nothing is downloaded. See `drawing`."""
+    """Draw the images; see `drawing`."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar = {"1.0.0": "First version."}
@@ -56,46 +53,31 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        config = self._sizes
+        config = self.builder_config
+        if not isinstance(config, TexturesConfig):
+            config = TexturesConfig(name="full")
         return {
-            "train": self._generate_examples("train", config.train_examples),
-            "test": self._generate_examples("test", config.test_examples),
+            "train": self._generate_examples(config.seed, 0, config.train_examples),
+            "test": self._generate_examples(config.seed, 1, config.test_examples),
         }
 
-    def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict]]:
-        seed, part = self._sizes.seed, _SPLITS.index(split)
-        for index, jpeg in enumerate(_in_threads(seed, part, count)):
-            label = index % len(drawing.CLASS_NAMES)
-            yield index, {"image": io.BytesIO(jpeg), "label": label}
-
-    @property
-    def _sizes(self) -> TexturesConfig:
-        config = self.builder_config
-        return config if isinstance(config, TexturesConfig) else _FULL
-
-
-_FULL = TexturesConfig(name="full")
+    def _generate_examples(
+        self, seed: int, part: int, count: int
+    ) -> Iterator[tuple[int, dict]]:
+        workers = os.cpu_count() or 1
+        with futures.ThreadPoolExecutor(workers) as pool:
+            for first in range(0, count, 32 * workers):  # few images in memory
+                indices = range(first, min(first + 32 * workers, count))
+                jpegs = pool.map(lambda index: example(seed, part, index), indices)
+                for index, jpeg in zip(indices, jpegs, strict=True):
+                    label = index % len(drawing.CLASS_NAMES)
+                    yield index, {"image": io.BytesIO(jpeg), "label": label}
 
 
 def example(seed: int, part: int, index: int) -> bytes:
-    """JPEG file of picture `index` of split `part` (0: train, 1: test)."""
+    """Return the JPEG file of image `index` of split `part` (0: train, 1: test)."""
     rng = np.random.default_rng((seed, part, index))
     picture = drawing.draw(index % len(drawing.CLASS_NAMES), rng)
     return simplejpeg.encode_jpeg(
         picture, quality=_JPEG_QUALITY, colorsubsampling="420"
     )
-
-
-def _in_threads(seed: int, part: int, count: int) -> Iterator[bytes]:
-    """All pictures of a split in order; NumPy releases the interpreter lock."""
-    workers = os.cpu_count() or 1
-    with futures.ThreadPoolExecutor(workers) as pool:
-        pending: collections.deque[futures.Future[bytes]] = collections.deque()
-        todo = iter(range(count))
-        while True:
-            free = 8 * workers - len(pending)
-            for index in itertools.islice(todo, free):
-                pending.append(pool.submit(example, seed, part, index))
-            if not pending:
-                return
-            yield pending.popleft().result()

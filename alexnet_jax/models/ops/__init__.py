@@ -1,9 +1,10 @@
-"""The network's own operations: LRN, grouped convolution and pooling.
+"""Operators of the network: LRN, grouped and local convolution, pooling.
 
-Pure functions on jax arrays with channels last. Each computes in at least float32
-inside and returns its input's dtype. `fast=True` takes the hand-written path of the
-backend where there is one; `fast=False` is always the plain form, which supports
-forward mode and second derivatives too.
+They are pure functions of floating-point arrays with channels last. Each computes in at
+least float32 and returns the dtype of its input; integers raise TypeError (max_pool
+takes them). With `fast=True` it runs the hand-written form for the backend, if there is
+one. With `fast=False` it runs the plain form, which also supports forward mode and second
+derivatives.
 """
 
 import functools
@@ -19,7 +20,6 @@ from alexnet_jax.models.ops import cpu, reference
 __all__ = [
     "add_bias",
     "avg_pool",
-    "compiler_options",
     "grouped_conv",
     "jit",
     "local_conv",
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def _implementation(fast: bool):
-    """The module whose operators are used: chosen only here."""
+    """Return the module whose operators are used."""
     return cpu if fast and jax.default_backend() == "cpu" else reference
 
 
@@ -44,19 +44,15 @@ def jit(function: Callable[..., Any], **options: Any) -> Any:
     `jax.distributed.initialize`.
 
     Args:
-      function: a function of arrays, such as `model.apply`.
-      options: arguments of `jax.jit`, such as `static_argnames`.
+      function: a function of arrays, for example `model.apply`.
+      options: arguments of `jax.jit`, for example `static_argnames`.
     """
-    return jax.jit(function, compiler_options=compiler_options(), **options)
-
-
-def compiler_options() -> dict[str, Any]:
-    """Return the compiler options of `jit`: {} on backends other than CPUs."""
-    return dict(_known_options(jax.default_backend()))
+    compiler_options = _compiler_options(jax.default_backend())
+    return jax.jit(function, compiler_options=compiler_options, **options)
 
 
 @functools.cache
-def _known_options(backend: str) -> dict[str, Any]:
+def _compiler_options(backend: str) -> dict[str, Any]:
     if backend != "cpu":
         return {}
     options = cpu.COMPILER_OPTIONS
@@ -73,19 +69,17 @@ def _known_options(backend: str) -> dict[str, Any]:
 
 
 def add_bias(x: jax.Array, bias: jax.Array, *, fast: bool = True) -> jax.Array:
-    """Adds a bias to every position: [..., C] + [C].
+    """Add a bias to every position: [..., C] + [C].
 
     Args:
-      x: floating-point [..., C].
+      x: [..., C].
       bias: [C]; used in x's dtype.
-      fast: False for the plain form (forward mode, second derivatives).
 
     Returns:
-      An array of x's shape and dtype.
+      An array of x's shape.
 
     Raises:
       ValueError: for a bias of another shape.
-      TypeError: for an integer x.
     """
     _check_floating("add_bias", x)
     _check_bias("add_bias", x, bias)
@@ -105,33 +99,31 @@ def local_response_norm(
     alpha_mode: str = "sum",
     fast: bool = True,
 ) -> jax.Array:
-    """Local response normalisation across channels.
+    """Normalise each activation by its neighbours across channels (LRN).
 
     b_i = a_i / (k + alpha' * sum of a_j^2 over the `size` channels around i) ** beta,
     the window centred on i and truncated at the first and the last channel of a group
     (Krizhevsky et al. 2012, section 3.3, whose constants are the defaults).
 
     Args:
-      x: floating-point activations [..., C], any leading dimensions.
-      bias, relu: with them the activations are relu(x + bias[C]): a layer's bias and
-        nonlinearity in the same loop, which is faster than before it.
+      x: activations [..., C], any leading dimensions.
+      bias, relu: with both, a_i is relu(x + bias[C]): the bias and the nonlinearity of
+        the layer run in the same loop, which is faster than before it.
       size: channels in the window, odd and positive (the paper's n).
       k: added to the sum; positive.
       alpha: weight of the sum of squares, see `alpha_mode`.
       beta: the power; 0.75 is the fastest.
-      groups: equal contiguous parts of C that the window does not cross, one a column
-        of a two-column network.
-      alpha_mode: "sum" takes alpha' = alpha, as the paper writes it; "mean" takes
-        alpha' = alpha / size, as cuda-convnet, Caffe and torch compute it.
-      fast: False for the plain form (forward mode, second derivatives).
+      groups: number of equal contiguous parts of C that the window does not cross: 2
+        for a two-column network.
+      alpha_mode: "sum": alpha' = alpha, as the paper writes it; "mean": alpha' =
+        alpha / size, as cuda-convnet, Caffe and torch compute it.
 
     Returns:
-      An array of x's shape and dtype.
+      An array of x's shape.
 
     Raises:
       ValueError: for an even or non-positive `size`, channels that `groups` does not
         divide, a bias of another shape, or an unknown `alpha_mode`.
-      TypeError: for integer activations.
     """
     _check_floating("local_response_norm", x)
     _check_odd("local_response_norm", size)
@@ -164,26 +156,24 @@ def within_map_response_norm(
     beta: float = 0.75,
     fast: bool = True,
 ) -> jax.Array:
-    """Response normalisation over the neighbouring pixels of the same map.
+    """Normalise each activation by the neighbouring pixels of the same map.
 
     b = a / (k + alpha / size**2 * sum of a^2 over `size` x `size` pixels) ** beta,
     the window centred and truncated at the borders; the divisor stays size**2 there.
     This is the "rnorm" layer of cuda-convnet, whose CIFAR-10 nets use the defaults.
 
     Args:
-      x: floating-point activations [B, H, W, C].
+      x: activations [B, H, W, C].
       size: side of the window in pixels, odd and positive.
       k: added to the sum; positive.
       alpha: weight of the sum of squares before the division by size**2.
       beta: the power; 0.75 is the fastest.
-      fast: False for the plain form (forward mode, second derivatives).
 
     Returns:
-      An array of x's shape and dtype.
+      An array of x's shape.
 
     Raises:
       ValueError: for an even or non-positive `size`, or an x that is not [B, H, W, C].
-      TypeError: for integer activations.
     """
     _check_rank("within_map_response_norm", "x[B,H,W,C]", x, 4)
     _check_floating("within_map_response_norm", x)
@@ -202,91 +192,67 @@ def grouped_conv(
     groups: int = 1,
     fast: bool = True,
 ) -> jax.Array:
-    """2-D convolution (cross-correlation) in groups that do not see each other.
+    """Convolve (cross-correlate) in groups that do not see each other.
 
     Group g reads the g-th contiguous part of the input channels and writes the g-th
     part of the output channels: with groups=2 the kernels of conv2, conv4 and conv5
     "take as input only those kernel maps which reside on the same GPU"
-    (Krizhevsky et al. 2012, sections 3.2 and 3.5). Computed as one convolution a
+    (Krizhevsky et al. 2012, sections 3.2 and 3.5). It runs one convolution per
     group: XLA's `feature_group_count` has a slow gradient, and under `jit` with
-    sharded examples gathers the whole batch on every device.
+    sharded examples it gathers the whole batch on every device.
 
     Args:
-      x: floating-point inputs [B, H, W, Cin].
+      x: inputs [B, H, W, Cin].
       kernel: [kh, kw, Cin / groups, Cout]; used in x's dtype.
       stride: one number or (down, across).
       padding: zeros around the input, one number or ((top, bottom), (left, right)).
       groups: divides Cin and Cout.
-      fast: False for the plain form (forward mode, second derivatives).
 
     Returns:
-      [B, H', W', Cout] in x's dtype, H' = (H + top + bottom - kh) // stride + 1.
+      [B, H', W', Cout], H' = (H + top + bottom - kh) // stride + 1.
 
     Raises:
-      ValueError: for channel counts that do not fit `groups` or each other, a stride
-        or padding of another form, or a kernel larger than the padded input.
-      TypeError: for integer inputs.
+      ValueError: for arrays of another rank, channels that `groups` does not divide, or
+        a kernel for another number of channels.
     """
     _check_rank("grouped_conv", "x[B,H,W,Cin]", x, 4)
     _check_rank("grouped_conv", "kernel[kh,kw,Cin/groups,Cout]", kernel, 4)
     _check_floating("grouped_conv", x)
-    steps = _pair("grouped_conv", "stride", stride)
-    pads = _pads(padding)
     _check_divides("grouped_conv", "input channels", x.shape[-1], groups)
     _check_divides("grouped_conv", "output channels", kernel.shape[-1], groups)
-    if kernel.shape[2] * groups != x.shape[-1]:
-        raise ValueError(
-            f"grouped_conv: kernel {kernel.shape} reads {kernel.shape[2]} channels a "
-            f"group, expected {x.shape[-1] // groups}: x has {x.shape[-1]} in "
-            f"{groups} group(s)"
-        )
-    for size, length, sides in zip(kernel.shape[:2], x.shape[1:3], pads, strict=True):
-        if size > length + sum(sides):
-            raise ValueError(
-                f"grouped_conv: kernel {kernel.shape[:2]} is larger than the input "
-                f"{x.shape[1:3]} with padding {pads}"
-            )
-    conv = _implementation(fast).conv
+    steps, pads = _pair(stride), _pads(padding)
+    conv = functools.partial(_implementation(fast).conv, stride=steps, padding=pads)
     kernel = kernel.astype(x.dtype)
     if groups == 1:
-        return conv(x, kernel, stride=steps, padding=pads)
-    parts = zip(
-        jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True
-    )
-    return jnp.concatenate(
-        [conv(a, w, stride=steps, padding=pads) for a, w in parts], axis=-1
-    )
+        return conv(x, kernel)
+    inputs, kernels = (jnp.split(array, groups, axis=-1) for array in (x, kernel))
+    return jnp.concatenate(list(map(conv, inputs, kernels)), axis=-1)
 
 
 def local_conv(
     x: jax.Array, kernel: jax.Array, *, padding: int | Sequence[Sequence[int]] = 0
 ) -> jax.Array:
-    """A locally connected layer: a convolution whose kernels differ from place to place.
+    """Convolve with a kernel of its own for every place: a locally connected layer.
 
-    cuda-convnet's "local" layers, of which its best CIFAR-10 nets have two. As many
-    matrix products as there are places; differentiable in every way.
+    cuda-convnet's best CIFAR-10 nets have two of these "local" layers.
 
     Args:
-      x: floating-point inputs [B, H, W, Cin].
-      kernel: [H', W', kh, kw, Cin, Cout], one kernel a place; used in x's dtype.
+      x: inputs [B, H, W, Cin].
+      kernel: [H', W', kh, kw, Cin, Cout], one kernel per place; used in x's dtype.
       padding: zeros around the input, one number or ((top, bottom), (left, right)).
 
     Returns:
-      [B, H', W', Cout] in x's dtype, H' = H + top + bottom - kh + 1.
+      [B, H', W', Cout], H' = H + top + bottom - kh + 1.
 
     Raises:
-      ValueError: for a kernel of another number of places or of channels.
-      TypeError: for integer inputs.
+      ValueError: for arrays of another rank, or a kernel for other places or channels.
     """
     _check_rank("local_conv", "x[B,H,W,Cin]", x, 4)
     _check_rank("local_conv", "kernel[H',W',kh,kw,Cin,Cout]", kernel, 6)
     _check_floating("local_conv", x)
     pads = _pads(padding)
     places = tuple(
-        length + sum(sides) - size + 1
-        for length, sides, size in zip(
-            x.shape[1:3], pads, kernel.shape[2:4], strict=True
-        )
+        x.shape[1 + i] + sum(pads[i]) - kernel.shape[2 + i] + 1 for i in range(2)
     )
     if kernel.shape[:2] != places or kernel.shape[4] != x.shape[-1]:
         raise ValueError(
@@ -305,30 +271,30 @@ def max_pool(
     ceil: bool = False,
     fast: bool = True,
 ) -> jax.Array:
-    """Max pooling; the default windows overlap (Krizhevsky et al. 2012, section 3.4).
+    """Return the maximum of each window.
 
-    Deterministic, no select-and-scatter. Of tied values the first in row-major order
-    takes the whole gradient, as in lax and torch; NaN propagates.
+    The default windows overlap (Krizhevsky et al. 2012, section 3.4). The gradient is
+    deterministic and needs no select-and-scatter. The first of tied values in row-major
+    order takes the whole gradient, as in lax and torch. NaN propagates.
 
     Args:
       x: [B, H, W, C] of any real dtype.
       window: side of the window in pixels, one number or (height, width).
       stride: step between windows, one number or (down, across).
-      ceil: False keeps the windows that lie wholly inside. True adds, right and
-        bottom, the last window that hangs over the edge and sees only what is inside
+      ceil: False keeps the windows that lie wholly inside. True adds a last window that
+        hangs over the right and bottom edge and sees only what is inside
         (cuda-convnet's CIFAR-10 nets).
-      fast: False for the plain form (forward mode, second derivatives).
 
     Returns:
-      [B, H', W', C] in x's dtype, H' = (H - window) / stride + 1 rounded down (up).
+      [B, H', W', C], H' = (H - window) / stride + 1 rounded down (up).
 
     Raises:
-      ValueError: for an x that is not [B, H, W, C], a window or stride below 1, or
-        without `ceil` a window larger than the picture.
+      ValueError: for an x that is not [B, H, W, C], or without `ceil` a window larger
+        than the image.
     """
-    sizes, steps = _check_pool("max_pool", x, window, stride, ceil)
+    _check_pool("max_pool", x, _pair(window), ceil)
     pool = _implementation(fast).max_pool
-    return pool(x, window=sizes, stride=steps, ceil=ceil)
+    return pool(x, window=_pair(window), stride=_pair(stride), ceil=ceil)
 
 
 def avg_pool(
@@ -338,36 +304,34 @@ def avg_pool(
     stride: int | Sequence[int],
     ceil: bool = False,
 ) -> jax.Array:
-    """Average pooling.
+    """Return the average of each window.
 
     Args:
-      x: floating-point activations [B, H, W, C].
+      x: activations [B, H, W, C].
       window: side of the window in pixels, one number or (height, width).
       stride: step between windows, one number or (down, across).
       ceil: as in `max_pool`; a window that hangs over the edge is divided by the
-        number of pixels it really holds, as cuda-convnet does.
+        number of pixels inside, as cuda-convnet does.
 
     Returns:
-      [B, H', W', C] in x's dtype, H' = (H - window) / stride + 1 rounded down (up).
+      [B, H', W', C], H' = (H - window) / stride + 1 rounded down (up).
 
     Raises:
       ValueError: as `max_pool`.
-      TypeError: for integer activations.
     """
-    sizes, steps = _check_pool("avg_pool", x, window, stride, ceil)
+    _check_pool("avg_pool", x, _pair(window), ceil)
     _check_floating("avg_pool", x)
-    return reference.avg_pool(x, window=sizes, stride=steps, ceil=ceil)
+    window, stride = _pair(window), _pair(stride)
+    return reference.avg_pool(x, window=window, stride=stride, ceil=ceil)
 
 
-def _check_pool(name, x, window, stride, ceil):
+def _check_pool(name: str, x: jax.Array, window: tuple[int, int], ceil: bool) -> None:
     _check_rank(name, "x[B,H,W,C]", x, 4)
-    sizes, steps = _pair(name, "window", window), _pair(name, "stride", stride)
-    if not ceil and (sizes[0] > x.shape[1] or sizes[1] > x.shape[2]):
+    if not ceil and (window[0] > x.shape[1] or window[1] > x.shape[2]):
         raise ValueError(
-            f"{name}: window {sizes} is larger than the picture {x.shape[1:3]}; "
+            f"{name}: window {window} is larger than the image {x.shape[1:3]}; "
             "expected at most its size, or ceil=True"
         )
-    return sizes, steps
 
 
 def _check_rank(name: str, expected: str, x: jax.Array, rank: int) -> None:
@@ -384,7 +348,7 @@ def _check_bias(name: str, x: jax.Array, bias: jax.Array) -> None:
     if bias.shape != x.shape[-1:]:
         raise ValueError(
             f"{name}: bias has shape {bias.shape}, expected {x.shape[-1:]}: one number "
-            f"a channel of x{x.shape}"
+            f"per channel of x{x.shape}"
         )
 
 
@@ -401,23 +365,13 @@ def _check_divides(name: str, what: str, channels: int, groups: int) -> None:
         )
 
 
-def _pair(name: str, what: str, value: int | Sequence[int]) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(
-            f"{name}: {what} is {value}, expected one number or a pair, from 1 up"
-        )
-    return pair
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    first, second = (value, value) if isinstance(value, int) else value
+    return first, second
 
 
 def _pads(padding: int | Sequence[Sequence[int]]) -> reference.Pads:
     if isinstance(padding, int):
-        padding = ((padding, padding), (padding, padding))
-    pads = tuple(tuple(sides) for sides in padding)
-    if [len(sides) for sides in pads] != [2, 2] or min(map(min, pads)) < 0:
-        raise ValueError(
-            f"grouped_conv: padding is {padding}, expected one number or "
-            "((top, bottom), (left, right)), from 0 up"
-        )
-    (top, bottom), (left, right) = pads
+        return (padding, padding), (padding, padding)
+    (top, bottom), (left, right) = padding
     return (top, bottom), (left, right)

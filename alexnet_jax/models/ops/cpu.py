@@ -1,8 +1,8 @@
-"""Fast paths for the CPU, where XLA's own gradients of these operations are slow.
+"""Fast forms for the CPU, where XLA's own gradients of these operators are slow.
 
-Everything here has a hand-written reverse-mode gradient (`jax.custom_vjp`), so
-forward mode (`jax.jvp`, `jax.linearize`, Hessian-vector products) needs the plain
-form, `fast=False`. Arguments are checked in `alexnet_jax.models.ops`, not here.
+Every operator has a hand-written reverse-mode gradient (`jax.custom_vjp`), so forward
+mode (`jax.jvp`, `jax.linearize`, Hessian-vector products) needs the plain form,
+`fast=False`. `alexnet_jax.models.ops` checks the arguments.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ from alexnet_jax.models.ops import reference
 from alexnet_jax.models.ops.reference import Pads
 
 # XLA writes a kernel's gradient as a convolution in which the examples are the input
-# channels and the whole picture is the window. Without the options below it takes, from
-# about 64 examples, twice as long an example on the 13x13 layers; with them a sixth less
+# channels and the whole image is the window. Without the options below it takes, from
+# about 64 examples, twice as long per example on the 13x13 layers; with them a sixth less
 # in conv1. 8, 16 and 32 at a time are equally fast.
 _EXAMPLES_AT_A_TIME = 16
 _PARTS_OF_A_SUM = 32
 
-# Convolutions by Eigen instead of YNNPACK, which in jaxlib 0.10 gives less than 128
-# output channels to one thread; matrix products stay with YNNPACK. The wider vectors
-# are for LRN and pooling.
+# Eigen computes convolutions instead of YNNPACK, which in jaxlib 0.10 gives less than 128
+# output channels to one thread. Matrix products stay with YNNPACK. LRN and pooling profit
+# from the wider vectors.
 COMPILER_OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     "xla_cpu_prefer_vector_width": 512,
@@ -35,19 +35,19 @@ COMPILER_OPTIONS = {
 def conv(
     x: jax.Array, kernel: jax.Array, *, stride: tuple[int, int], padding: Pads
 ) -> jax.Array:
-    """One ungrouped convolution, NHWC and HWIO, computed in at least float32."""
+    """Convolve without groups, NHWC and HWIO, in at least float32."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     a, kernel = _align_varying(x.astype(dtype), kernel.astype(dtype))
     return _conv(a, kernel, stride, padding).astype(x.dtype)
 
 
 def _align_varying(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Gives both operands the same varying mesh axes inside `jax.shard_map`.
+    """Give both operands the same varying mesh axes inside `jax.shard_map`.
 
     A hand-written gradient has to return the kernel's gradient with the kernel's own
     varying axes. A kernel that all data rows share is therefore first cast to varying:
-    the transpose of that cast is the sum over the rows, which is the gradient wanted.
-    Outside `shard_map`, and with `check_vma=False`, nothing varies and nothing is done.
+    the transpose of that cast is the sum over the rows, which is the right gradient.
+    Outside `shard_map`, and with `check_vma=False`, nothing varies.
     """
     x_axes = jax.typeof(x).manual_axis_type.varying
     kernel_axes = jax.typeof(kernel).manual_axis_type.varying
@@ -67,8 +67,8 @@ def _conv_forward(x, kernel, stride, padding):
 
 
 def _conv_backward(stride, padding, residuals, g):
-    # Two independent pieces of code: jit drops the one whose result nobody uses,
-    # such as the gradient of conv1's pictures.
+    # The two are independent: jit drops one whose result nobody uses, for example the
+    # gradient of conv1's images.
     x, kernel = residuals
     return (
         _input_gradient(x.shape, kernel, g, stride, padding),
@@ -76,13 +76,13 @@ def _conv_backward(stride, padding, residuals, g):
     )
 
 
-# Both gradients are convolutions, written in the order of dimensions that XLA computes
-# them in. It would change another order itself, but not inside a loop, such as that
-# over the parts of a batch (optim.accumulate_steps): there it took 12 times as long.
+# Both gradients are convolutions, in the order of dimensions that XLA computes. XLA would
+# change another order itself, but not inside a loop: in that over the parts of a batch
+# (optim.accumulate_steps) another order takes 12 times as long.
 
 
 def _input_gradient(shape, kernel, g, stride, padding):
-    """[B, H', W', Cout] -> [B, H, W, Cin]: with the kernel turned around."""
+    """Return [B, H, W, Cin] from g[B, H', W', Cout]: the kernel is turned around."""
     pads = [
         _pads_for(length, _spread(count, step), size, size - 1 - before)
         for length, count, step, size, (before, _) in zip(
@@ -94,10 +94,10 @@ def _input_gradient(shape, kernel, g, stride, padding):
 
 
 def _kernel_gradient(x, shape, g, stride, padding):
-    """[kh, kw, Cin, Cout], for a few examples at a time and summed.
+    """Return [kh, kw, Cin, Cout], summed over a few examples at a time.
 
-    The examples are what is summed over, the input channels are the pictures, and a
-    whole picture of g, spread by the stride, is the window.
+    The examples take the place of the channels that are summed, the input channels that
+    of the examples, and a whole map of g, spread by the stride, is the window.
     """
     pads = [
         _pads_for(size, length, _spread(count, step), before)
@@ -108,10 +108,10 @@ def _kernel_gradient(x, shape, g, stride, padding):
     total = jnp.zeros(shape, x.dtype)
     for start in range(0, x.shape[0], _EXAMPLES_AT_A_TIME):
         part = slice(start, start + _EXAMPLES_AT_A_TIME)
-        pictures, windows = (jnp.moveaxis(a[part], 0, -1) for a in (x, g))
-        pictures = jnp.moveaxis(pictures, 2, 0)  # [Cin, H, W, b]
+        maps, windows = (jnp.moveaxis(a[part], 0, -1) for a in (x, g))
+        maps = jnp.moveaxis(maps, 2, 0)  # [Cin, H, W, b]
         windows = jnp.swapaxes(windows, 2, 3)  # [H', W', b, Cout]
-        found = _convolve(pictures, windows, pads, rhs_dilation=stride)
+        found = _convolve(maps, windows, pads, rhs_dilation=stride)
         total += jnp.moveaxis(found, 0, 2)
     return total
 
@@ -121,7 +121,7 @@ def _spread(count: int, step: int) -> int:
 
 
 def _pads_for(out: int, length: int, window: int, before: int) -> tuple[int, int]:
-    """Padding with which a window gives `out` places; a negative number cuts off."""
+    """Return the padding for `out` places of a window; negative numbers cut off."""
     return before, out - 1 + window - length - before
 
 
@@ -137,7 +137,7 @@ _conv.defvjp(_conv_forward, _conv_backward)
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """x[..., C] + bias[C]."""
+    """Return x[..., C] + bias[C]."""
     return _add_bias(*_align_varying(x, bias))
 
 
@@ -150,10 +150,10 @@ def _add_bias_backward(_, g):
 
 
 def _sum_positions(g: jax.Array) -> jax.Array:
-    """[..., C] -> [C]. XLA sums in a tree of windows: exact, but slow.
+    """Return the sum [C] over all positions of g[..., C].
 
-    So the rows are cut into parts, which are added up element by element first, and
-    only a small part's worth is left to the tree.
+    XLA sums in a tree of windows, which is exact but slow. So the rows are cut into parts
+    that are first added to each other, and XLA sums only as many rows as a part has.
     """
     rows = g.reshape(-1, g.shape[-1]).astype(jnp.promote_types(g.dtype, jnp.float32))
     each, rest = divmod(rows.shape[0], _PARTS_OF_A_SUM)
@@ -179,7 +179,7 @@ def local_response_norm(
     beta: float,
     groups: int,
 ) -> jax.Array:
-    """LRN across channels; `alpha` multiplies the plain sum of squares."""
+    """Return LRN across channels; `alpha` multiplies the plain sum of squares."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     terms = (x.astype(wide),)
     if bias is not None:
@@ -193,11 +193,11 @@ def _activations(terms: Sequence[jax.Array], relu: bool) -> jax.Array:
 
 
 def _lrn_value(terms, relu, size, k, alpha, beta, groups) -> jax.Array:
-    """One loop over `terms`, the array and its bias: what XLA can vectorise.
+    """Return LRN in one loop over `terms`, the array and its bias, that XLA vectorises.
 
-    So the neighbours are shifts of the terms, not of the activations, which would be
-    computed behind a branch; and their own shape is kept, since an axis for the
-    groups would need an index computed for every element.
+    So the neighbours are shifts of the terms: shifted activations would be computed
+    behind a branch. The shape has no axis for the groups, which would need an index
+    computed for every element.
     """
     a = _activations(terms, relu)
     width = a.shape[-1] // groups
@@ -212,13 +212,13 @@ def _lrn_value(terms, relu, size, k, alpha, beta, groups) -> jax.Array:
 
 
 def _shift(a: jax.Array, channels: int) -> jax.Array:
-    """a[..., c + channels] at c, 0 where there is none."""
+    """Return a[..., c + channels] at c, and 0 outside."""
     pads = [(0, 0, 0)] * (a.ndim - 1) + [(-channels, channels, 0)]
     return lax.pad(a, a.dtype.type(0), pads)
 
 
 def _lrn_forward(terms, relu, size, k, alpha, beta, groups):
-    # The base is as quick to compute again as to load, so it is not kept.
+    # To compute the base again is as fast as to load it.
     return _lrn_value(terms, relu, size, k, alpha, beta, groups), terms
 
 
@@ -235,10 +235,10 @@ def _lrn_backward(relu, size, k, alpha, beta, groups, terms, g):
 
 
 def _stored_window_sum(a: jax.Array, size: int, groups: int) -> jax.Array:
-    """Sums of `size` neighbouring channels inside their group.
+    """Return the sums of `size` neighbouring channels inside their group.
 
-    The backward pass reads them several times: as an operation whose input and output
-    XLA stores, instead of every shifted array.
+    The backward pass reads them several times. XLA stores the input and the output of
+    this operation, instead of every shifted array.
     """
     rows = a.reshape(-1, a.shape[-1] // groups)
     sides = ((0, 0), (size // 2, size // 2))
@@ -249,11 +249,11 @@ def _stored_window_sum(a: jax.Array, size: int, groups: int) -> jax.Array:
 
 
 def _power(base: jax.Array, beta: float) -> jax.Array:
-    """base ** beta, by two roots for the usual beta of 0.75.
+    """Return base ** beta, by two square roots for the usual beta of 0.75.
 
-    What is divided by it XLA takes for costly, and so computes and stores it once. A
-    product it would compute anew in every operation that reads it: nine times an
-    element in a pooling layer.
+    Divide by it: XLA takes a division for costly, so it computes and stores the result
+    once. It would compute a product again in every operation that reads it, nine times
+    per element in a pooling layer.
     """
     if beta == 0.75:
         root = jnp.sqrt(base)
@@ -268,7 +268,7 @@ _lrn.defvjp(_lrn_forward, _lrn_backward)
 def within_map_response_norm(
     x: jax.Array, *, size: int, k: float, alpha: float, beta: float
 ) -> jax.Array:
-    """LRN over `size` x `size` pixels of one map; `alpha` multiplies the plain sum."""
+    """Return LRN over `size` x `size` pixels; `alpha` multiplies the plain sum."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return _within_map(x.astype(wide), size, k, alpha, beta).astype(x.dtype)
 
@@ -291,7 +291,7 @@ def _within_map_backward(size, k, alpha, beta, residuals, g):
 
 
 def _stored_area_sum(a: jax.Array, size: int) -> jax.Array:
-    """Sums of size x size pixels of a map, a side after the other."""
+    """Return the sums of size x size pixels of a map, one side after the other."""
     for axis in (2, 1):
         window = [1] * a.ndim
         window[axis] = size
@@ -308,7 +308,7 @@ _within_map.defvjp(_within_map_forward, _within_map_backward)
 def max_pool(
     x: jax.Array, *, window: tuple[int, int], stride: tuple[int, int], ceil: bool
 ) -> jax.Array:
-    """The maximum, with a gradient that remembers who won."""
+    """Return the maximum, with a gradient that remembers which element won."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return reference.max_pool(x, window=window, stride=stride, ceil=ceil)
     return _max_pool(x, window, stride, ceil, x.shape)
@@ -319,12 +319,11 @@ def _max_pool_value(x, window, stride, ceil, shape) -> jax.Array:
 
 
 def _max_pool_forward(x, window, stride, ceil, shape):
-    # Of each window its winner's place, a byte along the columns and one along the
-    # rows: smaller than the picture, which need not be kept then.
+    # Keep the place of each window's winner, one byte per axis, instead of the image.
     x, columns = reference.max_along(x, window[1], stride[1], axis=2, ceil=ceil)
     _, rows = reference.max_along(x, window[0], stride[0], axis=1, ceil=ceil)
-    # The same maximum, as an operation whose output XLA stores: others it repeats in
-    # all that reads them, such as each part of the next layer's kernel gradient.
+    # The same maximum again: XLA stores the output of this operation. It would repeat
+    # another one in each reader, for example each part of the next kernel gradient.
     overhang = max((rows.shape[1] - 1) * stride[0] + window[0] - shape[1], 0)
     x = lax.reduce_window(
         x,
@@ -344,7 +343,7 @@ def _max_pool_backward(window, stride, ceil, shape, places, g):
 
 
 def _to_winners(g, place, window: int, stride: int, axis: int, length: int):
-    """Windows' gradients along `axis`, given to the elements that won.
+    """Return the gradient of each window along `axis`, at the element that won.
 
     Element q * stride + t is at place t + j * stride of window q - j, for every j
     that the window has room for.

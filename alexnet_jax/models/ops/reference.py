@@ -1,7 +1,7 @@
-"""Plain jnp and lax: the definition that every fast path is tested against.
+"""Plain forms in jnp and lax: the definitions that the fast forms are tested against.
 
-Differentiable any number of times, forwards and backwards, on every backend.
-Arguments are checked in `alexnet_jax.models.ops`, not here.
+They are differentiable any number of times, forwards and backwards, on every backend.
+`alexnet_jax.models.ops` checks the arguments.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """x[..., C] + bias[C]."""
+    """Return x[..., C] + bias[C]."""
     return x + bias
 
 
@@ -30,7 +30,7 @@ def local_response_norm(
     beta: float,
     groups: int,
 ) -> jax.Array:
-    """LRN across channels; `alpha` multiplies the plain sum of squares."""
+    """Return LRN across channels; `alpha` multiplies the plain sum of squares."""
     a = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if bias is not None:
         a = a + bias.astype(a.dtype)
@@ -44,14 +44,14 @@ def local_response_norm(
 def within_map_response_norm(
     x: jax.Array, *, size: int, k: float, alpha: float, beta: float
 ) -> jax.Array:
-    """LRN over `size` x `size` pixels of one map; `alpha` multiplies the plain sum."""
+    """Return LRN over `size` x `size` pixels; `alpha` multiplies the plain sum."""
     a = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     total = window_sum(window_sum(jnp.square(a), size, axis=-2), size, axis=-3)
     return (a / (k + alpha * total) ** beta).astype(x.dtype)
 
 
 def window_sum(x: jax.Array, size: int, *, axis: int) -> jax.Array:
-    """Sums of `size` neighbours along `axis`, centred, truncated at both ends."""
+    """Return sums of `size` neighbours along `axis`, centred, truncated at both ends."""
     length = x.shape[axis]
     pads = [(0, 0)] * x.ndim
     pads[axis] = (size // 2, size // 2)
@@ -65,10 +65,10 @@ def window_sum(x: jax.Array, size: int, *, axis: int) -> jax.Array:
 def conv(
     x: jax.Array, kernel: jax.Array, *, stride: tuple[int, int], padding: Pads
 ) -> jax.Array:
-    """One ungrouped convolution, NHWC and HWIO.
+    """Convolve without groups, NHWC and HWIO.
 
-    XLA accumulates 16-bit inputs in float32 and rounds the result once, so nothing
-    is cast here: a GPU's tensor cores stay in reach.
+    XLA accumulates 16-bit inputs in float32 and rounds the result once. Without a cast
+    a GPU can use its tensor cores.
     """
     return lax.conv_general_dilated(
         x,
@@ -80,7 +80,7 @@ def conv(
 
 
 def local_conv(x: jax.Array, kernel: jax.Array, *, padding: Pads) -> jax.Array:
-    """Unshared weights: a matrix product a place, its window's values in a row."""
+    """Convolve with unshared weights: one matrix product per place."""
     rows, columns, height, width, inputs, features = kernel.shape
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     windows = jnp.concatenate(
@@ -102,12 +102,12 @@ def local_conv(x: jax.Array, kernel: jax.Array, *, padding: Pads) -> jax.Array:
 def max_pool(
     x: jax.Array, *, window: tuple[int, int], stride: tuple[int, int], ceil: bool
 ) -> jax.Array:
-    """Maximum of shifted strided slices, along the columns first and then the rows.
+    """Return the maximum of shifted strided slices, first across, then down.
 
-    That order, with ties kept by the earlier slice, makes the winner the first in
+    In that order, and with ties kept by the earlier slice, the winner is the first in
     row-major order. `reduce_window` would choose the same one, but its gradient
-    (select-and-scatter) is slow on a CPU, and XLA refuses it on a GPU when asked for
-    deterministic operations.
+    (select-and-scatter) is slow on a CPU, and on a GPU XLA refuses it if operations must
+    be deterministic.
     """
     for axis in (2, 1):
         x, _ = max_along(x, window[axis - 1], stride[axis - 1], axis=axis, ceil=ceil)
@@ -117,9 +117,9 @@ def max_pool(
 def max_along(
     x: jax.Array, window: int, stride: int, *, axis: int, ceil: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """The maxima of the windows along one axis, and the place of each in its window.
+    """Return the maximum of each window along one axis, and its place in the window.
 
-    Places have a dtype that can also count to the end of the stride behind the window.
+    The dtype of places can also count to the end of the stride after the window.
     """
     lowest = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else _smallest(x.dtype)
     x, *others = _window_slices(x, window, stride, axis=axis, ceil=ceil, fill=lowest)
@@ -131,7 +131,7 @@ def max_along(
 
 
 def larger(x: jax.Array, other: jax.Array) -> jax.Array:
-    """The maximum of two, the first if they are equal; NaN if one is."""
+    """Return the maximum of two, the first if they are equal; NaN if one is."""
     return jnp.where(_stays(x, other), x, other)
 
 
@@ -143,7 +143,7 @@ def _stays(x: jax.Array, other: jax.Array) -> jax.Array:
 def avg_pool(
     x: jax.Array, *, window: tuple[int, int], stride: tuple[int, int], ceil: bool
 ) -> jax.Array:
-    """Mean over the pixels of each window that lie inside the picture."""
+    """Return the mean over the pixels of each window that lie inside the image."""
     total = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     for axis in (2, 1):
         size, step = window[axis - 1], stride[axis - 1]
@@ -159,7 +159,7 @@ def avg_pool(
 
 
 def pooled_length(length: int, window: int, stride: int, *, ceil: bool) -> int:
-    """How many windows a side of `length` pixels holds."""
+    """Return the number of windows that a side of `length` pixels holds."""
     if not ceil:
         return (length - window) // stride + 1
     count = max(-(-(length - window) // stride), 0) + 1
@@ -170,7 +170,7 @@ def pooled_length(length: int, window: int, stride: int, *, ceil: bool) -> int:
 def _window_slices(
     x: jax.Array, window: int, stride: int, *, axis: int, ceil: bool, fill
 ) -> Sequence[jax.Array]:
-    """Slice i holds the i-th element of every window along `axis`."""
+    """Return slices along `axis`; slice i holds the i-th element of every window."""
     count = pooled_length(x.shape[axis], window, stride, ceil=ceil)
     last = (count - 1) * stride
     overhang = last + window - x.shape[axis]

@@ -1,8 +1,8 @@
-"""Read weights of Caffe, torchvision and alexnet_jax; write .safetensors and .onnx.
+"""Trained networks in files.
 
-weights = pretrained.read_weights("bvlc_alexnet.caffemodel")
-pretrained.save_safetensors("alexnet.safetensors", weights)
-pretrained.export_onnx("alexnet.onnx", weights.make_model(), weights.variables)
+`files` has what every format shares, and `read_weights` for all of them. `safetensors`
+and `onnx` write a network; `caffe` and `torchvision` know the files of other programs.
+The formats are imported where they are used.
 """
 
 from alexnet_jax.models.weights.files import (
@@ -11,15 +11,5 @@ from alexnet_jax.models.weights.files import (
     WeightsError,
     read_weights,
 )
-from alexnet_jax.models.weights.onnx import export_onnx
-from alexnet_jax.models.weights.safetensors import NAMES, save_safetensors
 
-__all__ = [
-    "NAMES",
-    "SUFFIXES",
-    "Weights",
-    "WeightsError",
-    "export_onnx",
-    "read_weights",
-    "save_safetensors",
-]
+__all__ = ["SUFFIXES", "Weights", "WeightsError", "read_weights"]

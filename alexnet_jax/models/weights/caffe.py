@@ -1,7 +1,7 @@
 """Caffe's `.caffemodel`: bvlc_alexnet, CaffeNet, and networks fine-tuned from them.
 
-The file is one protocol buffer message. Only the layers' names and blobs are declared
-here; the parser skips the rest. Names and field numbers are those of Caffe's
+The file is one protocol buffer message. Only the names and blobs of the layers are
+declared here; the parser skips the rest. Names and field numbers are those of
 `src/caffe/proto/caffe.proto` (BVLC/caffe). Files from before 2015 have `layers` instead
 of `layer`, and four numbers instead of a shape.
 """
@@ -17,18 +17,18 @@ from alexnet_jax.models.weights import files
 from alexnet_jax.models.weights.files import Weights, WeightsError
 
 VARIANTS = ("caffe", "caffenet")
-# Mean colour of ImageNet in Caffe's examples (there 104, 117, 123, in the order BGR).
+# ImageNet's mean colour, RGB, in Caffe's examples (there rounded, in the order BGR).
 MEAN_255 = (122.67891434, 116.66876762, 104.00698793)
 # message -> field -> (number, type[, message]); "*" marks a repeated field. Packed
-# numbers and bytes are the same on the wire. Declared as bytes, sixty million weights
-# are read as one array and not as Python numbers.
+# numbers and bytes have the same encoding: declared as bytes, sixty million weights are
+# read as one array instead of Python numbers.
 # fmt: off
 _MESSAGES: dict[str, dict[str, tuple[Any, ...]]] = {
     "BlobShape": {"dim": (1, "int64*")},
     "BlobProto": {
         "num": (1, "int64"), "channels": (2, "int64"),
         "height": (3, "int64"), "width": (4, "int64"),
-        "data": (5, "bytes*"), "double_data": (8, "bytes*"),
+        "data": (5, "bytes*"),
         "shape": (7, "message", "BlobShape"),
     },
     "LayerParameter": {"name": (1, "string"), "blobs": (7, "message*", "BlobProto")},
@@ -43,7 +43,7 @@ _MESSAGES: dict[str, dict[str, tuple[Any, ...]]] = {
 
 @cache
 def messages() -> dict[str, Any]:
-    """Return the classes of the messages by name."""
+    """Return the message classes by name."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     package = "alexnet_jax.caffe"
@@ -88,7 +88,7 @@ def read(path: Path, variant: str | None) -> Weights:
             while blob.ndim > rank and blob.shape[0] == 1:
                 blob = blob[0]
             tensors[f"{layer} blob {i}"] = blob
-    files.check_numbers(path, tensors)
+    files.check_finite(path, tensors)
     return files.from_foreign(
         path,
         f"the tensors of variant {table.name}",
@@ -104,7 +104,7 @@ def read(path: Path, variant: str | None) -> Weights:
 
 
 def _read_layers(path: Path) -> list[tuple[str, list[np.ndarray]]]:
-    """Return name and blobs of every layer in the file's order."""
+    """Return (name, blobs) of every layer, in the order of the file."""
     from google.protobuf.message import DecodeError
 
     net = messages()["NetParameter"]()
@@ -122,11 +122,8 @@ def _read_layers(path: Path) -> list[tuple[str, list[np.ndarray]]]:
 
 
 def _array(blob: Any) -> np.ndarray:
-    """Return a blob as float32, in the shape that the file gives."""
-    if blob.double_data:
-        values = np.frombuffer(b"".join(blob.double_data), "<f8").astype(np.float32)
-    else:
-        values = np.frombuffer(b"".join(blob.data), "<f4")
+    """Return a blob as float32."""
+    values = np.frombuffer(b"".join(blob.data), "<f4")
     if blob.HasField("shape"):
         return values.reshape(tuple(blob.shape.dim))
     return values.reshape(blob.num, blob.channels, blob.height, blob.width)
@@ -142,8 +139,8 @@ def _variant(path: Path, names: list[str], given: str | None) -> str:
     if given is None:
         raise WeightsError(
             f"{path} does not say whether its network is bvlc_alexnet or CaffeNet; "
-            "give variant='caffe' or variant='caffenet' to load; or make a file that "
-            "says it: python -m alexnet_jax.export --variant=caffe "
+            "give variant='caffe' or variant='caffenet' to load; or write a file that "
+            "does: python -m alexnet_jax.export --variant=caffe "
             f"--workdir={path} --out=FILE.safetensors."
         )
     return given

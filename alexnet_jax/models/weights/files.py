@@ -1,9 +1,9 @@
-"""A trained network, reading it from a file, and what the file formats share.
+"""A trained network, how to read one from a file, and what the file formats share.
 
 Caffe, torch and ONNX keep channels first: a kernel is [out, in, down, across], and a
-fully connected layer reads the last features map by map. Ours is [down, across, in,
-out], and a fully connected layer reads the features place by place. The order of the
-channels, and which of them a column sees, is the same everywhere.
+fully connected layer reads the maps one after the other. Here a kernel is [down, across,
+in, out], and a fully connected layer reads the places one after the other. The order of
+the channels, and which of them a column sees, is the same everywhere.
 """
 
 import math
@@ -15,27 +15,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from alexnet_jax.data import imagenet
-from alexnet_jax.models import ablations, alexnet, variants
+from alexnet_jax.models import alexnet
 from alexnet_jax.models.layers import Variant
 
 # pytorch/examples writes `.pth.tar`.
 SUFFIXES = (".safetensors", ".caffemodel", ".pth.tar", ".pth", ".pt")
 # Caffe's and torchvision's AlexNet see the centre of images of this side, in pixels.
 FOREIGN_IMAGE_SIZE = 256
-# An error message names this many tensors and counts the rest.
-MOST_NAMED = 4
 
 Shapes = Mapping[str, tuple[int, ...]]
 T = TypeVar("T")
 
 
 class WeightsError(ValueError):
-    """A file of weights that cannot be used, or weights that cannot be written."""
+    """A file of weights cannot be used, or weights cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +81,16 @@ def read_weights(
         `.pth`, `.pt` or `.pth.tar` of torchvision's AlexNet (needs torch), or a
         `.safetensors` with torchvision's names or our own.
       variant: name of the network. Only a `.caffemodel` without normalisation layers
-        needs it ("caffe" or "caffenet"); any other file names its variant, and reading
-        it as another one is an error. The layers may be narrower than the variant's.
+        needs it ("caffe" or "caffenet"). Any other file names its variant, and another
+        one here is an error. The layers may be narrower than the variant's.
 
     Returns:
       The weights. The 1,000 classes of a foreign file are assumed to be ImageNet's, in
       the order of their WNIDs.
 
     Raises:
-      WeightsError: (a ValueError) if there is no such file, if it is damaged or of
-        another format or variant; names missing, unexpected and misshapen tensors.
-      ValueError: if there is no variant of that name.
+      WeightsError: (a ValueError) if there is no such file, or if it is damaged or of
+        another format or variant. The message names the wrong tensors.
     """
     from alexnet_jax.models.weights import caffe, safetensors, torchvision
 
@@ -107,8 +103,6 @@ def read_weights(
             f"{path}: files of weights are {', '.join(SUFFIXES)}; got "
             f"{path.suffix or 'no suffix'}."
         )
-    if variant is not None:
-        variants.get(variant)
     if name.endswith(".safetensors"):
         return safetensors.read(path, variant)
     if name.endswith(".caffemodel"):
@@ -124,10 +118,10 @@ def make_model(settings: Mapping[str, Any]) -> alexnet.AlexNet:
 
 
 def shapes_of(model: alexnet.AlexNet, crop_size: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all variables by name, such as `params/conv1/kernel`."""
+    """Return the shape of every variable by name, for example `params/conv1/kernel`."""
     images = jax.ShapeDtypeStruct((1, crop_size, crop_size, 3), np.float32)
-    # A key or fast operators from outside would start JAX's devices; a file may be read
-    # before `jax.distributed` is set up.
+    # Fast operators, or a key made outside, would start JAX's devices. A file may be
+    # read before `jax.distributed` is set up.
     plain = model.clone(fast=False)
     variables = jax.eval_shape(lambda x: plain.init(jax.random.key(0), x), images)
     return {name: leaf.shape for name, leaf in flat(variables).items()}
@@ -179,32 +173,36 @@ def from_foreign(
     first: Callable[[np.ndarray], np.ndarray],
     mean: np.ndarray,
 ) -> Weights:
-    """Return foreign tensors as weights; width and classes are those of the tensors.
+    """Return tensors of another program as weights.
+
+    The width and the number of classes are those of the tensors.
 
     Args:
       path: file of the tensors, for messages.
       what: expected content of the file, for messages.
       table: layer table at full width.
       tensors: by name, channels first.
-      names: layer -> names of its weight and its bias in `tensors`.
+      names: layer -> (name of its weight, name of its bias) in `tensors`.
       first: converts the weight of the first layer, [out, 3, down, across], to one for
         images in RGB, 0..255.
       mean: [3], RGB, 0..255.
 
     Raises:
-      WeightsError: names missing, unexpected and misshapen tensors.
+      WeightsError: for missing, unexpected and misshapen tensors.
     """
     features = {
         layer: len(tensors[name])
-        for layer, (weight, bias) in names.items()
-        for name in (bias, weight)  # the later one counts
+        for layer, pair in names.items()
+        for name in pair
         if name in tensors
     }
     classifier = table.layers[-1]
+    # Its rounded width is the closest to the exact one.
+    widest = max(table.layers[:-1], key=lambda row: row.features)
     settings = {
         "variant": table.name,
         "num_classes": features.get(classifier.name, classifier.features),
-        "width": _fitting_width(table, features),
+        "width": features.get(widest.name, widest.features) / widest.features,
     }
     model = make_model(settings)
     shapes, expected = shapes_of(model, table.crop_size), {}
@@ -231,21 +229,6 @@ def from_foreign(
         crop_size=table.crop_size,
         class_names=wnids if len(wnids) == settings["num_classes"] else None,
     )
-
-
-def _fitting_width(table: Variant, features: Mapping[str, int]) -> float:
-    """Return the width at which most layers have as many features as were found.
-
-    The one closest to 1 wins a tie. `check_shapes` then reports the layers that differ.
-    """
-    rows = [row for row in table.layers[:-1] if row.name in features]
-    widths = {1.0, *(features[row.name] / row.features for row in rows)}
-
-    def misfits(width: float) -> int:
-        scaled = ablations.customize(table, width=width).layers[:-1]
-        return sum(features.get(row.name) != row.features for row in scaled)
-
-    return min(sorted(widths, key=lambda width: abs(width - 1)), key=misfits)
 
 
 def renamed(
@@ -288,17 +271,10 @@ def check_shapes(
         raise WeightsError(f"{path} does not hold {what}: {'; '.join(listed)}.")
 
 
-def check_numbers(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raise WeightsError unless all tensors hold finite floating-point numbers."""
+def check_finite(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raise WeightsError for infinite numbers and NaN."""
     for name, tensor in tensors.items():
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise WeightsError(
-                f"{path}: {name} is {tensor.dtype}, and weights are floating point."
-            )
-        # A sum needs no memory, and NaN and infinity stay in it.
-        with np.errstate(invalid="ignore", over="ignore"):
-            finite = np.isfinite(np.sum(tensor, dtype=np.float64))
-        if not finite and not np.isfinite(tensor.astype(np.float64)).all():
+        if not np.isfinite(tensor).all():
             raise WeightsError(
                 f"{path}: {name} holds numbers that are infinite or NaN. Was it "
                 "written when training had failed?"
@@ -306,7 +282,7 @@ def check_numbers(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def check_variant(path: Path, given: str | None, expected: tuple[str, ...]) -> None:
-    """Raise WeightsError if the given variant is none that the file can hold."""
+    """Raise WeightsError if a variant is given that the file cannot hold."""
     if given is not None and given not in expected:
         raise WeightsError(
             f"{path} holds weights of variant {' or '.join(expected)}; got "
@@ -326,7 +302,6 @@ def not_of_format(path: Path, suffix: str, why: object) -> WeightsError:
 
 
 def some(names: list[str]) -> str:
-    """Return the first few names, and how many more there are."""
-    rest = len(names) - MOST_NAMED
-    more = f" and {rest} more" if rest > 0 else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+    """Return the first four names, and how many more there are."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more

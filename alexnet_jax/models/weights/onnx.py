@@ -1,10 +1,10 @@
-"""Networks as ONNX: standard operators, any batch size, features under our names.
+"""Export to ONNX: standard operators, any batch size, values named like our features.
 
-Channels come first, as usual in ONNX. LRN inside columns is Split, LRN and Concat. ONNX
-multiplies the mean of the squares, so the paper's alpha is multiplied by the window's
-size. A pooling window that hangs over an edge becomes padding, which both pooling
-operators leave out. cuda-convnet's normalisation within a map is an average pooling of
-squares, and a locally connected layer is one matrix product per place.
+ONNX keeps channels first. LRN inside columns becomes Split, LRN and Concat. ONNX's LRN
+multiplies the mean of the squares, so the paper's alpha is multiplied by the size of the
+window. A pooling window that hangs over an edge becomes padding, which both pooling
+operators leave out. Normalisation within a map becomes an average pooling of squares, and
+a locally connected layer becomes one matrix product per place.
 """
 
 import json
@@ -35,15 +35,14 @@ from alexnet_jax.models.ops.reference import pooled_length
 from alexnet_jax.models.summary import check_image_size
 from alexnet_jax.models.weights import files
 from alexnet_jax.models.weights.files import WeightsError
-from alexnet_jax.system.files import replacing
+from alexnet_jax.system.files import atomic_write
 
-# From 2022: it has all operators needed here, and all current runtimes read it.
+# Of 2022: it has all operators that are needed here, and current runtimes read it.
 OPSET = 17
 IR_VERSION = 8
 INPUT, OUTPUT = "images", "logits"
 _ACTIVATIONS = {"relu": "Relu", "tanh": "Tanh", "sigmoid": "Sigmoid"}
-# Default of flax's BatchNorm, which the model uses.
-_BATCH_NORM_EPSILON = 1e-5
+_BATCH_NORM_EPSILON = 1e-5  # flax's default
 
 
 def export_onnx(
@@ -59,17 +58,17 @@ def export_onnx(
 
     The input is `images`, float32 [batch, 3, S, S], RGB; the batch has any size. The
     output is `logits` [batch, K]. Values inside have the names of
-    `model.apply(..., method="features")`. The network computes in float32 and as in
-    evaluation: no dropout but the paper's factor, batch norm with running statistics.
+    `model.apply(..., method="features")`. The network computes in float32 as in
+    evaluation: dropout is the paper's factor, batch norm uses its running statistics.
 
     Args:
       path: file to write.
       model: the whole network, for example from `create_model` or `load`.
       variables: argument of `model.apply`.
-      mean: if None, images are 0..255 minus the mean, as for `model.apply`. Otherwise
+      mean: None: images are 0..255 minus the mean, as for `model.apply`. Otherwise
         images are 0..255, and the network subtracts this mean: [3], or the centre of
         [side, side, 3], RGB, 0..255.
-      crop_size: the side S; default: the variant's own.
+      crop_size: the side S; None: the variant's own.
       class_names: stored in the file's metadata (`class_names`, a JSON list).
 
     Raises:
@@ -91,7 +90,18 @@ def export_onnx(
     files.check_shapes(path, "this network", shapes, files.shapes_of(model, size))
     graph = _Graph(network, leaves, size)
     if mean is not None:
-        _subtract(graph, np.asarray(mean, np.float32))
+        if mean.ndim == 1:
+            mean = mean[None, None]
+        else:
+            start = (len(mean) - size) // 2
+            if start < 0:
+                raise WeightsError(
+                    f"the mean image is {len(mean)} pixels wide, the network's input "
+                    f"{size}."
+                )
+            mean = mean[start : start + size, start : start + size]
+        inputs = [graph.x, graph.constant("mean", mean.transpose(2, 0, 1))]
+        graph.add("Sub", inputs, "images_minus_mean")
     for row in network.layers:
         _add_layer(graph, row)
     minus = "minus the mean" if mean is None else "the mean is subtracted inside"
@@ -113,16 +123,17 @@ def export_onnx(
         producer_name="alexnet_jax",
     )
     helper.set_model_props(whole, properties)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(whole.SerializeToString())
 
 
 class _Graph:
-    """Nodes of a network under construction.
+    """An ONNX graph under construction.
 
     Attributes:
-      network, leaves: the layer table, and its variables by name.
-      nodes: so far.
+      network: the layer table.
+      leaves: its variables by name.
+      nodes: the nodes so far.
       constants: arrays by name.
       x: name of the value that the next node reads.
       channels, side: shape of `x`, [batch, channels, side, side]; after a fully
@@ -138,10 +149,11 @@ class _Graph:
     def add(
         self, kind: str, inputs: Sequence[str], name: str, **attributes: Any
     ) -> str:
-        """Add a node with one output; return `name`, that of the node and its output."""
+        """Add a node whose output is the new `x`; return `name`, that of both."""
         from onnx import helper
 
         self.nodes.append(helper.make_node(kind, inputs, [name], name, **attributes))
+        self.x = name
         return name
 
     def constant(self, name: str, values: Any, dtype: Any = np.float32) -> str:
@@ -168,27 +180,10 @@ class _Graph:
         return kernel, bias
 
     def groups(self, row: Conv | Dense) -> int:
-        """Return into how many columns, each of its own inputs, a layer is split."""
-        # The first and the last layer see everything, whatever the table says.
+        """Return the number of columns of a layer that do not see each other."""
+        # The first and the last layer always see everything.
         inside = row not in (self.network.layers[0], self.network.layers[-1])
         return self.network.columns if inside and row.sees == "own" else 1
-
-
-def _subtract(graph: _Graph, mean: np.ndarray) -> None:
-    """Subtract a mean colour, or the centre of a mean image."""
-    if mean.ndim == 3:
-        start = (mean.shape[0] - graph.side) // 2
-        if start < 0:
-            raise WeightsError(
-                f"the mean image is {mean.shape[0]} pixels wide, the network's input "
-                f"{graph.side}."
-            )
-        centre = slice(start, start + graph.side)
-        mean = mean[centre, centre].transpose(2, 0, 1)
-    else:
-        mean = mean.reshape(3, 1, 1)
-    inputs = [graph.x, graph.constant("mean", mean)]
-    graph.x = graph.add("Sub", inputs, "images_minus_mean")
 
 
 def _add_layer(graph: _Graph, row: Layer) -> None:
@@ -221,7 +216,7 @@ def _conv(graph: _Graph, row: Conv, name: str) -> None:
         graph.constant(f"{row.name}.weight", weight),
         graph.constant(f"{row.name}.bias", bias),
     ]
-    graph.x = graph.add(
+    graph.add(
         "Conv",
         inputs,
         name,
@@ -235,7 +230,7 @@ def _conv(graph: _Graph, row: Conv, name: str) -> None:
 
 
 def _local(graph: _Graph, row: Local, name: str) -> None:
-    """Multiply the windows of every place, as rows of a matrix, like `ops.local_conv`."""
+    """Add a matrix product per place, of its window as a row, as in `ops.local_conv`."""
     kernel, bias = graph.kernel_and_bias(row)
     down, across, side, _, channels, features = kernel.shape
     places, values = down * across, side * side * channels
@@ -265,66 +260,58 @@ def _local(graph: _Graph, row: Local, name: str) -> None:
     x = add("Add", [x, biases], "sums")
     x = add("Transpose", [x], "places_last", perm=[1, 2, 0])
     shape = constant("_maps", [0, features, down, across])
-    graph.x = graph.add("Reshape", [x, shape], name)
+    graph.add("Reshape", [x, shape], name)
     graph.channels, graph.side = features, down
 
 
 def _dense(graph: _Graph, row: Dense, name: str) -> None:
-    """Add a Gemm per column: ONNX has no groups for it."""
+    """Add a Gemm per column: Gemm knows no groups."""
     columns = graph.groups(row)
     kernel, bias = graph.kernel_and_bias(row)
-    kernels, biases = np.split(kernel, columns, axis=1), np.split(bias, columns)
-    parts = [graph.x]
-    if columns > 1:
-        parts = graph.split(columns, f"{row.name}_columns")
+    parts = graph.split(columns, f"{row.name}_columns") if columns > 1 else [graph.x]
     outputs = []
     for i, x in enumerate(parts):
         suffix = f"_{i}" if columns > 1 else ""
         if graph.side:
             x = graph.add("Flatten", [x], f"{row.name}_flat{suffix}", axis=1)
-        weight = files.channels_first(kernels[i], graph.channels // columns)
+        kernel_part = np.split(kernel, columns, axis=1)[i]
+        weight = files.channels_first(kernel_part, graph.channels // columns)
         inputs = [
             x,
             graph.constant(f"{row.name}.weight{suffix}", weight),
-            graph.constant(f"{row.name}.bias{suffix}", biases[i]),
+            graph.constant(f"{row.name}.bias{suffix}", np.split(bias, columns)[i]),
         ]
         outputs.append(graph.add("Gemm", inputs, f"{name}{suffix}", transB=1))
-    graph.x = outputs[0]
     if columns > 1:
-        graph.x = graph.add("Concat", outputs, name, axis=1)
+        graph.add("Concat", outputs, name, axis=1)
     graph.channels, graph.side = row.features, 0
 
 
 def _stage(graph: _Graph, stage: Stage, row: Layer, name: str) -> None:
-    """Add a stage; its output has this name."""
+    """Add a stage of a row; its output gets this name."""
     match stage:
-        case Activation(kind=kind):
-            graph.x = graph.add(_ACTIVATIONS[kind], [graph.x], name)
+        case Activation(kind):
+            graph.add(_ACTIVATIONS[kind], [graph.x], name)
         case Lrn():
             _lrn(graph, stage, name)
         case WithinMapLrn():
             _within_map_lrn(graph, stage, name)
         case BatchNorm():
             norm = stage_name("norm", row.name)
-            leaves = ("params", "scale"), ("params", "bias")
-            leaves += ("batch_stats", "mean"), ("batch_stats", "var")
-            inputs = [
-                graph.constant(f"{norm}.{leaf}", graph.leaves[f"{part}/{norm}/{leaf}"])
-                for part, leaf in leaves
-            ]
-            graph.x = graph.add(
-                "BatchNormalization",
-                [graph.x, *inputs],
-                name,
-                epsilon=_BATCH_NORM_EPSILON,
-            )
+            inputs = [graph.x]
+            for leaf in ("scale", "bias", "mean", "var"):
+                part = "params" if leaf in ("scale", "bias") else "batch_stats"
+                values = graph.leaves[f"{part}/{norm}/{leaf}"]
+                inputs.append(graph.constant(f"{norm}.{leaf}", values))
+            epsilon = _BATCH_NORM_EPSILON
+            graph.add("BatchNormalization", inputs, name, epsilon=epsilon)
         case Pool():
             _pool(graph, stage, name)
         case Dropout(rate=rate, scale_at="test") if rate > 0:
             kept = graph.constant(f"{name}_kept", 1 - rate)
-            graph.x = graph.add("Mul", [graph.x, kept], name)
+            graph.add("Mul", [graph.x, kept], name)
         case Dropout():
-            graph.x = graph.add("Identity", [graph.x], name)
+            graph.add("Identity", [graph.x], name)
 
 
 def _lrn(graph: _Graph, stage: Lrn, name: str) -> None:
@@ -336,40 +323,32 @@ def _lrn(graph: _Graph, stage: Lrn, name: str) -> None:
     }
     columns = graph.network.columns if stage.per_column else 1
     if columns == 1:
-        graph.x = graph.add("LRN", [graph.x], name, **constants)
+        graph.add("LRN", [graph.x], name, **constants)
         return
     parts = [
         graph.add("LRN", [part], f"{part}_normalized", **constants)
         for part in graph.split(columns, f"{name}_columns")
     ]
-    graph.x = graph.add("Concat", parts, name, axis=1)
+    graph.add("Concat", parts, name, axis=1)
 
 
 def _within_map_lrn(graph: _Graph, stage: WithinMapLrn, name: str) -> None:
     """Compute x / (k + alpha * mean of the window's squares, zeros around) ** beta."""
-    alpha = graph.constant(f"{name}_alpha", stage.alpha)
-    k = graph.constant(f"{name}_k", stage.k)
-    beta = graph.constant(f"{name}_beta", stage.beta)
-    squares = graph.add("Mul", [graph.x, graph.x], f"{name}_squares")
-    means = graph.add(
-        "AveragePool",
-        [squares],
-        f"{name}_means",
-        kernel_shape=[stage.size, stage.size],
-        pads=[stage.size // 2] * 4,
-        count_include_pad=1,
-    )
-    scaled = graph.add("Mul", [means, alpha], f"{name}_scaled")
-    total = graph.add("Add", [scaled, k], f"{name}_total")
-    divisor = graph.add("Pow", [total, beta], f"{name}_divisor")
-    graph.x = graph.add("Div", [graph.x, divisor], name)
+    x, pad, window = graph.x, stage.size // 2, [stage.size, stage.size]
+    means = {"kernel_shape": window, "pads": [pad] * 4, "count_include_pad": 1}
+    graph.add("Mul", [x, x], f"{name}_squares")
+    graph.add("AveragePool", [graph.x], f"{name}_means", **means)
+    for kind, constant in (("Mul", "alpha"), ("Add", "k"), ("Pow", "beta")):
+        value = graph.constant(f"{name}_{constant}", getattr(stage, constant))
+        graph.add(kind, [graph.x, value], f"{name}_{kind.lower()}_{constant}")
+    graph.add("Div", [x, graph.x], name)
 
 
 def _pool(graph: _Graph, stage: Pool, name: str) -> None:
     window, stride = stage.window, stage.stride
     count = pooled_length(graph.side, window, stride, ceil=stage.ceil)
     overhang = max(0, (count - 1) * stride + window - graph.side)
-    graph.x = graph.add(
+    graph.add(
         "MaxPool" if stage.kind == "max" else "AveragePool",
         [graph.x],
         name,

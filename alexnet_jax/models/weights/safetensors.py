@@ -1,4 +1,8 @@
-"""`.safetensors`: our own files, which are complete by themselves, and torchvision's."""
+"""`.safetensors` files, with the names of this project or of torchvision.
+
+A file that this module wrote needs nothing beside it: settings, sizes and class names
+are in its metadata.
+"""
 
 import dataclasses
 import json
@@ -13,7 +17,7 @@ import safetensors.numpy
 
 from alexnet_jax.models.weights import files, torchvision
 from alexnet_jax.models.weights.files import Weights, WeightsError
-from alexnet_jax.system.files import replacing
+from alexnet_jax.system.files import atomic_write
 
 NAMES = ("alexnet_jax", "torchvision")
 # Metadata entry with everything but the tensors, as JSON.
@@ -30,15 +34,13 @@ def save_safetensors(
     Args:
       path: file to write.
       weights: what to write.
-      names: "alexnet_jax": tensors `params/conv1/kernel` ... and `mean`; settings, sizes
-        and class names are in the metadata, so that `alexnet_jax.load(path)` gives the
-        same network again. "torchvision", for variant `owt`: tensors `features.0.weight`
-        ... for `torchvision.models.alexnet().load_state_dict`. The input of that network
-        is images of 0..1 after `transforms.Normalize(mean, std)`. The metadata holds
-        both as JSON, `normalize_mean` and `normalize_std`: std is torchvision's usual
-        one, and mean is this network's mean colour / 255, not torchvision's. For a
-        network with a mean image this is an approximation; subtracting the mean image /
-        255 instead is exact.
+      names: "alexnet_jax": tensors `params/conv1/kernel` ... and `mean`, which
+        `alexnet_jax.load(path)` reads as the same network. "torchvision", for variant
+        `owt`: tensors `features.0.weight` ... for
+        `torchvision.models.alexnet().load_state_dict`. That network's input is images of
+        0..1 after `transforms.Normalize(mean, std)`. Both are JSON in the metadata:
+        `normalize_std` is torchvision's usual one, `normalize_mean` is this network's
+        mean colour / 255. To subtract a mean image / 255 instead is exact.
 
     Raises:
       WeightsError: (a ValueError) for variables that do not fit the settings, or a
@@ -71,9 +73,9 @@ def save_safetensors(
         metadata["normalize_std"] = json.dumps(torchvision.STD)
     else:
         tensors = {_MEAN: weights.mean, **leaves}
-    # safetensors writes an array's memory as it lies, also that of a transposed one.
+    # safetensors writes the memory of an array as it is, even of a transposed one.
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in tensors.items()}
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(safetensors.numpy.save(arrays, metadata))
 
 
@@ -82,19 +84,33 @@ def read(path: Path, variant: str | None) -> Weights:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            tensors = {
-                name: file.get_tensor(name)
-                for name in list(file.keys())
-                if not torchvision.is_counter(name)
-            }
-    except Exception as error:  # safetensors' own, and NumPy's for unknown dtypes
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # of safetensors, and of NumPy for unknown dtypes
         raise files.not_of_format(path, ".safetensors", error) from error
-    files.check_numbers(path, tensors)
+    # torch keeps counters between the weights.
+    tensors = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if jnp.issubdtype(tensor.dtype, jnp.floating)
+    }
+    files.check_finite(path, tensors)
     record = _read_record(path, metadata)
     first_parts = {torchvision.own_name(name).partition(".")[0] for name in tensors}
     if first_parts & set(torchvision.PARTS):
         files.check_variant(path, variant, (torchvision.VARIANT,))
-        return _from_torchvision(path, tensors, metadata, record)
+        weights = torchvision.from_state(
+            path,
+            {
+                name: array.astype(np.float32, copy=False)
+                for name, array in tensors.items()
+            },
+            mean=json.loads(metadata.get("normalize_mean", "null")) or torchvision.MEAN,
+            std=json.loads(metadata.get("normalize_std", "null")) or torchvision.STD,
+        )
+        if record is None:
+            return weights
+        record["settings"] |= weights.settings
+        return dataclasses.replace(weights, **record)
     if record is None:
         raise WeightsError(
             f"{path} was written neither by alexnet_jax nor from torchvision's AlexNet "
@@ -109,31 +125,8 @@ def read(path: Path, variant: str | None) -> Weights:
     expected[_MEAN] = (side, side, 3) if is_image else (3,)
     what = f"the weights of variant {model.network.name}"
     files.check_shapes(path, what, found, expected)
-    mean = tensors.pop(_MEAN).astype(np.float32, copy=False)
+    mean = tensors.pop(_MEAN).astype(np.float32)
     return Weights(variables=files.nested(tensors), mean=mean, **record)
-
-
-def _from_torchvision(
-    path: Path,
-    tensors: Mapping[str, np.ndarray],
-    metadata: Mapping[str, str],
-    record: dict[str, Any] | None,
-) -> Weights:
-    """Return weights from torchvision's tensors, with mean and sizes of the metadata."""
-
-    def colour(name: str, default: tuple[float, ...]) -> list[float]:
-        return json.loads(metadata[name]) if name in metadata else list(default)
-
-    found = torchvision.from_state(
-        path,
-        {name: array.astype(np.float32, copy=False) for name, array in tensors.items()},
-        mean=colour("normalize_mean", torchvision.MEAN),
-        std=colour("normalize_std", torchvision.STD),
-    )
-    if record is None:
-        return found
-    record["settings"] |= found.settings
-    return dataclasses.replace(found, **record)
 
 
 def _read_record(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
@@ -142,16 +135,11 @@ def _read_record(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | No
         return None
     try:
         record = json.loads(metadata[RECORD])
-        version, names = record["version"], record["class_names"]
+        version, names = record.pop("version"), record["class_names"]
         if version != VERSION:
             raise ValueError(f"version {version}, expected {VERSION}")
         files.make_model(record["settings"])  # raises for unknown settings
-        return {
-            "settings": record["settings"],
-            "image_size": record["image_size"],
-            "crop_size": record["crop_size"],
-            "class_names": None if names is None else tuple(names),
-        }
+        return record | {"class_names": None if names is None else tuple(names)}
     except (ValueError, TypeError, KeyError) as error:
         raise WeightsError(
             f"{path}: its metadata {RECORD!r} cannot be used: {error}"

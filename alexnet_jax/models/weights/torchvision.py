@@ -1,9 +1,9 @@
 """torchvision's AlexNet, variant `owt`: its `.pth` files, tensor names and scale.
 
 torchvision divides images by 255, subtracts a mean colour and divides by a standard
-deviation per channel (`transforms.Normalize`). Our images are 0..255 minus a mean. The
-first kernel takes up the factor between the two, 255 times the standard deviation. This
-is exact, since the zero padding around an image is the mean colour in both.
+deviation per channel (`transforms.Normalize`). Images here are 0..255 minus a mean. The
+first kernel absorbs the factor between the two, 255 times the standard deviation. This
+is exact: the zero padding around an image is the mean colour in both.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,20 +21,13 @@ VARIANT = "owt"
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 PARTS = ("features", "classifier")
-_NAMES = {
-    "conv1": ("features.0.weight", "features.0.bias"),
-    "conv2": ("features.3.weight", "features.3.bias"),
-    "conv3": ("features.6.weight", "features.6.bias"),
-    "conv4": ("features.8.weight", "features.8.bias"),
-    "conv5": ("features.10.weight", "features.10.bias"),
-    "fc6": ("classifier.1.weight", "classifier.1.bias"),
-    "fc7": ("classifier.4.weight", "classifier.4.bias"),
-    "fc8": ("classifier.6.weight", "classifier.6.bias"),
+_MODULES = {
+    **{f"conv{i}": f"features.{at}" for i, at in enumerate((0, 3, 6, 8, 10), start=1)},
+    **{f"fc{i}": f"classifier.{at}" for i, at in enumerate((1, 4, 6), start=6)},
 }
+_NAMES = {row: (f"{at}.weight", f"{at}.bias") for row, at in _MODULES.items()}
 # Prefixes that DataParallel and torch.compile put before the names of a module.
 _WRAPPERS = ("module", "_orig_mod")
-# Names under which torch's modules keep counts, which are no weights.
-_COUNTERS = ("n_averaged", "num_batches_tracked")
 # Keys under which training programs keep the state_dict in a checkpoint.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")
 # Settings that do not change what a trained network computes.
@@ -42,20 +35,11 @@ _HARMLESS = ("variant", "num_classes", "width", "dtype", "init", "dropout")
 
 
 def read(path: Path, variant: str | None) -> Weights:
-    """Read a `.pth`; arguments, result and errors are those of `read_weights`."""
-    files.check_variant(path, variant, (VARIANT,))
-    state = _read_state(path)
-    files.check_numbers(path, state)
-    return from_state(path, state)
+    """Read a `.pth`, which may hold a checkpoint; nothing in the file is run.
 
-
-def _read_state(path: Path) -> dict[str, np.ndarray]:
-    """Return the tensors of a `.pth`, float32. Nothing in the file is run.
-
-    Raises:
-      WeightsError: for anything but a dictionary of floating-point tensors, and if torch
-        is not installed.
+    Arguments, result and errors are those of `read_weights`.
     """
+    files.check_variant(path, variant, (VARIANT,))
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -71,33 +55,28 @@ def _read_state(path: Path) -> dict[str, np.ndarray]:
             "torch.save(model.state_dict(), PATH)"
         )
         raise files.not_of_format(path, ".pth", why) from error
-    checkpoint = found if isinstance(found, dict) else {}
-    keys = [key for key in _STATE_KEYS if isinstance(checkpoint.get(key), dict)]
+    state = found if isinstance(found, dict) else {}
+    keys = [key for key in _STATE_KEYS if isinstance(state.get(key), dict)]
     if len(keys) > 1:
         raise WeightsError(
             f"{path} holds a dictionary under each of the keys {', '.join(keys)}. Write a "
             "file with the state_dict alone: torch.save(model.state_dict(), PATH)."
         )
-    state = checkpoint[keys[0]] if keys else checkpoint
-    state = {name: value for name, value in state.items() if not is_counter(name)}
-    others = [
-        name
+    if keys:
+        state = state[keys[0]]
+    arrays = {
+        name: value.detach().float().numpy()
         for name, value in state.items()
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point()
-    ]
-    if others or not isinstance(found, dict):
-        what = f"no floating-point tensor is under its keys {files.some(others)}"
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }
+    if not arrays:
         raise WeightsError(
-            f"{path} holds no state_dict: {what if others else 'it is no dictionary'}. "
-            "Expected that of torchvision's AlexNet, alone or under one of the keys "
-            f"{', '.join(_STATE_KEYS)}: torch.save(model.state_dict(), PATH)."
+            f"{path} holds no state_dict. Expected that of torchvision's AlexNet, alone or "
+            f"under one of the keys {', '.join(_STATE_KEYS)}: "
+            "torch.save(model.state_dict(), PATH)."
         )
-    return {name: value.detach().float().numpy() for name, value in state.items()}
-
-
-def is_counter(name: str) -> bool:
-    """Return whether torch keeps a count under this name: `bn1.num_batches_tracked`."""
-    return name.rpartition(".")[2] in _COUNTERS
+    files.check_finite(path, arrays)
+    return from_state(path, arrays)
 
 
 def own_name(name: str) -> str:
@@ -125,8 +104,8 @@ def from_state(
       mean, std: arguments of `transforms.Normalize`.
 
     Raises:
-      WeightsError: names missing, unexpected and misshapen tensors, and two tensors that
-        differ only in their prefix.
+      WeightsError: for missing, unexpected and misshapen tensors, and for two tensors
+        that differ only in their prefix.
     """
     return files.from_foreign(
         path,

@@ -24,36 +24,31 @@ from safetensors.numpy import load_file, save_file
 
 from alexnet_jax import export, load
 from alexnet_jax.data import imagenet, images
-from alexnet_jax.models import ablations, variants
-from alexnet_jax.models import weights as weights_lib
+from alexnet_jax.models import variants
 from alexnet_jax.models.layers import (
     Activation,
-    Dense,
     Lrn,
     WithinMapLrn,
     feature_names,
     stage_name,
 )
 from alexnet_jax.models.weights import (
+    SUFFIXES,
     Weights,
     WeightsError,
     caffe,
-    export_onnx,
+    files,
     read_weights,
-    save_safetensors,
 )
-from alexnet_jax.models.weights.files import (
-    flat,
-    make_model,
-    nested,
-    shapes_of,
-)
+from alexnet_jax.models.weights.files import make_model
+from alexnet_jax.models.weights.onnx import export_onnx
+from alexnet_jax.models.weights.safetensors import save_safetensors
 from alexnet_jax.training import loop
 from tests.models.test_variants import TWO_SIXES
 from tests.training.test_loop import folder, small_config  # noqa: F401
 
 TOLERANCE = 1e-4
-NORMS = (Lrn, WithinMapLrn)
+LRNS = (Lrn, WithinMapLrn)
 NARROW = 1 / 16
 CLASSES = 12
 MEAN = np.array([120.0, 115.0, 105.0], np.float32)
@@ -69,7 +64,7 @@ GAINS = {
 
 @functools.cache
 def pictures(kind: str, size: int) -> np.ndarray:
-    """Return three raw images, [3, size, size, 3]: blotches, or validation pictures."""
+    """Return three raw images, [3, size, size, 3]: blotches, or ImageNet's."""
     if kind == "random":
         rng = np.random.default_rng(0)
         blotches = rng.integers(0, 256, (3, 5, 5, 3)).astype(np.uint8)
@@ -82,9 +77,9 @@ def pictures(kind: str, size: int) -> np.ndarray:
     if not name or not archive.exists():
         pytest.skip("ALEXNET_TEST_DATA names no folder of real pictures")
     with tarfile.open(archive) as tar:
-        files = [member for member in tar if member.isfile()][:3]
+        members = [member for member in tar if member.isfile()][:3]
         return np.stack(
-            [images.decode(tar.extractfile(f).read(), size, f.name) for f in files]
+            [images.decode(tar.extractfile(m).read(), size, m.name) for m in members]
         )
 
 
@@ -104,7 +99,7 @@ def random_variables(model, size: int):
     first, last, others, biases = GAINS[units[0]]
     gains = {layers[0].name: first, layers[-1].name: last}
     leaves = {}
-    for name, shape in shapes_of(model, size).items():
+    for name, shape in files.shapes_of(model, size).items():
         _, layer, leaf = name.split("/")
         if leaf == "kernel":
             fan_in = np.prod(shape[-4:-1]) if len(shape) > 2 else shape[0]
@@ -115,7 +110,7 @@ def random_variables(model, size: int):
         else:
             std = 0.3 if layer == layers[-1].name else biases
             leaves[name] = normals(rng, shape, std)
-    return jax.tree.map(jnp.asarray, nested(leaves))
+    return jax.tree.map(jnp.asarray, files.nested(leaves))
 
 
 def assert_same_logits(found, wanted):
@@ -134,7 +129,7 @@ def assert_same_weights(found: Weights, wanted: Weights):
 
 def assert_lrn_matters(features, row):
     """The divisor of a normalisation differs from place to place."""
-    (first, *_) = (i for i, stage in enumerate(row.then) if isinstance(stage, NORMS))
+    (first, *_) = (i for i, stage in enumerate(row.then) if isinstance(stage, LRNS))
     labels = [row.name, *feature_names(row)]
     before = features[labels[first]]
     after = features[stage_name("norm", row.name)]
@@ -147,8 +142,6 @@ def jitted_features(model, variables):
     apply = jax.jit(lambda x: model.apply(variables, x, method="features"))
     return lambda batch: jax.tree.map(np.asarray, apply(batch))
 
-
-# --- ONNX ---------------------------------------------------------------------------
 
 # Squares of values below 1 would be nothing beside LRN's constant.
 SIGMOID = {"activation": "sigmoid", "lrn": False}
@@ -199,14 +192,13 @@ def test_onnx_gives_our_logits(name, kind, onnx, tmp_path):
         (found,) = run_onnx(path, batch[:count])
         assert_same_logits(found, wanted["logits"][:count])
     for row in model.network.layers:
-        if any(isinstance(stage, NORMS) for stage in row.then):
+        if any(isinstance(stage, LRNS) for stage in row.then):
             assert_lrn_matters(wanted, row)
 
 
 def test_onnx_file_is_well_formed_and_names_our_features(onnx, tmp_path):
     model, variables, features = network("original")
-    names = [f"class {k}" for k in range(CLASSES)]
-    path = tmp_path / "x.onnx"
+    path, names = tmp_path / "x.onnx", [f"class {k}" for k in range(CLASSES)]
     export_onnx(path, model, variables, class_names=names)
     found = onnx.load(path)
     onnx.checker.check_model(found, full_check=True)
@@ -232,15 +224,14 @@ def test_onnx_file_is_well_formed_and_names_our_features(onnx, tmp_path):
         np.testing.assert_allclose(result, ours, rtol=1e-4, atol=1e-3, err_msg=name)
 
 
-@pytest.mark.parametrize("mean", ["colour", "image"])
-def test_onnx_can_subtract_the_mean_itself(mean, onnx, tmp_path):
+def test_onnx_can_subtract_the_mean_itself(onnx, tmp_path):
     model, variables, features = network("cifar_13")
-    values = MEAN if mean == "colour" else pictures("random", 40)[1].astype(np.float32)
-    export_onnx(tmp_path / "x.onnx", model, variables, mean=values)
     batch = pictures("random", 24).astype(np.float32)
-    centre = values if mean == "colour" else values[8:-8, 8:-8]
-    (found,) = run_onnx(tmp_path / "x.onnx", batch)
-    assert_same_logits(found, features(batch - centre)["logits"])
+    image = pictures("random", 40)[1].astype(np.float32)
+    for mean, centre in ((MEAN, MEAN), (image, image[8:-8, 8:-8])):
+        export_onnx(tmp_path / "x.onnx", model, variables, mean=mean)
+        (found,) = run_onnx(tmp_path / "x.onnx", batch)
+        assert_same_logits(found, features(batch - centre)["logits"])
 
 
 def test_onnx_refuses_what_does_not_fit(onnx, tmp_path):
@@ -251,42 +242,29 @@ def test_onnx_refuses_what_does_not_fit(onnx, tmp_path):
         export_onnx(out, other, variables)
     with pytest.raises(WeightsError, match="20 pixels wide, the network's input 24"):
         export_onnx(out, model, variables, mean=np.zeros((20, 20, 3)))
-    with pytest.raises(ValueError, match="needs a 24x24 grid"):
-        export_onnx(out, model, variables, crop_size=32)
     assert not list(tmp_path.iterdir())
 
 
-# --- Caffe --------------------------------------------------------------------------
-
-# name -> groups, and the rest of the geometry in Caffe's words.
 CAFFE_CONVS = {
-    "conv1": (1, "kernel_size: 11 stride: 4"),
-    "conv2": (2, "kernel_size: 5 pad: 2 group: 2"),
-    "conv3": (1, "kernel_size: 3 pad: 1"),
-    "conv4": (2, "kernel_size: 3 pad: 1 group: 2"),
-    "conv5": (2, "kernel_size: 3 pad: 1 group: 2"),
+    "conv1": "kernel_size: 11 stride: 4",
+    "conv2": "kernel_size: 5 pad: 2 group: 2",
+    "conv3": "kernel_size: 3 pad: 1",
+    "conv4": "kernel_size: 3 pad: 1 group: 2",
+    "conv5": "kernel_size: 3 pad: 1 group: 2",
 }
 CAFFE_LAYERS = (*CAFFE_CONVS, "fc6", "fc7", "fc8")
 ORDERS = {"caffe": ("norm", "pool"), "caffenet": ("pool", "norm")}
 
 
 def caffe_tensors(variant: str, classes: int = CLASSES):
-    """Return {layer: (weight, bias)} in Caffe's layout: [out, in, down, across], BGR."""
-    rng = np.random.default_rng(1)
-    first, last, others, biases = GAINS["relu"]
-    gains = {"conv1": first, "fc8": last}
-    table = variants.get(variant)
-    found, channels = {}, 3
-    for row in ablations.customize(table, width=NARROW, num_classes=classes).layers:
-        if isinstance(row, Dense):
-            places = 36 if row.name == "fc6" else 1
-            shape = (row.features, channels * places)
-        else:
-            inputs = channels // CAFFE_CONVS[row.name][0]
-            shape = (row.features, inputs, row.kernel, row.kernel)
-        std = gains.get(row.name, others) / np.sqrt(np.prod(shape[1:]))
-        bias = 0.3 if row.name == "fc8" else biases
-        found[row.name] = normals(rng, shape, std), normals(rng, shape[:1], bias)
+    """Return {layer: (weight, bias)}, random, in Caffe's layout."""
+    settings = {"variant": variant, "num_classes": classes, "width": NARROW}
+    model = make_model(settings)
+    params, found, channels = random_variables(model, 227)["params"], {}, 3
+    for row in model.network.layers:
+        leaves = params[row.name]
+        weight = files.channels_first(np.asarray(leaves["kernel"]), channels)
+        found[row.name] = weight, np.asarray(leaves["bias"])
         channels = row.features
     return found
 
@@ -332,7 +310,7 @@ def deploy_prototxt(tensors, order) -> str:
     for name in CAFFE_LAYERS:
         outputs = f"num_output: {len(tensors[name][0])}"
         if name in CAFFE_CONVS:
-            both = f"{outputs} {CAFFE_CONVS[name][1]}"
+            both = f"{outputs} {CAFFE_CONVS[name]}"
             add(name, "Convolution", f"convolution_param {{ {both} }}")
         else:
             add(name, "InnerProduct", f"inner_product_param {{ {outputs} }}")
@@ -378,27 +356,22 @@ def test_opencv_and_we_read_the_same_caffemodel(caffe_network, kind):
 def test_old_and_new_caffemodels_are_the_same(caffe_network):
     place, weights, _ = caffe_network
     variant = weights.settings["variant"]
-    assert_same_weights(
-        read_weights(place / "old.caffemodel", variant=variant), weights
-    )
+    old = read_weights(place / "old.caffemodel", variant=variant)
+    assert_same_weights(old, weights)
     sizes = {"variant": variant, "num_classes": CLASSES, "width": NARROW}
     assert weights.settings == sizes
     assert weights.class_names is None and weights.image_size == 256
     np.testing.assert_allclose(weights.mean, [122.68, 116.67, 104.01], atol=0.01)
 
 
-def test_caffemodel_of_doubles_in_chunks_with_a_classifier_of_another_name(tmp_path):
+def test_caffemodel_in_chunks_with_a_classifier_of_another_name(tmp_path):
     path = write_caffemodel(tmp_path / "x.caffemodel", caffe_tensors("caffe", 1000))
-    plain = read_weights(path)
-    net = read_net(path)
+    plain, net = read_weights(path), read_net(path)
     for layer in net.layer:
         layer.name = layer.name.replace("fc8", "fc8_flickr")
         for blob in layer.blobs:
             values = np.frombuffer(blob.data.pop(), "<f4")
-            if layer.name == "conv3":
-                blob.double_data.append(values.astype("<f8").tobytes())
-            else:
-                blob.data.extend(part.tobytes() for part in np.array_split(values, 3))
+            blob.data.extend(part.tobytes() for part in np.array_split(values, 3))
     path.write_bytes(net.SerializeToString())
     found = read_weights(path)
     assert_same_weights(found, plain)
@@ -406,8 +379,6 @@ def test_caffemodel_of_doubles_in_chunks_with_a_classifier_of_another_name(tmp_p
     assert found.settings["num_classes"] == 1000
     assert found.class_names == imagenet.wnids()
 
-
-# --- torchvision --------------------------------------------------------------------
 
 OWT = {"variant": "owt", "num_classes": CLASSES, "width": NARROW}
 TORCHVISION_MEAN, TORCHVISION_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -423,25 +394,22 @@ def torch_alexnet(torch):
     nn = torch.nn
     c1, c2, c3, c4, c5 = (round(c * NARROW) for c in (64, 192, 384, 256, 256))
     units = round(4096 * NARROW)
+
+    def conv(*sizes):
+        return nn.Conv2d(*sizes), nn.ReLU()
+
     # fmt: off
     features = nn.Sequential(
-        nn.Conv2d(3, c1, kernel_size=11, stride=4, padding=2), nn.ReLU(),
-        nn.MaxPool2d(kernel_size=3, stride=2),
-        nn.Conv2d(c1, c2, kernel_size=5, padding=2), nn.ReLU(),
-        nn.MaxPool2d(kernel_size=3, stride=2),
-        nn.Conv2d(c2, c3, kernel_size=3, padding=1), nn.ReLU(),
-        nn.Conv2d(c3, c4, kernel_size=3, padding=1), nn.ReLU(),
-        nn.Conv2d(c4, c5, kernel_size=3, padding=1), nn.ReLU(),
-        nn.MaxPool2d(kernel_size=3, stride=2),
+        *conv(3, c1, 11, 4, 2), nn.MaxPool2d(3, 2), *conv(c1, c2, 5, 1, 2),
+        nn.MaxPool2d(3, 2), *conv(c2, c3, 3, 1, 1), *conv(c3, c4, 3, 1, 1),
+        *conv(c4, c5, 3, 1, 1), nn.MaxPool2d(3, 2),
     )
     classifier = nn.Sequential(
         nn.Dropout(), nn.Linear(c5 * 36, units), nn.ReLU(),
-        nn.Dropout(), nn.Linear(units, units), nn.ReLU(),
-        nn.Linear(units, CLASSES),
+        nn.Dropout(), nn.Linear(units, units), nn.ReLU(), nn.Linear(units, CLASSES),
     )
     # fmt: on
-    pool = {"avgpool": nn.AdaptiveAvgPool2d((6, 6)), "flatten": nn.Flatten()}
-    parts = OrderedDict(features=features, **pool, classifier=classifier)
+    parts = OrderedDict(features=features, flatten=nn.Flatten(), classifier=classifier)
     net = nn.Sequential(parts).eval()
     torch.manual_seed(0)
     with torch.no_grad():
@@ -489,17 +457,13 @@ def test_torch_and_we_read_the_same_pth(kind, torch, torch_files):
 @pytest.mark.parametrize(
     ("key", "before", "after"),
     [
-        ("", "", "module."),
-        ("", "", "_orig_mod."),
         ("", "", "module._orig_mod."),
         ("", "", "backbone.net."),
         ("", "", "classifier."),  # self.classifier = alexnet()
-        ("state_dict", "", "model."),
         # pytorch/examples wraps only these
         ("state_dict", "features.", "features.module."),
         ("model_state_dict", "", ""),
         ("model", "", ""),
-        ("net", "", ""),
     ],
 )
 def test_the_tensors_are_found_under_prefixes_and_keys(
@@ -511,11 +475,9 @@ def test_the_tensors_are_found_under_prefixes_and_keys(
         after + name.removeprefix(before) if name.startswith(before) else name: value
         for name, value in net.state_dict().items()
     }
-    state |= {"n_averaged": torch.tensor(7), "bn.num_batches_tracked": torch.ones(1)}
+    state["n_averaged"] = torch.tensor(7)  # a counter, as of averaged or batch norm
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9).state_dict()
     checkpoint = {"epoch": 3, key: state, "optimizer": optimizer} if key else state
-    if key == "net":
-        checkpoint["model"] = "alexnet"
     torch.save(checkpoint, tmp_path / "x.pth.tar")
     arrays = {name: value.numpy() for name, value in state.items()}
     save_file(arrays, tmp_path / "x.safetensors")
@@ -523,51 +485,37 @@ def test_the_tensors_are_found_under_prefixes_and_keys(
         assert_same_weights(read_weights(tmp_path / name), wanted)
 
 
-def owt_weights() -> Weights:
-    variables = random_variables(make_model(OWT), 224)
-    return Weights(OWT, variables, MEAN, 256, 224, tuple("abcdefghijkl"))
-
-
-def test_torchvision_names_are_read_back_as_they_were(tmp_path):
-    """With the mean, the sizes and the names that torchvision has no place for."""
-    weights, path = owt_weights(), tmp_path / "owt.safetensors"
-    save_safetensors(path, weights, names="torchvision")
-    assert set(load_file(path)) == set(weights_lib.torchvision.to_state(weights))
-    found = read_weights(path)
-    assert found.settings == OWT and found.class_names == weights.class_names
-    np.testing.assert_allclose(found.mean, MEAN, rtol=1e-6)
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
-    jax.tree.map(close, found.variables, weights.variables)
-
-
 @pytest.mark.parametrize("kind", ["random", "real"])
-def test_torch_runs_what_we_export(kind, torch, tmp_path):
-    weights, path = owt_weights(), tmp_path / "owt.safetensors"
+def test_torch_runs_what_we_export_and_we_read_it_back(kind, torch, tmp_path):
+    variables, path = random_variables(make_model(OWT), 224), tmp_path / "x.safetensors"
+    weights = Weights(OWT, variables, MEAN, 256, 224, tuple("abcdefghijkl"))
     save_safetensors(path, weights, names="torchvision")
+    net, state = torch_alexnet(torch), load_file(path)
+    net.load_state_dict({name: torch.from_numpy(a) for name, a in state.items()})
     with safetensors.safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
     mean, std = (json.loads(metadata[f"normalize_{n}"]) for n in ("mean", "std"))
     np.testing.assert_allclose(mean, MEAN / 255, rtol=1e-6)
     assert tuple(std) == TORCHVISION_STD
-    net = torch_alexnet(torch)
-    state = {name: torch.from_numpy(array) for name, array in load_file(path).items()}
-    net.load_state_dict(state)
     batch = pictures(kind, 224)
-    ours = jitted_features(weights.make_model(), weights.variables)(batch - MEAN)
+    ours = jitted_features(weights.make_model(), variables)(batch - MEAN)
     assert_same_logits(torch_logits(torch, net, batch, mean, std), ours["logits"])
+    # With the mean, the sizes and the names that torchvision has no place for.
+    found = read_weights(path)
+    assert found.settings == OWT and found.class_names == weights.class_names
+    np.testing.assert_allclose(found.mean, MEAN, rtol=1e-6)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(close, found.variables, variables)
 
 
-@pytest.mark.parametrize("change", [{"variant": "paper"}, {"lrn": True}])
-def test_torchvision_has_no_other_networks(change, tmp_path):
-    settings = OWT | change
+def test_torchvision_has_no_lrn(tmp_path):
+    settings = OWT | {"lrn": True}
     variables = random_variables(make_model(settings), 224)
     weights = Weights(settings, variables, MEAN, 256, 224)
-    with pytest.raises(WeightsError, match="torchvision has no network like"):
+    with pytest.raises(
+        WeightsError, match="no network like variant owt with lrn chang"
+    ):
         save_safetensors(tmp_path / "x.safetensors", weights, names="torchvision")
-    assert not list(tmp_path.iterdir())
-
-
-# --- our own files ------------------------------------------------------------------
 
 
 def own_weights(**changes) -> Weights:
@@ -592,9 +540,7 @@ def test_own_files_hold_all_that_load_gives(tmp_path):
     picture = pictures("random", 32)[1]
     batch = picture.astype(np.float32)[None] - weights.mean
     np.testing.assert_array_equal(preprocess(Image.fromarray(picture)), batch)
-    apply = jax.jit(model.apply)
-    logits = apply(variables, batch)
-    np.testing.assert_array_equal(logits, apply(weights.variables, batch))
+    jax.tree.map(np.testing.assert_array_equal, variables, weights.variables)
     # A mean colour is subtracted everywhere.
     save_safetensors(path, dataclasses.replace(weights, mean=MEAN))
     _, _, preprocess = load(path)
@@ -615,9 +561,6 @@ def test_safetensors_keeps_arrays_of_any_order_and_precision(tmp_path):
         bias = found[f"params/{layer}/bias"]
         assert bias.dtype == dtype
         np.testing.assert_array_equal(bias, params[layer]["bias"])
-
-
-# --- the command --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -651,38 +594,26 @@ def test_a_run_becomes_a_file_and_the_file_onnx(workdir, tmp_path, capsys):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_mistakes_are_one_line(workdir, tmp_path, capsys):
+    names, narrow = "--names=torchvision", workdir / "narrow.safetensors"
+    save_safetensors(narrow, own_weights())
+    for arguments, message in (
         (["--out={tmp}/x.h5"], "must end in .safetensors or .onnx"),
-        (["--out={tmp}/x.onnx", "--names=torchvision"], "is for .safetensors"),
-        (["--out={tmp}/x.safetensors", "--names=torchvision"], "no network like"),
+        (["--out={tmp}/x.onnx", names], "is for .safetensors"),
+        (["--out={tmp}/x.safetensors", names], "no network like variant cifar"),
+        (
+            ["--out={tmp}/x.safetensors", names, f"--workdir={narrow}"],
+            "layers of width 0.25, which torchvision's AlexNet could not read",
+        ),
         (["--out={tmp}/x.onnx", "--step=77"], "step 77"),
         (["--out={tmp}/x.onnx", "--workdir={tmp}/a.pth"], "a.pth"),
         (["--out={tmp}/x.onnx", "--workdir={tmp}"], "is not the workdir of a run"),
-    ],
-)
-def test_mistakes_are_one_line(workdir, tmp_path, capsys, arguments, message):
-    given = [argument.format(tmp=tmp_path) for argument in arguments]
-    assert export.main([f"--workdir={workdir}", *given]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and message in line
-    assert not list(tmp_path.iterdir())
-
-
-def test_torchvision_is_given_its_own_widths_only(tmp_path, capsys):
-    narrow, out = tmp_path / "narrow.safetensors", tmp_path / "x.safetensors"
-    save_safetensors(narrow, owt_weights())
-    arguments = [f"--workdir={narrow}", f"--out={out}"]
-    assert export.main([*arguments, "--names=torchvision"]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "4, 12, 24, 16, 16, 256, 256 features per layer; torchvision's" in line
-    assert "64, 192, 384, 256, 256, 4096, 4096 and could not read them" in line
-    assert not out.exists()
-    assert export.main(arguments) == 0
-
-
-# --- wrong files --------------------------------------------------------------------
+    ):
+        given = [argument.format(tmp=tmp_path) for argument in arguments]
+        assert export.main([f"--workdir={workdir}", *given]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and message in line
+        assert not list(tmp_path.iterdir())
 
 
 def refused(path: Path, *expected: str, variant: str | None = None) -> None:
@@ -695,24 +626,17 @@ def refused(path: Path, *expected: str, variant: str | None = None) -> None:
         assert words in message
 
 
-def test_files_of_no_known_format(tmp_path):
-    refused(tmp_path / "none.pth", "there is no such file")
-    (tmp_path / "weights.h5").write_bytes(b"x")
-    refused(tmp_path / "weights.h5", ".caffemodel", "got .h5")
-    (tmp_path / "weights.pth").touch()
-    with pytest.raises(ValueError, match="no variant 'vgg'"):
-        read_weights(tmp_path / "weights.pth", variant="vgg")
-
-
-@pytest.mark.parametrize("suffix", weights_lib.SUFFIXES)
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ".h5", ""])
 def test_files_of_another_format(suffix, tmp_path):
     if suffix.startswith(".p"):
         pytest.importorskip("torch", reason="torch is not installed")
     page = tmp_path / f"page{suffix}"
+    refused(page, "there is no such file")
     page.write_text("<!DOCTYPE html><html><body>404 not found</body></html>")
-    refused(page, "<!DOCTYPE html>", "Was it downloaded whole?")
-    page.write_bytes(b"")
-    refused(page, "0 bytes")
+    if suffix in SUFFIXES:
+        refused(page, "<!DOCTYPE html>", "Was it downloaded whole?")
+    else:
+        refused(page, ".caffemodel", f"got {suffix or 'no suffix'}")
 
 
 def test_wrong_caffemodels(tmp_path):
@@ -720,32 +644,21 @@ def test_wrong_caffemodels(tmp_path):
     path = tmp_path / "x.caffemodel"
     whole = write_caffemodel(path, tensors).read_bytes()
     refused(path, "holds weights of variant caffe;", "'caffenet'", variant="caffenet")
-    refused(path, "holds weights of variant caffe or", "'owt'", variant="owt")
     path.write_bytes(whole[:-1])
     refused(path, "is no .caffemodel that can be read", "downloaded whole")
-    write_caffemodel(path, {k: v for k, v in tensors.items() if k != "conv3"})
-    refused(path, "missing conv3 blob 0, conv3 blob 1.")
-    write_caffemodel(path, {**tensors, "norm1": tensors["conv1"]})
-    refused(path, "unexpected norm1 blob 0, norm1 blob 1.")
-    ungrouped = np.zeros((16, 6, 5, 5), np.float32)
-    write_caffemodel(path, {**tensors, "conv2": (ungrouped, tensors["conv2"][1])})
+    ungrouped = np.zeros((16, 6, 5, 5), np.float32), tensors["conv2"][1]
+    write_caffemodel(path, {**tensors, "conv2": ungrouped, "conv3": ()})
+    refused(path, "missing conv3 blob 0, conv3 blob 1;")
     refused(path, "conv2 blob 0 [16, 6, 5, 5] instead of [16, 3, 5, 5].")
     write_caffemodel(path, tensors, order=())
     refused(path, "variant='caffe' or variant='caffenet'")
     assert read_weights(path, variant="caffenet").settings["variant"] == "caffenet"
-    # A second classifier is ambiguous; a layer without weights does not count.
+    # A second classifier is ambiguous.
     write_caffemodel(path, tensors)
     net = read_net(path)
     net.layer.add(name="fc8_gender", blobs=net.layer[-1].blobs)
     path.write_bytes(net.SerializeToString())
     refused(path, "holds both 'fc8' and 'fc8_gender' for 'fc8'", "one of the two")
-    del net.layer[-1].blobs[:]
-    path.write_bytes(net.SerializeToString())
-    assert read_weights(path).settings["num_classes"] == CLASSES
-    # A blob has fewer numbers than its shape says.
-    net.layer[0].blobs[0].data[0] = net.layer[0].blobs[0].data[0][:-8]
-    path.write_bytes(net.SerializeToString())
-    refused(path, "cannot reshape array")
 
 
 def test_wrong_state_dicts(torch, torch_files, tmp_path):
@@ -755,28 +668,21 @@ def test_wrong_state_dicts(torch, torch_files, tmp_path):
     refused(path, "is no .pth that can be read")
     refused(whole, "holds weights of variant owt; got variant='paper'", variant="paper")
     some = {name: value for name, value in state.items() if "6.weight" not in name}
-    kernel, bias = torch.zeros(16, 24, 5, 5), torch.full((4,), float("nan"))
+    bias = torch.full((4,), float("nan"))
     two = "under each of the keys state_dict, model."
-    none = "no floating-point tensor is under its keys weights, epoch."
     for content, words in (
         (some, "missing features.6.weight, classifier.6.weight."),
-        (state | {"extra": torch.zeros(2)}, "unexpected extra."),
-        (
-            state | {"features.8.weight": kernel},
-            "features.8.weight [16, 24, 5, 5] instead of [16, 24, 3, 3].",
-        ),
         (state | {"features.0.bias": bias}, "numbers that are infinite or NaN"),
         ({"state_dict": state, "model": state}, two),
-        ({"weights": state, "epoch": 3}, none),
-        ([1, 2], "holds no state_dict: it is no dictionary"),
+        ({"weights": state, "epoch": 3}, "holds no state_dict. Expected that of"),
     ):
         torch.save(content, path)
         refused(path, words)
 
 
 def test_wrong_safetensors(tmp_path):
-    weights, path = own_weights(), tmp_path / "x.safetensors"
-    save_safetensors(path, weights)
+    path = tmp_path / "x.safetensors"
+    save_safetensors(path, own_weights())
     whole, leaves = path.read_bytes(), load_file(path)
     with safetensors.safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
@@ -787,30 +693,22 @@ def test_wrong_safetensors(tmp_path):
     refused(path, "written neither by alexnet_jax nor from torchvision's", "params/")
     kernel = "params/conv2/kernel"
     left = {k: v for k, v in leaves.items() if k not in (kernel, "mean")}
-    integers = np.zeros(MEAN.shape, np.int32)
+    both = {f"{who}.classifier.6.bias": MEAN for who in ("model", "ema")}
     for tensors, words in (
         (left, f"variant cifar: missing {kernel}, mean."),
         (leaves | {"more": MEAN}, "unexpected more."),
-        (
-            {f"{who}.classifier.6.bias": MEAN for who in ("model", "ema")},
-            "holds both 'ema.classifier.6.bias' and 'model.classifier.6.bias' for",
-        ),
+        (both, "holds both 'ema.classifier.6.bias' and 'model.classifier.6.bias' for"),
         (leaves | {"mean": MEAN[:2]}, "of another shape mean [2] instead of [3]."),
-        (leaves | {"mean": MEAN * np.inf}, "mean holds numbers that are infinite"),
-        (leaves | {"mean": integers}, "mean is int32, and weights are floating point"),
     ):
         save_file(tensors, path, metadata)
         refused(path, words)
     record = json.loads(metadata["alexnet_jax"])
     for change, words in (
         ({"version": 2}, "version 2, expected 1"),
-        ({"settings": {"variant": "vgg"}}, "no variant 'vgg'"),
         ({"settings": {"variant": "cifar", "depth": 5}}, "'depth'"),
     ):
         save_file(leaves, path, {"alexnet_jax": json.dumps(record | change)})
         refused(path, "metadata 'alexnet_jax' cannot be used", words)
-    save_file(leaves, path, {"alexnet_jax": "{"})
-    refused(path, "metadata 'alexnet_jax' cannot be used")
 
 
 @pytest.mark.parametrize("package", ["torch", "onnx"])
@@ -838,19 +736,6 @@ def test_weights_that_do_not_fit_their_settings_are_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "x.safetensors"
-    save_safetensors(path, own_weights())
-    before = path.read_bytes()
-    monkeypatch.setattr(safetensors.numpy, "save", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        save_safetensors(path, own_weights())
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-
-
-# --- at full size -------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_the_papers_network_at_full_size(onnx, tmp_path):
     model = make_model({"variant": "paper"})
@@ -861,7 +746,7 @@ def test_the_papers_network_at_full_size(onnx, tmp_path):
     found = read_weights(tensors)
     jax.tree.map(np.testing.assert_array_equal, found.variables, variables)
     export_onnx(graph, model, found.variables)
-    assert flat(variables)["params/fc6/kernel"].shape == (9216, 4096)
+    assert files.flat(variables)["params/fc6/kernel"].shape == (9216, 4096)
     for path in (tensors, graph):
         assert path.stat().st_size == pytest.approx(4 * 60_965_224, rel=0.001)
     batch = pictures("random", 224) - MEAN
