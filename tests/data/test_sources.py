@@ -41,7 +41,7 @@ from tests.data.imagenet_files import (
     write_tfds,
 )
 from tests.data.pictures import SIZE, fetched, place_pictures, random_picture
-from tests.training.test_train import folder, small_config  # noqa: F401, a fixture
+from tests.training.test_loop import folder, small_config  # noqa: F401, a fixture
 
 # Class folders.
 

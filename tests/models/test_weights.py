@@ -45,7 +45,7 @@ from alexnet_jax.models.weights.onnx import export_onnx
 from alexnet_jax.models.weights.safetensors import save_safetensors
 from alexnet_jax.training import loop
 from tests.models.test_variants import TWO_SIXES
-from tests.training.test_train import folder, small_config  # noqa: F401
+from tests.training.test_loop import folder, small_config  # noqa: F401
 
 TOLERANCE = 1e-4
 LRNS = (Lrn, WithinMapLrn)

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGUSR1: the message, the exit status, nothing half-written."""
+"""SIGINT, SIGTERM and SIGUSR1: messages, exit statuses, nothing half-written."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
-def test_command_says_one_line_and_has_status_of_signal(number, capfd):
+def test_command_prints_one_line_and_exits_with_status_of_signal(number, capfd):
     before = handlers()
     with pytest.raises(signals.Interrupted) as stopped, signals.interrupts():
         send(number)
@@ -32,7 +32,7 @@ def test_command_says_one_line_and_has_status_of_signal(number, capfd):
     assert handlers() == before
 
 
-def test_run_is_asked_by_first_signal(capfd):
+def test_first_signal_asks_a_run_to_stop(capfd):
     before = handlers()
     with signals.stop_requests() as stop:
         assert stop.signal is None
@@ -46,7 +46,7 @@ def test_run_is_asked_by_first_signal(capfd):
     assert handlers() == before
 
 
-def test_second_ctrl_c_in_notebook_raises(capfd):
+def test_second_ctrl_c_raises_in_a_notebook(capfd):
     with pytest.raises(KeyboardInterrupt), signals.stop_requests() as stop:
         send(signal.SIGINT)
         assert stop.signal == signal.SIGINT

@@ -22,13 +22,13 @@ from alexnet_jax.data import augment
 from alexnet_jax.models.alexnet import create_model
 from alexnet_jax.models.exchange import Exchange
 from alexnet_jax.training import (
-    communication,
+    describe,
     metrics,
     optim,
     parallel,
     steps,
 )
-from alexnet_jax.training.communication import PHASES
+from alexnet_jax.training.describe import PHASES
 from alexnet_jax.training.steps import StepSpec
 from tests.models.test_variants import TWO_SIXES
 
@@ -291,13 +291,13 @@ def test_a_classifier_of_feature_maps_trades_examples_for_features():
         state, step = steps.init_state(spec), steps.make_train_step(spec)
         args = (state, parallel.put_batch(examples, mesh, mode, 8), stats)
         compiled = step.lower(*args).compile()
-        return compiled(*args)[0].params, communication.exchanges(compiled.as_text())
+        return compiled(*args)[0].params, describe.exchanges(compiled.as_text())
 
     with jax.enable_x64(True):
         want, _ = step_on("data", 1, 1)
         got, found = step_on("hybrid", 2, 4)
     assert_same_leaves(jax.device_get(got), jax.device_get(want), 1e-10)
-    kinds = [dict(communication.counts(by_phase(found, p))) for p in PHASES[:2]]
+    kinds = [dict(describe.counts(by_phase(found, p))) for p in PHASES[:2]]
     assert kinds == [
         {"all-to-all": 1, "reduce-scatter": 1},
         {"all-to-all": 1, "all-gather": 1},
@@ -343,7 +343,7 @@ def test_pmap_is_the_same_step(rows):
     np.testing.assert_allclose(got[2], want[2], rtol=1e-10)
     assert_same_leaves(got[0][-1], want[0][-1], 1e-10)
     assert_same_leaves(got[1], want[1], 1e-10)
-    assert dict(communication.collectives(got[3])) == {"all-reduce": 18}
+    assert dict(describe.counts(describe.exchanges(got[3]))) == {"all-reduce": 18}
 
 
 def test_a_missing_reduction_is_noticed(monkeypatch):
@@ -420,11 +420,15 @@ def test_a_batch_in_parts_is_the_same_batch(mode, rows, columns, count):
 def test_gradients_are_exchanged_once_however_many_parts():
     whole = three_steps("data", 2, 1)[3]
     parts = three_steps("data", 2, 1, parts=2)[3]
-    assert dict(communication.collectives(whole)) == {"all-reduce": 18}
-    assert communication.collectives(parts) == communication.collectives(whole)
+    assert dict(describe.counts(describe.exchanges(whole))) == {"all-reduce": 18}
+    assert describe.counts(describe.exchanges(parts)) == describe.counts(
+        describe.exchanges(whole)
+    )
     # The loop's body is a computation of its own: all that is sent is outside it.
     entry = parts[parts.index("\nENTRY ") :]
-    assert communication.collectives(entry) == communication.collectives(parts)
+    assert describe.counts(describe.exchanges(entry)) == describe.counts(
+        describe.exchanges(parts)
+    )
     # And it is a loop: unrolled it would have each convolution once more.
     assert parts.count(" convolution(") == whole.count(" convolution(") > 0
 
@@ -543,8 +547,8 @@ def by_phase(found, phase):
 @pytest.mark.parametrize("mode, rows, columns", MESHES)
 def test_collectives_are_pinned(mode, rows, columns):
     *_, hlo = three_steps(mode, rows, columns)
-    found = communication.exchanges(hlo)
-    got = [dict(communication.counts(by_phase(found, p))) for p in PHASES]
+    found = describe.exchanges(hlo)
+    got = [dict(describe.counts(by_phase(found, p))) for p in PHASES]
     assert tuple(got) == EXCHANGES[mode, rows, columns]
 
 
@@ -576,14 +580,14 @@ def test_frozen_layers_stay_and_their_gradients_are_left_out(
     for name in params[0]:
         moved = np.any(params[0][name]["kernel"] != params[2][name]["kernel"])
         assert moved == (name not in frozen), name
-    found = communication.exchanges(hlo)
-    got = [dict(communication.counts(by_phase(found, p))) for p in PHASES[1:]]
+    found = describe.exchanges(hlo)
+    got = [dict(describe.counts(by_phase(found, p))) for p in PHASES[1:]]
     assert tuple(got) == FROZEN[mode, rows, columns]
 
 
 def test_columns_apart_exchange_nothing_but_logits():
     *_, hlo = three_steps("columns", 2, 2, variant="no_communication")
-    found = communication.exchanges(hlo)
+    found = describe.exchanges(hlo)
     assert [e.shape for e in by_phase(found, "forward")] == [(BATCH // 2, CLASSES)]
     assert not by_phase(found, "backward")
 
@@ -593,7 +597,7 @@ def test_nothing_gathers_images_kernels_or_optimiser_state(mode, rows, columns):
     *_, hlo = three_steps(mode, rows, columns)
     examples = examples_for(mode, rows, columns)
     kernels = {leaf.shape for leaf in jax.tree.leaves(three_steps("data", 1, 1)[0][0])}
-    for exchange in communication.exchanges(hlo):
+    for exchange in describe.exchanges(hlo):
         if exchange.kind == "all-gather":
             assert exchange.shape not in kernels
             # [examples, ..., features]: of a device's or a row's examples, after conv2.
@@ -603,7 +607,7 @@ def test_nothing_gathers_images_kernels_or_optimiser_state(mode, rows, columns):
 
 def test_what_the_columns_exchange_is_what_the_paper_exchanged():
     step, *_ = make("columns", 1, 2, jnp.float32)
-    found = communication.exchanges(step.as_text())
+    found = describe.exchanges(step.as_text())
     # Full width: 13 x 13 x 128, 6 x 6 x 128 and 2,048 values an image and direction;
     # at a width of 1/32 4 maps, 4 maps and 64 units a column.
     sent = [e.sent_bytes / 4 / BATCH for e in found if e.kind == "all-gather"]
