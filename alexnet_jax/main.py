@@ -30,7 +30,6 @@ from alexnet_jax.training import (
     experiment,
     load,
     loop,
-    parallel,
 )
 from alexnet_jax.training.checkpoint import CheckpointError
 from alexnet_jax.training.config import ConfigError, as_json, flat
@@ -115,7 +114,7 @@ USER_ERRORS = (
     DataError,
     CheckpointError,
     DistributedError,
-    parallel.DeviceError,
+    distributed.DeviceError,
     PredictionsError,
     WeightsError,
     OSError,
@@ -139,7 +138,7 @@ def main(argv: Sequence[str]) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
     _connect()
-    parallel.require_devices()
+    distributed.require_devices()
     fields = flat(as_json(config), "config.")
     distributed.require_same({"mode": mode, "workdir": workdir} | fields)
     _return_freed_arrays()
