@@ -251,7 +251,7 @@ def loss_and_grad(
     def micro_batch(
         batch_stats: PyTree, batch: Arrays, first_example: jax.Array
     ) -> tuple[PyTree, PyTree, Any]:
-        """Return gradients, running statistics and what is returned per micro-batch."""
+        """Return gradients, running statistics and (loss, error, observed)."""
         images = augment.train_images(
             batch["image"],
             augment_key,

@@ -168,6 +168,14 @@ def assert_same_leaves(got, expected, tolerance=1e-10):
         assert difference < tolerance, jax.tree_util.keystr(path)
 
 
+def by_phase(found, phase):
+    return [exchange for exchange in found if exchange.phase == phase]
+
+
+def collectives(hlo):
+    return dict(communication.counts(communication.exchanges(hlo)))
+
+
 def assert_same_run(got, want):
     np.testing.assert_allclose(got[2], want[2], rtol=1e-10)
     for params, expected in zip(got[0], want[0], strict=True):
@@ -253,7 +261,7 @@ def test_batch_norms_of_one_number_are_split_with_their_own_layers(mode, rows):
     [("data", 1, 1), slowly("data", 4, 1), slowly("hybrid", 2, 2)],
 )
 def test_several_views_are_averaged(mode, rows, columns):
-    """The sums of the centre, and of probabilities averaged over ten views."""
+    """Sums for the centre view, and for the mean probabilities over ten views."""
     model = create_model("cifar_11", init="he", width=1 / 8)
     size, crop, examples = 28, 24, 4
     mesh = parallel.make_mesh(rows, columns)
@@ -284,11 +292,11 @@ def test_several_views_are_averaged(mode, rows, columns):
 def test_pmap_is_the_same_step(rows):
     got = three_steps("data", rows, 1, transform="pmap")
     assert_same_run(got, on_one_device("data", rows, 1))
-    assert dict(communication.collectives(got[3])) == {"all-reduce": 18}
+    assert collectives(got[3]) == {"all-reduce": 18}
 
 
-def test_a_missing_reduction_is_noticed(monkeypatch):
-    """Under pmap by the comparison above, since nothing else notices it there."""
+def test_missing_reduction_is_noticed(monkeypatch):
+    """Under pmap only the comparison above notices it."""
     want = on_one_device("data", 2, 1)
     monkeypatch.setattr(parallel, "sum_gradients", lambda grads, *_: grads)
     with jax.enable_x64(True):
@@ -320,9 +328,9 @@ def test_batch_norm_sees_the_whole_batch(mode, rows, columns):
         slowly("hybrid", 2, 2, 2),
     ],
 )
-def test_a_batch_in_parts_is_the_same_batch(mode, rows, columns, count):
-    """Other masks, crops or lighting in a part would move every parameter."""
-    # A part has at least one example on every device.
+def test_micro_batches_equal_one_batch(mode, rows, columns, count):
+    """Other masks, crops or lighting would change every parameter."""
+    # A micro-batch has at least one example on every device.
     shards = parallel.batch_shards(rows, columns, mode)
     more = {} if BATCH % (shards * count) == 0 else {"examples": shards * count}
     whole = three_steps(mode, rows, columns, **more)
@@ -330,19 +338,17 @@ def test_a_batch_in_parts_is_the_same_batch(mode, rows, columns, count):
     assert_same_run(parts, whole)
 
 
-def test_gradients_are_exchanged_once_however_many_parts():
+def test_gradients_are_exchanged_once_for_any_number_of_micro_batches():
     whole = three_steps("data", 2, 1)[3]
     parts = three_steps("data", 2, 1, parts=2)[3]
-    assert dict(communication.collectives(whole)) == {"all-reduce": 18}
-    assert communication.collectives(parts) == communication.collectives(whole)
-    # The loop's body is a computation of its own: all that is sent is outside it.
-    entry = parts[parts.index("\nENTRY ") :]
-    assert communication.collectives(entry) == communication.collectives(parts)
+    assert collectives(whole) == collectives(parts) == {"all-reduce": 18}
+    # The body of the loop is another computation: all exchanges are outside it.
+    assert collectives(parts[parts.index("\nENTRY ") :]) == {"all-reduce": 18}
     # And it is a loop: unrolled it would have each convolution once more.
     assert parts.count(" convolution(") == whole.count(" convolution(") > 0
 
 
-def test_batch_norm_in_parts_passes_its_statistics_on():
+def test_batch_norm_averages_over_micro_batches_in_turn():
     """Two parts of two: the running mean moves twice, each time by a tenth."""
     model = narrow(jnp.float32, normalization="batch")
     tx, mesh = optim.make_optimizer(0.01), parallel.make_mesh(2, 1)
@@ -356,7 +362,7 @@ def test_batch_norm_in_parts_passes_its_statistics_on():
     conv1 = jax.jit(lambda *args: model.apply(*args, method="features")["conv1"])(
         {"params": state.params, "batch_stats": state.batch_stats}, images
     )
-    # Each device holds two neighbours; a part is the first, or the second, of both.
+    # Each device holds two neighbours; a micro-batch is the first, or second, of both.
     first, second = conv1[::2].mean((0, 1, 2)), conv1[1::2].mean((0, 1, 2))
     state, _ = step(state, parallel.put_batch(examples, mesh, "data", 4), stats)
     np.testing.assert_allclose(
@@ -365,7 +371,7 @@ def test_batch_norm_in_parts_passes_its_statistics_on():
 
 
 @pytest.mark.slow
-def test_parts_take_less_memory():
+def test_micro_batches_take_less_memory():
     def bytes_needed(parts):
         step, *_ = make("data", 1, 1, jnp.float32, parts=parts, examples=8)
         return step.memory_analysis().temp_size_in_bytes
@@ -449,10 +455,6 @@ EXCHANGES = {
 }
 
 
-def by_phase(found, phase):
-    return [exchange for exchange in found if exchange.phase == phase]
-
-
 @pytest.mark.parametrize("mode, rows, columns", MESHES)
 def test_collectives_are_pinned(mode, rows, columns):
     *_, hlo = three_steps(mode, rows, columns)
@@ -461,7 +463,7 @@ def test_collectives_are_pinned(mode, rows, columns):
     assert tuple(got) == EXCHANGES[mode, rows, columns]
 
 
-# Of frozen convolutions: nothing of them goes back, and none of their gradients.
+# With frozen convolutions: no exchange for their gradients.
 FROZEN = {
     ("columns", 1, 2): ({"reduce-scatter": 1}, {}),
     ("data", 2, 1): ({}, {"all-reduce": 8}),
@@ -494,7 +496,7 @@ def test_frozen_layers_stay_and_their_gradients_are_left_out(
     assert tuple(got) == FROZEN[mode, rows, columns]
 
 
-def test_columns_apart_exchange_nothing_but_logits():
+def test_columns_without_communication_exchange_only_logits():
     *_, hlo = three_steps("columns", 2, 2, variant="no_communication")
     found = communication.exchanges(hlo)
     assert [e.shape for e in by_phase(found, "forward")] == [(BATCH // 2, CLASSES)]
@@ -514,7 +516,7 @@ def test_nothing_gathers_images_kernels_or_optimiser_state(mode, rows, columns):
             assert exchange.shape[1:-1] in ((13, 13), (6, 6), ())
 
 
-def test_what_the_columns_exchange_is_what_the_paper_exchanged():
+def test_columns_exchange_as_much_as_in_the_paper():
     step, *_ = make("columns", 1, 2, jnp.float32)
     found = communication.exchanges(step.as_text())
     # Full width: 13 x 13 x 128, 6 x 6 x 128 and 2,048 values an image and direction;
@@ -530,8 +532,8 @@ def test_what_the_columns_exchange_is_what_the_paper_exchanged():
     "mode, rows, columns, split",
     [("columns", 2, 2, 16), ("hybrid", 2, 2, 6), slowly("hybrid", 1, 4, 6)],
 )
-def test_optimiser_state_is_split_like_the_parameters(mode, rows, columns, split):
-    """Of eight kernels and their velocities; a third of them are fully connected."""
+def test_velocities_are_split_like_the_parameters(mode, rows, columns, split):
+    """`split` counts split kernels and velocities, of eight each."""
     factors = optim.make_layer_factors([("conv1", 1, 0.0)], steps_per_epoch=1)
     original = optim.make_optimizer(
         optax.constant_schedule(0.01), bias_learning_rate=0.02, layer_factors=factors
@@ -596,7 +598,7 @@ def test_impossible_meshes_and_modes_are_named():
 
 
 def test_every_device_has_its_part_of_the_batch():
-    """All of one process, here; tests/training/test_distributed.py has several."""
+    """For one process; tests/training/test_distributed.py has several."""
     for mode, rows, columns in QUICK:
         mesh = parallel.make_mesh(rows, columns)
         assert parallel.positions(mesh, mode, BATCH) == (0, BATCH)
