@@ -10,7 +10,7 @@ PARALLEL := --numprocesses=2 --dist=loadfile
 # The slow tests often wait for processes of their own: the third works meanwhile.
 WAITING := --numprocesses=3
 
-# Each is `python -m benchmarks.NAME`; without --short they are what is published.
+# Each is `python -m benchmarks.speed.NAME`; without --short they are what is published.
 BENCHMARKS := train_step inference operators growth start_up \
 	input_pipeline end_to_end preparation
 
@@ -37,7 +37,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.bench  ## every benchmark beside PyTorch, short form, into build/benchmarks
 	for name in $(BENCHMARKS); do \
-		$(BIN)/python -m benchmarks.$$name --short --out=build/benchmarks || exit 1; \
+		$(BIN)/python -m benchmarks.speed.$$name --short --out=build/benchmarks || exit 1; \
 	done
 
 clean:

@@ -1,0 +1,1 @@
+"""The networks: tables, ablations, the Flax module, operators, weights."""

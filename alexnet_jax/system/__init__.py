@@ -1,0 +1,1 @@
+"""Files, signals, command lines and the machine. Nothing in here imports JAX."""

@@ -135,7 +135,7 @@ def _exchange_labels(train):
 
 
 def _move(train):
-    loop.parent.rename(loop.parent.with_name("moved"))
+    train.parent.rename(train.parent.with_name("moved"))
 
 
 OTHERS = "has other pictures now than the index. Make it again"

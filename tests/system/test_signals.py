@@ -69,7 +69,7 @@ def test_threads_leave_signals_alone():
 
 
 def run_command(body, **options):
-    code = f"import os, signal\nfrom alexnet_jax import signals\n{body}"
+    code = f"import os, signal\nfrom alexnet_jax.system import signals\n{body}"
     return subprocess.run(
         [sys.executable, "-c", code], stderr=subprocess.PIPE, check=False, **options
     )
