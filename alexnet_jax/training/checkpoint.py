@@ -235,7 +235,7 @@ class Checkpointer:
 
         def search() -> int:
             best = self._best() if which == "best" else -1
-            return self._latest() if best < 0 else best
+            return self._first_whole(self.all_steps()[::-1]) if best < 0 else best
 
         step = which if isinstance(which, int) else self._decided(search)
         return None if step < 0 else step
@@ -399,10 +399,8 @@ class Checkpointer:
         """Return the first step that matches its manifest, -1 if none does."""
         return next((step for step in steps if not self._problem(step)), -1)
 
-    def _latest(self) -> int:
-        return self._first_whole(reversed(self.all_steps()))
-
     def _best(self) -> int:
+        """Return the whole step with the lowest top-1 error; -1: none was evaluated."""
         errors = {s: error for s, error in self._errors().items() if error is not None}
         return self._first_whole(sorted(errors, key=lambda step: (errors[step], -step)))
 

@@ -102,20 +102,18 @@ def purpose_key(seed: int, purpose: int) -> jax.Array:
 
 def init_state(spec: StepSpec) -> TrainState:
     """Return the first state of a run, sharded by `state_specs`."""
-    return jax.jit(
-        lambda: _first_state(spec.model, spec.tx, spec.seed, spec.crop_size),
-        out_shardings=parallel.shardings(spec.mesh, state_specs(spec)),
-    )()
+    return _init(spec)()
 
 
 def abstract_state(spec: StepSpec) -> TrainState:
     """Return shapes, dtypes and shardings of a state, to restore a checkpoint into."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=sharding
-        ),
-        _shapes(spec),
-        parallel.shardings(spec.mesh, state_specs(spec)),
+    return _init(spec).eval_shape()
+
+
+def _init(spec: StepSpec) -> Any:
+    return jax.jit(
+        lambda: _first_state(spec.model, spec.tx, spec.seed, spec.crop_size),
+        out_shardings=parallel.shardings(spec.mesh, state_specs(spec)),
     )
 
 
@@ -125,7 +123,8 @@ def state_specs(spec: StepSpec) -> TrainState:
     The velocities are split like their parameters. `jit` alone would put all of them
     on one device.
     """
-    shapes, network = _shapes(spec), spec.model.network
+    shapes: Any = _first_state.eval_shape(spec.model, spec.tx, 0, spec.crop_size)
+    network = spec.model.network
     params, batch_stats = (
         parallel.param_specs(network, tree, spec.mesh, spec.mode)
         for tree in (shapes.params, shapes.batch_stats)
@@ -142,10 +141,6 @@ def state_specs(spec: StepSpec) -> TrainState:
             transform_non_params=lambda _: P(),
         ),
     )
-
-
-def _shapes(spec: StepSpec) -> Any:
-    return _first_state.eval_shape(spec.model, spec.tx, 0, spec.crop_size)
 
 
 # Jitted so that JAX caches the trace: a run asks for the shapes half a dozen times.
@@ -258,7 +253,7 @@ def loss_and_grad(
             first_example,
             statistics,
             spec.augmentation,
-            _wide(model.dtype),
+            jnp.promote_types(model.dtype, jnp.float32),  # the network rounds images
             step=state.step,
         )
 
@@ -430,7 +425,7 @@ def _on_views(
                 view,
                 mean_image=statistics.mean_image,
                 crop_size=crop_size,
-                dtype=_wide(model.dtype),
+                dtype=jnp.promote_types(model.dtype, jnp.float32),
             )
             return model.apply(variables, images)
 
@@ -442,8 +437,3 @@ def _on_views(
     specs = state_specs(spec)
     in_specs = (specs.params, specs.batch_stats, P(spec.batch_axes), P())
     return parallel.on_devices(device_step, spec.mesh, in_specs, out_specs, transform)
-
-
-def _wide(dtype: Any) -> Any:
-    """Return the dtype of images: at least float32; the network rounds them."""
-    return jnp.promote_types(dtype, jnp.float32)
