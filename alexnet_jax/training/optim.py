@@ -86,24 +86,30 @@ def make_optimizer(
     return optax.inject_hyperparams(build)(learning_rate=learning_rate)
 
 
+def _where(keep: Callable[[str, str], bool]) -> Callable[[Any], Any]:
+    """Return the optax mask of the leaves whose (layer, name) `keep` accepts."""
+    return lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, _: keep(path[0].key, path[-1].key), params
+    )
+
+
+_is_bias = _where(lambda _, name: name == "bias")
+_is_weight = _where(lambda _, name: name != "bias")
+_is_kernel = _where(lambda _, name: name == "kernel")
+
+
 def _decayed_weights(
     weight_decay: float, by_layer: dict[str, float], decay_bias: bool
 ) -> optax.GradientTransformation:
     """Return g + weight_decay * w, with the factor of the leaf's layer."""
 
-    def decays(path: tuple[Any, ...]) -> bool:
-        return decay_bias or path[-1].key not in ("bias", "scale")
+    def decays(name: str) -> bool:
+        return decay_bias or name not in ("bias", "scale")
 
-    def others(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: decays(path) and path[0].key not in by_layer, params
-        )
+    def only(wanted: str) -> Callable[[Any], Any]:
+        return _where(lambda layer, name: layer == wanted and decays(name))
 
-    def only(layer: str) -> Callable[[Any], Any]:
-        return lambda params: jax.tree_util.tree_map_with_path(
-            lambda path, _: decays(path) and path[0].key == layer, params
-        )
-
+    others = _where(lambda layer, name: layer not in by_layer and decays(name))
     return optax.chain(
         optax.add_decayed_weights(weight_decay, others),
         *(
@@ -120,24 +126,8 @@ def _trust(coefficient: float | None) -> list[optax.GradientTransformation]:
     """
     if coefficient is None:
         return []
-
-    def is_kernel(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: path[-1].key == "kernel", params
-        )
-
     ratio = optax.scale_by_trust_ratio(trust_coefficient=coefficient)
-    return [optax.masked(ratio, is_kernel)]
-
-
-def _is_bias(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key == "bias", params
-    )
-
-
-def _is_weight(params: Any) -> Any:
-    return jax.tree.map(lambda bias: not bias, _is_bias(params))
+    return [optax.masked(ratio, _is_kernel)]
 
 
 def _factors(
@@ -145,16 +135,13 @@ def _factors(
 ) -> list[optax.GradientTransformation]:
     """Return transformations that scale single layers' updates."""
 
-    def of(layer: str) -> Callable[[Any], Any]:
-        return lambda params: jax.tree_util.tree_map_with_path(
-            lambda path, _: (
-                path[0].key == layer and (with_biases or path[-1].key != "bias")
-            ),
-            params,
+    def only(wanted: str) -> Callable[[Any], Any]:
+        return _where(
+            lambda layer, name: layer == wanted and (with_biases or name != "bias")
         )
 
     return [
-        optax.masked(optax.scale_by_schedule(factor), of(layer))
+        optax.masked(optax.scale_by_schedule(factor), only(layer))
         for layer, factor in by_layer.items()
     ]
 
