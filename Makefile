@@ -14,7 +14,7 @@ WAITING := --numprocesses=3
 BENCHMARKS := train_step inference operators growth start_up \
 	input_pipeline end_to_end preparation
 
-.PHONY: quickstart test test-slow test-all lint bench clean
+.PHONY: quickstart test test-slow test-nightly test-all lint bench clean
 
 quickstart: $(VENV)/.installed  ## train a narrowed AlexNet in two columns, no download
 	$(BIN)/python -m alexnet_jax.main --config=configs/quickstart.py \
@@ -24,11 +24,14 @@ quickstart: $(VENV)/.installed  ## train a narrowed AlexNet in two columns, no d
 test: $(VENV)/.dev  ## the tests; some minutes on two cores
 	$(BIN)/python -m pytest $(PARALLEL)
 
-test-slow: $(VENV)/.dev  ## the others: eight devices, killed processes, SLURM
+test-slow: $(VENV)/.dev  ## the others: eight devices, killed processes
 	$(BIN)/python -m pytest $(PARALLEL) $(WAITING) -m slow
 
+test-nightly: $(VENV)/.dev  ## by hand: SLURM (Debian's slurm-wlm and munge, as root)
+	$(BIN)/python -m pytest -m nightly
+
 test-all: $(VENV)/.dev  ## all of them, with the programs compiled as users run them
-	ALEXNET_TEST_OPTIMIZED=1 $(BIN)/python -m pytest $(PARALLEL) -m ""
+	ALEXNET_TEST_OPTIMIZED=1 $(BIN)/python -m pytest $(PARALLEL) -m "not nightly"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

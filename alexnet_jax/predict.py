@@ -1,12 +1,12 @@
-"""Print class names and probabilities for pictures, from a trained network.
+"""Print class names and probabilities for images, from a trained network.
 
 python -m alexnet_jax.predict --workdir=DIR cat.jpg dog.png ...
 python -m alexnet_jax.predict --workdir=DIR --format=json --figure=FILE.png *.jpg
 python -m alexnet_jax.predict --workdir=DIR --feature_maps=FILE.png cat.jpg
 
-The network sees the centre view of each picture, as in the evaluation. The figure shows
-the first 48 readable pictures; the feature maps, layer by layer, are of the first. An
-unreadable picture is named on standard error, and the exit status is 1.
+The network sees the centre view of each image, as in the evaluation. The figure shows
+the first 48 readable images; the feature maps, layer by layer, are of the first. An
+unreadable image is named on standard error, and the exit status is 1.
 """
 
 import argparse
@@ -20,12 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from alexnet_jax.analysis.features import (
-    BATCH,
-    Extractor,
-    read,
-    save_figure,
-)
+from alexnet_jax.analysis.features import BATCH, Extractor, read, save_figure
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import short_names
 from alexnet_jax.system import signals
@@ -38,18 +33,16 @@ from alexnet_jax.system.cli import (
 from alexnet_jax.training.checkpoint import CheckpointError
 from alexnet_jax.training.load import load
 
-# Most pictures in a figure.
+# Images in a figure.
 MOST_DRAWN = 48
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Class probabilities for one picture.
+    """Class probabilities float32 [K] for one image.
 
     Attributes:
-      path: file of the picture.
-      probabilities: float32 [K], their sum is 1.
-      picture: uint8 [S, S, 3], its central square.
+      picture: uint8 [S, S, 3], the central square.
       class_names: by label.
     """
 
@@ -67,36 +60,36 @@ class Prediction:
 def predict(
     workdir: Path, paths: Sequence[str], *, step: int | None = None
 ) -> Iterator[Prediction | Exception]:
-    """Predict pictures in their order.
+    """Predict images in their order.
 
     Args:
       workdir: of a run, or a file of weights.
-      paths: picture files.
-      step: which checkpoint; as for `loading.load`.
+      paths: image files.
+      step: which checkpoint; as for `load.load`.
 
     Yields:
-      A prediction for each path, or the OSError or ValueError of an unreadable picture.
+      A prediction for each path, or the OSError or ValueError of an unreadable image.
 
     Raises:
-      FileNotFoundError, CheckpointError: as `loading.load`.
+      FileNotFoundError, CheckpointError: as `load.load`.
     """
     size = min(BATCH, len(paths))
     logits_of = Extractor(workdir, "logits", step=step, batch=size)
     for start in range(0, len(paths), size):
         part = paths[start : start + size]
         found = read(part, logits_of.image_size)
-        whole = [picture for picture in found if not isinstance(picture, Exception)]
+        whole = [image for image in found if not isinstance(image, Exception)]
         rows = iter(jax.nn.softmax(logits_of(whole)) if whole else ())
-        for path, picture in zip(part, found, strict=True):
-            if isinstance(picture, Exception):
-                yield picture
+        for path, image in zip(part, found, strict=True):
+            if isinstance(image, Exception):
+                yield image
             else:
                 chances = np.asarray(next(rows))
-                yield Prediction(path, chances, picture, logits_of.class_names)
+                yield Prediction(path, chances, image, logits_of.class_names)
 
 
 def as_text(prediction: Prediction, top: int) -> str:
-    """Return the picture's path and a line per label, the best first."""
+    """Return the image's path and a line per label, the best first."""
     chances, names = prediction.probabilities, prediction.class_names
     lines = [
         f"{100 * chances[k]:7.2f}%  {words(names[k])}" for k in prediction.best(top)
@@ -135,15 +128,14 @@ def _draw(found: Sequence[Prediction], path: Path) -> None:
 
 
 def _draw_feature_maps(
-    workdir: Path, step: int | None, picture: Any, path: Path
+    workdir: Path, step: int | None, image: np.ndarray, path: Path
 ) -> None:
-    """Draw the output of each layer for a square picture."""
     from alexnet_jax.analysis.figures import feature_maps
 
     model, variables, preprocess = load(workdir, step=step)
     # Not jitted, because that would sort the layers by name.
-    features: Any = model.apply(variables, preprocess(picture), method="features")
-    save_figure(feature_maps(picture, features), path)
+    features: Any = model.apply(variables, preprocess(image), method="features")
+    save_figure(feature_maps(image, features), path)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -168,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _predict(options: argparse.Namespace) -> bool:
-    """Print the labels of each picture; return True if all could be read."""
+    """Print the labels of each image; return True if all could be read."""
     for path in filter(None, (options.figure, options.feature_maps)):
         require_writable_file(path)
     drawn: list[Prediction] = []

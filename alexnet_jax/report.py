@@ -65,7 +65,7 @@ def report(workdir: Path, *, python: str = "python") -> list[str]:
       python: the Python command in the commands that the page shows.
 
     Raises:
-      FileNotFoundError, CheckpointError: as `loading.load`.
+      FileNotFoundError, CheckpointError: as `load.load`.
       PathError: (an OSError) the page or a figure cannot be written.
     """
     require_run(workdir)
@@ -122,7 +122,7 @@ def compare(workdirs: Sequence[Path], out: Path) -> list[str]:
 
 
 def _held_out_errors(records: Sequence[dict[str, Any]], top5: bool) -> list[str]:
-    """Return lines with the errors of the last evaluation; none without evaluations."""
+    """Return lines with the errors of the last evaluation, if there is one."""
     evaluations = [record for record in records if "eval/loss" in record]
     if not evaluations:
         return []

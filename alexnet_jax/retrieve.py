@@ -1,19 +1,19 @@
-"""Find the pictures of a data set that a trained network considers most similar.
+"""Find the images of a data set that a trained network considers most similar.
 
 python -m alexnet_jax.retrieve --workdir=DIR --index=FILE.npz
     [--source=folder:PATH] [--split=train] [--data_dir=DIR] [--layer=fc7]
 python -m alexnet_jax.retrieve --workdir=DIR --index=FILE.npz PICTURE ...
     [--top=6] [--format=json] [--figure=FILE.png] [--bits=256 [--shortlist=100]]
 
-The first makes the index, the features of every picture of a split (by default the
-run's own training pictures); the second looks pictures up in it. One command can do
-both. With --figure the neighbours are drawn as in the paper's figure 4, beside those by
-distances between pixels.
+The first makes the index, the features of every image of a split (by default the run's
+own training images); the second looks images up in it. One command can do both. With
+--figure the neighbours are drawn as in the paper's figure 4, beside those by distances
+between pixels.
 
-With --bits pictures are compared by short binary codes of their features. The
-autoencoder for these is trained once; codes are kept beside the index
-(FILE.256bits.npz). Distances are then numbers of differing bits; with --shortlist=R the
-R nearest by code are ordered by their Euclidean distances.
+With --bits images are compared by short binary codes of their features. The autoencoder
+for these is trained once; codes are kept beside the index (FILE.256bits.npz). Distances
+are then numbers of differing bits; with --shortlist=R the R nearest by code are ordered
+by their Euclidean distances.
 """
 
 import argparse
@@ -33,12 +33,7 @@ from alexnet_jax.analysis.codes import (
     shortlist,
     train_coder,
 )
-from alexnet_jax.analysis.features import (
-    BATCH,
-    Extractor,
-    read,
-    save_figure,
-)
+from alexnet_jax.analysis.features import BATCH, Extractor, read, save_figure
 from alexnet_jax.analysis.retrieval import (
     Index,
     RetrievalError,
@@ -63,7 +58,7 @@ from alexnet_jax.system.cli import (
 )
 from alexnet_jax.training.checkpoint import CheckpointError
 
-# Pictures that the autoencoder does not learn from; their recall is printed.
+# Images that the autoencoder does not learn from; their recall is printed.
 HELD_OUT = 200
 
 
@@ -121,7 +116,6 @@ def _stored_index(options: argparse.Namespace) -> Index | None:
 def _make_index(
     options: argparse.Namespace, features_of: Extractor, layer: str
 ) -> Index:
-    """Make a new index and write its file."""
     index = build_index(
         features_of,
         layer,
@@ -140,7 +134,7 @@ def _make_index(
 
 
 def _codes(options: argparse.Namespace, index: Index) -> Codes:
-    """Return the codes of the index from the file beside it, or make that file."""
+    """Return the codes of the index, from the file next to it or made anew."""
     bits, features = options.bits, index.features
     path = options.index.with_suffix(f".{bits}bits.npz")
     if path.exists():
@@ -171,26 +165,12 @@ def _codes(options: argparse.Namespace, index: Index) -> Codes:
     return codes
 
 
-def _search(
-    options: argparse.Namespace, index: Index, codes: Codes | None, queries: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (distances [Q, N], rows [Q, N]); in bits if codes alone are compared."""
-    if codes is None:
-        return nearest(index.features, queries, options.top)
-    if options.shortlist is None:
-        asked = codes.coder.encode(queries)
-        return nearest_codes(codes.packed, asked, options.top)
-    return shortlist(
-        index.features, codes, queries, options.top, size=options.shortlist
-    )
-
-
 def _folder_of(
     index: Index, rows: np.ndarray, features_of: Extractor
 ) -> FolderSource | None:
-    """Return the folder that holds the pictures of these rows.
+    """Return the folder that holds the images of these rows.
 
-    Prints why there is none if an index of a folder has other pictures there by now.
+    If the images of that folder have changed, print so and return None.
     """
     if not index.source.startswith("folder:"):
         return None
@@ -211,22 +191,30 @@ def _look_up(
     codes: Codes | None,
     features_of: Extractor,
 ) -> bool:
-    """Print the neighbours of each picture; return True if all could be read."""
+    """Print the neighbours of each image; return True if all could be read."""
     found = read(options.pictures, features_of.image_size)
-    pictures, paths = [], []
-    for path, picture in zip(options.pictures, found, strict=True):
-        if isinstance(picture, Exception):
-            print(f"error: {picture}", file=sys.stderr)
+    images, paths = [], []
+    for path, image in zip(options.pictures, found, strict=True):
+        if isinstance(image, Exception):
+            print(f"error: {image}", file=sys.stderr)
         else:
-            pictures.append(picture)
+            images.append(image)
             paths.append(path)
-    if not pictures:
+    if not images:
         return False
-    distances, rows = _search(options, index, codes, features_of(pictures))
-    in_bits = codes is not None and options.shortlist is None
-    unit, form, suffix = (
-        ("bits", "5d", " bits") if in_bits else ("distance", "10.3f", "")
-    )
+    queries = features_of(images)
+    unit, form, suffix = "distance", "10.3f", ""
+    if codes is None:
+        distances, rows = nearest(index.features, queries, options.top)
+    elif options.shortlist is not None:
+        size = options.shortlist
+        distances, rows = shortlist(
+            index.features, codes, queries, options.top, size=size
+        )
+    else:
+        asked = codes.coder.encode(queries)
+        distances, rows = nearest_codes(codes.packed, asked, options.top)
+        unit, form, suffix = "bits", "5d", " bits"
     folder = _folder_of(index, rows, features_of)
     for path, near, far in zip(paths, rows.tolist(), distances.tolist(), strict=True):
         neighbours: list[dict[str, Any]] = []
@@ -251,13 +239,13 @@ def _look_up(
         figure = draw(
             index,
             source,
-            np.stack(pictures),
+            np.stack(images),
             rows,
             query_titles=short_names(paths),
             layer=index.layer + (f", {codes.coder.bits} bits" if codes else ""),
         )
         save_figure(figure, options.figure)
-    return len(pictures) == len(options.pictures)
+    return len(images) == len(options.pictures)
 
 
 def _retrieve(options: argparse.Namespace) -> bool:

@@ -22,17 +22,10 @@ import numpy as np
 import optax
 from jax import lax
 
-from alexnet_jax.analysis.retrieval import (
-    QUERIES,
-    RetrievalError,
-    check_queries,
-    keep_nearest,
-    nearest,
-    rank,
-)
+from alexnet_jax.analysis.retrieval import RetrievalError, nearest, rank, search
 from alexnet_jax.system.files import read_npz, replacing
 
-# Codes that are compared with the queries at once.
+# Codes on the device at once.
 BLOCK = 16384
 # Updates of an autoencoder in training.
 STEPS = 500
@@ -60,16 +53,7 @@ class Coder:
         return len(self.bias)
 
     def encode(self, features: np.ndarray) -> np.ndarray:
-        """float32 [N, D] -> uint8 [N, ceil(bits / 8)], packed as by `np.packbits`.
-
-        Raises:
-          RetrievalError: the features have another length.
-        """
-        if features.ndim != 2 or features.shape[1] != len(self.mean):
-            raise RetrievalError(
-                f"features are {features.shape}; for this coder they must be [N, "
-                f"{len(self.mean)}]."
-            )
+        """Return the codes uint8 [N, ceil(bits / 8)] of features float32 [N, D]."""
         packed = np.empty((len(features), -(-self.bits // 8)), np.uint8)
         for i in range(0, len(features), _ROWS):
             part = jnp.asarray(features[i : i + _ROWS], jnp.float32)
@@ -123,7 +107,7 @@ def load_codes(path: str | os.PathLike[str]) -> Codes:
     """Read the file that `Codes.save` wrote; never through pickle.
 
     Raises:
-      RetrievalError: there is no such file, or it holds something else.
+      RetrievalError: the file is missing, unreadable or holds no codes.
     """
     names = ("mean", "kernel", "bias", "packed", "checksum")
     found = read_npz(path, names, RetrievalError)
@@ -137,10 +121,10 @@ def load_codes(path: str | os.PathLike[str]) -> Codes:
 
 
 class _Autoencoder(nn.Module):
-    """Features to a binary code and back by the same weights.
+    """Encode features as a binary code and decode it with the same weights.
 
-    Separate weights for the way back reconstruct better, but then part of what is learnt
-    lies in weights that Hamming distance does not see.
+    Separate decoder weights reconstruct better, but Hamming distance does not see what
+    they learn.
     """
 
     bits: int
@@ -187,11 +171,24 @@ def train_coder(
       progress: called with the number of steps done since its last call.
 
     Raises:
-      RetrievalError: the code is not shorter, or the features are not finite or all
-        the same.
+      RetrievalError: the code is not shorter than the features, or these are all the
+        same or not finite.
     """
-    mean, scale = _standard(features if rows is None else features[rows], bits)
+    width = features.shape[1]
+    if not 1 <= bits < 32 * width:
+        raise RetrievalError(
+            f"a code of {bits} bits: it must have at least 1 and be shorter than the "
+            f"features, {width:,} numbers of 32 bits."
+        )
     rows = np.arange(len(features)) if rows is None else rows
+    known = features[rows]
+    wide_mean = known.mean(axis=0, dtype=np.float64)
+    squares = np.einsum("nd,nd->", known, known, dtype=np.float64)
+    variance = squares / known.size - np.mean(wide_mean**2)
+    if not variance > 1e-9 * np.mean(wide_mean**2):  # NaN included
+        raise RetrievalError("features are all the same, or not finite.")
+    scale = np.sqrt(variance).astype(np.float32)
+    mean = wide_mean.astype(np.float32)
     network = _Autoencoder(bits)
     params = network.init(jax.random.key(seed), jnp.zeros((1, len(mean))))
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
@@ -222,26 +219,6 @@ def train_coder(
     )
 
 
-def _standard(features: np.ndarray, bits: int) -> tuple[np.ndarray, np.float32]:
-    """Return the mean [D] of the features, and the root of their mean variance."""
-    if features.ndim != 2 or 0 in features.shape:
-        raise RetrievalError(f"features are {features.shape}; they must be [N, D].")
-    width = features.shape[1]
-    if not 1 <= bits < 32 * width:
-        raise RetrievalError(
-            f"a code of {bits} bits: it must have at least 1 and be shorter than the "
-            f"features, {width:,} numbers of 32 bits."
-        )
-    mean = features.mean(axis=0, dtype=np.float64)
-    squares = np.einsum("nd,nd->", features, features, dtype=np.float64)
-    variance = squares / features.size - np.mean(mean**2)
-    if not np.isfinite(variance):
-        raise RetrievalError("features are not finite: infinite or NaN.")
-    if variance <= 1e-9 * np.mean(mean**2):
-        raise RetrievalError("features are all the same: there is nothing to encode.")
-    return mean.astype(np.float32), np.sqrt(variance).astype(np.float32)
-
-
 def nearest_codes(
     codes: np.ndarray, queries: np.ndarray, count: int, *, block: int = BLOCK
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -254,58 +231,28 @@ def nearest_codes(
 
     Returns:
       (distances int [Q, n] in bits, rows int [Q, n]), the nearest first; ties by row.
-
-    Raises:
-      RetrievalError: queries and codes have different lengths.
     """
-    check_queries(queries, codes, "these codes")
     count = min(count, len(codes))
-    block = max(min(block, len(codes)), count)
-    words, asked = _words(codes), _words(queries)
-    distances = np.zeros((len(queries), count), np.int32)
-    rows = np.zeros((len(queries), count), np.int32)
-    for i in range(0, len(queries), QUERIES):
-        part = asked[i : i + QUERIES]
-        best = jnp.full((len(part), count), jnp.inf)
-        places = jnp.zeros((len(part), count), jnp.int32)
-        for first in range(0, len(codes), block):
-            start = min(first, len(codes) - block)
-            there = words[start : start + block]
-            best, places = _merge(best, places, part, there, start, first)
-        distances[i : i + QUERIES], rows[i : i + QUERIES] = best, places
-    return distances, rows
+    bits, rows = search(_words(codes), _words(queries), count, block, _differing_bits)
+    return bits.astype(np.int32), rows
+
+
+def _differing_bits(queries: jax.Array, part: jax.Array) -> jax.Array:
+    different = jnp.zeros((len(queries), len(part)), jnp.uint32)
+    for word in range(part.shape[1]):
+        different += lax.population_count(queries[:, word, None] ^ part[:, word])
+    # As float32, exact up to 2^24 bits: top_k would sort integers whole.
+    return different.astype(jnp.float32)
 
 
 def _words(packed: np.ndarray) -> np.ndarray:
-    """uint8 [N, bytes] -> uint32 [N, words], filled up with zeros."""
+    """Return codes uint8 [N, bytes] as uint32 [N, words], padded with zeros."""
     padded = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 4)))
     return np.ascontiguousarray(padded).view(np.uint32)
 
 
-@jax.jit
-def _merge(
-    best: jax.Array,
-    rows: jax.Array,
-    queries: jax.Array,
-    part: jax.Array,
-    start: jax.Array,
-    first: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """`keep_nearest` with the Hamming distances to a block of the codes."""
-    here = jnp.zeros((len(queries), len(part)), jnp.uint32)
-    for word in range(part.shape[1]):
-        here += lax.population_count(queries[:, word, None] ^ part[:, word])
-    # As float32, exact up to 2^24 bits: top_k would sort integers whole.
-    return keep_nearest(best, rows, here.astype(jnp.float32), start, first)
-
-
 def shortlist(
-    features: np.ndarray,
-    codes: Codes,
-    queries: np.ndarray,
-    count: int,
-    *,
-    size: int,
+    features: np.ndarray, codes: Codes, queries: np.ndarray, count: int, *, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the nearest by Euclidean distance among the `size` nearest by code.
 
@@ -344,7 +291,7 @@ def recall_of_rows(
 
 
 def _without(found: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """[Q, n] -> [Q, n - 1]: leave out each query's own row, or else the last one."""
+    """Drop each query's own row, or else the last one: [Q, n] -> [Q, n - 1]."""
     others = found != rows[:, None]
     others[:, -1] &= ~others.all(axis=1)
     return found[others].reshape(len(found), -1)

@@ -1,4 +1,4 @@
-"""Features of pictures from a trained network: for predict, retrieve and the report."""
+"""Features of images from a trained network: for predict, retrieve and the report."""
 
 import copy
 import os
@@ -24,49 +24,40 @@ from alexnet_jax.training.load import (
     read_network,
 )
 
-# Pictures that go through the network at once.
+# Images per call of the network.
 BATCH = 64
 
 
-class UnknownLayerError(ValueError):
-    """A network has no features of that name."""
-
-
 class Extractor:
-    """A trained network as a function from pictures to one layer's features.
+    """A trained network as a function from raw images to one layer's features.
 
     Args:
-      path: the workdir of a run, or a file of weights; as of `loading.load`.
+      path: the workdir of a run, or a file of weights; as for `load.load`.
       layer: a name of `model.apply(..., method="features")`, for example "fc7".
-      step: which checkpoint; as of `loading.load`.
-      batch: pictures per call of the network; smaller batches are filled up, so that
-        one compiled program serves all.
+      step: which checkpoint; as for `load.load`.
+      batch: images per call of the network; smaller batches are filled up, so that one
+        compiled program serves all.
 
     Attributes:
-      model, variables: as of `loading.load`.
-      image_size: side of the pictures in pixels.
+      model, variables: as from `load.load`.
+      image_size: side of the images in pixels.
       class_names: by label; "class 3" if neither run nor file names it.
 
     Raises:
-      UnknownLayerError: the network has no such layer.
-      FileNotFoundError, CheckpointError: as `loading.load`.
+      ValueError: the network has no such layer.
+      FileNotFoundError, CheckpointError: as `load.load`.
     """
 
     def __init__(
-        self,
-        path: Path,
-        layer: str,
-        *,
-        step: int | None = None,
-        batch: int = BATCH,
+        self, path: Path, layer: str, *, step: int | None = None, batch: int = BATCH
     ):
         weights = read_network(path, step=step)
         self.model, self.variables = weights.make_model(), weights.variables
         self.image_size = weights.image_size
         known = weights.class_names or ()
         count = self.model.network.layers[-1].features
-        self.class_names = [*known[:count]]
-        self.class_names += [f"class {k}" for k in range(len(known), count)]
+        unnamed = [f"class {k}" for k in range(len(known), count)]
+        self.class_names = [*known[:count], *unnamed]
         self._preprocess = make_preprocess(weights)
         self._data: dict[str, Any] = {}
         if not is_weights_file(path):
@@ -77,7 +68,7 @@ class Extractor:
         self._set_layer(layer)
 
     def of(self, layer: str) -> "Extractor":
-        """Return an extractor of another layer of the same network, without reading it."""
+        """Return an extractor of another layer of the same network."""
         other = copy.copy(self)
         other._set_layer(layer)
         return other
@@ -90,9 +81,7 @@ class Extractor:
 
         known = jax.eval_shape(features, self._preprocess(self._grey))
         if layer not in known:
-            raise UnknownLayerError(
-                f"layer {layer!r} must be one of {', '.join(known)}."
-            )
+            raise ValueError(f"layer {layer!r} must be one of {', '.join(known)}.")
         self._apply = ops.jit(
             lambda images: features(images)[layer].reshape(len(images), -1)
         )
@@ -112,7 +101,7 @@ class Extractor:
         return self._data
 
     def __call__(self, pictures: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
-        """uint8 pictures [S, S, 3], at least one -> float32 [B, D]."""
+        """Return the features float32 [B, D] of raw images uint8 [S, S, 3], B > 0."""
         found = []
         for start in range(0, len(pictures), self._batch):
             part = list(pictures[start : start + self._batch])
@@ -124,9 +113,9 @@ class Extractor:
     def over(
         self, pictures: Source, what: str
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield the pictures of a split in order, with their features, in batches.
+        """Yield the images of a split in order and their features, in batches.
 
-        Shows progress as `cli.progress`, under the name `what`.
+        Shows progress under the name `what`.
 
         Yields:
           (uint8 [B, S, S, 3], float32 [B, D]).
@@ -141,17 +130,9 @@ class Extractor:
                 advance(len(images))
 
     def open(
-        self,
-        split: str,
-        *,
-        source: str | None = None,
-        data_dir: str | None = None,
+        self, split: str, *, source: str | None = None, data_dir: str | None = None
     ) -> Source:
-        """Open a split by `data.open_source`; without `source` the run's own data.
-
-        Raises:
-          DataError: as `open_source` and `data`.
-        """
+        """Open a split by `data.open_source`; without `source` the run's own data."""
         return data_lib.open_source(
             source or str(self.data["source"]),
             split,
@@ -160,7 +141,7 @@ class Extractor:
         )
 
     def probe(self) -> np.ndarray:
-        """Return the features of a grey picture, float32 [D], to recognise the network."""
+        """Return the features of a grey image, float32 [D], to recognise the network."""
         return self(self._grey[None])[0]
 
 
@@ -173,6 +154,15 @@ def read(paths: Sequence[str], size: int) -> list[np.ndarray | Exception]:
         except (OSError, ValueError) as error:
             found.append(error)
     return found
+
+
+def fetch(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return images uint8 [N, S, S, 3] of a source and their labels int32 [N]."""
+    size = source.image_size
+    images = np.empty((len(indices), size, size, 3), np.uint8)
+    labels = np.empty(len(indices), np.int32)
+    source.fetch(indices, images, labels)
+    return images, labels
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Similar pictures by features of a network: an index that is searched exactly.
+"""Similar images by features of a network: an index that is searched exactly.
 
 "If two images produce feature activation vectors with a small Euclidean separation, we
 can say that the higher levels of the neural network consider them to be similar" (the
@@ -6,8 +6,10 @@ paper, section 6.1).
 """
 
 import dataclasses
+import functools
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,24 +18,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from alexnet_jax.analysis.features import Extractor
+from alexnet_jax.analysis.features import Extractor, fetch
+from alexnet_jax.data import warnings_about
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import resize_to_square
 from alexnet_jax.data.sources import Source
 from alexnet_jax.system.files import read_npz, replacing
 
-# Bytes of an index that are compared with the queries at once. For larger blocks the
-# copy to the device takes most of the time on a CPU.
+# Bytes of an index that are compared with the queries at once; on a CPU, larger blocks
+# are slower.
 BLOCK_BYTES = 2**24
 # Queries that are compared with the index together.
 QUERIES = 256
-# Side of the pictures whose pixels are compared.
+# Side of the images whose pixels are compared.
 PIXELS = 32
-# Largest difference of the same picture's features, over the largest feature: processors
-# and devices add up in different orders.
+# Tolerance for the features of the same image, relative to the largest one: devices add
+# up in different orders.
 PROBE_TOLERANCE = 1e-2
-# Mean difference in grey levels from which on pixels are those of another picture.
+# Mean difference in grey levels from which on two images are different.
 SAME_PICTURE = 4
 # Candidates beyond those asked for that are compared again in float64.
 _MORE = 16
@@ -45,16 +48,16 @@ class RetrievalError(ValueError):
 
 @dataclass(frozen=True)
 class Index:
-    """Features of every picture of a split, in its order.
+    """Features of every image of a split, in its order.
 
     Attributes:
       features: float32 [N, D].
-      pixels: uint8 [N, P], each picture shrunk to `PIXELS` x `PIXELS` x 3, flat.
+      pixels: uint8 [N, P], each image shrunk to `PIXELS` x `PIXELS` x 3, flat.
       labels: int [N].
       class_names: by label.
-      probe: float32 [D], features of a grey picture, to recognise the network.
+      probe: float32 [D], features of a grey image, to recognise the network.
       layer: name of the layer, for example "fc7".
-      source, split: as for `data.open_source`, to find the pictures again.
+      source, split: as for `data.open_source`, to find the images again.
     """
 
     features: np.ndarray
@@ -76,7 +79,7 @@ def load_index(path: str | os.PathLike[str]) -> Index:
     """Read the file that `Index.save` wrote; never through pickle.
 
     Raises:
-      RetrievalError: there is no such file, or it holds something else.
+      RetrievalError: the file is missing, unreadable or not an index.
     """
     names = [field.name for field in dataclasses.fields(Index)]
     found: dict[str, Any] = read_npz(path, names, RetrievalError)
@@ -88,15 +91,6 @@ def load_index(path: str | os.PathLike[str]) -> Index:
     return Index(**found)
 
 
-def check_queries(queries: np.ndarray, rows: np.ndarray, what: str) -> None:
-    """Raise RetrievalError unless queries [Q, D] are as long as the rows of `what`."""
-    if queries.ndim != 2 or queries.shape[1] != rows.shape[1]:
-        raise RetrievalError(
-            f"queries are {queries.shape}; for {what} they must be [Q, "
-            f"{rows.shape[1]}]."
-        )
-
-
 def shrink(pictures: np.ndarray) -> np.ndarray:
     """uint8 [B, S, S, 3] -> uint8 [B, P], for distances between pixels."""
     small = [resize_to_square(picture, PIXELS) for picture in pictures]
@@ -104,53 +98,35 @@ def shrink(pictures: np.ndarray) -> np.ndarray:
 
 
 def nearest(
-    features: np.ndarray,
-    queries: np.ndarray,
-    count: int,
-    *,
-    block: int | None = None,
+    features: np.ndarray, queries: np.ndarray, count: int, *, block: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the nearest rows of an index by Euclidean distance, exactly.
 
-    The index goes to the device in blocks. There |q|^2 - 2 q x + |x|^2 in float32 finds
-    the nearest `count` and sixteen more; for these |q - x| is computed in float64, where
-    nothing cancels. A neighbour is missed only if more than sixteen others are as near
-    as float32 can tell.
+    On the device |q|^2 - 2 q x + |x|^2 in float32 finds the nearest `count` and sixteen
+    more; for these |q - x| is computed in float64, where nothing cancels. A neighbour is
+    missed only if more than sixteen others are as near as float32 can tell.
 
     Args:
       features: [N, D], float32 or uint8.
       queries: [Q, D] of the same type.
       count: how many to find; n = min(count, N).
-      block: rows per block; None: 16 MB.
+      block: rows on the device at once; None: 16 MB.
 
     Returns:
       (distances float64 [Q, n], rows int [Q, n]), the nearest first; ties by row.
-
-    Raises:
-      RetrievalError: queries and index have different lengths.
     """
-    check_queries(queries, features, "this index")
     most = min(count + _MORE, len(features))
     size = block or BLOCK_BYTES // (features.itemsize * features.shape[1])
-    size = max(min(size, len(features)), most)
-    parts = [queries[i : i + QUERIES] for i in range(0, len(queries), QUERIES)]
-    on_device = [jnp.asarray(part, jnp.float32) for part in parts]
-    best = [
-        (jnp.full((len(part), most), jnp.inf), jnp.zeros((len(part), most), jnp.int32))
-        for part in parts
-    ]
-    for first in range(0, len(features), size):
-        # The last block starts earlier, at rows of the block before: all have one size.
-        start = min(first, len(features) - size)
-        there = jnp.asarray(features[start : start + size])
-        for i, part in enumerate(on_device):
-            best[i] = _merge(*best[i], part, there, start, first)
-    found = [
-        rank(features, part, np.asarray(rows), count)
-        for part, (_, rows) in zip(parts, best, strict=True)
-    ] or [(np.zeros((0, count)), np.zeros((0, count), np.int32))]
-    distances, rows = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-    return distances, rows
+    _, rows = search(features, queries.astype(np.float32), most, size, _squares)
+    return rank(features, queries, rows, count)
+
+
+def _squares(queries: jax.Array, part: jax.Array) -> jax.Array:
+    part = part.astype(queries.dtype)
+    # In this order, because XLA would otherwise write out the block transposed.
+    products = jnp.matmul(part, queries.T, precision=lax.Precision.HIGHEST).T
+    lengths = jnp.sum(part**2, axis=1) - 2 * products
+    return lengths + jnp.sum(queries**2, axis=1, keepdims=True)
 
 
 def rank(
@@ -172,38 +148,59 @@ def rank(
     )
 
 
-@jax.jit
+def search(
+    table: np.ndarray,
+    queries: np.ndarray,
+    count: int,
+    block: int,
+    distances: Callable[[jax.Array, jax.Array], jax.Array],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of a table with the smallest distances, which goes in blocks.
+
+    Args:
+      table, queries: [N, D] and [Q, D].
+      count: at most N.
+      block: rows on the device at once.
+      distances: a module-level function (queries, block) -> float32 [Q, B].
+
+    Returns:
+      (distances float32 [Q, count], rows int32 [Q, count]), ascending; ties by row.
+    """
+    size = max(min(block, len(table)), count)
+    parts = [
+        jnp.asarray(queries[i : i + QUERIES]) for i in range(0, len(queries), QUERIES)
+    ]
+    best = [
+        (
+            jnp.full((len(part), count), jnp.inf),
+            jnp.zeros((len(part), count), jnp.int32),
+        )
+        for part in parts
+    ]
+    for first in range(0, len(table), size):
+        # The last block starts earlier, at rows of the block before: all have one size.
+        start = min(first, len(table) - size)
+        there = jnp.asarray(table[start : start + size])
+        for i, part in enumerate(parts):
+            best[i] = _merge(*best[i], part, there, start, first, distances)
+    if not best:
+        return np.zeros((0, count), np.float32), np.zeros((0, count), np.int32)
+    found, rows = (np.concatenate(arrays) for arrays in zip(*best, strict=True))
+    return found, rows
+
+
+@functools.partial(jax.jit, static_argnames="distances")
 def _merge(
-    squares: jax.Array,
+    best: jax.Array,
     rows: jax.Array,
     queries: jax.Array,
     part: jax.Array,
-    start: jax.Array,
-    first: jax.Array,
+    start: int,
+    first: int,
+    distances: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-    """`keep_nearest` with the squared distances to a block of the index."""
-    part = part.astype(queries.dtype)
-    # In this order, because XLA would otherwise write out the block transposed.
-    products = jnp.matmul(part, queries.T, precision=lax.Precision.HIGHEST).T
-    lengths = jnp.sum(part**2, axis=1) - 2 * products
-    here = lengths + jnp.sum(queries**2, axis=1, keepdims=True)
-    return keep_nearest(squares, rows, here, start, first)
-
-
-def keep_nearest(
-    best: jax.Array,
-    rows: jax.Array,
-    here: jax.Array,
-    start: jax.Array,
-    first: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Return the nearest of those so far and of a block, [Q, n] each; ties by row.
-
-    Args:
-      best, rows: the smallest distances so far [Q, n], and their rows.
-      here: float32 [Q, B], distances to the rows of the block.
-      start: the first row of the block; rows before `first` are ignored.
-    """
+    """Merge the nearest so far with those of a block, whose rows before `first` are old."""
+    here = distances(queries, part)
     here = jnp.where(start + jnp.arange(here.shape[1]) >= first, here, jnp.inf)
     count = best.shape[1]
     nearest_here, places = lax.top_k(-here, count)
@@ -224,12 +221,12 @@ def build_index(
     split: str | None = None,
     data_dir: str | None = None,
 ) -> Index:
-    """Return the features of every picture of a split.
+    """Return the features of every image of a split.
 
     Args:
       features_of: of a run and of this layer.
       source, split, data_dir: as for `data.open_source`; None: the run's own training
-        pictures.
+        images.
 
     Raises:
       DataError: as `open_source`.
@@ -237,13 +234,13 @@ def build_index(
     """
     source = source or str(features_of.data["source"])
     split = split or str(features_of.data["train_split"])
-    pictures = open_for_index(features_of, split, source, data_dir)
-    if pictures.left_out:
-        print(f"WARNING: {pictures.left_out}", file=sys.stderr)
-    index = index_of(features_of, layer, pictures, source=source, split=split)
-    # The square of a distance has to fit into float32. A NaN is in no range.
+    images = open_for_index(features_of, split, source, data_dir)
+    for line in warnings_about(images):
+        print(line, file=sys.stderr)
+    index = index_of(features_of, layer, images, source=source, split=split)
+    # The square of a distance has to fit into float32.
     largest = np.sqrt(np.finfo(np.float32).max / (4 * index.features.shape[1]))
-    if not (index.features.min() >= -largest and index.features.max() <= largest):
+    if not (np.abs(index.features) <= largest).all():  # NaN included
         raise RetrievalError(
             f"features of {layer} are infinite, NaN or larger than {largest:.0e}: this "
             "network finds nothing. Take another checkpoint, --step=N."
@@ -252,18 +249,18 @@ def build_index(
 
 
 def index_of(
-    features_of: Extractor, layer: str, pictures: Source, *, source: str, split: str
+    features_of: Extractor, layer: str, images: Source, *, source: str, split: str
 ) -> Index:
-    """Return the index of all `pictures`; the strings are stored with it."""
-    features, pixels = [], []
-    for images, found in features_of.over(pictures, "index"):
-        features.append(found)
-        pixels.append(shrink(images))
+    """Return the index of a source; the strings are stored with it."""
+    features, pixels = zip(
+        *((found, shrink(batch)) for batch, found in features_of.over(images, "index")),
+        strict=True,
+    )
     return Index(
         features=np.concatenate(features),
         pixels=np.concatenate(pixels),
-        labels=pictures.labels_of(np.arange(pictures.num_examples)).astype(np.int32),
-        class_names=tuple(pictures.class_names),
+        labels=images.labels_of(np.arange(images.num_examples)).astype(np.int32),
+        class_names=tuple(images.class_names),
         probe=features_of.probe(),
         layer=layer,
         source=source,
@@ -274,24 +271,20 @@ def index_of(
 def open_for_index(
     features_of: Extractor, split: str, source: str, data_dir: str | None
 ) -> Source:
-    """Open a split as `Extractor.open`; errors name `--source`, not the config field.
-
-    Raises:
-      DataError: as `Extractor.open`, and for a folder that is not there.
-    """
+    """Open a split as `Extractor.open`; errors name `--source`, not the config field."""
     try:
         return features_of.open(split, source=source, data_dir=data_dir)
     except (DataError, FileNotFoundError) as error:
-        words = str(error).replace("--config.data.source", "--source")
-        raise DataError(words) from error
+        message = str(error).replace("--config.data.source", "--source")
+        raise DataError(message) from error
 
 
 def fetch_rows(index: Index, source: Source, rows: np.ndarray) -> np.ndarray:
-    """Return the pictures of rows int [R] of an index, uint8 [R, S, S, 3].
+    """Return the images of rows int [R] of an index, uint8 [R, S, S, 3].
 
     Raises:
-      RetrievalError: the source has another number of pictures than the index, or
-        another label or picture in one of these rows.
+      RetrievalError: the source has changed: another number of images, or another
+        label or image in one of these rows.
       DataError: as `Source.fetch`.
     """
     count = len(index.labels)
@@ -300,17 +293,14 @@ def fetch_rows(index: Index, source: Source, rows: np.ndarray) -> np.ndarray:
             f"{source.description} has {source.num_examples:,} pictures now, the index "
             f"{count:,}. Make it again: remove its file."
         )
-    size = source.image_size
-    pictures = np.empty((len(rows), size, size, 3), np.uint8)
-    labels = np.empty(len(rows), np.int32)
-    source.fetch(rows, pictures, labels)
-    apart = np.abs(shrink(pictures).astype(int) - index.pixels[rows]).mean(axis=1)
+    images, labels = fetch(source, rows)
+    apart = np.abs(shrink(images).astype(int) - index.pixels[rows]).mean(axis=1)
     if (apart >= SAME_PICTURE).any() or (labels != index.labels[rows]).any():
         raise RetrievalError(
             f"{source.description} has other pictures now than the index. Make it again: "
             "remove its file."
         )
-    return pictures
+    return images
 
 
 def check_index(index: Index, features_of: Extractor) -> None:
@@ -335,7 +325,7 @@ def draw(
     """Return a matplotlib figure of queries [Q, S, S, 3] and of their neighbours.
 
     Args:
-      source: the pictures of the index.
+      source: the images of the index.
       rows: int [Q, N], neighbours by features; those by pixels are found here.
       titles: `query_titles` and `layer` of `figures.nearest_pictures`.
 

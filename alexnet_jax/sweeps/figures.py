@@ -1,4 +1,4 @@
-"""What a sweep came to: its rows beside the published ones, or the paper's figure 1."""
+"""Draw a sweep's results beside the published ones, or as the paper's figure 1."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,15 +15,10 @@ _STYLES = ("-", "--", ":")
 
 
 def sweep_results(sweep: Sweep, lines: Sequence[Line]) -> Figure:
-    """Draws each row's metric, and its effect with the published one beside it.
+    """Return a figure of each row's metric and of its effect, with the published one.
 
-    Args:
-      sweep: of a `FinalError`.
-      lines: of `summary.summarize`.
-
-    Returns:
-      A matplotlib figure: on the left every run as a light dot, the mean and the
-      standard deviation over seeds; on the right the effect and its standard error.
+    On the left: every run as a light dot, mean and standard deviation over seeds. On the
+    right: the effect and its standard error.
     """
     size = (8.0, 1.3 + 0.42 * len(lines))
     figure = Figure(figsize=size, layout="constrained")
@@ -59,7 +54,6 @@ def sweep_results(sweep: Sweep, lines: Sequence[Line]) -> Figure:
 
 
 def _draw(axes: Axes, y: int, estimate: Estimate) -> None:
-    """A point with its error bar."""
     if estimate.mean is not None:
         axes.errorbar(
             estimate.mean, y, xerr=estimate.spread, fmt="o", color=_OURS, capsize=3
@@ -69,14 +63,11 @@ def _draw(axes: Axes, y: int, estimate: Estimate) -> None:
 def error_curves(
     rows: Mapping[str, Sequence[Sequence[dict[str, Any]]]], target: float
 ) -> Figure:
-    """Draws training errors over the epochs, as the paper's figure 1.
+    """Return a figure of training errors (%) over the epochs, as the paper's figure 1.
 
     Args:
       rows: row -> records of `writers.read_metrics` of each of its runs; at most 18.
       target: the error in [0, 1] that is drawn as a dashed line.
-
-    Returns:
-      A matplotlib figure; errors in %.
     """
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()

@@ -13,36 +13,26 @@ from absl import flags
 from ml_collections import config_flags
 
 from alexnet_jax.training import load as load_lib
-from alexnet_jax.training.config import (
-    Config,
-    ConfigError,
-    as_json,
-    flat,
-    validate,
-)
+from alexnet_jax.training.config import Config, ConfigError, as_json, flat, validate
 
 ROOT = Path(__file__).parents[2]
-COMPARISONS = ("difference", "ratio")
 
 
 class SweepError(ValueError):
-    """What is wrong with a sweep or with what was asked of it, in words."""
-
-
-# What a sweep consists of.
+    """A user error in a sweep or in its command line."""
 
 
 @dataclass(frozen=True)
 class Paper:
-    """What was published about a row.
+    """Published figures of a row.
 
     Attributes:
-      value: in the sweep's metric (errors in per cent), None: not published.
+      value: in the sweep's metric (errors in per cent); None: not published.
       effect: row minus baseline, or row over baseline, as the sweep compares; None:
         not published.
       measured_on: the data, and the views if they are known.
-      source: where it stands.
-      at_least: the effect is "over" so much.
+      source: where it was published.
+      at_least: `effect` is a lower bound.
     """
 
     value: float | None = None
@@ -58,8 +48,8 @@ class Row:
 
     Attributes:
       name: unique in its sweep.
-      overrides: config field -> value, such as {"model.overrides.lrn": False}.
-      paper: what was published about it.
+      overrides: config field -> value, for example {"model.overrides.lrn": False}.
+      paper: its published figures.
       config: another config file than the sweep's.
       search: one config field and its candidates. All are run with the first seed; the
         best by the sweep's metric with the others.
@@ -81,7 +71,7 @@ class Row:
             )
 
     def candidates(self) -> Sequence[Any]:
-        """The values that are searched; (None,) without a search."""
+        """Return the values that are searched; (None,) without a search."""
         return (None,) if self.search is None else next(iter(self.search.values()))
 
 
@@ -92,7 +82,7 @@ class Measurement:
     Attributes:
       value: in the metric's unit.
       censored: the run ended before the value was known; it is above `value`.
-      tie: what tells censored runs apart, the lower the better.
+      tie: tells censored runs apart, lower is better.
     """
 
     value: float
@@ -113,14 +103,14 @@ class FinalError:
         return f"{self.key} (%)"
 
     def measure(self, records: Sequence[Mapping[str, Any]]) -> Measurement | None:
-        """The last record's that has it; None: there is none."""
+        """Return the last value in the records; None without any."""
         values = [record[self.key] for record in records if self.key in record]
         return Measurement(100 * values[-1]) if values else None
 
 
 @dataclass(frozen=True)
 class EpochsTo:
-    """Epochs until the training error, a mean between two records, was so low."""
+    """Epochs until the training error, a mean between two records, is at the target."""
 
     target: float = 0.25
     key: str = "train/top1_error"
@@ -129,19 +119,17 @@ class EpochsTo:
         return f"epochs to {100 * self.target:g}% training error"
 
     def measure(self, records: Sequence[Mapping[str, Any]]) -> Measurement | None:
-        """The epoch of the first such record; without one, censored at the last.
+        """Return the epoch of the first such record, else the last epoch, censored.
 
-        Records of fewer steps than the others do not count: where a run was stopped, and
-        where it went on.
+        Records over fewer steps than the others, after a stop or a resume, do not count.
         """
         found = [record for record in records if self.key in record]
         if not found:
             return None
         steps = [0, *(record["step"] for record in found)]
         windows = [after - before for before, after in itertools.pairwise(steps)]
-        whole = max(windows)
         for record, window in zip(found, windows, strict=True):
-            if window == whole and record[self.key] <= self.target:
+            if window == max(windows) and record[self.key] <= self.target:
                 return Measurement(record["epoch"])
         last = found[-1]
         return Measurement(last["epoch"], censored=True, tie=last[self.key])
@@ -149,18 +137,18 @@ class EpochsTo:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Rows that are trained alike but for what they change.
+    """Rows that are trained alike except for their overrides.
 
     Attributes:
-      about: a sentence: what is asked.
-      config: file of configs/, ":ARGUMENT" and all, for rows without their own.
-      rows: unique names.
+      about: the question, in one sentence.
+      config: file of configs/, with its ":ARGUMENT", for rows without their own.
+      rows: with unique names.
       baseline: the row that the others are compared with.
-      measured_on: the data that it runs on, unless it is told others.
+      measured_on: the data of the config.
       overrides: config field -> value, for all rows; a row's own win.
-      metric: what a run is judged by.
+      metric: how a run is judged.
       compare: with the baseline, by "difference" or by "ratio".
-      seeds: of the runs, unless others are asked for.
+      seeds: of the runs, unless the command line has others.
     """
 
     about: str
@@ -174,11 +162,8 @@ class Sweep:
     seeds: Sequence[int] = (0,)
 
     def __post_init__(self) -> None:
-        if self.compare not in COMPARISONS:
-            raise SweepError(
-                f"compare={self.compare!r} must be one of {', '.join(COMPARISONS)}."
-            )
-        check_seeds(self.seeds, f"seeds={self.seeds}")
+        if self.compare not in ("difference", "ratio"):
+            raise SweepError(f"compare={self.compare!r} must be difference or ratio.")
         names = [row.name for row in self.rows]
         if len(set(names)) < len(names):
             raise SweepError(f"rows {', '.join(names)}: two have the same name.")
@@ -189,20 +174,11 @@ class Sweep:
                 )
 
 
-def check_seeds(seeds: Sequence[int], shown: str) -> None:
-    """Raise SweepError, beginning with `shown`, unless there are seeds, and all differ."""
-    in_range = all(0 <= seed < 2**32 for seed in seeds)
-    if not in_range or not 0 < len(set(seeds)) == len(seeds):
-        raise SweepError(
-            f"{shown} must be different numbers from 0 to 4294967295, such as 0,1,2."
-        )
-
-
 def load(path: str | os.PathLike[str]) -> Sweep:
-    """The sweep of a file; "FILE:ARGUMENT" is get_sweep(ARGUMENT), as of configs.
+    """Return the sweep of a file; "FILE:ARGUMENT" is get_sweep(ARGUMENT).
 
     Raises:
-      SweepError: if there is no such file, or no sweep in it.
+      SweepError: there is no such file, or no sweep in it.
     """
     path, colon, argument = os.fspath(path).partition(":")
     if not Path(path).is_file():
@@ -212,22 +188,16 @@ def load(path: str | os.PathLike[str]) -> Sweep:
             f"{', '.join(shipped)}."
         )
     try:
-        sweep = load_lib.run_file(f"{path}{colon}{argument}", "get_sweep")
+        return load_lib.run_file(f"{path}{colon}{argument}", "get_sweep")
     except ConfigError as error:
         raise SweepError(
             f"{error} It must define get_sweep(), which returns a sweeps.Sweep."
         ) from error
-    if not isinstance(sweep, Sweep):
-        raise SweepError(f"{path}: get_sweep() must return a sweeps.Sweep.")
-    return sweep
-
-
-# Its runs.
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: a row's, with a seed and perhaps a candidate of its search."""
+    """One training run: a row, a seed, and perhaps a candidate of the row's search."""
 
     row: str
     candidate: Any
@@ -237,27 +207,31 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Where it is below the sweep's runs/."""
+        """Its folder in the sweep's runs/."""
         value = "" if self.candidate is None else f"-{slug(as_text(self.candidate))}"
         return f"{slug(self.row)}{value}/seed_{self.seed}"
 
     def flags(self) -> list[str]:
-        """What main is told, but for the workdir."""
+        """Return the flags of `main` except --workdir."""
         fields = [f"--config.{k}={as_text(v)}" for k, v in self.overrides.items()]
         return [f"--config={self.config}", *fields]
 
     def fields(self) -> dict[str, Any]:
-        """Every field of its config as a workdir's config.json has it."""
+        """Return every field of its config, as config.json stores it."""
         config = set_fields(load_config(self.config), self.overrides, "")
         return flat(as_json(config))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep with the seeds and the settings that were asked for.
+    """A sweep with the seeds and the settings of the command line.
 
     Attributes:
       settings: config field -> text as on the command line; they win over the sweep.
+
+    Raises:
+      SweepError: a field does not exist, a row's config is not valid, two runs would
+        share a folder, the rows differ in a setting, or seeds are not different numbers.
     """
 
     name: str
@@ -267,6 +241,13 @@ class Plan:
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        in_range = all(0 <= seed < 2**32 for seed in self.seeds)
+        if not in_range or not 0 < len(set(self.seeds)) == len(self.seeds):
+            raise SweepError(
+                f"--seeds={','.join(map(str, self.seeds))} must be different numbers "
+                "from 0 to 4294967295, such as 0,1,2."
+            )
+        folders: set[str] = set()
         for row in self.sweep.rows:
             for name in self.settings:
                 if name in {*row.overrides, *(row.search or ())}:
@@ -275,43 +256,17 @@ class Plan:
                         f"{self.name!r} differ in it (row {row.name!r}); change it in "
                         "the sweep's file."
                     )
-        folders: dict[str, str] = {}
-        for row in self.sweep.rows:
             for candidate in row.candidates():
                 run = self.run(row, self.seeds[0], candidate)
-                if folders.setdefault(run.name, row.name) != row.name:
+                if run.name in folders:
                     raise SweepError(
-                        f"rows {folders[run.name]!r} and {row.name!r} would share the "
-                        f"folder {run.name}; give one another name."
+                        f"row {row.name!r} would share the folder {run.name} with "
+                        "another run; give it another name."
                     )
-            if len({self.run(row, 0, c).name for c in row.candidates()}) < len(
-                row.candidates()
-            ):
-                raise SweepError(f"row {row.name!r}: two candidates share a folder.")
-
-    def _check(self, row: Row, config: Config) -> None:
-        """Raises SweepError for a config that main would refuse, devices aside."""
-        try:
-            validate(config, devices=False)
-        except ConfigError as error:
-            raise SweepError(f"row {row.name!r}: {error}") from error
-        key = getattr(self.sweep.metric, "key", "")
-        if key.startswith("eval/") and not config.data.eval_split:
-            raise SweepError(
-                f"sweep {self.name!r} compares {key}, and data.eval_split is empty."
-            )
-        if key.startswith("eval/views_") and config.eval_views == 1:
-            raise SweepError(
-                f"sweep {self.name!r} compares {key}: eval_views must not be 1."
-            )
+                folders.add(run.name)
 
     def run(self, row: Row, seed: int, candidate: Any = None) -> Run:
-        """A row's run.
-
-        Raises:
-          SweepError: for an override or a setting that its config does not take, or a
-            config that main would refuse.
-        """
+        """Return a run of a row; errors as for `Plan`."""
         key = (row.name, as_text(candidate))
         if key not in self._made:  # a config and its flags take a while
             self._made[key] = self._make(row, candidate)
@@ -319,7 +274,7 @@ class Plan:
         return Run(row.name, candidate, seed, file, {**overrides, "seed": seed})
 
     def _make(self, row: Row, candidate: Any) -> tuple[str, dict[str, Any]]:
-        """The config file and the overrides of its runs, but for the seed."""
+        """Return the config file and the overrides of its runs, without the seed."""
         file = _config_path(row.config or self.sweep.config)
         where = f"sweep {self.name!r}, row {row.name!r}: "
         overrides = {**self.sweep.overrides, **row.overrides}
@@ -328,18 +283,20 @@ class Plan:
         config = set_fields(load_config(file), overrides, where)
         if "seed" in {*overrides, *self.settings}:
             raise SweepError(f"{where}seed is not set so; give --seeds=0,1,2.")
-        parse_fields(config, self.settings, "--set ")
+        set_fields(config, self.settings, "--set ")
         fields = flat(config.to_dict())
-        overrides |= {name: fields[name] for name in self.settings}
-        self._check(row, set_fields(config, {"seed": self.seeds[0]}, where))
-        return file, overrides
+        try:
+            validate(config, devices=False)
+        except ConfigError as error:
+            raise SweepError(f"row {row.name!r}: {error}") from error
+        return file, overrides | {name: fields[name] for name in self.settings}
 
     def runs(self, results: Mapping[str, Measurement | None]) -> list[Run]:
-        """The runs that are known to be needed.
+        """Return the runs that are known to be needed.
 
         Args:
-          results: of the runs that have ended, by name; None for a broken one. Only
-            when all candidates of a search have one are its further seeds known.
+          results: of the runs that have ended, by name; None for a broken one. The
+            further seeds of a search are known once all candidates have a result.
         """
         found = []
         for row in self.sweep.rows:
@@ -355,9 +312,9 @@ class Plan:
     def is_beaten(
         self, run: Run, epoch: float, results: Mapping[str, Measurement | None]
     ) -> bool:
-        """Whether a candidate that is at `epoch` has lost to one that was there sooner.
+        """Return True if a run at `epoch` has lost to a candidate that was faster.
 
-        Only where epochs are what counts; then the rest of its run changes nothing.
+        This holds for `EpochsTo` only: the rest of the run changes nothing then.
         """
         if run.candidate is None or not isinstance(self.sweep.metric, EpochsTo):
             return False
@@ -371,9 +328,9 @@ class Plan:
 
 
 def best(runs: Sequence[Run], results: Mapping[str, Measurement | None]) -> Run | None:
-    """The run with the lowest result; a censored one only if there is no other.
+    """Return the run with the lowest result; a censored one only if there is no other.
 
-    The single run of a row without a search; None if all candidates are broken.
+    Returns the single run of a row without a search; None if all candidates are broken.
     """
     if len(runs) == 1:
         return runs[0]
@@ -386,18 +343,15 @@ def best(runs: Sequence[Run], results: Mapping[str, Measurement | None]) -> Run 
 
 
 def slug(text: str) -> str:
-    """Letters, digits, dots and dashes of a text, the rest as "_": part of a path."""
+    """Return a text as part of a path: letters, digits, dots, dashes, the rest "_"."""
     return re.sub(r"[^\w.\-]+", "_", text).strip("_")
 
 
-# Its configs.
-
-
 def load_config(file: str) -> Config:
-    """The config of a file of configs/, such as "configs/cifar10.py:3".
+    """Return the config of a file of configs/, for example "configs/cifar10.py:3".
 
     Raises:
-      SweepError: if there is none, or it makes no config.
+      SweepError: there is no such file, or it makes no config.
     """
     try:
         return load_lib.load_config(_config_path(file))
@@ -406,7 +360,7 @@ def load_config(file: str) -> Config:
 
 
 def _config_path(file: str) -> str:
-    """As given if it is there, else in the repository."""
+    """Return the path as given if it exists, else in the repository."""
     path, colon, argument = file.partition(":")
     if not Path(path).is_file():
         path = str(ROOT / path)
@@ -415,62 +369,42 @@ def _config_path(file: str) -> str:
     return f"{path}{colon}{argument}"
 
 
-def set_fields(config: Config, overrides: Mapping[str, Any], where: str) -> Config:
-    """Changes fields of a config, in place, exactly as main would from `Run.flags`.
+def set_fields(config: Config, values: Mapping[str, Any], where: str) -> Config:
+    """Change fields of a config, in place, by the flags of `main`.
 
     Raises:
-      SweepError: beginning with `where`, for a field that there is not, or a value
-        that is of another type or cannot be written on a command line.
+      SweepError: beginning with `where`; there is no such field, or it does not take
+        the value.
     """
-    texts = {name: as_text(value) for name, value in overrides.items()}
-    parse_fields(config, texts, where)
-    fields = flat(config.to_dict())
-    for name, value in overrides.items():
-        found = fields[name]
-        same_kind = isinstance(found, bool) == isinstance(value, bool)
-        if found != value or not same_kind:
-            raise SweepError(
-                f"{where}{name}={value!r} must be of type {type(found).__name__}."
-            )
-    return config
-
-
-def parse_fields(config: Config, texts: Mapping[str, str], where: str) -> None:
-    """Changes fields of a config, in place, by main's own flags.
-
-    Raises:
-      SweepError: as `set_fields`.
-    """
-    if not texts:
-        return
+    if not values:
+        return config
     known = flat(config.to_dict())
-    for name in texts:
+    for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
             raise SweepError(f"{where}{name}: the config has no such field{hint}")
-    argv = ["sweep", *(f"--config.{name}={text}" for name, text in texts.items())]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    texts = (f"--config.{name}={as_text(value)}" for name, value in values.items())
+    argv = ["sweep", *texts]
+    parsed = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=parsed, sys_argv=argv)
     try:
-        values(argv)
+        parsed(argv)
     except (flags.Error, TypeError, ValueError) as error:
         words = " ".join(str(error).split()).replace("flag --config.", "")
         raise SweepError(f"{where}{words}") from error
+    return config
 
 
 def as_text(value: Any) -> str:
-    """A value as main's command line takes it."""
+    """Return a value as the command line takes it."""
     return value if isinstance(value, str) else repr(value)
 
 
 def differences(run: Run, stored: Path) -> list[str]:
-    """How a workdir's config.json differs from what a run asks for now.
+    """Return lines that say how a workdir's config.json differs from a run's config.
 
-    A field that there was not yet when it was stored had what is now its default.
-
-    Raises:
-      ConfigError: if the file is damaged.
+    A field that is missing there has its default.
     """
     own = load_lib.read_config(stored.parent) or {}
     old, new = flat(as_json(load_lib.from_stored(own))), run.fields()

@@ -17,7 +17,6 @@ written their checkpoints.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import re
@@ -36,12 +35,7 @@ from tqdm import tqdm
 
 from alexnet_jax.sweeps import plan as plan_lib
 from alexnet_jax.sweeps import summary
-from alexnet_jax.sweeps.plan import (
-    Measurement,
-    Plan,
-    Run,
-    SweepError,
-)
+from alexnet_jax.sweeps.plan import Measurement, Plan, Run, SweepError
 from alexnet_jax.system import locks, machine, signals
 from alexnet_jax.system.cli import path_argument, require_writable
 from alexnet_jax.system.files import replacing
@@ -64,7 +58,6 @@ class Job:
     """A run and its state.
 
     Attributes:
-      run: what is run.
       folder: its workdir, with its log.
       state: waiting, running, finished, diverged (the loss was not finite), broken or
         stopped.
@@ -86,52 +79,36 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        """Whether a later start of the sweep leaves it alone."""
+        """True if a later start of the sweep skips it."""
         return self.state in ("finished", "diverged", "broken")
 
     def read_status(self) -> dict[str, Any]:
-        """Return what `write_status` has stored; {} for a run that has not ended.
-
-        Raises:
-          SweepError: the file is damaged.
-        """
+        """Return the content of status.json; {} for a run that has not ended."""
         path = self.folder / STATUS
-        if not path.exists():
-            return {}
-        try:
-            return json.loads(path.read_text())
-        except ValueError as error:
-            raise SweepError(
-                f"{path} is damaged ({error}); remove it, and the run is examined again."
-            ) from error
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def write_status(self, command: Sequence[str]) -> None:
-        """Store that the run has ended and how."""
+        """Write status.json: how the run has ended."""
         about = {
             "state": self.state,
             "command": machine.without_paths(command[1:]),
             "seconds": round(time.time() - self.started, 1),
             "versions": machine.versions(),
+            **({"beaten": True} if self.beaten else {}),
+            **({"error": self.error} if self.error else {}),
         }
-        if self.beaten:
-            about["beaten"] = True
-        if self.error:
-            about["error"] = self.error
         with replacing(self.folder / STATUS) as file:
             file.write(json.dumps(about, indent=1).encode() + b"\n")
 
     def slurm_id(self) -> str:
-        """Return the number that `sbatch --parsable` has printed; "" so far."""
+        """Return the job number that `sbatch --parsable` printed; "" without one."""
         path = self.folder / SUBMITTED
-        found = (
-            re.match(r"\s*([0-9]+)(;\S*)?\s", path.read_text())
-            if path.exists()
-            else None
-        )
+        text = path.read_text() if path.exists() else ""
+        found = re.match(r"\s*([0-9]+)(;\S*)?\s", text)
         return found.group(1) if found else ""
 
     def is_queued(self) -> bool:
-        """Return whether SLURM still has the job of an earlier sweep."""
+        """Return True if SLURM still has the job of an earlier sweep."""
         if not self.slurm_id() or not shutil.which("squeue"):
             return False
         command = ["squeue", "--noheader", f"--jobs={self.slurm_id()}"]
@@ -141,17 +118,14 @@ class Job:
         return bool(done.stdout.strip())
 
     def last_words(self, status: int) -> str:
-        """Return the log from its last "error:" on, else its last lines.
-
-        For a run that was killed by a signal, say by which.
-        """
-        lines = [f"(exit status {status}, nothing in its log)"]
+        """Return the end of the log, from its last "error:" on, and the signal if any."""
+        found = b""
         for name, offset in ((LOG, self.log_offset), (SUBMITTED, 0)):
             path = self.folder / name
-            found = path.read_bytes()[offset:] if path.exists() else b""
-            if found.strip():
-                lines = found.decode("utf-8", "replace").strip().splitlines()
-                break
+            if not found.strip() and path.exists():
+                found = path.read_bytes()[offset:]
+        lines = found.decode("utf-8", "replace").strip().splitlines()
+        lines = lines or [f"(exit status {status}, nothing in its log)"]
         starts = [i for i, line in enumerate(lines) if line.startswith("error:")]
         shown = lines[starts[-1] if starts else -LAST_LINES :]
         if status < 0:
@@ -161,20 +135,19 @@ class Job:
         return "\n".join(shown)
 
     def last_record(self) -> dict[str, Any]:
-        """Return the last training record of a metrics.jsonl that may be growing, or {}."""
-        try:
-            with open(self.folder / METRICS_FILE, "rb") as file:
-                file.seek(0, os.SEEK_END)
-                file.seek(max(0, file.tell() - TAIL_BYTES))
-                lines = file.read().decode("utf-8", "replace").splitlines()
-        except OSError:
+        """Return the last training record of a growing metrics.jsonl, or {}."""
+        path = self.folder / METRICS_FILE
+        if not path.exists():
             return {}
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            lines = file.read().decode("utf-8", "replace").splitlines()
         # The first and the last line may be torn.
         found = filter(None, map(parse_record, reversed(lines)))
         return next((r for r in found if r.get("train/loss") is not None), {})
 
     def __str__(self) -> str:
-        """Return name, epoch and training error, as far as known."""
+        """Return the name, and epoch and training error if they are known."""
         last = self.last_record()
         if not last:
             return self.run.name
@@ -183,10 +156,10 @@ class Job:
 
 
 class Launcher:
-    """Starts the runs of a plan, watches them, and keeps their results.
+    """Start the runs of a plan, watch them, and keep their results.
 
     Args:
-      plan: which runs.
+      plan: the runs.
       out: folder of the sweep.
       at_a_time: number of runs at the same time on this machine.
       slurm: options for sbatch; None: the runs are this machine's own.
@@ -215,7 +188,7 @@ class Launcher:
                     self.update()  # it may settle a search
 
     def work(self) -> bool:
-        """Run everything; return whether a signal ended it."""
+        """Run everything; return True if a signal ended it."""
         signals: list[int] = []
         before = {
             number: signal.signal(number, lambda number, _: signals.append(number))
@@ -259,7 +232,7 @@ class Launcher:
         return [job for job in self.jobs.values() if job.state == state]
 
     def _examine(self, job: Job) -> None:
-        """Take over what an earlier sweep has left of a run."""
+        """Take over the state of a run from an earlier sweep."""
         status = job.read_status()
         begun = status or (job.folder / CHECKPOINTS).exists()
         stored = job.folder / CONFIG_FILE
@@ -294,7 +267,7 @@ class Launcher:
             job.state, job.error = "broken", problem
 
     def _advance(self, bar: Any, *, start: bool) -> None:
-        """Take in the runs that have ended; start as many as there is room for."""
+        """Handle the runs that have ended; start as many as there is room for."""
         for job in self._in_state("running"):
             assert job.process is not None
             status = job.process.poll()
@@ -322,8 +295,7 @@ class Launcher:
         job.log_offset = log.stat().st_size if log.exists() else 0
         # SLURM writes the log itself; sbatch prints the job's number.
         printed = log if self.slurm is None else job.folder / SUBMITTED
-        if printed != log:
-            printed.unlink(missing_ok=True)
+        (job.folder / SUBMITTED).unlink(missing_ok=True)
         search = (str(plan_lib.ROOT), os.environ.get("PYTHONPATH"))
         environment = {
             "PYTHON": sys.executable,  # for slurm.sbatch
@@ -371,8 +343,7 @@ class Launcher:
         if under_slurm:
             subprocess.run(["scancel", job.slurm_id()], check=False)
         if not under_slurm or number == signal.SIGKILL:
-            with contextlib.suppress(ProcessLookupError):
-                job.process.send_signal(number)
+            job.process.send_signal(number)  # nothing if it has ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -416,10 +387,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace) -> int:
-    plan = _plan(options)
     out = options.out
+    launcher = Launcher(_plan(options), out, options.jobs, options.slurm)
     require_writable(out)
-    launcher = Launcher(plan, out, options.jobs, options.slurm)
     launcher.update()
     if options.dry_run:
         _print_commands(launcher)
@@ -428,7 +398,8 @@ def _run(options: argparse.Namespace) -> int:
     with locks.held(out / LOCK, wait=False):
         interrupted = launcher.work()
         command = f"python launch/sweep.py {machine.without_paths(sys.argv[1:])}"
-        page = summary.write(plan, launcher.jobs, launcher.results, out, command)
+        plan, jobs = launcher.plan, launcher.jobs
+        page = summary.write(plan, jobs, launcher.results, out, command)
         print(f"\n{page}\nwrote {out}/summary.md, .csv, .png and {out}/sweep.json")
     broken = [job for job in launcher.jobs.values() if job.state == "broken"]
     for job in broken:
@@ -447,7 +418,6 @@ def _plan(options: argparse.Namespace) -> Plan:
             raise SweepError(
                 f"--seeds={options.seeds} must be numbers, such as 0,1,2."
             ) from error
-        plan_lib.check_seeds(seeds, f"--seeds={options.seeds}")
     if options.jobs < 1:
         raise SweepError(f"--jobs={options.jobs} must be at least 1.")
     settings = {}

@@ -44,14 +44,13 @@ _CSV_COLUMNS = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds.
+    """A mean over `count` seeds.
 
     Attributes:
       mean: None if no run has ended.
-      spread: over several seeds, the sample standard deviation of values or the
-        standard error of an effect; else None.
-      bound: "", or ">" or "<" if censored runs make the mean a bound.
-      count: number of seeds.
+      spread: the sample standard deviation of values, or the standard error of an
+        effect; None for one seed.
+      bound: ">" or "<" if censored runs make the mean a bound, else "".
     """
 
     mean: float | None = None
@@ -74,11 +73,9 @@ class Line:
     Attributes:
       name: the row's name.
       candidate: the winner of the row's search; None without a search.
-      values: seed -> measurement, of the runs that have ended well.
+      values: seed -> measurement, of the finished runs.
       value: their mean and sample standard deviation.
-      effect: the effect against the baseline, see `compare`.
-      paper: the published figures.
-      verdict: see `verdict`.
+      effect: against the baseline, see `compare`.
       tried: candidate -> result with the first seed (None: broken or missing).
     """
 
@@ -154,11 +151,9 @@ def compare(
 ) -> Estimate:
     """Return the mean effect of a row over the seeds that it shares with the baseline.
 
-    For each seed the effect is the difference row - baseline, or the ratio row /
-    baseline. `spread` is the standard error of the mean: the sample standard deviation
-    of the effects over sqrt(seeds). Censored runs of the row make it a lower bound,
-    those of the baseline an upper one, both without an error. If both are censored
-    nothing is known.
+    Per seed the effect is row - baseline, or row / baseline. `spread` is the standard
+    error: the sample standard deviation over sqrt(seeds). Censored runs of the row make
+    the mean a lower bound, those of the baseline an upper one; of both, nothing is known.
     """
     seeds = [seed for seed in row if seed in baseline]
     above = any(row[seed].censored for seed in seeds)
@@ -182,9 +177,9 @@ def verdict(effect: Estimate, paper: Paper | None, by: Comparison) -> str:
 
     Returns:
       "agrees within the noise" if the two are at most `STANDARD_ERRORS` standard errors
-      of ours apart (for `at_least`: if ours is no further below), with "; so would no
-      effect" if no effect is as near; "differs"; "one seed: no noise known"; or "" if
-      nothing was published, or our effect is unknown or only a bound.
+      apart (`at_least`: ours is no further below), with "; so would no effect" if zero
+      effect is as near; "differs"; "one seed: no noise known"; or "" if nothing was
+      published, or our effect is unknown or a bound.
     """
     unknown = effect.mean is None or effect.bound
     if paper is None or paper.effect is None or unknown:
@@ -260,15 +255,11 @@ def write(
     out: Path,
     command: str,
 ) -> str:
-    """Write summary.{md,csv,png} and sweep.json of the runs that have ended so far.
+    """Write summary.{md,csv,png} and sweep.json; return the Markdown page.
 
     Args:
-      jobs: run name -> job.
-      results: run name -> result.
+      jobs, results: by run name.
       command: the command line, which the summary shows.
-
-    Returns:
-      The Markdown page.
     """
     lines = summarize(plan, results)
     about = machine.machine(command)
@@ -331,8 +322,7 @@ def _page(
     if any(line.tried for line in lines):
         parts += ["## Search", f"With seed {plan.seeds[0]}; the best is in bold."]
         parts.append(machine.markdown_table(*search_table(plan, lines)))
-    beaten = [job.run.name for job in jobs if job.beaten]
-    if beaten:
+    if beaten := [job.run.name for job in jobs if job.beaten]:
         parts.append(f"Ended when another candidate had won: {', '.join(beaten)}.")
     missing = []
     for job in jobs:

@@ -48,11 +48,7 @@ def parser(module: str, about: str | None, *, top: int) -> argparse.ArgumentPars
 
 
 def path_argument(text: str) -> Path:
-    """Return `expanded(text)`; for argparse.
-
-    Raises:
-      ArgumentTypeError: there is no such home.
-    """
+    """Return `expanded(text)`, for argparse."""
     try:
         return expanded(text)
     except PathError as error:
@@ -60,11 +56,7 @@ def path_argument(text: str) -> Path:
 
 
 def figure_file(text: str) -> Path:
-    """Return the path of a figure; for argparse.
-
-    Raises:
-      ArgumentTypeError: it does not end in one of `FIGURES`.
-    """
+    """Return the path of a figure, which ends in one of `FIGURES`; for argparse."""
     path = path_argument(text)
     if path.suffix.removeprefix(".").lower() not in FIGURES:
         raise argparse.ArgumentTypeError(
@@ -103,19 +95,16 @@ def free_name(path: Path) -> Path:
     return next(p for p in itertools.chain([path], names) if not os.path.lexists(p))
 
 
-def require_writable(folder: Path) -> None:
-    """Raise PathError unless a folder can be written to, or made; before long work."""
-    _require_writable(folder, f"to {folder}")
-
-
 def require_writable_file(path: Path) -> None:
     """Raise PathError unless a file can be written; its folder need not exist."""
     if path.exists() and not path.is_file():
         raise PathError(f"cannot write {path}: it is no file. Name another place")
-    _require_writable(path.parent, str(path))
+    require_writable(path.parent, str(path))
 
 
-def _require_writable(folder: Path, what: str) -> None:
+def require_writable(folder: Path, what: str | None = None) -> None:
+    """Raise PathError unless a folder, or `what` in it, can be written or made."""
+    what = what or f"to {folder}"
     existing = existing_parent(folder.absolute())
     if not existing.is_dir():
         reason = f"{existing} is a file, where a folder has to be"
@@ -145,7 +134,7 @@ def progress_bar(stream: TextIO, **options: Any) -> Any:
 def progress(
     what: str, total: int | None, unit: str, *, every_seconds: float = 60.0
 ) -> Iterator[Callable[[int], object]]:
-    """Show a progress bar on a terminal, in a log file a line per minute.
+    """Show a progress bar on a terminal, in a log file one line per minute.
 
     Yields a function to call with the number of units done since its last call.
     """

@@ -1,4 +1,4 @@
-"""Where, when and by which command a result was made: for benchmarks and sweeps."""
+"""Date, machine, command and versions of a result, for benchmarks and sweeps."""
 
 import importlib.metadata
 import os
@@ -12,7 +12,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
 
 
 def machine(command: str) -> dict[str, Any]:
-    """Date, command, processor, cores, memory and versions; does not start JAX."""
+    """Return date, command, processor, cores, memory and versions; JAX is not started."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -25,7 +25,7 @@ def machine(command: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of those packages that are installed."""
+    """Return the versions of Python and of the installed packages in `PACKAGES`."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def in_words(about: dict[str, Any]) -> str:
-    """The machine and the versions of `machine` in one line."""
+    """Return the result of `machine` in one line."""
     cores = "1 core" if about["cores"] == 1 else f"{about['cores']} cores"
     place = f"{about['cpu']}, {cores}, {about['memory_gib']} GiB"
     if "gpu" in about:
@@ -45,7 +45,7 @@ def in_words(about: dict[str, Any]) -> str:
 
 
 def without_paths(arguments: Sequence[str]) -> str:
-    """A command's arguments in a line, its machine's folders as DIR and PATH.
+    """Return arguments in one line, with DIR and PATH in place of this machine's paths.
 
     Relative paths of the repository's own files stay.
     """
@@ -67,7 +67,7 @@ def without_paths(arguments: Sequence[str]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells as a Markdown table."""
+    """Return cells as a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

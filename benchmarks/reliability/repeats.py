@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.speed import measure
+from benchmarks.speed.gpu import backend
 from benchmarks.speed.measure import Setting
 
 PROCESSES = {"short": 2, "long": 3}
@@ -93,7 +94,7 @@ def main() -> None:
     """Repeat every setting and write the results."""
     options = measure.command_line(__doc__).parse_args()
     # In a process of its own: this one must not take the GPU's memory.
-    on_gpu = measure.in_fresh_process(_backend) == "gpu"
+    on_gpu = measure.in_fresh_process(backend) == "gpu"
     count = PROCESSES["short" if options.short else "long"]
     found = []
     for setting, flags in plan(on_gpu, options.short):
@@ -111,12 +112,6 @@ def main() -> None:
             }
         )
     measure.write_result(options.out, "repeats", {"found": found}, table=table(found))
-
-
-def _backend() -> str:
-    import jax
-
-    return jax.default_backend()
 
 
 if __name__ == "__main__":

@@ -61,20 +61,15 @@ def main() -> None:
     options = parser.parse_args()
     if len(options.index) != len(options.queries):
         parser.error("--index and --queries need as many files each.")
-    record = _measured(options)
-    measure.write_result(
-        options.out, "codes", record, table=table(record), figure=chart(record)
-    )
-
-
-def _measured(options: argparse.Namespace) -> dict[str, Any]:
     record: dict[str, Any] = {"quality": {}, "speed": None}
     if "quality" in options.parts:
         record["quality"] = _qualities(options)
     if "speed" in options.parts:
         size = (2000, 256) if options.short else (SPEED_ROWS, SPEED_WIDTH)
         record["speed"] = speed(*size, rounds=2 if options.short else 5)
-    return record
+    measure.write_result(
+        options.out, "codes", record, table=table(record), figure=chart(record)
+    )
 
 
 def _qualities(options: argparse.Namespace) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
-from alexnet_jax.data import sources
 from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.loader import Batches, TrainOrder
 from alexnet_jax.training import experiment as experiment_lib
@@ -62,13 +61,8 @@ def main() -> None:
         "dtype": "bfloat16" if on_gpu else "float32",
         "runs": runs,
     }
-    measure.write_result(
-        options.out,
-        "end_to_end",
-        record,
-        table=_table(record),
-        figure=_figure(record),
-    )
+    table, figure = _table(record), _figure(record)
+    measure.write_result(options.out, "end_to_end", record, table=table, figure=figure)
 
 
 def _config(
@@ -100,13 +94,13 @@ class _Training:
 
     def batches(self, count: int) -> Batches:
         """`count` shuffled batches, from the start of the threads to their end."""
-        source: sources.Source = self.experiment.train_source
+        source = self.experiment.train_source
         order = TrainOrder(source.num_examples, batch_size=self.size, seed=0)
-        return pictures.batches(
+        return Batches(
             source,
             order.examples,
-            count=count * self.size,
             batch_size=self.size,
+            num_examples=count * self.size,
             workers=self.experiment.config.data.workers,
         )
 

@@ -3,149 +3,71 @@
     python -m benchmarks.speed.gpu --out=DIR [--short] [--minutes N]
 
 Needs JAX for the GPU, and torch for the GPU for the comparisons. Each benchmark runs in
-a process of its own and leaves its files in DIR; DIR/gpu.json and .md say how each
-went. When the time is up the one that runs is stopped, with what it has written kept,
-and the others are left out; more minutes leave out less. `--short` runs a little of
-each, to see that all work.
+its own process and leaves its files in DIR; DIR/gpu.json and .md list the outcomes. When
+the time is up, the running one is stopped, with its files kept, and the others are left
+out. `--short` runs a little of each, to see that all work.
 """
 
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.speed import measure
 
-# Stopping a process and writing the last files.
+# Time for stopping a process and writing the last files.
 _RESERVE_SECONDS = 10.0
-
-Start = Callable[[list[str], float], int | None]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A benchmark and its arguments; the most important ones come first.
-
-    Attributes:
-      module: of `benchmarks`.
-      arguments: after --out.
-      at_most: seconds, so that one that hangs leaves time for the others.
-    """
-
-    module: str
-    arguments: tuple[str, ...]
-    at_most: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a section went: "done", "failed (STATUS)", "stopped" or "left out"."""
-
-    command: str
-    result: str
-    seconds: float
-
-
-def sections(short: bool) -> list[Section]:
-    """What is run, in this order; each writes into a folder of its own name.
-
-    The precision that a GPU is bought for comes first, so that it is there if the
-    time runs out.
-    """
-    if short:
-        modules = (
-            "train_step",
-            "inference",
-            "operators",
-            "growth",
-            "start_up",
-            "repeats",
-        )
-        return [Section(module, ("--short",), 100.0) for module in modules]
-    return [
-        Section("train_step", ("--precision", "bfloat16"), 200.0),
-        Section("operators", (), 120.0),
-        Section("train_step", ("--precision", "float32", "--batch", "128"), 100.0),
-        Section("inference", ("--precision", "bfloat16"), 90.0),
-        Section("growth", (), 120.0),
-        Section(
-            "train_step", ("--precision", "tensorfloat32", "--batch", "128"), 100.0
-        ),
-        Section("repeats", (), 100.0),
-        Section("start_up", ("--short",), 60.0),
-        Section("train_step", ("--precision", "float32", "--batch", "1024"), 100.0),
-        Section("inference", ("--precision", "float32"), 90.0),
-    ]
+# Command and most seconds. The important ones come first: the time may run out.
+PLAN = (
+    ("speed.train_step --precision bfloat16", 200),
+    ("speed.operators", 120),
+    ("speed.train_step --precision float32 --batch 128", 100),
+    ("speed.inference --precision bfloat16", 90),
+    ("speed.growth", 120),
+    ("speed.train_step --precision tensorfloat32 --batch 128", 100),
+    ("reliability.repeats", 100),
+    ("speed.start_up --short", 60),
+    ("speed.train_step --precision float32 --batch 1024", 100),
+    ("speed.inference --precision float32", 90),
+)
+_MODULES = dict.fromkeys(words.split()[0] for words, _ in PLAN)
+SHORT_PLAN = tuple((f"{module} --short", 100) for module in _MODULES)
 
 
 def run(
-    plan: Sequence[Section],
-    out: Path,
-    *,
-    budget: float,
-    start: Start,
-    clock: Callable[[], float] = time.monotonic,
-) -> list[Outcome]:
-    """Runs the sections one after the other until the time is up.
+    plan: tuple[tuple[str, float], ...], out: Path, budget: float
+) -> list[dict[str, Any]]:
+    """Run the commands one after the other until `budget` seconds are over.
 
-    Args:
-      plan: what to run.
-      out: the folder of the results.
-      budget: seconds in all.
-      start: (command, seconds) -> exit status, None if it had to be stopped.
-      clock: seconds.
+    Returns:
+      Per command "done", "failed (STATUS)", "stopped" or "left out", and its seconds.
     """
-    end = clock() + budget - _RESERVE_SECONDS
+    end = time.monotonic() + budget - _RESERVE_SECONDS
     found = []
-    for section in plan:
-        words = " ".join([section.module, *section.arguments])
-        began = clock()
-        left = min(section.at_most, end - began)
-        if left <= 0:
-            found.append(Outcome(words, "left out", 0.0))
-            continue
-        folder = out / "-".join(words.replace("--", "").split())
-        command = ["-m", f"benchmarks.{section.module}", f"--out={folder}"]
-        status = start([sys.executable, *command, *section.arguments], left)
-        result = "stopped" if status is None else f"failed ({status})"
-        found.append(Outcome(words, "done" if status == 0 else result, clock() - began))
+    for words, most in plan:
+        began = time.monotonic()
+        result = "left out"
+        if began < end:
+            module, *arguments = words.split()
+            folder = out / "-".join(words.replace("--", "").split())
+            command = [sys.executable, "-m", f"benchmarks.{module}", f"--out={folder}"]
+            process = subprocess.Popen([*command, *arguments], start_new_session=True)
+            try:
+                status = process.wait(min(most, end - began))
+                result = f"failed ({status})" if status else "done"
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)  # with torch's compile workers
+                process.wait()
+                result = "stopped"
+        seconds = time.monotonic() - began
+        found.append({"command": words, "result": result, "seconds": seconds})
     return found
 
 
-def start_process(command: list[str], seconds: float) -> int | None:
-    """Runs a command; its whole group of processes is ended when the time is up."""
-    process = subprocess.Popen(command, start_new_session=True)
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # torch's compile workers are processes of its own
-        process.wait()
-        return None
-
-
-def report(found: Sequence[Outcome], out: Path) -> None:
-    """Writes gpu.json and gpu.md."""
-    rows = [[o.command, o.result, f"{o.seconds:,.0f}"] for o in found]
-    table = measure.markdown_table(["benchmark", "result", "seconds"], rows)
-    record = {"sections": [asdict(outcome) for outcome in found]}
-    measure.write_result(out, "gpu", record, table=table)
-
-
-def require_gpu(platform: str) -> None:
-    """Exits with a message unless JAX's default backend is a GPU."""
-    if platform != "gpu":
-        raise SystemExit(
-            f"benchmarks.speed.gpu: JAX's backend here is {platform!r}, expected a GPU. With "
-            'one, `pip install "jax[cuda13]"`; without, run the benchmarks one by one '
-            "(`python -m benchmarks.speed.train_step --out=DIR`) or `make bench`."
-        )
-
-
 def backend() -> str:
-    """JAX's default backend."""
+    """Return JAX's default backend."""
     import jax
 
     return jax.default_backend()
@@ -156,15 +78,18 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="in all; 9")
     chosen = parser.parse_args()
     # In a process that ends: a CUDA context kept here would hold memory.
-    require_gpu(measure.in_fresh_process(backend))
-    found = run(
-        sections(chosen.short),
-        chosen.out,
-        budget=60 * chosen.minutes,
-        start=start_process,
-    )
-    report(found, chosen.out)
-    if any(outcome.result.startswith("failed") for outcome in found):
+    if measure.in_fresh_process(backend) != "gpu":
+        raise SystemExit(
+            "benchmarks.speed.gpu: JAX finds no GPU here. With one, `pip install "
+            '"jax[cuda13]"`; without, run the benchmarks one by one (`python -m '
+            "benchmarks.speed.train_step --out=DIR`) or `make bench`."
+        )
+    plan = SHORT_PLAN if chosen.short else PLAN
+    found = run(plan, chosen.out, 60 * chosen.minutes)
+    rows = [[o["command"], o["result"], f"{o['seconds']:,.0f}"] for o in found]
+    table = measure.markdown_table(["benchmark", "result", "seconds"], rows)
+    measure.write_result(chosen.out, "gpu", {"sections": found}, table=table)
+    if any(outcome["result"].startswith("failed") for outcome in found):
         raise SystemExit(1)
 
 

@@ -12,6 +12,7 @@ time from the start of a process to its first batch.
 """
 
 import argparse
+import concurrent.futures
 import importlib.metadata
 import io
 import os
@@ -19,9 +20,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,9 @@ def _measured(
         for name, found in seconds.items()
     }
     ratios = {
-        "of the decoder's rate times the cores": _times(
-            measure.ratio(each, SHUFFLED, BARE), 1 / workers
-        ),
+        "of the decoder's rate times the cores": {
+            k: v / workers for k, v in measure.ratio(each, SHUFFLED, BARE).items()
+        },
         "of the decoder's rate in as many threads": measure.ratio(
             each, SHUFFLED, _bare_in_threads(workers)
         ),
@@ -115,10 +115,6 @@ def _measured(
     }
 
 
-def _times(values: Mapping[str, float], factor: float) -> dict[str, float]:
-    return {name: value * factor for name, value in values.items()}
-
-
 def _bare_in_threads(workers: int) -> str:
     return f"decoder alone, {workers} threads"
 
@@ -130,11 +126,12 @@ def _candidates(
     count = BATCH_SIZE * (4 if short else 40) * workers
     part = count // workers // 2
     order = TrainOrder(source.num_examples, batch_size=BATCH_SIZE, seed=0)
+    threads = concurrent.futures.ThreadPoolExecutor(workers)
     found: dict[str, tuple[int, Callable[[], object]]] = {
         BARE: (part, lambda: _decode(jpegs, part)),
         _bare_in_threads(workers): (
             part * workers,
-            lambda: _in_threads(workers, lambda: _decode(jpegs, part)),
+            lambda: list(threads.map(lambda _: _decode(jpegs, part), range(workers))),
         ),
         SHUFFLED: (count, lambda: _read(source, order.examples, count, workers)),
         IN_ORDER: (count, lambda: _read(source, np.arange, count, workers)),
@@ -158,14 +155,6 @@ def _decode(jpegs: Sequence[bytes], count: int) -> None:
         simplejpeg.decode_jpeg(jpegs[i % len(jpegs)], buffer=out)
 
 
-def _in_threads(workers: int, work: Callable[[], object]) -> None:
-    threads = [threading.Thread(target=work) for _ in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
 def _read(source: sources.Source, examples: Examples, count: int, workers: int) -> None:
     """`count` pictures in batches, from the start of the threads to their end."""
     for _ in _batches(source, examples, count, workers):
@@ -175,8 +164,8 @@ def _read(source: sources.Source, examples: Examples, count: int, workers: int) 
 def _batches(
     source: sources.Source, examples: Examples, count: int, workers: int
 ) -> Batches:
-    return pictures.batches(
-        source, examples, count=count, batch_size=BATCH_SIZE, workers=workers
+    return Batches(
+        source, examples, batch_size=BATCH_SIZE, num_examples=count, workers=workers
     )
 
 

@@ -1,6 +1,6 @@
 """How every benchmark measures: candidates side by side in one run, beside ceilings.
 
-Each benchmark is `python -m benchmarks.NAME --out=DIR [--short]` and leaves
+Each benchmark is `python -m benchmarks.speed.NAME --out=DIR [--short]` and leaves
 DIR/NAME.{json,md,png}. What is compared is called in turn, so that whatever else the
 machine does falls on all candidates alike, and the machine's own limits are measured
 in the same run. Needs no torch; where it is installed, the ceilings are the better of

@@ -1,4 +1,4 @@
-"""The peak memory of a training step, ours and the peer's, got the same way.
+"""The peak memory of a training step, ours and the peer's, measured the same way.
 
 On a CPU each side runs in a fresh process: the peak of the resident memory during a
 step, after one that compiled it, less what the process had before the network was

@@ -70,14 +70,9 @@ def random(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     return jnp.asarray(rng.standard_normal(shape, dtype=np.float32), dtype)
 
 
-def _jit(function: Callable[..., Any], **options: Any) -> Any:
-    """jit as the training step has it."""
-    return ops.jit(function, **options)
-
-
 def _call(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
     """A compiled call that waits for its result."""
-    compiled = _jit(function).lower(*args).compile()
+    compiled = ops.jit(function).lower(*args).compile()
     return lambda: jax.block_until_ready(compiled(*args))
 
 
@@ -92,7 +87,7 @@ def _gradient(
 
         return jax.vjp(of_one, args[wrt])
 
-    y, backward = _jit(forward)(*args)
+    y, backward = ops.jit(forward)(*args)
     return _call(lambda backward, g: backward(g), backward, y)
 
 
@@ -156,7 +151,7 @@ def _update(model: AlexNet) -> Callable[[], Any]:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    compiled = _jit(update, donate_argnums=(0, 1))
+    compiled = ops.jit(update, donate_argnums=(0, 1))
     held = [params, state]
 
     def call() -> None:
@@ -303,9 +298,7 @@ def grouped(
     leaves the groups to XLA.
     """
     builders: dict[str, dict[str, Callable]] = {}
-    for layer in convolutions(model):
-        if layer.groups == 1:
-            continue
+    for layer in [layer for layer in convolutions(model) if layer.groups > 1]:
         forms = {
             "split": partial(
                 ops.grouped_conv,

@@ -7,7 +7,6 @@ ImageNet, but the bytes come from the page cache.
 """
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from PIL import Image
 
 from alexnet_jax.data import sources
 from alexnet_jax.data.imagenet import originals, preparation, wnids
-from alexnet_jax.data.loader import Batches
 from alexnet_jax.data.textures import CLASS_NAMES, draw
 
 PICTURES_HELP = (
@@ -66,24 +64,6 @@ def records(folder: Path | None, data_dir: Path) -> sources.TfdsSource:
         os.link(shards[0].result_path, shard.result_path)
     preparation.write_metadata(directory, shards)
     return sources.TfdsSource(directory, "train", preparation.SIZE)
-
-
-def batches(
-    source: sources.Source,
-    examples: Callable[[int, int], np.ndarray],
-    *,
-    count: int,
-    batch_size: int,
-    workers: int,
-) -> Batches:
-    """The first `count` examples in their order, as training reads them."""
-    return Batches(
-        source,
-        examples,
-        batch_size=batch_size,
-        num_examples=count,
-        workers=workers,
-    )
 
 
 def repeated(folder: Path, scratch: Path, *, train: int, validation: int) -> Path:

@@ -42,11 +42,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         record = _measured(Path(name), options)
     measure.write_result(
-        options.out,
-        "preparation",
-        record,
-        table=_table(record),
-        figure=_figure(record),
+        options.out, "preparation", record, table=_table(record), figure=_figure(record)
     )
 
 

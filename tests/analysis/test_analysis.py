@@ -1,4 +1,4 @@
-"""The figures show what they are given."""
+"""The figures show their input."""
 
 import numpy as np
 import pytest
@@ -11,27 +11,19 @@ from alexnet_jax.analysis.figures import (
     nearest_pictures,
     training_curves,
 )
-from alexnet_jax.analysis.figures.filters import _sheet
 
 
-def test_every_kernel_has_its_tile():
-    pictures = np.zeros((2, 3, 3, 6))
-    pictures[...] = np.arange(6) / 10
-    sheet = _sheet(pictures, across=3)
-    assert sheet.shape == (2 * 3 - 1, 3 * 4 - 1, 3)
-    assert [sheet[3 * (i // 3), 4 * (i % 3), 0] for i in range(6)] == pytest.approx(
-        [0, 0.1, 0.2, 0.3, 0.4, 0.5]
-    )
-    assert (sheet[2] == 1).all() and (sheet[:, 3] == 1).all()  # white between them
-
-
-def test_filters_have_a_panel_a_column():
+def test_filters_have_one_panel_per_column():
     kernel = np.random.default_rng(0).normal(size=(11, 11, 3, 96))
     panels = first_layer_filters(kernel, columns=2).axes
     assert len(panels) == 2
     # Three rows of 16, as in the paper's figure 3.
     shown = panels[0].images[0].get_array()
     assert shown.shape == (3 * 12 - 1, 16 * 12 - 1, 3)
+    one = kernel[..., 17]  # in the second row, with white around it
+    stretched = (one - one.min()) / (one.max() - one.min())
+    np.testing.assert_allclose(shown[12:23, 12:23], stretched, rtol=1e-5, atol=1e-6)
+    assert (shown[11] == 1).all() and (shown[:, 11] == 1).all()
     assert "48 kernels" in panels[0].get_title(loc="left")
     with pytest.raises(ValueError, match="96 kernels do not divide into 5"):
         first_layer_filters(kernel, columns=5)
@@ -55,14 +47,11 @@ def test_curves_hold_the_records():
 def test_guessing_and_falling_learning_rates_are_drawn():
     rates = [0.01] * 5 + [0.001] * 5 + [1e-4] * 5
     records = [
-        {"epoch": k, "step": 10 * k, "train/loss": 2.0, "lr": rate}
-        for k, rate in enumerate(rates)
+        {"epoch": k, "train/loss": 2.0, "lr": rate} for k, rate in enumerate(rates)
     ]
-    figure = training_curves(
-        records, quantities=["loss", "lr", "top1_error"], over="step", num_classes=10
-    )
+    quantities = ["loss", "lr", "top1_error"]
+    figure = training_curves(records, quantities=quantities, num_classes=10)
     loss, rate, error = figure.axes
-    assert loss.lines[0].get_xdata().tolist() == [10 * k for k in range(15)]
     assert set(loss.lines[1].get_ydata()) == {np.log(10)}
     assert (rate.get_yscale(), len(rate.lines)) == ("log", 1)
     assert [set(line.get_ydata()) for line in error.lines] == [{90.0}]
@@ -73,10 +62,10 @@ def test_guessing_and_falling_learning_rates_are_drawn():
 
 def test_compared_runs_hold_their_records():
     runs = {
-        "paper": [{"step": 0, "train/loss": 7.0}, {"step": 10, "train/loss": 6.9}],
-        "caffe": [{"step": 10, "train/loss": 5.0}, {"step": 10, "eval/loss": 6.0}],
+        "paper": [{"epoch": 0, "train/loss": 7.0}, {"epoch": 10, "train/loss": 6.9}],
+        "caffe": [{"epoch": 10, "train/loss": 5.0}, {"epoch": 10, "eval/loss": 6.0}],
     }
-    figure = training_curves(runs, quantities=["loss"], over="step")
+    figure = training_curves(runs, quantities=["loss"])
     [axes] = figure.axes
     paper, caffe, held_out = axes.lines
     assert paper.get_xydata().tolist() == [[0, 7.0], [10, 6.9]]
@@ -132,7 +121,7 @@ def test_colour_is_the_share_of_what_grey_does_not_explain():
     assert filter_statistics(spot).coherence[0] < 1e-6
 
 
-def test_statistics_are_drawn_a_column_apart():
+def test_statistics_are_drawn_by_column():
     kernel = np.concatenate(
         [gratings(*range(0, 180, 15)), np.ones((11, 11, 3, 12))], -1
     )
@@ -158,7 +147,7 @@ def test_feature_maps_are_the_strongest_of_each_layer():
     assert (strip[:, 52:55] == 1).all() and (strip[:, 55:] == 0).all()  # gap, constant
     with pytest.raises(ValueError, match="none of fc6 has maps"):
         feature_maps(picture, {"fc6": features["fc6"]})
-    with pytest.raises(ValueError, match="conv1 is of 2 pictures"):
+    with pytest.raises(ValueError, match="conv1 is of 2 images"):
         feature_maps(picture, {"conv1": np.zeros((2, 4, 4, 3))})
 
 

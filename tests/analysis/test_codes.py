@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax.analysis import codes as codes_lib
+from alexnet_jax.analysis import retrieval
 from alexnet_jax.analysis.codes import (
     Coder,
     Codes,
@@ -54,7 +55,7 @@ def plain_search(codes, queries, count):
 
 @pytest.mark.parametrize(("width", "block"), [(1, 1), (3, 7), (8, 64), (3, 1000)])
 def test_codes_are_found_as_by_a_plain_search(width, block, monkeypatch):
-    monkeypatch.setattr(codes_lib, "QUERIES", 4)
+    monkeypatch.setattr(retrieval, "QUERIES", 4)
     rng = np.random.default_rng(width)
     codes = rng.integers(0, 256, (150, width), np.uint8)
     codes[[17, 149]] = codes[90]  # more ties than bytes alone give
@@ -82,10 +83,6 @@ def test_bits_are_the_sides_of_planes_and_packed_in_their_order():
     bits = (features - planes.mean) @ planes.kernel + planes.bias > 0
     np.testing.assert_array_equal(np.unpackbits(packed, axis=1, count=BITS), bits)
     assert not (packed[:, -1] & 0b1111).any()  # what fills the last byte is 0
-    with pytest.raises(RetrievalError, match=r"features are \(2, 4\); .* \[N, 5\]"):
-        planes.encode(np.zeros((2, 4), np.float32))
-    with pytest.raises(RetrievalError, match=r"queries are \(2, 4\); .* \[Q, 3\]"):
-        nearest_codes(packed, np.zeros((2, 4), np.uint8), 1)
     distances, rows = nearest_codes(packed, packed[:0], 2)
     assert distances.shape == rows.shape == (0, 2)
 
@@ -119,17 +116,12 @@ def test_trained_codes_find_more_than_random_planes(features, codes):
     assert ((on > 0.2) & (on < 0.8)).mean() > 0.8
 
 
-def test_what_cannot_be_encoded_is_refused(features):
-    for bits in (0, -8, 32 * 48):
+def test_codes_must_be_shorter_than_finite_different_features(features):
+    for bits in (0, 32 * 48):
         with pytest.raises(RetrievalError, match=f"a code of {bits} bits: it must"):
             train_coder(features, bits=bits)
-    for wrong, words in (
-        (features[0], r"features are \(48,\); they must be \[N, D\]"),
-        (features[:0], r"features are \(0, 48\)"),
-        (np.where(features > 40, np.nan, features), "not finite"),
-        (np.ones_like(features), "all the same"),
-    ):
-        with pytest.raises(RetrievalError, match=words):
+    for wrong in (np.where(features > 40, np.nan, features), np.ones_like(features)):
+        with pytest.raises(RetrievalError, match="all the same, or not finite"):
             train_coder(wrong, bits=8)
 
 
@@ -176,45 +168,18 @@ def test_saved_codes_come_back_and_know_their_features(features, codes, tmp_path
     one_bit.view(np.uint32)[7, 3] ^= 1
     for other in (one_bit, features[::-1], features[:-1], features[:, 1:]):
         assert not again.are_of(other)
-    good = dict(np.load(path))
-    for changes, words in (
-        ({"packed": None}, "holds no codes: it has no packed"),
-        ({"checksum": None}, "has no checksum. Remove it, and it is made again"),
-        ({"mean": np.array([{}])}, "Object arrays cannot be loaded"),
-    ):
-        fields = {k: v for k, v in (good | changes).items() if v is not None}
-        np.savez(path, **fields)
-        with pytest.raises(RetrievalError, match=words):
-            load_codes(path)
+    np.savez(path, **{k: v for k, v in np.load(path).items() if k != "packed"})
+    with pytest.raises(RetrievalError, match="it has no packed. Remove it"):
+        load_codes(path)
 
 
-def test_the_benchmark_counts_and_draws(features, tmp_path):
+def test_the_benchmark_runs(features, tmp_path):
     labels = np.arange(len(features)) % 3
-    asked = (features[5:9], labels[5:9])  # the nearest is the query itself
+    asked = (features[5:9], labels[5:9])
     found = benchmark.quality((features, labels), asked, bits=(12,), steps=3)
-    assert found["codes"][0]["method"] == benchmark.OURS
-    assert {c["bytes"] for c in found["codes"]} == {2}
-    assert all(
-        0 < c["recall_among_10"] <= c["recall_among_100"] <= 1 for c in found["codes"]
-    )
-    rows = np.array([[0, 1, 4], [2, 5, 8]])
-    assert benchmark.precision(labels, rows, np.array([1, 0])) == 2 / 6
     squares = (features**2).sum(axis=1)
     plain = benchmark.plain_search(features, squares, features[:7], 4)
     np.testing.assert_array_equal(plain, nearest(features, features[:7], 4)[1])
     record = {"quality": {"toy": found}, "speed": benchmark.speed(200, 8, rounds=1)}
     assert "| exact |  | 192 | 100% |" in benchmark.table(record)
-    assert "| 256 | ours, codes |" in benchmark.table(record)
     benchmark.chart(record).savefig(tmp_path / "codes.png")
-
-
-def test_principal_signs_are_of_the_largest_components():
-    rng = np.random.default_rng(0)
-    for count in (30, 300):  # fewer rows than numbers, and more
-        points = (rng.normal(size=(count, 40)) * np.linspace(1, 3, 40)).astype("f4")
-        kernel = benchmark.principal_signs(points, 5).kernel
-        _, _, components = np.linalg.svd(points - points.mean(axis=0))
-        kernel /= np.linalg.norm(kernel, axis=0)
-        np.testing.assert_allclose(
-            np.abs(components[:5] @ kernel), np.eye(5), atol=1e-3
-        )

@@ -11,13 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import (
-    export,
-    load,
-    predict,
-    report,
-    retrieve,
-)
+from alexnet_jax import export, load, predict, report, retrieve
 from alexnet_jax.analysis.figures import best_labels
 from alexnet_jax.training import loop
 from alexnet_jax.training.config import ConfigError

@@ -14,7 +14,7 @@ from PIL import Image
 from alexnet_jax import load, retrieve
 from alexnet_jax.analysis import retrieval
 from alexnet_jax.analysis.codes import load_codes
-from alexnet_jax.analysis.retrieval import Index, RetrievalError, nearest
+from alexnet_jax.analysis.retrieval import RetrievalError, nearest
 from alexnet_jax.training import loop
 from tests.training.test_train import PICTURES, folder, small_config
 
@@ -59,8 +59,6 @@ def test_neighbours_are_those_of_a_plain_search(block, monkeypatch):
     np.testing.assert_array_equal(order, brute_force(features[:3], queries, 3)[1])
     distances, rows = nearest(features, queries[:0], 2)
     assert distances.shape == rows.shape == (0, 2)
-    with pytest.raises(RetrievalError, match=r"queries are \(11, 3\); .* \[Q, 20\]"):
-        nearest(features, queries[:, :3], 1)
 
 
 def test_neighbours_far_from_zero_are_told_apart():
@@ -134,10 +132,6 @@ def _exchange_labels(train):
         (train / name).rename(train / new)
 
 
-def _move(train):
-    train.parent.rename(train.parent.with_name("moved"))
-
-
 OTHERS = "has other pictures now than the index. Make it again"
 
 
@@ -147,7 +141,7 @@ OTHERS = "has other pictures now than the index. Make it again"
         (_lose_one, "has 24 pictures now, the index 25. Make it again"),
         (_exchange_two, OTHERS),
         (_exchange_labels, OTHERS),
-        (_move, "does not exist). Expected "),
+        (shutil.rmtree, "Expected "),
     ],
 )
 def test_changed_pictures_are_neither_named_nor_drawn(
@@ -213,12 +207,8 @@ def test_pictures_are_looked_up_by_codes(
     assert retrieve.main([*base[:3], "--bits=48"]) == 0
     assert "48bits.npz: codes of another index or length" in capsys.readouterr().err
     assert load_codes(tmp_path / "pool3.48bits.npz").coder.bits == 48
-    (tmp_path / "pool3.8bits.npz").write_bytes(b"PK")
-    names = {path.name for path in tmp_path.iterdir()}
-    for bits, words in ((32 * width, "be shorter than"), (8, "no .npz that can")):
-        assert retrieve.main([*base[:3], f"--bits={bits}"]) == 1
-        assert words in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == names
+    assert retrieve.main([*base[:3], f"--bits={32 * width}"]) == 1
+    assert "be shorter than" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_refused(index_file, workdir, folder, tmp_path, capsys):
@@ -269,19 +259,10 @@ def test_features_that_are_no_numbers_are_not_kept(
 
 
 def test_files_that_are_no_index_are_refused(index_file, tmp_path):
-    good = vars(retrieval.load_index(index_file))
     path = tmp_path / "index.npz"
-    for changes, words in (
-        ({"probe": None}, "is no index: it has no probe"),
-        ({"class_names": np.array([{}])}, "Object arrays cannot be loaded"),
-    ):
-        fields = {k: v for k, v in (good | changes).items() if v is not None}
-        np.savez(path, **fields)
-        with pytest.raises(RetrievalError, match=words):
-            retrieval.load_index(path)
-    path.write_bytes(b"PK\x03\x04")
-    with pytest.raises(RetrievalError, match=r"no \.npz that can be read"):
+    good = dict(np.load(index_file))
+    np.savez(path, **{k: v for k, v in good.items() if k != "probe"})
+    with pytest.raises(RetrievalError, match="is no index: it has no probe"):
         retrieval.load_index(path)
     with pytest.raises(RetrievalError, match="there is no such file"):
         retrieval.load_index(tmp_path / "none.npz")
-    assert Index(**good).layer == "pool3"

@@ -15,7 +15,7 @@ import pytest
 
 from alexnet_jax.training.distributed import count_tasks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 ROOT = Path(__file__).parents[2]
 NODE = ROOT / "tests" / "slurm_node.sh"
@@ -66,36 +66,16 @@ while true; do sleep 0.1; done
 """
 
 
-def missing_programs():
-    """SLURM's daemons are in sbin, which is not everybody's PATH."""
+def require_slurm():
+    """Skip the test if SLURM or the right to start its daemons is missing."""
+    # The daemons are in sbin, which not every PATH has.
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
-
-
-def provide_slurm():
-    """Installs SLURM where that is wanted; skips where there is none."""
-    wanted = os.environ.get("CI") or os.environ.get("ALEXNET_TEST_INSTALL")
-    root = os.getuid() == 0
-    if missing_programs() and wanted and root and shutil.which("apt-get"):
-        install = "apt-get install --yes --no-install-recommends slurm-wlm munge"
-        for command in ("apt-get update", install):
-            done = subprocess.run(
-                command.split(),
-                env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-                capture_output=True,
-                text=True,
-                timeout=600,
-                check=False,
-            )
-            if done.returncode:
-                why = (done.stderr or done.stdout).strip().splitlines()[-1]
-                pytest.skip(f"SLURM could not be installed: {command}: {why}")
-    if missing := missing_programs():
+    missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
+    if missing:
         pytest.skip(
-            f"no {', '.join(missing)}: install Debian's packages slurm-wlm and munge, "
-            "or as root set ALEXNET_TEST_INSTALL=1 and let the test do it"
+            f"no {', '.join(missing)}: install Debian's packages slurm-wlm and munge"
         )
-    if not root:
+    if os.getuid() != 0:
         pytest.skip("SLURM's daemons are started for the test, which takes root")
 
 
@@ -167,7 +147,7 @@ class Slurm:
 
 @pytest.fixture(scope="module")
 def slurm():
-    provide_slurm()
+    require_slurm()
     # Not pytest's folder: the names of sockets may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
         try:

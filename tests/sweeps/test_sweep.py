@@ -31,8 +31,7 @@ from alexnet_jax.sweeps.plan import (
     SweepError,
 )
 from alexnet_jax.sweeps.summary import Estimate
-from alexnet_jax.system import machine
-from alexnet_jax.training.config import as_json, flat, validate
+from alexnet_jax.training.config import as_json, flat
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
@@ -56,13 +55,9 @@ def all_runs(plan):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_every_row_is_a_valid_config_and_is_parsed_back(path, monkeypatch):
+def test_every_row_of_a_shipped_sweep_is_what_main_parses(path, monkeypatch):
     plan = Plan(path.stem, plan_lib.load(path), seeds=(3,))
-    assert str(path.name) in (path.read_text().partition('"""\n')[0])
     for run in all_runs(plan):
-        config = plan_lib.load_config(run.config)
-        plan_lib.set_fields(config, run.overrides, "")
-        validate(config)
         # As alexnet_jax.main parses its command line.
         monkeypatch.setattr(sys, "argv", ["main", *run.flags()])
         values = flags.FlagValues()
@@ -71,14 +66,9 @@ def test_every_row_is_a_valid_config_and_is_parsed_back(path, monkeypatch):
         parsed = flat(as_json(values.config))
         assert parsed == run.fields()
         assert parsed["seed"] == 3
-
-
-def test_figure_1_has_no_weight_decay():
-    plan = Plan("figure1", plan_lib.load(ROOT / "configs/sweeps/figure1.py"), (0,))
-    for run in plan.runs({}):
-        fields = run.fields()
-        assert fields["optim.weight_decay"] == 0
-        assert not fields["optim.layer_weight_decay"]  # the layers' own
+        if path.stem == "figure1":
+            assert parsed["optim.weight_decay"] == 0
+            assert not parsed["optim.layer_weight_decay"]  # the layers' own
 
 
 # Overrides.
@@ -88,16 +78,12 @@ def test_figure_1_has_no_weight_decay():
     ("overrides", "words"),
     [
         ({"optim.learning_rat": 0.1}, "no such field.*learning_rate"),
-        ({"optm.learning_rate": 0.1}, "no such field"),
         ({"seed": 1.5}, "seed=1.5: "),
-        ({"data.source": 3}, "data.source=3 must be of type str"),
-        ({"augment.crop": 1}, "augment.crop=1 must be of type bool"),
-        ({"model.overrides.skip": "conv2"}, "must be of type tuple"),
         ({"model.overrides.lrn": None}, "model.overrides.lrn"),
         ({"seed": 1}, "--seeds"),
     ],
 )
-def test_a_wrong_override_is_told_with_sweep_row_and_key(overrides, words):
+def test_a_wrong_override_is_an_error_with_sweep_row_and_key(overrides, words):
     sweep = make_sweep(Row("whole"), Row("other", overrides))
     with pytest.raises(SweepError, match=words) as error:
         Plan("mine", sweep, (0,))
@@ -123,7 +109,7 @@ def test_values_are_parsed_back_from_the_command_line():
     assert (config.data.source, config.data.dir) == ("folder:/a b/c=d", "")
 
 
-def test_settings_win_over_the_sweep_but_not_over_what_its_rows_differ_in():
+def test_settings_win_over_the_sweep_but_not_over_its_rows():
     sweep = make_sweep(
         Row("whole"), Row("other", {"augment.crop": True}), overrides={"max_steps": 5}
     )
@@ -139,18 +125,20 @@ def test_settings_win_over_the_sweep_but_not_over_what_its_rows_differ_in():
         Plan("mine", sweep, (0,), {"augment.crop": "False"})
 
 
-def test_a_sweep_that_makes_no_sense_is_refused():
+def test_contradictory_sweeps_are_refused():
+    for rows, words in (
+        ((Row("a b"), Row("a_b")), "row 'a_b' would share the folder a_b/seed_0"),
+        ((Row("a", {"model.variant": "papr"}),), "row 'a': .*no variant 'papr'"),
+        ((Row("a", {"eval_views": 7}),), "row 'a': .*eval_views=7 must be one of"),
+    ):
+        with pytest.raises(SweepError, match=f"(?s){words}"):
+            Plan("mine", make_sweep(*rows), (0,))
     with pytest.raises(SweepError, match="must be a row: a"):
         make_sweep(Row("a"), baseline="b")
     with pytest.raises(SweepError, match="two have the same name"):
         make_sweep(Row("a"), Row("a"))
     with pytest.raises(SweepError, match="must be one field and its candidates"):
         make_sweep(Row("a", search={"seed": ()}))
-    for seeds in ((), (1, 1), (2**32,)):
-        with pytest.raises(SweepError, match="must be different numbers from 0 to"):
-            make_sweep(Row("a"), seeds=seeds)
-    with pytest.raises(SweepError, match="'sum' must be one of difference, ratio"):
-        make_sweep(Row("a"), compare="sum")
 
 
 # Metrics, search and summary, by hand.
@@ -217,48 +205,6 @@ def test_the_search_takes_the_best_with_the_first_seed():
     assert plan.runs(dict.fromkeys(first))[-1].name == first[2]  # all are broken
 
 
-def test_a_row_can_have_a_baseline_of_its_own():
-    rows = (Row("a"), Row("b"), Row("c", paper=Paper(effect=1.0), baseline="b"))
-    plan = Plan("mine", make_sweep(*rows), (0, 1))
-    numbers = {"a": (10.0, 10.0), "b": (20.0, 21.0), "c": (21.0, 22.5)}
-    results = {
-        f"{name}/seed_{seed}": Measurement(pair[seed])
-        for name, pair in numbers.items()
-        for seed in (0, 1)
-    }
-    lines = summary.summarize(plan, results)
-    assert [line.effect.mean for line in lines] == [None, 10.5, 1.25]
-    assert lines[2].verdict == "agrees within the noise"
-    _, cells = summary.summary_table(plan, lines)
-    assert cells[2][3] == "+1.25 ± 0.25 (minus b)"
-
-
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
-        (
-            (Row("a", search={"optim.momentum": (0.1, 0.2)}), Row("a-0.1")),
-            "'a' and 'a-0.1' would share the folder a-0.1/seed_0",
-        ),
-        ((Row("a b"), Row("a_b")), "'a b' and 'a_b' would share the folder a_b/seed_0"),
-        (
-            (Row("a", search={"data.source": ("folder:x/y", "folder:x_y")}),),
-            "row 'a': two candidates share a folder",
-        ),
-        ((Row("a", baseline="b"),), "baseline='b' must be a row: a"),
-        ((Row("a", {"model.variant": "papr"}),), "row 'a': .*no variant 'papr'"),
-        ((Row("a", {"eval_views": 7}),), "row 'a': .*eval_views=7 must be one of"),
-        (
-            (Row("a", {"data.eval_split": ""}),),
-            "compares eval/top1_error, and data.eval",
-        ),
-    ],
-)
-def test_rows_that_cannot_be_run_are_refused_beforehand(rows, words):
-    with pytest.raises(SweepError, match=f"(?s){words}"):
-        Plan("mine", make_sweep(*rows), (0,))
-
-
 def values(*numbers):
     return {seed: Measurement(number) for seed, number in enumerate(numbers)}
 
@@ -285,73 +231,51 @@ def test_censored_runs_make_bounds():
     assert summary.verdict(above, Paper(effect=6.0), "ratio") == ""
 
 
+AGREES, NO_EFFECT = "agrees within the noise", "; so would no effect"
+
+
 @pytest.mark.parametrize(
-    ("effect", "paper", "words"),
+    ("mean", "spread", "published", "words"),
     [
-        (Estimate(1.0, 0.2, "", 3), Paper(effect=1.4), "agrees within the noise"),
-        (Estimate(1.0, 0.2, "", 3), Paper(effect=1.41), "differs"),
-        (Estimate(5.0, 0.2, "", 3), Paper(effect=1.0), "differs"),
-        (
-            Estimate(5.0, 0.2, "", 3),
-            Paper(effect=1.0, at_least=True),
-            "agrees within the noise",
-        ),
-        (Estimate(0.5, 0.2, "", 3), Paper(effect=1.0, at_least=True), "differs"),
-        (Estimate(1.0, None, "", 1), Paper(effect=1.4), "one seed: no noise known"),
-        (Estimate(), Paper(effect=1.4), ""),
-        (Estimate(1.0, 0.2, "", 3), Paper(value=40.7), ""),
-        (Estimate(1.0, 0.2, "", 3), None, ""),
+        (1.0, 0.2, {"effect": 1.4}, AGREES),
+        (1.0, 0.6, {"effect": 1.4}, AGREES + NO_EFFECT),
+        (1.0, 0.2, {"effect": 1.41}, "differs"),
+        (5.0, 0.2, {"effect": 1.0}, "differs"),
+        (5.0, 0.2, {"effect": 1.0, "at_least": True}, AGREES),
+        (0.5, 0.2, {"effect": 1.0, "at_least": True}, "differs"),
+        (1.0, None, {"effect": 1.4}, "one seed: no noise known"),
+        (None, None, {"effect": 1.4}, ""),
+        (1.0, 0.2, {"value": 40.7}, ""),
     ],
 )
-def test_the_verdict(effect, paper, words):
+def test_the_verdict(mean, spread, published, words):
+    effect, paper = Estimate(mean, spread), Paper(**published)
     assert summary.verdict(effect, paper, "difference") == words
-
-
-def test_noise_that_hides_the_effect_is_said():
-    words = "agrees within the noise; so would no effect"
-    noisy = Estimate(1.0, 0.6, "", 3)
-    assert summary.verdict(noisy, Paper(effect=1.4), "difference") == words
-    assert summary.verdict(noisy, Paper(effect=1.4), "ratio") == words
-    above = Estimate(2.5, 0.6, "", 3)
-    assert summary.verdict(above, Paper(effect=3.0), "ratio") == words.partition(";")[0]
-    assert summary.verdict(above, Paper(effect=-3.0), "ratio") == "differs"
 
 
 def test_the_table_and_the_figures(tmp_path):
     paper = Paper(42.03, 1.4, "ImageNet", "section 3.3")
-    sweep = make_sweep(Row("whole"), Row("less", paper=paper))
+    rows = (Row("whole"), Row("less", paper=paper), Row("least", baseline="less"))
+    sweep = make_sweep(*rows)
     plan = Plan("mine", sweep, (0, 1))
-    numbers = {"whole": (40.0, 41.0), "less": (41.0, 43.0)}
-    lines = summary.summarize(
-        plan,
-        {
-            f"{name}/seed_{seed}": Measurement(number)
-            for name, found in numbers.items()
-            for seed, number in enumerate(found)
-        },
-    )
-    _, rows = summary.summary_table(plan, lines)
-    assert rows == [
+    numbers = {"whole": (40.0, 41.0), "less": (41.0, 43.0), "least": (42.0, 44.5)}
+    results = {
+        f"{name}/seed_{seed}": Measurement(number)
+        for name, found in numbers.items()
+        for seed, number in enumerate(found)
+    }
+    lines = summary.summarize(plan, results)
+    _, cells = summary.summary_table(plan, lines)
+    assert cells == [
         ["whole", "2", "40.50 ± 0.71", "", "", "", ""],
-        ["less", "2", "42.00 ± 1.41", "+1.50 ± 0.50", "42.03", "+1.40"]
-        + ["agrees within the noise"],
+        ["less", "2", "42.00 ± 1.41", "+1.50 ± 0.50", "42.03", "+1.40", AGREES],
+        ["least", "2", "43.25 ± 1.77", "+1.25 ± 0.25 (minus less)", "", "", ""],
     ]
     assert summary.published(sweep) == ["Published on ImageNet (section 3.3): less."]
     curve = [{"epoch": e, "train/top1_error": 1 / e} for e in (1, 2, 3)]
-    for i, figure in enumerate(
-        (
-            figures.sweep_results(sweep, lines),
-            figures.error_curves({"relu": [curve, curve]}, 0.25),
-        )
-    ):
-        figure.savefig(tmp_path / f"{i}.png")
-        assert (tmp_path / f"{i}.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_command_is_told_without_paths():
-    words = ["configs/sweeps/lrn.py", "--out=/a/b", "--set", "data.source=folder:/a/b"]
-    expected = "configs/sweeps/lrn.py --out=DIR --set data.source=folder:PATH"
-    assert machine.without_paths(words) == expected
+    drawn = figures.sweep_results(sweep, lines)
+    for figure in (drawn, figures.error_curves({"relu": [curve, curve]}, 0.25)):
+        figure.savefig(tmp_path / "figure.png")
 
 
 # The launcher.
@@ -364,14 +288,13 @@ def test_a_command_is_told_without_paths():
         ([CIFAR], "must define get_sweep"),
         (["configs/sweeps/lrn.py", "--seeds=0,x"], "--seeds=0,x must be numbers"),
         (["configs/sweeps/lrn.py", "--seeds=1,1"], "--seeds=1,1 must be different"),
-        (["configs/sweeps/lrn.py", "--seeds=20260131123"], "numbers from 0 to 4294967295"),
         (["configs/sweeps/lrn.py", "--jobs=0"], "--jobs=0 must be at least 1"),
         (["configs/sweeps/lrn.py", "--set", "num_epochs"], "must be FIELD=VALUE"),
         (["configs/sweeps/lrn.py", "--set", "num_epoch=2"], "--set num_epoch: .*no such"),
         (["configs/sweeps/lrn.py", "--set", "seed=2"], "--seeds=0,1,2"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_on_the_command_line_is_told(
+def test_a_wrong_command_line_is_one_error(
     arguments, words, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(ROOT)
@@ -382,50 +305,16 @@ def test_what_is_wrong_on_the_command_line_is_told(
     assert not (tmp_path / "out").exists()
 
 
-def _status(text):
-    def make(out):
-        folder = out / "runs" / "no_LRN" / "seed_0"
-        folder.mkdir(parents=True)
-        (folder / "status.json").write_text(text)
-
-    return make
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (
-            lambda out: out.write_text("mine"),
-            "/out is a file, where a folder has to be",
-        ),
-        (_status("["), r"status.json is damaged .*; remove it"),
-    ],
-)
-def test_what_is_in_the_way_of_a_sweep_is_told(
-    make, words, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.chdir(ROOT)
-    make(tmp_path / "out")
-    arguments = ["configs/sweeps/lrn.py", f"--out={tmp_path / 'out'}", "--dry_run"]
-    assert launcher.main(arguments) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and re.search(words, said)
-
-
-@pytest.mark.parametrize(
-    ("records", "words"),
-    [(None, "has no record for eval/top1_error"), ("{}\nx\n{}\n", "is not a record")],
-)
-def test_a_finished_run_without_its_records_is_broken(records, words, tmp_path):
-    _status('{"state": "finished"}')(tmp_path)
+def test_a_finished_run_without_its_records_is_broken(tmp_path):
     name = "no_LRN/seed_0"
-    if records:
-        (tmp_path / "runs" / name / "metrics.jsonl").write_text(records)
+    folder = tmp_path / "runs" / name
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text('{"state": "finished"}')
     sweep = plan_lib.load(ROOT / "configs/sweeps/lrn.py")
     launched = launcher.Launcher(Plan("lrn", sweep, (0,)), tmp_path, 1, None)
     launched.update()
     assert launched.jobs[name].state == "broken"
-    assert words in launched.jobs[name].error
+    assert "has no record for eval/top1_error" in launched.jobs[name].error
     assert launched.results[name] is None
 
 
@@ -443,7 +332,7 @@ def test_a_dry_run_shows_the_commands_and_makes_nothing(tmp_path, capsys, monkey
     assert not out.exists()
 
 
-def test_a_job_tells_its_progress(tmp_path):
+def test_a_job_shows_its_progress(tmp_path):
     plan = Plan("mine", make_sweep(Row("whole")), (0,))
     job = launcher.Job(plan.runs({})[0], tmp_path)
     assert str(job) == "whole/seed_0"
@@ -513,7 +402,7 @@ def run(command, environment=ENVIRONMENT):
 
 
 @pytest.mark.slow
-def test_a_sweep_is_interrupted_goes_on_and_skips_what_is_finished(command, tmp_path):
+def test_an_interrupted_sweep_resumes_and_skips_finished_runs(command, tmp_path):
     out = tmp_path / "out"
     whole = out / "runs" / "whole" / "seed_0"
     process = subprocess.Popen(
@@ -610,7 +499,7 @@ def test_slurm_jobs_are_submitted_cancelled_and_reported(command, tmp_path):
     assert "sbatch: error: no such partition" in done.stderr
 
 
-def test_a_killed_run_is_told_from_one_with_an_error(tmp_path):
+def test_a_killed_run_names_the_signal(tmp_path):
     run = launcher.Job(run=None, folder=tmp_path)
     (tmp_path / "log.txt").write_text("no checkpoint in DIR: starting from scratch\n")
     killed = run.last_words(-signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What each layer makes of a picture, map by map."""
+"""Draw each layer's output for an image, map by map."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,44 +13,44 @@ _PIXELS = 52
 def feature_maps(
     picture: Any, features: Mapping[str, Any], *, most: int = 16
 ) -> Figure:
-    """Draws the maps of every layer that has a place for each, and the picture.
+    """Draw an image and the maps of every layer that has any.
 
     Args:
-      picture: uint8 [S, S, 3], what the network has seen.
+      picture: uint8 [S, S, 3], the network's input.
       features: of `model.apply(variables, image, method="features")`, name ->
-        [1, H, W, C] or [H, W, C], drawn in this order (of a function under `jax.jit`
-        it is that of the alphabet); layers without H and W (fc6 and on) are left out.
-      most: maps a layer: those of the largest mean activation, the strongest first.
+        [1, H, W, C] or [H, W, C], drawn in this order (`jax.jit` sorts it by name);
+        layers without H and W (fc6 and on) are left out.
+      most: maps per layer: those of the largest mean activation, the strongest first.
 
     Returns:
-      A matplotlib figure, a row a layer. Each map is stretched from black, its smallest
-      value, to white, its largest. Beside it the layer's name, its shape, and the share
-      of its values that are zero.
+      A matplotlib figure, one row per layer. Each map is stretched from black, its
+      smallest value, to white, its largest. Beside it the layer's name, its shape, and
+      the share of its values that are zero.
 
     Raises:
-      ValueError: if no layer has maps, or one is of several pictures.
+      ValueError: no layer has maps, or one is of several images.
     """
-    maps = {name: np.asarray(values, np.float32) for name, values in features.items()}
-    for name, values in maps.items():
+    maps = {}
+    for name, values in features.items():
+        values = np.asarray(values, np.float32)
         if values.ndim == 4 and values.shape[0] != 1:
-            raise ValueError(f"{name} is of {values.shape[0]} pictures; give one's.")
-    maps = {name: values[0] for name, values in maps.items() if values.ndim == 4} | {
-        name: values for name, values in maps.items() if values.ndim == 3
-    }
+            raise ValueError(f"{name} is of {values.shape[0]} images; give one's.")
+        if values.ndim > 2:
+            maps[name] = values.reshape(values.shape[-3:])
     if not maps:
         raise ValueError(f"none of {', '.join(features)} has maps, [1, H, W, C].")
-    rows = 1 + len(maps)
     figure = Figure(
         figsize=(1.5 + most * _INCHES_A_MAP, 1.1 + len(maps) * (_INCHES_A_MAP + 0.06)),
         layout="constrained",
     )
-    axes = figure.subplots(rows, 1, height_ratios=[1.1, *[_INCHES_A_MAP] * len(maps)])
+    axes = figure.subplots(
+        1 + len(maps), 1, height_ratios=[1.1, *[_INCHES_A_MAP] * len(maps)]
+    )
     axes[0].imshow(np.asarray(picture))
     axes[0].set_anchor("W")
     axes[0].axis("off")
     for panel, (name, values) in zip(axes[1:], maps.items(), strict=True):
         height, width, count = values.shape
-        zero = np.mean(values == 0)
         shown = np.argsort(-values.mean((0, 1)), kind="stable")[:most]
         panel.imshow(_strip(values[..., shown], most), cmap="gray", vmin=0, vmax=1)
         panel.set_xticks([])
@@ -58,7 +58,7 @@ def feature_maps(
         panel.spines[:].set_visible(False)
         panel.set_anchor("W")
         panel.set_ylabel(
-            f"{name}\n{height}×{width}×{count}\n{zero:.0%} zero",
+            f"{name}\n{height}×{width}×{count}\n{np.mean(values == 0):.0%} zero",
             fontsize=7,
             rotation=0,
             horizontalalignment="right",
@@ -68,9 +68,9 @@ def feature_maps(
 
 
 def _strip(values: np.ndarray, places: int) -> np.ndarray:
-    """[H, W, n] -> white [h, places * (w + gap) - gap] with the maps side by side.
+    """Return n maps [H, W, n] side by side on white [h, places * (w + gap) - gap].
 
-    Small maps are enlarged to some 50 pixels, so that all rows are equally long.
+    Small maps are enlarged to about 50 pixels, so that all rows have one length.
     """
     low, high = values.min((0, 1)), values.max((0, 1))
     stretched = (values - low) / np.maximum(high - low, 1e-12)

@@ -1,4 +1,4 @@
-"""The first layer's kernels as pictures, a panel a column (paper, figure 3)."""
+"""Draw the first layer's kernels, one panel per column (paper, figure 3)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,24 +7,23 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# Larger than this, kernels need no more pixels to be seen.
 _INCHES_A_KERNEL = 0.55
 _COLUMNS = ("#4477aa", "#cc3311", "#228833", "#ee7733")
 
 
 def first_layer_filters(kernel: Any, *, columns: int = 1) -> Figure:
-    """Draws every kernel of the first layer.
+    """Draw every kernel of the first layer.
 
     Args:
-      kernel: [kh, kw, 3, features], the first layer's.
-      columns: panels, one a column of the network: its kernels are contiguous.
+      kernel: [kh, kw, 3, features].
+      columns: of the network, one panel each; a column's kernels are contiguous.
 
     Returns:
       A matplotlib figure. Each kernel is stretched to its own smallest and largest
-      weight, all three colours alike, so that weak ones can be seen as well.
+      weight, all three colours alike.
 
     Raises:
-      ValueError: if the features do not divide into the columns.
+      ValueError: the features do not divide into the columns.
     """
     weights = np.asarray(kernel, np.float32)
     features = weights.shape[-1]
@@ -54,18 +53,15 @@ def first_layer_filters(kernel: Any, *, columns: int = 1) -> Figure:
 
 @dataclass(frozen=True)
 class FilterStatistics:
-    """What the first layer's kernels look for, [features] each.
+    """Colour and orientation of the first layer's kernels, [features] each.
 
     Attributes:
-      colour: in [0, 1], the share of a kernel's energy (the sum of its squared weights)
-        that is in differences between the colours: 0, its three colours are alike and
-        it sees grey only; 1, grey tells it nothing.
-      orientation: in [0, pi), radians, of the edges it answers to, 0 for horizontal and
-        pi / 2 for vertical ones: across the main axis of the structure tensor of its
-        brightness, the mean of the colours (Bigun and Granlund 1987); pi / 4 rises to
-        the right.
-      coherence: in [0, 1], how much of the brightness changes along one axis only: 1
-        for a grating, 0 for a spot.
+      colour: share of a kernel's energy (sum of squared weights) in differences between
+        the colours, in [0, 1]; 0: the three colours are alike.
+      orientation: of the edges it responds to, in [0, pi) radians, 0 for horizontal
+        ones; pi / 4 rises to the right. It is perpendicular to the main axis of the
+        structure tensor of the mean of the colours (Bigun and Granlund 1987).
+      coherence: 1 for a grating, 0 for a spot.
     """
 
     colour: np.ndarray
@@ -74,7 +70,7 @@ class FilterStatistics:
 
 
 def filter_statistics(kernel: Any) -> FilterStatistics:
-    """Colour and orientation of each kernel [kh, kw, 3, features].
+    """Return colour and orientation of each kernel [kh, kw, 3, features].
 
     "The kernels on GPU 1 are largely color-agnostic, while the kernels on GPU 2 are
     largely color-specific" (the paper, section 6.1).
@@ -98,16 +94,13 @@ def filter_statistics(kernel: Any) -> FilterStatistics:
 
 
 def filter_statistics_by_column(kernel: Any, *, columns: int = 1) -> Figure:
-    """Draws each column's kernels by colour, coherence and orientation.
+    """Draw each column's kernels by colour, coherence and orientation.
 
-    Args:
-      kernel: [kh, kw, 3, features], the first layer's.
-      columns: as of `first_layer_filters`.
+    Takes the arguments of `first_layer_filters`.
 
     Returns:
-      A matplotlib figure: on the left each kernel's share of colour and its coherence,
-      with the columns' medians; on the right the orientations of the kernels that have
-      one (coherence above a half), as a rose.
+      A matplotlib figure: on the left each kernel's share of colour and its coherence;
+      on the right, as a rose, the orientations of kernels with coherence above 0.5.
     """
     found = filter_statistics(kernel)
     each = len(found.colour) // columns
@@ -140,7 +133,7 @@ def filter_statistics_by_column(kernel: Any, *, columns: int = 1) -> Figure:
 
 
 def _sheet(pictures: np.ndarray, across: int) -> np.ndarray:
-    """[kh, kw, 3, n] -> one white picture with the n tiles, `across` in a row."""
+    """Return one white image with the n tiles of [kh, kw, 3, n], `across` per row."""
     height, width, _, count = pictures.shape
     down = count // across
     sheet = np.ones((down * (height + 1) - 1, across * (width + 1) - 1, 3), np.float32)

@@ -28,17 +28,15 @@ def best_labels(
     """Draw each image above bars of its most probable labels (paper, figure 4, left).
 
     Args:
-      pictures: uint8 [N, S, S, 3], 0..255.
-      probabilities: [N, K], in [0, 1].
-      class_names: K of them, as they are to be read.
-      titles: what stands above each picture; without it the correct label's name where
-        `labels` are given.
+      pictures: uint8 [N, S, S, 3].
+      probabilities: [N, K].
+      class_names: K names.
+      titles: one per image; None: the names of `labels`, if they are given.
       labels: the correct ones, whose bar is red if it is among the best.
-      top: how many bars a picture.
+      top: bars per image.
 
     Returns:
-      A matplotlib figure, four pictures in a row. The bars of a picture share one scale
-      from 0 to 1; each bar's name stands on it.
+      A matplotlib figure with four images per row, bars from 0 to 1.
     """
     shown, chances = np.asarray(pictures), np.asarray(probabilities, np.float64)
     count, top = len(shown), min(top, chances.shape[1])
@@ -86,10 +84,8 @@ def contact_sheet(
 ) -> Figure:
     """Draw one image per class of each split, under label and name.
 
-    A wrong label is seen at once.
-
     Args:
-      train, evaluation: the splits; without the second one picture a class.
+      train, evaluation: the splits.
       train_labels, eval_labels: the labels of all their examples.
       num_classes: how many classes to show, evenly spread over those that both have.
     """
@@ -154,12 +150,12 @@ def nearest_pictures(
       queries: uint8 [Q, S, S, 3].
       found: uint8 [Q, N, S, S, 3], the nearest by features, the nearest first.
       pixel_found: the same by distances between pixels; None: not drawn.
-      found_titles, pixel_titles: [Q][N], what stands above each, such as its class.
+      found_titles, pixel_titles: [Q][N], for example class names.
       query_titles: [Q].
       layer: whose features, for the heading.
 
     Returns:
-      A matplotlib figure: the query at the left, then both groups, each with a heading.
+      A matplotlib figure: the query at the left, then both groups.
     """
     queries, found = np.asarray(queries), np.asarray(found)
     groups = [(f"nearest in {layer}", found, found_titles)]
@@ -194,6 +190,6 @@ def _show(axes: Axes, picture: np.ndarray, title: str | None) -> None:
     axes.imshow(picture)
     axes.axis("off")
     if title is not None:
-        # A longer one keeps its end, which tells files apart.
+        # A long one keeps its end, where file names differ.
         short = title if len(title) <= _LONGEST else f"...{title[3 - _LONGEST :]}"
         axes.set_title(short, fontsize=6, pad=2, parse_math=False)

@@ -11,13 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from alexnet_jax.analysis.features import Extractor
-from alexnet_jax.analysis.retrieval import (
-    Index,
-    index_of,
-    nearest,
-    shrink,
-)
+from alexnet_jax.analysis.features import Extractor, fetch
+from alexnet_jax.analysis.retrieval import Index, index_of, nearest, shrink
 from alexnet_jax.data import DataError, match_classes
 from alexnet_jax.data.sources import Sample, Source
 from alexnet_jax.models.summary import LayerSummary, summary
@@ -87,7 +82,7 @@ class Run:
 
     @property
     def columns(self) -> int:
-        """The number of columns that the kernels of the first layer are divided into."""
+        """The number of columns of the network."""
         return self.logits_of.model.network.columns
 
 
@@ -120,26 +115,19 @@ def read_run(workdir: Path) -> Run:
     )
 
 
-# Predictions and neighbours.
-
-
 @dataclass(frozen=True)
 class HeldOut:
-    """The network's predictions for held-out images, centre view.
-
-    Attributes:
-      images: those that were classified, out of `total` in the split.
-    """
+    """Predictions for `images`, out of `total` held-out ones, centre view."""
 
     images: Source
     predictions: Predictions
     total: int
 
     def examples(self, count: int) -> tuple[list[int], int]:
-        """Return indices of example images, and how many of them, the first, are wrong.
+        """Return indices of example images, the mistakes first, and their number.
 
-        At most half are mistakes, ordered by decreasing probability of the wrong class.
-        The others are classified correctly and evenly spread over the split.
+        At most half are mistakes, the surest first. The others are evenly spread over
+        the correctly classified images.
         """
         logs, labels = self.predictions.centre, self.predictions.labels
         predicted = np.argmax(logs, axis=1)
@@ -157,7 +145,7 @@ class Alike:
     """Held-out images and the training images nearest to them.
 
     Attributes:
-      indexed: the training images that were searched, out of `total` in the split.
+      indexed: the training images that were searched, out of `total`.
       images: uint8 [Q, S, S, 3], the held-out ones.
       labels: int32 [Q], their classes.
       rows: int [Q, N], their neighbours in the index by features.
@@ -231,15 +219,6 @@ def look_for_alike(run: Run, held_out: HeldOut | Missing) -> Alike | Missing:
     )
 
 
-def fetch(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return images uint8 [N, S, S, 3] of a source and their labels int32 [N]."""
-    size = source.image_size
-    images = np.empty((len(indices), size, size, 3), np.uint8)
-    labels = np.empty(len(indices), np.int32)
-    source.fetch(indices, images, labels)
-    return images, labels
-
-
 def _open(run: Run, split: str) -> Source:
     """Open a split of the run's own data, with the labels that it was trained on.
 
@@ -251,9 +230,6 @@ def _open(run: Run, split: str) -> Source:
     return source if known is None else match_classes(source, known)
 
 
-# Times and config.
-
-
 @dataclass(frozen=True)
 class TimeSpent:
     """The time of all starts of a run together.
@@ -262,8 +238,8 @@ class TimeSpent:
       total: seconds; None without a `times.jsonl`.
       parts: name -> seconds, the longest first. Their sum is `total`, if that is known.
       images_per_sec: in training, waiting for data included; None without records.
-      unrecorded_steps: steps of starts that wrote no line of `times.jsonl`, for example
-        because they were killed. Their time is in `images_per_sec` only.
+      unrecorded_steps: of starts without a line in `times.jsonl`, for example killed
+        ones. Their time is in `images_per_sec` only.
     """
 
     total: float | None

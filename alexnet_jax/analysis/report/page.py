@@ -18,13 +18,13 @@ from matplotlib.figure import Figure
 from PIL import Image as PillowImage
 
 from alexnet_jax.analysis import figures
+from alexnet_jax.analysis.features import fetch
 from alexnet_jax.analysis.report.findings import (
     Alike,
     HeldOut,
     Missing,
     Run,
     differences,
-    fetch,
     look_at_held_out,
     look_for_alike,
     time_spent,

@@ -1,0 +1,73 @@
+"""README and docs: links lead somewhere, names exist, generated pages are up to date."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "launch/README.md", *ROOT.glob("docs/*.md")])
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    titles = re.findall(
+        r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE
+    )
+    plain = (re.sub(r"\[(.*?)\]\(.*?\)|`", r"\1", title).lower() for title in titles)
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
+
+
+def test_readme_and_pages_stay_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 240
+    for page in ROOT.glob("docs/*.md"):
+        assert len(page.read_text().splitlines()) <= 250, page
+
+
+def resolve(name: str) -> object:
+    """Return the object of a dotted name below alexnet_jax."""
+    parts = ["alexnet_jax", *name.split(".")]
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            found = getattr(found, part)
+        return found
+    raise ModuleNotFoundError(name)
+
+
+def test_names_on_the_page_about_the_paper_exist():
+    text = (ROOT / "docs/paper.md").read_text()
+    names = re.findall(r"`((?:models|data|training|analysis)(?:\.\w+)+)`", text)
+    assert len(names) > 30
+    for name in names:
+        resolve(name)
+    for test in re.findall(r"`(\w+/test_\w+\.py)`", text):
+        assert (ROOT / "tests" / test).exists(), test
+    for path in re.findall(r"`((?:configs|launch)/[\w/]+\.\w+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_page_of_the_configuration_is_up_to_date(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import make_configuration
+
+    assert make_configuration.PAGE.read_text() == make_configuration.page()
+    del sys.modules["make_configuration"]
