@@ -7,6 +7,7 @@ python -m alexnet_jax.main --workdir=DIR --mode=eval
 python -m alexnet_jax.main --config=configs/paper.py --mode=describe
 """
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -32,7 +33,7 @@ from alexnet_jax.training import (
     loop,
 )
 from alexnet_jax.training.checkpoint import CheckpointError
-from alexnet_jax.training.config import ConfigError, as_json, flat
+from alexnet_jax.training.config import Config, ConfigError, as_json, flat
 from alexnet_jax.training.describe import describe, describe_modes
 from alexnet_jax.training.distributed import DistributedError
 from alexnet_jax.training.evaluate import PredictionsError
@@ -55,9 +56,6 @@ class _ConfigFile(flags.ArgumentParser):
             return load.load_config(argument)
         except Exception as error:
             raise _NotLoadedError from error
-
-    def flag_type(self) -> str:
-        return "config file"
 
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -122,7 +120,7 @@ USER_ERRORS = (
 
 
 def main(argv: Sequence[str]) -> None:
-    """Do what the flags say."""
+    """Train, evaluate or describe, as the flags say."""
     if len(argv) > 1:
         raise ConfigError(
             f"unknown on the command line: {' '.join(argv[1:])}. A field of the config "
@@ -133,25 +131,25 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(_NO_WORKDIR)
     if mode != "eval" and _PREDICTIONS.value is not None:
         raise ConfigError("--predictions=FILE.npz goes with --mode=eval.")
-    if _CPU_DEVICES.value:
-        # Before jax starts; afterwards it has no effect.
+    if _CPU_DEVICES.value:  # has no effect after JAX has started
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
-    _connect()
+    gpus = _LOCAL_DEVICE_IDS.value
+    distributed.start(
+        _DISTRIBUTED.value,
+        coordinator_address=_COORDINATOR.value,
+        num_processes=_NUM_PROCESSES.value,
+        process_id=_PROCESS_ID.value,
+        local_device_ids=None if gpus is None else [int(gpu) for gpu in gpus],
+        connect_seconds=_CONNECT_SECONDS.value,
+    )
     distributed.require_devices()
     fields = flat(as_json(config), "config.")
     distributed.require_same({"mode": mode, "workdir": workdir} | fields)
-    _return_freed_arrays()
     if mode == "describe":
-        speaks = jax.process_index() == 0
-        if speaks:  # the layers at once: the rest has to be compiled first
-            print(describe(config) + "\n", flush=True)
-        modes = describe_modes(
-            config, lambda line: speaks and print(line, file=sys.stderr, flush=True)
-        )
-        if speaks:
-            print(modes, flush=True)
+        _describe(config)
         return
+    _return_freed_arrays()
     _keep_compiled_programs()
     if mode == "eval":
         members = [evaluate.Member.parse(name) for name in workdir.split(",")]
@@ -160,27 +158,22 @@ def main(argv: Sequence[str]) -> None:
         loop.train_and_evaluate(config, workdir)
 
 
-def _connect() -> None:
-    ids = _LOCAL_DEVICE_IDS.value
-    if ids is not None and not all(i.isdigit() for i in ids):
-        raise DistributedError(
-            f"--local_device_ids={','.join(ids)} must be numbers, such as 0,1."
-        )
-    distributed.start(
-        _DISTRIBUTED.value,
-        coordinator_address=_COORDINATOR.value,
-        num_processes=_NUM_PROCESSES.value,
-        process_id=_PROCESS_ID.value,
-        local_device_ids=None if ids is None else [int(i) for i in ids],
-        connect_seconds=_CONNECT_SECONDS.value,
+def _describe(config: Config) -> None:
+    """Print the tables of --mode=describe, in process 0."""
+    prints = jax.process_index() == 0
+    if prints:  # before the compilations
+        print(describe(config) + "\n", flush=True)
+    modes = describe_modes(
+        config, lambda line: prints and print(line, file=sys.stderr, flush=True)
     )
+    if prints:
+        print(modes, flush=True)
 
 
 def _return_freed_arrays() -> None:
     """Let glibc map arrays of 1 MiB and more one by one, so that free() returns them.
 
-    It raises that threshold by itself to 32 MiB, and a run of days then grows
-    (docs/reliability.md).
+    By itself glibc raises this threshold to 32 MiB, and the memory of a long run grows.
     """
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ and sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
@@ -189,12 +182,10 @@ def _return_freed_arrays() -> None:
 
 
 def _keep_compiled_programs() -> None:
-    """Keep compiled programs in the user's cache folder, for the next start.
+    """Keep compiled programs in the user's cache folder, unless JAX's settings differ.
 
-    Not if jax's own settings say where, or that nothing is to be kept. And not on the
-    CPU: there are processors on which XLA refuses every stored program, its own
-    included, each with a line that warns of illegal instructions (jax-ml/jax#38445,
-    openxla/xla#44565, open with jax 0.10).
+    Not on the CPU: on some processors XLA refuses every stored program, each with a
+    warning of illegal instructions (jax-ml/jax#38445, openxla/xla#44565, jax 0.10).
     """
     settings: Any = jax.config
     chosen = settings.jax_compilation_cache_dir
@@ -203,10 +194,8 @@ def _keep_compiled_programs() -> None:
         return
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(base) / "alexnet_jax" / "jax"
-    try:
+    with contextlib.suppress(OSError):  # some containers have no home to write to
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return  # no home to write to, as in some containers: a convenience less
     if os.access(folder, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
@@ -253,8 +242,8 @@ def _stored_config() -> Path:
 
 def run() -> None:
     """Run the command: one message and status 1 for a user error, 3 for divergence."""
-    logging.set_verbosity(logging.WARNING)  # jax's and orbax's chatter
-    warnings.filterwarnings("ignore", module="PIL")  # such as of damaged EXIF
+    logging.set_verbosity(logging.WARNING)  # hides messages of jax and orbax
+    warnings.filterwarnings("ignore", module="PIL")  # for example of damaged EXIF
     show_every_name()
     signals.run(_run)
 
@@ -263,20 +252,27 @@ def _run() -> int:
     status = 1
     try:
         app.run(main, flags_parser=_parse)  # raises SystemExit
-    except BrokenPipeError:
+    except (BrokenPipeError, signals.Interrupted):
         raise
+    except KeyboardInterrupt:  # the run has written its checkpoint
+        return 130
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         status = experiment.DIVERGED
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
-    except signals.Interrupted:
-        raise
-    except KeyboardInterrupt:  # of a run that has written its checkpoint
-        return 130
     except Exception as error:
-        if advice := _out_of_memory(error):
-            print(f"error: {advice}", file=sys.stderr)
+        words = str(error)
+        is_jax = isinstance(error, jax.errors.JaxRuntimeError)
+        if is_jax and words.startswith("RESOURCE_EXHAUSTED"):
+            print(
+                "error: the memory of a device is too small "
+                f"({words.splitlines()[0]}). Set a larger "
+                "--config.optim.accumulate_steps (the same run in less memory, but for "
+                "batch normalisation), or take more devices; the same command goes on, "
+                "from the last checkpoint if there is one.",
+                file=sys.stderr,
+            )
         elif jax.distributed.is_initialized():
             traceback.print_exc()
             print(
@@ -288,20 +284,6 @@ def _run() -> int:
         else:
             raise
     distributed.leave(status)
-
-
-def _out_of_memory(error: Exception) -> str | None:
-    """Return the advice for a device without enough memory; None for other errors."""
-    words = str(error)
-    refused = words.startswith("RESOURCE_EXHAUSTED")
-    if not refused or not isinstance(error, jax.errors.JaxRuntimeError):
-        return None
-    return (
-        f"the memory of a device is too small ({words.splitlines()[0]}). Set a larger "
-        "--config.optim.accumulate_steps (the same run in less memory, but for "
-        "batch normalisation), or take more devices; the same command goes on, from the "
-        "last checkpoint if there is one."
-    )
 
 
 if __name__ == "__main__":

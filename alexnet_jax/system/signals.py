@@ -1,11 +1,11 @@
 """Graceful shutdown on SIGINT, SIGTERM and SIGUSR1.
 
-A training run finishes its step, writes a checkpoint and ends (`stop_requests`). Any
-other command ends at once with one line (`run`). The exit status is 128 + the signal's
-number: 130, 143 or 138. SLURM sends SIGUSR1 before a job's time is up.
+A training run finishes its step, writes a checkpoint and exits (`stop_requests`). Any
+other command exits at once with one line (`run`). The exit status is 128 + the signal's
+number: 130, 143 or 138. SLURM sends SIGUSR1 before a job's time limit.
 
-Python runs a handler between two of its instructions. A signal that arrives during a
-compilation, or while devices wait for another process, is answered afterwards.
+Python runs handlers between its own instructions. A signal that arrives during a
+compilation, or while devices wait for another process, is handled afterwards.
 """
 
 import contextlib
@@ -27,11 +27,7 @@ SIGNALS = [
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended a command that had nothing to save.
-
-    Attributes:
-      status: the command's exit status.
-    """
+    """A signal ended a command; `status` is its exit status."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -40,16 +36,16 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class Stop:
-    """The first signal that asked a run to stop; None: no signal came yet."""
+    """The first signal that asked a run to stop; None: no signal yet."""
 
     signal: int | None = None
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Stop]:
-    """Let the first signal set `Stop.signal` and nothing else.
+    """Let the first signal set `Stop.signal` only.
 
-    A second Ctrl-C ends a command at once; in a notebook it raises KeyboardInterrupt.
+    A second Ctrl-C kills a command; in a notebook it raises KeyboardInterrupt.
     """
     stop, before = Stop(), signal.getsignal(signal.SIGINT)
     is_pythons_own = before is signal.default_int_handler
@@ -70,7 +66,7 @@ def stop_requests() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[None]:
-    """Say one line on a signal and raise `Interrupted`; a second Ctrl-C kills."""
+    """Print one line on a signal and raise `Interrupted`; a second Ctrl-C kills."""
     said = False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -89,7 +85,7 @@ def interrupts() -> Iterator[None]:
 def run(command: Callable[[], int]) -> NoReturn:
     """Run a command within `interrupts` and exit with the status that it returns.
 
-    The status is 1, without a message, if nobody reads the output, as after `| head`.
+    The status is 1, without a message, if the output is closed, as after `| head`.
     """
     try:
         with interrupts():
@@ -99,7 +95,7 @@ def run(command: Callable[[], int]) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
-        # The interpreter's own end can crash under threads that are still at work.
+        # The interpreter's shutdown can crash while other threads run.
         os._exit(stopped.status)
     except BrokenPipeError:
         status = discard_output()
@@ -127,7 +123,7 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
 
 
 def _say(line: str) -> None:
-    """Write a line to standard error; not by print, in which the handler may run."""
-    start = "\n" if os.isatty(2) else ""  # behind a progress bar, and "^C"
+    """Write a line to standard error; the handler may run inside a print."""
+    start = "\n" if os.isatty(2) else ""  # after a progress bar or "^C"
     with contextlib.suppress(OSError):
         os.write(2, f"{start}{line}\n".encode())

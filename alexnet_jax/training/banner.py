@@ -1,4 +1,4 @@
-"""First lines of a run's log: the network, the devices and the data."""
+"""First lines of a run's log: network, devices and data."""
 
 import socket
 
@@ -10,12 +10,12 @@ from alexnet_jax.training.experiment import Experiment
 
 
 def describe_run(experiment: Experiment) -> list[str]:
-    """Return the lines that say what is trained, where, and on which data."""
+    """Return lines that name the network, the devices and the data."""
     network, mesh = experiment.model.network, experiment.mesh
     shapes = experiment.abstract_state().params
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     device = mesh.devices.flat[0]
-    classes, size = network.layers[-1].features, experiment.crop_size
+    classes, size = network.layers[-1].features, experiment.spec.crop_size
     kind = f"{mesh.size} x {device.device_kind} ({device.platform})"
     if jax.process_count() > 1:
         kind += f" in {jax.process_count()} processes"
@@ -40,7 +40,7 @@ def describe_run(experiment: Experiment) -> list[str]:
 
 
 def say_place(experiment: Experiment) -> None:
-    """Print, in each of several processes, where it runs and what it reads."""
+    """Print in each of several processes its host and its part of the batch."""
     if jax.process_count() > 1:
         low, high = experiment.positions()
         here, everywhere = jax.local_device_count(), jax.device_count()
@@ -56,4 +56,4 @@ def _mesh(experiment: Experiment) -> str:
     mesh, transform = experiment.mesh, experiment.config.parallel.transform
     rows, columns = mesh.shape[parallel.DATA], mesh.shape[parallel.COLUMN]
     by = "" if transform == "shard_map" else f" by {transform}"
-    return f"mode {experiment.mode}{by}, {rows} data x {columns} column"
+    return f"mode {experiment.spec.mode}{by}, {rows} data x {columns} column"

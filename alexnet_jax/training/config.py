@@ -1,4 +1,4 @@
-"""Every field of a config: its default, its unit, its source, and what it may hold.
+"""Every field of a config: default, unit, source and allowed values.
 
 A config file is Python with a function `get_config()`, which starts from the one here:
 
@@ -26,12 +26,12 @@ from alexnet_jax.models.summary import check_image_size
 from alexnet_jax.training import optim as optim_lib
 from alexnet_jax.training import parallel as parallel_lib
 
-# A ml_collections.ConfigDict, whose fields no type checker can know.
+# An ml_collections.ConfigDict; type checkers cannot know its fields.
 Config = Any
 
 
 class ConfigError(ValueError):
-    """A config, or a file of a workdir, that cannot be used; lists every mistake."""
+    """A wrong config, or an unusable file of a workdir; lists every mistake."""
 
 
 def get_config() -> Config:
@@ -42,12 +42,11 @@ def get_config() -> Config:
     # Length of the run in passes over the training split; fractions are fine (paper,
     # section 5: "roughly 90 cycles"). Schedules are laid out over this length.
     config.num_epochs = 90.0
-    # Stop after this many steps in all, wherever the schedule is; -1: off.
+    # Stop after this many steps in total, without changing the schedule; -1: off.
     config.max_steps = -1
     # Steps between two lines of the log; their metrics are averaged over the steps.
     config.log_every_steps = 100
-    # Epochs between two evaluations; there is one more at the end. 0: only that one,
-    # with another schedule than plateau.
+    # Epochs between two evaluations; 0: one at the end only (not with plateau).
     config.eval_every_epochs = 1.0
     # Number of test views averaged in the final evaluation and in --mode=eval: 10 (paper,
     # section 4.1), 9 (cuda-convnet2's of CIFAR-10), or 1: the centre view only.
@@ -71,7 +70,7 @@ def get_config() -> Config:
     model.width = 1.0
     # Type of the computation: float32, bfloat16 or float64; parameters are >= float32.
     model.dtype = "float32"
-    # How weights start: paper (as the variant was published), caffe or he.
+    # Initial weights: paper (as the variant was published), caffe or he.
     model.init = "paper"
     # Ablations, None: as in the table. See `alexnet_jax.models.ablations`.
     model.overrides = overrides = ConfigDict()
@@ -91,19 +90,18 @@ def get_config() -> Config:
     overrides.dropout = config_dict.placeholder(float)
     # lrn, batch (Ioffe and Szegedy 2015) or none.
     overrides.normalization = config_dict.placeholder(str)
-    # The only layers that stay normalised, such as ("conv1",).
+    # The only layers that stay normalised, for example ("conv1",).
     overrides.norm_layers = config_dict.placeholder(tuple)
     # Normalisation before or after the layer's units.
     overrides.norm_place = config_dict.placeholder(str)
-    # Convolutional layers to leave out, such as ("conv3",).
+    # Convolutional layers to leave out, for example ("conv3",).
     overrides.skip = config_dict.placeholder(tuple)
 
     config.finetune = finetune = ConfigDict()
     # Trained weights to start from, all but the classifier's: the workdir of a run (DIR,
     # DIR@STEP) or a file that `alexnet_jax.load` reads; empty: from scratch.
     finetune.source = ""
-    # Layers that start anew as well, such as ("fc7",). schedule.layer_factors has rates
-    # of single layers, and freezes them.
+    # More layers that start from scratch, for example ("fc7",).
     finetune.new_layers = ()
 
     config.data = data = ConfigDict()
@@ -111,26 +109,26 @@ def get_config() -> Config:
     data.source = "textures"
     # Directory of tfds data sets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
     data.dir = ""
-    # Split to train on; tfds data sets have slices too, train[:90%].
+    # Split to train on; for tfds data sets also a slice, train[:90%].
     data.train_split = "train"
-    # Split to evaluate on, empty: none. In folders test, val, validation are one.
+    # Split to evaluate on; empty: none. In folders test, val and validation are the same.
     data.eval_split = "test"
-    # Examples in a step over ALL devices (paper, section 5: 128). A run keeps it.
+    # Images per step over ALL devices (paper, section 5: 128); fixed within a run.
     data.batch_size = 128
-    # Side of the stored pictures in pixels (paper, section 2: 256).
+    # Side of the raw images in pixels (paper, section 2: 256).
     data.image_size = 256
-    # Side of what the network sees in pixels (paper, section 4.1: 224).
+    # Side of the network's input in pixels (paper, section 4.1: 224).
     data.crop_size = 224
-    # Threads that decode pictures on the host.
+    # Number of threads that decode images on the host.
     data.workers = 2
 
     config.augment = augment = ConfigDict()
-    # Crops at random places in training; else the centre (paper, section 4.1).
+    # Train on random crops; False: on the centre (paper, section 4.1).
     augment.crop = True
-    # Smallest share of a picture's area that a crop has before it is resized to
-    # crop_size (Szegedy et al. 2015: 0.08); 1: crops of crop_size, not resized.
+    # Smallest crop, before it is resized to crop_size, as a share of the raw image's area
+    # (Szegedy et al. 2015: 0.08); 1: crops of crop_size, not resized.
     augment.min_area = 1.0
-    # Mirror every other training picture, by chance (paper, section 4.1).
+    # Mirror training images with probability 1/2 (paper, section 4.1).
     augment.flip = True
     # Standard deviation of the PCA colour noise; 0: none (paper, section 4.1: 0.1).
     augment.lighting = 0.1
@@ -140,34 +138,31 @@ def get_config() -> Config:
     augment.lighting_until_epoch = -1.0
 
     config.optim = optim = ConfigDict()
-    # The learning rate itself: nothing scales it (paper, section 5: 0.01 at 128).
+    # Learning rate, not scaled by the batch size (paper, section 5: 0.01 at 128).
     optim.learning_rate = 0.01
-    # Share of the velocity that is kept (paper, section 5).
+    # Factor on the velocity per step (paper, section 5).
     optim.momentum = 0.9
     # Factor on the weights in the gradient (paper, section 5).
     optim.weight_decay = 5e-4
-    # Layers that have a weight decay of their own in the table (the CIFAR-10 nets') take
-    # that instead.
+    # Use the weight decay in the table for the layers that have one (CIFAR-10 nets).
     optim.layer_weight_decay = True
     # Learning rate of the biases over that of the weights (Caffe: 2).
     optim.bias_lr_mult = 1.0
-    # The biases' rate stays bias_lr_mult * learning_rate whatever the schedule does (as
-    # in the original's run on ILSVRC-2012).
+    # Keep the biases' rate at bias_lr_mult * learning_rate (the original's ILSVRC run).
     optim.constant_bias_lr = False
-    # Biases, and batch normalisation's scales, decay as well (the original's and Caffe's
-    # biases: no; the paper does not say).
+    # Apply weight decay to biases and batch normalisation's scales as well (the original
+    # and Caffe: no; the paper does not say).
     optim.decay_bias = True
     # paper: the learning rate inside the velocity; torch: outside.
     optim.form = "paper"
-    # Parts that each device's share of a batch goes through the network in, one after
-    # the other: the same run in less memory (but for batch normalisation, which is of
-    # each part). 1: all at once.
+    # Number of parts of each device's share of a batch, computed one after the other:
+    # the same run in less memory (except that batch normalisation sees a part). 1: off.
     optim.accumulate_steps = 1
     # Share of the training target spread evenly over all classes; 0: none (Szegedy et
     # al. 2016: 0.1).
     optim.label_smoothing = 0.0
-    # LARS: a kernel's gradient is scaled to this share of the kernel's own norm; 0: off
-    # (NVCaffe: 0.001). Not for kernels split over columns.
+    # LARS: norm of a kernel's gradient as a share of the kernel's norm; 0: off (NVCaffe:
+    # 0.001). Not for kernels split over columns.
     optim.trust_coefficient = 0.0
 
     config.schedule = schedule = ConfigDict()
@@ -186,8 +181,7 @@ def get_config() -> Config:
     schedule.layer_factors = ()
     # cosine and polynomial: epochs of linear rise at the start.
     schedule.warmup_epochs = 0.0
-    # polynomial: the power of 1 - t, t from 0 after the rise to 1 at the end of the run
-    # (You et al. 2017: 2).
+    # polynomial: power of 1 - t, with t from 0 to 1 after the rise (You et al. 2017: 2).
     schedule.power = 2.0
 
     config.parallel = parallel = ConfigDict()
@@ -196,8 +190,8 @@ def get_config() -> Config:
     parallel.mode = "data"
     # Devices along the batch; -1: all that the columns leave.
     parallel.data = -1
-    # Devices along the columns; -1: in mode columns one a column if there are as many
-    # devices, in mode hybrid all there are, else 1.
+    # Devices along the columns; -1: in mode columns one per column if there are enough
+    # devices, in mode hybrid all, else 1.
     parallel.column = -1
     # shard_map, or pmap (mode data only; the same numbers).
     parallel.transform = "shard_map"
@@ -205,10 +199,10 @@ def get_config() -> Config:
     config.checkpoint = checkpoint = ConfigDict()
     # Steps between two checkpoints; 0: off.
     checkpoint.every_steps = 0
-    # Minutes between two checkpoints; 0: off. There is always one at the end, and one
-    # at each evaluation that is the best so far.
+    # Minutes between two checkpoints; 0: off. The end of the run and each best evaluation
+    # write one anyway.
     checkpoint.every_minutes = 15.0
-    # Newest checkpoints to keep, beside the best.
+    # Number of newest checkpoints to keep besides the best.
     checkpoint.keep = 2
     return config.lock()
 
@@ -222,8 +216,8 @@ def _one_of(*choices: Any) -> tuple[Callable[[Any], bool], str]:
     return lambda v: v in choices, f"one of {', '.join(map(str, choices))}"
 
 
-# Field -> (check, words): "must be {words}". Its type is that of its default. A field
-# that is not here may hold anything of its type. NaN is in no range.
+# Field -> (check, words): "must be {words}". The default gives the type. A field that
+# is not here may hold any value of its type. NaN is in no range.
 # fmt: off
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: 0 <= v < 2**32, "0 to 4294967295"),
@@ -278,11 +272,11 @@ def validate(config: Config, *, devices: bool = True, training: bool = True) -> 
     """Check everything that can be checked without the data.
 
     Args:
-      devices: whether to check the mesh against the devices of this machine.
-      training: whether to refuse fields that would have no effect on a training.
+      devices: check the mesh against the devices of this machine.
+      training: refuse fields that would have no effect on training.
 
     Raises:
-      ConfigError: lists every mistake: the field, its value, and what it may hold.
+      ConfigError: lists every mistake: the field, its value, and the allowed values.
     """
     fields = flat(config.to_dict())
     # ml_collections checks types, except that any field takes None and an int True.
@@ -337,12 +331,7 @@ def _conflicts(config: Config) -> list[str]:
 def _network_problems(
     config: Config, wrong: Collection[str], devices: bool, training: bool
 ) -> list[str]:
-    """Return a message per mistake that depends on the network.
-
-    Args:
-      wrong: fields whose own value is a mistake already.
-      devices, training: see `validate`.
-    """
+    """Return a message per mistake that depends on the network; `wrong`: known ones."""
     try:
         network = make_model(config, config.model.num_classes or 2).network
     except ValueError as error:
@@ -353,83 +342,72 @@ def _network_problems(
     except ValueError as error:
         problems.append(str(error))
     names = [row.name for row in network.layers]
-    factors = _layer_factor_problem(config, names)
-    problems += factors
+    if factor_problem := _layer_factor_problem(config, names):
+        problems.append(factor_problem)
     problems += [
         f"--config.finetune.new_layers: {layer!r} must be one of {', '.join(names)}."
         for layer in config.finetune.new_layers
         if layer not in names
     ]
-    if training and not wrong and not factors:
-        problems += _idle_schedule_problem(config)
-        problems += _idle_field_problems(config, network)
+    if training and not wrong and not factor_problem:
+        problems += _idle_problems(config, network)
     shape = ("parallel.", "data.batch_size", "optim.accumulate_steps")
-    if devices and not any(name.startswith(shape) for name in wrong):
-        problems += _mesh_problem(config, network)
+    devices = devices and not any(name.startswith(shape) for name in wrong)
+    if devices and (mesh_problem := _mesh_problem(config, network)):
+        problems.append(mesh_problem)
     return problems
 
 
-def _layer_factor_problem(config: Config, names: list[str]) -> list[str]:
+def _layer_factor_problem(config: Config, names: list[str]) -> str:
     before: dict[str, float] = {}
     for row in config.schedule.layer_factors:
         try:
             layer, epoch, factor = row
-            right = layer in names and epoch > before.get(layer, -1)
-            right = right and epoch >= 0 and factor >= 0
+            is_valid = layer in names and epoch > before.get(layer, -1)
+            is_valid = is_valid and epoch >= 0 and factor >= 0
         except (TypeError, ValueError):  # the outer parentheses are forgotten easily
-            right = False
-        if not right:
-            problem = (
+            is_valid = False
+        if not is_valid:
+            return (
                 f"--config.schedule.layer_factors: {row!r} must be (layer, epoch, "
                 f"factor), the layer one of {', '.join(names)}, its epochs 0 or more "
                 "and increasing, the factor 0 or more."
             )
-            return [problem]
         before[layer] = epoch
-    return []
+    return ""
 
 
-def _idle_schedule_problem(config: Config) -> list[str]:
-    """Refuse a schedule that lowers the learning rate by events that never come."""
-    schedule = config.schedule
-    split, every = config.data.eval_split, config.eval_every_epochs
+def _idle_problems(config: Config, network: layers.Variant) -> list[str]:
+    """Return a message per changed field that can have no effect on training."""
+    c, schedule, augment = config, config.schedule, config.augment
+    split, every = c.data.eval_split, c.eval_every_epochs
+    first_drop = min(schedule.drop_epochs, default=0)
+    first_factor = min((epoch for _, epoch, _ in schedule.layer_factors), default=0)
+    problems = []
     if schedule.name == "plateau" and schedule.max_drops and not (split and every):
-        problem = (
+        problems.append(
             "--config.schedule.name='plateau' lowers the learning rate by evaluations, "
             f"and --config.data.eval_split={split!r} with --config.eval_every_epochs="
             f"{every} leaves none. Evaluate, or take another schedule, such as constant "
             "or cosine, or --config.schedule.max_drops=0."
         )
-        return [problem]
-    first_drop = min(schedule.drop_epochs, default=0)
-    if schedule.name == "fixed" and first_drop >= config.num_epochs:
-        problem = (
+    if schedule.name == "fixed" and first_drop >= c.num_epochs:
+        problems.append(
             f"--config.schedule.drop_epochs={tuple(schedule.drop_epochs)} are all after "
-            f"the end, --config.num_epochs={config.num_epochs}: the learning rate would "
+            f"the end, --config.num_epochs={c.num_epochs}: the learning rate would "
             "never drop. Set earlier ones, or --config.schedule.name=constant."
         )
-        return [problem]
-    return []
-
-
-def _idle_field_problems(config: Config, network: layers.Variant) -> list[str]:
-    """Refuse fields that are not at their default and cannot have an effect."""
-    c, schedule, augment = config, config.schedule, config.augment
-    dropout = c.model.overrides.dropout
-    first_factor = min((epoch for _, epoch, _ in schedule.layer_factors), default=0)
 
     def has(*kinds: type) -> bool:
         return any(isinstance(stage, kinds) for stage in network.stages)
 
-    # (field, whether it has an effect or asks for nothing, what that needs, of which
-    # fields). Fields that only say what is so anyway are not here, as decay_bias=False
-    # where nothing decays. `eval_views` needs no split: --mode=eval reads it.
+    # (field, True if it has an effect or requests nothing, what that needs, the fields
+    # that this depends on). Fields that only state what is so anyway are not here, for
+    # example decay_bias=False without decay. `eval_views` is for --mode=eval too.
     # fmt: off
     rows = (
-        ("eval_every_epochs", c.data.eval_split or not c.eval_every_epochs,
-         "a split", "data.eval_split"),
-        ("eval_every_epochs", c.eval_every_epochs <= c.num_epochs,
-         "a longer run", "num_epochs"),
+        ("eval_every_epochs", split or not every, "a split", "data.eval_split"),
+        ("eval_every_epochs", every <= c.num_epochs, "a longer run", "num_epochs"),
         ("eval_views", c.data.image_size > c.data.crop_size,
          "larger pictures", "data.image_size", "data.crop_size"),
         ("finetune.new_layers", c.finetune.source,
@@ -462,7 +440,7 @@ def _idle_field_problems(config: Config, network: layers.Variant) -> list[str]:
         ("schedule.warmup_epochs", schedule.name in ("cosine", "polynomial"),
          "cosine or polynomial", "schedule.name"),
         ("schedule.power", schedule.name == "polynomial", "polynomial", "schedule.name"),
-        ("model.overrides.dropout", has(layers.Dropout) or not dropout,
+        ("model.overrides.dropout", has(layers.Dropout) or not c.model.overrides.dropout,
          "a network with dropout", "model.variant"),
         ("model.overrides.norm_place", has(*layers.NORMS),
          "a network with normalisation", "model.variant", "model.overrides.lrn",
@@ -470,7 +448,6 @@ def _idle_field_problems(config: Config, network: layers.Variant) -> list[str]:
     )
     # fmt: on
     fields, defaults = flat(config.to_dict()), flat(get_config().to_dict())
-    problems = []
     for name, has_effect, needs, *others in rows:
         value, default = fields[name], defaults[name]
         if isinstance(value, list):
@@ -490,7 +467,7 @@ def _idle_field_problems(config: Config, network: layers.Variant) -> list[str]:
     return problems
 
 
-def _mesh_problem(config: Config, network: layers.Variant) -> list[str]:
+def _mesh_problem(config: Config, network: layers.Variant) -> str:
     mode, transform = config.parallel.mode, config.parallel.transform
     batch, parts = config.data.batch_size, config.optim.accumulate_steps
     try:
@@ -498,39 +475,35 @@ def _mesh_problem(config: Config, network: layers.Variant) -> list[str]:
         parallel_lib.check_mode(network, mode, columns)
         parallel_lib.make_mesh(rows, columns)
     except ValueError as error:
-        return [str(error)]
+        return str(error)
     if config.optim.trust_coefficient > 0 and columns > 1:
-        problem = (
+        return (
             f"--config.optim.trust_coefficient={config.optim.trust_coefficient} is of "
             f"the norms of whole layers, which --config.parallel.mode={mode} splits over "
             f"{columns} columns; set --config.parallel.mode=data or "
             "--config.parallel.column=1."
         )
-        return [problem]
     if transform == "pmap" and mode != "data":
-        problem = (
+        return (
             "--config.parallel.transform=pmap splits nothing but the batch: it goes with "
             f"--config.parallel.mode=data, not {mode}."
         )
-        return [problem]
     if transform == "pmap" and jax.process_count() > 1:
-        problem = (
+        return (
             "--config.parallel.transform=pmap is for one process; "
             f"{jax.process_count()} take shard_map."
         )
-        return [problem]
     devices = parallel_lib.batch_shards(rows, columns, mode)
     step = devices * parts
     if batch % step == 0:
-        return []
+        return ""
     below, above = batch // step * step, -(-batch // step) * step
     nearest = " or ".join(str(size) for size in (below, above) if size > 0)
     each = "" if parts == 1 else f" in --config.optim.accumulate_steps={parts} parts"
-    problem = (
+    return (
         f"--config.data.batch_size={batch} does not divide over {devices} devices{each}; "
         f"the nearest that do: {nearest}."
     )
-    return [problem]
 
 
 def mesh_shape(config: Config, network: layers.Variant) -> tuple[int, int]:

@@ -1,8 +1,10 @@
-"""What a config builds, as tables: `main --mode=describe`."""
+"""Tables of `main --mode=describe`: layers, and what the devices of a mode exchange."""
 
 import collections
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -11,163 +13,115 @@ from jax.sharding import NamedSharding
 from alexnet_jax.data import augment
 from alexnet_jax.models.alexnet import AlexNet
 from alexnet_jax.models.summary import LayerSummary, summary
-from alexnet_jax.training import (
-    communication,
-    experiment,
-    parallel,
-    steps,
-)
+from alexnet_jax.training import experiment, parallel, steps
 from alexnet_jax.training.config import Config
 from alexnet_jax.training.parallel import P
 
+# Phases of a training step: the activations up to the loss, their gradients, and the sums
+# of the parameters' gradients, with the loss and the error.
+PHASES = ("forward", "backward", "gradients")
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+_COLLECTIVE = re.compile(
+    rf"= (?P<shape>\S.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<rest>.*)$"
+)
+_LISTS = re.compile(
+    r"\b(?:replica_groups|source_target_pairs)=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}"
+)
+_IOTA = re.compile(r"\breplica_groups=\[\d+,(\d+)\]<=\[")
+_MESH = re.compile(
+    r"\breplica_groups=mesh\[(?P<sizes>[^]]+)\](?:, device_ids=\(.*?\))? "
+    r"\{(?P<axes>[^}]+)\}"
+)
+_ARRAY = re.compile(r"\b(?P<dtype>[a-z]+\d*)\[(?P<dims>[\d,]*)\]")
+
+
+# Layers.
+
 
 def describe(config: Config) -> str:
-    """Shapes, parameters and multiply-adds of every layer, for one image.
+    """Return a table of shapes, parameters and multiply-adds per layer, for one image.
 
-    Without `model.num_classes` the classifier has as many units as the variant's
-    own: no data is looked at.
+    If `model.num_classes` is 0, the classifier has the variant's own number of units: no
+    data is read.
 
     Raises:
-      ConfigError: for a config that is wrong.
+      ConfigError: the config is wrong.
     """
     experiment.validate(config, training=False)
     network = experiment.make_model(config, config.model.num_classes or None)
     size = config.data.crop_size
-    rows = summary(network, size)
     header = f"{network.network.name}, images of {size} x {size} x 3, {network.dtype}"
-    return "\n".join([header, "", *table(rows)])
+    return "\n".join([header, "", *table(summary(network, size))])
+
+
+def table(rows: list[LayerSummary]) -> list[str]:
+    """Return the rows as aligned lines, with a heading and a line of sums."""
+    cells = [("layer", "output", "parameters", "multiply-adds")]
+    for row in rows:
+        shape = " x ".join(str(n) for n in row.shape)
+        parameters = f"{row.parameters:,}" if row.parameters else ""
+        multiply_adds = f"{row.multiply_adds:,}" if row.multiply_adds else ""
+        cells.append((row.name, shape, parameters, multiply_adds))
+    parameters = f"{sum(row.parameters for row in rows):,}"
+    multiply_adds = f"{sum(row.multiply_adds for row in rows):,}"
+    cells.append(("total", "", parameters, multiply_adds))
+    lines = _aligned(cells, left=1)
+    rule = "-" * len(lines[0])
+    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+
+
+def _aligned(rows: list[tuple[str, ...]], left: int) -> list[str]:
+    """Return rows as lines: the first `left` columns flush left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+# Modes.
 
 
 @dataclass(frozen=True)
 class ModeSummary:
-    """A training step on a mesh, as it was compiled.
+    """A training step that was compiled for a mesh.
 
     Attributes:
-      mode: of parallel.MODES; `data` x `column` devices.
-      exchanges: every array that devices exchange in a step.
-      memory_bytes: a device needs: its part of state, batch and statistics, and what
-        the step holds at its fullest, as the compiler has planned it.
+      mode: one of `parallel.MODES`, on `data` x `column` devices.
+      exchanges: all arrays that devices exchange in a step.
+      memory_bytes: per device, see `memory_bytes`.
     """
 
     mode: str
     data: int
     column: int
-    exchanges: list[communication.Exchange]
+    exchanges: list["Exchange"]
     memory_bytes: int
 
     def counts(self, phase: str) -> collections.Counter[str]:
-        """Arrays exchanged in one of communication.PHASES, by the kind of operation."""
-        return communication.counts(self._in(phase))
+        """Return the number of arrays exchanged in one of `PHASES`, per kind."""
+        return counts(e for e in self.exchanges if e.phase == phase)
 
     def sent_bytes(self, phase: str) -> int:
-        """What a device sends in that phase."""
-        return communication.sent_bytes(self._in(phase))
-
-    def _in(self, phase: str) -> list[communication.Exchange]:
-        return [e for e in self.exchanges if e.phase == phase]
-
-
-def meshes(
-    config: Config, network: AlexNet, devices: int
-) -> tuple[list[tuple[str, int, int]], list[str]]:
-    """For each mode the mesh of that many devices, if it fits, and why others do not.
-
-    Returns:
-      (mode, data, column) for each that fits, the config's own mesh of its own mode;
-      and a line for each that does not.
-    """
-    table, batch = network.network, config.data.batch_size
-    shapes = {
-        "data": (devices, 1),
-        "columns": (devices // table.columns, table.columns),
-        "hybrid": (1, devices),
-    }
-    shapes[config.parallel.mode] = experiment.mesh_shape(config, table)
-    found, left_out = [], []
-    for mode, (data, column) in shapes.items():
-        if mode != config.parallel.mode:
-            if devices == 1:
-                continue  # the same in every mode
-            if data * column != devices or (mode == "columns" and column == 1):
-                columns = f"{table.columns} column{'s' if table.columns > 1 else ''}"
-                left_out.append(f"{mode}: {devices} devices, {columns}")
-                continue
-        try:
-            parallel.check_mode(table, mode, column)
-        except ValueError as error:
-            left_out.append(f"{mode}: {error}")
-            continue
-        shards = parallel.batch_shards(data, column, mode)
-        if batch % shards:
-            left_out.append(f"{mode}: {batch} images do not divide by {shards}")
-        else:
-            found.append((mode, data, column))
-    return found, left_out
-
-
-def summarize_mode(
-    config: Config, network: AlexNet, mode: str, data: int, column: int
-) -> ModeSummary:
-    """Compiles the training step of a config on a mesh; nothing is computed."""
-    mesh = parallel.make_mesh(data, column)
-    # An epoch's length moves the schedule only.
-    tx = experiment.make_optimizer(config, network, steps_per_epoch=1000.0)
-    spec = steps.StepSpec(
-        network,
-        tx,
-        experiment.make_augmentation(config, steps_per_epoch=1000.0),
-        mesh,
-        mode=mode,
-        transform=config.parallel.transform if mode == "data" else "shard_map",
-        seed=config.seed,
-        accumulate_steps=config.optim.accumulate_steps,
-        label_smoothing=config.optim.label_smoothing,
-    )
-    examples = NamedSharding(mesh, P(spec.batch_axes))
-    whole = NamedSharding(mesh, P())
-    wide = jnp.promote_types(network.dtype, jnp.float32)
-    side, batch = config.data.image_size, config.data.batch_size
-    shape = jax.ShapeDtypeStruct
-    step = steps.make_train_step(spec)
-    compiled = step.lower(
-        steps.abstract_state(spec),
-        {
-            "image": shape((batch, side, side, 3), jnp.uint8, sharding=examples),
-            "label": shape((batch,), jnp.int32, sharding=examples),
-        },
-        jax.tree.map(
-            lambda a: shape(a.shape, wide, sharding=whole),
-            jax.eval_shape(lambda: augment.imagenet_statistics(side)),
-        ),
-    ).compile()
-    return ModeSummary(
-        mode,
-        data,
-        column,
-        communication.exchanges(compiled.as_text()),
-        memory_bytes(compiled),
-    )
-
-
-def memory_bytes(compiled: jax.stages.Compiled) -> int:
-    """What a program needs at its fullest on a device, as the compiler has planned.
-
-    0 where the backend does not tell.
-    """
-    plan = compiled.memory_analysis()
-    if plan is None:
-        return 0
-    # Results that take the place of arguments are counted once.
-    arguments = plan.argument_size_in_bytes - plan.alias_size_in_bytes
-    return arguments + plan.output_size_in_bytes + plan.temp_size_in_bytes
+        """Return the number of bytes that a device sends in one of `PHASES`."""
+        return round(sum(e.sent_bytes for e in self.exchanges if e.phase == phase))
 
 
 def describe_modes(config: Config, log: Callable[[str], object] = print) -> str:
-    """What every mode that fits the devices there are sends and needs.
+    """Return a table of what each mode that fits these devices sends and needs.
 
     Args:
-      config: valid.
-      log: told what is being compiled; each mode takes as long as a run's start.
+      config: a valid config.
+      log: prints progress; compiling a mode takes as long as the start of a run.
     """
     network = experiment.make_model(config, config.model.num_classes or None)
     rows = []
@@ -185,46 +139,219 @@ def describe_modes(config: Config, log: Callable[[str], object] = print) -> str:
 
 
 def mode_table(rows: list[ModeSummary]) -> list[str]:
-    """A line for each phase in which a mode exchanges anything, with a heading."""
+    """Return a heading and a line per phase in which a mode exchanges anything."""
     cells = [("mode", "mesh", "phase", "arrays exchanged", "MB sent", "MB of memory")]
     for row in rows:
         mesh, memory = f"{row.data} x {row.column}", f"{row.memory_bytes / 1e6:,.0f}"
-        phases = [
-            (phase, communication.in_words(row.counts(phase)), row.sent_bytes(phase))
-            for phase in communication.PHASES
-            if row.counts(phase)
-        ]
         first = (row.mode, mesh, memory)
-        for phase, exchanged, sent in phases or [("", "none", 0)]:
+        for phase in [p for p in PHASES if row.counts(p)] or [""]:
+            counted = row.counts(phase)
+            arrays = [f"{counted[kind]} {kind}" for kind in KINDS if counted[kind]]
+            sent = f"{row.sent_bytes(phase) / 1e6:,.2f}"
             mode, mesh, memory = first
-            cells.append((mode, mesh, phase, exchanged, f"{sent / 1e6:,.2f}", memory))
+            cells.append((mode, mesh, phase, ", ".join(arrays) or "none", sent, memory))
             first = ("", "", "")
-    widths = [max(len(row[i]) for row in cells) for i in range(6)]
-    lines = [
-        "  ".join(
-            f"{cell:>{width}}" if i >= 4 else f"{cell:<{width}}"
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
+    lines = _aligned(cells, left=4)
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
-def table(rows: list[LayerSummary]) -> list[str]:
-    """The rows as aligned lines, with a heading and a line of sums."""
-    cells = [("layer", "output", "parameters", "multiply-adds")]
-    for row in rows:
-        shape = " x ".join(str(n) for n in row.shape)
-        parameters = f"{row.parameters:,}" if row.parameters else ""
-        multiply_adds = f"{row.multiply_adds:,}" if row.multiply_adds else ""
-        cells.append((row.name, shape, parameters, multiply_adds))
-    parameters = f"{sum(row.parameters for row in rows):,}"
-    multiply_adds = f"{sum(row.multiply_adds for row in rows):,}"
-    cells.append(("total", "", parameters, multiply_adds))
-    widths = [max(len(row[i]) for row in cells) for i in range(4)]
-    lines = [
-        f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}"
-        for a, b, c, d in cells
-    ]
-    rule = "-" * len(lines[0])
-    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+def meshes(
+    config: Config, network: AlexNet, devices: int
+) -> tuple[list[tuple[str, int, int]], list[str]]:
+    """Return the mesh of each mode that fits `devices`, and a reason per other mode.
+
+    Returns:
+      (mode, data, column) per mode that fits, the config's mode on its own mesh; and a
+      line per mode that does not fit.
+    """
+    variant, batch = network.network, config.data.batch_size
+    shapes = {
+        "data": (devices, 1),
+        "columns": (devices // variant.columns, variant.columns),
+        "hybrid": (1, devices),
+    }
+    shapes[config.parallel.mode] = experiment.mesh_shape(config, variant)
+    found, left_out = [], []
+    for mode, (data, column) in shapes.items():
+        if mode != config.parallel.mode:
+            if devices == 1:
+                continue  # the same in every mode
+            if data * column != devices or (mode == "columns" and column == 1):
+                columns = (
+                    f"{variant.columns} column{'s' if variant.columns > 1 else ''}"
+                )
+                left_out.append(f"{mode}: {devices} devices, {columns}")
+                continue
+        try:
+            parallel.check_mode(variant, mode, column)
+        except ValueError as error:
+            left_out.append(f"{mode}: {error}")
+            continue
+        shards = parallel.batch_shards(data, column, mode)
+        if batch % shards:
+            left_out.append(f"{mode}: {batch} images do not divide by {shards}")
+        else:
+            found.append((mode, data, column))
+    return found, left_out
+
+
+def summarize_mode(
+    config: Config, network: AlexNet, mode: str, data: int, column: int
+) -> ModeSummary:
+    """Compile the training step of a config on a mesh, without running it."""
+    mesh = parallel.make_mesh(data, column)
+    length = 1000.0  # steps per epoch; only the schedule depends on it
+    tx = experiment.make_optimizer(config, network, length)
+    spec = experiment.make_spec(config, network, tx, mesh, length)
+    transform = spec.transform if mode == "data" else "shard_map"
+    spec = replace(spec, mode=mode, transform=transform)
+    examples = NamedSharding(mesh, P(spec.batch_axes))
+    whole = NamedSharding(mesh, P())
+    wide = jnp.promote_types(network.dtype, jnp.float32)
+    side, batch = config.data.image_size, config.data.batch_size
+    shape = jax.ShapeDtypeStruct
+    step = steps.make_train_step(spec)
+    compiled = step.lower(
+        steps.abstract_state(spec),
+        {
+            "image": shape((batch, side, side, 3), jnp.uint8, sharding=examples),
+            "label": shape((batch,), jnp.int32, sharding=examples),
+        },
+        jax.tree.map(
+            lambda a: shape(a.shape, wide, sharding=whole),
+            jax.eval_shape(lambda: augment.imagenet_statistics(side)),
+        ),
+    ).compile()
+    found = exchanges(compiled.as_text())
+    return ModeSummary(mode, data, column, found, memory_bytes(compiled))
+
+
+def memory_bytes(compiled: jax.stages.Compiled) -> int:
+    """Return the peak memory of a program per device, as the compiler planned it.
+
+    It includes the arguments. 0: the backend does not tell.
+    """
+    plan = compiled.memory_analysis()
+    if plan is None:
+        return 0
+    # Results that replace arguments are counted once.
+    arguments = plan.argument_size_in_bytes - plan.alias_size_in_bytes
+    return arguments + plan.output_size_in_bytes + plan.temp_size_in_bytes
+
+
+# The collective operations of a compiled program, read from its text.
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One array that a collective operation gives every device of a group.
+
+    Attributes:
+      kind: one of `KINDS`.
+      dtype, shape: of the result on one device; XLA's name of the dtype ("f32").
+      devices: number of devices in the group, at least 2.
+      phase: one of `PHASES`.
+    """
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    devices: int
+    phase: str
+
+    @property
+    def sent_bytes(self) -> float:
+        """Number of bytes that a device sends in a ring, which sends least.
+
+        For an array of S bytes over n devices: (n - 1) / n of S in an all-gather,
+        reduce-scatter or all-to-all, twice that in an all-reduce.
+        """
+        bits = re.search(r"\d+", self.dtype)
+        result = math.prod(self.shape) * (int(bits[0]) // 8 if bits else 1)
+        others = (self.devices - 1) / self.devices
+        match self.kind:
+            case "all-gather" | "all-to-all":
+                return others * result
+            case "all-reduce":
+                return 2 * others * result
+            case "reduce-scatter":  # the result is one device's part
+                return (self.devices - 1) * result
+            case _:
+                return result
+
+
+def exchanges(hlo: str) -> list[Exchange]:
+    """Return every array that a compiled program exchanges.
+
+    A group of one device sends nothing, though XLA may keep it: it is left out.
+
+    Args:
+      hlo: `jax.jit(f).lower(...).compile().as_text()`.
+    """
+    found = []
+    for line in hlo.splitlines():
+        match = _COLLECTIVE.search(line)
+        if not match:
+            continue
+        devices = _largest_group(match["rest"])
+        if devices < 2:
+            continue
+        arrays = [
+            (array["dtype"], tuple(int(n) for n in array["dims"].split(",") if n))
+            for array in _ARRAY.finditer(match["shape"])
+        ]
+        if match["kind"] == "all-to-all" and len(arrays) > 1:
+            # The form with a result per device: one array, in pieces.
+            dtype, shape = arrays[0]
+            arrays = [(dtype, (len(arrays), *shape))]
+        elif match["start"] and match["kind"] != "all-reduce":
+            # Such an operation returns its operands before its results.
+            operands = match["rest"].partition(")")[0].count("%")
+            arrays = arrays[operands : 2 * operands]
+        # JAX names each operation after the transformations that it came from.
+        name = re.search(r'op_name="([^"]*)"', line)
+        if name is None or "jvp(" not in name[1]:
+            phase = "gradients"
+        else:
+            phase = "backward" if "transpose(" in name[1] else "forward"
+        found += [
+            Exchange(match["kind"], dtype, shape, devices, phase)
+            for dtype, shape in arrays
+        ]
+    return found
+
+
+def counts(found: Iterable[Exchange]) -> collections.Counter[str]:
+    """Return the number of arrays exchanged, per kind of operation.
+
+    One operation may carry several arrays, and XLA merges operations as it likes. The
+    number of arrays does not depend on that.
+    """
+    return collections.Counter(exchange.kind for exchange in found)
+
+
+def _largest_group(attributes: str) -> int:
+    """Return the number of devices in the largest group of an operation.
+
+    XLA writes the groups as lists, as an iota ([groups, devices]<=[...]), or as axes of a
+    mesh. A permutation's groups are its pairs.
+
+    Raises:
+      ValueError: the groups are written in another form.
+    """
+    if lists := _LISTS.search(attributes):
+        groups = re.findall(r"[\d,]+(?=\})", lists[1])
+        return max(len(set(group.split(","))) for group in groups)
+    if iota := _IOTA.search(attributes):
+        return int(iota[1])
+    if mesh := _MESH.search(attributes):
+        sizes = dict(axis.split("=") for axis in mesh["sizes"].split(","))
+        # "'data':(1)2" is a part of an axis, of 2 devices.
+        axes = (axis.partition(":") for axis in mesh["axes"].split(","))
+        return math.prod(
+            int(part.rpartition(")")[2] or sizes[axis]) for axis, _, part in axes
+        )
+    raise ValueError(
+        "unknown form of replica groups in the compiled program, try another version "
+        f"of jax that requirements.txt allows: {attributes}"
+    )

@@ -1,8 +1,7 @@
-"""Several processes of one run: connect them, compare them, let them agree.
+"""Several processes of one run: connect them, compare their flags, vote.
 
-`jax.distributed` does the work and finds SLURM, Open MPI and Kubernetes by itself. A
-process that fails or disappears ends the others: an exchange with it fails, or jax
-misses its heartbeat.
+`jax.distributed` finds SLURM, Open MPI and Kubernetes by itself. A process that fails or
+disappears ends the others: an exchange with it fails, or JAX misses its heartbeat.
 """
 
 import collections
@@ -23,15 +22,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# A process that sends no heartbeat for so long counts as dead, and ends the run.
+# A process without a heartbeat for this long counts as dead, and ends the run.
 HEARTBEAT_SECONDS = 40
 # How long a process that has ended waits for the others to end.
 SHUTDOWN_SECONDS = 60
-# Process 0 leaves so much later than the others: without it jax aborts them.
+# Delay of process 0's exit: JAX aborts processes that outlive it.
 LEAVE_SECONDS = 2.0
-# Room for a run's flags and config fields as JSON.
+# Space for a run's flags and config fields as JSON.
 MOST_FLAG_BYTES = 2**16
-# Votes under way before the first result is read.
+# Steps between a vote and its result.
 VOTES_IN_FLIGHT = 2
 
 
@@ -40,7 +39,7 @@ class DeviceError(ValueError):
 
 
 class DistributedError(RuntimeError):
-    """Processes that cannot run together; the message says what to do."""
+    """Processes cannot run together; the message says what to do."""
 
 
 def start(
@@ -52,14 +51,14 @@ def start(
     local_device_ids: Sequence[int] | None = None,
     connect_seconds: int = 180,
 ) -> bool:
-    """Connect this process with the others of its run, before jax starts its devices.
+    """Connect this process with the others of its run, before JAX starts its devices.
 
     Args:
-      mode: "off": this process is alone. "on": there are others, named by the
-        arguments or found by jax in the environment. "auto": "on" if one of the next
-        three arguments is given, or if srun or mpirun has started several tasks.
+      mode: "off": this process is alone. "on": there are others, given by the arguments
+        or found by JAX in the environment. "auto": "on" if one of the next three
+        arguments is given, or if srun or mpirun started several tasks.
       coordinator_address: HOST:PORT of process 0, the same for all processes.
-      num_processes, process_id: how many there are, and which one this is, from 0.
+      num_processes, process_id: number of processes, and number of this one, from 0.
       local_device_ids: numbers of this process's GPUs. By default a task of SLURM or
         Open MPI takes one GPU, or all if it is alone on its node; any other process
         takes all that it sees.
@@ -67,11 +66,11 @@ def start(
         error and exits with status 1.
 
     Returns:
-      True if there are others.
+      True if there are other processes.
 
     Raises:
-      DistributedError: for arguments that contradict each other or are incomplete, a
-        port that is in use, or an environment in which jax finds no cluster.
+      DistributedError: arguments contradict each other or are missing, the port is in
+        use, or JAX finds no cluster in the environment.
     """
     given = {
         "coordinator_address": coordinator_address,
@@ -102,7 +101,7 @@ def start(
             **given,
             local_device_ids=local_device_ids,
             cluster_detection_method="deactivate" if some else None,
-            # Later than `_give_up`: at its own timeout jax aborts with a stack trace.
+            # Later than `_give_up`: at its own timeout JAX aborts with a stack trace.
             initialization_timeout=connect_seconds + 60,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
@@ -120,12 +119,12 @@ def start(
 
 
 def count_tasks(environ: Mapping[str, str]) -> int:
-    """Return how many tasks mpirun or srun has started; 1 if neither did.
+    """Return the number of tasks that mpirun or srun started; 1: neither did.
 
-    jax reads SLURM_NTASKS, the number of tasks of the job. In a shell that `salloc`
-    opens there is only one of them, and it would wait for the others forever.
+    JAX reads SLURM_NTASKS, the tasks of the job. A shell of `salloc` is one of them, and
+    would wait for the others forever.
     """
-    names = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # jax's order
+    names = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # JAX's order
     return int(next(filter(None, map(environ.get, names)), "1"))
 
 
@@ -141,7 +140,7 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
         raise DistributedError(
             f"--coordinator_address={address} must be HOST:PORT of process 0."
         )
-    if this == 0:  # jax's server would share a port with that of another run
+    if this == 0:  # JAX's server would share a port with another run's
         port = int(address.rpartition(":")[2])
         try:
             socket.create_server(("", port)).close()
@@ -153,10 +152,10 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
 
 
 def _visible_gpus(environ: Mapping[str, str]) -> list[int] | None:
-    """Return all GPUs if they are this task's alone; None: jax takes one of them.
+    """Return all GPUs if no other task uses them; None: JAX takes one.
 
-    jax takes the GPU with the task's number on its node. A task that is bound to its GPU
-    sees no other, and the only task of a node would leave all but one idle.
+    JAX takes the GPU with the task's number on its node. A task that is bound to its GPU
+    sees only that one, and the only task of a node would leave the others idle.
     """
     visible = environ.get("CUDA_VISIBLE_DEVICES", "")
     count = len(visible.split(",")) if visible else 0
@@ -167,7 +166,7 @@ def _visible_gpus(environ: Mapping[str, str]) -> list[int] | None:
 
 
 def _give_up(given: Mapping[str, Any], seconds: int) -> None:
-    """End the process because the others did not come; say who is missing."""
+    """End the process because the others did not come; print which are missing."""
     address, count, this = given.values()
     reason = f"not all of {count or 'the'} processes came within {seconds} seconds"
     if this:
@@ -191,10 +190,9 @@ def _give_up(given: Mapping[str, Any], seconds: int) -> None:
 
 
 def require_same(flags: Mapping[str, Any]) -> None:
-    """Raise DistributedError in every process if the flags are not the same in all.
+    """Raise DistributedError in every process unless all have the same flags.
 
-    Processes that do different things wait for each other forever, or train a network
-    that nobody asked for.
+    Different processes would wait for each other forever, or train a mixture.
     """
     if jax.process_count() == 1:
         return
@@ -221,15 +219,15 @@ def require_same(flags: Mapping[str, Any]) -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """Exit; one of several processes does not wait for the others.
+    """Exit; one of several processes exits without waiting for the others.
 
-    They may be waiting for this one, and would end only after jax's timeouts.
+    They may be waiting for this one, until JAX's timeouts.
     """
     if not jax.distributed.is_initialized():
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()
-    with contextlib.suppress(RuntimeError):  # jax has no devices
+    with contextlib.suppress(RuntimeError):  # JAX has no devices
         if jax.process_index() == 0:
             time.sleep(LEAVE_SECONDS)
     os._exit(status)
@@ -260,28 +258,6 @@ def require_devices() -> None:
         ) from error
 
 
-class Agreement:
-    """Asynchronous max-reduce of small integers over all processes.
-
-    The devices exchange them beside the training steps, so that the result can be
-    read some steps later: by every process after the same step.
-    """
-
-    def __init__(self, mesh: Mesh):
-        self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        whole = NamedSharding(mesh, PartitionSpec())
-        self._largest = jax.jit(lambda a: a.max(axis=0), out_shardings=whole)
-
-    def largest(self, numbers: list[int]) -> jax.Array:
-        """Return the largest of each number over all processes, on its way."""
-        here = len(self._split.addressable_devices)
-        rows = np.tile(np.asarray(numbers, np.int32), (here, 1))
-        shape = (self._split.mesh.size, len(numbers))
-        return self._largest(
-            jax.make_array_from_process_local_data(self._split, rows, shape)
-        )
-
-
 class Vote(NamedTuple):
     """A process's wish, or the result: stop for this signal (0: none); save."""
 
@@ -292,19 +268,26 @@ class Vote(NamedTuple):
 class Votes:
     """Let the processes of a run stop and save after the same step.
 
-    One process knows its result at once. Several know it `VOTES_IN_FLIGHT` calls later.
+    The devices reduce the votes beside the training steps, and every process reads the
+    result `VOTES_IN_FLIGHT` calls later. A single process has its result at once.
     """
 
     def __init__(self, mesh: Mesh):
-        self._agreement = Agreement(mesh) if jax.process_count() > 1 else None
+        self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        whole = NamedSharding(mesh, PartitionSpec())
+        self._largest = jax.jit(lambda a: a.max(axis=0), out_shardings=whole)
         self._pending: collections.deque[jax.Array] = collections.deque()
-        self._stale = 0  # votes under way from before the last save
+        self._stale = 0  # number of pending votes that are older than the last save
 
     def cast(self, wish: Vote) -> Vote:
-        """Give this process's wish; return the newest result that all know."""
-        if self._agreement is None:
+        """Give this process's wish; return the newest result that all processes know."""
+        if jax.process_count() == 1:
             return wish
-        self._pending.append(self._agreement.largest([*wish]))
+        here = len(self._split.addressable_devices)
+        rows = np.tile(np.asarray(wish, np.int32), (here, 1))
+        shape = (self._split.mesh.size, len(wish))
+        votes = jax.make_array_from_process_local_data(self._split, rows, shape)
+        self._pending.append(self._largest(votes))
         if len(self._pending) <= VOTES_IN_FLIGHT:
             return Vote(0, False)
         number, save = map(int, jax.device_get(self._pending.popleft()))

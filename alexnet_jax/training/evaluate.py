@@ -36,6 +36,7 @@ from alexnet_jax.training.checkpoint import (
 from alexnet_jax.training.config import Config, ConfigError
 from alexnet_jax.training.experiment import Experiment, build_for_evaluation
 from alexnet_jax.training.resume import compare
+from alexnet_jax.training.steps import make_predict_step
 from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 
 WORST = 10  # number of classes, and of confusions, that are printed
@@ -160,7 +161,10 @@ def predict(experiment: Experiment, variables: dict[str, Any]) -> Predictions:
     assert source is not None
     if source.left_out:
         _say(f"WARNING: {source.left_out}")
-    step, statistics = experiment.predict_step(views), experiment.pixel_statistics()
+    step, statistics = (
+        make_predict_step(experiment.spec, views),
+        experiment.pixel_statistics(),
+    )
     params, batch_stats = variables["params"], variables["batch_stats"]
     with experiment.eval_batches() as batches:
         found = list(

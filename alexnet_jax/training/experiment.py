@@ -27,79 +27,47 @@ from alexnet_jax.training.config import (
     validate,
 )
 
-# main's exit status when the loss is no longer finite: for a sweep a result like others.
+# main's exit status after a loss that is not finite; a sweep counts it as a result.
 DIVERGED = 3
-# Pictures that the mean image is computed from when no full statistics are stored:
-# its standard error is then below one grey level.
+# Sample for the mean image if no full statistics are stored: its standard error is then
+# below one grey level.
 STATISTICS_SAMPLE = 10_000
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Hold everything that a config builds. Nothing in it changes while training.
+    """Everything that a config builds; training changes nothing in it.
 
-    `steps_per_epoch` may be a fraction; `total_steps` is where the run ends.
+    Attributes:
+      spec: network, optimiser, augmentation and mesh of the steps.
+      eval_source: None: there is no evaluation split.
+      steps_per_epoch: may be a fraction.
+      total_steps: the step at which the run ends.
     """
 
     config: Config
-    model: alexnet.AlexNet
-    tx: optax.GradientTransformation
-    mesh: Mesh
-    mode: str
+    spec: steps.StepSpec
     train_source: Source
     eval_source: Source | None
     statistics: Statistics
-    steps_per_epoch: float
-    total_steps: int
+    steps_per_epoch: float = 0.0
+    total_steps: int = 0
 
     @property
-    def crop_size(self) -> int:
-        return self.config.data.crop_size
+    def model(self) -> alexnet.AlexNet:
+        return self.spec.model
 
     @property
-    def augmentation(self) -> augment.Augmentation:
-        """Return how training images are made of pictures."""
-        return make_augmentation(self.config, self.steps_per_epoch)
-
-    @property
-    def spec(self) -> steps.StepSpec:
-        """Return what the steps of the run share."""
-        return steps.StepSpec(
-            self.model,
-            self.tx,
-            self.augmentation,
-            self.mesh,
-            mode=self.mode,
-            transform=self.config.parallel.transform,
-            seed=self.config.seed,
-            accumulate_steps=self.config.optim.accumulate_steps,
-            label_smoothing=self.config.optim.label_smoothing,
-            frozen=optim.frozen_layers(self.config.schedule.layer_factors),
-        )
+    def mesh(self) -> Mesh:
+        return self.spec.mesh
 
     def init_state(self) -> steps.TrainState:
-        """Make a new run's state."""
+        """Return the state of a new run."""
         return steps.init_state(self.spec)
 
     def abstract_state(self) -> steps.TrainState:
         """Return shapes and shardings of the state, for restoring."""
         return steps.abstract_state(self.spec)
-
-    def train_step(self) -> Callable[..., Any]:
-        """Return the jitted (state, batch, statistics) -> (state, metrics)."""
-        return steps.make_train_step(self.spec)
-
-    def summary_step(self) -> Callable[..., dict[str, jax.Array]]:
-        """Return the jitted (state, batch, statistics) -> scalars."""
-        return steps.make_summary_step(self.spec)
-
-    def eval_step(self, views: int = 1) -> Callable[..., Any]:
-        """Return the jitted (params, batch_stats, batch, statistics) -> sums."""
-        return steps.make_eval_step(self.spec, views)
-
-    def predict_step(self, views: int = 1) -> Callable[..., Any]:
-        """Return the jitted (params, batch_stats, batch, statistics) -> predictions."""
-        return steps.make_predict_step(self.spec, views)
 
     def pixel_statistics(self) -> augment.PixelStatistics:
         """Return the statistics on every device of the mesh."""
@@ -132,14 +100,14 @@ class Experiment:
         )
 
     def positions(self) -> tuple[int, int]:
-        """(lo, hi): the part of each global batch that this process reads."""
-        return parallel.positions(self.mesh, self.mode, self.config.data.batch_size)
+        """Return (low, high): the part of each global batch that this process reads."""
+        batch_size = self.config.data.batch_size
+        return parallel.positions(self.mesh, self.spec.mode, batch_size)
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Put a host batch of this process on the devices, as its part of the batch."""
-        return parallel.put_batch(
-            batch, self.mesh, self.mode, self.config.data.batch_size
-        )
+        """Put this process's host batch on the devices, as its part of the global batch."""
+        batch_size = self.config.data.batch_size
+        return parallel.put_batch(batch, self.mesh, self.spec.mode, batch_size)
 
 
 def build(
@@ -152,33 +120,29 @@ def build(
 
     Args:
       config: see `config.get_config`.
-      statistics: of the training split, if already known (a resumed run has them);
-        else they are read from beside the data, or computed from a sample.
-      log: where process 0 says what is being done, and what is doubtful of the data.
+      statistics: of the training split; None: read them from beside the data, or
+        compute them from a sample.
+      log: prints messages and warnings about the data, in process 0.
 
     Raises:
-      ConfigError: for anything wrong with the config itself.
-      ValueError, FileNotFoundError: for anything wrong with the data.
+      ConfigError: the config is wrong.
+      ValueError, FileNotFoundError: the data is missing or wrong.
     """
-    validate(config, training=False)  # `train` refuses what a training ignores
+    validate(config, training=False)  # `loop` refuses fields without effect
     train, evaluation = _open_sources(config, log)
     if jax.process_index() == 0:
         for line in data_lib.warnings_about(train, evaluation):
             log(line)
     network = make_model(config, _num_classes(config, train))
-    mode = config.parallel.mode
-    rows, columns = mesh_shape(config, network.network)
+    mesh = parallel.make_mesh(*mesh_shape(config, network.network))
     steps_per_epoch = train.num_examples / config.data.batch_size
-    mesh = parallel.make_mesh(rows, columns)
     total_steps = math.ceil(config.num_epochs * steps_per_epoch)
     if config.max_steps >= 0:
         total_steps = min(total_steps, config.max_steps)
+    tx = make_optimizer(config, network, steps_per_epoch)
     return Experiment(
         config=config,
-        model=network,
-        tx=make_optimizer(config, network, steps_per_epoch),
-        mesh=mesh,
-        mode=mode,
+        spec=make_spec(config, network, tx, mesh, steps_per_epoch),
         train_source=train,
         eval_source=evaluation,
         statistics=statistics or _find_statistics(config, train, log),
@@ -194,17 +158,17 @@ def build_for_evaluation(
     statistics: Statistics,
     log: Callable[[str], object] = print,
 ) -> Experiment:
-    """Build the experiment for an evaluation, without opening the training split.
+    """Build the experiment of an evaluation, without opening the training split.
 
     Args:
       config: see `config.get_config`; it has an evaluation split.
-      class_names: those that the network was trained on, by label; None: not known, so
+      class_names: names by label that the network was trained on; None: unknown, take
         those of the evaluation split.
-      statistics: those that it was trained with.
-      log: told of trained classes that the evaluation split has no images of.
+      statistics: those that the network was trained with.
+      log: prints trained classes without images in the evaluation split.
 
     Returns:
-      An experiment that cannot train: the evaluation split is its `train_source` too.
+      An experiment that cannot train; its `train_source` is the evaluation split.
 
     Raises:
       ConfigError, ValueError, FileNotFoundError: as `build`.
@@ -217,20 +181,37 @@ def build_for_evaluation(
     mesh = parallel.make_mesh(*mesh_shape(config, network.network))
     return Experiment(
         config=config,
-        model=network,
-        tx=optax.identity(),
-        mesh=mesh,
-        mode=config.parallel.mode,
+        spec=make_spec(config, network, optax.identity(), mesh, steps_per_epoch=0.0),
         train_source=source,
         eval_source=source,
         statistics=statistics,
-        steps_per_epoch=0.0,
-        total_steps=0,
+    )
+
+
+def make_spec(
+    config: Config,
+    model: alexnet.AlexNet,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    steps_per_epoch: float,
+) -> steps.StepSpec:
+    """Return the arguments that all steps of a config share."""
+    return steps.StepSpec(
+        model,
+        tx,
+        make_augmentation(config, steps_per_epoch),
+        mesh,
+        mode=config.parallel.mode,
+        transform=config.parallel.transform,
+        seed=config.seed,
+        accumulate_steps=config.optim.accumulate_steps,
+        label_smoothing=config.optim.label_smoothing,
+        frozen=optim.frozen_layers(config.schedule.layer_factors),
     )
 
 
 def make_augmentation(config: Config, steps_per_epoch: float) -> augment.Augmentation:
-    """Return how a config makes training images of pictures."""
+    """Return how a config makes training images of raw images."""
     fields = config.augment
     until = fields.lighting_until_epoch
     return augment.Augmentation(
@@ -321,25 +302,22 @@ def _find_statistics(
 ) -> Statistics:
     """Return the stored statistics of the data, else those of a sample.
 
-    Process 0 finds them for all: the same to the last bit, and read once.
+    Process 0 finds them for all processes: the same bits, and read once.
     """
     if jax.process_count() == 1:
         return _find_own_statistics(config, source, log)
     side = source.image_size
-    found: dict[str, Any] = {
-        "mean_image": np.zeros((side, side, 3), np.float32),
-        "pca_std_255": np.zeros(3, np.float32),
-        "pca_vectors": np.zeros((3, 3), np.float32),
-        "num_examples": np.int32(0),
-        "split_examples": np.int32(0),
-    }
+    shapes = {"mean_image": (side, side, 3), "pca_std_255": (3,), "pca_vectors": (3, 3)}
+    found: dict[str, Any] = {k: np.zeros(v, np.float32) for k, v in shapes.items()}
+    found |= {"num_examples": np.int32(0), "split_examples": np.int32(0)}
     if jax.process_index() == 0:
         own = _find_own_statistics(config, source, log)
         found = {k: np.asarray(getattr(own, k), v.dtype) for k, v in found.items()}
     shared = jax.device_get(multihost_utils.broadcast_one_to_all(found))
-    count, split = (int(shared.pop(k)) for k in ("num_examples", "split_examples"))
-    arrays = {name: np.asarray(array) for name, array in shared.items()}
-    return Statistics(**arrays, num_examples=count, split_examples=split)
+    values: dict[str, Any] = {
+        k: np.asarray(v) if np.ndim(v) else int(v) for k, v in shared.items()
+    }
+    return Statistics(**values)
 
 
 def _find_own_statistics(
@@ -364,20 +342,20 @@ def _find_own_statistics(
 
 
 def pipeline(config: Config, *, start_step: int = 0) -> Iterator[dict[str, Any]]:
-    """Yield the training batches as the network sees them, endlessly, for a notebook.
+    """Yield training batches as the network sees them, without end, for a notebook.
 
     Yields {"image": float32 [B, crop, crop, 3], "label": int32 [B]}: cropped, flipped
-    and lit exactly as training at that step does it inside its own jitted step.
+    and lit exactly as in the training step of that number.
     """
     experiment = build(config)
     statistics = experiment.pixel_statistics()
     key = steps.purpose_key(config.seed, steps.AUGMENT)
 
     @jax.jit
-    def augmented(pictures: jax.Array, step: jax.Array) -> jax.Array:
+    def augmented(raw_images: jax.Array, step: jax.Array) -> jax.Array:
         step_key = jax.random.fold_in(key, step)
         return augment.train_images(
-            pictures, step_key, 0, statistics, experiment.augmentation, step=step
+            raw_images, step_key, 0, statistics, experiment.spec.augmentation, step=step
         )
 
     with experiment.train_batches(start_step) as batches:

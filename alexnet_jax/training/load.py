@@ -1,4 +1,4 @@
-"""Load what was stored: config files, the folder of a run, trained networks."""
+"""Load trained networks, the files of a workdir, and config files."""
 
 import dataclasses
 import json
@@ -18,12 +18,7 @@ from alexnet_jax.data import images as images_lib
 from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.models import alexnet, variants
-from alexnet_jax.models.weights import (
-    SUFFIXES,
-    Weights,
-    WeightsError,
-    read_weights,
-)
+from alexnet_jax.models.weights import SUFFIXES, Weights, WeightsError, read_weights
 from alexnet_jax.system.files import replacing
 from alexnet_jax.training import distributed
 from alexnet_jax.training.checkpoint import Checkpointer, CheckpointError, split_step
@@ -36,7 +31,7 @@ from alexnet_jax.training.config import (
     model_settings,
 )
 
-# The folder of a run.
+# Files of a workdir.
 CONFIG_FILE = "config.json"
 STATISTICS_FILE = "statistics.npz"
 CLASSES_FILE = "classes.json"
@@ -52,25 +47,25 @@ def load(
     """Load a trained network: `model, variables, preprocess = load(PATH)`.
 
     Args:
-      path: the workdir of a run, DIR or DIR@STEP, or a file of weights: `.safetensors`,
-        `.caffemodel`, `.pth` (see `pretrained.read_weights`).
-      step: which checkpoint of a run; else the one with the lowest top-1 error, and
-        without any evaluation the newest.
-      variant: of a file that does not say it.
+      path: the workdir of a run, DIR or DIR@STEP, or a weights file: `.safetensors`,
+        `.caffemodel`, `.pth` (see `models.weights.read_weights`).
+      step: checkpoint of a run; None: the one with the lowest top-1 error, or without
+        any evaluation the newest.
+      variant: variant of a file that does not name it.
 
     Returns:
       model: the whole network, for one device.
-      variables: what `model.apply` takes.
-      preprocess: a path, a Pillow picture, a uint8 array [H, W, 3], or a list of
-        these (see `load_picture`) -> images [B, crop, crop, 3], the centre view minus
-        the mean.
+      variables: the argument of `model.apply`.
+      preprocess: a path, a Pillow image, a uint8 array [H, W, 3], or a list of these
+        (see `load_picture`) -> images [B, crop, crop, 3], the centre view minus the
+        mean.
 
     Raises:
-      FileNotFoundError: if `path` is neither a workdir nor a file.
-      CheckpointError: if it holds no whole checkpoint.
-      WeightsError: if it is a file that cannot be used, and why; or another variant.
-      DataError, ConfigError: if the statistics or the class names are damaged.
-      DeviceError: if jax has no devices.
+      FileNotFoundError: `path` is neither a workdir nor a file.
+      CheckpointError: the workdir holds no complete checkpoint.
+      WeightsError: the file cannot be used, or holds another variant.
+      DataError, ConfigError: the statistics or the class names are damaged.
+      DeviceError: JAX has no devices.
     """
     weights = read_network(path, step=step, variant=variant)
     return weights.make_model(), weights.variables, make_preprocess(weights)
@@ -114,7 +109,6 @@ def read_network(
         raise CheckpointError(f"{path} says which step already; got step {step} too.")
     workdir = Path(folder).absolute()
     require_run(workdir)
-    statistics = read_statistics(workdir)
     with Checkpointer(workdir / CHECKPOINTS, read_only=True) as checkpointer:
         chosen = checkpointer.find(which if step is None else step)
         variables, metadata = checkpointer.restore_params(step=chosen)
@@ -124,21 +118,14 @@ def read_network(
             f"{path} holds a network of variant {config.model.variant}; got "
             f"variant={variant!r}."
         )
-    side = config.data.image_size
-    statistics_lib.require_size(
-        statistics,
-        side,
-        workdir / STATISTICS_FILE,
-        remedy=statistics_lib.TRAIN_AGAIN,
-    )
     names = read_class_names(workdir)
     classifier = variants.get(config.model.variant).layers[-1].name
     units = variables["params"][classifier]["bias"].shape[0]
     return Weights(
         settings=model_settings(config, units),
         variables=variables,
-        mean=statistics.mean_image,
-        image_size=side,
+        mean=read_statistics(workdir, config.data.image_size).mean_image,
+        image_size=config.data.image_size,
         crop_size=config.data.crop_size,
         class_names=None if names is None else tuple(names),
     )
@@ -148,10 +135,10 @@ def read_statistics(workdir: Path, image_size: int | None = None) -> Statistics:
     """Return the statistics that a workdir was trained with.
 
     Args:
-      image_size: side of the pictures that they have to be of; None: of any.
+      image_size: expected side of the images; None: any.
 
     Raises:
-      FileNotFoundError, DataError: they are not there, or not those of such pictures.
+      FileNotFoundError, DataError: the file is missing, damaged, or of another size.
     """
     path = workdir / STATISTICS_FILE
     try:
@@ -164,20 +151,20 @@ def read_statistics(workdir: Path, image_size: int | None = None) -> Statistics:
 
 
 def about_mean(workdir: Path, statistics: Statistics, config: Any) -> str:
-    """Return a line with the file of a run's mean image, and its number of images."""
+    """Return a line with the file of a run's mean image and its number of images."""
     tuned = config.get("finetune", {}).get("source")
     images = "the weights" if tuned else statistics.extent
     return f"mean image: {workdir / STATISTICS_FILE}, of {images}"
 
 
 def is_weights_file(path: str | os.PathLike[str]) -> bool:
-    """Return True if a path is a file, or is named like a file of weights."""
+    """Return True if a path is a file, or is named like a weights file."""
     named = os.fspath(path).lower().endswith(SUFFIXES)
     return Path(path).is_file() or (named and not Path(path).is_dir())
 
 
 def require_run(workdir: Path) -> None:
-    """Raise FileNotFoundError if a folder is not the workdir of a run."""
+    """Raise FileNotFoundError unless a folder is the workdir of a run."""
     if not (workdir / CONFIG_FILE).exists():
         raise FileNotFoundError(
             f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}. Give the "
@@ -186,7 +173,7 @@ def require_run(workdir: Path) -> None:
 
 
 def with_network_of(config: Config, path: str | os.PathLike[str]) -> Config:
-    """Return a copy of a config with the network and the sizes of a trained one.
+    """Return a copy of a config with the network and image sizes of a trained one.
 
     `path` and errors are those of `load`.
     """
@@ -214,25 +201,21 @@ def with_network_of(config: Config, path: str | os.PathLike[str]) -> Config:
 
 
 def read_class_names(workdir: Path) -> list[str] | None:
-    """Return the names by label that a workdir was trained with, None if unknown.
-
-    Raises:
-      ConfigError: if the file is damaged.
-    """
-    return read_json(workdir / CLASSES_FILE)
+    """Return the names by label that a workdir was trained with; None: unknown."""
+    return _read_json(workdir / CLASSES_FILE)
 
 
 def write_class_names(workdir: Path, names: Sequence[str]) -> None:
     """Write the names by label into a workdir, atomically."""
-    write_json(workdir / CLASSES_FILE, list(names))
+    _write_json(workdir / CLASSES_FILE, list(names))
 
 
 def load_config(name: str) -> Config:
     """Return the config of "FILE.py", "FILE.py:ARGUMENT" or "WORKDIR/config.json".
 
     Raises:
-      ConfigError: there is no such file, or it makes no config.
-      Exception: anything that the Python file raises.
+      ConfigError: there is no such file, or it returns no config.
+      Exception: any error of the Python file.
     """
     path = Path(name)
     if path.name == CONFIG_FILE:
@@ -272,11 +255,11 @@ def from_stored(
 ) -> Config:
     """Return a config that was stored as JSON, perhaps by an older version.
 
-    Fields that are missing take their default; fields that are gone are ignored.
+    Missing fields take their default; unknown fields are ignored.
 
     Args:
       stored: the tree of fields.
-      changes: "GROUP.FIELD" -> value, instead of the stored one.
+      changes: "GROUP.FIELD" -> value that replaces the stored one.
     """
     config = get_config()
     known = flat(config.to_dict())
@@ -288,29 +271,25 @@ def from_stored(
 
 
 def _as_tuples(value: Any) -> Any:
-    """Turn lists, of which JSON makes tuples, back into tuples."""
+    """Turn lists back into tuples, which JSON does not know."""
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:
-    """Return the config.json of a workdir, None if there is none.
-
-    Raises:
-      ConfigError: if the file is damaged.
-    """
-    return read_json(workdir / CONFIG_FILE)
+    """Return the config.json of a workdir; None: there is none."""
+    return _read_json(workdir / CONFIG_FILE)
 
 
 def write_config(workdir: Path, config: Config) -> None:
     """Write the config.json of a workdir atomically."""
-    write_json(workdir / CONFIG_FILE, as_json(config))
+    _write_json(workdir / CONFIG_FILE, as_json(config))
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file of a workdir, None if there is no such file.
+def _read_json(path: Path) -> Any:
+    """Return the content of a JSON file of a workdir; None: there is no such file.
 
     Raises:
-      ConfigError: if the file is damaged.
+      ConfigError: the file is damaged.
     """
     try:
         return json.loads(path.read_bytes())
@@ -322,7 +301,6 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
+def _write_json(path: Path, value: Any) -> None:
     with replacing(path) as file:
         file.write(f"{json.dumps(value, indent=2)}\n".encode())

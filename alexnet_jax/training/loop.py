@@ -1,4 +1,4 @@
-"""Train a network and evaluate it: the whole of a run, and its loop."""
+"""Train a network and evaluate it: a run from start to end, and its loop."""
 
 import contextlib
 import os
@@ -13,18 +13,18 @@ from alexnet_jax.training.banner import describe_run
 from alexnet_jax.training.checkpoint import Checkpointer, has_checkpoint
 from alexnet_jax.training.config import Config, validate
 from alexnet_jax.training.metrics import shows_top5
-from alexnet_jax.training.progress import Progress, learning_rate_factor
+from alexnet_jax.training.progress import Progress
 from alexnet_jax.training.resume import (
     alone_in,
     checked_folder,
     compare,
+    learning_rate_factor,
     prepare,
     require_same_epochs,
     restore,
-    schedule_changes,
 )
 from alexnet_jax.training.run import Run, Stopped
-from alexnet_jax.training.steps import TrainState
+from alexnet_jax.training.steps import TrainState, make_train_step
 from alexnet_jax.training.timing import (
     TIMES_FILE,
     TRACING,
@@ -34,44 +34,42 @@ from alexnet_jax.training.timing import (
 )
 from alexnet_jax.training.writers import make_writers
 
-PROFILE = "profile"
-
 
 def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> TrainState:
-    """Train, or go on training, and evaluate; everything lands in `workdir`.
+    """Train a network, or resume its training, and evaluate it.
 
-    The same config and workdir again go on where the last run stopped, exactly: the
-    result is the one of a run that never stopped. A new workdir is a new run.
+    The same config and workdir resume the run where it stopped. The result is exactly
+    that of a run that never stopped. A new workdir is a new run.
 
     Args:
-      config: see `configs/common.py`.
+      config: see `config.get_config`.
       workdir: folder for `config.json`, `classes.json` (the names by label),
         `metrics.jsonl`, `times.jsonl`, `statistics.npz`, `checkpoints/`, `profile/` and
-        TensorBoard's event files; made if it does not exist.
+        TensorBoard's event files; created if it does not exist.
 
     Returns:
       The final state.
 
     Raises:
-      ConfigError: for a config that is wrong, a workdir of another network or of epochs
-        of another length, or one that another run is in.
-      CheckpointError, OSError: the workdir cannot be written to, or the disk is full;
-        earlier checkpoints are as they were.
-      FloatingPointError: when the loss is no longer finite; the last good checkpoint
-        stays.
-      KeyboardInterrupt, SystemExit: after Ctrl-C, or SIGTERM or SIGUSR1 (exit status
-        143 or 138), once a checkpoint has been written.
+      ConfigError: the config is wrong, or the workdir holds another network, has
+        epochs of another length, or is in use by another run.
+      CheckpointError, OSError: the workdir cannot be written, or the disk is full;
+        earlier checkpoints stay intact.
+      FloatingPointError: the loss or a parameter is not finite; the last good
+        checkpoint stays.
+      KeyboardInterrupt, SystemExit: Ctrl-C, or SIGTERM or SIGUSR1 (exit status 143 or
+        138), came, and a checkpoint has been written.
     """
     clock = StepClock()
     path = checked_folder(workdir)
     validate(config)
-    # Before anything is written: weights to start from may be the wrong ones.
     checkpoints = path / load.CHECKPOINTS
-    begun = has_checkpoint(checkpoints)
-    if not begun:
+    is_resumed = has_checkpoint(checkpoints)
+    # Everything that can be refused is, before anything is written.
+    if not is_resumed:
         finetune.check_source(config)
     differences, experiment = prepare(config, path)
-    first = None if begun else finetune.begin(experiment)
+    first = None if is_resumed else finetune.begin(experiment)
     path.mkdir(parents=True, exist_ok=True)
     with (
         alone_in(path),
@@ -79,21 +77,19 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
     ):
         if restored := restore(checkpointer, experiment, differences):
             state, metadata = restored
-            # With the config of the checkpoint: the workdir may have been begun, or its
-            # config changed, since `prepare` looked.
+            # Another process may have changed the workdir since `prepare` read it.
             differences = compare(config, metadata["config"], path)
             require_same_epochs(metadata, experiment, path)
             origin = [
-                *schedule_changes(metadata, config),
-                f"resuming from step {int(state.step)} ({checkpointer.directory})",
+                f"resuming from step {int(state.step)} ({checkpointer.directory})"
             ]
         else:
             experiment, state, (how, *more) = first or finetune.begin(experiment)
             metadata = {}
             origin = [f"no checkpoint in {checkpointer.directory}: {how}", *more]
-        writes, step = jax.process_index() == 0, int(state.step)
-        if writes:
-            if not restored:  # those of a start that came to nothing
+        step, writes_files = int(state.step), jax.process_index() == 0
+        if writes_files:
+            if not restored:  # left over from a start without a checkpoint
                 (path / TIMES_FILE).unlink(missing_ok=True)
             experiment.statistics.save(path / load.STATISTICS_FILE)
             load.write_class_names(path, experiment.train_source.class_names)
@@ -102,25 +98,28 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
             path,
             total_steps=experiment.total_steps,
             resume_step=step if restored else None,
-            enabled=writes,
+            enabled=writes_files,
             show_top5=shows_top5(experiment.train_source.num_classes),
         ) as writers:
             for line in (*describe_run(experiment), *differences, *origin):
                 writers.text(line)
-            progress = Progress.resume(step, metadata, experiment.config)
-            saved_step = step if restored else -1
             run = Run(
-                *(experiment, state, progress, checkpointer, writers, clock),
-                saved_step=saved_step,
+                experiment,
+                state,
+                Progress.resume(step, metadata, config),
+                checkpointer,
+                writers,
+                clock,
+                saved_step=step if restored else -1,
             )
             factor = learning_rate_factor(metadata, config)
             if factor != 1.0:
                 run.scale_learning_rate(factor)
             try:
-                _train(run, path / PROFILE)
+                _train(run, path / "profile")
             finally:
-                if writes and run.step > step:
-                    # On a full disk the error that ended the run is to be heard.
+                if writes_files and run.step > step:
+                    # A full disk must not hide the error that ended the run.
                     with contextlib.suppress(OSError):
                         clock.append_to(
                             path / TIMES_FILE, first_step=step, last_step=run.step
@@ -129,7 +128,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
 
 
 def _train(run: Run, profile: Path) -> None:
-    """Train and evaluate until the end or until a signal, with a checkpoint then."""
+    """Train and evaluate to the end; on a signal write a checkpoint and exit."""
     with stop_requests() as run.stop:
         try:
             if run.has_ended:
@@ -156,14 +155,14 @@ def _train(run: Run, profile: Path) -> None:
 
 
 def _loop(run: Run, profile: Path) -> None:
-    """Take the steps that are left; raise `Stopped` after a signal.
+    """Take the remaining steps; raise `Stopped` after a signal.
 
-    After step s come its log line, its evaluation and its checkpoint, in this order. To
-    do them again does no harm, so a run that was killed between two of them resumes.
+    A log line, an evaluation and a checkpoint follow a step, in this order. Each may be
+    repeated, so a run that was killed between two of them resumes exactly.
     """
     config, experiment = run.config, run.experiment
     if run.evaluation_due() and run.progress.evaluated_step < run.step:
-        run.evaluate()  # the checkpoint is of before it
+        run.evaluate()  # the previous process did not finish it
         run.save()
     with (
         Profiler(
@@ -173,7 +172,11 @@ def _loop(run: Run, profile: Path) -> None:
     ):
         batch = experiment.put(next(batches))
         train_step = run.compile(
-            "training", experiment.train_step(), run.state, batch, run.statistics
+            "training",
+            make_train_step(experiment.spec),
+            run.state,
+            batch,
+            run.statistics,
         )
         run.clock.restart(run.step, batches.wait_seconds)
         while not run.has_ended:
@@ -188,27 +191,27 @@ def _loop(run: Run, profile: Path) -> None:
             run.progress.step += 1
             run.log.add(run.step, metrics)
 
-            asked = run.vote()
-            is_last = run.step >= experiment.total_steps or asked.stop_signal != 0
-            if not is_last:  # decoded and sent while the devices compute
+            decision = run.vote()
+            is_last = run.step >= experiment.total_steps or decision.stop_signal != 0
+            if not is_last:  # decode and transfer while the devices compute
                 batch = experiment.put(next_batch(batches, metrics["loss"]))
             if is_last or run.step % config.log_every_steps == 0:
                 target_reached = run.log.write(run.step, batches.wait_seconds)
                 run.progress.target_reached = target_reached
-            if asked.stop_signal and not run.has_ended:
-                raise Stopped(asked.stop_signal)
+            if decision.stop_signal and not run.has_ended:
+                raise Stopped(decision.stop_signal)
             if run.evaluation_due():
                 run.evaluate(config.eval_views if run.has_ended else 1)
-            if run.checkpoint_due(asked.save):
+            if run.checkpoint_due(decision.save):
                 run.save()
 
 
 def _finish(run: Run) -> None:
-    """Evaluate the last step, unless that is done, and save it."""
+    """Save the last step and evaluate it, unless that is done."""
     if run.saved_step != run.step:
         run.save()  # before an evaluation that may fail
     error = run.current_error()
-    # An earlier start may have evaluated this step after its checkpoint was written.
+    # The checkpoint has an error if an earlier process evaluated this step.
     if error is None and run.checkpointer.top1_error(run.step) is None:
         run.evaluate(run.config.eval_views)
         run.save()

@@ -1,17 +1,10 @@
-"""What a run has done so far, beside its arrays: JSON in each checkpoint."""
+"""Progress of a run apart from its arrays: JSON in each checkpoint."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-import jax
-import numpy as np
-from jax.sharding import Mesh
-
-from alexnet_jax.training import parallel
 from alexnet_jax.training.optim import Plateau
-from alexnet_jax.training.steps import TrainState
 
 
 @dataclass
@@ -19,12 +12,11 @@ class Progress:
     """Progress of a run.
 
     Attributes:
-      step: finished training steps.
-      plateau: the rule that lowers the learning rate.
-      evaluated_step: the newest step that was evaluated, with `plateau` up to date;
-        -1: none was.
+      step: number of finished training steps.
+      plateau: state of the rule that lowers the learning rate.
+      evaluated_step: the newest evaluated step, which `plateau` includes; -1: none.
       error: the top-1 error of that evaluation, in [0, 1].
-      target_reached: the training error came down to `config.stop_at_train_error`.
+      target_reached: the training error reached `config.stop_at_train_error`.
     """
 
     step: int
@@ -35,7 +27,7 @@ class Progress:
 
     @classmethod
     def resume(cls, step: int, metadata: Mapping[str, Any], config: Any) -> Self:
-        """Return the progress of a checkpoint's metadata; {} is that of a new run."""
+        """Return the progress that a checkpoint's metadata holds; {}: of a new run."""
         schedule = config.schedule
         plateau = Plateau(
             patience=schedule.patience,
@@ -43,7 +35,7 @@ class Progress:
             max_drops=schedule.max_drops,
             **metadata.get("plateau", {}),
         )
-        # Older checkpoints say only that an evaluation of this step is missing.
+        # Older checkpoints store only that the evaluation of this step is missing.
         is_missing = not metadata or metadata.get("evaluation_owed", False)
         before = metadata.get("config", {}).get("stop_at_train_error")
         return cls(
@@ -63,25 +55,3 @@ class Progress:
             "error": self.error,
             "target_reached": self.target_reached,
         }
-
-
-def learning_rate_factor(metadata: Mapping[str, Any], config: Any) -> float:
-    """Return the factor by which a resumed run's config changes the learning rate.
-
-    Schedules read the config at every step. A rate that is constant, or lowered by the
-    plateau rule, is in the checkpoint.
-    """
-    if not metadata or config.schedule.name not in ("constant", "plateau"):
-        return 1.0
-    return config.optim.learning_rate / metadata["config"]["optim"]["learning_rate"]
-
-
-def scale_learning_rate(state: TrainState, factor: float, mesh: Mesh) -> TrainState:
-    """Return the state with its learning rate multiplied."""
-    opt_state: Any = state.opt_state
-    rate = opt_state.hyperparams["learning_rate"]
-    new = np.asarray(jax.device_get(rate) * factor, rate.dtype)
-    new = parallel.put_everywhere(new, mesh)
-    hyperparams = {**opt_state.hyperparams, "learning_rate": new}
-    opt_state = opt_state._replace(hyperparams=hyperparams)
-    return dataclasses.replace(state, opt_state=opt_state)

@@ -1,9 +1,9 @@
-"""A run in its workdir: begin, or go on only if the config still fits the checkpoint."""
+"""Begin a run in a workdir, or resume it if config and data still fit the checkpoint."""
 
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.system import locks
 from alexnet_jax.system.cli import expanded, require_writable
 from alexnet_jax.training import experiment as experiment_lib
@@ -22,22 +21,16 @@ from alexnet_jax.training.checkpoint import (
     CheckpointError,
     has_checkpoint,
 )
-from alexnet_jax.training.config import (
-    Config,
-    ConfigError,
-    as_json,
-    flat,
-    validate,
-)
+from alexnet_jax.training.config import Config, ConfigError, as_json, flat
 from alexnet_jax.training.experiment import Experiment
 from alexnet_jax.training.steps import TrainState
 
-# Held as long as a run trains; names the process that does.
+# Held while a run trains; names its process.
 LOCK_FILE = ".lock"
 
 
 def checked_folder(workdir: str | os.PathLike[str]) -> Path:
-    """Return the workdir, absolute; raise ConfigError or OSError if it cannot be one."""
+    """Return the absolute workdir; raise ConfigError or OSError if it cannot be one."""
     if "://" in os.fspath(workdir):
         raise ConfigError(
             f"--workdir={workdir} must be a local or mounted folder: a run is resumed from "
@@ -57,7 +50,7 @@ def checked_folder(workdir: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def alone_in(workdir: Path) -> Iterator[None]:
-    """Hold a workdir for this run; process 0 does so for all of its processes.
+    """Hold the lock of a workdir; process 0 does so for all processes of the run.
 
     Raises:
       ConfigError: another run holds it; names that run.
@@ -82,88 +75,78 @@ def alone_in(workdir: Path) -> Iterator[None]:
 
 
 def prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
-    """Return the config's differences from the workdir's, in lines, and the experiment.
+    """Return lines that tell how the config differs from the workdir's; the experiment.
 
     Raises:
-      ConfigError: for a config that is wrong, or a workdir of another network.
+      ConfigError: the config is wrong, or the workdir holds another network or classes.
     """
-    validate(config, training=False)
-    differences, statistics = [], None
-    # What a run without a checkpoint left behind may be of other data.
-    begun = has_checkpoint(workdir / load.CHECKPOINTS)
-    if begun:
+    differences, statistics, class_names = [], None, None
+    # Files of a run without a checkpoint are leftovers, perhaps of other data.
+    if has_checkpoint(workdir / load.CHECKPOINTS):
         saved = load.read_config(workdir)
         differences = [] if saved is None else compare(config, saved, workdir)
-        stored = workdir / load.STATISTICS_FILE
-        if stored.exists():
-            statistics = statistics_lib.load(
-                stored, config.data.image_size, remedy=statistics_lib.TRAIN_AGAIN
-            )
+        if (workdir / load.STATISTICS_FILE).exists():
+            statistics = load.read_statistics(workdir, config.data.image_size)
             if jax.process_index() == 0:
                 print(load.about_mean(workdir, statistics, config), flush=True)
+        class_names = load.read_class_names(workdir)
     experiment = experiment_lib.build(config, statistics=statistics)
-    if begun:
-        _require_same_classes(experiment.train_source.class_names, workdir)
+    if class_names is not None:
+        _require_same_classes(class_names, experiment.train_source.class_names, workdir)
     say_place(experiment)
     return differences, experiment
 
 
 def compare(config: Config, saved: dict[str, Any], workdir: Path) -> list[str]:
-    """Return lines that say how the config differs from that of a workdir.
+    """Return lines that tell how the config differs from that of a workdir.
 
     Raises:
-      ConfigError: if it describes another network.
+      ConfigError: it describes another network.
     """
     old = flat(as_json(load.from_stored(saved)))
     new = flat(as_json(config))
-    changed = [key for key in sorted(new) if old[key] != new[key]]
-    lines = [
-        f"  --config.{key}: {old[key]} in the workdir, now {new[key]}"
-        for key in changed
-    ]
+    changed = {
+        key: f"  --config.{key}: {old[key]} in the workdir, now {new[key]}"
+        for key in sorted(new)
+        if old[key] != new[key]
+    }
     fixed = ("model.", "data.image_size", "data.crop_size")
-    if any(key.startswith(fixed) for key in changed):
+    if network := [line for key, line in changed.items() if key.startswith(fixed)]:
+        lines = "\n".join(network)
         raise ConfigError(
-            f"{workdir} holds another network:\n"
-            + "\n".join(
-                line
-                for key, line in zip(changed, lines, strict=True)
-                if key.startswith(fixed)
-            )
-            + "\nTake a new --workdir, or the config that this one was made with."
+            f"{workdir} holds another network:\n{lines}\nTake a new --workdir, or the "
+            "config that this one was made with."
         )
-    return ["the config differs from this workdir's:", *lines] if lines else []
+    if not changed:
+        return []
+    return ["the config differs from this workdir's:", *changed.values()]
 
 
-def _require_same_classes(names: Sequence[str], workdir: Path) -> None:
-    """Raise ConfigError if the labels mean something else than in the workdir."""
-    old = load.read_class_names(workdir)
-    if old is None or old == list(names):
-        return
-    pairs = itertools.zip_longest(old, names, fillvalue="none")
-    label, (was, now) = next((k, p) for k, p in enumerate(pairs) if p[0] != p[1])
-    raise ConfigError(
-        f"{workdir} was trained on other classes: {len(old)} of them, label {label} was "
-        f"{was!r}; here are {len(names)}, and label {label} is {now!r}. Take a new "
-        "--workdir, or the pictures that it was trained on."
-    )
+def _require_same_classes(
+    old: Sequence[str], new: Sequence[str], workdir: Path
+) -> None:
+    """Raise ConfigError if a label has another name than in the workdir."""
+    pairs = itertools.zip_longest(old, new, fillvalue="none")
+    for label, (was, now) in enumerate(pairs):
+        if was != now:
+            raise ConfigError(
+                f"{workdir} was trained on other classes: {len(old)} of them, label "
+                f"{label} was {was!r}; here are {len(new)}, and label {label} is {now!r}. "
+                "Take a new --workdir, or the pictures that it was trained on."
+            )
 
 
 def require_same_epochs(
-    metadata: dict[str, Any], experiment: Experiment, workdir: Path
+    metadata: Mapping[str, Any], experiment: Experiment, workdir: Path
 ) -> None:
-    """Raise ConfigError if an epoch has not as many steps as in the checkpoint.
+    """Raise ConfigError if an epoch has another number of steps than in the checkpoint.
 
-    The epoch, the learning rate and the place in the data follow from the step.
+    The epoch, the learning rate and the position in the data follow from the step.
     """
-    old, new = (
-        metadata["config"]["data"]["batch_size"],
-        experiment.config.data.batch_size,
-    )
+    old = metadata["config"]["data"]["batch_size"]
+    new = experiment.config.data.batch_size
     now = experiment.train_source.num_examples
-    before = metadata.get(
-        "num_examples", now
-    )  # a workdir may be from before it was kept
+    before = metadata.get("num_examples", now)  # not in checkpoints of early versions
     if old != new:
         change = f"has --config.data.batch_size={old}, not {new}"
         parts = experiment.config.optim.accumulate_steps
@@ -186,22 +169,21 @@ def require_same_epochs(
     )
 
 
-def schedule_changes(metadata: dict[str, Any], config: Config) -> list[str]:
-    """Return a line if a new length of the run changes the rest of its schedule."""
-    old, name = metadata["config"].get("num_epochs"), config.schedule.name
-    if name not in ("cosine", "polynomial") or old in (None, config.num_epochs):
-        return []
-    line = (
-        f"the {name} schedule is laid out over {config.num_epochs:g} epochs instead of "
-        f"{old:g}: from here on the learning rate is another"
-    )
-    return [line]
+def learning_rate_factor(metadata: Mapping[str, Any], config: Config) -> float:
+    """Return the factor by which the config changes a resumed run's learning rate.
+
+    A rate that is constant, or lowered by the plateau rule, is stored in the checkpoint.
+    The other schedules read the config at every step.
+    """
+    if not metadata or config.schedule.name not in ("constant", "plateau"):
+        return 1.0
+    return config.optim.learning_rate / metadata["config"]["optim"]["learning_rate"]
 
 
 def restore(
     checkpointer: Checkpointer, experiment: Experiment, differences: Sequence[str]
 ) -> tuple[TrainState, dict[str, Any]] | None:
-    """Return `Checkpointer.restore`; its error also says how the configs differ."""
+    """Return `Checkpointer.restore`; its error also tells how the configs differ."""
     try:
         return checkpointer.restore(experiment.abstract_state())
     except CheckpointError as error:

@@ -1,23 +1,25 @@
-"""A run in progress, and the actions that its loop takes between steps."""
+"""A run in progress: the actions that its loop takes between steps."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from alexnet_jax.data.loader import Batch
 from alexnet_jax.system.signals import Stop
+from alexnet_jax.training import parallel, steps
 from alexnet_jax.training.checkpoint import Checkpointer
 from alexnet_jax.training.config import as_json
 from alexnet_jax.training.distributed import Vote, Votes
 from alexnet_jax.training.evaluate import evaluate
 from alexnet_jax.training.experiment import Experiment
-from alexnet_jax.training.progress import Progress, scale_learning_rate
+from alexnet_jax.training.progress import Progress
 from alexnet_jax.training.step_log import StepLog, divergence
-from alexnet_jax.training.steps import TrainState
 from alexnet_jax.training.timing import (
     CHECKPOINTS,
     COMPILING,
@@ -29,10 +31,10 @@ from alexnet_jax.training.writers import MultiWriter
 
 
 class Stopped(Exception):
-    """The run ends here, because all of its processes know of a signal.
+    """All processes of the run know of a signal, so it ends here.
 
     Attributes:
-      signal: its number.
+      signal: the signal's number.
     """
 
     def __init__(self, number: int):
@@ -41,26 +43,26 @@ class Stopped(Exception):
 
 
 class Run:
-    """State of a run, and what happens between its steps.
+    """State of a run, and the actions between its steps.
 
     Attributes:
       state: parameters, optimiser state and step, on the devices.
       progress: everything else that a checkpoint keeps.
-      log: the lines with the means of the training metrics.
-      stop: the signal that asks the run to stop, if one came.
-      saved_step: the newest checkpoint's step; -1: there is none.
+      log: writes the means of the training metrics.
+      stop: the signal that asked the run to stop, if one came.
+      saved_step: step of the newest checkpoint; -1: there is none.
     """
 
     def __init__(
         self,
         experiment: Experiment,
-        state: TrainState,
+        state: steps.TrainState,
         progress: Progress,
         checkpointer: Checkpointer,
         writers: MultiWriter,
         clock: StepClock,
         *,
-        saved_step: int = -1,
+        saved_step: int,
     ):
         self.experiment, self.config = experiment, experiment.config
         self.state, self.progress = state, progress
@@ -85,7 +87,7 @@ class Run:
         return is_over or self.progress.target_reached
 
     def compile(self, what: str, step: Any, *args: Any) -> Any:
-        """Return the compiled step, and say so."""
+        """Compile a step, with a log line before and after."""
         self.writers.text(f"compiling the {what} step ...")
         started = time.monotonic()
         with self.clock.spending(COMPILING):
@@ -96,13 +98,13 @@ class Run:
 
     @contextlib.contextmanager
     def paused(self, what: str) -> Iterator[None]:
-        """Wait for the devices; count the time within as `what`, not as training."""
+        """Wait for the devices; count the time in the block as `what`, not as training."""
         self.state.step.block_until_ready()
         with self.clock.spending(what):
             yield
 
     def vote(self) -> Vote:
-        """Return what all processes are to do, from their signals and clocks."""
+        """Return the common decision of all processes, from their signals and clocks."""
         every = self.config.checkpoint.every_minutes
         minutes = (time.monotonic() - self.saved_at) / 60
         return self._votes.cast(
@@ -112,19 +114,19 @@ class Run:
     # Summaries.
 
     def summary_due(self) -> bool:
-        """Return True if a summary of the coming step is due."""
+        """Return True if a summary of the next step is due."""
         every = self.config.summaries_every_steps
         return bool(every) and self.step % every == 0
 
     def write_summary(self, batch: Any) -> None:
-        """Write gradient norms and dead units of the step that comes next."""
+        """Write gradient norms and shares of dead units of the next step."""
         args = self.state, batch, self.statistics
         with self.paused(SUMMARIES):
             if self._summary_step is None:
-                step = self.experiment.summary_step()
+                step = steps.make_summary_step(self.experiment.spec)
                 self._summary_step = self.compile("summary", step, *args)
             scalars = jax.device_get(self._summary_step(*args))
-        if self.step:  # a single batch's loss says more only before the first update
+        if self.step:  # the log has the mean loss of later steps
             del scalars["train/loss"]
         self._write({name: float(value) for name, value in scalars.items()})
 
@@ -145,7 +147,7 @@ class Run:
         """Evaluate the current step, write the errors and apply the plateau rule.
 
         Raises:
-          Stopped: if a signal came; the evaluation counts for nothing then.
+          Stopped: a signal came; the evaluation is discarded.
         """
         experiment, source = self.experiment, self.experiment.eval_source
         if source is None:
@@ -159,8 +161,8 @@ class Run:
         self._write({f"eval/{name}": value for name, value in errors.items()})
         error = errors["top1_error"]
         self.progress.evaluated_step, self.progress.error = self.step, error
-        # The evaluation at a `max_steps` between two of the rule's is not one of them:
-        # the run may go on as if it had never stopped.
+        # The plateau rule ignores an evaluation at `max_steps` that the full run would
+        # not have made.
         if self.config.schedule.name == "plateau" and self.evaluation_due():
             self.progress.plateau, factor = self.progress.plateau.after(error)
             if factor != 1.0:
@@ -169,10 +171,10 @@ class Run:
                 self.scale_learning_rate(factor)
 
     def eval_batch(self, batch: Any, views: int) -> Any:
-        """Return the sums of errors over a batch."""
+        """Return the sums of the evaluation metrics over a batch."""
         args = self.state.params, self.state.batch_stats, batch, self.statistics
         if views not in self._eval_steps:
-            step = self.experiment.eval_step(views)
+            step = steps.make_eval_step(self.experiment.spec, views)
             self._eval_steps[views] = self.compile("evaluation", step, *args)
         return self._eval_steps[views](*args)
 
@@ -183,30 +185,34 @@ class Run:
             yield batch
 
     def scale_learning_rate(self, factor: float) -> None:
-        """Multiply the learning rate, and say so."""
-        self.state = scale_learning_rate(self.state, factor, self.experiment.mesh)
+        """Multiply the learning rate in the optimiser's state, and log it."""
         opt_state: Any = self.state.opt_state
-        rate = float(opt_state.hyperparams["learning_rate"])
-        self.writers.text(f"learning rate now {rate:.3g}")
+        old = opt_state.hyperparams["learning_rate"]
+        rate = np.asarray(jax.device_get(old) * factor, old.dtype)
+        on_mesh = parallel.put_everywhere(rate, self.experiment.mesh)
+        hyperparams = {**opt_state.hyperparams, "learning_rate": on_mesh}
+        opt_state = opt_state._replace(hyperparams=hyperparams)
+        self.state = dataclasses.replace(self.state, opt_state=opt_state)
+        self.writers.text(f"learning rate now {float(rate):.3g}")
 
     # Checkpoints.
 
     def current_error(self) -> float | None:
-        """Return the top-1 error of the current step; None: it was not evaluated."""
+        """Return the top-1 error of the current step; None: not evaluated."""
         progress = self.progress
         return progress.error if progress.evaluated_step == self.step else None
 
     def checkpoint_due(self, wanted: bool) -> bool:
-        """Return True if a checkpoint is due: by time (`wanted`), step or error."""
+        """Return True if a checkpoint is due by time (`wanted`), step or best error."""
         every, error = self.config.checkpoint.every_steps, self.current_error()
         is_best = error is not None and self.checkpointer.is_best(error)
         return wanted or is_best or bool(every and self.step % every == 0)
 
     def save(self) -> None:
-        """Write a checkpoint; of a step that has one already, add the error to it.
+        """Write a checkpoint, or add the error to the one that this step has.
 
         Raises:
-          FloatingPointError: if a parameter is not finite.
+          FloatingPointError: a parameter is not finite.
         """
         with self.paused(CHECKPOINTS):
             if not _all_finite(self.state.params):

@@ -1,4 +1,4 @@
-"""Lines of the log: means of the training metrics, and two warnings."""
+"""Training log: means of the metrics, divergence, and a warning of a stalled loss."""
 
 import math
 from typing import Any
@@ -12,14 +12,14 @@ from alexnet_jax.training.experiment import Experiment
 from alexnet_jax.training.timing import STEPS_IN_FLIGHT, StepClock
 from alexnet_jax.training.writers import MultiWriter
 
-# A loss as near to ln(classes), in nats, is that of guessing.
+# A loss this close to ln(classes), in nats, is that of guessing.
 STALL_MARGIN = 0.02
-# Caffe's users waited for 5,000 to 15,000 steps (BVLC/caffe#401).
+# Caffe's users waited 5,000 to 15,000 steps (BVLC/caffe#401).
 STALL_AFTER_STEPS = 5000
 
 
 class StepLog:
-    """Keeps the metrics of each step on the devices until a line of the log is due."""
+    """Keep each step's metrics on the devices until a log line is due."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class StepLog:
         self._has_warned = False
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Keep a step's metrics; wait until at most `STEPS_IN_FLIGHT` are under way."""
+        """Keep a step's metrics; wait until at most `STEPS_IN_FLIGHT` steps are running."""
         if step == 1:
             classes = self._experiment.model.network.layers[-1].features
             self._writers.text(
@@ -47,17 +47,17 @@ class StepLog:
         self._writers.progress(step)
 
     def write(self, step: int, waited: float) -> bool:
-        """Write the means since the last line.
+        """Write the means since the last log line.
 
         Args:
-          step: the newest one.
+          step: the newest step.
           waited: `Batches.wait_seconds`.
 
         Returns:
-          True if the training error came down to `stop_at_train_error`.
+          True if the training error reached `stop_at_train_error`.
 
         Raises:
-          FloatingPointError: if a loss is not finite.
+          FloatingPointError: a loss is not finite.
         """
         recent: list[dict[str, Any]] = jax.device_get(self._recent)
         self._recent.clear()
@@ -83,14 +83,14 @@ class StepLog:
         }
         self._writers.write(step, step / self._experiment.steps_per_epoch, scalars)
         self._warn_of_stall(step, loss)
-        # After a stop or a start a line may be of a few steps only.
+        # A line before a stop or after a resume may cover fewer steps.
         is_whole = len(recent) == self._config.log_every_steps
         return is_whole and error <= self._config.stop_at_train_error > 0
 
     def _warn_of_stall(self, step: int, loss: float) -> None:
         """Warn once if the network still guesses after `STALL_AFTER_STEPS` steps."""
         config = self._config
-        # The data's classes: units without any are learnt away at once.
+        # Not the number of units: those without images are learnt away at once.
         classes = self._experiment.train_source.num_classes
         guessing = math.log(classes)
         is_stalled = step >= STALL_AFTER_STEPS and abs(loss - guessing) <= STALL_MARGIN
@@ -112,7 +112,7 @@ class StepLog:
 
 
 def divergence(problem: str, checkpointer: Checkpointer) -> FloatingPointError:
-    """Return the error of a run that diverged: the last checkpoint, what to do next."""
+    """Return the error of a diverged run: the last good checkpoint and what to do."""
     kept, folder = checkpointer.find("latest"), checkpointer.directory
     good = f"The last good checkpoint is that of step {kept} in {folder}."
     if kept is None:

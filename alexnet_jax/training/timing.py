@@ -1,13 +1,13 @@
-"""Where the time of a run goes: `times.jsonl`, images per second, a profiler's trace.
+"""Time of a run: `times.jsonl`, images per second and the profiler's trace.
 
-Every start appends a line to `times.jsonl`:
+Every start of a run appends a line to `times.jsonl`:
 
 {"first_step": 0, "last_step": 625, "seconds": {"total": 189.2, "training": 141.9,
 "waiting for data": 0.4, "compiling": 21.0, "evaluation": 9.7, "checkpoints": 2.1}}
 
 "total" is the wall time of `train_and_evaluate`. The others are parts of it that do not
-overlap; the start and small things are the rest. "waiting for data" is the time in which
-the devices had nothing to do, and "training" the rest of the training steps.
+overlap. While "waiting for data" the devices were idle; "training" is the rest of the
+training steps.
 """
 
 import collections
@@ -29,22 +29,22 @@ TIMES_FILE = "times.jsonl"
 TRAINING, WAITING = "training", "waiting for data"
 COMPILING, EVALUATION, CHECKPOINTS = "compiling", "evaluation", "checkpoints"
 TRACING, SUMMARIES = "tracing", "summaries"
-# Steps that may be under way on the devices before the host waits for one: enough
-# to keep them busy, few enough to bound memory.
+# Steps that the devices may be running or have queued before the host waits for one:
+# enough to keep them busy, few enough to bound memory.
 STEPS_IN_FLIGHT = 2
-# How exactly it is known when they had nothing left to do: to this share of the time
-# that the host has waited, but no more often than so many seconds.
+# Precision of the time when the devices became idle: a share of the host's wait, and at
+# least so many seconds.
 POLL_SHARE, POLL_SECONDS = 0.05, 0.0002
-# Steps before a trace: the first ones fill the queues.
+# Steps before a trace; they fill the queues.
 SKIPPED_STEPS = 3
 
 
 class Pace(NamedTuple):
-    """Speed of the training steps between two log lines.
+    """Speed of training between two log lines.
 
     Attributes:
-      steps_per_second: without the time of evaluations, checkpoints and summaries.
-      wait_share: share of the time in which the devices waited for data, in [0, 1].
+      steps_per_second: excludes the time of evaluations, checkpoints and summaries.
+      wait_share: share of the time that the devices waited for data, in [0, 1].
     """
 
     steps_per_second: float
@@ -52,7 +52,7 @@ class Pace(NamedTuple):
 
 
 class StepClock:
-    """Adds up seconds by purpose, and measures the pace of the training steps."""
+    """Add up seconds by purpose, and measure the pace of the training steps."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -61,7 +61,7 @@ class StepClock:
 
     @contextlib.contextmanager
     def spending(self, what: str) -> Iterator[None]:
-        """Count the time within, without what is counted inside already."""
+        """Count the time in the block as `what`, except what is counted inside."""
         started, before = time.monotonic(), sum(self._seconds.values())
         try:
             yield
@@ -70,7 +70,7 @@ class StepClock:
             self._seconds[what] += time.monotonic() - started - counted
 
     def restart(self, step: int, waited: float) -> None:
-        """Begin to measure the pace, at a step and a value of `Batches.wait_seconds`."""
+        """Start to measure the pace at a step and a value of `Batches.wait_seconds`."""
         self._since, self._counted = time.monotonic(), sum(self._seconds.values())
         self._step, self._waited = step, waited
 
@@ -108,10 +108,7 @@ class Times:
 
 
 def read_times(path: str | os.PathLike[str]) -> list[Times]:
-    """Return the starts of a run that have ended by themselves, in order.
-
-    A last line torn by a kill is left out.
-    """
+    """Return the starts of a run in order, without one that was killed."""
     if not os.path.exists(path):
         return []
     found = []
@@ -122,15 +119,14 @@ def read_times(path: str | os.PathLike[str]) -> list[Times]:
 
 
 def next_batch(batches: Batches, computing: Any) -> Batch:
-    """Wait for the next batch and return it.
+    """Return the next batch; count the wait only while the devices are idle.
 
-    The wait counts (`Batches.wait_seconds`, `data_wait_frac`) only from when the devices
-    have nothing left to do: the host runs ahead of them, and a loader that is a little
-    too slow would otherwise seem to cost all of the time.
+    The host runs ahead of the devices, so its whole wait would overstate a loader that is
+    a little too slow. `Batches.wait_seconds` and `data_wait_frac` count the idle time.
 
     Args:
-      batches: where it comes from.
-      computing: a result, an array, of the last step that was given to the devices.
+      batches: the source of the batch.
+      computing: an array that the last started step computes.
     """
     started = time.perf_counter()
     while not computing.is_ready():
@@ -141,10 +137,10 @@ def next_batch(batches: Batches, computing: Any) -> Batch:
 
 
 class Profiler:
-    """Trace `count` training steps into `folder` by jax's profiler.
+    """Trace `count` training steps into `folder` with JAX's profiler.
 
-    The trace begins some steps after the start. A run that ends in the middle still
-    closes it. Every start of a run adds a trace, named by the time.
+    The trace begins `SKIPPED_STEPS` after the start of the run. A run that ends before
+    the trace does closes it. Every start adds a trace, named by the time.
     """
 
     def __init__(
@@ -160,11 +156,11 @@ class Profiler:
         self._is_running = self._has_begun = False
 
     def is_due(self, step: int) -> bool:
-        """Return True if the trace begins or ends before that step."""
+        """Return True if the trace begins or ends before the step."""
         return bool(self._count) and step in (self._first, self._first + self._count)
 
     def switch(self) -> None:
-        """Begin the trace, or end it; the devices must have nothing under way."""
+        """Begin or end the trace; the devices must be idle."""
         if not self._is_running:
             jax.profiler.start_trace(self._folder)
             self._is_running = self._has_begun = True

@@ -28,6 +28,7 @@ from alexnet_jax.data.loader import Batches, TrainOrder
 from alexnet_jax.training import experiment as experiment_lib
 from alexnet_jax.training import timing
 from alexnet_jax.training.experiment import Experiment
+from alexnet_jax.training.steps import make_train_step
 from benchmarks.speed import measure, pictures
 from configs import paper
 
@@ -89,7 +90,7 @@ class _Training:
         with self.batches(1) as batches:
             self.batch = experiment.put(next(batches))
         args = (self.state, self.batch, self.statistics)
-        self.step = experiment.train_step().lower(*args).compile()
+        self.step = make_train_step(experiment.spec).lower(*args).compile()
         self.waited = self.seconds = 0.0
 
     def batches(self, count: int) -> Batches:

@@ -73,7 +73,7 @@ def measure() -> list[dict[str, Any]]:
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(SIZES))
-    from alexnet_jax.training import communication, describe, experiment
+    from alexnet_jax.training import describe, experiment
     from configs import common
 
     rows = []
@@ -91,7 +91,7 @@ def measure() -> list[dict[str, Any]]:
                 "column": column,
                 "memory_bytes": found.memory_bytes,
             }
-            for phase in communication.PHASES:
+            for phase in describe.PHASES:
                 row[f"{phase}_counts"] = dict(found.counts(phase))
                 row[f"{phase}_bytes"] = found.sent_bytes(phase)
             rows.append(row)

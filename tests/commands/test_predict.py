@@ -15,7 +15,7 @@ from alexnet_jax import export, load, predict, report, retrieve
 from alexnet_jax.analysis.figures import best_labels
 from alexnet_jax.training import loop
 from alexnet_jax.training.config import ConfigError
-from tests.training.test_train import folder, small_config
+from tests.training.test_loop import folder, small_config
 
 NAMES = ["blue", "green", "red"]
 

@@ -16,7 +16,7 @@ from alexnet_jax.analysis import retrieval
 from alexnet_jax.analysis.codes import load_codes
 from alexnet_jax.analysis.retrieval import RetrievalError, nearest
 from alexnet_jax.training import loop
-from tests.training.test_train import PICTURES, folder, small_config
+from tests.training.test_loop import PICTURES, folder, small_config
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ from tests.data.test_imagenet import (
     write_shards_here,
     write_tfds,
 )
-from tests.training.test_train import folder, small_config  # noqa: F401, a fixture
+from tests.training.test_loop import folder, small_config  # noqa: F401, a fixture
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -50,7 +50,7 @@ from alexnet_jax.models.weights.files import (
 )
 from alexnet_jax.training import loop
 from tests.models.test_variants import TWO_SIXES
-from tests.training.test_train import folder, small_config  # noqa: F401
+from tests.training.test_loop import folder, small_config  # noqa: F401
 
 TOLERANCE = 1e-4
 NORMS = (Lrn, WithinMapLrn)

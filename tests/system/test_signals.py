@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGUSR1: the message, the exit status, nothing half-written."""
+"""SIGINT, SIGTERM and SIGUSR1: messages, exit statuses, nothing half-written."""
 
 import os
 import signal
@@ -8,7 +8,6 @@ import threading
 
 import pytest
 
-from alexnet_jax import prepare
 from alexnet_jax.analysis import features
 from alexnet_jax.system import cli, signals
 
@@ -24,7 +23,7 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
-def test_command_says_one_line_and_has_status_of_signal(number, capfd):
+def test_command_prints_one_line_and_exits_with_status_of_signal(number, capfd):
     before = handlers()
     with pytest.raises(signals.Interrupted) as stopped, signals.interrupts():
         send(number)
@@ -33,7 +32,7 @@ def test_command_says_one_line_and_has_status_of_signal(number, capfd):
     assert handlers() == before
 
 
-def test_run_is_asked_by_first_signal(capfd):
+def test_first_signal_asks_a_run_to_stop(capfd):
     before = handlers()
     with signals.stop_requests() as stop:
         assert stop.signal is None
@@ -47,7 +46,7 @@ def test_run_is_asked_by_first_signal(capfd):
     assert handlers() == before
 
 
-def test_second_ctrl_c_in_notebook_raises(capfd):
+def test_second_ctrl_c_raises_in_a_notebook(capfd):
     with pytest.raises(KeyboardInterrupt), signals.stop_requests() as stop:
         send(signal.SIGINT)
         assert stop.signal == signal.SIGINT
@@ -107,21 +106,6 @@ def test_command_ends_quietly_when_its_reader_has_gone():
     done = run_command(body, stdout=writing)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, b"")
-
-
-def test_interrupted_preparation_leaves_no_data(tmp_path, monkeypatch, capfd):
-    from alexnet_jax.data.textures import textures_dataset_builder as builder
-
-    def draw_and_be_stopped(*_):
-        send(signal.SIGTERM)
-        raise AssertionError("it went on")
-
-    monkeypatch.setattr(builder.Builder, "_generate_examples", draw_and_be_stopped)
-    with pytest.raises(signals.Interrupted), signals.interrupts():
-        prepare.main(["prepare", "textures", f"--data_dir={tmp_path}"])
-    assert STOPPED.format("SIGTERM") in capfd.readouterr().err
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert [path for path in files if path.stat().st_size] == []
 
 
 def test_interrupted_figure_leaves_the_old_one(tmp_path, capfd):

@@ -1,4 +1,4 @@
-"""The config: types, ranges, fields that do not go together, files, command lines."""
+"""Config: types, ranges, conflicting fields, config files, command lines."""
 
 import importlib
 import inspect
@@ -47,7 +47,6 @@ def test_shipped_configs_are_valid_and_have_only_known_fields(name):
 
 @pytest.mark.parametrize("field", DEFAULTS)
 def test_every_field_is_read(field):
-    """A field that nothing reads is a promise that nothing keeps."""
     group, _, name = field.rpartition(".")
     if group == "model":  # passed on by name
         assert name in inspect.signature(create_model).parameters
@@ -55,8 +54,8 @@ def test_every_field_is_read(field):
     if group == "model.overrides":
         assert name in ABLATIONS
         return
-    files = ("experiment", "finetune", "train", "main", "describe")
-    code = "".join((ROOT / f"alexnet_jax/{file}.py").read_text() for file in files)
+    files = (ROOT / "alexnet_jax/training").glob("*.py")
+    code = "".join(file.read_text() for file in files if file.stem != "config")
     code += inspect.getsource(mesh_shape)
     owner = {"": "config", "augment": "fields"}.get(group, group)
     assert re.search(rf"\b{owner}\.{name}\b", code), field
@@ -95,24 +94,6 @@ def test_every_range_holds_its_default_and_refuses_a_value(field):
         validate(config_with(**{field: bad}), devices=False)
 
 
-@pytest.mark.parametrize(
-    ("field", "low", "high"),
-    [
-        ("seed", 0, 2**32 - 1),
-        ("stop_at_train_error", 0.0, 0.999),
-        ("augment.min_area", 1e-6, 1.0),
-        ("optim.momentum", 0.0, 0.999),
-        ("optim.label_smoothing", 0.0, 0.999),
-        ("schedule.factor", 1e-6, 0.999),
-    ],
-)
-def test_bounds_of_the_ranges_with_two(field, low, high):
-    holds, _ = RANGES[field]
-    step = 1 if field == "seed" else 0.001
-    assert holds(low) and holds(high)
-    assert not holds(low - step) and not holds(high + step)
-
-
 WRONG = {
     bool: (3, "x", None),
     int: (True, 0.5, "x", None),
@@ -134,12 +115,6 @@ def test_every_field_refuses_another_type(field):
             continue
         with pytest.raises((TypeError, ConfigError), match=name):
             validate(config_with(**{field: value}), devices=False)
-
-
-def test_a_misspelt_field_raises_in_a_config_file():
-    config = get_config()
-    with pytest.raises(AttributeError, match='Did you mean "momentum"'):
-        config.optim.momentm = 0.5
 
 
 def test_all_mistakes_are_reported_at_once():
@@ -172,11 +147,6 @@ def test_all_mistakes_are_reported_at_once():
             "batch_size=10 does not divide over 4 devices; the nearest that do: 8 or",
         ),
         (
-            {"data__batch_size": 120, "optim__accumulate_steps": 8}
-            | {"parallel__data": 2},
-            r"over 2 devices in --config.optim.accumulate_steps=8 parts; .* 112 or 128\.$",
-        ),
-        (
             {"data__batch_size": 4, "optim__accumulate_steps": 8},
             r"over 1 devices in .* the nearest that do: 8\.$",
         ),
@@ -192,18 +162,10 @@ def test_all_mistakes_are_reported_at_once():
             "must be below --config.num_epochs=90",
         ),
         ({"model__dtype": "float64"}, "needs JAX_ENABLE_X64=1"),
-        ({"model__overrides__dropout": 2.0}, "dropout=2.0 is not a rate"),
         ({"model__init": "xavier"}, "init='xavier' must be one of paper, caffe, he"),
-        ({"schedule__drop_epochs": (1.0, "x")}, "numbers above 0 that increase"),
         ({"seed": True}, "seed=True must be of type int, as its default 0"),
-        ({"parallel__column": 0}, "column=0 must be -1 .choose. or at least 1"),
-        ({"model__overrides__pool_window": 60}, "pool_window=60 and pool_stride=2 do not"),
-        ({"model__overrides__columns": 0}, "columns=0 must be a whole number of at least"),
-        ({"model__width": 0.0, "model__init": "he"}, "width=0.0 must be above 0"),
         ({"finetune__new_layers": ("fc9",), "finetune__source": "DIR"},
          "new_layers: 'fc9' must be one of conv1, conv2"),
-        ({"parallel__mode": "hybrid", "parallel__data": -1, "data__batch_size": 12},
-         "batch_size=12 does not divide over 8 devices; the nearest that do: 8 or 16"),
         ({"parallel__mode": "hybrid", "parallel__column": 3},
          "4096 units of fc6 do not divide by 3"),
         ({"parallel__mode": "columns", "parallel__transform": "pmap"},
@@ -211,8 +173,6 @@ def test_all_mistakes_are_reported_at_once():
         ({"optim__trust_coefficient": 0.001, "parallel__mode": "columns",
           "parallel__column": 2},
          "whole layers, which --config.parallel.mode=columns splits over 2 columns"),
-        ({"optim__trust_coefficient": 0.001, "parallel__mode": "hybrid",
-          "parallel__column": 4, "parallel__data": 2}, "hybrid splits over 4 columns"),
         ({"schedule__layer_factors": (("conv9", 1.0, 0.1),)},
          r"layer_factors: .'conv9'.*the layer one of conv1, conv2"),
         ({"schedule__layer_factors": (("conv1", 5.0, 0.1), ("conv1", 5.0, 0.0))},
@@ -237,7 +197,6 @@ IDLE = [
     (COSINE | {"schedule__max_drops": 2}, "it needs plateau, or to be left at 3"),
     (COSINE | {"schedule__drop_epochs": (2.0,)}, "drop_epochs=(2.0,) has no effect"),
     (COSINE | {"schedule__power": 3.0}, "it needs polynomial"),
-    ({"schedule__max_drops": 0, "schedule__patience": 2}, "it needs 1 or more"),
     ({"schedule__layer_factors": (("conv1", 90, 0.1),)}, "effect with --config.num_epochs"),
     ({"schedule__name": "fixed", "num_epochs": 25.0},
      "drop_epochs=(25.0, 51.0, 79.0) are all after the end, --config.num_epochs=25.0"),
@@ -245,12 +204,10 @@ IDLE = [
      ("'plateau' lowers the learning rate by evaluations, and --config.data.eval_split='' "
       "with --config.eval_every_epochs=1.0 leaves none. Evaluate, or take another schedule, such as constant or cosine, or "
       "--config.schedule.max_drops=0.")),
-    ({"eval_every_epochs": 0.0}, "--config.data.eval_split='test' with --config.eval_every_epochs=0.0 leaves none."),
     (COSINE | {"data__eval_split": "", "eval_every_epochs": 2.0},
      "eval_every_epochs=2.0 has no effect with --config.data.eval_split=''"),
     ({"augment__min_area": 0.5, "augment__crop": False}, "effect with --config.augment.crop"),
     ({"augment__lighting": 0.0, "augment__lighting_form": "original"}, "lighting=0.0; it"),
-    ({"augment__lighting": 0.0, "augment__lighting_until_epoch": 6.0}, "lighting=0.0; it"),
     ({"augment__lighting_until_epoch": 90.0}, "effect with --config.num_epochs=90.0"),
     ({"optim__momentum": 0.0, "optim__form": "torch"}, "form='torch' has no effect"),
     ({"model__variant": "cifar", "data__image_size": 32, "data__crop_size": 32,
@@ -260,7 +217,6 @@ IDLE = [
     ({"data__image_size": 224, "eval_views": 10}, "it needs larger pictures"),
     ({"finetune__new_layers": ("fc7",)}, "it needs weights to start from"),
     ({"data__dir": "DATA", "data__source": "folder:PATH"}, "dir='DATA' has no effect"),
-    ({"data__dir": "DATA", "data__source": "fake"}, "it needs a tfds data set or textures"),
     ({"model__variant": "cifar_13", "model__overrides__dropout": 0.5,
       "data__image_size": 32, "data__crop_size": 24},
      ("dropout=0.5 has no effect with --config.model.variant='cifar_13'; it needs a "
@@ -271,7 +227,7 @@ IDLE = [
 
 
 @pytest.mark.parametrize("changes, words", IDLE)
-def test_a_field_without_effect_is_refused_in_training_only(changes, words):
+def test_field_without_effect_is_refused_in_training_only(changes, words):
     config = config_with(**changes)
     with pytest.raises(ConfigError, match=re.escape(words)) as error:
         validate(config)
@@ -279,18 +235,15 @@ def test_a_field_without_effect_is_refused_in_training_only(changes, words):
     validate(config, training=False)
 
 
-def test_a_field_that_has_an_effect_or_asks_for_nothing_is_not_refused():
+def test_fields_with_an_effect_are_accepted():
     for changes in (
         COSINE | {"schedule__warmup_epochs": 5.0, "eval_every_epochs": 0.0},
         COSINE | {"data__eval_split": "", "schedule__drop_epochs": ()},
         {"data__eval_split": "", "schedule__max_drops": 0, "eval_views": 10},
         {"schedule__name": "fixed", "num_epochs": 26.0, "schedule__factor": 0.5},
-        {"schedule__name": "fixed", "schedule__drop_epochs": ()},
-        {"schedule__name": "polynomial", "schedule__power": 3.0},
         {"schedule__layer_factors": (("conv1", 9.0, 0.1), ("conv1", 95.0, 0.0))},
         {"optim__weight_decay": 0.0, "optim__decay_bias": False},
         {"data__dir": "DATA"},
-        {"model__variant": "owt", "model__overrides__lrn": False},
         {"model__overrides__norm_place": "after", "model__overrides__dropout": 0.5},
         {"finetune__source": "runs/a", "finetune__new_layers": ["fc7"]},
     ):
@@ -310,26 +263,6 @@ def parsed(monkeypatch, *arguments):
         return main._CONFIG.value
 
 
-@pytest.mark.parametrize(
-    ("argument", "words"),
-    [
-        ("--config.seed=x", "flag --config.seed=x"),
-        ("--config.model.widht=1", "no such field: widht. Did you mean"),
-        ("--config.optm.momentum=1", 'no such field: optm. Did you mean "optim"'),
-        ("--config.model.overrides.depth=1", "no such field: depth"),
-        ("--config.schedule.drop_epochs=(1.0,", "drop_epochs"),
-        ("--nosuch=1", "Unknown command line flag 'nosuch'"),
-        ("--workdir", "Missing value for flag --workdir"),
-        ("--mode=dance", "--mode=dance"),
-        ("--cpu_devices=0", "--cpu_devices=0"),
-    ],
-)
-def test_mistakes_on_the_command_line(argument, words, monkeypatch):
-    with pytest.raises(ConfigError) as error:
-        parsed(monkeypatch, "--config=configs/tiny.py", argument)
-    assert words in str(error.value) and "\n" not in str(error.value)
-
-
 def test_tuples_on_the_command_line(monkeypatch):
     skip = "--config.model.overrides.skip=('conv3',)"
     drops = "--config.schedule.drop_epochs=(1.0, 2.0)"
@@ -341,34 +274,21 @@ def test_tuples_on_the_command_line(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--config="], "--config=FILE is missing"),
         (["--config", "--workdir=DIR"], "--config=FILE is missing"),
-        (["--config.seed=1"], "--config=FILE is missing"),
         (["--config=configs/none.py"], f"none.py: there is no such file in {ROOT}"),
-        (["--config.seed=1", "--config=configs/tiny.py"],
-         r"config\.seed=1 in argv before a value for"),
+        (
+            ["--config=configs/sweeps/ablations.py"],
+            "configs/sweeps/ablations.py defines no get_config()",
+        ),
     ],
-)  # fmt: skip
-def test_missing_config_file_is_named(arguments, words, monkeypatch):
-    with pytest.raises(ConfigError, match=words):
+)
+def test_wrong_config_file_is_named(arguments, words, monkeypatch):
+    with pytest.raises(ConfigError, match=re.escape(words)):
         parsed(monkeypatch, *arguments)
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("def get_config():\n    pass\n", "return a ConfigDict; it returns NoneType"),
-        ("seed = 1\n", "own.py defines no get_config()"),
-    ],
-)
-def test_files_that_are_no_configs(text, words, monkeypatch, tmp_path):
-    (tmp_path / "own.py").write_text(text)
-    with pytest.raises(ConfigError, match=re.escape(words)):
-        parsed(monkeypatch, f"--config={tmp_path / 'own.py'}")
-
-
-@pytest.mark.parametrize("error", ["ValueError", "AttributeError", "ZeroDivisionError"])
-def test_an_error_in_a_config_file_keeps_its_traceback(error, monkeypatch, tmp_path):
+@pytest.mark.parametrize("error", ["ValueError", "AttributeError"])
+def test_error_in_a_config_file_keeps_its_traceback(error, monkeypatch, tmp_path):
     path = tmp_path / "own.py"
     path.write_text(f"def get_config():\n    raise {error}('mine')\n")
     with pytest.raises(Exception, match="^mine$") as raised:

@@ -1,15 +1,20 @@
-"""What the tables of --mode=describe say about devices."""
+"""Tables of --mode=describe, and the exchanges of compiled programs on CPU and GPU."""
+
+import re
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax import lax
 
 from alexnet_jax.models import variants
-from alexnet_jax.training import communication, describe, experiment
-from alexnet_jax.training.parallel import MODES
+from alexnet_jax.training import describe, experiment, parallel
+from alexnet_jax.training.describe import Exchange
 from configs import common
 from tests.models.test_variants import TWO_SIXES
 
 FULL_IMAGE_VALUES = {"conv3": 13 * 13 * 128, "fc6": 6 * 6 * 128, "fc7": 2048}
+N = 4
 
 
 def config_on(mode, data, column, **changes):
@@ -29,28 +34,24 @@ def network_of(config):
     "devices, batch, variant, expected",
     [
         (1, 128, "paper", [("columns", 1, 1)]),
-        (2, 128, "paper", [("data", 2, 1), ("columns", 1, 2), ("hybrid", 1, 2)]),
         (8, 128, "paper", [("data", 8, 1), ("columns", 4, 2), ("hybrid", 1, 8)]),
         (8, 128, "owt", [("data", 8, 1), ("hybrid", 1, 8)]),
-        # Of 12 pictures only columns can give each row as many.
+        # Only columns can give each row as many of 12 images.
         (8, 12, "paper", [("columns", 4, 2)]),
-        (3, 12, "paper", [("data", 3, 1), ("columns", 3, 1)]),
     ],
 )
-def test_the_modes_that_fit(devices, batch, variant, expected, monkeypatch):
+def test_modes_that_fit(devices, batch, variant, expected, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     mode = "columns" if variant == "paper" else "data"
-    config = config_on(mode, -1, -1, variant=variant)
-    if devices in (1, 3):
-        config.parallel.data, config.parallel.column = devices, 1
+    config = config_on(mode, -1, 1 if devices == 1 else -1, variant=variant)
     config.data.batch_size = batch
     found, left_out = describe.meshes(config, network_of(config), devices)
     assert found == expected
     named = {line.partition(":")[0] for line in left_out} | {mode for mode, *_ in found}
-    assert named == set(MODES) or devices == 1
+    assert named == set(parallel.MODES) or devices == 1
 
 
-def test_what_does_not_fit_is_said(monkeypatch):
+def test_modes_that_do_not_fit_have_a_reason(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 3)
     config = config_on("columns", 1, 2)
     _, left_out = describe.meshes(config, network_of(config), 3)
@@ -58,7 +59,7 @@ def test_what_does_not_fit_is_said(monkeypatch):
     assert "4096 units of fc6 do not divide by 3" in left_out[1]
 
 
-def test_the_paper_in_two_columns_at_full_width():
+def test_paper_in_two_columns_at_full_width():
     """Volumes of section 3.2 and the 3 GB of its cards, from the compiled program."""
     config = config_on("columns", 1, 2)
     found = describe.summarize_mode(config, network_of(config), "columns", 1, 2)
@@ -72,38 +73,155 @@ def test_the_paper_in_two_columns_at_full_width():
     assert state < found.memory_bytes < 1.5e9
 
 
-def test_a_table_has_a_line_for_each_phase():
-    exchange = communication.Exchange("all-reduce", "f32", (1000, 500), 4, "gradients")
+def test_table_has_a_line_per_phase():
+    gradients = Exchange("all-reduce", "f32", (1000, 500), 4, "gradients")
+    features = Exchange("all-gather", "f32", (1000, 500), 4, "gradients")
     rows = [
         describe.ModeSummary("data", 1, 1, [], 2_000_000),
-        describe.ModeSummary("hybrid", 1, 4, [exchange] * 3, 1_234_567_890),
+        describe.ModeSummary("hybrid", 1, 4, [gradients, features], 1_234_567_890),
     ]
     lines = describe.mode_table(rows)
     assert lines[0].split("  ")[0] == "mode"
     assert lines[2].split() == ["data", "1", "x", "1", "none", "0.00", "2"]
-    assert lines[3].split() == (
-        ["hybrid", "1", "x", "4", "gradients", "3", "all-reduce", "9.00", "1,235"]
+    assert re.sub("  +", "|", lines[3]) == (
+        "hybrid|1 x 4|gradients|1 all-gather, 1 all-reduce|4.50|1,235"
     )
 
 
-def test_every_mode_is_described(monkeypatch, capsys):
-    monkeypatch.setattr(jax, "device_count", lambda: 2)
-    config = config_on("data", 2, 1, variant="cifar")
-    config.data.image_size = config.data.crop_size = 32
-    text = describe.describe_modes(config)
-    assert capsys.readouterr().out.count("compiling mode") == 2
-    assert [line.split()[0] for line in text.splitlines() if " x " in line[8:18]] == [
-        *("data", "hybrid"),
-    ]
-
-
-def test_two_layers_of_one_number_are_described_in_every_mode(monkeypatch):
+def test_two_layers_of_one_number_are_described_in_every_mode(monkeypatch, capsys):
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     monkeypatch.setitem(variants.VARIANTS, TWO_SIXES.name, TWO_SIXES)
     config = config_on("data", 2, 1, variant=TWO_SIXES.name)
     config.data.image_size = config.data.crop_size = TWO_SIXES.crop_size
     layers = [line.split()[0] for line in describe.describe(config).splitlines()[4:-2]]
     assert layers == ["conv1", "conv6", "norm6", "fc6", "norm_fc6", "fc8"]
-    text = describe.describe_modes(config, log=lambda _: None)
+    text = describe.describe_modes(config)
+    assert capsys.readouterr().out.count("compiling mode") == 3
     found = [line.split()[0] for line in text.splitlines() if " x " in line[8:18]]
     assert found == ["data", "columns", "hybrid"]
+
+
+# The exchanges of a compiled program.
+
+
+def test_groups_of_a_single_device_do_not_count():
+    found = describe.exchanges("""
+      %a = f32[8]{0} all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add
+      %b = (f32[8]{0}, f32[2,2]{1,0}) all-reduce(%x, %y), replica_groups={{0,1}}
+      %c = f32[8]{0} all-gather(%x), replica_groups=[1,2]<=[2], dimensions={0}
+      %d = f32[8]{0} all-gather(%x), replica_groups=[2,1]<=[2], dimensions={0}
+      %e = f32[8]{0} all-reduce(%x), replica_groups=mesh['a'=4,'b'=1] {'b'}
+    """)
+    assert describe.counts(found) == {"all-reduce": 2, "all-gather": 1}
+
+
+@pytest.mark.parametrize(
+    "groups, devices",
+    [
+        ("replica_groups={{0,2,4,6},{1,3,5,7}}", 4),
+        ("replica_groups={{0,1},{2,3,4},{5}}", 3),
+        ("replica_groups=[2,4]<=[8]", 4),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", 2),
+        ("replica_groups=mesh['data'=4,'column'=2] {'column'}", 2),
+        ("replica_groups=mesh['data'=4,'column'=2] {'data','column'}", 8),
+        ("replica_groups=mesh['data'=8,'column'=2] {'data':(1)2,'column'}", 4),
+        ("replica_groups=mesh[data=4,column=2] {data}", 4),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", 4),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(0,2,1,3) {'a','b'}", 4),
+    ],
+)
+def test_forms_of_replica_groups(groups, devices):
+    text = f"%a = f32[8]{{0}} all-reduce(%x), channel_id=1, {groups}, to_apply=%add"
+    assert [e.devices for e in describe.exchanges(text)] == [devices]
+
+
+def test_pairs_of_a_permutation():
+    text = (
+        "%a = f32[8]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}\n"
+        "%b = f32[8]{0} collective-permute(%x), source_target_pairs={{0,0},{1,1}}"
+    )
+    (found,) = describe.exchanges(text)
+    assert (found.devices, found.sent_bytes) == (2, 32)
+
+
+def test_unknown_form_of_replica_groups_is_an_error():
+    with pytest.raises(ValueError, match=r"unknown form.*replica_groups=torus\[2,4\]"):
+        describe.exchanges("%a = f32[8]{0} all-reduce(%x), replica_groups=torus[2,4]")
+
+
+def test_asynchronous_forms_of_a_gpu():
+    """They list their operands before their results, except for all-reduce."""
+    text = """
+      %a = (f32[2,3]{1,0}, f32[8,3]{1,0}) all-gather-start(%x), replica_groups=[1,4]<=[4]
+      %b = f32[8,3]{1,0} all-gather-done(%a)
+      %c = (f32[8]{0}, f32[4]{0}) all-reduce-start(%x, %y), replica_groups=[1,4]<=[4]
+      %d = ((f32[8]{0}), f32[2]{0}) reduce-scatter-start(%x), replica_groups={{0,1,2,3}}
+    """
+    assert [(e.kind, e.shape) for e in describe.exchanges(text)] == [
+        ("all-gather", (8, 3)),
+        ("all-reduce", (8,)),
+        ("all-reduce", (4,)),
+        ("reduce-scatter", (2,)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "dtype, size", [("f64", 8), ("bf16", 2), ("s32", 4), ("u8", 1), ("pred", 1)]
+)
+def test_sizes_of_numbers(dtype, size):
+    exchange = Exchange("all-gather", dtype, (3, 5), 3, "forward")
+    assert exchange.sent_bytes == pytest.approx(2 / 3 * 15 * size)
+
+
+@pytest.mark.parametrize(
+    "kind, exchange, sent",
+    [
+        # [8, 6] on four devices: the whole is 192 bytes, a device's part 48.
+        ("all-gather", lambda x: lax.all_gather(x, "data", tiled=True), 3 * 48),
+        ("all-reduce", lambda x: lax.psum(x, "data"), 2 * 3 / 4 * 48),
+        (
+            "all-to-all",
+            lambda x: lax.all_to_all(x, "data", 0, 0, tiled=True),
+            3 / 4 * 48,
+        ),
+        (
+            "reduce-scatter",
+            lambda x: lax.psum_scatter(
+                lax.all_gather(x, "data", tiled=True) * (1 + lax.axis_index("data")),
+                "data",
+                tiled=True,
+            ),
+            3 * 48,
+        ),
+    ],
+)
+def test_bytes_of_real_programs(kind, exchange, sent):
+    mesh = parallel.make_mesh(N, 1)
+    split = parallel.P("data")
+    step = jax.shard_map(
+        exchange, mesh=mesh, in_specs=split, out_specs=split, check_vma=False
+    )
+    x = jnp.zeros((8, 6), jnp.float32) if kind != "all-to-all" else jnp.zeros((16, 3))
+    hlo = jax.jit(step).lower(x).compile().as_text()
+    (found,) = [e for e in describe.exchanges(hlo) if e.kind == kind]
+    assert (found.devices, found.sent_bytes) == (N, sent)
+
+
+def test_phases_of_a_real_program():
+    mesh, split, whole = parallel.make_mesh(N, 1), parallel.P("data"), parallel.P()
+
+    def step(w, x):
+        def loss(w):
+            y = lax.all_gather(x * w, "data", tiled=True)
+            return jnp.sum(y**2 * (1 + lax.axis_index("data")))
+
+        return lax.psum(jax.grad(loss)(lax.pcast(w, "data", to="varying")), "data")
+
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(whole, split), out_specs=whole)
+    args = jnp.float32(2.0), jnp.ones(8)
+    found = describe.exchanges(jax.jit(mapped).lower(*args).compile().as_text())
+    assert [(e.kind, e.phase) for e in found] == [
+        ("all-gather", "forward"),
+        ("reduce-scatter", "backward"),
+        ("all-reduce", "gradients"),
+    ]

@@ -26,7 +26,7 @@ from alexnet_jax.training.evaluate import (
     evaluate_runs,
 )
 from alexnet_jax.training.load import read_network
-from tests.training.test_train import (
+from tests.training.test_loop import (
     PICTURES,
     columns_config,
     folder,

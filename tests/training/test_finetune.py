@@ -20,7 +20,7 @@ from alexnet_jax.training import load as load_lib
 from alexnet_jax.training.config import ConfigError
 from alexnet_jax.training.writers import read_metrics
 from tests.models.test_variants import TWO_SIXES
-from tests.training.test_train import columns_config, folder, small_config  # noqa: F401
+from tests.training.test_loop import columns_config, folder, small_config  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 KEPT = ("conv1", "conv2", "conv3")

@@ -18,13 +18,13 @@ from alexnet_jax.data import augment
 from alexnet_jax.models.alexnet import create_model
 from alexnet_jax.models.exchange import Alone
 from alexnet_jax.training import (
-    communication,
+    describe,
     metrics,
     optim,
     parallel,
     steps,
 )
-from alexnet_jax.training.communication import PHASES
+from alexnet_jax.training.describe import PHASES
 from alexnet_jax.training.steps import StepSpec
 from tests.models.test_variants import TWO_SIXES
 
@@ -173,7 +173,7 @@ def by_phase(found, phase):
 
 
 def collectives(hlo):
-    return dict(communication.counts(communication.exchanges(hlo)))
+    return dict(describe.counts(describe.exchanges(hlo)))
 
 
 def assert_same_run(got, want):
@@ -227,7 +227,7 @@ def train_small(model, mode, rows, columns, *, steps_taken):
     compiled = step.lower(state, *args).compile()
     for _ in range(steps_taken):
         state, _ = compiled(state, *args)
-    return jax.device_get(state), communication.exchanges(compiled.as_text())
+    return jax.device_get(state), describe.exchanges(compiled.as_text())
 
 
 @pytest.mark.slow
@@ -238,7 +238,7 @@ def test_a_classifier_of_feature_maps_trades_examples_for_features():
         want, _ = train_small(model, "data", 1, 1, steps_taken=1)
         got, found = train_small(model, "hybrid", 2, 4, steps_taken=1)
     assert_same_leaves(got.params, want.params)
-    kinds = [dict(communication.counts(by_phase(found, p))) for p in PHASES[:2]]
+    kinds = [dict(describe.counts(by_phase(found, p))) for p in PHASES[:2]]
     assert kinds == [
         {"all-to-all": 1, "reduce-scatter": 1},
         {"all-to-all": 1, "all-gather": 1},
@@ -458,8 +458,8 @@ EXCHANGES = {
 @pytest.mark.parametrize("mode, rows, columns", MESHES)
 def test_collectives_are_pinned(mode, rows, columns):
     *_, hlo = three_steps(mode, rows, columns)
-    found = communication.exchanges(hlo)
-    got = [dict(communication.counts(by_phase(found, p))) for p in PHASES]
+    found = describe.exchanges(hlo)
+    got = [dict(describe.counts(by_phase(found, p))) for p in PHASES]
     assert tuple(got) == EXCHANGES[mode, rows, columns]
 
 
@@ -491,14 +491,14 @@ def test_frozen_layers_stay_and_their_gradients_are_left_out(
     for name in params[0]:
         moved = np.any(params[0][name]["kernel"] != params[2][name]["kernel"])
         assert moved == (name not in frozen), name
-    found = communication.exchanges(hlo)
-    got = [dict(communication.counts(by_phase(found, p))) for p in PHASES[1:]]
+    found = describe.exchanges(hlo)
+    got = [dict(describe.counts(by_phase(found, p))) for p in PHASES[1:]]
     assert tuple(got) == FROZEN[mode, rows, columns]
 
 
 def test_columns_without_communication_exchange_only_logits():
     *_, hlo = three_steps("columns", 2, 2, variant="no_communication")
-    found = communication.exchanges(hlo)
+    found = describe.exchanges(hlo)
     assert [e.shape for e in by_phase(found, "forward")] == [(BATCH // 2, CLASSES)]
     assert not by_phase(found, "backward")
 
@@ -508,7 +508,7 @@ def test_nothing_gathers_images_kernels_or_optimiser_state(mode, rows, columns):
     *_, hlo = three_steps(mode, rows, columns)
     examples = examples_for(mode, rows, columns)
     kernels = {leaf.shape for leaf in jax.tree.leaves(three_steps("data", 1, 1)[0][0])}
-    for exchange in communication.exchanges(hlo):
+    for exchange in describe.exchanges(hlo):
         if exchange.kind == "all-gather":
             assert exchange.shape not in kernels
             # [examples, ..., features]: of a device's or a row's examples, after conv2.
@@ -518,7 +518,7 @@ def test_nothing_gathers_images_kernels_or_optimiser_state(mode, rows, columns):
 
 def test_columns_exchange_as_much_as_in_the_paper():
     step, *_ = make("columns", 1, 2, jnp.float32)
-    found = communication.exchanges(step.as_text())
+    found = describe.exchanges(step.as_text())
     # Full width: 13 x 13 x 128, 6 x 6 x 128 and 2,048 values an image and direction;
     # at a width of 1/32 4 maps, 4 maps and 64 units a column.
     sent = [e.sent_bytes / 4 / BATCH for e in found if e.kind == "all-gather"]

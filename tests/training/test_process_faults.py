@@ -1,7 +1,4 @@
-"""Several processes of which one is killed, frozen, stopped or started otherwise.
-
-The processes are real, as in test_distributed.py.
-"""
+"""One of several real processes is killed, frozen, stopped or started differently."""
 
 # ruff: noqa: F811, for the fixtures of other files
 import os
@@ -20,7 +17,7 @@ from tests.training.test_distributed import (
     scalars,
     start_by_hand,
 )
-from tests.training.test_train import folder  # noqa: F401, a fixture
+from tests.training.test_loop import folder  # noqa: F401, a fixture
 
 
 def wait_for(process, words, seconds=90):
@@ -57,7 +54,7 @@ LONG = ("--config.max_steps=600", "--config.checkpoint.every_steps=10")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_process_ends_the_run_and_the_same_command_resumes(
+def test_killed_process_ends_the_run_and_the_same_command_resumes(
     killed, config_file, tmp_path
 ):
     process = launch(config_file, tmp_path, 2, *LONG)
@@ -72,10 +69,10 @@ def test_a_killed_process_ends_the_run_and_the_same_command_resumes(
     again = launch(config_file, tmp_path, 2, *LONG)
     out = wait_for(again, "checkpoint of step")
     assert re.search(r"resuming from step \d+0 ", out)
-    again.send_signal(signal.SIGUSR1)
+    # A signal to one process stops both after the same step.
+    os.kill(pid_of(tmp_path, 1), signal.SIGUSR1)
     out, _ = again.communicate(timeout=60)
     assert again.returncode == 128 + signal.SIGUSR1, out
-    # Asked for in both processes, they stopped after the same step.
     assert re.search(r"\[0\] stopped at step \d+ by SIGUSR1", out)
     steps = [
         row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "lr" in row
@@ -84,7 +81,7 @@ def test_a_killed_process_ends_the_run_and_the_same_command_resumes(
 
 
 @pytest.mark.slow
-def test_a_frozen_process_is_found_by_its_missing_heartbeat(config_file, tmp_path):
+def test_frozen_process_is_found_by_its_missing_heartbeat(config_file, tmp_path):
     """A machine that is gone closes no connection. No launcher here that could tell."""
     processes = start_by_hand(config_file, tmp_path, LONG, LONG)
     try:
@@ -102,17 +99,7 @@ def test_a_frozen_process_is_found_by_its_missing_heartbeat(config_file, tmp_pat
 
 
 @pytest.mark.slow
-def test_one_signal_to_one_process_stops_all_after_the_same_step(config_file, tmp_path):
-    process = launch(config_file, tmp_path, 2, *LONG)
-    wait_for(process, "checkpoint of step 10")
-    os.kill(pid_of(tmp_path, 1), signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, out
-    assert re.search(r"\[0\] stopped at step \d+ by SIGTERM", out)
-
-
-@pytest.mark.slow
-def test_a_signal_in_an_evaluation_cuts_it_short_for_all(config_file, tmp_path):
+def test_signal_to_one_process_stops_all_in_an_evaluation(config_file, tmp_path):
     """Sent to one process, while the step of the last evaluation is compiled."""
     flags = ("--config.max_steps=2", "--config.eval_views=10")
     process = launch(config_file, tmp_path, 2, *flags)
@@ -128,7 +115,7 @@ def test_a_signal_in_an_evaluation_cuts_it_short_for_all(config_file, tmp_path):
     assert len([row for row in scalars(tmp_path) if row[1] == "eval/views_loss"]) == 1
 
 
-def test_a_mistake_ends_all_and_leaves_nothing(config_file, tmp_path):
+def test_user_error_ends_all_processes_and_writes_nothing(config_file, tmp_path):
     workdir = tmp_path / "run"
     mesh = ("--config.parallel.data=2", "--config.parallel.column=2")
     process = launch(config_file, workdir, 2, *mesh)
@@ -141,7 +128,7 @@ def test_a_mistake_ends_all_and_leaves_nothing(config_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_that_were_started_differently_are_told(config_file, tmp_path):
+def test_processes_with_different_flags_are_refused(config_file, tmp_path):
     workdir = tmp_path / "run"
     processes = start_by_hand(
         config_file, workdir, ["--config.seed=0"], ["--config.seed=1"]

@@ -1,4 +1,4 @@
-"""A run as a whole: it learns, stops, goes on exactly, and is read back."""
+"""Whole runs: they learn, stop, resume exactly, and are loaded."""
 
 import collections
 import contextlib
@@ -9,21 +9,13 @@ import os
 import re
 import shutil
 import signal
-import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from alexnet_jax import load
-from alexnet_jax.data.sources import FolderSource
-from alexnet_jax.training import (
-    loop,
-    run,
-    step_log,
-    timing,
-)
+from alexnet_jax.training import loop, run, step_log, timing
 from alexnet_jax.training.checkpoint import CheckpointError
 from alexnet_jax.training.writers import read_metrics
 from configs import common
@@ -129,7 +121,7 @@ def assert_same_state(got, want):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_run_learns_and_leaves_its_records(finished):
+def test_run_learns_and_writes_its_records(finished):
     state, workdir = finished
     steps = -(-8 * PICTURES // 6)  # 8 epochs of 25 pictures in batches of 6
     assert int(state.step) == steps
@@ -146,7 +138,7 @@ def test_a_run_learns_and_leaves_its_records(finished):
     assert (workdir / "statistics.npz").exists()
 
 
-def test_the_same_seed_is_the_same_bits_with_any_number_of_workers(
+def test_same_seed_gives_same_bits_with_any_number_of_workers(
     finished, folder, tmp_path
 ):
     config = small_config(folder)
@@ -156,7 +148,7 @@ def test_the_same_seed_is_the_same_bits_with_any_number_of_workers(
     assert records(tmp_path, "") == records(finished[1], "")
 
 
-def test_a_run_ends_at_its_training_error_and_tests_several_views(
+def test_run_ends_at_its_training_error_and_evaluates_several_views(
     folder, tmp_path, capsys
 ):
     config = small_config(
@@ -175,19 +167,6 @@ def test_a_run_ends_at_its_training_error_and_tests_several_views(
     assert "nothing to do: the run ended at step" in capsys.readouterr().out
     config.stop_at_train_error = 0.0  # another end: it goes on
     assert int(loop.train_and_evaluate(config, tmp_path).step) > int(state.step)
-
-
-@pytest.mark.slow
-def test_a_line_of_a_few_steps_does_not_end_a_run(folder, tmp_path):
-    """The error counts when a line of the log is of all its steps."""
-    half = small_config(folder, max_steps=1, stop_at_train_error=0.99)
-    half.log_every_steps = 2
-    state = loop.train_and_evaluate(half, tmp_path / "half")
-    assert int(state.step) == 1
-    half.max_steps = 2  # its line has one step: no end, whatever its error
-    assert int(loop.train_and_evaluate(half, tmp_path / "half").step) == 2
-    half.max_steps = 3
-    assert int(loop.train_and_evaluate(half, tmp_path / "half").step) == 3
 
 
 @contextlib.contextmanager
@@ -228,7 +207,7 @@ def after_five_steps(workdir, to):
     return to
 
 
-def test_columns_go_on_exactly(folder, tmp_path, ten_steps_on_two_devices, capsys):
+def test_columns_resume_exactly(folder, tmp_path, ten_steps_on_two_devices, capsys):
     expected, workdir = ten_steps_on_two_devices
     moved = after_five_steps(workdir, tmp_path / "moved")
     config = float64_config(folder, "columns", 1, 2)
@@ -246,13 +225,11 @@ def test_columns_go_on_exactly(folder, tmp_path, ten_steps_on_two_devices, capsy
     "mode, data, column",
     [
         ("data", 1, 1),
-        pytest.param("hybrid", 2, 2, marks=pytest.mark.slow),
         pytest.param("columns", 2, 2, marks=pytest.mark.slow),
-        pytest.param("data", 4, 1, marks=pytest.mark.slow),
         pytest.param("hybrid", 1, 8, marks=pytest.mark.slow),
     ],
 )
-def test_a_run_goes_on_on_other_devices(
+def test_run_resumes_on_other_devices(
     mode, data, column, folder, tmp_path, ten_steps_on_two_devices
 ):
     """Stopped on two after five steps: the next five losses are the same."""
@@ -272,18 +249,16 @@ def test_a_run_goes_on_on_other_devices(
     assert devices == {data * column}
 
 
-class StopAt:
-    """Sends this process a signal when a step is done."""
+def stop_after(patch, step, number):
+    """Send this process a signal when a step is done."""
+    add = step_log.StepLog.add
 
-    def __init__(self, monkeypatch, step, number):
-        add = step_log.StepLog.add
+    def add_and_stop(self, done, metrics):
+        add(self, done, metrics)
+        if done == step:
+            os.kill(os.getpid(), number)
 
-        def add_and_stop(self, done, metrics):
-            add(self, done, metrics)
-            if done == step:
-                os.kill(os.getpid(), number)
-
-        monkeypatch.setattr(step_log.StepLog, "add", add_and_stop)
+    patch.setattr(step_log.StepLog, "add", add_and_stop)
 
 
 @pytest.mark.parametrize(
@@ -293,13 +268,13 @@ class StopAt:
         pytest.param(signal.SIGINT, KeyboardInterrupt, marks=pytest.mark.slow),
     ],
 )
-def test_a_stopped_run_goes_on_where_it_was(
+def test_stopped_run_resumes_exactly(
     number, error, finished, folder, tmp_path, monkeypatch, capsys
 ):
     expected, _ = finished
     with monkeypatch.context() as patch:
         # Step 13 is one after which an evaluation of the plateau rule is due.
-        StopAt(patch, 13, number)
+        stop_after(patch, 13, number)
         with pytest.raises(error):
             loop.train_and_evaluate(small_config(folder), tmp_path)
     out = capsys.readouterr().out
@@ -307,14 +282,10 @@ def test_a_stopped_run_goes_on_where_it_was(
     state = loop.train_and_evaluate(small_config(folder), tmp_path)
     assert_same_state(state, expected)
     starts = timing.read_times(tmp_path / "times.jsonl")
-    assert [(start.first_step, start.last_step) for start in starts] == [
-        *((0, 13), (13, 34))
-    ]
+    assert [(s.first_step, s.last_step) for s in starts] == [(0, 13), (13, 34)]
 
 
-def test_a_signal_in_the_last_save_changes_nothing(
-    folder, tmp_path, monkeypatch, capsys
-):
+def test_signal_in_last_save_changes_nothing(folder, tmp_path, monkeypatch, capsys):
     save = loop.Checkpointer.save
 
     def save_and_signal(checkpointer, step, *args, **kwargs):
@@ -330,7 +301,7 @@ def test_a_signal_in_the_last_save_changes_nothing(
 
 
 def stop_in_evaluation(patch, number=signal.SIGTERM, *, step, batch):
-    """Sends this process a signal in an evaluation, when a batch is on the devices."""
+    """Send this process a signal in an evaluation, when a batch is on the devices."""
     counts = collections.Counter()
     eval_batch = run.Run.eval_batch
 
@@ -344,9 +315,7 @@ def stop_in_evaluation(patch, number=signal.SIGTERM, *, step, batch):
     patch.setattr(run.Run, "eval_batch", eval_batch_and_stop)
 
 
-def test_an_evaluation_is_cut_short_and_made_up_for(
-    folder, tmp_path, monkeypatch, capsys
-):
+def test_interrupted_evaluation_is_repeated(folder, tmp_path, monkeypatch, capsys):
     """However often the start that makes up for it ends, the rule drops once."""
 
     def killed(*_, **__):
@@ -377,9 +346,15 @@ def test_an_evaluation_is_cut_short_and_made_up_for(
     assert capsys.readouterr().out.count("learning rate now") == 1
     assert_same_state(state, expected)
     assert records(workdir, "eval/") == records(tmp_path / "whole", "eval/")
+    # A resumed run follows a changed rate.
+    config.optim.learning_rate, config.schedule.max_drops = 1e-10, 0
+    config.schedule.patience, config.max_steps = 5, 13
+    state = loop.train_and_evaluate(config, workdir)
+    rate = state.opt_state.hyperparams["learning_rate"]
+    assert float(rate) == pytest.approx(1e-11)
 
 
-def test_the_last_evaluation_is_cut_short_too(folder, tmp_path, monkeypatch, capsys):
+def test_interrupted_last_evaluation_is_repeated(folder, tmp_path, monkeypatch, capsys):
     config = small_config(folder, max_steps=3, eval_every_epochs=0.0, eval_views=10)
     with monkeypatch.context() as patch:
         stop_in_evaluation(patch, signal.SIGUSR1, step=3, batch=1)
@@ -394,31 +369,6 @@ def test_the_last_evaluation_is_cut_short_too(folder, tmp_path, monkeypatch, cap
     assert "eval/views_loss" in row
 
 
-def test_a_finished_run_has_nothing_to_do(finished, folder, capsys):
-    state, workdir = finished
-    again = loop.train_and_evaluate(small_config(folder), workdir)
-    assert "nothing to do: the run ended at step 34" in capsys.readouterr().out
-    assert_same_state(again, state)
-
-
-def test_the_plateau_rule_lowers_the_learning_rate(folder, tmp_path, capsys):
-    config = small_config(folder)
-    config.optim.learning_rate = 1e-12  # nothing improves
-    config.max_steps = 12
-    state = loop.train_and_evaluate(config, tmp_path)
-    rate = state.opt_state.hyperparams["learning_rate"]
-    assert float(rate) == pytest.approx(1e-13)
-    out = capsys.readouterr().out
-    assert "no better error in 1 evaluations\nlearning rate now 1e-13" in out
-    # A lower rate asked for on resuming is followed.
-    config.optim.learning_rate = 1e-10
-    config.schedule.max_drops, config.schedule.patience = 0, 5
-    config.max_steps = 13
-    state = loop.train_and_evaluate(config, tmp_path)
-    rate = state.opt_state.hyperparams["learning_rate"]
-    assert float(rate) == pytest.approx(1e-11)
-
-
 @pytest.mark.parametrize(
     ("left", "words"),
     [
@@ -426,14 +376,13 @@ def test_the_plateau_rule_lowers_the_learning_rate(folder, tmp_path, capsys):
             100_000,
             r"^no checkpoint of step 10: cannot write in .*/checkpoints: No space ",
         ),
-        # No room for a line either.
         (
             0,
             r"^cannot write in .*: No space left on device \(0.0 MB free\)\. Make room",
         ),
     ],
 )
-def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(
+def test_full_disk_ends_the_run_which_resumes_when_there_is_room(
     left, words, finished, folder, small_disk, monkeypatch
 ):
     workdir = small_disk(6) / "run"
@@ -465,7 +414,7 @@ def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(
     assert records(workdir, "train/") == records(finished[1], "train/")
 
 
-def test_load_gives_model_variables_and_preprocess(finished, folder):
+def test_load_returns_model_variables_and_preprocess(finished, folder):
     _, workdir = finished
     model, variables, preprocess = load(workdir)
     paths = sorted(folder.glob("test/*/*.png"))
@@ -502,14 +451,6 @@ def test_divergence_ends_the_run(every_steps, words, folder, tmp_path):
         load(f"{tmp_path}@{found[2]}")  # it is whole
 
 
-def test_without_an_evaluation_split(folder, tmp_path):
-    config = small_config(folder, eval_split="")
-    config.max_steps = 7
-    assert int(loop.train_and_evaluate(config, tmp_path).step) == 7
-    assert not records(tmp_path, "eval/")
-    load(tmp_path)  # the newest checkpoint, as none has an error
-
-
 def test_summaries_change_nothing_and_are_written(finished, folder, tmp_path, capsys):
     expected, plain = finished
     config = small_config(folder, summaries_every_steps=5)
@@ -534,7 +475,7 @@ def test_summaries_change_nothing_and_are_written(finished, folder, tmp_path, ca
     assert b"dead_relu/conv1" in events.read_bytes()
 
 
-def test_a_resumed_run_has_each_summary_once(folder, tmp_path, monkeypatch):
+def test_resumed_run_writes_each_summary_once(folder, tmp_path, monkeypatch):
     config = small_config(folder, summaries_every_steps=5, max_steps=18, eval_split="")
     config.checkpoint.every_steps = 10
     add = step_log.StepLog.add
@@ -552,31 +493,20 @@ def test_a_resumed_run_has_each_summary_once(folder, tmp_path, monkeypatch):
     loop.train_and_evaluate(config, tmp_path)
     steps = [row["step"] for row in records(tmp_path, "grad_norm/")]
     assert steps == [0, 5, 10, 15]
+    assert not records(tmp_path, "eval/")
+    load(tmp_path)  # the newest checkpoint, as none has an error
 
 
-def test_a_loss_that_stays_at_guessing_is_said_once(
-    folder, tmp_path, capsys, monkeypatch
-):
+def test_stalled_loss_warns_once(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(step_log, "STALL_AFTER_STEPS", 9)
     config = small_config(folder, max_steps=20, eval_split="")
     config.model.init = "caffe"
     config.optim.learning_rate = 1e-12
     loop.train_and_evaluate(config, tmp_path)
     lines = capsys.readouterr().out.splitlines()
-    (index,) = (i for i, line in enumerate(lines) if line.startswith("WARNING"))
-    # The first record from step 9 on is that of step 10.
-    assert lines[index - 1].startswith("step 10/20")
-    for words in (
-        "after 10 steps the loss is 1.0",
-        "ln(3) = 1.0986",
-        "--config.model.init=paper or he",  # it has caffe
-        "another --config.seed",
-        "--config.schedule.name=cosine --config.schedule.warmup_epochs=1",
-        f"python -m alexnet_jax.prepare check --source={config.data.source}",
-    ):
-        assert words in lines[index]
-    # It goes on training.
-    assert records(tmp_path, "train/")[-1]["step"] == 20
+    (warning,) = (line for line in lines if line.startswith("WARNING"))
+    assert "after 10 steps the loss is 1.0" in warning
+    assert "--config.model.init=paper or he" in warning  # it has caffe
 
 
 def traced_steps(workdir):
@@ -589,66 +519,17 @@ def traced_steps(workdir):
 
 
 @pytest.mark.slow
-def test_a_few_steps_are_traced(finished, folder, tmp_path, monkeypatch, capsys):
+def test_profile_traces_a_few_steps(finished, folder, tmp_path, monkeypatch, capsys):
     config = small_config(folder, profile=2, max_steps=8, eval_split="")
     loop.train_and_evaluate(config, tmp_path / "whole")
     assert traced_steps(tmp_path / "whole") == [3, 4]
     out = capsys.readouterr().out
     assert f"traced from step 3 on: {tmp_path / 'whole' / 'profile'}. Look" in out
-    _, plain = finished
-    assert records(tmp_path / "whole", "train/")[0] == records(plain, "train/")[0]
-    assert not (plain / "profile").exists()
+    assert not (finished[1] / "profile").exists()
     # Stopped in the middle: closed, or the next one could not be started.
     config = small_config(folder, profile=50, eval_split="")
     with monkeypatch.context() as patch:
-        StopAt(patch, 5, signal.SIGTERM)
+        stop_after(patch, 5, signal.SIGTERM)
         with pytest.raises(SystemExit):
             loop.train_and_evaluate(config, tmp_path / "stopped")
     assert traced_steps(tmp_path / "stopped") == [3, 4]
-    config = small_config(folder, profile=2, max_steps=3, eval_split="")
-    capsys.readouterr()
-    loop.train_and_evaluate(config, tmp_path / "short")
-    assert "no trace: --config.profile begins 3 steps after" in capsys.readouterr().out
-    assert not (tmp_path / "short" / "profile").exists()
-
-
-def test_bfloat16_trains(folder, tmp_path):
-    config = small_config(folder)
-    config.model.dtype = "bfloat16"
-    config.max_steps = 3
-    state = loop.train_and_evaluate(config, tmp_path)
-    assert state.params["conv1"]["kernel"].dtype == jnp.float32
-
-
-def test_waiting_for_data_is_told_from_computing(folder, tmp_path, monkeypatch):
-    times = []
-
-    def fetch(source, indices, images, labels):
-        times.append(time.monotonic())
-        if len(times) > 20:  # three times as long as steps, which it waited for before
-            time.sleep(3 * (times[19] - times[9]) / 10)
-        images[...], labels[...] = 100, indices % CLASSES
-
-    monkeypatch.setattr(FolderSource, "fetch", fetch)
-    config = small_config(folder, max_steps=30, eval_every_epochs=0.0)
-    config.data.workers = 1  # a call a batch, and up to four of them ahead
-    loop.train_and_evaluate(config, tmp_path)
-    rows = read_metrics(tmp_path / "metrics.jsonl")
-    waited = {r["step"]: r["data_wait_frac"] for r in rows if "data_wait_frac" in r}
-    assert waited[10] < waited[30]
-
-
-def test_the_remedy_for_memory_is_the_same_run(
-    ten_steps_on_two_devices, folder, tmp_path
-):
-    """From step 5 on each batch of 8 goes through the network in two parts."""
-    whole, workdir = ten_steps_on_two_devices
-    moved = after_five_steps(workdir, tmp_path / "moved")
-    config = float64_config(folder, "columns", 1, 2)
-    config.optim.accumulate_steps = 2
-    with in_float64():
-        state = loop.train_and_evaluate(config, moved)
-    for a, b in zip(leaves(state), leaves(whole), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
-    for row, wanted in zip(records(moved, "lr"), records(workdir, "lr"), strict=True):
-        assert row == pytest.approx(wanted, rel=1e-10)
