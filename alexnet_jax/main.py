@@ -31,7 +31,6 @@ from alexnet_jax.training import (
     experiment,
     load,
     loop,
-    parallel,
 )
 from alexnet_jax.training.checkpoint import CheckpointError
 from alexnet_jax.training.config import Config, ConfigError, as_json, flat
@@ -113,7 +112,7 @@ USER_ERRORS = (
     DataError,
     CheckpointError,
     DistributedError,
-    parallel.DeviceError,
+    distributed.DeviceError,
     PredictionsError,
     WeightsError,
     OSError,
@@ -144,7 +143,7 @@ def main(argv: Sequence[str]) -> None:
         local_device_ids=None if gpus is None else [int(gpu) for gpu in gpus],
         connect_seconds=_CONNECT_SECONDS.value,
     )
-    parallel.require_devices()
+    distributed.require_devices()
     fields = flat(as_json(config), "config.")
     distributed.require_same({"mode": mode, "workdir": workdir} | fields)
     if mode == "describe":

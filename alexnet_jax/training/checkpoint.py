@@ -10,10 +10,10 @@
 
 A folder named by a number is complete; anything else is a leftover.
 
-A step is written into `N.tmp`, synced to the disk and renamed to `N`. It is deleted by
-the opposite rename first. So a kill leaves `N` or `N.tmp`, and the next run that writes
-here deletes `N.tmp`. Orbax notices a truncated file but not a flipped bit: each step is
-compared with its manifest before it is used. A damaged step is skipped with a warning
+A step is written into `N.tmp`, synced to the disk and renamed to `N`. A deletion starts
+with the opposite rename. So a kill leaves `N` or `N.tmp`, and the next run in this
+folder deletes `N.tmp`. Each step is compared with its manifest before it is used,
+because Orbax does not notice a flipped bit. A damaged step is skipped with a warning
 and stays where it is.
 """
 
@@ -92,8 +92,8 @@ class Checkpointer:
     Args:
       directory: a local or mounted folder.
       keep: number of newest steps to keep, at least 1.
-      read_only: for evaluation and notebooks. Nothing is written or deleted, and a run
-        that goes on in the same folder deletes nothing until `close`.
+      read_only: for evaluation and notebooks, which never save. Nothing is deleted, and
+        a run in the same folder deletes nothing until `close`.
     """
 
     def __init__(
@@ -103,12 +103,9 @@ class Checkpointer:
         keep: int = 3,
         read_only: bool = False,
     ):
-        if keep < 1:
-            raise ValueError(f"checkpoint.keep is {keep}; it must be at least 1.")
         self.directory = pathlib.Path(directory).expanduser().absolute()
         self._keep = keep
-        self._read_only = read_only
-        # Result of the checksums by step, "" for a whole one. AlexNet's steps have
+        # Result of the checksums by step, "" for a whole one. A step of AlexNet has
         # 0.5 GB, so each is read once.
         self._problems: dict[int, str] = {}
         self._handler: Any = ocp.PyTreeCheckpointHandler()
@@ -145,23 +142,27 @@ class Checkpointer:
     ) -> None:
         """Write a step and return when it is complete on the disk.
 
-        A step that exists is not written again; a `top1_error` given now and not before
-        is added to it. A damaged step of the same number is replaced.
+        An existing step is not written again, but a missing `top1_error` is added to
+        it. A damaged step of the same number is replaced.
 
         Args:
-          step: number of finished training steps, not below the newest step's.
+          step: number of finished training steps.
           state: pytree of arrays, sharded or not.
           metadata: JSON values; tuples come back as lists, keys as strings.
           top1_error: in [0, 1], of the evaluation at this step, if there was one.
 
         Raises:
-          CheckpointError: for a step below the newest one, in read-only use, or if the
-            disk is full. Earlier steps are as they were.
+          CheckpointError: if the disk is full. Earlier steps stay as they were.
         """
-        if self._read_only:
-            raise CheckpointError(f"{self.directory} was opened read-only.")
         text = json.dumps(dict(metadata))
-        if not self._decided(lambda: self._make_way(step)):
+
+        def make_way() -> bool:
+            if step in self.all_steps() and not self._problem(step):
+                return False
+            self._delete(step)
+            return True
+
+        if not self._decided(make_way):
             self._add_error(step, top1_error)
             return
         temporary = self.directory / f"{step}.tmp"
@@ -189,20 +190,6 @@ class Checkpointer:
         if jax.process_index() == 0:
             self._delete_old_steps()
 
-    def _make_way(self, step: int) -> bool:
-        """Return whether a step is to be written; delete what is in its place."""
-        if step in self.all_steps() and not self._problem(step):
-            return False
-        newest = max(self._errors(), default=-1)
-        if step < newest:
-            raise CheckpointError(
-                f"refusing to save step {step}: {self.directory} already holds step "
-                f"{newest}, and a later start would resume from that one. Use a new "
-                "workdir, or delete the newer checkpoints."
-            )
-        self._delete(step)
-        return True
-
     def _add_error(self, step: int, top1_error: float | None) -> None:
         """Add the error of an evaluation that came after the step was saved."""
         if jax.process_index() == 0:
@@ -217,8 +204,7 @@ class Checkpointer:
         """Delete all but the newest `keep` steps and the best one, if nobody reads."""
         steps = list(self._errors())
         kept = {*steps[-self._keep :], self._best()}
-        old = [step for step in steps if step not in kept]
-        if old:
+        if old := [step for step in steps if step not in kept]:
             with (
                 contextlib.suppress(HeldError),  # deleted after a later save
                 exclusive_lock(self.directory / READERS, wait=False),
@@ -227,7 +213,7 @@ class Checkpointer:
                     self._delete(step)
 
     def _delete(self, step: int) -> None:
-        """Delete a step and its leftovers, as far as they exist."""
+        """Delete a step and its leftovers, if they exist."""
         folder, temporary = self._folder(step), self.directory / f"{step}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         if folder.exists():
@@ -242,28 +228,19 @@ class Checkpointer:
         """Return every saved step, damaged or not, in increasing order."""
         return _list_steps(self.directory)
 
-    def latest_whole_step(self) -> int | None:
-        """Return the newest step that matches its manifest; None if there is none."""
-        step = self._decided(self._latest)
-        return None if step < 0 else step
-
-    def best_step(self) -> int | None:
-        """Return the whole step with the lowest top-1 error; the newer one on a tie.
-
-        None if no whole step has an error.
-        """
-        step = self._decided(self._best)
-        return None if step < 0 else step
-
     def find(self, which: int | str) -> int | None:
         """Return the step for a number, "latest" or "best"; None if there is none.
 
-        "best" is the latest one if no step was evaluated.
+        "latest" is the newest whole step. "best" is the whole step with the lowest
+        top-1 error, the newer one on a tie; the latest one if none was evaluated.
         """
-        if isinstance(which, int):
-            return which
-        step = self.best_step() if which == "best" else None
-        return self.latest_whole_step() if step is None else step
+
+        def search() -> int:
+            best = self._best() if which == "best" else -1
+            return self._first_whole(self.all_steps()[::-1]) if best < 0 else best
+
+        step = which if isinstance(which, int) else self._decided(search)
+        return None if step < 0 else step
 
     def is_best(self, error: float) -> bool:
         """Return whether no whole step has as low a top-1 error."""
@@ -280,76 +257,69 @@ class Checkpointer:
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Return the metadata of a step; raise CheckpointError unless it is whole."""
-        self._choose(step)
-        return self._read_metadata(step)
+        return self._read_metadata(self._choose(step))
 
     # Restoring.
 
-    def restore(
-        self, abstract_state: Any, step: int | None = None
-    ) -> tuple[Any, dict[str, Any]] | None:
-        """Restore the newest whole step, or `step`, into the given shardings.
+    def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
+        """Restore the newest whole step.
 
         Args:
           abstract_state: the state's pytree with a `jax.ShapeDtypeStruct` at every
-            leaf, each with a sharding. The devices need not be those it was saved from.
-          step: restore this one; it must be whole.
+            leaf, each with a sharding. The devices may differ from the saved ones.
 
         Returns:
           (state, metadata), or None if there is no checkpoint at all.
 
         Raises:
-          CheckpointError: if all checkpoints are damaged, if `step` is missing or
-            damaged, or if the checkpoint holds another network.
+          CheckpointError: if all checkpoints are damaged, or if the checkpoint holds
+            another network.
         """
-        step = self._choose(step)
+        step = self._choose(None)
         if step < 0:
             return None
-        self._require_same_network(step, abstract_state, self._saved_tree(step))
+        here, there = _shapes(abstract_state), _shapes(self._saved_tree(step))
+        for path in {**here, **there}:
+            if here.get(path) != there.get(path):
+                raise CheckpointError(
+                    f"the checkpoint of step {step} in {self.directory} holds another "
+                    f"network: {path} is {here.get(path, 'missing')} here and "
+                    f"{there.get(path, 'missing')} in the checkpoint. Use the model.* "
+                    "and optim.* settings it was saved with (its metadata holds the "
+                    "config), or a new workdir."
+                )
         return self._restore_arrays(step, abstract_state), self._read_metadata(step)
 
     def restore_params(
         self,
         *,
         step: int | None = None,
-        abstract: Mapping[str, Any] | None = None,
         parts: Sequence[str] = ("params", "batch_stats"),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Restore the named parts of a state; nothing else is read or allocated.
+        """Restore the named parts of a state onto the first local device.
+
+        Nothing else is read or allocated.
 
         Args:
           step: restore this one; the newest whole one by default.
-          abstract: the expected parts, {"params": tree of `jax.ShapeDtypeStruct` with
-            shardings, ...}. Without it the saved shapes, on the first local device.
           parts: fields of the state; one that is empty or absent is left out.
 
         Returns:
           (variables for `model.apply`, metadata).
 
         Raises:
-          CheckpointError: as `restore`, and if there is no checkpoint at all.
+          CheckpointError: if `step` is missing or damaged, or if no step is whole.
         """
         step = self._choose(step)
         if step < 0:
             raise CheckpointError(f"there is no checkpoint in {self.directory}.")
         saved = self._saved_tree(step)
-        if abstract is None:
-            sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            target = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                {part: saved[part] for part in parts if saved.get(part)},
-            )
-        else:
-            target = {part: tree for part, tree in abstract.items() if tree}
-            saved_parts = {part: saved.get(part) for part in target}
-            self._require_same_network(step, target, saved_parts)
-        if not target:
-            raise CheckpointError(
-                f"the checkpoint of step {step} in {self.directory} holds none of "
-                f"{tuple(parts)}; it holds {tuple(saved)}."
-            )
-        arrays = self._restore_arrays(step, target, partial=True)
-        return arrays, self._read_metadata(step)
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            {part: saved[part] for part in parts if saved.get(part)},
+        )
+        return self._restore_arrays(step, target), self._read_metadata(step)
 
     def _choose(self, step: int | None) -> int:
         """Return `step`, or the newest whole one if it is None; -1 if there is none.
@@ -379,11 +349,11 @@ class Checkpointer:
         """Return shapes and dtypes of a saved state, as nested dicts and lists."""
         return self._handler.metadata(self._folder(step) / STATE).tree
 
-    def _restore_arrays(self, step: int, target: Any, *, partial: bool = False) -> Any:
+    def _restore_arrays(self, step: int, target: Any) -> Any:
         args = ocp.args.PyTreeRestore(
             item=target,
             restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-            partial_restore=partial,
+            partial_restore=True,
         )
         return self._arrays.restore(self._folder(step) / STATE, args=args)
 
@@ -393,25 +363,13 @@ class Checkpointer:
             path = self._folder(step) / OLD_METADATA
         return json.loads(path.read_text())
 
-    def _require_same_network(self, step: int, wanted: Any, saved: Any) -> None:
-        here, there = _shapes(wanted), _shapes(saved)
-        for path in {**here, **there}:
-            if here.get(path) != there.get(path):
-                raise CheckpointError(
-                    f"the checkpoint of step {step} in {self.directory} holds another "
-                    f"network: {path} is {here.get(path, 'missing')} here and "
-                    f"{there.get(path, 'missing')} in the checkpoint. Use the model.* "
-                    "and optim.* settings it was saved with (its metadata holds the "
-                    "config), or a new workdir."
-                )
-
-    # What process 0 finds on the disk.
+    # Decisions of process 0.
 
     def _folder(self, step: int) -> pathlib.Path:
         return self.directory / str(step)
 
     def _decided(self, decide: Callable[[], int]) -> int:
-        """Return what process 0 decides; if it raises, every process raises.
+        """Return the decision of process 0; if it raises, every process raises.
 
         A network file system may show the other processes an older state.
         """
@@ -440,19 +398,18 @@ class Checkpointer:
         return self._problems[step]
 
     def _first_whole(self, steps: Iterable[int]) -> int:
+        """Return the first step that matches its manifest, -1 if none does."""
         return next((step for step in steps if not self._problem(step)), -1)
 
-    def _latest(self) -> int:
-        return self._first_whole(reversed(self.all_steps()))
-
     def _best(self) -> int:
+        """Return the whole step with the lowest top-1 error; -1: none was evaluated."""
         errors = {s: error for s, error in self._errors().items() if error is not None}
         return self._first_whole(sorted(errors, key=lambda step: (errors[step], -step)))
 
     def _errors(self) -> dict[int, float | None]:
-        """Return the top-1 error of each step that has not been found damaged.
+        """Return the top-1 error of each step not known to be damaged, in order.
 
-        The steps come in increasing order. Only manifests are read.
+        Only manifests are read.
         """
         errors = {}
         for step in self.all_steps():
@@ -511,7 +468,7 @@ def _manifest_text(body: Mapping[str, Any]) -> bytes:
 
 
 def _sync(path: pathlib.Path) -> None:
-    """Write a file, or the names in a folder, through to the disk."""
+    """Sync a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

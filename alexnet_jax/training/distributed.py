@@ -6,6 +6,7 @@ disappears ends the others: an exchange with it fails, or JAX misses its heartbe
 
 import collections
 import contextlib
+import importlib.metadata
 import json
 import os
 import re
@@ -31,6 +32,10 @@ LEAVE_SECONDS = 2.0
 MOST_FLAG_BYTES = 2**16
 # Steps between a vote and its result.
 VOTES_IN_FLIGHT = 2
+
+
+class DeviceError(ValueError):
+    """JAX has no devices here; the message says what to install or to set."""
 
 
 class DistributedError(RuntimeError):
@@ -226,6 +231,31 @@ def leave(status: int) -> NoReturn:
         if jax.process_index() == 0:
             time.sleep(LEAVE_SECONDS)
     os._exit(status)
+
+
+def require_devices() -> None:
+    """Start JAX's devices, after `start` and after JAX's settings.
+
+    Raises:
+      DeviceError: if JAX_PLATFORMS asks for devices that do not exist or do not start.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        # Without an NVIDIA GPU "cuda" is a bare AssertionError.
+        unknown = not str(error) or "known backends" in str(error)
+        if not unknown and jax.distributed.is_initialized():
+            raise  # another process may be gone
+        settings: Any = jax.config
+        reason = "" if unknown else f": {str(error).partition(' (set JAX_')[0]}"
+        plugins = importlib.metadata.entry_points(group="jax_plugins").names
+        raise DeviceError(
+            f"jax {jax.__version__} starts no devices with JAX_PLATFORMS="
+            f"{settings.jax_platforms or ''!r}{reason} (installed: "
+            f"{', '.join(['cpu', *sorted(plugins)])}). For an NVIDIA GPU, pip install "
+            '"jax[cuda13]" and set JAX_PLATFORMS=cuda (nvidia-smi must list the GPU); '
+            "for the CPU, set JAX_PLATFORMS=cpu or unset it."
+        ) from error
 
 
 class Vote(NamedTuple):

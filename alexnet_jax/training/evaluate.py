@@ -1,14 +1,14 @@
-"""Evaluate networks on a split: the errors of one, or of several averaged (table 2).
+"""Evaluate one network, or the average of several (table 2), on a split.
 
-Training adds up sums batch by batch (`evaluate`). `--mode=eval` keeps the predictions
-on every image (`evaluate_runs`): it loads the networks, averages the probabilities of
-their views (section 4.1) and of the networks, and prints errors, worst classes and
-confusions.
+Training sums the errors batch by batch (`evaluate`). `--mode=eval` keeps the predictions
+on every image (`evaluate_runs`): it averages probabilities over views (section 4.1) and
+over networks, and prints errors, worst classes and confusions.
 """
 
 import collections
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,12 +38,11 @@ from alexnet_jax.training.experiment import Experiment, build_for_evaluation
 from alexnet_jax.training.resume import compare
 from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 
-# Classes and confusions that are printed.
-WORST = 10
+WORST = 10  # number of classes, and of confusions, that are printed
 
 
 class PredictionsError(ValueError):
-    """Raised for files without predictions, and for members that cannot be averaged."""
+    """A file without predictions, or predictions that cannot be averaged."""
 
 
 def evaluate(
@@ -55,18 +54,17 @@ def evaluate(
     """Return loss and errors from sums over padded and masked batches.
 
     Args:
-      eval_step: batch -> the sums of `metrics.sums` over its real examples; those of
-        several views, if any, under "views_...".
+      eval_step: batch -> the sums of `make_eval_step`.
       batches: device batches, the last one padded.
-      expected_count: the size of the split.
+      expected_count: number of examples of the split.
 
     Returns:
       {"loss", "top1_error", "top5_error", "count"}: mean loss in nats, errors in
-      [0, 1], number of examples; for several views also "views_loss",
+      [0, 1], number of examples. With several views also "views_loss",
       "views_top1_error" and "views_top5_error".
 
     Raises:
-      RuntimeError: the number counted is not `expected_count`.
+      RuntimeError: if another number of examples was counted.
     """
     totals: Any = collections.Counter()
     for sums in _fetched(eval_step, batches):
@@ -89,13 +87,14 @@ def _fetched(
     step: Callable[[Any], dict[str, jax.Array]], batches: Iterable[Any]
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield the step's result for each batch, on the host."""
-    pending: collections.deque[dict[str, jax.Array]] = collections.deque()
+    before = None
     for batch in batches:
-        pending.append(step(batch))
-        if len(pending) > 1:  # one batch computes while the next one is prepared
-            yield jax.device_get(pending.popleft())
-    while pending:
-        yield jax.device_get(pending.popleft())
+        result = step(batch)
+        if before is not None:  # a batch computes while the next one is prepared
+            yield jax.device_get(before)
+        before = result
+    if before is not None:
+        yield jax.device_get(before)
 
 
 # Predictions and their errors.
@@ -103,13 +102,12 @@ def _fetched(
 
 @dataclass(frozen=True)
 class Predictions:
-    """Probabilities that a network, or an average of several, gives every image.
+    """Probabilities by a network, or by an average of several, for every image.
 
     Attributes:
-      centre: float [N, K], natural logarithms of the probabilities for the centre view;
-        images in the order of the split.
-      views: the same for the average over `num_views` views; None if there is only the
-        centre view, and `num_views` is 1.
+      centre: float [N, K], natural logarithms of the probabilities for the centre view,
+        in the order of the split.
+      views: the same for the mean over `num_views` views; None if `num_views` is 1.
       labels: int [N].
       class_names: K names, by label.
       split: description of the split.
@@ -124,7 +122,7 @@ class Predictions:
 
     @property
     def best(self) -> np.ndarray:
-        """Those over several views if there are any, else those of the centre view."""
+        """The mean over several views if there is one, else the centre view."""
         return self.centre if self.views is None else self.views
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -134,10 +132,10 @@ class Predictions:
 
 
 def load_predictions(path: str | os.PathLike[str]) -> Predictions:
-    """Read the file that `Predictions.save` wrote; never through pickle.
+    """Read a file of `Predictions.save`; never through pickle.
 
     Raises:
-      PredictionsError: there is no such file, or it holds something else.
+      PredictionsError: if there is no such file, or it holds something else.
     """
     names = [field.name for field in dataclasses.fields(Predictions)]
     found: dict[str, Any] = read_npz(path, names, PredictionsError)
@@ -157,11 +155,7 @@ def load_predictions(path: str | os.PathLike[str]) -> Predictions:
 
 
 def predict(experiment: Experiment, variables: dict[str, Any]) -> Predictions:
-    """Return the predictions of a network on its experiment's evaluation split.
-
-    Raises:
-      RuntimeError: the batches hold fewer examples than the split.
-    """
+    """Return the predictions of a network on its experiment's evaluation split."""
     source, views = experiment.eval_source, experiment.config.eval_views
     assert source is not None
     if source.left_out:
@@ -175,14 +169,11 @@ def predict(experiment: Experiment, variables: dict[str, Any]) -> Predictions:
                 (experiment.put(batch) for batch in batches),
             )
         )
-    logs = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     count = source.num_examples
-    if len(logs["centre"]) < count:
-        raise RuntimeError(
-            f"There are predictions of {len(logs['centre'])} pictures; the split has "
-            f"{count}."
-        )
-    logs = {name: values[:count] for name, values in logs.items()}  # no padding
+    logs = {  # without padding
+        name: np.concatenate([part[name] for part in found])[:count]
+        for name in found[0]
+    }
     return Predictions(
         centre=logs["centre"],
         views=logs.get("views"),
@@ -199,37 +190,27 @@ def average(members: Sequence[Predictions]) -> Predictions:
     Several views are averaged only if all members have the same number of them.
 
     Raises:
-      PredictionsError: there are no members, or their images or classes differ.
+      PredictionsError: if labels or class names differ between the members.
     """
-    if not members:
-        raise PredictionsError("There are no predictions to average.")
+
+    def log_mean(logs: list[np.ndarray]) -> np.ndarray:
+        with np.errstate(invalid="ignore"):  # NaN stays NaN
+            return np.logaddexp.reduce(logs, axis=0) - math.log(len(logs))
+
     first = members[0]
     for other in members[1:]:
         same_classes = other.class_names == first.class_names
         if not same_classes or not np.array_equal(other.labels, first.labels):
             raise PredictionsError(
-                f"Predictions on {_size(other)} cannot be averaged with those on "
-                f"{_size(first)}: their {'labels' if same_classes else 'class names'} "
+                f"Predictions on {other.split} cannot be averaged with those on "
+                f"{first.split}: their {'labels' if same_classes else 'class names'} "
                 "differ. Give members that were tested on the same split."
             )
-    centre, views = _log_mean([member.centre for member in members]), None
+    centre, views = log_mean([member.centre for member in members]), None
     if first.num_views > 1 and len({member.num_views for member in members}) == 1:
-        views = _log_mean([member.best for member in members])
+        views = log_mean([member.best for member in members])
     num_views = 1 if views is None else first.num_views
     return dataclasses.replace(first, centre=centre, views=views, num_views=num_views)
-
-
-def _size(predictions: Predictions) -> str:
-    images, classes = predictions.centre.shape
-    return f"{images:,} pictures of {classes:,} classes ({predictions.split})"
-
-
-def _log_mean(logs: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the logarithm of mean probabilities from their logarithms, stably."""
-    total = logs[0].astype(np.promote_types(logs[0].dtype, np.float32))
-    for other in logs[1:]:
-        total = np.logaddexp(total, other)
-    return total - np.log(len(logs)).astype(total.dtype)
 
 
 def errors(predictions: Predictions) -> dict[str, float]:
@@ -260,7 +241,7 @@ class ClassErrors(NamedTuple):
 
 
 def class_errors(predictions: Predictions) -> list[ClassErrors]:
-    """Return the errors of each class with images, the worst first; of `best`."""
+    """Return the errors of `best` for each class with images, the worst first."""
     labels, names = predictions.labels, predictions.class_names
     counts = np.bincount(labels, minlength=len(names))
     top1, top5 = (
@@ -276,7 +257,7 @@ def class_errors(predictions: Predictions) -> list[ClassErrors]:
 
 
 class Confusion(NamedTuple):
-    """Images of class `label` taken for `predicted`; `share` is of that class."""
+    """Number of images of class `label` taken for `predicted`, and their share of it."""
 
     label: str
     predicted: str
@@ -285,7 +266,7 @@ class Confusion(NamedTuple):
 
 
 def worst_confusions(predictions: Predictions, most: int = WORST) -> list[Confusion]:
-    """Return the most frequent mistakes of `best`; ties by label."""
+    """Return the most frequent mistakes of `best`, ties by label."""
     labels, units = predictions.labels, predictions.best.shape[1]
     predicted = np.argmax(predictions.best, axis=1)
     wrong = predicted != labels
@@ -310,7 +291,7 @@ def worst_confusions(predictions: Predictions, most: int = WORST) -> list[Confus
 class Member:
     """A network to evaluate: a checkpoint in a workdir, weights, or saved predictions.
 
-    `step` is that of the checkpoint, "best" (without evaluations the newest) or "latest".
+    `step` is that of `Checkpointer.find`.
     """
 
     path: Path
@@ -326,10 +307,10 @@ class Member:
 
     @classmethod
     def parse(cls, text: str) -> "Member":
-        """Read DIR, DIR@STEP, DIR@best, DIR@latest, FILE.safetensors ... or FILE.npz.
+        """Parse DIR, DIR@STEP, DIR@best, DIR@latest, FILE.safetensors ... or FILE.npz.
 
         Raises:
-          CheckpointError: the text is empty, or another word follows the "@".
+          CheckpointError: if the text is empty, or another word follows the "@".
         """
         if not text:
             raise CheckpointError(
@@ -346,7 +327,7 @@ def evaluate_runs(
     *,
     save_to: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate networks on the evaluation split; average several; print the findings.
+    """Evaluate networks on the evaluation split, average several, print the results.
 
     Args:
       config: names the data, the views and the devices. A single workdir must hold the
@@ -357,14 +338,14 @@ def evaluate_runs(
     Returns:
       The record that is printed as the last line, as JSON with null for NaN: {"step",
       "eval/loss", "eval/top1_error", ...} as in metrics.jsonl. "best_of" is the number
-      of evaluations on this very split that the checkpoint was chosen by, None if
-      unknown. The record of several members is the ensemble's; "members" lists theirs.
+      of evaluations on this very split that chose the checkpoint, None if unknown. With
+      several members the record is the ensemble's, and "members" lists theirs.
 
     Raises:
-      CheckpointError: there is no such checkpoint.
-      PredictionsError: a file holds no predictions, or they are of other images.
-      PathError: (an OSError) `save_to` cannot be written.
-      ConfigError, DataError: as `train.train_and_evaluate`.
+      CheckpointError: if there is no such checkpoint.
+      PredictionsError: if a file holds no predictions, or those of other images.
+      PathError: (an OSError) if `save_to` cannot be written.
+      ConfigError, DataError: as `train_and_evaluate`.
     """
     if not config.data.eval_split:
         raise ConfigError("--config.data.eval_split is empty: nothing to evaluate on.")
@@ -409,9 +390,8 @@ def evaluate_runs(
 
     who = f"{len(members)} networks averaged: " if len(members) > 1 else ""
     _say(f"{who}{_in_words(record, together)} of {together.split}")
-    for line in describe_mistakes(together):
-        _say(line)
-    # No NaN or Infinity, which are not JSON; as in metrics.jsonl.
+    _say("\n".join(describe_mistakes(together)))
+    # NaN and Infinity are not JSON.
     finite = json.loads(json.dumps(record), parse_constant=lambda name: None)
     _say(json.dumps(finite))
     return record
@@ -420,16 +400,16 @@ def evaluate_runs(
 def _load_network(
     config: Config, member: Member
 ) -> tuple[Experiment, dict[str, Any], dict[str, Any]]:
-    """Read a run's checkpoint or a file of weights onto the config's mesh.
+    """Read a checkpoint or a file of weights onto the config's mesh.
 
-    Return the experiment to evaluate in, the variables, and the {"step", "best_of"} of a
-    checkpoint as in `evaluate_runs`.
+    Returns:
+      (experiment, variables, {"step", "best_of"} of a checkpoint as in `evaluate_runs`).
     """
     if member.is_run:
         weights, about, chosen = _read_checkpoint(config, member)
     else:
         weights, about, chosen = load.read_network(member.path), {}, ""
-        config.model.num_classes = 0  # the data's number, which is compared below
+        config.model.num_classes = 0  # that of the data, which is compared below
         _say(f"mean image: {member.path}, of the weights")
     side = config.data.image_size
     mean = np.broadcast_to(np.asarray(weights.mean), (side, side, 3))
@@ -461,17 +441,18 @@ def _load_network(
 def _read_checkpoint(
     config: Config, member: Member
 ) -> tuple[Weights, dict[str, Any], str]:
-    """Read the chosen checkpoint of a run; print how its config differed.
+    """Read the chosen checkpoint of a run; print how its config differs.
 
-    Return its network, {"step", "best_of"} as in `evaluate_runs`, and a line about it.
+    Returns:
+      (its network, {"step", "best_of"} as in `evaluate_runs`, a line about it).
     """
     workdir = member.path.absolute()
     with Checkpointer(workdir / load.CHECKPOINTS, read_only=True) as saved:
         step = saved.find(member.step)
         weights = load.read_network(workdir, step=step)
         assert step is not None  # else there was no checkpoint to read
-        is_best = member.step == "best" and saved.best_step() is not None
-        # The checkpoint's own: config.json may be that of a later start.
+        is_best = member.step == "best" and saved.top1_error(step) is not None
+        # Not config.json, which may be that of a later start.
         trained_with = saved.metadata(step)["config"]
     differences = compare(config, trained_with, workdir)
     statistics = load.read_statistics(workdir)
@@ -503,23 +484,20 @@ def _read_checkpoint(
 def describe_mistakes(predictions: Predictions) -> list[str]:
     """Return lines with the worst classes and the most frequent confusions."""
     worst = [c for c in class_errors(predictions)[:WORST] if c.top1_error > 0]
-    confusions = worst_confusions(predictions)
     if not worst:
         return ["no picture is classified wrongly"]
-    names = {name: words(name) for name in predictions.class_names}
-    shown = [c.name for c in worst] + [n for c in confusions for n in c[:2]]
-    width = max(len(names.get(name, name)) for name in shown)
-    where = _num_views(predictions.num_views)
-    lines = [f"classes with the highest error ({where}):"]
+    confusions = worst_confusions(predictions)
+    shown = [c.name for c in worst] + [name for c in confusions for name in c[:2]]
+    width = max(len(words(name)) for name in shown)
+    lines = [f"classes with the highest error ({_num_views(predictions.num_views)}):"]
     for name, count, top1, top5 in worst:
         rates = f"top-1 {100 * top1:5.1f}%"
-        if metrics.shows_top5(len(names)):
+        if metrics.shows_top5(len(predictions.class_names)):
             rates += f"  top-5 {100 * top5:5.1f}%"
-        lines.append(f"  {names[name]:<{width}}  {rates}  of {count} pictures")
+        lines.append(f"  {words(name):<{width}}  {rates}  of {count} pictures")
     lines.append("most frequent confusions:")
     for label, predicted, count, share in confusions:
-        other = names.get(predicted, predicted)
-        pair = f"{names[label]:<{width}}  taken for {other:<{width}}"
+        pair = f"{words(label):<{width}}  taken for {words(predicted):<{width}}"
         times = "once" if count == 1 else f"{count} times"
         lines.append(f"  {pair}  {times}, {100 * share:.1f}% of its pictures")
     return lines

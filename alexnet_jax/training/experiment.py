@@ -328,7 +328,7 @@ def _find_own_statistics(
     config: Config, source: Source, log: Callable[[str], object]
 ) -> Statistics:
     path, why = source.statistics_path, ""
-    # The mean image of trained weights is their own (`finetune.with_mean_of`).
+    # Trained weights bring their own mean image (`finetune.begin`).
     what = "colour PCA" if config.finetune.source else "mean image"
     if path is not None and path.exists():
         stored = statistics_lib.load(path, source.image_size)

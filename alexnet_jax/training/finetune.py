@@ -1,6 +1,6 @@
 """Start a run from trained weights: keep all layers but the classifier.
 
-The first layers of a network learn what other images need as well; the last ones are
+The first layers of a network are useful for other images too; the last ones are
 specific to their task (Yosinski et al. 2014, arXiv:1411.1792).
 """
 
@@ -24,16 +24,16 @@ from alexnet_jax.training.steps import TrainState
 def begin(experiment: Experiment) -> tuple[Experiment, TrainState, list[str]]:
     """Return the first state of a run, and the lines that describe its origin.
 
-    A run with `config.finetune.source` starts from trained weights; the classifier and
-    `finetune.new_layers` start as in a run from scratch. The mean image stays the one
-    of the weights, since they were trained with it. The principal components of colour
-    are those of the run's own images.
+    With `config.finetune.source` a run starts from trained weights. The classifier and
+    `finetune.new_layers` start as in a run from scratch. The mean image is that of the
+    weights, which were trained with it. The principal components of colour are those of
+    the run's own images.
 
     Returns:
       (the experiment with the mean image of the weights; its first state; the lines).
 
     Raises:
-      ConfigError: if the weights lack a layer, or have it in another shape.
+      ConfigError: if a layer is missing in the weights or has another shape there.
       FileNotFoundError, CheckpointError, WeightsError: as `load.load`.
     """
     config, source = experiment.config, experiment.config.finetune.source
@@ -57,7 +57,7 @@ def begin(experiment: Experiment) -> tuple[Experiment, TrainState, list[str]]:
     if frozen:
         line += f"; frozen: {', '.join(sorted(frozen))}"
     lines = [line]
-    # Settings from JSON hold lists, those of a config tuples.
+    # Settings from JSON hold lists, settings of a config hold tuples.
     here, there = (
         {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
         for settings in (model_settings(config, None), weights.settings)
@@ -72,11 +72,14 @@ def begin(experiment: Experiment) -> tuple[Experiment, TrainState, list[str]]:
             "WARNING: the weights are of another network of the same shapes: "
             + "; ".join(other)
         )
-    return with_mean_of(experiment, weights), state, lines
+    return _with_mean_of(experiment, weights), state, lines
 
 
-def with_mean_of(experiment: Experiment, weights: Weights) -> Experiment:
-    """Return the experiment with the mean of weights: image, or colour if sizes differ."""
+def _with_mean_of(experiment: Experiment, weights: Weights) -> Experiment:
+    """Return the experiment with the mean image of weights.
+
+    If the sizes differ, it is the mean colour.
+    """
     mean = experiment.statistics.mean_image
     if np.shape(weights.mean) == mean.shape:
         mean = np.asarray(weights.mean)

@@ -20,7 +20,7 @@ from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.models import alexnet, variants
 from alexnet_jax.models.weights import SUFFIXES, Weights, WeightsError, read_weights
 from alexnet_jax.system.files import atomic_write
-from alexnet_jax.training import parallel
+from alexnet_jax.training import distributed
 from alexnet_jax.training.checkpoint import Checkpointer, CheckpointError, split_step
 from alexnet_jax.training.config import (
     Config,
@@ -97,7 +97,7 @@ def read_network(
 
     Arguments and errors are those of `load`.
     """
-    parallel.require_devices()
+    distributed.require_devices()
     if is_weights_file(path):
         if step is not None:
             raise WeightsError(f"{path} is a file of weights; it has no step {step}.")

@@ -8,11 +8,14 @@ import optax
 def cross_entropy(
     logits: jax.Array, labels: jax.Array, smoothing: float = 0.0
 ) -> jax.Array:
-    """[B, K] logits and int [B] labels -> [B] losses in nats, at least float32.
+    """Return losses [B] in nats, in at least float32.
 
-    With `smoothing` the target is (1 - smoothing) of the label and an equal share of
-    the rest for every class, the label among them, as `optax.smooth_labels` has it
-    (Szegedy et al. 2016, section 7): without the [B, K] targets themselves.
+    Args:
+      logits: [B, K].
+      labels: int [B].
+      smoothing: the target is 1 - smoothing for the label, plus smoothing / K for every
+        class, as in `optax.smooth_labels` (Szegedy et al. 2016, section 7). No [B, K]
+        targets are made.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -23,12 +26,10 @@ def cross_entropy(
 
 
 def in_top_k(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
-    """Whether each label is among its k largest logits, [B] bool.
+    """Return bool [B]: the label is among the k largest logits.
 
-    The label's rank is the number of classes before it: those of a larger logit, and
-    of equal ones those with a smaller index (as `lax.top_k` orders them), so logits
-    that are all alike score as chance, not as right. A logit that is not a number
-    counts as larger than any label's: a broken network is wrong, not lucky.
+    Ties are ordered by index, as in `lax.top_k`, so logits that are all equal score as
+    chance. NaN counts as the largest logit, so a broken network is wrong.
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     index = jnp.arange(logits.shape[-1])
@@ -42,7 +43,7 @@ def shows_top5(num_classes: int) -> bool:
 
 
 def log_mean_probabilities(logits: jax.Array) -> jax.Array:
-    """[V, B, K] logits of V views -> [B, K] logarithms of the mean probabilities.
+    """Return log of the mean probabilities, [B, K], of the logits [V, B, K] of V views.
 
     The paper averages "the predictions made by the network's softmax layer" (4.1).
     """
@@ -52,9 +53,11 @@ def log_mean_probabilities(logits: jax.Array) -> jax.Array:
 
 
 def sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """Sums over the examples whose mask is 1: loss, top1, top5 (right ones), count.
+    """Return sums over the examples whose mask is 1.
 
-    With five classes or fewer top5 is always right.
+    Returns:
+      {"loss": in nats, "top1", "top5": correct examples, "count": examples}. With five
+      classes or fewer, "top5" equals "count".
     """
     mask = mask.astype(jnp.promote_types(logits.dtype, jnp.float32))
     loss = jnp.where(mask > 0, cross_entropy(logits, labels), 0.0)

@@ -1,9 +1,9 @@
-"""The paper's update rule and its schedules, in optax.
+"""The paper's update rule and learning-rate schedules, in optax.
 
 Krizhevsky et al. 2012, section 5: v <- 0.9 v - 0.0005 lr w - lr g; w <- w + v. The
 learning rate is inside the velocity, so after a drop the old, larger steps fade out
-over some ten steps; torch's (and `optax.sgd`'s) form multiplies the velocity by it.
-For batches of thousands: LARS, You, Gitman and Ginsburg 2017, arXiv:1708.03888.
+over some ten steps. torch and `optax.sgd` multiply the velocity by the rate instead.
+LARS, for batches of thousands: You, Gitman and Ginsburg 2017, arXiv:1708.03888.
 """
 
 import dataclasses
@@ -34,38 +34,32 @@ def make_optimizer(
     layer_factors: Mapping[str, optax.Schedule] | None = None,
     trust_coefficient: float | None = None,
 ) -> optax.GradientTransformation:
-    """SGD with momentum and weight decay, as the paper has it.
+    """Return SGD with momentum and weight decay, as in the paper.
 
     Args:
       learning_rate: a number, or a schedule of the step.
       momentum: 0.9 in the paper.
       weight_decay: factor on the weights in the gradient, 0.0005 in the paper.
-      bias_lr_mult: the biases' learning rate over the weights' (1 in the paper's
-        text, 2 in Caffe and at the original's start).
-      decay_bias: whether biases, and batch normalisation's scales, decay too; the
-        original's and Caffe's biases do not, the paper does not say.
+      bias_lr_mult: learning rate of the biases over that of the weights: 1 in the
+        paper's text, 2 in Caffe and at the original's start.
+      decay_bias: decay biases and the scales of batch normalisation too. The original
+        and Caffe do not decay biases; the paper does not say.
       form: "paper", the learning rate inside the velocity; "torch", outside.
-      layer_weight_decay: weight decay of single layers, by name, instead.
-      bias_learning_rate: the biases' own rate, which no schedule lowers, instead of
-        `bias_lr_mult` (the original's run on ILSVRC-2012: 0.02 to the end).
-      layer_factors: for single layers, by name, a schedule of a factor on their rate
-        (see `make_layer_factors`). Biases with a rate of their own see only a factor
-        of 0, which freezes the layer at once, whatever its velocity.
-      trust_coefficient: LARS: each kernel's gradient (weight decay included) is
-        scaled to this share of the kernel's own norm, so that only the product with
-        the learning rate counts; 0.001 is `optax.lars`'s and NVCaffe's. Biases and
-        batch normalisation's parameters take the plain rate. The norms are of
-        whole kernels: not for parameters that are split over devices. None: off.
+      layer_weight_decay: weight decay of single layers, by name.
+      bias_learning_rate: a constant rate of the biases, instead of `bias_lr_mult`. The
+        original's run on ILSVRC-2012 kept 0.02 to the end.
+      layer_factors: schedules of a factor on single layers' rates, by name (see
+        `make_layer_factors`). A factor of 0 freezes the layer at once, whatever its
+        velocity. `bias_learning_rate` ignores all other factors.
+      trust_coefficient: for LARS, which scales each kernel's gradient (weight decay
+        included) to this fraction of the kernel's own norm; 0.001 in `optax.lars` and
+        NVCaffe. Biases and batch normalisation take the plain rate. The norms are of
+        whole kernels, so parameters must not be split over devices. None: no LARS.
 
     Returns:
-      A transformation whose state has `hyperparams["learning_rate"]`: the rate of
-      the last update, and, if `learning_rate` is a number, the one to change.
-
-    Raises:
-      ValueError: for an unknown form.
+      A transformation whose state has `hyperparams["learning_rate"]`: the rate of the
+      last update. If `learning_rate` is a number, changing it changes the rate.
     """
-    if form not in FORMS:
-        raise ValueError(f"form={form!r} must be one of {', '.join(FORMS)}.")
     by_layer = dict(layer_weight_decay or {})
 
     def build(learning_rate: Any) -> optax.GradientTransformation:
@@ -92,24 +86,30 @@ def make_optimizer(
     return optax.inject_hyperparams(build)(learning_rate=learning_rate)
 
 
+def _where(keep: Callable[[str, str], bool]) -> Callable[[Any], Any]:
+    """Return the optax mask of the leaves whose (layer, name) `keep` accepts."""
+    return lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, _: keep(path[0].key, path[-1].key), params
+    )
+
+
+_is_bias = _where(lambda _, name: name == "bias")
+_is_weight = _where(lambda _, name: name != "bias")
+_is_kernel = _where(lambda _, name: name == "kernel")
+
+
 def _decayed_weights(
     weight_decay: float, by_layer: dict[str, float], decay_bias: bool
 ) -> optax.GradientTransformation:
-    """g + weight_decay * w, with the factor of the leaf's layer."""
+    """Return g + weight_decay * w, with the factor of the leaf's layer."""
 
-    def decays(path: tuple[Any, ...]) -> bool:
-        return decay_bias or path[-1].key not in ("bias", "scale")
+    def decays(name: str) -> bool:
+        return decay_bias or name not in ("bias", "scale")
 
-    def others(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: decays(path) and path[0].key not in by_layer, params
-        )
+    def only(wanted: str) -> Callable[[Any], Any]:
+        return _where(lambda layer, name: layer == wanted and decays(name))
 
-    def only(layer: str) -> Callable[[Any], Any]:
-        return lambda params: jax.tree_util.tree_map_with_path(
-            lambda path, _: decays(path) and path[0].key == layer, params
-        )
-
+    others = _where(lambda layer, name: layer not in by_layer and decays(name))
     return optax.chain(
         optax.add_decayed_weights(weight_decay, others),
         *(
@@ -120,47 +120,28 @@ def _decayed_weights(
 
 
 def _trust(coefficient: float | None) -> list[optax.GradientTransformation]:
-    """LARS: u * coefficient * |w| / |u| for every kernel w, u = g + weight_decay * w.
+    """Return LARS: u * coefficient * |w| / |u| per kernel w, u = g + weight_decay * w.
 
     |u| as in `optax.lars`; You et al. have |g| + weight_decay * |w|.
     """
     if coefficient is None:
         return []
-
-    def is_kernel(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: path[-1].key == "kernel", params
-        )
-
     ratio = optax.scale_by_trust_ratio(trust_coefficient=coefficient)
-    return [optax.masked(ratio, is_kernel)]
-
-
-def _is_bias(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key == "bias", params
-    )
-
-
-def _is_weight(params: Any) -> Any:
-    return jax.tree.map(lambda bias: not bias, _is_bias(params))
+    return [optax.masked(ratio, _is_kernel)]
 
 
 def _factors(
     by_layer: Mapping[str, optax.Schedule], with_biases: bool
 ) -> list[optax.GradientTransformation]:
-    """The layers' factors on their rates."""
+    """Return transformations that scale single layers' updates."""
 
-    def of(layer: str) -> Callable[[Any], Any]:
-        return lambda params: jax.tree_util.tree_map_with_path(
-            lambda path, _: (
-                path[0].key == layer and (with_biases or path[-1].key != "bias")
-            ),
-            params,
+    def only(wanted: str) -> Callable[[Any], Any]:
+        return _where(
+            lambda layer, name: layer == wanted and (with_biases or name != "bias")
         )
 
     return [
-        optax.masked(optax.scale_by_schedule(factor), of(layer))
+        optax.masked(optax.scale_by_schedule(factor), only(layer))
         for layer, factor in by_layer.items()
     ]
 
@@ -168,9 +149,9 @@ def _factors(
 def _freezes(
     by_layer: Mapping[str, optax.Schedule],
 ) -> list[optax.GradientTransformation]:
-    """Where a layer's factor is 0 nothing moves it, not even its old velocity.
+    """Return transformations that stop a layer while its factor is 0.
 
-    So it was in the original, whose update was skipped at a rate of 0.
+    The original skipped the update at a rate of 0, so no old velocity moved the layer.
     """
 
     def moves(factor: optax.Schedule) -> optax.Schedule:
@@ -182,11 +163,11 @@ def _freezes(
 def make_layer_factors(
     changes: Iterable[tuple[str, float, float]], *, steps_per_epoch: float
 ) -> dict[str, optax.Schedule]:
-    """Schedules of factors on single layers' learning rates.
+    """Return schedules of factors on single layers' learning rates.
 
     Args:
-      changes: (layer, epoch, factor), a layer's in increasing order: from that epoch
-        on the layer learns at `factor` times the rate of the others. The original
+      changes: (layer, epoch, factor), for each layer in increasing order: from that
+        epoch on the layer learns at `factor` times the rate of the others. The original
         slowed conv1 down twelve epochs before the others, and froze it five epochs
         later: ("conv1", 67, 0.1), ("conv1", 72, 0).
       steps_per_epoch: may be a fraction.
@@ -205,15 +186,10 @@ def make_layer_factors(
 
 
 def frozen_layers(changes: Iterable[tuple[str, float, float]]) -> frozenset[str]:
-    """The layers that `make_layer_factors` freezes from the first step to the last."""
-    by_layer: dict[str, list[tuple[float, float]]] = {}
-    for layer, epoch, factor in changes:
-        by_layer.setdefault(layer, []).append((epoch, factor))
-    return frozenset(
-        layer
-        for layer, at in by_layer.items()
-        if at[0][0] == 0 and not any(factor for _, factor in at)
-    )
+    """Return the layers that `make_layer_factors` freezes in all steps."""
+    changes = list(changes)
+    from_start = {layer for layer, epoch, factor in changes if epoch == factor == 0}
+    return frozenset(from_start - {layer for layer, _, factor in changes if factor})
 
 
 def make_schedule(
@@ -227,18 +203,17 @@ def make_schedule(
     warmup_epochs: float = 0.0,
     power: float = 2.0,
 ) -> optax.ScalarOrSchedule:
-    """The learning rate as a function of the step, or as a number.
+    """Return the learning rate, as a number or as a function of the step.
 
     Args:
-      name: "constant" and "plateau" (see `Plateau`) give the number itself; "fixed"
-        multiplies by `factor` at each of `drop_epochs` (the original dropped after
-        epochs 25, 51 and 79 of 91); "cosine" falls to 0 at `num_epochs`, after a
-        linear rise over `warmup_epochs`; "polynomial" as well, as (1 - t)^power, t
-        from 0 after the rise to 1 at the end (You et al. 2017: power 2).
+      name: one of
+        "constant", "plateau": the number itself (see `Plateau`);
+        "fixed": times `factor` at each of `drop_epochs` (the original dropped after
+          epochs 25, 51 and 79 of 91);
+        "cosine": to 0 at `num_epochs`, after a linear rise over `warmup_epochs`;
+        "polynomial": the same with (1 - t)^power, t from 0 after the rise to 1 at the
+          end (You et al. 2017: power 2).
       steps_per_epoch: may be a fraction.
-
-    Raises:
-      ValueError: for an unknown name.
     """
     if name in ("constant", "plateau"):
         return learning_rate
@@ -254,13 +229,12 @@ def make_schedule(
             warmup_steps=rise,
             decay_steps=end,
         )
-    if name == "polynomial":
-        fall = optax.polynomial_schedule(learning_rate, 0.0, power, max(1, end - rise))
-        if not rise:
-            return fall
-        warmup = optax.linear_schedule(0.0, learning_rate, rise)
-        return optax.join_schedules([warmup, fall], [rise])
-    raise ValueError(f"schedule {name!r} must be one of {', '.join(SCHEDULES)}.")
+    assert name == "polynomial", name
+    fall = optax.polynomial_schedule(learning_rate, 0.0, power, max(1, end - rise))
+    if not rise:
+        return fall
+    warmup = optax.linear_schedule(0.0, learning_rate, rise)
+    return optax.join_schedules([warmup, fall], [rise])
 
 
 @dataclass(frozen=True)
@@ -268,8 +242,7 @@ class Plateau:
     """The paper's rule: divide by ten when the validation error stops improving.
 
     "The learning rate was ... reduced three times prior to termination" (section 5).
-    An evaluation that is not better than the best so far counts against
-    `patience`; a drop starts the count anew.
+    The rate drops after `patience` evaluations in a row without a new best error.
     """
 
     patience: int
@@ -280,7 +253,7 @@ class Plateau:
     drops: int = 0
 
     def after(self, error: float) -> tuple["Plateau", float]:
-        """Returns the rule after an evaluation, and the factor on the rate (or 1)."""
+        """Return the rule after an evaluation, and the factor on the rate (or 1)."""
         if error < self.best:
             return dataclasses.replace(self, best=error, waited=0), 1.0
         waited = self.waited + 1
@@ -290,6 +263,6 @@ class Plateau:
         return dropped, self.factor
 
     def progress(self) -> dict[str, float]:
-        """What a checkpoint keeps of the rule; JSON has no infinity."""
+        """Return the fields that a checkpoint keeps; JSON has no infinity."""
         best = self.best if math.isfinite(self.best) else sys.float_info.max
         return {"best": best, "waited": self.waited, "drops": self.drops}

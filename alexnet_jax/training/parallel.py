@@ -1,25 +1,24 @@
-"""Meshes, modes, and what devices exchange: all that knows of more than one device.
+"""Meshes, parallel modes, partition specs and collectives.
 
-One mesh of two axes, "data" and "column". Three modes:
+A mesh has two axes, "data" and "column". There are three modes:
 
-- `data`: every device holds the whole network and its share of the batch; gradients
+- `data`: every device holds the whole network and its shard of the batch. Gradients
   are averaged over all devices.
 - `columns`: the paper's scheme (section 3.2). A device holds one column of every
-  layer and, of the fully connected layers, one part of the units; the columns
-  exchange features before conv3, fc6 and fc7, and add up their parts of the logits.
+  convolutional layer and one part of the units of every fully connected layer. The
+  columns exchange features before conv3, fc6 and fc7, and sum their parts of the logits.
 - `hybrid`: Krizhevsky's "one weird trick" (arXiv:1404.5997, scheme a). Every device
-  holds all convolutional layers and its own examples there; the fully connected
-  layers are split over "column", whose devices exchange examples before fc6. Only
-  the gradients of the convolutional layers, 4% of the parameters, are averaged over
-  all devices.
+  holds all convolutional layers and runs them on its own examples. The fully connected
+  layers are split over "column", whose devices exchange examples before fc6. Only the
+  gradients of the convolutional layers, 4% of the parameters, are averaged over all
+  devices.
 
-With both axes longer than 1, rows of such devices share the batch.
+If both axes are longer than 1, rows of such devices share the batch.
 
-Parameters are always the one full tree; `PartitionSpec`s say how it is split. A
-checkpoint therefore moves between any numbers of devices.
+Parameters are always one full tree, split by `PartitionSpec`s. So a checkpoint moves
+between any numbers of devices.
 """
 
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -50,57 +49,21 @@ P = PartitionSpec
 PyTree = Any
 
 
-class DeviceError(ValueError):
-    """jax has no devices here; the message says what to install or to set."""
-
-
-def require_devices() -> None:
-    """Start jax's devices, after `distributed.start` and jax's settings.
-
-    Raises:
-      DeviceError: if there are none of a kind that JAX_PLATFORMS asks for, or they do not
-        start.
-    """
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:
-        # Without an NVIDIA GPU "cuda" is a bare AssertionError.
-        unknown = not str(error) or "known backends" in str(error)
-        if not unknown and jax.distributed.is_initialized():
-            raise  # another process may be gone
-        settings: Any = jax.config
-        reason = "" if unknown else f": {str(error).partition(' (set JAX_')[0]}"
-        plugins = importlib.metadata.entry_points(group="jax_plugins").names
-        raise DeviceError(
-            f"jax {jax.__version__} starts no devices with JAX_PLATFORMS="
-            f"{settings.jax_platforms or ''!r}{reason} (installed: "
-            f"{', '.join(['cpu', *sorted(plugins)])}). For an NVIDIA GPU, pip install "
-            '"jax[cuda13]" and set JAX_PLATFORMS=cuda (nvidia-smi must list the GPU); '
-            "for the CPU, set JAX_PLATFORMS=cpu or unset it."
-        ) from error
-
-
 def make_mesh(data: int, column: int = 1) -> Mesh:
-    """Make a mesh of data x column devices, the first ones there are.
+    """Return a mesh of data x column devices, the first ones there are.
 
-    With several processes it has to be all of them: a process without a device of
-    the mesh would have nothing to do, and the others would wait for it.
+    Several processes must use all of their devices: one without a device of the mesh
+    would have nothing to do, and the others would wait for it.
 
     Raises:
-      ValueError: if there are fewer devices than that, or, with several processes, some
-        are left over or the processes have unequal numbers of them.
+      ValueError: there are too few devices. With several processes: some devices are
+        left over, or the processes have different numbers of devices.
     """
-    # In the order of the processes, so that the devices of a row are neighbours and
-    # each process's examples follow one another.
+    # Sorted by process: the devices of a row are neighbours, and the examples of a
+    # process are consecutive.
     devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
-    wanted = data * column
-    if min(data, column) < 1:
-        raise ValueError(
-            f"A mesh of {data} x {column} devices: both numbers must be at least 1 "
-            "(--config.parallel.data, --config.parallel.column)."
-        )
+    wanted, processes = data * column, jax.process_count()
     shape = f"{wanted} devices ({data} data x {column} column)"
-    processes = jax.process_count()
     each = [sum(d.process_index == i for d in devices) for i in range(processes)]
     if len(set(each)) > 1:
         raise ValueError(
@@ -114,13 +77,13 @@ def make_mesh(data: int, column: int = 1) -> Mesh:
             "be used all; change --config.parallel.data and --config.parallel.column, "
             "or the number of processes."
         )
-    if wanted > len(devices):
+    if not 1 <= wanted <= len(devices):
         raise ValueError(
             f"Asked for {shape}, found {found}; add --cpu_devices={wanted} for virtual "
             "ones on the CPU, or ask for fewer with --config.parallel.data and "
             "--config.parallel.column."
         )
-    # Auto axes: the default, Explicit, refuses arrays that are not sharded already.
+    # The default, Explicit axes, refuses arrays that are not sharded already.
     return Mesh(
         np.array(devices[:wanted]).reshape(data, column),
         (DATA, COLUMN),
@@ -177,29 +140,27 @@ def _not_in_hybrid(network: Variant, columns: int) -> str:
 
 
 def batch_axes(mesh: Mesh, mode: str) -> tuple[str, ...]:
-    """Return the mesh axes that the batch is split over as it enters the network.
+    """Return the mesh axes that images are split over.
 
-    Axes of one device are not among them: XLA would copy all gradients in a sum of one.
+    Axes of length 1 are left out: XLA would copy all gradients to sum one of them.
     """
     axes = (DATA, COLUMN) if mode == "hybrid" else (DATA,)
     return tuple(axis for axis in axes if mesh.shape[axis] > 1)
 
 
 def batch_shards(data: int, column: int, mode: str) -> int:
-    """Return into how many parts a mesh of data x column devices splits a batch."""
+    """Return the number of shards of a batch on a mesh of data x column devices."""
     return data * column if mode == "hybrid" else data
 
 
-# What one device computes, and what it exchanges with the others of its row.
+# The network on one device, and its exchange with the others of its row.
 
 
 def local_model(model: AlexNet, mesh: Mesh, mode: str, parts: int = 1) -> AlexNet:
-    """Return the clone of a model that runs on one device of `mesh`.
+    """Return a clone of the whole `model` that runs on one device of `mesh`.
 
     Args:
-      model: the whole network.
-      mesh, mode: how it is split.
-      parts: a device's share of a batch comes in so many parts, one after the other.
+      parts: number of micro-batches per device, for the positions of examples.
 
     Raises:
       ValueError: if the network cannot run in that mode.
@@ -216,7 +177,7 @@ def local_model(model: AlexNet, mesh: Mesh, mode: str, parts: int = 1) -> AlexNe
 
 @dataclass(frozen=True)
 class Columns(Exchange):
-    """Mode `columns`: a device has one part of the features of every layer."""
+    """Exchange of mode `columns`: a device has one part of every layer's features."""
 
     columns: int
 
@@ -224,8 +185,8 @@ class Columns(Exchange):
         return Part(own, self.batch_axes, self.columns, lax.axis_index(COLUMN))
 
     def gather_features(self, x: jax.Array) -> jax.Array:
-        # Differentiated, it is a reduce-scatter: each device gets the sum of what all
-        # devices ask of its own features (the original's `Layer::bprop`).
+        # Its gradient is a reduce-scatter: each device gets the gradients of its own
+        # features, summed over all devices (the original's `Layer::bprop`).
         return lax.all_gather(x, COLUMN, axis=x.ndim - 1, tiled=True)
 
     def dense_inputs(self, x: jax.Array, columns: int) -> jax.Array:
@@ -234,7 +195,7 @@ class Columns(Exchange):
         return by_column(x, columns // self.columns)
 
     def classifier_inputs(self, x: jax.Array) -> jax.Array:
-        return x  # units: `check_mode` refuses networks in which they are maps
+        return x  # [B, units]; `check_mode` refuses networks with feature maps here
 
     def sum_logits(self, parts: jax.Array) -> jax.Array:
         return lax.psum(parts, COLUMN)
@@ -242,11 +203,10 @@ class Columns(Exchange):
 
 @dataclass(frozen=True)
 class Hybrid(Exchange):
-    """Mode `hybrid`: data-parallel convolutions, then fully connected layers in parts.
+    """Exchange of mode `hybrid`: data-parallel convolutions, split dense layers.
 
     A device has all convolutional features of its own examples, and one part of the
-    fully connected units for the examples of all devices of its row. `parts` as for
-    `local_model`.
+    fully connected units for all examples of its row. `parts` is that of `local_model`.
     """
 
     columns: int
@@ -255,8 +215,8 @@ class Hybrid(Exchange):
     def part(self, row: Layer, own: jax.Array) -> Part:
         if not isinstance(row, Dense):
             return Part(own, self.batch_axes)
-        # The examples of the devices of the row, one device after the other. With
-        # parts, those of neighbouring devices are so many times further apart.
+        # The examples of the row, device by device. With `parts` micro-batches, the
+        # examples of neighbouring devices are `parts` times further apart.
         index = lax.axis_index(COLUMN)
         apart = len(own) * self.parts
         others = jnp.arange(self.columns) - index
@@ -265,7 +225,7 @@ class Hybrid(Exchange):
         return Part(positions, axes, self.columns, index)
 
     def dense_inputs(self, x: jax.Array, columns: int) -> jax.Array:
-        # Maps: those of the row's examples. Units: all features of these.
+        # Feature maps: gather the examples of the row. Units: gather the features.
         x = lax.all_gather(x, COLUMN, axis=0 if x.ndim == 4 else 1, tiled=True)
         x = by_column(x, columns)
         own = max(1, columns // self.columns)
@@ -277,7 +237,7 @@ class Hybrid(Exchange):
     def classifier_inputs(self, x: jax.Array) -> jax.Array:
         if x.ndim == 2:
             return x
-        x = x.reshape(x.shape[0], -1)  # no layer before it that was split
+        x = x.reshape(x.shape[0], -1)  # no split layer comes before
         return lax.all_to_all(x, COLUMN, split_axis=1, concat_axis=0, tiled=True)
 
     def sum_logits(self, parts: jax.Array) -> jax.Array:
@@ -288,19 +248,19 @@ class Hybrid(Exchange):
 
 
 def sum_shards(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Return the sum of what each device worked out from its shard of an array.
+    """Sum `x` over the devices that hold different shards of an array of that spec.
 
-    `spec` says how that array is split; parts that every device holds count once.
+    Replicas of a shard count once.
     """
-    axes = _axes(spec)
+    axes = tuple(axis for axis in spec if axis is not None)
     return lax.psum(x, axes) if axes else x
 
 
 def vary(tree: PyTree, specs: PyTree, axes: tuple[str, ...]) -> PyTree:
-    """Mark arrays as each device's own along the `axes` they are not split over.
+    """Mark replicated arrays as varying along those of `axes` that do not split them.
 
-    Without it `shard_map` would sum a gradient over these axes by itself, once for
-    each use of the array; `sum_gradients` does it once in all.
+    Otherwise `shard_map` sums a gradient over these axes by itself, at each use of the
+    array. `sum_gradients` sums it once.
     """
 
     def mark(a: jax.Array, spec: PartitionSpec) -> jax.Array:
@@ -311,18 +271,16 @@ def vary(tree: PyTree, specs: PyTree, axes: tuple[str, ...]) -> PyTree:
 
 
 def sum_gradients(grads: PyTree, specs: PyTree, axes: tuple[str, ...]) -> PyTree:
-    """Sum gradients over those of the `axes` that their arrays are not split over.
+    """Sum gradients over those of `axes` that do not split their arrays.
 
-    The one place where data-parallel gradients are reduced, in the parameters' own
-    precision. `shard_map` would refuse a step without it; under `pmap` such a step
-    trains on the gradient of device 0, and nothing warns.
+    This is the one place where data-parallel gradients are reduced, in the precision of
+    the parameters. Without it `shard_map` refuses the step, but `pmap` silently trains
+    on the gradient of device 0.
     """
     leaves, tree = jax.tree.flatten(grads)
     kinds = [replicated_axes(spec, axes) for spec in tree.flatten_up_to(specs)]
-    # One exchange for all leaves of a kind, in an order that all processes have.
-    for kind in dict.fromkeys(kinds):
-        if not kind:
-            continue
+    # One exchange for all leaves of a kind, in the same order in all processes.
+    for kind in filter(None, dict.fromkeys(kinds)):
         at = [i for i, other in enumerate(kinds) if other == kind]
         for i, total in zip(at, lax.psum([leaves[i] for i in at], kind), strict=True):
             leaves[i] = total
@@ -330,23 +288,19 @@ def sum_gradients(grads: PyTree, specs: PyTree, axes: tuple[str, ...]) -> PyTree
 
 
 def replicated_axes(spec: PartitionSpec, axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Return those of `axes` that an array of that spec is not split over."""
-    return tuple(axis for axis in axes if axis not in _axes(spec))
+    """Return those of `axes` that do not split an array of that spec."""
+    return tuple(axis for axis in axes if axis not in spec)
 
 
-def _axes(spec: PartitionSpec) -> tuple[str, ...]:
-    return tuple(axis for axis in spec if axis is not None)
-
-
-# How the parameters are split.
+# Partition specs of the parameters.
 
 
 def param_specs(network: Variant, params: PyTree, mesh: Mesh, mode: str) -> PyTree:
     """Return the PartitionSpec of every leaf of `params` (or of `batch_stats`).
 
-    In mode "columns" a layer's features, its last axis, are split over "column", in
-    mode "hybrid" only those of the fully connected layers; the classifier is split by
-    its inputs instead and its bias not at all.
+    The last axis, a layer's features, is split over "column": in mode "columns" of all
+    layers, in mode "hybrid" of the fully connected layers. The classifier is split by
+    its inputs instead, and its bias is whole.
     """
     if mode == "data" or mesh.shape[COLUMN] == 1:
         return jax.tree.map(lambda _: P(), params)
@@ -373,7 +327,7 @@ def shardings(mesh: Mesh, specs: PyTree) -> PyTree:
     )
 
 
-# One step, two wrappers.
+# Two wrappers around a step.
 
 
 def on_devices(
@@ -383,15 +337,16 @@ def on_devices(
     out_specs: PyTree,
     transform: str = "shard_map",
 ) -> Callable[..., Any]:
-    """Return `step`, what one device does, as a function of whole arrays, to be jitted.
+    """Return a function of whole arrays that runs `step` on every device.
+
+    The result is to be jitted.
 
     Args:
-      step: is run on every device, with its shards of the arguments.
-      in_specs, out_specs: PartitionSpecs, a tree for each argument and for the result.
-      transform: "shard_map", with its type check on, always: a missing reduction is
-        an error. "pmap" for whatever is written for it; where nothing but the batch
-        is split (mode "data") it gives the same numbers. Over one row there is
-        nothing to map.
+      step: takes the shards of one device.
+      in_specs, out_specs: PartitionSpecs, one tree per argument and one for the result.
+      transform: "shard_map", always with its type check: a missing reduction is an
+        error. "pmap" gives the same numbers in mode "data", in which nothing but the
+        batch is split; on a single row it is `shard_map`.
     """
     if transform == "pmap" and mesh.shape[DATA] > 1:
         return _pmap(step, mesh, in_specs)
@@ -403,13 +358,13 @@ def on_devices(
 def _pmap(
     step: Callable[..., Any], mesh: Mesh, in_specs: tuple[PyTree, ...]
 ) -> Callable[..., Any]:
-    """Map `step` over the rows of the mesh; what is not split has no device axis."""
+    """Map `step` over the rows of the mesh; whole arguments have no device axis."""
     split = [spec == P((DATA,)) for spec in in_specs]
     mapped = jax.pmap(
         step,
         axis_name=DATA,
         in_axes=tuple(0 if yes else None for yes in split),
-        out_axes=None,  # the same on all devices: one of them, unstacked
+        out_axes=None,  # equal on all devices: one of them, unstacked
         devices=list(mesh.devices.flat),
     )
 
@@ -430,9 +385,9 @@ def _pmap(
 
 
 def positions(mesh: Mesh, mode: str, batch_size: int) -> tuple[int, int]:
-    """Return (lo, hi), the positions of a global batch that this process needs.
+    """Return (lo, hi): this process needs the examples lo:hi of a global batch.
 
-    Devices of one row that are columns need the same examples.
+    In mode "columns" the devices of a row need the same examples.
     """
     sharding = NamedSharding(mesh, P(batch_axes(mesh, mode)))
     parts = sharding.addressable_devices_indices_map((batch_size,)).values()

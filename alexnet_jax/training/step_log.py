@@ -113,7 +113,7 @@ class StepLog:
 
 def divergence(problem: str, checkpointer: Checkpointer) -> FloatingPointError:
     """Return the error of a diverged run: the last good checkpoint and what to do."""
-    kept, folder = checkpointer.latest_whole_step(), checkpointer.directory
+    kept, folder = checkpointer.find("latest"), checkpointer.directory
     good = f"The last good checkpoint is that of step {kept} in {folder}."
     if kept is None:
         good = f"There is no checkpoint in {folder} yet."

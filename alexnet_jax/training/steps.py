@@ -1,10 +1,10 @@
-"""The steps of a run, each as what one device does: training, summary, evaluation.
+"""Loss, gradients and update: the training, summary and evaluation steps.
 
-Everything random comes from (seed, purpose, step, position in the global batch), so
-a step is the same on any number of devices and after a resume.
+Each step is written for one device; `parallel.on_devices` runs it on a mesh. A random
+number is a function of (seed, purpose, step, position in the global batch). A step
+therefore gives the same numbers on any mesh and after a resume.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -28,28 +28,27 @@ P = PartitionSpec
 PyTree = Any
 Arrays = dict[str, jax.Array]  # a batch, features, or scalars, by name
 
-# The purposes of randomness: what is folded into the key of the seed first.
+# Purposes of random numbers, folded into the key of the seed.
 INIT, DROPOUT, AUGMENT = range(3)
 
 
 @dataclass(frozen=True)
 class StepSpec:
-    """What the steps of a run share.
+    """Arguments that all steps of a run share.
 
     Attributes:
       model: the whole network.
       tx: the optimiser; evaluation does not use it.
-      augmentation: how training images are made; all images have its `crop_size`.
-      mesh, mode: the devices, and how the network and the batch are split over them.
+      augmentation: of training images; its `crop_size` holds for all images.
+      mesh, mode: the devices, and how network and batch are split over them.
       transform: the wrapper around a step, see `parallel.on_devices`.
-      seed: for all that is random.
-      accumulate_steps: each device cuts its share of the batch into so many equal parts
-        that go through the network one after the other: the same one update, in less
-        memory. Only batch normalisation tells a difference: its statistics are then
-        those of one part (of every device).
-      label_smoothing: in the loss of training, see `metrics.cross_entropy`.
-      frozen: layers whose gradients are neither computed nor exchanged, but zeros. It is
-        for `tx` to leave them where they are, weight decay included.
+      seed: of all random numbers.
+      accumulate_steps: number of micro-batches per device. They pass through the
+        network one after the other and make one update, in less memory. Only batch
+        normalisation tells the difference: it takes its statistics per micro-batch.
+      label_smoothing: in the training loss, see `metrics.cross_entropy`.
+      frozen: layers whose gradients are not computed; the optimiser gets zeros. `tx`
+        must keep these layers as they are, despite weight decay.
     """
 
     model: AlexNet
@@ -73,7 +72,7 @@ class StepSpec:
 
     @property
     def local_model(self) -> AlexNet:
-        """The network of one device."""
+        """The network as one device runs it."""
         return parallel.local_model(
             self.model, self.mesh, self.mode, self.accumulate_steps
         )
@@ -81,13 +80,13 @@ class StepSpec:
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes; arrays only.
+    """Arrays that a training step changes.
 
     Attributes:
-      step: int32, the number of updates made.
+      step: int32, number of finished updates.
       params: the one full tree, however it is split over devices.
-      batch_stats: running statistics of batch normalisation, else empty.
-      opt_state: optax's.
+      batch_stats: running statistics of batch normalisation; empty without it.
+      opt_state: the state of the optax optimiser.
     """
 
     step: jax.Array
@@ -97,37 +96,35 @@ class TrainState:
 
 
 def purpose_key(seed: int, purpose: int) -> jax.Array:
-    """Return the key of one purpose: INIT, DROPOUT or AUGMENT."""
+    """Return the random key of a purpose: INIT, DROPOUT or AUGMENT."""
     return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
 def init_state(spec: StepSpec) -> TrainState:
-    """Make a new run's state, each leaf where its PartitionSpec puts it."""
-    init = jax.jit(
-        lambda: _first_state(spec.model, spec.tx, spec.seed, spec.crop_size),
-        out_shardings=parallel.shardings(spec.mesh, state_specs(spec)),
-    )
-    return init()
+    """Return the first state of a run, sharded by `state_specs`."""
+    return _init(spec)()
 
 
 def abstract_state(spec: StepSpec) -> TrainState:
-    """Return shapes, dtypes and shardings of a state: what a checkpoint is read into."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=sharding
-        ),
-        _shapes(spec),
-        parallel.shardings(spec.mesh, state_specs(spec)),
+    """Return shapes, dtypes and shardings of a state, to restore a checkpoint into."""
+    return _init(spec).eval_shape()
+
+
+def _init(spec: StepSpec) -> Any:
+    return jax.jit(
+        lambda: _first_state(spec.model, spec.tx, spec.seed, spec.crop_size),
+        out_shardings=parallel.shardings(spec.mesh, state_specs(spec)),
     )
 
 
 def state_specs(spec: StepSpec) -> TrainState:
     """Return the PartitionSpec of every leaf of a TrainState.
 
-    The optimiser's state is split like the parameters it belongs to: left to `jit`
-    the whole momentum would sit on one device.
+    The velocities are split like their parameters. `jit` alone would put all of them
+    on one device.
     """
-    shapes, network = _shapes(spec), spec.model.network
+    shapes: Any = _first_state.eval_shape(spec.model, spec.tx, 0, spec.crop_size)
+    network = spec.model.network
     params, batch_stats = (
         parallel.param_specs(network, tree, spec.mesh, spec.mode)
         for tree in (shapes.params, shapes.batch_stats)
@@ -146,11 +143,7 @@ def state_specs(spec: StepSpec) -> TrainState:
     )
 
 
-def _shapes(spec: StepSpec) -> Any:
-    return _first_state.eval_shape(spec.model, spec.tx, 0, spec.crop_size)
-
-
-# Jitted for jax to remember its trace: a run asks for the shapes half a dozen times.
+# Jitted so that JAX caches the trace: a run asks for the shapes half a dozen times.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _first_state(
     model: AlexNet, tx: optax.GradientTransformation, seed: int, crop_size: int
@@ -166,34 +159,35 @@ def _first_state(
 
 
 def make_train_step(spec: StepSpec) -> Callable[..., tuple[TrainState, Arrays]]:
-    """Return the jitted (state, batch, statistics) -> (state, metrics).
+    """Return the jitted training step: (state, batch, statistics) -> (state, metrics).
 
-    `batch` is {"image": uint8 [B, S, S, 3], "label": int32 [B]}, B global and split
-    over `parallel.batch_axes`; the state is donated. The metrics are the batch's mean
-    "loss", its "top1_error", and the learning rate "lr" of the update.
+    `batch` is {"image": uint8 [B, S, S, 3], "label": int32 [B]}: the global batch,
+    split over `spec.batch_axes`. `statistics` are those of `augment.train_images`. The
+    state is donated. `metrics` holds the batch's mean "loss" in nats, its "top1_error"
+    in [0, 1], and the learning rate "lr" of the update.
 
-    On a CPU the step has compiler options (`ops.jit`), which JAX takes at the top only:
-    inside another jit, scan or grad use `step.__wrapped__`.
+    On a CPU the step has compiler options (`ops.jit`), which JAX accepts only at the
+    top: use `step.__wrapped__` inside another jit, scan or grad.
     """
     specs = state_specs(spec)
-    loss_and_grad = LossAndGrad(spec, specs.params)
 
     def device_step(
         state: TrainState, batch: Arrays, statistics: PixelStatistics
     ) -> tuple[TrainState, Arrays]:
-        found = loss_and_grad(state, batch, statistics)
-        loss, wrong = lax.pmean((found.loss, found.wrong), spec.batch_axes)
+        result = loss_and_grad(spec, specs.params, state, batch, statistics)
+        loss, error = lax.pmean((result.loss, result.top1_error), spec.batch_axes)
+        # Frozen layers have a gradient of 0.
+        grads = {**jax.tree.map(jnp.zeros_like, state.params), **result.grads}
         opt_state: Any
-        grads = {**jax.tree.map(jnp.zeros_like, state.params), **found.grads}
         updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
         new_state = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
-            batch_stats=found.batch_stats,
+            batch_stats=result.batch_stats,
             opt_state=opt_state,
         )
         rate = opt_state.hyperparams["learning_rate"]
-        return new_state, {"loss": loss, "top1_error": wrong, "lr": rate}
+        return new_state, {"loss": loss, "top1_error": error, "lr": rate}
 
     in_specs = (specs, P(spec.batch_axes), P())
     step = parallel.on_devices(
@@ -203,106 +197,69 @@ def make_train_step(spec: StepSpec) -> Callable[..., tuple[TrainState, Arrays]]:
 
 
 class PassResult(NamedTuple):
-    """The result of `LossAndGrad`.
+    """Result of `loss_and_grad`.
 
     Attributes:
-      grads: of the mean loss over the global batch, summed over devices already; of the
-        layers that are not frozen.
-      batch_stats: the running statistics afterwards.
-      loss, wrong: means over this device's share of the batch.
-      observed: what `observe` gave, each array stacked over the parts.
+      grads: of the mean loss over the global batch, summed over devices; without frozen
+        layers.
+      batch_stats: the updated running statistics.
+      loss, top1_error: means over this device's shard of the batch.
+      observed: results of `observe`, stacked over the micro-batches.
     """
 
     grads: PyTree
     batch_stats: PyTree
     loss: jax.Array
-    wrong: jax.Array
+    top1_error: jax.Array
     observed: PyTree
 
 
-@dataclass(frozen=True)
-class LossAndGrad:
-    """Forward and backward pass over one device's shard of the batch.
+def loss_and_grad(
+    spec: StepSpec,
+    param_specs: PyTree,
+    state: TrainState,
+    batch: Arrays,
+    statistics: PixelStatistics,
+    observe: Callable[[Arrays], PyTree] = lambda features: (),
+) -> PassResult:
+    """Run the forward and backward pass over one device's shard of the batch.
 
-    Attributes:
+    Args:
       param_specs: how the parameters are split.
-      observe: takes the features of a part, returns arrays to be kept.
+      observe: maps the features of a micro-batch to arrays that are returned.
     """
+    model, axes, count = spec.local_model, spec.batch_axes, spec.accumulate_steps
+    size = batch["label"].shape[0] // count  # of a micro-batch
+    first = lax.axis_index(axes) * size * count
+    scale = 1.0 / (lax.axis_size(axes) * count)
+    augment_key, dropout_key = (
+        jax.random.fold_in(purpose_key(spec.seed, purpose), state.step)
+        for purpose in (AUGMENT, DROPOUT)
+    )
+    # From here on each device has its own gradients. They are summed once, at the end,
+    # for any number of micro-batches.
+    params = parallel.vary(state.params, param_specs, axes)
 
-    spec: StepSpec
-    param_specs: PyTree
-    observe: Callable[[Arrays], PyTree] = lambda features: ()
+    def without_frozen(tree: dict[str, PyTree]) -> dict[str, PyTree]:
+        return {layer: tree[layer] for layer in tree if layer not in spec.frozen}
 
-    def __call__(
-        self, state: TrainState, batch: Arrays, statistics: PixelStatistics
-    ) -> PassResult:
-        """Return the gradients of training at `state`, on one device of the mesh."""
-        count, share = self.spec.accumulate_steps, batch["label"].shape[0]
-        axes, specs = self.spec.batch_axes, self.param_specs
-        first = lax.axis_index(axes) * share
-        # From here on each device's own: its gradients are summed once, at the end,
-        # however many parts there are.
-        params = parallel.vary(state.params, specs, axes)
-        state = dataclasses.replace(state, params=params)
-        scale = 1.0 / (lax.axis_size(axes) * count)
-        if count == 1:
-            grads, stats, seen = self._part(state, batch, first, statistics, scale)
-            seen = jax.tree.map(lambda a: a[None], seen)
-        else:
-
-            def add_part(carry: Any, xs: Any) -> Any:
-                (sums, stats), (i, part) = carry, xs
-                now = dataclasses.replace(state, batch_stats=stats)
-                position = first + i * (share // count)
-                grads, stats, seen = self._part(now, part, position, statistics, scale)
-                return (jax.tree.map(jnp.add, sums, grads), stats), seen
-
-            parts = jax.tree.map(
-                lambda a: a.reshape(count, share // count, *a.shape[1:]), batch
-            )
-            zeros = jax.tree.map(jnp.zeros_like, self._trained(params))
-            (grads, stats), seen = lax.scan(
-                add_part,
-                (zeros, state.batch_stats),
-                (jnp.arange(count, dtype=jnp.int32), parts),
-            )
-        losses, wrong, observed = seen
-        grads = parallel.sum_gradients(grads, self._trained(specs), axes)
-        return PassResult(grads, stats, losses.mean(), wrong.mean(), observed)
-
-    def _trained(self, tree: dict[str, PyTree]) -> dict[str, PyTree]:
-        """Return the part of a tree like the parameters' that is not frozen."""
-        return {layer: tree[layer] for layer in tree if layer not in self.spec.frozen}
-
-    def _part(
-        self,
-        state: TrainState,
-        batch: Arrays,
-        first_example: jax.Array,
-        statistics: PixelStatistics,
-        scale: float,
+    def micro_batch(
+        batch_stats: PyTree, batch: Arrays, first_example: jax.Array
     ) -> tuple[PyTree, PyTree, Any]:
-        """Return the gradients of `scale` times the mean loss, batch_stats, what was seen.
-
-        Keys belong to the examples' positions in the global batch, whichever part
-        they are in; raw images become floats here, so never more than a part of them.
-        """
-        model, seed = self.spec.local_model, self.spec.seed
+        """Return gradients, running statistics and (loss, error, observed)."""
         images = augment.train_images(
             batch["image"],
-            jax.random.fold_in(purpose_key(seed, AUGMENT), state.step),
+            augment_key,
             first_example,
             statistics,
-            self.spec.augmentation,
-            _wide(model.dtype),
+            spec.augmentation,
+            jnp.promote_types(model.dtype, jnp.float32),  # the network rounds images
             step=state.step,
         )
-        dropout_key = jax.random.fold_in(purpose_key(seed, DROPOUT), state.step)
 
         def loss_fn(trained: PyTree) -> tuple[jax.Array, Any]:
-            params = {**state.params, **trained}
             features, changed = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
+                {"params": {**params, **trained}, "batch_stats": batch_stats},
                 images,
                 train=True,
                 first_example=first_example,
@@ -311,71 +268,91 @@ class LossAndGrad:
                 method="features",
             )
             labels, logits = batch["label"], features["logits"]
-            losses = metrics.cross_entropy(logits, labels, self.spec.label_smoothing)
+            losses = metrics.cross_entropy(logits, labels, spec.label_smoothing)
             loss = jnp.mean(losses)
-            wrong = jnp.mean(~metrics.in_top_k(logits, labels, 1), dtype=loss.dtype)
-            return scale * loss, (changed, (loss, wrong, self.observe(features)))
+            error = jnp.mean(~metrics.in_top_k(logits, labels, 1), dtype=loss.dtype)
+            return scale * loss, (changed, (loss, error, observe(features)))
 
-        trained = self._trained(state.params)
+        trained = without_frozen(params)
         grads, (changed, seen) = jax.grad(loss_fn, has_aux=True)(trained)
-        # flax keeps running statistics in float32 whatever they were added up in
-        stats = jax.tree.map(
+        # Running statistics stay in float32, whatever dtype computed them.
+        new_stats = jax.tree.map(
             lambda new, old: new.astype(old.dtype),
             changed.get("batch_stats", {}),
-            state.batch_stats,
+            batch_stats,
         )
-        return grads, stats, seen
+        return grads, new_stats, seen
+
+    if count == 1:
+        grads, batch_stats, seen = micro_batch(state.batch_stats, batch, first)
+        seen = jax.tree.map(lambda a: a[None], seen)
+    else:
+
+        def add(carry: Any, xs: Any) -> Any:
+            (sums, batch_stats), (i, part) = carry, xs
+            grads, batch_stats, seen = micro_batch(batch_stats, part, first + i * size)
+            return (jax.tree.map(jnp.add, sums, grads), batch_stats), seen
+
+        parts = jax.tree.map(lambda a: a.reshape(count, size, *a.shape[1:]), batch)
+        zeros = jax.tree.map(jnp.zeros_like, without_frozen(params))
+        (grads, batch_stats), seen = lax.scan(
+            add,
+            (zeros, state.batch_stats),
+            (jnp.arange(count, dtype=jnp.int32), parts),
+        )
+    losses, errors, observed = seen
+    grads = parallel.sum_gradients(grads, without_frozen(param_specs), axes)
+    return PassResult(grads, batch_stats, losses.mean(), errors.mean(), observed)
 
 
 def make_summary_step(spec: StepSpec) -> Callable[..., Arrays]:
-    """Return the jitted (state, batch, statistics) -> scalars; changes nothing.
+    """Return the jitted summary step: (state, batch, statistics) -> scalars.
 
-    They tell what the training step is about to see, on the same batch, weights and
-    keys as that step:
+    The arguments are those of the training step that follows, which sees the same
+    batch, weights and keys. Nothing is changed. The scalars:
 
     - `grad_norm/<layer>`: L2 norm of the gradient of the mean loss over the global
-      batch with respect to the layer's kernel and bias together, without the decay.
-    - `dead_relu/<layer>`: share in [0, 1] of the layer's units (a feature map, or a
-      fully connected unit) that are zero at every position for every example of the
-      global batch. Of the layers whose activation is relu.
-    - `train/loss`: the mean loss before the update.
+      batch, over the layer's kernel and bias together, without weight decay.
+    - `dead_relu/<layer>`: fraction in [0, 1] of a ReLU layer's units that are zero for
+      every example of the global batch. A feature map is one unit, zero everywhere.
+    - `train/loss`: mean loss before the update, in nats.
     """
     specs, axes, relu = state_specs(spec), spec.batch_axes, Activation("relu")
     rows = {row.name: row for row in spec.model.network.layers if relu in row.then}
-    # What the activation gives, which is not always the layer's own name.
+    # The name of the activation's output, which may differ from the layer's.
     outputs = {
         layer: feature_names(row)[row.then.index(relu)] for layer, row in rows.items()
     }
 
-    def alive(features: Arrays) -> Arrays:
-        """Return which units are not zero everywhere; not a number counts as alive."""
+    def alive_units(features: Arrays) -> Arrays:
+        """Return which units are non-zero somewhere; NaN counts as alive."""
         return {
             layer: jnp.any(features[name] != 0, axis=range(features[name].ndim - 1))
             for layer, name in outputs.items()
             if name
         }
 
-    loss_and_grad = LossAndGrad(spec, specs.params, alive)
-
     def device_step(
         state: TrainState, batch: Arrays, statistics: PixelStatistics
     ) -> Arrays:
-        found = loss_and_grad(state, batch, statistics)
-        scalars = {"train/loss": lax.pmean(found.loss, axes)}
-        for layer, grads in found.grads.items():
+        result = loss_and_grad(
+            spec, specs.params, state, batch, statistics, alive_units
+        )
+        scalars = {"train/loss": lax.pmean(result.loss, axes)}
+        for layer, grads in result.grads.items():
             split = specs.params[layer]
             squares = [
                 parallel.sum_shards(jnp.sum(jnp.square(grad)), split[name])
                 for name, grad in grads.items()
             ]
             scalars[f"grad_norm/{layer}"] = jnp.sqrt(sum(squares))
-        for layer, parts in found.observed.items():
-            # Alive in any part, for any device's examples; a unit is split as its bias.
+        for layer, parts in result.observed.items():
+            # Alive in any micro-batch, on any device. Units are split like the bias.
             bias_spec = specs.params[layer]["bias"]
-            elsewhere = parallel.replicated_axes(bias_spec, axes)
+            replicas = parallel.replicated_axes(bias_spec, axes)
             alive = parts.any(0).astype(jnp.int32)
-            if elsewhere:
-                alive = lax.pmax(alive, elsewhere)
+            if replicas:
+                alive = lax.pmax(alive, replicas)
             dead = parallel.sum_shards(jnp.sum(1 - alive), bias_spec)
             scalars[f"dead_relu/{layer}"] = dead / rows[layer].features
         return scalars
@@ -388,10 +365,10 @@ def make_summary_step(spec: StepSpec) -> Callable[..., Arrays]:
 def make_eval_step(spec: StepSpec, views: int = 1) -> Callable[..., Arrays]:
     """Return the jitted (params, batch_stats, batch, statistics) -> sums.
 
-    `batch` also has a "mask" [B], 1 for real examples and 0 for padding; the sums
-    over the whole batch are those of `metrics.sums`, of the centre view. With more
-    `views` (`augment.several_views`) the same sums come again under "views_...", of the
-    probabilities averaged over the views, as in section 4.1 of the paper.
+    `batch` also has a "mask" [B], 1 for examples and 0 for padding. The sums over the
+    global batch are those of `metrics.sums`, for the centre view. With several `views`
+    (`augment.several_views`) the same sums under "views_..." are those of the mean
+    probabilities over the views (section 4.1).
     """
 
     def sums_of(logits: jax.Array, batch: Arrays) -> Arrays:
@@ -410,16 +387,16 @@ def make_eval_step(spec: StepSpec, views: int = 1) -> Callable[..., Arrays]:
 def make_predict_step(spec: StepSpec, views: int = 1) -> Callable[..., Arrays]:
     """Return the jitted (params, batch_stats, batch, statistics) -> predictions.
 
-    They are logarithms of probabilities, [B, K], whole on every device: "centre", and
-    with more `views` "views", of the probabilities averaged over them: those of which
-    `make_eval_step` gives the sums. Always under `shard_map`.
+    They are natural logarithms of probabilities, [B, K], whole on every device:
+    "centre" for the centre view and, with several `views`, "views" for the mean over
+    the views. The step always runs under `shard_map`.
     """
 
     def predictions_of(logits: jax.Array, _: Any) -> Arrays:
-        found = {"centre": metrics.log_mean_probabilities(logits[:1])}
+        predictions = {"centre": metrics.log_mean_probabilities(logits[:1])}
         if views > 1:
-            found["views"] = metrics.log_mean_probabilities(logits)
-        return found
+            predictions["views"] = metrics.log_mean_probabilities(logits)
+        return predictions
 
     step = _on_views(spec, views, predictions_of, P(spec.batch_axes))
     return ops.jit(step, out_shardings=NamedSharding(spec.mesh, P()))
@@ -434,8 +411,7 @@ def _on_views(
 ) -> Callable[..., Arrays]:
     """Return (params, batch_stats, batch, statistics) -> finish(logits [V, B, K], batch).
 
-    On each device one view and one part of its share of the batch goes through the
-    network after the other, in the memory of one.
+    Each device runs one view of one micro-batch after the other, to save memory.
     """
     model, crop_size = spec.local_model, spec.crop_size
 
@@ -449,7 +425,7 @@ def _on_views(
                 view,
                 mean_image=statistics.mean_image,
                 crop_size=crop_size,
-                dtype=_wide(model.dtype),
+                dtype=jnp.promote_types(model.dtype, jnp.float32),
             )
             return model.apply(variables, images)
 
@@ -461,8 +437,3 @@ def _on_views(
     specs = state_specs(spec)
     in_specs = (specs.params, specs.batch_stats, P(spec.batch_axes), P())
     return parallel.on_devices(device_step, spec.mesh, in_specs, out_specs, transform)
-
-
-def _wide(dtype: Any) -> Any:
-    """Images are prepared in at least float32; the network rounds them if it must."""
-    return jnp.promote_types(dtype, jnp.float32)

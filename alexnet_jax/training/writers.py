@@ -1,13 +1,10 @@
-"""Record the numbers of a run: metrics.jsonl, TensorBoard and the console.
-
-Process 0 writes; on the others `make_writers(..., enabled=False)` returns a writer that
-does nothing, so that the training loop has no special case.
+"""Write the numbers of a run to metrics.jsonl, TensorBoard and the console.
 
 Names of the scalars: `train/loss`, `train/top1_error`, `lr`, `images_per_sec`,
-`data_wait_frac`; `eval/loss`, `eval/top1_error`, `eval/top5_error`, `eval/count`; at the
-end of a run with several views `eval/views_...` for their average; in summaries
-`grad_norm/<layer>` and `dead_relu/<layer>` (see `steps`). Errors and fractions are in
-[0, 1]. `eta_seconds` is shown on the console only.
+`data_wait_frac`; `eval/loss`, `eval/top1_error`, `eval/top5_error`, `eval/count`; with
+several views `eval/views_...` for their mean; in summaries `grad_norm/<layer>` and
+`dead_relu/<layer>` (see `steps`). Errors and fractions are in [0, 1]. `eta_seconds` is
+shown on the console only.
 """
 
 import contextlib
@@ -26,7 +23,7 @@ from alexnet_jax.system.cli import free_name, progress_bar
 from alexnet_jax.system.files import atomic_write, explain_full_disk
 
 METRICS_FILE = "metrics.jsonl"
-# Longest time for which an event waits in memory; each flush waits for the disk.
+# Longest time that an event waits in memory: each flush waits for the disk.
 FLUSH_SECONDS = 10.0
 _ONLY_ON_CONSOLE = "eta_seconds"
 
@@ -43,10 +40,10 @@ def make_writers(
 
     Args:
       total_steps: the last step of the run, for the console.
-      resume_step: the step that the run resumes from; records beyond it are dropped.
-        None for a new run.
+      resume_step: the step that the run resumes from; later records are dropped. None
+        for a new run.
       enabled: False on every process but the first: nothing is created or written.
-      show_top5: show top-5 errors on the console; they are stored in any case.
+      show_top5: show top-5 errors on the console; the files always hold them.
     """
     if not enabled:
         return MultiWriter()
@@ -59,10 +56,7 @@ def make_writers(
 
 
 class MultiWriter:
-    """Write records to metrics.jsonl, TensorBoard and the console; a context manager.
-
-    A part that is None is left out.
-    """
+    """Write records to metrics.jsonl, TensorBoard and the console, if they are given."""
 
     def __init__(
         self,
@@ -77,7 +71,7 @@ class MultiWriter:
         """Write one record: scalars (numbers or 0-d arrays) after `step` steps.
 
         Raises:
-          FullDiskError: (an OSError) the disk has no room for it.
+          FullDiskError: (an OSError) if the disk has no room for it.
         """
         if self._writers:
             # Converted once: each conversion of a device array waits for the device.
@@ -96,7 +90,7 @@ class MultiWriter:
             self._console.text(line)
 
     def close(self) -> None:
-        """Flush and close all parts, also if one of them raises."""
+        """Flush and close all writers, even if one of them raises."""
         try:
             if self._events is not None:
                 self._events.close()
@@ -114,20 +108,19 @@ class MultiWriter:
 class JsonlWriter:
     """Append one JSON object per line: {"step": 200, "epoch": 1.5, "train/loss": 2.1}.
 
-    NaN and infinities become null, because JSON has no words for them; `read_metrics`
-    turns null into NaN. Each line is with the operating system when `write` returns.
+    JSON has no NaN or infinity: they become null, which `read_metrics` turns into NaN.
+    A killed process loses no line that `write` has returned from.
 
-    On resume, records beyond `resume_step` (of steps that the killed run took after its
-    last checkpoint and that will be taken again) are dropped, and so is a last line torn
-    by the kill. A summary or evaluation of `resume_step` that is there already is not
-    written again. A new run (`resume_step` None) renames an earlier file to `.old`, or
-    to `.old_2` if that exists.
+    A resumed run takes the steps after `resume_step` again. So their records are
+    dropped, and so is a torn line; a record of `resume_step` is not repeated. A new run
+    (`resume_step` None) renames an earlier file to `.old`, or to `.old_2` if that
+    exists.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume_step: int | None = None):
         self._path = Path(path)
         self._resume_step = resume_step
-        self._written: set[frozenset[str]] = set()  # names in records of that step
+        self._written: set[frozenset[str]] = set()  # names in records of resume_step
         if resume_step is not None and self._path.exists():
             self._drop_after(resume_step)
         elif self._path.exists() and self._path.stat().st_size:
@@ -137,19 +130,17 @@ class JsonlWriter:
 
     def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
         """Append one line."""
-        record = {"step": int(step), "epoch": _number(epoch)}
-        record |= {name: _number(value) for name, value in scalars.items()}
+        record = {"step": int(step), "epoch": float(epoch), **scalars}
         record.pop(_ONLY_ON_CONSOLE, None)
         if step == self._resume_step and frozenset(record) in self._written:
             return
         finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
         # Opened for each line: no record waits in a buffer when the run is killed.
-        line = json.dumps(finite, allow_nan=False) + "\n"
         with (
             explain_full_disk(self._path.parent),
-            open(self._path, "a", encoding="utf-8", newline="\n") as file,
+            open(self._path, "a", encoding="utf-8") as file,
         ):
-            file.write(line)
+            file.write(json.dumps(finite) + "\n")
 
     def _drop_after(self, resume_step: int) -> None:
         lines = self._path.read_text(encoding="utf-8").splitlines()
@@ -158,10 +149,7 @@ class JsonlWriter:
         self._written = {
             frozenset(r) for _, r in records if r and r["step"] == resume_step
         }
-        self._written = {
-            frozenset(r) for _, r in records if r and r["step"] == resume_step
-        }
-        with atomic_write(self._path) as file:  # never half a file
+        with atomic_write(self._path) as file:
             file.writelines(f"{line}\n".encode() for line in kept)
 
 
@@ -171,7 +159,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     A last line that is torn by a kill, or is being written now, is left out.
 
     Raises:
-      ValueError: a line before the last is not a record.
+      ValueError: if a line before the last is not a record.
     """
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     records = []
@@ -193,48 +181,46 @@ def parse_record(line: str) -> dict[str, Any] | None:
 
 
 class TensorBoardWriter:
-    """Write scalars as TensorBoard event files, by tensorboardX (no TensorFlow).
+    """Write scalars as TensorBoard event files, without TensorFlow.
 
-    On resume TensorBoard is told to forget the events beyond `resume_step`. The file is
-    written here and not in tensorboardX's thread: that one dies of a full disk, and
-    the next record would wait for ever.
+    On resume, TensorBoard drops the events after `resume_step`. tensorboardX's own
+    writer is a thread that dies of a full disk and blocks the next record for ever; so
+    only its file format is used.
     """
 
     def __init__(
         self, directory: str | os.PathLike[str], resume_step: int | None = None
     ):
-        # Imported here, because reading metrics must not need tensorboardX; and with
-        # torch hidden, whose import takes a second and is of no use here.
+        # Imported here: `read_metrics` does not need it. torch, which tensorboardX would
+        # import if it is installed, is hidden: it takes a second and is not needed.
         modules: dict[str, Any] = sys.modules
-        hide = "torch" not in modules
-        if hide:
-            modules["torch"] = None
+        torch = modules.setdefault("torch", None)
         try:
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto import event_pb2
         finally:
-            if hide:
+            if torch is None:
                 del modules["torch"]
 
         self._directory = Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
         self._event: Any = getattr(event_pb2, "Event")  # noqa: B009  (made at import)
-        # The file's name has the time in seconds: two quick starts would share it.
+        # The file name has the time in seconds, which two quick starts may share.
         suffix = f".{os.getpid()}.{resume_step or 0}"
         self._file = EventsWriter(os.path.join(directory, "events"), suffix)
         self._flushed_at = -math.inf
         if resume_step is not None:
-            # TensorBoard drops the events at the step of a start and after it.
+            # TensorBoard drops the events from the step of a START on.
             self._add(step=resume_step + 1, session_log={"status": "START"})
 
     def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
         """Write each scalar and the epoch."""
         values = [
-            {"tag": name, "simple_value": float(value)}
+            {"tag": name, "simple_value": value}
             for name, value in {"epoch": epoch, **scalars}.items()
             if name != _ONLY_ON_CONSOLE
         ]
-        self._add(step=int(step), summary={"value": values})
+        self._add(step=step, summary={"value": values})
 
     def close(self) -> None:
         """Flush and close the event file."""
@@ -250,12 +236,12 @@ class TensorBoardWriter:
 
 
 class ConsoleWriter:
-    """Print one readable line per record, below it on a terminal a progress bar.
+    """Print one line per record and, on a terminal, a progress bar below.
 
     Args:
       total_steps: the last step of the run.
       stream: standard output by default.
-      start_step: where the bar starts after a resume.
+      start_step: where the bar starts.
       show_top5: show top-5 errors.
     """
 
@@ -300,7 +286,7 @@ class ConsoleWriter:
         self.text("  ".join(parts))
 
     def progress(self, step: int) -> None:
-        """Move the bar to `step`."""
+        """Move the bar to `step`, if there is one."""
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.update(step - self._bar.n)
@@ -308,7 +294,7 @@ class ConsoleWriter:
     def text(self, line: str) -> None:
         """Print `line`, above the bar if there is one.
 
-        A run goes on if its output cannot be written: its records are in the workdir.
+        A run goes on if nobody reads its output: the workdir has the records.
         """
         with contextlib.suppress(OSError):
             if self._bar is not None:
@@ -324,15 +310,15 @@ class ConsoleWriter:
 
 
 def _hours(seconds: float) -> str:
-    """Return "1:02:33" for 3753, "?" if it is not known."""
+    """Return "1:02:33" for 3753, "?" for infinity or NaN."""
     if not math.isfinite(seconds):
         return "?"
     minutes, second = divmod(max(0, round(seconds)), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
 
 
-# Forms of the numbers on the console, in their order. The key is the last part of the
-# scalar's name; in a summary the first, since the last is the layer's name.
+# Format of each scalar on the console, in this order. The key is the last part of the
+# scalar's name, or the first if the last is the name of a layer.
 _FORMS = {
     "loss": "loss {value:.4f}",
     "top1_error": "top-1 error {value:.2%}",

@@ -325,7 +325,7 @@ def outcome(workdir: Path) -> dict[str, Any]:
     import jax
 
     with Checkpointer(workdir / "checkpoints", read_only=True) as saved:
-        step = saved.latest_whole_step()
+        step = saved.find("latest")
         state, metadata = saved.restore_params(step=step, parts=STATE)
         error = None if step is None else saved.top1_error(step)
     leaves = {

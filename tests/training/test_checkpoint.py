@@ -28,7 +28,7 @@ METADATA = {
 
 
 class State(NamedTuple):
-    """Arrays only, one part of it an optax state, like the trainer's state."""
+    """Arrays only, with an optax state, like the state of training."""
 
     step: Any
     params: Any
@@ -46,7 +46,7 @@ def _make_state(step=7, width=8):
     params = {
         "conv1": {
             "kernel": jax.random.normal(key, (3, 3, 4, width)),
-            # Values that a careless serializer changes.
+            # Values that a careless serializer would change.
             "bias": jnp.array([0.0, -0.0, 1e-40, jnp.inf] * (width // 4)),
         },
         "fc8": {"kernel": jax.random.normal(key, (width, 16)).astype(jnp.bfloat16)},
@@ -91,9 +91,9 @@ def _assert_same_bits(got, want):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def _restore(checkpoints, state, step=None):
+def _restore(checkpoints):
     """Return (state, metadata) of a checkpoint that must be there."""
-    restored = checkpoints.restore(_abstract(state), step)
+    restored = checkpoints.restore(_abstract(_make_state()))
     assert restored is not None
     return restored
 
@@ -119,34 +119,19 @@ def warnings(caplog):
     return lambda: caplog.messages
 
 
-# What is saved comes back.
+# Saving and restoring.
 
 
-def test_every_bit_comes_back(directory, warnings):
+def test_every_bit_is_restored(directory, warnings):
     with Checkpointer(directory) as checkpoints:
-        state, metadata = _restore(checkpoints, _make_state())
-        assert checkpoints.metadata(10) == METADATA
-        older, _ = _restore(checkpoints, _make_state(), step=10)
+        state, metadata = _restore(checkpoints)
+        assert checkpoints.metadata(10) == metadata == METADATA
         with pytest.raises(CheckpointError, match=r"step 15: .* are steps \[10, 20\]"):
-            checkpoints.restore(_abstract(_make_state()), step=15)
+            checkpoints.restore_params(step=15)
     _assert_same_bits(state, _make_state(20))
-    _assert_same_bits(older, _make_state(10))
     assert isinstance(state, State)
-    assert type(state.opt_state) is type(_make_state().opt_state)
-    assert metadata == METADATA
     (warning,) = warnings()
     assert warning.startswith("Checkpoint of step 15 skipped: ")
-
-
-def test_training_goes_on_from_a_restored_state(directory):
-    with Checkpointer(directory) as checkpoints:
-        restored, _ = _restore(checkpoints, _make_state())
-    update = _sgd(learning_rate=0.01).update
-    want = _make_state(20)
-    _assert_same_bits(
-        update(restored.params, restored.opt_state),
-        update(want.params, want.opt_state),
-    )
 
 
 @pytest.mark.parametrize("saved_on, restored_on", [(2, 1), (2, 4), (1, 2), (4, 2)])
@@ -166,30 +151,14 @@ def test_another_number_of_devices(tmp_path, saved_on, restored_on):
     assert kernel.addressable_shards[0].data.shape == (3, 3, 4, 8 // restored_on)
 
 
-def test_a_relative_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with Checkpointer("runs/paper") as checkpoints:
-        # Absolute from the start: a later chdir does not move it.
-        os.makedirs("elsewhere")
-        monkeypatch.chdir("elsewhere")
-        checkpoints.save(1, _make_state(), metadata={})
-        assert checkpoints.latest_whole_step() == 1
-    assert has_checkpoint(tmp_path / "runs" / "paper")
-
-
 def test_an_empty_or_missing_directory(tmp_path):
     assert not has_checkpoint(tmp_path / "none")
-    with pytest.raises(ValueError, match="keep is 0"):
-        Checkpointer(tmp_path / "none", keep=0)
     with Checkpointer(tmp_path / "none", read_only=True) as checkpoints:
         assert checkpoints.restore(_abstract(_make_state())) is None
-        assert checkpoints.latest_whole_step() is None
-        assert checkpoints.best_step() is None
+        assert checkpoints.find("latest") is checkpoints.find("best") is None
         assert checkpoints.all_steps() == []
         with pytest.raises(CheckpointError, match="no checkpoint in"):
             checkpoints.restore_params()
-        with pytest.raises(CheckpointError, match="read-only"):
-            checkpoints.save(30, _make_state(), metadata={})
     assert not (tmp_path / "none").exists()
 
 
@@ -214,24 +183,9 @@ def test_batch_statistics_come_with_the_parameters(tmp_path):
     state = _make_state()._replace(batch_stats={"norm1": {"mean": jnp.ones(8)}})
     with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, state, metadata={})
-    sharding = _on_mesh(state.params, 4)
-    abstract = {
-        "params": _abstract(state.params, sharding),
-        "batch_stats": _abstract(state.batch_stats),
-    }
-    with Checkpointer(tmp_path, read_only=True) as checkpoints:
         variables, _ = checkpoints.restore_params()
-        _assert_same_bits(
-            variables, {"params": state.params, "batch_stats": state.batch_stats}
-        )
-        variables, _ = checkpoints.restore_params(abstract=abstract)
-        kernel = variables["params"]["conv1"]["kernel"]
-        assert kernel.sharding == sharding["conv1"]["kernel"]
-        with pytest.raises(CheckpointError, match="holds none of"):
-            checkpoints.restore_params(parts=("ema_params",))
-        narrow = {"params": _abstract(_make_state(width=4).params)}
-        with pytest.raises(CheckpointError, match="holds another network"):
-            checkpoints.restore_params(abstract=narrow)
+    both = {"params": state.params, "batch_stats": state.batch_stats}
+    _assert_same_bits(variables, both)
 
 
 @pytest.mark.parametrize(
@@ -248,14 +202,6 @@ def test_batch_statistics_come_with_the_parameters(tmp_path):
         (
             lambda s: s._replace(params=s.params | {"fc9": jnp.zeros(3)}),
             r"params/fc9 is \(3,\) float32 here and missing in the checkpoint",
-        ),
-        (
-            lambda s: s._replace(opt_state=optax.sgd(0.1).init(s.params)),
-            r"opt_state/count is missing here and \(\) int32 in the",
-        ),
-        (
-            lambda s: s._replace(step=jnp.float32(0)),
-            r"step is \(\) float32 here and \(\) int32 in the",
         ),
     ],
 )
@@ -279,13 +225,13 @@ def test_newest_and_best_are_kept_through_a_restart(tmp_path):
             checkpoints.save(step, state, metadata={}, top1_error=error)
     with Checkpointer(tmp_path, keep=2) as checkpoints:
         assert checkpoints.all_steps() == [2, 4, 5]
-        assert checkpoints.best_step() == 2
+        assert checkpoints.find("best") == 2
         assert checkpoints.top1_error(2) == 0.3
         assert checkpoints.top1_error(4) is None
         checkpoints.save(6, state, metadata={}, top1_error=None)
         assert checkpoints.all_steps() == [2, 5, 6]
         checkpoints.save(7, state, metadata={}, top1_error=0.3)  # a tie: the newer
-        assert checkpoints.best_step() == 7
+        assert checkpoints.find("best") == 7
         assert checkpoints.all_steps() == [6, 7]
     assert sorted(os.listdir(tmp_path)) == [".readers", "6", "7"]
 
@@ -306,42 +252,19 @@ def test_nothing_is_deleted_while_somebody_reads(directory):
         assert run.all_steps() == [40, 50]  # the best and the newest
 
 
-def test_a_step_saved_twice_stays_as_it_was(directory):
+def test_a_step_saved_twice_gets_only_a_missing_error(directory):
     with Checkpointer(directory) as checkpoints:
         checkpoints.save(20, _make_state(3), metadata={"other": 1}, top1_error=0.9)
-        state, metadata = _restore(checkpoints, _make_state())
+        state, metadata = _restore(checkpoints)
         assert checkpoints.top1_error(20) == 0.4
-    _assert_same_bits(state, _make_state(20))
-    assert metadata == METADATA
-
-
-def test_error_added_to_saved_step(tmp_path):
-    with Checkpointer(tmp_path) as checkpoints:
-        checkpoints.save(1, _make_state(), metadata={})
-        assert checkpoints.best_step() is None and checkpoints.is_best(0.9)
+        _assert_same_bits(state, _make_state(20))
+        assert metadata == METADATA
+        checkpoints.save(30, _make_state(), metadata={})
+        assert checkpoints.is_best(0.39) and not checkpoints.is_best(0.4)
         for error in (0.2, 0.1):  # only the first one counts
-            checkpoints.save(1, _make_state(), metadata={}, top1_error=error)
-        assert not checkpoints.is_best(0.2) and checkpoints.is_best(0.19)
-    with Checkpointer(tmp_path) as checkpoints:
-        assert checkpoints.best_step() == checkpoints.latest_whole_step() == 1
-        assert checkpoints.top1_error(1) == 0.2
-
-
-def test_a_lower_step_is_refused(directory):
-    with (
-        Checkpointer(directory) as checkpoints,
-        pytest.raises(CheckpointError, match="save step 15: .* holds step 20.*workdir"),
-    ):
-        checkpoints.save(15, _make_state(), metadata={})
-
-
-def test_metadata_must_be_json(tmp_path):
-    with Checkpointer(tmp_path) as checkpoints:
-        with pytest.raises(TypeError, match="ndarray is not JSON"):
-            checkpoints.save(1, _make_state(), metadata={"mean": np.zeros(3)})
-        assert checkpoints.all_steps() == []
-        checkpoints.save(1, _make_state(), metadata={"sizes": (1, 2), "none": None})
-        assert checkpoints.metadata(1) == {"sizes": [1, 2], "none": None}
+            checkpoints.save(30, _make_state(), metadata={}, top1_error=error)
+        assert checkpoints.is_best(0.19) and not checkpoints.is_best(0.2)
+        assert checkpoints.find("best") == 30
 
 
 # Damaged steps.
@@ -369,8 +292,15 @@ def test_one_flipped_bit_in_any_file_is_found(directory, warnings):
     assert checkpoint._difference(folder) == ""
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "flipped"])
-@pytest.mark.parametrize("pattern", ["metadata.json", "state/d/*", MANIFEST])
+@pytest.mark.parametrize(
+    "pattern, damage",
+    [
+        ("metadata.json", "truncated"),
+        ("state/d/*", "missing"),
+        ("state/d/*", "flipped"),
+        (MANIFEST, "missing"),
+    ],
+)
 def test_a_damaged_step_is_skipped(directory, warnings, pattern, damage):
     path = next((directory / "20").glob(pattern))
     if damage == "truncated":
@@ -382,14 +312,10 @@ def test_a_damaged_step_is_skipped(directory, warnings, pattern, damage):
         data[-1] ^= 1
         path.write_bytes(data)
     with Checkpointer(directory) as checkpoints:
-        state, metadata = _restore(checkpoints, _make_state())
-        assert checkpoints.latest_whole_step() == checkpoints.best_step() == 10
-        for use in (
-            lambda: checkpoints.restore(_abstract(_make_state()), step=20),
-            lambda: checkpoints.metadata(20),
-        ):
-            with pytest.raises(CheckpointError, match="can be used .step 20: "):
-                use()
+        state, metadata = _restore(checkpoints)
+        assert checkpoints.find("latest") == checkpoints.find("best") == 10
+        with pytest.raises(CheckpointError, match="can be used .step 20: "):
+            checkpoints.metadata(20)
     _assert_same_bits(state, _make_state(10))
     assert metadata == METADATA
     (warning,) = warnings()
@@ -403,7 +329,7 @@ def test_all_damaged_is_an_error_and_not_a_new_start(directory):
     before = _files(directory)
     assert has_checkpoint(directory)
     with Checkpointer(directory) as checkpoints:
-        assert checkpoints.latest_whole_step() is None
+        assert checkpoints.find("latest") is None
         with pytest.raises(
             CheckpointError,
             match=r"step 20: metadata.*; step 10: .*manifest.*new workdir",
@@ -417,14 +343,14 @@ def test_all_damaged_is_an_error_and_not_a_new_start(directory):
 def test_a_damaged_step_is_replaced_when_training_passes_it(directory):
     os.remove(directory / "20" / MANIFEST)
     with Checkpointer(directory, keep=1) as checkpoints:
-        _restore(checkpoints, _make_state())
+        _restore(checkpoints)
         # Below the damaged step, which must not push the whole ones out.
         checkpoints.save(15, _make_state(15), metadata={})
         assert checkpoints.all_steps() == [10, 15, 20]  # 10 is the best one
         checkpoints.save(20, _make_state(21), metadata={"again": True})
         assert checkpoints.all_steps() == [10, 20]
     with Checkpointer(directory) as checkpoints:
-        state, metadata = _restore(checkpoints, _make_state())
+        state, metadata = _restore(checkpoints)
     _assert_same_bits(state, _make_state(21))
     assert metadata == {"again": True}
 
@@ -454,26 +380,15 @@ def test_a_killed_save_leaves_a_complete_step_or_a_leftover(
     assert sorted(path.name for path in directory.glob("[!.]*")) == left
     newest = 30 if "30" in left else 20
     with Checkpointer(directory, read_only=True) as reader:
-        assert reader.latest_whole_step() == newest
+        assert reader.find("latest") == newest
     assert {*left} <= {*os.listdir(directory)}  # a reader deletes nothing
     with Checkpointer(directory, keep=1) as checkpoints:
         assert checkpoints.all_steps() == [10, 20, 30][: newest // 10]
         assert not list(directory.glob("*.tmp"))
-        state, _ = _restore(checkpoints, _make_state())
+        state, _ = _restore(checkpoints)
         checkpoints.save(40, _make_state(40), metadata={}, top1_error=0.1)
         assert checkpoints.all_steps() == [40]
     _assert_same_bits(state, _make_state(newest))
-
-
-def test_a_first_save_that_was_killed_is_no_checkpoint(tmp_path, monkeypatch):
-    """Otherwise the run could never start again."""
-    with Checkpointer(tmp_path) as checkpoints, monkeypatch.context() as patch:
-        patch.setattr(os, "rename", _killed)
-        with pytest.raises(KeyboardInterrupt):
-            checkpoints.save(20, _make_state(), metadata={})
-    assert os.listdir(tmp_path) == ["20.tmp"] and not has_checkpoint(tmp_path)
-    with Checkpointer(tmp_path) as checkpoints:
-        assert checkpoints.restore(_abstract(_make_state())) is None
 
 
 def test_a_killed_deletion_leaves_a_complete_step_or_a_leftover(two_steps, tmp_path):
@@ -538,7 +453,7 @@ def test_a_full_disk_ends_a_save_and_keeps_earlier_steps(
             r"needed.* Earlier ones are as they were",
         ):
             checkpoints.save(2, state, metadata={})
-        assert checkpoints.latest_whole_step() == 1
+        assert checkpoints.find("latest") == 1
     assert os.listdir(directory) == ["1"]
 
 
@@ -561,9 +476,7 @@ OLD_MANIFEST = b"""{
 
 def test_an_old_manifest_is_read(tmp_path):
     (tmp_path / MANIFEST).write_bytes(OLD_MANIFEST)
-    manifest = checkpoint._read_manifest(tmp_path)
-    assert manifest["files"] == {"state/d/0": {"sha256": "ab", "size": 2}}
-    assert manifest["top1_error"] == 0.5
+    assert checkpoint._read_manifest(tmp_path)["top1_error"] == 0.5
 
 
 def test_steps_of_earlier_versions_are_read(directory, warnings):
@@ -580,14 +493,18 @@ def test_steps_of_earlier_versions_are_read(directory, warnings):
         text = checkpoint._manifest_text(body | {"top1_error": error})
         (folder / MANIFEST).write_bytes(text)
     with Checkpointer(directory) as checkpoints:
-        state, metadata = _restore(checkpoints, _make_state())
-        assert checkpoints.best_step() == 10
+        state, metadata = _restore(checkpoints)
+        assert checkpoints.find("best") == 10
         checkpoints.save(20, _make_state(), metadata={}, top1_error=0.05)
         checkpoints.save(30, _make_state(30), metadata={})
     _assert_same_bits(state, _make_state(20))
     assert metadata == METADATA
     with Checkpointer(directory, read_only=True) as checkpoints:
-        assert checkpoints.best_step() == 20 and checkpoints.all_steps() == [10, 20, 30]
+        assert checkpoints.find("best") == 20 and checkpoints.all_steps() == [
+            10,
+            20,
+            30,
+        ]
         variables, _ = checkpoints.restore_params(step=20)
     _assert_same_bits(variables, {"params": _make_state(20).params})
     assert warnings() == []

@@ -332,6 +332,51 @@ def test_tasks_are_left_to_jax(gpus, environment, expected, monkeypatch):
     assert {name: given[name] for name in expected} == expected
 
 
+# As jax 0.10 and 0.11 have them: for cuda, for gpu, and for tpu.
+NO_PLUGIN = "Backend 'rocm' is not in the list of known backends: ['cpu', 'tpu']."
+NO_LIBRARY = "INTERNAL: Failed to open libtpu.so"
+AUTOMATIC = " (set JAX_PLATFORMS='' to automatically choose an available backend)"
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (AssertionError(), ""),
+        (RuntimeError(f"{NO_PLUGIN}{AUTOMATIC}"), ""),
+        (RuntimeError(f"{NO_LIBRARY}{AUTOMATIC}"), f": {NO_LIBRARY}"),
+    ],
+)
+def test_devices_that_do_not_start_are_a_user_error(error, reason, monkeypatch):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(distributed.jax, "devices", fail)
+    with pytest.raises(distributed.DeviceError) as raised:
+        distributed.require_devices()
+    words = f"starts no devices with JAX_PLATFORMS='cpu'{reason} (installed: cpu"
+    assert words in str(raised.value)
+    # With several processes, one of them may be gone.
+    monkeypatch.setattr(distributed.jax.distributed, "is_initialized", lambda: True)
+    with pytest.raises(RuntimeError if reason else distributed.DeviceError):
+        distributed.require_devices()
+
+
+def test_unknown_platform_ends_a_command_with_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "alexnet_jax.export", "--workdir=run", "--out=w.onnx"],
+        cwd=tmp_path,
+        env={**os.environ, "JAX_PLATFORMS": "cdua", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: jax ")
+    assert "starts no devices with JAX_PLATFORMS='cdua' (installed:" in line
+
+
 def test_results_of_votes_come_later(monkeypatch):
     mesh, nothing = parallel.make_mesh(1, 2), distributed.Vote(0, False)
     votes = distributed.Votes(mesh)

@@ -12,7 +12,7 @@ DROP_AT = 4
 
 
 def numpy_loop(form, grads, w, rate, momentum=0.9, decay=5e-4):
-    """Section 5 of the paper, and torch's form, a number at a time."""
+    """Return the path of one number by section 5 of the paper, or by torch's form."""
     v, path = 0.0, []
     for step, g in enumerate(grads):
         lr = rate if step < DROP_AT else rate / 10
@@ -68,13 +68,6 @@ def test_update_rule_equals_a_numpy_loop_across_a_drop(form, mult, decay_bias):
     )
 
 
-def test_the_forms_differ_only_after_a_drop():
-    grads = np.ones(8)
-    paper, torch = (numpy_loop(f, grads, 1.0, 0.1) for f in optim.FORMS)
-    np.testing.assert_allclose(paper[:DROP_AT], torch[:DROP_AT], rtol=1e-12)
-    assert abs(paper[DROP_AT] - torch[DROP_AT]) > 0.1
-
-
 def test_weight_decay_of_single_layers():
     tx = optim.make_optimizer(
         1.0, momentum=0.0, weight_decay=0.5, layer_weight_decay={"fc10": 0.25}
@@ -115,15 +108,20 @@ def test_cosine_schedule_rises_and_falls():
     assert float(flat(0)) == pytest.approx(0.2)
 
 
-def test_other_schedules():
-    for name in ("constant", "plateau"):
-        assert optim.make_schedule(name, 0.1, steps_per_epoch=1, num_epochs=1) == 0.1
-    with pytest.raises(
-        ValueError, match="constant, plateau, fixed, cosine, polynomial"
-    ):
-        optim.make_schedule("step", 0.1, steps_per_epoch=1, num_epochs=1)
-    with pytest.raises(ValueError, match="paper, torch"):
-        optim.make_optimizer(0.1, form="keras")
+@pytest.mark.parametrize("name", ["constant", "plateau"])
+def test_schedules_that_are_a_number(name):
+    assert optim.make_schedule(name, 0.1, steps_per_epoch=1, num_epochs=1) == 0.1
+
+
+def test_layers_frozen_in_all_steps():
+    changes = [
+        ("a", 0, 0.0),
+        ("b", 1, 0.0),
+        ("c", 0, 0.0),
+        ("c", 2, 1.0),
+        ("d", 0, 2.0),
+    ]
+    assert optim.frozen_layers(changes) == {"a"}
 
 
 def test_plateau_divides_three_times_at_most():
@@ -203,14 +201,10 @@ def test_factors_of_layers_hold_for_biases_without_a_rate_of_their_own():
     )
     one = {"kernel": jnp.ones(1), "bias": jnp.ones(1)}
     path, _ = run(tx, {"fc8": one, "fc7": one}, [{"fc8": one, "fc7": one}] * 2)
-    moved = {
-        layer: [
-            1 - path[0][layer][leaf][0],
-            path[0][layer][leaf][0] - path[1][layer][leaf][0],
-        ]
-        for layer in ("fc7", "fc8")
-        for leaf in ("bias",)
-    }
+    moved = {}
+    for layer in ("fc7", "fc8"):
+        first, second = (float(params[layer]["bias"][0]) for params in path)
+        moved[layer] = [1 - first, first - second]
     np.testing.assert_allclose(moved["fc7"], [0.2, 0.2], rtol=1e-6)
     np.testing.assert_allclose(moved["fc8"], [0.2, 2.0], rtol=1e-6)
 
@@ -253,30 +247,6 @@ def test_lars_is_optax_lars_with_the_same_masks():
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, expected
         )
-
-
-def test_lars_moves_a_kernel_by_its_own_norm_and_biases_by_the_rate():
-    rng = np.random.default_rng(3)
-    params, grads = network(rng), network(rng)
-
-    def moved(grads, weight_decay):
-        tx = optim.make_optimizer(
-            0.5, momentum=0.0, weight_decay=weight_decay, trust_coefficient=0.1
-        )
-        update = jax.jit(lambda grads: tx.update(grads, tx.init(params), params)[0])
-        return update(grads)
-
-    norm = np.linalg.norm
-    for layer, leaves in moved(grads, 5e-4).items():
-        for name, update in leaves.items():
-            w, g = (np.asarray(tree[layer][name]) for tree in (params, grads))
-            u = g + 5e-4 * w
-            ratio = 0.1 * norm(w) / norm(u) if name == "kernel" else 1.0
-            np.testing.assert_allclose(update, -0.5 * ratio * u, rtol=1e-5)
-    # The size of the loss, and with it of the gradients, does not count.
-    larger = jax.tree.map(lambda g: 100 * g, grads)
-    one, other = (moved(g, 0.0)["fc8"]["kernel"] for g in (grads, larger))
-    np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
 @pytest.mark.parametrize("decay_bias", [True, False])

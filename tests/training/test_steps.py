@@ -1,7 +1,4 @@
-"""bfloat16: rounded where it computes, nowhere else, and it learns as well.
-
-Label smoothing: in the loss of training, not in that of the evaluation.
-"""
+"""Steps in bfloat16, which keep their state in float32, and label smoothing."""
 
 import functools
 
@@ -24,7 +21,7 @@ EXAMPLES, STEPS = 8, 15
 
 @functools.cache
 def memorise(dtype, columns):
-    """Trains on one batch without any noise: the losses, the last state, the first."""
+    """Train on one batch without noise; return the losses and the last state."""
     model, tx = narrow(dtype, dropout=0.0), optim.make_optimizer(0.003)
     mesh = parallel.make_mesh(1, columns)
     plain = augment.Augmentation(CROP, crop=False, flip=False, lighting=0.0)
@@ -40,7 +37,7 @@ def memorise(dtype, columns):
 
 
 @pytest.mark.parametrize("columns", [1, 2])
-def test_a_bfloat16_step_keeps_everything_that_adds_up_in_float32(columns):
+def test_bfloat16_step_keeps_its_state_in_float32(columns):
     _, state = memorise("bfloat16", columns)
     floats = [
         leaf
@@ -57,13 +54,13 @@ def test_bfloat16_learns_like_float32(columns):
     exact, _ = memorise("float32", 1)
     losses, _ = memorise("bfloat16", columns)
     assert exact[0] > 2.2 and exact[-1] < 0.02 and losses[-1] < 0.02
-    # The curves go together all the way down (nats, the mean over the steps).
+    # Mean distance of the two curves, in nats.
     assert np.abs(np.subtract(exact, losses)).mean() < 0.05
     assert losses != exact
 
 
 @pytest.mark.parametrize("columns", [1, 2])
-def test_bfloat16_logits_are_those_of_float32_but_for_rounding(columns):
+def test_bfloat16_logits_equal_float32_up_to_rounding(columns):
     _, state = memorise("float32", 1)
     params = jax.device_get(state.params)
     mesh = parallel.make_mesh(1, columns)
