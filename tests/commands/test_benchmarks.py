@@ -22,7 +22,7 @@ from benchmarks.speed import (
     side_by_side,
 )
 from benchmarks.speed.measure import Setting
-from tests.models.test_alexnet import random_variables, torch_network
+from tests.models.test_torch import random_variables, torch_network
 
 PAPER_MULTIPLY_ADDS = 724_406_816
 CONV1_MULTIPLY_ADDS = 55 * 55 * 96 * 11 * 11 * 3
