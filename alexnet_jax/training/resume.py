@@ -119,7 +119,14 @@ def compare(config: Config, saved: dict[str, Any], workdir: Path) -> list[str]:
         )
     if not changed:
         return []
-    return ["the config differs from this workdir's:", *changed.values()]
+    lines = ["the config differs from this workdir's:", *changed.values()]
+    name = config.schedule.name
+    if "num_epochs" in changed and name in ("cosine", "polynomial"):
+        lines.append(
+            f"the {name} schedule is laid out over {config.num_epochs:g} epochs instead "
+            f"of {old['num_epochs']:g}: from here on the learning rate is another"
+        )
+    return lines
 
 
 def _require_same_classes(

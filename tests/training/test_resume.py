@@ -14,7 +14,7 @@ from alexnet_jax.data import DataError, statistics
 from alexnet_jax.system.files import exclusive_lock
 from alexnet_jax.training import loop, progress, resume
 from alexnet_jax.training.checkpoint import CheckpointError
-from alexnet_jax.training.experiment import ConfigError
+from alexnet_jax.training.config import ConfigError, as_json
 from tests.training.test_loop import PICTURES, folder, small_config  # noqa: F401
 
 
@@ -144,6 +144,18 @@ def test_other_classes_are_refused(begun, workdir, tmp_path):
     words = "label 0 was 'blue'; here are 3, and label 0 is 'a'. Take a new --workdir"
     with pytest.raises(ConfigError, match=words):
         loop.train_and_evaluate(small_config(pictures), workdir)
+
+
+def test_longer_run_says_that_its_schedule_changes(config, tmp_path):
+    config.schedule.name, config.num_epochs = "cosine", 2.0
+    saved = as_json(config)
+    config.num_epochs = 4.0
+    assert resume.compare(config, saved, tmp_path)[-1] == (
+        "the cosine schedule is laid out over 4 epochs instead of 2: from here on the "
+        "learning rate is another"
+    )
+    config.schedule.name = saved["schedule"]["name"] = "plateau"
+    assert len(resume.compare(config, saved, tmp_path)) == 2
 
 
 @pytest.mark.parametrize(
