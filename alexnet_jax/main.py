@@ -14,6 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,26 @@ from alexnet_jax.data import DataError
 from alexnet_jax.models.weights import WeightsError
 from alexnet_jax.system import signals
 from alexnet_jax.system.cli import show_every_name
-from alexnet_jax.training import (
-    distributed,
-    evaluate,
-    experiment,
-    load,
-    loop,
-)
+from alexnet_jax.training import distributed, evaluate, experiment, load, loop
 from alexnet_jax.training.checkpoint import CheckpointError
-from alexnet_jax.training.config import Config, ConfigError, as_json, flat
+from alexnet_jax.training.config import ConfigError, as_json, flat
 from alexnet_jax.training.describe import describe, describe_modes
-from alexnet_jax.training.distributed import DistributedError
 from alexnet_jax.training.evaluate import PredictionsError
+from alexnet_jax.training.workdir import CONFIG_FILE, require_run
 
 _NO_CONFIG = "--config=FILE is missing, such as --config=configs/paper.py."
 _NO_WORKDIR = "--workdir=DIR is missing: the folder that keeps the run."
+# User errors are one line; anything else keeps its traceback.
+_USER_ERRORS = (
+    ConfigError,
+    DataError,
+    CheckpointError,
+    distributed.DistributedError,
+    distributed.DeviceError,
+    PredictionsError,
+    WeightsError,
+    OSError,
+)
 
 
 class _NotLoadedError(Exception):
@@ -106,17 +112,6 @@ _LOCAL_DEVICE_IDS = flags.DEFINE_list(
 _CONNECT_SECONDS = flags.DEFINE_integer(
     "connect_seconds", 180, "How long to wait for the other processes.", lower_bound=1
 )
-# User errors are one line; anything else keeps its traceback.
-USER_ERRORS = (
-    ConfigError,
-    DataError,
-    CheckpointError,
-    DistributedError,
-    distributed.DeviceError,
-    PredictionsError,
-    WeightsError,
-    OSError,
-)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -147,7 +142,8 @@ def main(argv: Sequence[str]) -> None:
     fields = flat(as_json(config), "config.")
     distributed.require_same({"mode": mode, "workdir": workdir} | fields)
     if mode == "describe":
-        _describe(config)
+        print(describe(config), end="\n\n", flush=True)  # before the compilations
+        print(describe_modes(config, partial(print, file=sys.stderr, flush=True)))
         return
     _return_freed_arrays()
     _keep_compiled_programs()
@@ -158,27 +154,14 @@ def main(argv: Sequence[str]) -> None:
         loop.train_and_evaluate(config, workdir)
 
 
-def _describe(config: Config) -> None:
-    """Print the tables of --mode=describe, in process 0."""
-    prints = jax.process_index() == 0
-    if prints:  # before the compilations
-        print(describe(config) + "\n", flush=True)
-    modes = describe_modes(
-        config, lambda line: prints and print(line, file=sys.stderr, flush=True)
-    )
-    if prints:
-        print(modes, flush=True)
-
-
 def _return_freed_arrays() -> None:
     """Let glibc map arrays of 1 MiB and more one by one, so that free() returns them.
 
     By itself glibc raises this threshold to 32 MiB, and the memory of a long run grows.
     """
-    if "MALLOC_MMAP_THRESHOLD_" not in os.environ and sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-        if mallopt is not None:
-            mallopt(-3, 2**20)  # M_MMAP_THRESHOLD of glibc's <malloc.h>
+    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        with contextlib.suppress(AttributeError):  # musl has no mallopt
+            ctypes.CDLL(None).mallopt(-3, 2**20)  # -3: M_MMAP_THRESHOLD
 
 
 def _keep_compiled_programs() -> None:
@@ -188,16 +171,15 @@ def _keep_compiled_programs() -> None:
     warning of illegal instructions (jax-ml/jax#38445, openxla/xla#44565, jax 0.10).
     """
     settings: Any = jax.config
-    chosen = settings.jax_compilation_cache_dir
-    enabled = settings.jax_enable_compilation_cache
-    if chosen or not enabled or jax.default_backend() == "cpu":
+    if settings.jax_compilation_cache_dir or not settings.jax_enable_compilation_cache:
+        return
+    if jax.default_backend() == "cpu":
         return
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(base) / "alexnet_jax" / "jax"
+    folder = os.path.join(base, "alexnet_jax", "jax")
     with contextlib.suppress(OSError):  # some containers have no home to write to
-        folder.mkdir(parents=True, exist_ok=True)
-    if os.access(folder, os.W_OK):
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        os.makedirs(folder, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -225,19 +207,18 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def _stored_config() -> Path:
-    """Return the path of the config to use when --config is not given."""
+    """Return the config of the first run in --workdir, for --mode=eval."""
     if _MODE.value != "eval":
         raise ConfigError(_NO_CONFIG)
     if not _WORKDIR.value:
         raise ConfigError(_NO_WORKDIR)
-    members = map(evaluate.Member.parse, _WORKDIR.value.split(","))
-    runs = [member.path for member in members if member.is_run]
-    if not runs:
-        raise ConfigError(
-            f"{_NO_CONFIG} Files do not say which pictures they are to be tested on."
-        )
-    load.require_run(runs[0])
-    return runs[0] / load.CONFIG_FILE
+    for member in map(evaluate.Member.parse, _WORKDIR.value.split(",")):
+        if member.is_run:
+            require_run(member.path)
+            return member.path / CONFIG_FILE
+    raise ConfigError(
+        f"{_NO_CONFIG} Files do not say which pictures they are to be tested on."
+    )
 
 
 def run() -> None:
@@ -257,32 +238,27 @@ def _run() -> int:
     except KeyboardInterrupt:  # the run has written its checkpoint
         return 130
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = experiment.DIVERGED
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        message, status = str(error), experiment.DIVERGED
+    except _USER_ERRORS as error:
+        message = str(error)
     except Exception as error:
-        words = str(error)
-        is_jax = isinstance(error, jax.errors.JaxRuntimeError)
-        if is_jax and words.startswith("RESOURCE_EXHAUSTED"):
-            print(
-                "error: the memory of a device is too small "
-                f"({words.splitlines()[0]}). Set a larger "
+        first_line = str(error).partition("\n")[0]
+        if first_line.startswith("RESOURCE_EXHAUSTED"):
+            message = (
+                f"the memory of a device is too small ({first_line}). Set a larger "
                 "--config.optim.accumulate_steps (the same run in less memory, but for "
                 "batch normalisation), or take more devices; the same command goes on, "
-                "from the last checkpoint if there is one.",
-                file=sys.stderr,
+                "from the last checkpoint if there is one."
             )
         elif jax.distributed.is_initialized():
             traceback.print_exc()
-            print(
-                "error: this process failed, or another one is gone, whose own output "
-                "says why. The same command goes on, from the last checkpoint if there "
-                "is one.",
-                file=sys.stderr,
+            message = (
+                "this process failed, or another one is gone, whose own output says why. "
+                "The same command goes on, from the last checkpoint if there is one."
             )
         else:
             raise
+    print(f"error: {message}", file=sys.stderr)
     distributed.leave(status)
 
 

@@ -35,13 +35,13 @@ from alexnet_jax.system import signals
 from alexnet_jax.system.cli import exit_status, path_argument, require_writable_file
 from alexnet_jax.system.files import atomic_write
 from alexnet_jax.training.checkpoint import CheckpointError
-from alexnet_jax.training.load import (
+from alexnet_jax.training.metrics import shows_top5
+from alexnet_jax.training.workdir import (
     CONFIG_FILE,
     read_class_names,
     read_config,
     require_run,
 )
-from alexnet_jax.training.metrics import shows_top5
 from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 
 REPORT_FILE = "report.html"

@@ -17,12 +17,8 @@ from alexnet_jax.models import ops
 from alexnet_jax.system.cli import progress
 from alexnet_jax.system.files import atomic_write
 from alexnet_jax.training.checkpoint import split_step
-from alexnet_jax.training.load import (
-    is_weights_file,
-    make_preprocess,
-    read_config,
-    read_network,
-)
+from alexnet_jax.training.load import is_weights_file, make_preprocess, read_network
+from alexnet_jax.training.workdir import read_config
 
 # Images per call of the network.
 BATCH = 64

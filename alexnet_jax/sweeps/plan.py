@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from alexnet_jax.training import load as load_lib
 from alexnet_jax.training.config import Config, ConfigError, as_json, flat, validate
+from alexnet_jax.training.workdir import from_stored, read_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -406,8 +407,8 @@ def differences(run: Run, stored: Path) -> list[str]:
 
     A field that is missing there has its default.
     """
-    own = load_lib.read_config(stored.parent) or {}
-    old, new = flat(as_json(load_lib.from_stored(own))), run.fields()
+    own = read_config(stored.parent) or {}
+    old, new = flat(as_json(from_stored(own))), run.fields()
     return [
         f"{name}: {old[name]} there, {new[name]} asked for"
         for name in sorted(new)

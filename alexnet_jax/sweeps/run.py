@@ -41,7 +41,7 @@ from alexnet_jax.system.cli import path_argument, require_writable
 from alexnet_jax.system.files import atomic_write, exclusive_lock
 from alexnet_jax.training.config import ConfigError
 from alexnet_jax.training.experiment import DIVERGED
-from alexnet_jax.training.load import CHECKPOINTS, CONFIG_FILE
+from alexnet_jax.training.workdir import CHECKPOINTS, CONFIG_FILE
 from alexnet_jax.training.writers import METRICS_FILE, parse_record, read_metrics
 
 POLL_SECONDS = 0.5

@@ -1,7 +1,7 @@
 """Several processes of one run: connect them, compare their flags, vote.
 
-`jax.distributed` finds SLURM, Open MPI and Kubernetes by itself. A process that fails or
-disappears ends the others: an exchange with it fails, or JAX misses its heartbeat.
+A process that fails or disappears ends the others: an exchange with it fails, or JAX
+misses its heartbeat.
 """
 
 import collections
@@ -24,12 +24,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # A process without a heartbeat for this long counts as dead, and ends the run.
 HEARTBEAT_SECONDS = 40
-# How long a process that has ended waits for the others to end.
-SHUTDOWN_SECONDS = 60
-# Delay of process 0's exit: JAX aborts processes that outlive it.
-LEAVE_SECONDS = 2.0
-# Space for a run's flags and config fields as JSON.
-MOST_FLAG_BYTES = 2**16
 # Steps between a vote and its result.
 VOTES_IN_FLIGHT = 2
 
@@ -51,12 +45,12 @@ def start(
     local_device_ids: Sequence[int] | None = None,
     connect_seconds: int = 180,
 ) -> bool:
-    """Connect this process with the others of its run, before JAX starts its devices.
+    """Connect the processes of a run, before JAX starts its devices.
 
     Args:
-      mode: "off": this process is alone. "on": there are others, given by the arguments
-        or found by JAX in the environment. "auto": "on" if one of the next three
-        arguments is given, or if srun or mpirun started several tasks.
+      mode: "off": one process. "on": several, given by the next three arguments or found
+        by JAX in the environment. "auto": "on" if one of the three is given, or if srun
+        or mpirun started several tasks.
       coordinator_address: HOST:PORT of process 0, the same for all processes.
       num_processes, process_id: number of processes, and number of this one, from 0.
       local_device_ids: numbers of this process's GPUs. By default a task of SLURM or
@@ -66,25 +60,29 @@ def start(
         error and exits with status 1.
 
     Returns:
-      True if there are other processes.
+      True if there are several processes.
 
     Raises:
       DistributedError: arguments contradict each other or are missing, the port is in
         use, or JAX finds no cluster in the environment.
     """
-    given = {
+    given: dict[str, Any] = {
         "coordinator_address": coordinator_address,
         "num_processes": num_processes,
         "process_id": process_id,
     }
     some = [f"--{name}" for name, value in given.items() if value is not None]
+    missing = [f"--{name}" for name, value in given.items() if value is None]
     if mode == "off":
         if some:
             raise DistributedError(f"--distributed=off contradicts {', '.join(some)}.")
         return False
-    if some:
-        _check_arguments(given)
-    else:
+    if some and missing:
+        raise DistributedError(
+            "several processes need --coordinator_address=HOST:PORT, --num_processes=N "
+            f"and --process_id=I; missing: {', '.join(missing)}."
+        )
+    if not some:
         tasks = count_tasks(os.environ)
         if mode == "auto" and tasks == 1:
             return False
@@ -97,6 +95,9 @@ def start(
     giving_up.daemon = True
     giving_up.start()
     try:
+        if process_id == 0:  # JAX's server would share a port with another run's
+            port = int(str(coordinator_address).rpartition(":")[2])
+            socket.create_server(("", port)).close()
         jax.distributed.initialize(
             **given,
             local_device_ids=local_device_ids,
@@ -104,14 +105,14 @@ def start(
             # Later than `_give_up`: at its own timeout JAX aborts with a stack trace.
             initialization_timeout=connect_seconds + 60,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            shutdown_timeout_seconds=60,
         )
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, IndexError, OSError, OverflowError) as error:
         raise DistributedError(
             f"the processes could not be connected: {error} Several processes need "
-            "--coordinator_address=HOST:PORT, --num_processes=N and --process_id=I, or "
-            "a task of SLURM (srun), Open MPI 4 or Kubernetes; --distributed=off runs "
-            "one process alone."
+            "--coordinator_address=HOST:PORT (a free port), --num_processes=N and "
+            "--process_id=I, or a task of SLURM (srun), Open MPI 4 or Kubernetes; "
+            "--distributed=off runs one process alone."
         ) from error
     finally:
         giving_up.cancel()
@@ -126,29 +127,6 @@ def count_tasks(environ: Mapping[str, str]) -> int:
     """
     names = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # JAX's order
     return int(next(filter(None, map(environ.get, names)), "1"))
-
-
-def _check_arguments(given: Mapping[str, Any]) -> None:
-    """Raise DistributedError if an argument is missing or wrong, or the port in use."""
-    if missing := [f"--{name}" for name, value in given.items() if value is None]:
-        raise DistributedError(
-            "several processes need --coordinator_address=HOST:PORT, --num_processes=N "
-            f"and --process_id=I; missing: {', '.join(missing)}."
-        )
-    address, _, this = given.values()
-    if not re.fullmatch(r".+:\d+", address):
-        raise DistributedError(
-            f"--coordinator_address={address} must be HOST:PORT of process 0."
-        )
-    if this == 0:  # JAX's server would share a port with another run's
-        port = int(address.rpartition(":")[2])
-        try:
-            socket.create_server(("", port)).close()
-        except (OSError, OverflowError) as error:
-            raise DistributedError(
-                f"process 0 cannot listen on port {port} of --coordinator_address="
-                f"{address} ({error}). Take another port, the same for all processes."
-            ) from error
 
 
 def _visible_gpus(environ: Mapping[str, str]) -> list[int] | None:
@@ -166,7 +144,7 @@ def _visible_gpus(environ: Mapping[str, str]) -> list[int] | None:
 
 
 def _give_up(given: Mapping[str, Any], seconds: int) -> None:
-    """End the process because the others did not come; print which are missing."""
+    """End the process with a message because the others did not come."""
     address, count, this = given.values()
     reason = f"not all of {count or 'the'} processes came within {seconds} seconds"
     if this:
@@ -196,20 +174,15 @@ def require_same(flags: Mapping[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    here = collections.Counter(device.process_index for device in jax.devices())
-    if len(set(here.values())) > 1:
-        counts = ", ".join(f"process {i}: {n}" for i, n in sorted(here.items()))
-        raise DistributedError(
-            f"every process must have the same number of devices; there are {counts}."
-        )
-    mine = np.frombuffer(json.dumps(flags).encode().ljust(MOST_FLAG_BYTES), np.uint8)
+    flags = {**flags, "devices of a process": jax.local_device_count()}
+    mine = np.frombuffer(json.dumps(flags).encode().ljust(2**16), np.uint8)
     texts = np.asarray(multihost_utils.process_allgather(mine))
     first, *others = [json.loads(bytes(text)) for text in texts]
     for process, other in enumerate(others, start=1):
         different = [
-            f"--{name}={other.get(name)} (process 0: {first.get(name)})"
-            for name in sorted({*first, *other})
-            if first.get(name) != other.get(name)
+            f"--{name}={value} (process 0: {first.get(name)})"
+            for name, value in sorted(other.items())
+            if first.get(name) != value
         ]
         if different:
             raise DistributedError(
@@ -229,7 +202,7 @@ def leave(status: int) -> NoReturn:
     sys.stderr.flush()
     with contextlib.suppress(RuntimeError):  # JAX has no devices
         if jax.process_index() == 0:
-            time.sleep(LEAVE_SECONDS)
+            time.sleep(2)  # JAX aborts processes that outlive process 0
     os._exit(status)
 
 

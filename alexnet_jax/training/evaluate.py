@@ -36,6 +36,7 @@ from alexnet_jax.training.checkpoint import (
 from alexnet_jax.training.config import Config, ConfigError
 from alexnet_jax.training.experiment import Experiment, build_for_evaluation
 from alexnet_jax.training.resume import compare
+from alexnet_jax.training.workdir import CHECKPOINTS, about_mean, read_statistics
 from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 
 WORST = 10  # number of classes, and of confusions, that are printed
@@ -356,7 +357,7 @@ def evaluate_runs(
         if jax.process_index() == 0:  # which writes it
             require_writable_file(save_to)
     for member in members:  # all of them, before the first is computed
-        folder = member.path / load.CHECKPOINTS
+        folder = member.path / CHECKPOINTS
         if member.is_run and not has_checkpoint(folder):
             raise CheckpointError(
                 f"There is no checkpoint in {folder}; train first (--mode=train), or "
@@ -447,7 +448,7 @@ def _read_checkpoint(
       (its network, {"step", "best_of"} as in `evaluate_runs`, a line about it).
     """
     workdir = member.path.absolute()
-    with Checkpointer(workdir / load.CHECKPOINTS, read_only=True) as saved:
+    with Checkpointer(workdir / CHECKPOINTS, read_only=True) as saved:
         step = saved.find(member.step)
         weights = load.read_network(workdir, step=step)
         assert step is not None  # else there was no checkpoint to read
@@ -455,13 +456,13 @@ def _read_checkpoint(
         # Not config.json, which may be that of a later start.
         trained_with = saved.metadata(step)["config"]
     differences = compare(config, trained_with, workdir)
-    statistics = load.read_statistics(workdir)
-    _say(load.about_mean(workdir, statistics, trained_with))
+    statistics = read_statistics(workdir)
+    _say(about_mean(workdir, statistics, trained_with))
     if differences:
         _say("\n".join([f"{member.path}: {differences[0]}", *differences[1:]]))
 
     about: dict[str, Any] = {"step": step}
-    line = f"checkpoint of step {step} ({member.path / load.CHECKPOINTS / str(step)})"
+    line = f"checkpoint of step {step} ({member.path / CHECKPOINTS / str(step)})"
     here, there = (
         place_of_split(data["source"], data["eval_split"], data.get("dir", ""))
         for data in (config.data, trained_with["data"])

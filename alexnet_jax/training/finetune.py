@@ -6,7 +6,6 @@ specific to their task (Yosinski et al. 2014, arXiv:1411.1792).
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,30 +14,27 @@ import numpy as np
 from alexnet_jax.models.layers import stage_name
 from alexnet_jax.models.weights import Weights
 from alexnet_jax.training import load, optim
-from alexnet_jax.training.checkpoint import split_step
-from alexnet_jax.training.config import Config, ConfigError, model_settings
+from alexnet_jax.training.config import ConfigError, model_settings
 from alexnet_jax.training.experiment import Experiment
 from alexnet_jax.training.steps import TrainState
 
 
 def begin(experiment: Experiment) -> tuple[Experiment, TrainState, list[str]]:
-    """Return the first state of a run, and the lines that describe its origin.
+    """Return the first state of a run that starts from `config.finetune.source`.
 
-    With `config.finetune.source` a run starts from trained weights. The classifier and
-    `finetune.new_layers` start as in a run from scratch. The mean image is that of the
-    weights, which were trained with it. The principal components of colour are those of
-    the run's own images.
+    The classifier and `finetune.new_layers` start as in a run from scratch. The mean
+    image is that of the weights, which were trained with it. The principal components of
+    colour are those of the run's own images.
 
     Returns:
-      (the experiment with the mean image of the weights; its first state; the lines).
+      (the experiment with the mean image of the weights; its first state; lines that
+      describe its origin).
 
     Raises:
       ConfigError: if a layer is missing in the weights or has another shape there.
       FileNotFoundError, CheckpointError, WeightsError: as `load.load`.
     """
     config, source = experiment.config, experiment.config.finetune.source
-    if not source:
-        return experiment, experiment.init_state(), ["starting from scratch"]
     # Only a .caffemodel may not name its variant.
     is_caffe = source.lower().endswith(".caffemodel")
     variant = config.model.variant if is_caffe else None
@@ -88,18 +84,6 @@ def _with_mean_of(experiment: Experiment, weights: Weights) -> Experiment:
         mean = np.broadcast_to(colour.astype(mean.dtype), mean.shape)
     statistics = dataclasses.replace(experiment.statistics, mean_image=mean)
     return dataclasses.replace(experiment, statistics=statistics)
-
-
-def check_source(config: Config) -> None:
-    """Raise ConfigError if `finetune.source` is neither a run nor a file."""
-    source = config.finetune.source
-    folder, _ = split_step(source)
-    is_run = (Path(folder) / load.CONFIG_FILE).exists()
-    if source and not is_run and not Path(source).is_file():
-        raise ConfigError(
-            f"--config.finetune.source={source} is neither the workdir of a run nor a "
-            "file of weights; name one: --config=configs/finetune.py:DIR_OR_FILE."
-        )
 
 
 def _kept(

@@ -1,10 +1,9 @@
-"""Load trained networks, the files of a workdir, and config files."""
+"""Load trained networks and config files."""
 
-import dataclasses
-import json
 import os
 import runpy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,26 @@ from ml_collections import ConfigDict
 
 from alexnet_jax.data import augment
 from alexnet_jax.data import images as images_lib
-from alexnet_jax.data import statistics as statistics_lib
-from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.models import alexnet, variants
 from alexnet_jax.models.weights import SUFFIXES, Weights, WeightsError, read_weights
-from alexnet_jax.system.files import atomic_write
-from alexnet_jax.training import distributed
 from alexnet_jax.training.checkpoint import Checkpointer, CheckpointError, split_step
 from alexnet_jax.training.config import (
     Config,
     ConfigError,
     as_json,
     flat,
-    get_config,
     model_settings,
 )
-
-# Files of a workdir.
-CONFIG_FILE = "config.json"
-STATISTICS_FILE = "statistics.npz"
-CLASSES_FILE = "classes.json"
-CHECKPOINTS = "checkpoints"
+from alexnet_jax.training.distributed import require_devices
+from alexnet_jax.training.workdir import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    from_stored,
+    read_class_names,
+    read_config,
+    read_statistics,
+    require_run,
+)
 
 
 def load(
@@ -97,13 +95,13 @@ def read_network(
 
     Arguments and errors are those of `load`.
     """
-    distributed.require_devices()
+    require_devices()
     if is_weights_file(path):
         if step is not None:
             raise WeightsError(f"{path} is a file of weights; it has no step {step}.")
         weights = read_weights(path, variant=variant)
         on_device = jax.tree.map(jnp.asarray, weights.variables)
-        return dataclasses.replace(weights, variables=on_device)
+        return replace(weights, variables=on_device)
     folder, which = split_step(os.fspath(path))
     if step is not None and folder != os.fspath(path):
         raise CheckpointError(f"{path} says which step already; got step {step} too.")
@@ -131,45 +129,10 @@ def read_network(
     )
 
 
-def read_statistics(workdir: Path, image_size: int | None = None) -> Statistics:
-    """Return the statistics that a workdir was trained with.
-
-    Args:
-      image_size: expected side of the images; None: any.
-
-    Raises:
-      FileNotFoundError, DataError: the file is missing, damaged, or of another size.
-    """
-    path = workdir / STATISTICS_FILE
-    try:
-        return statistics_lib.load(path, image_size)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{path} is missing: the mean image that the network of this run is given "
-            "its pictures without. Copy it from where the run was trained."
-        ) from error
-
-
-def about_mean(workdir: Path, statistics: Statistics, config: Any) -> str:
-    """Return a line with the file of a run's mean image and its number of images."""
-    tuned = config.get("finetune", {}).get("source")
-    images = "the weights" if tuned else statistics.extent
-    return f"mean image: {workdir / STATISTICS_FILE}, of {images}"
-
-
 def is_weights_file(path: str | os.PathLike[str]) -> bool:
     """Return True if a path is a file, or is named like a weights file."""
     named = os.fspath(path).lower().endswith(SUFFIXES)
     return Path(path).is_file() or (named and not Path(path).is_dir())
-
-
-def require_run(workdir: Path) -> None:
-    """Raise FileNotFoundError unless a folder is the workdir of a run."""
-    if not (workdir / CONFIG_FILE).exists():
-        raise FileNotFoundError(
-            f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}. Give the "
-            "folder that was given as --workdir, or a file of weights."
-        )
 
 
 def with_network_of(config: Config, path: str | os.PathLike[str]) -> Config:
@@ -198,16 +161,6 @@ def with_network_of(config: Config, path: str | os.PathLike[str]) -> Config:
             if name.startswith("model.") or name in sizes
         }
     return from_stored(as_json(config), network)
-
-
-def read_class_names(workdir: Path) -> list[str] | None:
-    """Return the names by label that a workdir was trained with; None: unknown."""
-    return _read_json(workdir / CLASSES_FILE)
-
-
-def write_class_names(workdir: Path, names: Sequence[str]) -> None:
-    """Write the names by label into a workdir, atomically."""
-    _write_json(workdir / CLASSES_FILE, list(names))
 
 
 def load_config(name: str) -> Config:
@@ -248,59 +201,3 @@ def run_file(name: str, function: str) -> Any:
     if found is None:
         raise ConfigError(f"{path} defines no {function}().")
     return found(argument) if colon else found()
-
-
-def from_stored(
-    stored: dict[str, Any], changes: Mapping[str, Any] | None = None
-) -> Config:
-    """Return a config that was stored as JSON, perhaps by an older version.
-
-    Missing fields take their default; unknown fields are ignored.
-
-    Args:
-      stored: the tree of fields.
-      changes: "GROUP.FIELD" -> value that replaces the stored one.
-    """
-    config = get_config()
-    known = flat(config.to_dict())
-    fields = flat(stored) | dict(changes or {})
-    config.update_from_flattened_dict(
-        {name: _as_tuples(value) for name, value in fields.items() if name in known}
-    )
-    return config
-
-
-def _as_tuples(value: Any) -> Any:
-    """Turn lists back into tuples, which JSON does not know."""
-    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
-
-
-def read_config(workdir: Path) -> dict[str, Any] | None:
-    """Return the config.json of a workdir; None: there is none."""
-    return _read_json(workdir / CONFIG_FILE)
-
-
-def write_config(workdir: Path, config: Config) -> None:
-    """Write the config.json of a workdir atomically."""
-    _write_json(workdir / CONFIG_FILE, as_json(config))
-
-
-def _read_json(path: Path) -> Any:
-    """Return the content of a JSON file of a workdir; None: there is no such file.
-
-    Raises:
-      ConfigError: the file is damaged.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} is damaged: {error}. Copy it from where the run was trained."
-        ) from error
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with atomic_write(path) as file:
-        file.write(f"{json.dumps(value, indent=2)}\n".encode())

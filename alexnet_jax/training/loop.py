@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 
 from alexnet_jax.system.signals import stop_requests
-from alexnet_jax.training import finetune, load
 from alexnet_jax.training.banner import describe_run
 from alexnet_jax.training.checkpoint import Checkpointer, has_checkpoint
 from alexnet_jax.training.config import Config, validate
@@ -16,6 +15,7 @@ from alexnet_jax.training.metrics import shows_top5
 from alexnet_jax.training.progress import Progress
 from alexnet_jax.training.resume import (
     alone_in,
+    begin,
     checked_folder,
     compare,
     learning_rate_factor,
@@ -31,6 +31,12 @@ from alexnet_jax.training.timing import (
     Profiler,
     StepClock,
     next_batch,
+)
+from alexnet_jax.training.workdir import (
+    CHECKPOINTS,
+    STATISTICS_FILE,
+    write_class_names,
+    write_config,
 )
 from alexnet_jax.training.writers import make_writers
 
@@ -63,13 +69,11 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
     clock = StepClock()
     path = checked_folder(workdir)
     validate(config)
-    checkpoints = path / load.CHECKPOINTS
+    checkpoints = path / CHECKPOINTS
     is_resumed = has_checkpoint(checkpoints)
     # Everything that can be refused is, before anything is written.
-    if not is_resumed:
-        finetune.check_source(config)
     differences, experiment = prepare(config, path)
-    first = None if is_resumed else finetune.begin(experiment)
+    first = None if is_resumed else begin(experiment)
     path.mkdir(parents=True, exist_ok=True)
     with (
         alone_in(path),
@@ -84,16 +88,16 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
                 f"resuming from step {int(state.step)} ({checkpointer.directory})"
             ]
         else:
-            experiment, state, (how, *more) = first or finetune.begin(experiment)
+            experiment, state, (how, *more) = first or begin(experiment)
             metadata = {}
             origin = [f"no checkpoint in {checkpointer.directory}: {how}", *more]
         step, writes_files = int(state.step), jax.process_index() == 0
         if writes_files:
             if not restored:  # left over from a start without a checkpoint
                 (path / TIMES_FILE).unlink(missing_ok=True)
-            experiment.statistics.save(path / load.STATISTICS_FILE)
-            load.write_class_names(path, experiment.train_source.class_names)
-            load.write_config(path, experiment.config)
+            experiment.statistics.save(path / STATISTICS_FILE)
+            write_class_names(path, experiment.train_source.class_names)
+            write_config(path, experiment.config)
         with make_writers(
             path,
             total_steps=experiment.total_steps,

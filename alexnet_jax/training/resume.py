@@ -14,16 +14,26 @@ from jax.experimental import multihost_utils
 from alexnet_jax.system.cli import expanded, require_writable
 from alexnet_jax.system.files import HeldError, exclusive_lock
 from alexnet_jax.training import experiment as experiment_lib
-from alexnet_jax.training import load
 from alexnet_jax.training.banner import say_place
 from alexnet_jax.training.checkpoint import (
     Checkpointer,
     CheckpointError,
     has_checkpoint,
+    split_step,
 )
 from alexnet_jax.training.config import Config, ConfigError, as_json, flat
 from alexnet_jax.training.experiment import Experiment
 from alexnet_jax.training.steps import TrainState
+from alexnet_jax.training.workdir import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    STATISTICS_FILE,
+    about_mean,
+    from_stored,
+    read_class_names,
+    read_config,
+    read_statistics,
+)
 
 # Held while a run trains; names its process.
 LOCK_FILE = ".lock"
@@ -82,19 +92,40 @@ def prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
     """
     differences, statistics, class_names = [], None, None
     # Files of a run without a checkpoint are leftovers, perhaps of other data.
-    if has_checkpoint(workdir / load.CHECKPOINTS):
-        saved = load.read_config(workdir)
+    if has_checkpoint(workdir / CHECKPOINTS):
+        saved = read_config(workdir)
         differences = [] if saved is None else compare(config, saved, workdir)
-        if (workdir / load.STATISTICS_FILE).exists():
-            statistics = load.read_statistics(workdir, config.data.image_size)
+        if (workdir / STATISTICS_FILE).exists():
+            statistics = read_statistics(workdir, config.data.image_size)
             if jax.process_index() == 0:
-                print(load.about_mean(workdir, statistics, config), flush=True)
-        class_names = load.read_class_names(workdir)
+                print(about_mean(workdir, statistics, config), flush=True)
+        class_names = read_class_names(workdir)
+    else:
+        _require_source(config.finetune.source)
     experiment = experiment_lib.build(config, statistics=statistics)
     if class_names is not None:
         _require_same_classes(class_names, experiment.train_source.class_names, workdir)
     say_place(experiment)
     return differences, experiment
+
+
+def _require_source(source: str) -> None:
+    """Raise ConfigError if `finetune.source` is neither a run nor a file."""
+    is_run = (Path(split_step(source)[0]) / CONFIG_FILE).exists()
+    if source and not is_run and not Path(source).is_file():
+        raise ConfigError(
+            f"--config.finetune.source={source} is neither the workdir of a run nor a "
+            "file of weights; name one: --config=configs/finetune.py:DIR_OR_FILE."
+        )
+
+
+def begin(experiment: Experiment) -> tuple[Experiment, TrainState, list[str]]:
+    """Return the experiment, first state and lines about the origin of a new run."""
+    if not experiment.config.finetune.source:
+        return experiment, experiment.init_state(), ["starting from scratch"]
+    from alexnet_jax.training import finetune  # with the formats of weight files
+
+    return finetune.begin(experiment)
 
 
 def compare(config: Config, saved: dict[str, Any], workdir: Path) -> list[str]:
@@ -103,7 +134,7 @@ def compare(config: Config, saved: dict[str, Any], workdir: Path) -> list[str]:
     Raises:
       ConfigError: it describes another network.
     """
-    old = flat(as_json(load.from_stored(saved)))
+    old = flat(as_json(from_stored(saved)))
     new = flat(as_json(config))
     changed = {
         key: f"  --config.{key}: {old[key]} in the workdir, now {new[key]}"

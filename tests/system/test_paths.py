@@ -10,19 +10,11 @@ import pytest
 from absl.testing import flagsaver
 from PIL import Image
 
-from alexnet_jax import (
-    create_model,
-    export,
-    main,
-    predict,
-    prepare,
-    report,
-    retrieve,
-)
+from alexnet_jax import create_model, export, main, predict, prepare, report, retrieve
 from alexnet_jax.data.statistics import Statistics
-from alexnet_jax.training import load
 from alexnet_jax.training.checkpoint import Checkpointer
 from alexnet_jax.training.config import as_json
+from alexnet_jax.training.workdir import write_class_names, write_config
 from configs import common
 
 ROOT = Path(__file__).parents[2]
@@ -62,8 +54,8 @@ def places(tmp_path_factory):
             metadata={"config": as_json(config)},
             top1_error=0.5,
         )
-    load.write_config(folder / "run", config)
-    load.write_class_names(folder / "run", [f"class {k}" for k in range(10)])
+    write_config(folder / "run", config)
+    write_class_names(folder / "run", [f"class {k}" for k in range(10)])
     mean = np.full((34, 34, 3), 99, np.float32)
     statistics = Statistics(mean, np.ones(3, "f4"), np.eye(3, dtype="f4"), 7)
     statistics.save(folder / "run" / "statistics.npz")

@@ -26,6 +26,7 @@ from alexnet_jax.training.evaluate import (
     evaluate_runs,
 )
 from alexnet_jax.training.load import read_network
+from alexnet_jax.training.workdir import write_config
 from tests.training.test_loop import (
     PICTURES,
     columns_config,
@@ -332,7 +333,7 @@ def test_evaluation_takes_the_config_of_the_run(runs, tmp_path, monkeypatch, cap
 def test_a_stored_config_is_locked_and_has_tuples(runs, tmp_path):
     config = copy_of(runs[1])
     config.schedule.layer_factors = (("conv1", 0.0, 2.0),)
-    load_lib.write_config(tmp_path, config)
+    write_config(tmp_path, config)
     found = load_lib.load_config(str(tmp_path / "config.json"))
     assert found.to_dict() == config.to_dict() and found.is_locked
     with pytest.raises(ConfigError, match="there is no such file"):
@@ -349,7 +350,7 @@ def test_another_network_is_refused_whatever_config_json_says(runs, tmp_path):
     for _ in range(2):
         with pytest.raises(ConfigError, match=words):
             evaluate_runs(config, [Member(workdir)])
-        load_lib.write_config(workdir, config)  # of a start since then
+        write_config(workdir, config)  # of a start since then
 
 
 def test_any_checkpoint_can_be_named(runs):

@@ -13,6 +13,7 @@ from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.training import experiment, load, loop
 from alexnet_jax.training.checkpoint import MANIFEST
 from alexnet_jax.training.config import ConfigError, get_config
+from alexnet_jax.training.workdir import write_config
 
 
 def small_config():
@@ -61,7 +62,7 @@ def workdir(tmp_path):
     step = tmp_path / "checkpoints" / "3"
     step.mkdir(parents=True)
     (step / MANIFEST).touch()
-    load.write_config(tmp_path, small_config())
+    write_config(tmp_path, small_config())
     STATISTICS.save(tmp_path / "statistics.npz")
     return tmp_path
 

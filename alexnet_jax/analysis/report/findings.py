@@ -16,11 +16,17 @@ from alexnet_jax.analysis.retrieval import Index, index_of, nearest, shrink
 from alexnet_jax.data import DataError, match_classes
 from alexnet_jax.data.sources import Sample, Source
 from alexnet_jax.models.summary import LayerSummary, summary
-from alexnet_jax.training import load, timing
+from alexnet_jax.training import timing
 from alexnet_jax.training.checkpoint import Checkpointer
 from alexnet_jax.training.config import as_json, flat, get_config
 from alexnet_jax.training.evaluate import Predictions
 from alexnet_jax.training.timing import TIMES_FILE, Times, read_times
+from alexnet_jax.training.workdir import (
+    CHECKPOINTS,
+    read_class_names,
+    read_config,
+    require_run,
+)
 from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 
 # Held-out images that are classified. Of a larger split, an even sample is taken.
@@ -92,14 +98,14 @@ def read_run(workdir: Path) -> Run:
     Raises:
       FileNotFoundError, CheckpointError: as `load.load`.
     """
-    load.require_run(workdir)
+    require_run(workdir)
     logits_of = Extractor(workdir, "logits")
-    checkpoints = workdir.absolute() / load.CHECKPOINTS
+    checkpoints = workdir.absolute() / CHECKPOINTS
     with Checkpointer(checkpoints, read_only=True) as saved:
         step = saved.find("best")
         assert step is not None  # else Extractor has raised
         versions = saved.metadata(step).get("versions", {})
-    config = load.read_config(workdir)
+    config = read_config(workdir)
     assert config is not None
     metrics = workdir / METRICS_FILE
     return Run(
@@ -226,7 +232,7 @@ def _open(run: Run, split: str) -> Source:
       DataError: as `match_classes` and `open_source`.
     """
     source = run.logits_of.open(split)
-    known = load.read_class_names(run.workdir)
+    known = read_class_names(run.workdir)
     return source if known is None else match_classes(source, known)
 
 

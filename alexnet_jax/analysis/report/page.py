@@ -34,8 +34,8 @@ from alexnet_jax.data.imagenet import words
 from alexnet_jax.system import machine as machine_records
 from alexnet_jax.training.config import flat
 from alexnet_jax.training.evaluate import class_errors, errors, worst_confusions
-from alexnet_jax.training.load import CONFIG_FILE
 from alexnet_jax.training.metrics import shows_top5
+from alexnet_jax.training.workdir import CONFIG_FILE
 from alexnet_jax.training.writers import METRICS_FILE
 
 _EXAMPLES = 8  # images with their most probable labels
