@@ -299,17 +299,17 @@ def validate(config: Config, *, devices: bool = True, training: bool = True) -> 
         for name, words in wrong.items()
     ]
     if not mistyped:
-        problems += _conflicts(config)
-        if not wrong.keys() & {"model.num_classes", "model.dtype"}:
-            problems += _network_problems(config, wrong, devices, training)
+        problems += _conflicts(config, wrong, devices, training)
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         count = f"{len(problems)} mistake{'s' if len(problems) > 1 else ''}"
         raise ConfigError(f"{count} in the config:\n{lines}")
 
 
-def _conflicts(config: Config) -> list[str]:
-    """Return a message per pair of fields that contradict each other."""
+def _conflicts(
+    config: Config, wrong: Collection[str], devices: bool, training: bool
+) -> list[str]:
+    """Return a message per mistake in fields of valid types; `wrong`: known ones."""
     problems = []
     if config.data.crop_size > config.data.image_size:
         problems.append(
@@ -325,36 +325,30 @@ def _conflicts(config: Config) -> list[str]:
         problems.append(
             "--config.model.dtype=float64 needs JAX_ENABLE_X64=1 in the environment."
         )
-    return problems
-
-
-def _network_problems(
-    config: Config, wrong: Collection[str], devices: bool, training: bool
-) -> list[str]:
-    """Return a message per mistake that depends on the network; `wrong`: known ones."""
+    if {"model.num_classes", "model.dtype"} & set(wrong):
+        return problems
     try:
         network = make_model(config, config.model.num_classes or 2).network
     except ValueError as error:
-        return [str(error)]
-    problems = []
-    try:
-        check_image_size(network, config.data.crop_size)
-    except ValueError as error:
-        problems.append(str(error))
+        return [*problems, str(error)]
     names = [row.name for row in network.layers]
-    if factor_problem := _layer_factor_problem(config, names):
-        problems.append(factor_problem)
     problems += [
         f"--config.finetune.new_layers: {layer!r} must be one of {', '.join(names)}."
         for layer in config.finetune.new_layers
         if layer not in names
     ]
-    if training and not wrong and not factor_problem:
+    try:
+        check_image_size(network, config.data.crop_size)
+    except ValueError as error:
+        problems.append(str(error))
+    factor_problem = _layer_factor_problem(config, names)
+    if factor_problem:
+        problems.append(factor_problem)
+    elif training and not wrong:
         problems += _idle_problems(config, network)
     shape = ("parallel.", "data.batch_size", "optim.accumulate_steps")
-    devices = devices and not any(name.startswith(shape) for name in wrong)
-    if devices and (mesh_problem := _mesh_problem(config, network)):
-        problems.append(mesh_problem)
+    if devices and not any(name.startswith(shape) for name in wrong):
+        problems += filter(None, [_mesh_problem(config, network)])
     return problems
 
 
@@ -452,18 +446,17 @@ def _idle_problems(config: Config, network: layers.Variant) -> list[str]:
         value, default = fields[name], defaults[name]
         if isinstance(value, list):
             value = tuple(value)
-        if has_effect or value == default:
-            continue
-        beside = ", ".join(
-            f"--config.{other}={fields[other]!r}"
-            for other in others
-            if fields[other] is not None
-        )
-        left = "out" if default is None else f"at {default!r}"
-        problems.append(
-            f"--config.{name}={value!r} has no effect with {beside}; it needs {needs}, "
-            f"or to be left {left}."
-        )
+        if not has_effect and value != default:
+            beside = ", ".join(
+                f"--config.{other}={fields[other]!r}"
+                for other in others
+                if fields[other] is not None
+            )
+            left = "out" if default is None else f"at {default!r}"
+            problems.append(
+                f"--config.{name}={value!r} has no effect with {beside}; it needs "
+                f"{needs}, or to be left {left}."
+            )
     return problems
 
 
@@ -483,15 +476,10 @@ def _mesh_problem(config: Config, network: layers.Variant) -> str:
             f"{columns} columns; set --config.parallel.mode=data or "
             "--config.parallel.column=1."
         )
-    if transform == "pmap" and mode != "data":
+    if transform == "pmap" and (mode != "data" or jax.process_count() > 1):
         return (
-            "--config.parallel.transform=pmap splits nothing but the batch: it goes with "
-            f"--config.parallel.mode=data, not {mode}."
-        )
-    if transform == "pmap" and jax.process_count() > 1:
-        return (
-            "--config.parallel.transform=pmap is for one process; "
-            f"{jax.process_count()} take shard_map."
+            "--config.parallel.transform=pmap splits nothing but the batch of one "
+            "process: it goes with --config.parallel.mode=data; take shard_map."
         )
     devices = parallel_lib.batch_shards(rows, columns, mode)
     step = devices * parts

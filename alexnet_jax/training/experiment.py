@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import jax
@@ -133,10 +133,10 @@ def build(
       ValueError, FileNotFoundError: the data is missing or wrong.
     """
     validate(config, training=False)  # `loop` refuses fields without effect
-    train, evaluation = _open_sources(config, log)
-    if jax.process_index() == 0:
-        for line in data_lib.warnings_about(train, evaluation):
-            log(line)
+    say = log if jax.process_index() == 0 else lambda line: None
+    train, evaluation = _open_sources(config, say)
+    for line in data_lib.warnings_about(train, evaluation):
+        say(line)
     network = make_model(config, _num_classes(config, train))
     mesh = parallel.make_mesh(*mesh_shape(config, network.network))
     steps_per_epoch = train.num_examples / config.data.batch_size
@@ -236,12 +236,7 @@ def _open_sources(
     if not config.data.eval_split:
         return train, None
     evaluation = _open_split(config, config.data.eval_split)
-    evaluation = data_lib.match_classes(
-        evaluation,
-        train.class_names,
-        log=log if jax.process_index() == 0 else lambda line: None,
-    )
-    return train, evaluation
+    return train, data_lib.match_classes(evaluation, train.class_names, log=log)
 
 
 def _open_split(config: Config, split: str) -> Source:
@@ -308,23 +303,22 @@ def _find_statistics(
 
     Process 0 finds them for all processes: the same bits, and read once.
     """
-    if jax.process_count() == 1:
-        return _find_own_statistics(config, source, log)
-    side = source.image_size
-    shapes = {"mean_image": (side, side, 3), "pca_std_255": (3,), "pca_vectors": (3, 3)}
-    found: dict[str, Any] = {k: np.zeros(v, np.float32) for k, v in shapes.items()}
-    found |= {"num_examples": np.int32(0), "split_examples": np.int32(0)}
     if jax.process_index() == 0:
-        own = _find_own_statistics(config, source, log)
-        found = {k: np.asarray(getattr(own, k), v.dtype) for k, v in found.items()}
-    shared = jax.device_get(multihost_utils.broadcast_one_to_all(found))
-    values: dict[str, Any] = {
-        k: np.asarray(v) if np.ndim(v) else int(v) for k, v in shared.items()
-    }
-    return Statistics(**values)
+        found = _read_or_compute_statistics(config, source, log)
+    else:
+        mean_image = np.zeros((source.image_size, source.image_size, 3))
+        found = Statistics(mean_image, np.zeros(3), np.zeros((3, 3)), 0)
+    if jax.process_count() == 1:
+        return found
+    leaves = [
+        np.asarray(leaf, np.float32 if np.ndim(leaf) else np.int32)
+        for leaf in astuple(found)
+    ]
+    leaves = jax.device_get(multihost_utils.broadcast_one_to_all(leaves))
+    return Statistics(*map(np.asarray, leaves[:3]), *map(int, leaves[3:]))
 
 
-def _find_own_statistics(
+def _read_or_compute_statistics(
     config: Config, source: Source, log: Callable[[str], object]
 ) -> Statistics:
     path, why = source.statistics_path, ""
