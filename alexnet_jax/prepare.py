@@ -39,6 +39,7 @@ from alexnet_jax.data import (
     statistics,
     warnings_about,
 )
+from alexnet_jax.data.sources.tfds import tfds_data_dir
 from alexnet_jax.system import signals
 from alexnet_jax.system.cli import expanded, progress, require_writable, show_every_name
 from alexnet_jax.system.files import atomic_write
@@ -86,7 +87,7 @@ def _imagenet(options: argparse.Namespace) -> int:
 
     if not options.source:
         raise ValueError("--source is missing: the folder with the ImageNet archives")
-    data_dir = sources.tfds_data_dir(options.data_dir)
+    data_dir = tfds_data_dir(options.data_dir)
     preparation.prepare(
         expanded(options.source).absolute(),
         data_dir.absolute(),

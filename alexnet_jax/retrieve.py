@@ -47,7 +47,7 @@ from alexnet_jax.analysis.retrieval import (
 )
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import short_names
-from alexnet_jax.data.sources import FolderSource
+from alexnet_jax.data.sources.folder import FolderSource
 from alexnet_jax.system import signals
 from alexnet_jax.system.cli import (
     exit_status,

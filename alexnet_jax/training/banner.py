@@ -4,7 +4,6 @@ import socket
 
 import jax
 
-from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, wnids
 from alexnet_jax.training import parallel
 from alexnet_jax.training.experiment import Experiment
 
@@ -26,11 +25,15 @@ def describe_run(experiment: Experiment) -> list[str]:
         f"devices {kind}: {_mesh(experiment)}",
         f"training on {train.num_examples:,} pictures: {train.description}",
     ]
-    if train.class_names == wnids() and train.num_examples < OFFICIAL_COUNTS["train"]:
-        lines.append(
-            f"WARNING: ILSVRC-2012 has {OFFICIAL_COUNTS['train']:,} training pictures; "
-            "published error rates are of all of them"
-        )
+    if train.num_classes == 1000:
+        from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, wnids
+
+        total = OFFICIAL_COUNTS["train"]
+        if train.class_names == wnids() and train.num_examples < total:
+            lines.append(
+                f"WARNING: ILSVRC-2012 has {total:,} training pictures; published error "
+                "rates are of all of them"
+            )
     if experiment.eval_source is not None:
         lines.append(
             f"evaluating on {experiment.eval_source.num_examples:,} pictures: "

@@ -315,7 +315,8 @@ def _find_statistics(
         for leaf in astuple(found)
     ]
     leaves = jax.device_get(multihost_utils.broadcast_one_to_all(leaves))
-    return Statistics(*map(np.asarray, leaves[:3]), *map(int, leaves[3:]))
+    mean_image, std, vectors = map(np.asarray, leaves[:3])
+    return Statistics(mean_image, std, vectors, *map(int, leaves[3:]))
 
 
 def _read_or_compute_statistics(

@@ -33,6 +33,7 @@ from PIL import Image
 from alexnet_jax.data import sources
 from alexnet_jax.data.imagenet import preparation
 from alexnet_jax.data.loader import Batches, TrainOrder
+from alexnet_jax.data.sources.tfds import TfdsSource
 from benchmarks.speed import measure, memory, pictures
 
 BATCH_SIZE = 128
@@ -76,7 +77,7 @@ def main() -> None:
 
 
 def _measured(
-    source: sources.TfdsSource, data_dir: Path, options: argparse.Namespace
+    source: TfdsSource, data_dir: Path, options: argparse.Namespace
 ) -> dict[str, Any]:
     workers, short = options.workers, options.short
     watched = options.memory_records or (10_000 if short else 100_000)
@@ -120,7 +121,7 @@ def _bare_in_threads(workers: int) -> str:
 
 
 def _candidates(
-    source: sources.TfdsSource, jpegs: Sequence[bytes], workers: int, short: bool
+    source: TfdsSource, jpegs: Sequence[bytes], workers: int, short: bool
 ) -> dict[str, tuple[int, Callable[[], object]]]:
     """By name: how many pictures a call makes, and the call."""
     count = BATCH_SIZE * (4 if short else 40) * workers

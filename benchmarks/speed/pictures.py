@@ -13,8 +13,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from alexnet_jax.data import sources
 from alexnet_jax.data.imagenet import originals, preparation, wnids
+from alexnet_jax.data.sources.tfds import TfdsSource
 from alexnet_jax.data.textures import CLASS_NAMES, draw
 
 PICTURES_HELP = (
@@ -43,7 +43,7 @@ def source(folder: Path | None, scratch: Path) -> Path:
     return made
 
 
-def records(folder: Path | None, data_dir: Path) -> sources.TfdsSource:
+def records(folder: Path | None, data_dir: Path) -> TfdsSource:
     """A tfds data set of 256 x 256 JPEG records: one file, under 1,025 names.
 
     The file holds 1,250 pictures of `source(folder, data_dir)`, as ImageNet's do; fewer
@@ -63,7 +63,7 @@ def records(folder: Path | None, data_dir: Path) -> sources.TfdsSource:
         os.link(shards[0].path, shard.path)
         os.link(shards[0].result_path, shard.result_path)
     preparation.write_metadata(directory, shards)
-    return sources.TfdsSource(directory, "train", preparation.SIZE)
+    return TfdsSource(directory, "train", preparation.SIZE)
 
 
 def repeated(folder: Path, scratch: Path, *, train: int, validation: int) -> Path:

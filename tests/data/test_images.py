@@ -6,7 +6,7 @@ import simplejpeg
 from PIL import Image, PngImagePlugin
 
 from alexnet_jax.data import DataError, eval_batches, images, open_source
-from alexnet_jax.data.sources import FolderSource
+from alexnet_jax.data.sources.folder import FolderSource
 from tests.data.pictures import (
     SIZE,
     deep_png,

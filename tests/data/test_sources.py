@@ -27,7 +27,8 @@ from alexnet_jax.data import (
 )
 from alexnet_jax.data.imagenet import originals
 from alexnet_jax.data.loader import TrainOrder
-from alexnet_jax.data.sources import FolderSource
+from alexnet_jax.data.sources.fake import FakeSource
+from alexnet_jax.data.sources.folder import FolderSource
 from alexnet_jax.training import experiment as experiment_lib
 from alexnet_jax.training import loop
 from tests.data.imagenet_files import (
@@ -238,7 +239,7 @@ def test_fake_source():
     train, evaluation = (open_source("fake", s, image_size=8) for s in ("train", "val"))
     assert (train.num_examples, evaluation.num_examples) == (1_281_167, 50_000)
     assert train.num_classes == 1000
-    again = sources.FakeSource(image_size=8)
+    again = FakeSource(image_size=8)
     one, two = (next(train_batches(s, batch_size=64, seed=3)) for s in (train, again))
     np.testing.assert_array_equal(one["image"], two["image"])
     np.testing.assert_array_equal(one["label"], two["label"])

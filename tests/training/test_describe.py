@@ -144,11 +144,6 @@ def test_pairs_of_a_permutation():
     assert (found.devices, found.sent_bytes) == (2, 32)
 
 
-def test_unknown_form_of_replica_groups_is_an_error():
-    with pytest.raises(ValueError, match=r"unknown form.*replica_groups=torus\[2,4\]"):
-        describe.exchanges("%a = f32[8]{0} all-reduce(%x), replica_groups=torus[2,4]")
-
-
 def test_asynchronous_forms_of_a_gpu():
     """They list their operands before their results, except for all-reduce."""
     text = """
@@ -166,24 +161,12 @@ def test_asynchronous_forms_of_a_gpu():
 
 
 @pytest.mark.parametrize(
-    "dtype, size", [("f64", 8), ("bf16", 2), ("s32", 4), ("u8", 1), ("pred", 1)]
-)
-def test_sizes_of_numbers(dtype, size):
-    exchange = Exchange("all-gather", dtype, (3, 5), 3, "forward")
-    assert exchange.sent_bytes == pytest.approx(2 / 3 * 15 * size)
-
-
-@pytest.mark.parametrize(
     "kind, exchange, sent",
     [
         # [8, 6] on four devices: the whole is 192 bytes, a device's part 48.
         ("all-gather", lambda x: lax.all_gather(x, "data", tiled=True), 3 * 48),
         ("all-reduce", lambda x: lax.psum(x, "data"), 2 * 3 / 4 * 48),
-        (
-            "all-to-all",
-            lambda x: lax.all_to_all(x, "data", 0, 0, tiled=True),
-            3 / 4 * 48,
-        ),
+        ("all-to-all", lambda x: lax.all_to_all(x, "data", 0, 0, tiled=True), 36),
         (
             "reduce-scatter",
             lambda x: lax.psum_scatter(

@@ -1,5 +1,6 @@
 """Experiments: meshes, classes, statistics, the pipeline and the optimiser of a config."""
 
+import contextlib
 import importlib
 
 import jax
@@ -110,25 +111,25 @@ def test_building_warns_about_images_in_both_splits(folder):
 
 
 def test_pipeline_yields_what_training_sees(folder):
+    """Images of step 3 minus the mean, some mirrored, each with one colour added."""
     config = small(folder, data__batch_size=4)
-    batches = experiment.pipeline(config, start_step=3)
-    batch = next(batches)
-    batches.close()
+    batch, raw, mean = first_batches(config, 3)
     assert batch["image"].shape == (4, 32, 32, 3)
     assert batch["image"].dtype == np.float32
-    # By hand: the pictures of step 3 less the mean, some mirrored, all lit.
-    built = experiment.build(config, log=lambda line: None)
-    with built.train_batches(3) as host:
-        raw = next(host)
     np.testing.assert_array_equal(batch["label"], raw["label"])
-    mean = built.statistics.mean_image
     for got, picture in zip(np.asarray(batch["image"]), raw["image"], strict=True):
-        # Mirrored or not, less the mean as it is, and lit by one colour throughout.
         candidates = [view - mean for view in (picture, picture[:, ::-1])]
-        spread = [
-            np.ptp(got - candidate, axis=(0, 1)).max() for candidate in candidates
-        ]
+        spread = [np.ptp(got - image, axis=(0, 1)).max() for image in candidates]
         assert min(spread) < 1e-3 < max(spread)
+
+
+def first_batches(config, step):
+    """Return (batch of the pipeline, the same raw, mean image)."""
+    with contextlib.closing(experiment.pipeline(config, start_step=step)) as batches:
+        batch = next(batches)
+    built = experiment.build(config, log=lambda line: None)
+    with built.train_batches(step) as host:
+        return batch, next(host), built.statistics.mean_image
 
 
 def test_weight_decay_of_the_table_can_be_ignored():
@@ -149,14 +150,9 @@ def test_weight_decay_of_the_table_can_be_ignored():
 
 
 def test_pipeline_yields_resized_crops(folder):
-    config = small(folder, data__batch_size=4, data__crop_size=32)
+    config = small(folder, data__batch_size=4)
     config.augment.update({"min_area": 0.3, "flip": False, "lighting": 0.0})
-    batches = experiment.pipeline(config)
-    batch = next(batches)
-    batches.close()
-    built = experiment.build(config, log=lambda line: None)
-    with built.train_batches(0) as host:
-        raw = next(host)
+    batch, raw, mean = first_batches(config, 0)
 
     @jax.jit
     def crops(pictures):
@@ -165,7 +161,7 @@ def test_pipeline_yields_resized_crops(folder):
         first = jax.vmap(lambda key: jax.random.split(key, 3)[0])(keys)
         return augment.random_resized_crop(pictures, first, 32, min_area=0.3)
 
-    expected = crops(raw["image"]) - built.statistics.mean_image
+    expected = crops(raw["image"]) - mean
     np.testing.assert_allclose(batch["image"], expected, atol=1e-3)
 
 

@@ -12,24 +12,17 @@ from typing import Any
 import numpy as np
 
 from alexnet_jax.data.errors import DataError
-from alexnet_jax.data.sources.fake import FakeSource
-from alexnet_jax.data.sources.folder import FolderSource, split_folder
 from alexnet_jax.data.sources.source import Sample, Source, StoredSource, some
-from alexnet_jax.data.sources.tfds import TfdsSource, tfds_data_dir, tfds_directory
 from alexnet_jax.system.cli import expanded
 
 __all__ = [
-    "FakeSource",
-    "FolderSource",
     "Sample",
     "Source",
     "StoredSource",
-    "TfdsSource",
     "match_classes",
     "open_source",
     "overlap",
     "place_of_split",
-    "tfds_data_dir",
     "warnings_about",
 ]
 
@@ -58,15 +51,22 @@ def open_source(
     """
     if image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
+    # Each kind is imported when it is opened.
     if source.startswith("folder:"):
+        from alexnet_jax.data.sources.folder import FolderSource
+
         return FolderSource(source.removeprefix("folder:"), split, image_size)
     if source == "fake":
+        from alexnet_jax.data.sources.fake import FakeSource
+
         return FakeSource(split, image_size)
     if not re.fullmatch(r"\w+(/[\w.\-]+)?(:[\d.*]+)?", source):
         raise DataError(
             f"unknown data source {source!r}: --config.data.source takes folder:PATH, "
             "textures, fake, or the name of a tfds data set such as imagenet2012_256"
         )
+    from alexnet_jax.data.sources.tfds import TfdsSource, tfds_data_dir, tfds_directory
+
     directory = tfds_data_dir(data_dir)
     if source in ("textures", "textures/tiny"):
         from alexnet_jax.data.textures import build
@@ -114,6 +114,9 @@ def match_classes(
 
 def place_of_split(source: str, split: str, data_dir: str) -> Any:
     """Return the same value for all names of a split: in folders, test may be val."""
+    from alexnet_jax.data.sources.folder import split_folder
+    from alexnet_jax.data.sources.tfds import tfds_data_dir
+
     if source.startswith("folder:"):
         with contextlib.suppress(OSError, DataError):  # it may not be there
             root = expanded(source.removeprefix("folder:"))
