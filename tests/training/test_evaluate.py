@@ -19,12 +19,8 @@ from alexnet_jax.training import evaluate, loop
 from alexnet_jax.training import load as load_lib
 from alexnet_jax.training.checkpoint import CheckpointError
 from alexnet_jax.training.config import ConfigError
-from alexnet_jax.training.evaluate import (
-    Member,
-    Predictions,
-    PredictionsError,
-    evaluate_runs,
-)
+from alexnet_jax.training.ensemble import Member, describe_mistakes, evaluate_runs
+from alexnet_jax.training.evaluate import Predictions, PredictionsError
 from alexnet_jax.training.load import read_network
 from tests.training.test_loop import (
     PICTURES,
@@ -86,19 +82,19 @@ def test_errors_classes_and_confusions_by_hand():
         ("ant", 2, 0.5, 0.0),
         ("bee", 1, 0.0, 0.0),
     ]
-    assert evaluate.worst_confusions(predictions) == [
+    assert evaluate.worst_confusions(predictions, 10) == [
         ("cat", "ant", 2, pytest.approx(2 / 3)),
         ("ant", "bee", 1, 0.5),
     ]
-    assert len(evaluate.worst_confusions(predictions, most=1)) == 1
-    lines = evaluate.describe_mistakes(predictions)
+    assert len(evaluate.worst_confusions(predictions, 1)) == 1
+    lines = describe_mistakes(predictions)
     assert lines[1] == "  cat  top-1  66.7%  top-5  33.3%  of 3 pictures"
     assert lines[-1] == "  ant  taken for bee  once, 50.0% of its pictures"
     right = make(MISTAKEN, RIGHT)  # several views count
-    assert evaluate.describe_mistakes(right) == ["no picture is classified wrongly"]
+    assert describe_mistakes(right) == ["no picture is classified wrongly"]
     more_units = make(np.concatenate([0.1 * MISTAKEN, np.full((6, 1), 0.9)], axis=1))
-    assert evaluate.worst_confusions(more_units)[0][:3] == ("cat", "class 7", 3)
-    assert "taken for class 7" in evaluate.describe_mistakes(more_units)[-1]
+    assert evaluate.worst_confusions(more_units, 10)[0][:3] == ("cat", "class 7", 3)
+    assert "taken for class 7" in describe_mistakes(more_units)[-1]
 
 
 def test_an_ensemble_averages_probabilities():

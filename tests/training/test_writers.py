@@ -22,7 +22,6 @@ from alexnet_jax.training.writers import (
     JsonlWriter,
     MultiWriter,
     TensorBoardWriter,
-    make_writers,
     read_metrics,
 )
 
@@ -76,9 +75,10 @@ def test_a_record_is_one_line_of_json(path):
 
 def test_arrays_become_numbers_and_nan_becomes_null(path):
     scalars = {"a": jnp.float32(0.5), "b": np.int64(3), "c": jnp.ones((1,), jnp.int32)}
-    with MultiWriter(JsonlWriter(path)) as writer:
+    with MultiWriter(path.parent, total_steps=10) as writer:
         writer.write(7, 0.25, scalars)
     assert path.read_text() == '{"step": 7, "epoch": 0.25, "a": 0.5, "b": 3, "c": 1}\n'
+    path.unlink()
     scalars = {"train/loss": math.nan, "lr": math.inf, "x": -math.inf}
     JsonlWriter(path).write(1, 0.0, scalars)
     record = json.loads(path.read_text(), parse_constant=pytest.fail)
@@ -288,10 +288,10 @@ def test_a_terminal_has_a_bar_below_whole_lines(columns):
 # All of them.
 
 
-def test_make_writers(tmp_path, capsys):
+def test_all_writers_through_a_resume(tmp_path, capsys):
     workdir = tmp_path / "runs" / "paper"
     for resume_step, steps in ((None, (100, 200)), (100, (200, 300))):
-        with make_writers(workdir, total_steps=300, resume_step=resume_step) as writers:
+        with MultiWriter(workdir, total_steps=300, resume_step=resume_step) as writers:
             for step in steps:
                 writers.progress(step)
                 writers.write(step, step / 100, {"train/loss": jnp.float32(step)})
@@ -305,7 +305,7 @@ def test_make_writers(tmp_path, capsys):
 
 def test_other_processes_write_nothing(tmp_path, capsys):
     workdir = tmp_path / "run"
-    with make_writers(workdir, total_steps=10, resume_step=5, enabled=False) as writers:
+    with MultiWriter(workdir, total_steps=10, resume_step=5, enabled=False) as writers:
         writers.write(6, 0.1, TRAIN)
         writers.progress(6)
         writers.text("a line")
