@@ -130,21 +130,20 @@ def evaluate_runs(
                 own = load.with_network_of(config, member.path)
             experiment, variables, about = _load_network(own, member)
             predictions = predict(experiment, variables)
-        found.append(predictions)
-        records.append(about | _metrics(predictions))
+        record = about | _metrics(predictions)
         if len(members) > 1:
-            records[-1] = {"name": str(member.path)} | records[-1]
-            _say(f"{member.path}: {_in_words(records[-1], predictions)}")
+            record = {"name": str(member.path)} | record
+            _say(f"{member.path}: {_in_words(record, predictions)}")
+        found.append(predictions)
+        records.append(record)
 
-    together = average(found)
-    record = records[0]
+    together, record, who = average(found), records[0], ""
     if len(members) > 1:
         record = _metrics(together) | {"members": records}
+        who = f"{len(members)} networks averaged: "
     if save_to is not None and jax.process_index() == 0:
         together.save(save_to)
         _say(f"predictions saved: {save_to}")
-
-    who = f"{len(members)} networks averaged: " if len(members) > 1 else ""
     _say(f"{who}{_in_words(record, together)} of {together.split}")
     _say("\n".join(describe_mistakes(together)))
     # NaN and Infinity are not JSON.
@@ -162,9 +161,9 @@ def _load_network(
       (experiment, variables, {"step", "best_of"} of a checkpoint as in `evaluate_runs`).
     """
     if member.is_run:
-        weights, about, chosen = _read_checkpoint(config, member)
+        weights, about = _read_checkpoint(config, member)
     else:
-        weights, about, chosen = load.read_network(member.path), {}, ""
+        weights, about = load.read_network(member.path), {}
         config.model.num_classes = 0  # that of the data, which is compared below
         _say(f"mean image: {member.path}, of the weights")
     side = config.data.image_size
@@ -188,21 +187,17 @@ def _load_network(
         part: finetune.over(tree, weights.variables.get(part, {}))
         for part, tree in trees.items()
     }
-    if chosen:
-        say_place(experiment)
-        _say(chosen)
+    say_place(experiment)
     if source.left_out:
         _say(f"WARNING: {source.left_out}")
     return experiment, variables, about
 
 
-def _read_checkpoint(
-    config: Config, member: Member
-) -> tuple[Weights, dict[str, Any], str]:
-    """Read the chosen checkpoint of a run; print how its config differs.
+def _read_checkpoint(config: Config, member: Member) -> tuple[Weights, dict[str, Any]]:
+    """Read a checkpoint of a run; print which one, and how its config differs.
 
     Returns:
-      (its network, {"step", "best_of"} as in `evaluate_runs`, a line about it).
+      (its network, {"step", "best_of"} as in `evaluate_runs`).
     """
     workdir = member.path.absolute()
     with Checkpointer(workdir / load.CHECKPOINTS, read_only=True) as saved:
@@ -236,7 +231,8 @@ def _read_checkpoint(
                 f", chosen as the best of {count or 'its'} evaluations on this split, so "
                 "its error is a little optimistic"
             )
-    return weights, about, line
+    _say(line)
+    return weights, about
 
 
 def describe_mistakes(predictions: Predictions) -> list[str]:

@@ -112,9 +112,6 @@ def test_an_ensemble_averages_probabilities():
     # Ten views and one are not averaged; their centres are.
     mixed = evaluate.average([make(first, second), make(second)])
     assert mixed.views is None and mixed.num_views == 1
-
-
-def test_members_of_other_images_or_classes_are_refused():
     for changes, words in (
         ({"labels": LABELS[::-1].copy()}, "on a test .* their labels differ"),
         ({"class_names": ("wasp", *NAMES[1:])}, "their class names differ"),
@@ -137,19 +134,12 @@ def test_saved_predictions_are_loaded(views, tmp_path):
         np.testing.assert_array_equal(found, value)
 
 
-def test_files_without_predictions_are_refused(tmp_path):
-    path = tmp_path / "p.npz"
-
-    def refused(words):
-        with pytest.raises(PredictionsError, match=words):
-            evaluate.load_predictions(path)
-
-    refused("there is no such file")
+def test_file_without_predictions_is_refused(tmp_path):
     good = {k: v for k, v in vars(make(probabilities(0))).items() if v is not None}
-    np.savez(path, **{k: v for k, v in good.items() if k != "labels"})
-    refused("holds no predictions: it has no labels")
-    path.write_bytes(b"PK\x03\x04 torn")
-    refused(r"no \.npz that can be read")
+    np.savez(tmp_path / "p.npz", **{k: v for k, v in good.items() if k != "labels"})
+    words = "holds no predictions: it has no labels"
+    with pytest.raises(PredictionsError, match=words):
+        evaluate.load_predictions(tmp_path / "p.npz")
 
 
 # Runs.
@@ -221,7 +211,6 @@ def test_chosen_checkpoint_and_its_choice_are_printed(runs, folder, tmp_path, ca
         place = root / "seed_0" / "checkpoints" / str(record["step"])
         about, _, chosen = line.partition(")")
         assert about == f"checkpoint of step {record['step']} ({place}"
-        assert json.loads(lines[-1]) == record
         return record.get("best_of"), chosen
 
     optimistic = (
@@ -276,7 +265,7 @@ def test_set_needs_no_training_images_and_not_every_class(
 
 
 def started(monkeypatch, *arguments):
-    """Return the exit status of main."""
+    """Return the exit status of main, in process."""
     monkeypatch.setattr(sys, "argv", ["main", *arguments])
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
         main.run()
@@ -311,17 +300,11 @@ def test_evaluation_takes_the_config_of_the_run(runs, tmp_path, monkeypatch, cap
     assert "2 networks averaged" in capsys.readouterr().out
     assert started(monkeypatch, "--mode=eval", f"--workdir={file},{name}") == 0
     capsys.readouterr()
-    for arguments, words in (
-        (f"--mode=eval --workdir={file}", "Files do not say which pictures"),
-        (f"--mode=eval --workdir={tmp_path}", "has no config.json"),
-        ("--mode=eval", "--workdir=DIR is missing"),
-        (f"--workdir={name} --config.seed=1", "--config=FILE is missing, such"),
-        (
-            f"--mode=eval --workdir={name} --config.sed=1",
-            "the config has no such field",
-        ),
+    for workdir, words in (
+        (file, "Files do not say which pictures"),
+        (tmp_path, "has no config.json"),
     ):
-        assert started(monkeypatch, *arguments.split()) == 1
+        assert started(monkeypatch, "--mode=eval", f"--workdir={workdir}") == 1
         assert words in capsys.readouterr().err
 
 
