@@ -25,7 +25,6 @@ from alexnet_jax.system.files import atomic_write, explain_full_disk
 METRICS_FILE = "metrics.jsonl"
 # Longest time that an event waits in memory: each flush waits for the disk.
 FLUSH_SECONDS = 10.0
-_ONLY_ON_CONSOLE = "eta_seconds"
 
 
 class MultiWriter:
@@ -67,8 +66,10 @@ class MultiWriter:
         if self._enabled:
             # Converted once: each conversion of a device array waits for the device.
             numbers = {name: np.asarray(x).item() for name, x in scalars.items()}
-            for writer in (self._jsonl, self._events, self._console):
-                writer.write(step, epoch, numbers)
+            stored = {k: v for k, v in numbers.items() if k != "eta_seconds"}
+            self._jsonl.write(step, epoch, stored)
+            self._events.write(step, epoch, stored)
+            self._console.write(step, epoch, numbers)
 
     def progress(self, step: int) -> None:
         """Move the progress bar to `step`, if there is one; cheap."""
@@ -125,7 +126,6 @@ class JsonlWriter:
     def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
         """Append one line."""
         record = {"step": int(step), "epoch": float(epoch), **scalars}
-        record.pop(_ONLY_ON_CONSOLE, None)
         if step == self._resume_step and frozenset(record) in self._written:
             return
         finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
@@ -201,7 +201,6 @@ class TensorBoardWriter:
         values = [
             {"tag": name, "simple_value": value}
             for name, value in {"epoch": epoch, **scalars}.items()
-            if name != _ONLY_ON_CONSOLE
         ]
         self._add(step=step, summary={"value": values})
 

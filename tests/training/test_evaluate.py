@@ -203,11 +203,10 @@ def test_chosen_checkpoint_and_its_choice_are_printed(runs, folder, tmp_path, ca
     root, config = runs
 
     def tested(name="seed_0", **data):
-        record = evaluate_runs(
-            copy_of(config, **data), [Member.parse(f"{root}/{name}")]
-        )
-        lines = capsys.readouterr().out.splitlines()
-        (line,) = [line for line in lines if line.startswith("checkpoint of step ")]
+        member = Member.parse(f"{root}/{name}")
+        record = evaluate_runs(copy_of(config, **data), [member])
+        out = capsys.readouterr().out
+        (line,) = [x for x in out.splitlines() if x.startswith("checkpoint of step ")]
         place = root / "seed_0" / "checkpoints" / str(record["step"])
         about, _, chosen = line.partition(")")
         assert about == f"checkpoint of step {record['step']} ({place}"
@@ -218,11 +217,6 @@ def test_chosen_checkpoint_and_its_choice_are_printed(runs, folder, tmp_path, ca
         "optimistic"
     )
     assert tested() == (2, optimistic)
-    (tmp_path / "elsewhere").symlink_to(folder)  # the same folder
-    there = f"folder:{tmp_path / 'elsewhere'}"
-    assert tested(eval_split="val", source=there) == (2, optimistic)
-    shutil.copytree(root / "seed_0", root / "run.npz")
-    assert not Member(root / "run.npz").is_predictions  # a folder
     assert tested("seed_0@latest") == (None, "")
     shutil.copytree(folder / "test", tmp_path / "test")
     assert tested(source=f"folder:{tmp_path}") == (None, "")
@@ -333,17 +327,15 @@ def test_another_network_is_refused_whatever_config_json_says(runs, tmp_path):
 
 def test_any_checkpoint_can_be_named(runs):
     root, config = runs
-    by_step = {r["step"]: r["eval/loss"] for r in records(root / "seed_0", "eval/")}
-    assert len(by_step) == 2
-    for step, loss in by_step.items():
-        found = evaluate_runs(config, [Member.parse(f"{root}/seed_0@{step}")])
-        assert found["step"] == step
-        assert found["eval/loss"] == pytest.approx(loss, rel=1e-5)
+    first, *_, last = records(root / "seed_0", "eval/")
+    found = evaluate_runs(config, [Member.parse(f"{root}/seed_0@{first['step']}")])
+    assert found["step"] == first["step"] != last["step"]
+    assert found["eval/loss"] == pytest.approx(first["eval/loss"], rel=1e-5)
     latest = evaluate_runs(config, [Member.parse(f"{root}/seed_0@latest")])
     # Its ten views as well are those that training has measured.
     last = records(root / "seed_0", "eval/views_")[-1]
     assert latest == pytest.approx({k: last[k] for k in latest}, rel=1e-5)
-    assert latest["step"] == max(by_step) and "eval/views_top5_error" in latest
+    assert latest["step"] == last["step"] and "eval/views_top5_error" in latest
     with pytest.raises(CheckpointError, match="step 3"):
         evaluate_runs(config, [Member.parse(f"{root}/seed_0@3")])
     with pytest.raises(CheckpointError, match="a step, best or latest; 'last' is none"):
