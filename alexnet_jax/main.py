@@ -26,7 +26,7 @@ from alexnet_jax.data import DataError
 from alexnet_jax.models.weights import WeightsError
 from alexnet_jax.system import signals
 from alexnet_jax.system.cli import show_every_name
-from alexnet_jax.training import distributed, evaluate, experiment, load, loop
+from alexnet_jax.training import distributed, ensemble, experiment, load, loop
 from alexnet_jax.training.checkpoint import CheckpointError
 from alexnet_jax.training.config import ConfigError, as_json, flat
 from alexnet_jax.training.describe import describe, describe_modes
@@ -148,8 +148,8 @@ def main(argv: Sequence[str]) -> None:
     _return_freed_arrays()
     _keep_compiled_programs()
     if mode == "eval":
-        members = [evaluate.Member.parse(name) for name in workdir.split(",")]
-        evaluate.evaluate_runs(config, members, save_to=_PREDICTIONS.value)
+        members = [ensemble.Member.parse(name) for name in workdir.split(",")]
+        ensemble.evaluate_runs(config, members, save_to=_PREDICTIONS.value)
     else:
         loop.train_and_evaluate(config, workdir)
 
@@ -212,7 +212,7 @@ def _stored_config() -> Path:
         raise ConfigError(_NO_CONFIG)
     if not _WORKDIR.value:
         raise ConfigError(_NO_WORKDIR)
-    for member in map(evaluate.Member.parse, _WORKDIR.value.split(",")):
+    for member in map(ensemble.Member.parse, _WORKDIR.value.split(",")):
         if member.is_run:
             require_run(member.path)
             return member.path / CONFIG_FILE

@@ -38,7 +38,7 @@ from alexnet_jax.training.workdir import (
     write_class_names,
     write_config,
 )
-from alexnet_jax.training.writers import make_writers
+from alexnet_jax.training.writers import MultiWriter
 
 
 def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> TrainState:
@@ -98,7 +98,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
             experiment.statistics.save(path / STATISTICS_FILE)
             write_class_names(path, experiment.train_source.class_names)
             write_config(path, experiment.config)
-        with make_writers(
+        with MultiWriter(
             path,
             total_steps=experiment.total_steps,
             resume_step=step if restored else None,
