@@ -140,21 +140,18 @@ def with_network_of(config: Config, path: str | os.PathLike[str]) -> Config:
 
     `path` and errors are those of `load`.
     """
+    sizes = ("data.image_size", "data.crop_size")
+    network: dict[str, Any] = {}
     if is_weights_file(path):
         weights = read_weights(path)
-        network = {
-            f"model.{name}"
-            if name in config.model
-            else f"model.overrides.{name}": value
-            for name, value in weights.settings.items()
-        }
-        network["data.image_size"] = weights.image_size
-        network["data.crop_size"] = weights.crop_size
+        network |= {sizes[0]: weights.image_size, sizes[1]: weights.crop_size}
+        for name, value in weights.settings.items():
+            group = "model" if name in config.model else "model.overrides"
+            network[f"{group}.{name}"] = value
     else:
         workdir = Path(split_step(os.fspath(path))[0])
         require_run(workdir)
         stored = flat(as_json(from_stored(read_config(workdir) or {})))
-        sizes = ("data.image_size", "data.crop_size")
         network = {
             name: value
             for name, value in stored.items()
