@@ -129,7 +129,7 @@ class Checkpointer:
         """
         folders, text = self._folders, json.dumps(dict(metadata))
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        is_new = self._decided(lambda: folders.make_way(step))
+        is_new = _decided(lambda: folders.make_way(step))
         if is_new:
             try:
                 with explain_full_disk(self.directory, lambda: size):
@@ -142,7 +142,7 @@ class Checkpointer:
                         folders.complete(step, text, top1_error)
             except FullDiskError as full:
                 if self._is_first:
-                    folders.delete_leftovers()
+                    folders.delete(step)
                 raise CheckpointError(
                     f"no checkpoint of step {step}: {full}. Earlier ones are as they "
                     "were."
@@ -165,12 +165,12 @@ class Checkpointer:
         """
         if isinstance(which, int):
             return which
-        step = self._decided(lambda: self._folders.find(which))
+        step = _decided(lambda: self._folders.find(which))
         return None if step < 0 else step
 
     def is_best(self, error: float) -> bool:
         """Return whether no whole step has as low a top-1 error."""
-        return bool(self._decided(lambda: self._folders.is_best(error)))
+        return bool(_decided(lambda: self._folders.is_best(error)))
 
     def top1_error(self, step: int) -> float | None:
         """Return the error in [0, 1] of a whole step; None if it was not evaluated."""
@@ -178,7 +178,9 @@ class Checkpointer:
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Return the metadata of a step; raise CheckpointError unless it is whole."""
-        return self._folders.metadata(self._choose(step))
+        return self._folders.metadata(
+            _decided(lambda: self._folders.require_whole(step))
+        )
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
         """Restore the newest whole step.
@@ -194,7 +196,7 @@ class Checkpointer:
           CheckpointError: if all checkpoints are damaged, or if the checkpoint holds
             another network.
         """
-        step = self._choose(None)
+        step = _decided(lambda: self._folders.require_whole(None))
         if step < 0:
             return None
         if differs := _difference(abstract_state, self._saved_tree(step)):
@@ -225,29 +227,16 @@ class Checkpointer:
         Raises:
           CheckpointError: if `step` is missing or damaged, or if no step is whole.
         """
-        step = self._choose(step)
-        if step < 0:
+        chosen = _decided(lambda: self._folders.require_whole(step))
+        if chosen < 0:
             raise CheckpointError(f"there is no checkpoint in {self.directory}.")
-        saved = self._saved_tree(step)
+        saved = self._saved_tree(chosen)
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             {part: saved[part] for part in parts if saved.get(part)},
         )
-        return self._restore_arrays(step, target), self._folders.metadata(step)
-
-    def _choose(self, step: int | None) -> int:
-        """Return `step`, or the newest whole one if it is None; -1 if there is none.
-
-        Raises:
-          CheckpointError: if `step` is missing or damaged, or all steps are damaged.
-        """
-        folders = self._folders
-        return self._decided(
-            lambda: folders.require_whole(
-                folders.steps()[::-1] if step is None else [step]
-            )
-        )
+        return self._restore_arrays(chosen, target), self._folders.metadata(chosen)
 
     def _saved_tree(self, step: int) -> dict[str, Any]:
         """Return shapes and dtypes of a saved state, as nested dicts and lists."""
@@ -261,24 +250,23 @@ class Checkpointer:
         )
         return self._arrays.restore(self._folders.folder(step) / STATE, args=args)
 
-    def _decided(self, decide: Callable[[], int]) -> int:
-        """Return the decision of process 0; if it raises, every process raises.
 
-        A network file system may show the other processes an older state.
-        """
-        number, error = 0, None
-        if self._is_first:
-            try:
-                number = decide()
-            except (CheckpointError, OSError) as raised:
-                error = raised
-        decision = np.array([number, error is not None], np.int32)
-        number, failed = multihost_utils.broadcast_one_to_all(decision)
-        if failed:
-            raise error or CheckpointError(
-                f"no checkpoint can be used in {self.directory}; process 0 says why."
-            )
-        return int(number)
+def _decided(decide: Callable[[], int]) -> int:
+    """Return the decision of process 0; if it raises, every process raises.
+
+    A network file system may show the other processes an older state.
+    """
+    number, error = 0, None
+    if jax.process_index() == 0:
+        try:
+            number = decide()
+        except (CheckpointError, OSError) as raised:
+            error = raised
+    decision = np.array([number, error is not None], np.int32)
+    number, failed = multihost_utils.broadcast_one_to_all(decision)
+    if failed:
+        raise error or CheckpointError("no checkpoint can be used; process 0 says why.")
+    return int(number)
 
 
 def _difference(expected: Any, saved: Any) -> str:

@@ -23,7 +23,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class CheckpointError(RuntimeError):
 
 
 class StepFolders:
-    """The steps in a folder of checkpoints. Methods return step -1 for "none"."""
+    """The steps in a folder of checkpoints. Methods return -1 for "no step"."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -80,8 +80,13 @@ class StepFolders:
         """Return the first step that matches its manifest."""
         return next((step for step in steps if not self.problem(step)), -1)
 
-    def require_whole(self, candidates: Sequence[int]) -> int:
-        """Return the first whole candidate; raise CheckpointError if all are damaged."""
+    def require_whole(self, step: int | None) -> int:
+        """Return `step`, or the newest whole one if it is None; -1 if there is none.
+
+        Raises:
+          CheckpointError: if `step` is missing or damaged, or all steps are damaged.
+        """
+        candidates = self.steps()[::-1] if step is None else [step]
         chosen = self.first_whole(candidates)
         if candidates and chosen < 0:
             problems = "; ".join(f"step {s}: {self.problem(s)}" for s in candidates)
@@ -159,7 +164,7 @@ class StepFolders:
                 file.write(manifest_text(body))
 
     def delete(self, step: int) -> None:
-        """Delete a step and its leftovers, if they exist."""
+        """Delete a step and its leftover, if they exist."""
         folder, temporary = self.folder(step), self.temporary(step)
         shutil.rmtree(temporary, ignore_errors=True)
         if folder.exists():
