@@ -13,17 +13,12 @@ import struct
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from alexnet_jax.data.errors import DataError
-from alexnet_jax.data.imagenet.classes import (
-    OFFICIAL_COUNTS,
-    check_label,
-    named_wnid,
-    wnids,
-)
+from alexnet_jax.data.imagenet.classes import check_label, named_wnid, wnids
 from alexnet_jax.data.images import PICTURE_SUFFIXES
 from alexnet_jax.data.sources.folder import class_files
 from alexnet_jax.data.sources.source import some, visible, what_is_in
@@ -34,21 +29,34 @@ from alexnet_jax.data.sources.tfds import (
     tfds_builder,
     tfds_directory,
 )
+from alexnet_jax.system.cli import progress
 
-SPLITS = tuple(OFFICIAL_COUNTS)
-ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
-# Bytes and MD5 of the official archives, as in tfds and torchvision.
-OFFICIAL_BYTES = {"train": 147_897_477_120, "validation": 6_744_924_160}
-OFFICIAL_MD5 = {
-    "train": "1d675b47d978889d74fa0da5fadfb00e",
-    "validation": "29b22e2961454d5413ddabcf34fc5622",
+
+class Official(NamedTuple):
+    """A split as image-net.org offers it, and names of folders that do as well."""
+
+    archive: str
+    bytes: int
+    md5: str  # as in tfds and torchvision
+    folders: tuple[str, ...]
+
+
+OFFICIAL = {
+    "train": Official(
+        "ILSVRC2012_img_train.tar",
+        147_897_477_120,
+        "1d675b47d978889d74fa0da5fadfb00e",
+        ("train",),
+    ),
+    "validation": Official(
+        "ILSVRC2012_img_val.tar",
+        6_744_924_160,
+        "29b22e2961454d5413ddabcf34fc5622",
+        ("val", "validation"),
+    ),
 }
-_FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
-_KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
 _LABELS = {wnid: label for label, wnid in enumerate(wnids())}
 _BLOCK = 512  # bytes, the unit of a tar archive
-
-Progress = Callable[[int], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +83,6 @@ class Originals:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, indices: Any) -> "Originals":
-        """Return some rows, in that order (an index array or a slice)."""
-        return dataclasses.replace(self, rows=self.rows[indices])
-
     def divided(self, count: int) -> "list[Originals]":
         """Divide into `count` parts, each a fair sample, by a hash of the names.
 
@@ -86,17 +90,19 @@ class Originals:
         same, and an image more or less changes one part. The records of a tfds data set
         are shuffled already and keep their order.
         """
-        if self.kind != "file":
+        if self.kind == "file":
+            digests = b"".join(
+                hashlib.blake2b(name, digest_size=8).digest()
+                for name in self.rows["name"]
+            )
+            hashes = np.frombuffer(digests, ">u8").astype(np.uint64)
+            order = np.argsort(hashes, kind="stable")
+            edges = [(part << 64) // count for part in range(1, count)]
+            cuts = np.searchsorted(hashes[order], np.array(edges, np.uint64))
+            parts = np.split(order, cuts)
+        else:
             parts = np.array_split(np.arange(len(self)), count)
-            return [self.take(part) for part in parts]
-        digests = b"".join(
-            hashlib.blake2b(name, digest_size=8).digest() for name in self.rows["name"]
-        )
-        hashes = np.frombuffer(digests, ">u8").astype(np.uint64)
-        order = np.argsort(hashes, kind="stable")
-        edges = [(part << 64) // count for part in range(1, count)]
-        cuts = np.searchsorted(hashes[order], np.array(edges, np.uint64))
-        return [self.take(part) for part in np.split(order, cuts)]
+        return [dataclasses.replace(self, rows=self.rows[part]) for part in parts]
 
     def fingerprint(self) -> str:
         """Return a hash of names, sizes and labels, wherever the images lie."""
@@ -130,44 +136,41 @@ class Originals:
         return _from_example(data, name, place) if label < 0 else (name, label, data)
 
 
-def find(source: Path, progress: Progress = lambda _: None) -> dict[str, Originals]:
+def find(source: Path) -> dict[str, Originals]:
     """Find the originals of both splits in a folder.
 
     Args:
       source: holds the two archives, or train/<wnid>/ and val/ (class folders, or files
         side by side whose names say the class), or one of each; or a prepared tfds
         `imagenet2012`.
-      progress: called with the number of images found since its last call.
 
     Raises:
       DataError: an archive is cut off, or a class is unknown.
       FileNotFoundError: a split is missing.
     """
-    if (source / "dataset_info.json").exists():
-        return {split: _tfds(source, split) for split in SPLITS}
+    directory = source
     if (source / "imagenet2012").is_dir():
         directory = tfds_directory("imagenet2012", source)
-        return {split: _tfds(directory, split) for split in SPLITS}
-    for inside in _KAGGLE:  # as Kaggle packs it
+    if (directory / "dataset_info.json").exists():
+        return {split: _tfds(directory, split) for split in OFFICIAL}
+    for inside in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC"):  # as Kaggle packs it
         source = source / inside if (source / inside / "train").is_dir() else source
-    found = {}
-    for split in SPLITS:
-        names = (ARCHIVES[split], *_FOLDERS[split])
-        found[split] = [source / name for name in names if (source / name).exists()]
-    missing = " and no ".join(
-        f"{split} split ({ARCHIVES[split]} or {'/ or '.join(_FOLDERS[split])}/)"
-        for split in SPLITS
-        if not found[split]
-    )
-    if missing:
-        raise FileNotFoundError(
-            f"no {missing} in --source={source} ({what_is_in(source)}). "
-            f"{HOW_TO_GET_IMAGENET}"
-        )
-    return {split: _pictures(places[0], progress) for split, places in found.items()}
+    places = {}
+    for split, official in OFFICIAL.items():
+        names = (official.archive, *official.folders)
+        found = [source / name for name in names if (source / name).exists()]
+        if not found:
+            raise FileNotFoundError(
+                f"no {split} split ({official.archive} or "
+                f"{'/ or '.join(official.folders)}/) in --source={source} "
+                f"({what_is_in(source)}). {HOW_TO_GET_IMAGENET}"
+            )
+        places[split] = found[0]
+    with progress("reading tables of contents", None, "pictures") as done:
+        return {split: _pictures(place, done) for split, place in places.items()}
 
 
-def _pictures(place: Path, progress: Progress) -> Originals:
+def _pictures(place: Path, done: Callable[[int], object]) -> Originals:
     """Read the table of an archive, or list a folder, and label the images."""
     is_archive = place.is_file()
     places: dict[Path, int] = {}
@@ -186,16 +189,13 @@ def _pictures(place: Path, progress: Progress) -> Originals:
         check_label(name, wnid, str(where))
         number = places.setdefault(where, len(places))
         rows.append((number, os.fsencode(name), offset, size, _LABELS[wnid]))
-        progress(1)
+        done(1)
     kind = "archive" if is_archive else "folder"
     return _table(f"{kind} {place}", "file", [*places], rows)
 
 
 def _table(
-    description: str,
-    kind: Any,
-    places: list[Any],
-    rows: list[tuple[int, bytes, int, int, int]],
+    description: str, kind: Any, places: list[Any], rows: list[Any]
 ) -> Originals:
     if not rows:
         raise DataError(f"{description} holds no pictures")
@@ -213,23 +213,15 @@ def _table(
 Picture = tuple[Path, str | None, str, int, int]
 
 
-def _in_archive(path: Path) -> Iterator[Picture]:
-    """Yield the images of an archive, and of the archives of classes inside it."""
-    for member in _members(path, 0, path.stat().st_size):
-        name = os.path.basename(member.name)
-        wnid, suffix = os.path.splitext(name)
-        if suffix != ".tar":
-            yield path, None, name, member.offset_data, member.size
-            continue
-        for picture in _members(path, member.offset_data, member.size, wnid):
-            name = os.path.basename(picture.name)
-            yield path, wnid, name, picture.offset_data, picture.size
+def _in_archive(
+    path: Path, start: int = 0, wnid: str | None = None
+) -> Iterator[Picture]:
+    """Yield the images of an archive, and of the archives of classes inside it.
 
-
-def _members(
-    path: Path, start: int, size: int, inner: str = ""
-) -> Iterator[tarfile.TarInfo]:
-    """Yield the visible files of the archive at these bytes of a file."""
+    Args:
+      start: first byte of the archive in the file.
+      wnid: the class of its images, if it is the archive of a class.
+    """
     end = start
     try:
         with open(path, "rb") as file:
@@ -237,18 +229,21 @@ def _members(
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
                     end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-                    if end > start + size:
-                        raise tarfile.ReadError("unexpected end of data")
-                    hidden = os.path.basename(member.name).startswith(".")
-                    if member.isreg() and not hidden:
-                        yield member
+                    name = os.path.basename(member.name)
+                    stem, suffix = os.path.splitext(name)
+                    if not member.isreg() or name.startswith("."):
+                        continue
+                    if suffix == ".tar":
+                        yield from _in_archive(path, member.offset_data, stem)
+                    else:
+                        yield path, wnid, name, member.offset_data, member.size
             # An archive that is cut off between two files lacks only the end mark.
             file.seek(end)
             if file.read(2 * _BLOCK) != bytes(2 * _BLOCK):
                 raise tarfile.ReadError("there is no end mark")
     except tarfile.TarError as error:
-        official = {name: OFFICIAL_BYTES[s] for s, name in ARCHIVES.items()}[path.name]
-        where = f"{path}, archive {inner}.tar" if inner else path
+        [official] = [o.bytes for o in OFFICIAL.values() if o.archive == path.name]
+        where = f"{path}, archive {wnid}.tar" if wnid else path
         raise DataError(
             f"{where}: {error}. It has {path.stat().st_size:,} bytes, the official archive "
             f"{official:,}: was the download cut off, or the file compressed? Go on with "
@@ -287,15 +282,7 @@ def _tfds(directory: Path, split: str) -> Originals:
             f"{directory} is no tfds data set imagenet2012: its labels are not the 1,000 "
             "WNIDs in order"
         )
-    if split not in info.splits:
-        raise DataError(
-            f"{directory} has no split {split} (its splits: {some(sorted(info.splits))}): "
-            "was the validation archive missing when it was prepared? "
-            f"{HOW_TO_GET_IMAGENET}"
-        )
     kind = info.file_format.value
-    if kind not in ("tfrecord", "array_record"):
-        raise DataError(f"{directory} is a {kind}, not a tfrecord or array_record")
     files = [os.fspath(path) for path in info.splits[split].filepaths]
     lengths = dict(zip(files, info.splits[split].shard_lengths, strict=True))
     check_files(lengths, directory)
