@@ -9,7 +9,6 @@ import functools
 import hashlib
 import importlib
 import os
-import struct
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -287,30 +286,29 @@ def _tfds(directory: Path, split: str) -> Originals:
     lengths = dict(zip(files, info.splits[split].shard_lengths, strict=True))
     check_files(lengths, directory)
     rows = []
-    for place, path in enumerate(files):
+    for place, (path, count) in enumerate(lengths.items()):
         if kind == "tfrecord":
-            spans = _tfrecord_spans(path)
+            spans = _tfrecord_spans(path, count)
         else:  # the size of the file tells data sets apart
-            spans = [(n, os.path.getsize(path)) for n in range(lengths[path])]
+            spans = [(n, os.path.getsize(path)) for n in range(count)]
         for number, span in enumerate(spans):
             name = f"{os.path.basename(path)}#{number}".encode()
             rows.append((place, name, *span, -1))
     return _table(f"tfds {directory} [{split}]", kind, files, rows)
 
 
-def _tfrecord_spans(path: str) -> list[tuple[int, int]]:
+def _tfrecord_spans(path: str, count: int) -> list[tuple[int, int]]:
     """Return offset and size of each record: length (8), checksum (4), data, checksum."""
-    spans, end = [], os.path.getsize(path)
+    spans = []
     with open(path, "rb") as file:
-        while file.tell() < end:
-            header = file.read(12)
-            length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else end
-            spans.append((file.tell(), length))
-            if file.tell() + length + 4 > end:
-                raise DataError(
-                    f"{path} is cut off at {end:,} bytes. Prepare that data set again"
-                )
-            file.seek(length + 4, os.SEEK_CUR)
+        for _ in range(count):
+            length = int.from_bytes(file.read(8), "little")
+            spans.append((file.tell() + 4, length))
+            file.seek(4 + length + 4, os.SEEK_CUR)
+        if file.tell() != (size := os.path.getsize(path)):
+            raise DataError(
+                f"{path} is cut off at {size:,} bytes. Prepare that data set again"
+            )
     return spans
 
 

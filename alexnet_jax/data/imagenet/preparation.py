@@ -216,11 +216,9 @@ def _write_shards(
     missing = [shard for shard in shards if not shard.is_done()]
     if len(missing) < len(shards):
         log(f"{len(shards) - len(missing)} of {len(shards)} shards are done already")
-    if not missing:
-        return
     unreadable: list[list[str]] = []
     pool = futures.ProcessPoolExecutor(
-        min(workers, len(missing)),
+        min(workers, len(missing) or 1),
         multiprocessing.get_context("spawn"),  # no thread of ours is copied
         _begin_worker,
     )
@@ -282,7 +280,7 @@ def write_shard(shard: Shard) -> dict[str, Any]:
         for index in range(len(shard.originals)):
             name, label, data = shard.originals.read(index)
             try:
-                picture = images.decode(data, SIZE, name, remedy="")
+                picture = images.decode(data, SIZE, name)
             except DataError as error:
                 unreadable.append([name, str(error)])
                 continue
