@@ -6,7 +6,6 @@ that depends on the number of records (opening, shuffling, memory) is as with
 ImageNet, but the bytes come from the page cache.
 """
 
-import dataclasses
 import os
 from pathlib import Path
 
@@ -51,8 +50,7 @@ def records(folder: Path | None, data_dir: Path) -> sources.TfdsSource:
     come again. The names make 1,281,250 records.
     """
     found = originals.find(source(folder, data_dir))["train"]
-    rows = np.resize(found.rows, preparation.PICTURES_A_SHARD)
-    part = dataclasses.replace(found, rows=rows)
+    part = [found[i % len(found)] for i in range(preparation.PICTURES_A_SHARD)]
     directory = data_dir / preparation.NAME / preparation.VERSION
     (directory / "parts").mkdir(parents=True)
     counts = {"train": _FILES, "validation": 1}
@@ -78,7 +76,7 @@ def repeated(folder: Path, scratch: Path, *, train: int, validation: int) -> Pat
         first: list[Path] = []
         for i in range(count):
             if i < len(found):
-                _, label, data = found.read(i)
+                _, label, data = originals.read(found[i])
                 wnid = wnids()[label]
             else:
                 wnid = first[i % len(found)].parent.name

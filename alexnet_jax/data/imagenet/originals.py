@@ -1,10 +1,9 @@
 """Find the original images of ILSVRC-2012: archives, class folders or tfds.
 
-Archives are read in place. A split becomes a table with one row per image: the file and
-the bytes where it lies. Any process can then read any image by itself.
+Archives are read in place. A split becomes a list of its images: the file and the bytes
+where each lies. Any process can then read any image by itself.
 """
 
-import dataclasses
 import functools
 import hashlib
 import importlib
@@ -12,7 +11,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,84 +57,70 @@ _LABELS = {wnid: label for label, wnid in enumerate(wnids())}
 _BLOCK = 512  # bytes, the unit of a tar archive
 
 
-@dataclasses.dataclass(frozen=True)
-class Originals:
-    """The images of one split.
+class Original(NamedTuple):
+    """One image, and where its bytes lie."""
 
-    Attributes:
-      description: one line that says what it is and where.
-      kind: "file", bytes of an image file; "tfrecord" and "array_record", records of a
-        tfds data set (for array_record, `offset` is the record's number).
-      places: archives, folders or shard files.
-      rows: structured array [n] with the fields
-        place: number in `places`;
-        name: file name of the image (in a tfds data set, of the record);
-        offset, size: its bytes; offset -1 is a file of its own in a folder;
-        label: 0..999; -1 if only the record knows.
+    path: str  # the image file, an archive, or a file of tfds records
+    name: str  # of the image file, even in an archive; else "file of records#number"
+    size: int  # bytes; for array_record those of the whole file
+    label: int  # 0..999; -1 if only the record knows
+    offset: int = 0  # first byte in the file
+    number: int | None = None  # of the record in an array_record file
+
+
+def divided(originals: list[Original], count: int) -> list[list[Original]]:
+    """Divide into `count` parts, each a fair sample, by a hash of the names.
+
+    The part of an image depends on its name alone: archives and folders give the same,
+    and an image more or less changes one part. The records of a tfds data set are
+    shuffled already and keep their order.
     """
+    if originals[0].label < 0:
+        cuts = np.array_split(np.arange(len(originals)), count)
+        return [originals[cut[0] : cut[-1] + 1] for cut in cuts]
+    parts: list[list[tuple[int, Original]]] = [[] for _ in range(count)]
+    for original in originals:
+        name = os.fsencode(original.name)
+        key = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
+        parts[key * count >> 64].append((key, original))
+    return [[original for _, original in sorted(part)] for part in parts]
 
-    description: str
-    kind: Literal["file", "tfrecord", "array_record"]
-    places: tuple[str, ...]
-    rows: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.rows)
+def fingerprint(originals: list[Original]) -> str:
+    """Return a hash of names, sizes and labels, wherever the images lie."""
+    names = b"/".join(os.fsencode(original.name) for original in originals)
+    digest = hashlib.blake2b(names, digest_size=16)
+    digest.update(np.array([original.size for original in originals], "i8").tobytes())
+    digest.update(np.array([original.label for original in originals], "i2").tobytes())
+    return digest.hexdigest()
 
-    def divided(self, count: int) -> "list[Originals]":
-        """Divide into `count` parts, each a fair sample, by a hash of the names.
 
-        The part of an image depends on its name alone: archives and folders give the
-        same, and an image more or less changes one part. The records of a tfds data set
-        are shuffled already and keep their order.
-        """
-        if self.kind == "file":
-            digests = b"".join(
-                hashlib.blake2b(name, digest_size=8).digest()
-                for name in self.rows["name"]
-            )
-            hashes = np.frombuffer(digests, ">u8").astype(np.uint64)
-            order = np.argsort(hashes, kind="stable")
-            edges = [(part << 64) // count for part in range(1, count)]
-            cuts = np.searchsorted(hashes[order], np.array(edges, np.uint64))
-            parts = np.split(order, cuts)
+def read(original: Original) -> tuple[str, int, bytes]:
+    """Return name, label and bytes of an image file.
+
+    Raises:
+      OSError: it cannot be read.
+      DataError: its label cannot be right.
+    """
+    path, name, size, label, offset, number = original
+    try:
+        if number is not None:
+            data = _reader(path).read([number])[0]
         else:
-            parts = np.array_split(np.arange(len(self)), count)
-        return [dataclasses.replace(self, rows=self.rows[part]) for part in parts]
-
-    def fingerprint(self) -> str:
-        """Return a hash of names, sizes and labels, wherever the images lie."""
-        digest = hashlib.blake2b(b"/".join(self.rows["name"].tolist()), digest_size=16)
-        digest.update(self.rows["size"].tobytes() + self.rows["label"].tobytes())
-        return digest.hexdigest()
-
-    def read(self, index: int) -> tuple[str, int, bytes]:
-        """Return name, label and bytes of an image file.
-
-        Raises:
-          OSError: it cannot be read.
-          DataError: its label cannot be right.
-        """
-        place, name, offset, size, label = self.rows[index].item()
-        place, name = self.places[place], os.fsdecode(name)
-        try:
-            if self.kind == "array_record":
-                data = _reader(place).read([offset])[0]
-            else:
-                with open(place if offset >= 0 else f"{place}/{name}", "rb") as file:
-                    file.seek(max(0, offset))
-                    data = file.read(size)
-                if len(data) < size:
-                    raise OSError(f"it ends after {len(data)} of {size} bytes")
-        except (OSError, RuntimeError) as error:
-            raise OSError(
-                f"cannot read {name} of {place}: {error}. Start the same command again "
-                "when it can be read"
-            ) from error
-        return _from_example(data, name, place) if label < 0 else (name, label, data)
+            with open(path, "rb") as file:
+                file.seek(offset)
+                data = file.read(size)
+            if len(data) < size:
+                raise OSError(f"it ends after {len(data)} of {size} bytes")
+    except (OSError, RuntimeError) as error:
+        raise OSError(
+            f"cannot read {name} of {path}: {error}. Start the same command again when "
+            "it can be read"
+        ) from error
+    return _from_example(data, name, path) if label < 0 else (name, label, data)
 
 
-def find(source: Path) -> dict[str, Originals]:
+def find(source: Path) -> dict[str, list[Original]]:
     """Find the originals of both splits in a folder.
 
     Args:
@@ -169,46 +154,31 @@ def find(source: Path) -> dict[str, Originals]:
         return {split: _pictures(place, done) for split, place in places.items()}
 
 
-def _pictures(place: Path, done: Callable[[int], object]) -> Originals:
+def _pictures(place: Path, done: Callable[[int], object]) -> list[Original]:
     """Read the table of an archive, or list a folder, and label the images."""
-    is_archive = place.is_file()
-    places: dict[Path, int] = {}
-    rows = []
-    for where, wnid, name, offset, size in (
-        _in_archive(place) if is_archive else _in_folder(place)
+    found: dict[str, Original] = {}
+    for path, wnid, name, offset, size in (
+        _in_archive(place) if place.is_file() else _in_folder(place)
     ):
         wnid = wnid or named_wnid(name)
         if wnid not in _LABELS:
             raise DataError(
-                f"{name} in {where} is of class {wnid or 'unknown'}, none of the 1,000 "
+                f"{name} in {place} is of class {wnid or 'unknown'}, none of the 1,000 "
                 f"classes of ILSVRC-2012 ({wnids()[0]} ...). Pictures of other classes "
                 "need no preparation: --config=configs/folder.py "
                 "--config.data.source=folder:PATH"
             )
-        check_label(name, wnid, str(where))
-        number = places.setdefault(where, len(places))
-        rows.append((number, os.fsencode(name), offset, size, _LABELS[wnid]))
+        check_label(name, wnid, str(place))
+        if name in found:
+            raise DataError(f"{place} holds {name} more than once")
+        found[name] = Original(str(path), name, size, _LABELS[wnid], offset)
         done(1)
-    kind = "archive" if is_archive else "folder"
-    return _table(f"{kind} {place}", "file", [*places], rows)
+    if not found:
+        raise DataError(f"{place} holds no pictures")
+    return list(found.values())
 
 
-def _table(
-    description: str, kind: Any, places: list[Any], rows: list[Any]
-) -> Originals:
-    if not rows:
-        raise DataError(f"{description} holds no pictures")
-    width = max(len(name) for _, name, *_ in rows)
-    fields = [("place", "i4"), ("name", f"S{width}"), ("offset", "i8"), ("size", "i8")]
-    table = np.array(rows, [*fields, ("label", "i2")])
-    names, counts = np.unique(table["name"], return_counts=True)
-    if len(names) < len(table):
-        twice = os.fsdecode(names[counts.argmax()])
-        raise DataError(f"{description} holds {twice} more than once")
-    return Originals(description, kind, tuple(map(str, places)), table)
-
-
-# (archive or folder, its class if it is of one class, name, offset, size).
+# (archive or image file, its class if it lies in that of a class, name, offset, size).
 Picture = tuple[Path, str | None, str, int, int]
 
 
@@ -264,7 +234,8 @@ def _in_folder(folder: Path) -> Iterator[Picture]:
         names, others = class_files(place)
         unclear += [os.path.relpath(place / name, folder) for name in others]
         for name in names:
-            yield place, wnid, name, -1, os.stat(place / name).st_size
+            path = place / name
+            yield path, wnid, name, 0, path.stat().st_size
     if unclear:
         raise DataError(
             f"in {folder} it is unclear what to do with {some(unclear)}: expected class "
@@ -273,7 +244,7 @@ def _in_folder(folder: Path) -> Iterator[Picture]:
         )
 
 
-def _tfds(directory: Path, split: str) -> Originals:
+def _tfds(directory: Path, split: str) -> list[Original]:
     """List the records of a prepared tfds imagenet2012."""
     info = tfds_builder(directory).info
     if tuple(getattr(dict(info.features.items()).get("label"), "names", ())) != wnids():
@@ -281,35 +252,27 @@ def _tfds(directory: Path, split: str) -> Originals:
             f"{directory} is no tfds data set imagenet2012: its labels are not the 1,000 "
             "WNIDs in order"
         )
-    kind = info.file_format.value
     files = [os.fspath(path) for path in info.splits[split].filepaths]
     lengths = dict(zip(files, info.splits[split].shard_lengths, strict=True))
     check_files(lengths, directory)
-    rows = []
-    for place, (path, count) in enumerate(lengths.items()):
-        if kind == "tfrecord":
-            spans = _tfrecord_spans(path, count)
-        else:  # the size of the file tells data sets apart
-            spans = [(n, os.path.getsize(path)) for n in range(count)]
-        for number, span in enumerate(spans):
-            name = f"{os.path.basename(path)}#{number}".encode()
-            rows.append((place, name, *span, -1))
-    return _table(f"tfds {directory} [{split}]", kind, files, rows)
-
-
-def _tfrecord_spans(path: str, count: int) -> list[tuple[int, int]]:
-    """Return offset and size of each record: length (8), checksum (4), data, checksum."""
-    spans = []
-    with open(path, "rb") as file:
-        for _ in range(count):
-            length = int.from_bytes(file.read(8), "little")
-            spans.append((file.tell() + 4, length))
-            file.seek(4 + length + 4, os.SEEK_CUR)
-        if file.tell() != (size := os.path.getsize(path)):
-            raise DataError(
-                f"{path} is cut off at {size:,} bytes. Prepare that data set again"
-            )
-    return spans
+    found = []
+    for path, count in lengths.items():
+        name, size = os.path.basename(path), os.path.getsize(path)
+        if info.file_format.value == "array_record":
+            found += [
+                Original(path, f"{name}#{n}", size, -1, 0, n) for n in range(count)
+            ]
+            continue
+        with open(path, "rb") as file:  # records: length (8), checksum, data, checksum
+            for n in range(count):
+                length = int.from_bytes(file.read(8), "little")
+                found.append(Original(path, f"{name}#{n}", length, -1, file.tell() + 4))
+                file.seek(4 + length + 4, os.SEEK_CUR)
+            if file.tell() != size:
+                raise DataError(
+                    f"{path} is cut off at {size:,} bytes. Prepare that data set again"
+                )
+    return found
 
 
 @functools.lru_cache(maxsize=4)

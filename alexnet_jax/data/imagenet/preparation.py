@@ -34,9 +34,9 @@ import simplejpeg
 
 from alexnet_jax.data import images, statistics
 from alexnet_jax.data.errors import DataError
-from alexnet_jax.data.imagenet import originals as originals_lib
+from alexnet_jax.data.imagenet import originals
 from alexnet_jax.data.imagenet.classes import OFFICIAL_COUNTS, wnids
-from alexnet_jax.data.imagenet.originals import OFFICIAL, Originals
+from alexnet_jax.data.imagenet.originals import OFFICIAL, Original
 from alexnet_jax.data.sources.source import statistics_name
 from alexnet_jax.data.sources.tfds import TfdsSource, example_message
 from alexnet_jax.system.cli import progress, require_writable
@@ -96,11 +96,11 @@ def prepare(
     directory.parent.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(directory.parent / ".lock", wait=False):
         shards = []
-        for split, originals in originals_lib.find(source).items():
-            log(_count(split, len(originals), originals.description))
-            count = min(_FEWEST_SHARDS, len(originals) // _FEWEST_PICTURES)
-            count = max(count, -(-len(originals) // PICTURES_A_SHARD))
-            for number, part in enumerate(originals.divided(count)):
+        for split, found in originals.find(source).items():
+            log(_count(split, len(found), source))
+            count = min(_FEWEST_SHARDS, len(found) // _FEWEST_PICTURES)
+            count = max(count, -(-len(found) // PICTURES_A_SHARD))
+            for number, part in enumerate(originals.divided(found, count)):
                 path = unfinished / shard_name(split, number, count)
                 shards.append(Shard(path, split, part))
         if verify:
@@ -125,7 +125,7 @@ def _found_already(directory: Path, source: Path, log: Log) -> Path:
     shutil.rmtree(directory / "parts", ignore_errors=True)  # left by a kill at the end
     record = json.loads((directory / RECORD_FILE).read_text())
     for split, count in record["pictures"].items():
-        log(_count(split, count, str(directory)))
+        log(_count(split, count, directory))
     log(f"pictures left out when it was made: {len(record['unreadable']):,}")
     if record["source"] != str(source):
         raise DataError(
@@ -136,8 +136,8 @@ def _found_already(directory: Path, source: Path, log: Log) -> Path:
     return directory
 
 
-def _count(split: str, count: int, description: str) -> str:
-    line = f"{split}: {count:,} pictures, {description}"
+def _count(split: str, count: int, place: Path) -> str:
+    line = f"{split}: {count:,} pictures in {place}"
     if count != (official := OFFICIAL_COUNTS[split]):
         line += f"\n  WARNING: ILSVRC-2012 has {official:,}; these are not all of it"
     return line
@@ -183,7 +183,7 @@ class Shard:
 
     path: Path
     split: str
-    originals: Originals
+    originals: list[Original]
 
     @property
     def result_path(self) -> Path:
@@ -197,7 +197,7 @@ class Shard:
         return (
             result["bytes"] == self.path.stat().st_size
             and not result["unreadable"]  # one may have been mended since
-            and result["made_of"] == self.originals.fingerprint()
+            and result["made_of"] == originals.fingerprint(self.originals)
         )
 
     def result(self) -> dict[str, Any]:
@@ -277,8 +277,8 @@ def write_shard(shard: Shard) -> dict[str, Any]:
     try:
         # One record per block: training reads them in random order. JPEGs do not shrink.
         writer = module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-        for index in range(len(shard.originals)):
-            name, label, data = shard.originals.read(index)
+        for original in shard.originals:
+            name, label, data = originals.read(original)
             try:
                 picture = images.decode(data, SIZE, name)
             except DataError as error:
@@ -297,7 +297,7 @@ def write_shard(shard: Shard) -> dict[str, Any]:
     result = {
         "records": records,
         "bytes": shard.path.stat().st_size,
-        "made_of": shard.originals.fingerprint(),
+        "made_of": originals.fingerprint(shard.originals),
         "unreadable": unreadable,
     }
     with atomic_write(shard.result_path) as file:
