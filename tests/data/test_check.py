@@ -14,7 +14,6 @@ from alexnet_jax.data import check, open_source, statistics
 from alexnet_jax.data.imagenet import wnids
 from alexnet_jax.data.sources import Source
 from tests.data.imagenet_files import TRAIN, file_of
-from tests.data.test_imagenet import archives, data_dir  # noqa: F401, fixtures
 
 
 class Labelled(Source):
@@ -149,7 +148,7 @@ def test_imagenet_is_counted_and_its_order_checked():
     assert "class order" in wrong[0]
 
 
-def test_statistics_of_other_data_are_found(data_dir, tmp_path):  # noqa: F811
+def test_statistics_of_other_data_are_found(data_dir, tmp_path):
     shutil.copytree(data_dir / "imagenet2012_256", tmp_path / "imagenet2012_256")
     train = open_source("imagenet2012_256", "train", data_dir=str(tmp_path))
     path = Path(train.statistics_path)
@@ -170,7 +169,7 @@ def test_statistics_of_other_data_are_found(data_dir, tmp_path):  # noqa: F811
     assert finding().level == "note"
 
 
-def test_command_draws_a_contact_sheet_and_has_status_1(data_dir, tmp_path, capsys):  # noqa: F811
+def test_command_draws_a_contact_sheet_and_has_status_1(data_dir, tmp_path, capsys):
     out = tmp_path / "sheet.png"
     arguments = ["prepare", "check", f"--data_dir={data_dir}"]
     assert prepare.main([*arguments, f"--out={out}"]) == 1

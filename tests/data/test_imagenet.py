@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,19 +44,6 @@ FIRST_VALIDATION = (
     *("sea snake", "alp", "Shetland sheepdog", "soup bowl", "cradle"),
     *("garter snake", "porcupine", "bakery", "mousetrap"),
 )
-
-
-@pytest.fixture(scope="module")
-def archives(tmp_path_factory) -> Path:
-    return write_archives(tmp_path_factory.mktemp("archives"))
-
-
-@pytest.fixture(scope="module")
-def data_dir(archives, tmp_path_factory) -> Path:
-    """The data set, prepared from the archives by two processes."""
-    target = tmp_path_factory.mktemp("tfds")
-    assert imagenet(archives, target, "--workers=2") == 0
-    return target
 
 
 # Classes.

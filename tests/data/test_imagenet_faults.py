@@ -52,64 +52,49 @@ def one_class(source: Path, *names: str, wnid: str = WNIDS[0]) -> None:
     (source / TRAIN_TAR).write_bytes(tar_of({f"{wnid}.tar": inner}))
 
 
-FIRST = f"{WNIDS[0]}_0.JPEG"
-
-
-@pytest.mark.parametrize(
-    "damage, words",
-    [
-        (lambda s: os.truncate(s / TRAIN_TAR, 30_000), "was the download cut off"),
-        (cut_between_images, "there is no end mark. It has"),
-        (
-            lambda s: (s / TRAIN_TAR).write_bytes(b"<html>404</html>" * 100),
-            "the official archive 147,897,477,120",
-        ),
-        (lambda s: one_class(s, f"{WNIDS[1]}_0.JPEG"), f"{WNIDS[1]}_0.JPEG in"),
-        (
-            lambda s: one_class(s, "1.JPEG", wnid="n00000000"),
-            "none of the 1,000 classes",
-        ),
-        (
-            lambda s: one_class(s, FIRST, f"more/{FIRST}"),
-            f"holds {FIRST} more than once",
-        ),
-        (lambda s: (s / VALIDATION_TAR).unlink(), "no validation split ("),
-    ],
-)
-def test_wrong_archive_is_one_message(damage, words, tmp_path, capsys):
-    source = write_archives(tmp_path / "source")
-    damage(source)
-    assert imagenet(source, tmp_path / "target") == 1
-    error = capsys.readouterr().err
-    assert words in error and str(source) in error and error.count("\n") == 1
-    assert not [*tmp_path.rglob("1.0.0*")]  # nothing was begun
-
-
 def label_wrongly(source: Path) -> None:
     [path] = source.glob("val/*/ILSVRC2012_val_00000001.JPEG")
     (source / "val" / WNIDS[0]).mkdir()
     path.rename(source / "val" / WNIDS[0] / path.name)
 
 
-@pytest.mark.parametrize(
-    "damage, words",
-    [
-        (
-            lambda source: (source / "train" / WNIDS[0] / "x.JPEG.part").touch(),
-            f"what to do with {WNIDS[0]}/x.JPEG.part",
-        ),
-        (
-            label_wrongly,
-            "is labelled n01440764 (tench), but it is of class n01751748 (sea snake)",
-        ),
-    ],
-)
-def test_wrong_folder_is_one_message(damage, words, tmp_path, capsys):
-    source = write_folders(tmp_path / "source", flat=False)
+FIRST = f"{WNIDS[0]}_0.JPEG"
+ARCHIVE_FAULTS = [
+    (lambda s: os.truncate(s / TRAIN_TAR, 30_000), "was the download cut off"),
+    (cut_between_images, "there is no end mark. It has"),
+    (
+        lambda s: (s / TRAIN_TAR).write_bytes(b"<html>404</html>" * 100),
+        "the official archive 147,897,477,120",
+    ),
+    (lambda s: one_class(s, f"{WNIDS[1]}_0.JPEG"), f"{WNIDS[1]}_0.JPEG in"),
+    (lambda s: one_class(s, "1.JPEG", wnid="n00000000"), "none of the 1,000 classes"),
+    (lambda s: one_class(s, FIRST, f"more/{FIRST}"), f"holds {FIRST} more than once"),
+    (lambda s: (s / VALIDATION_TAR).unlink(), "no validation split ("),
+]
+FOLDER_FAULTS = [
+    (
+        lambda source: (source / "train" / WNIDS[0] / "x.JPEG.part").touch(),
+        f"what to do with {WNIDS[0]}/x.JPEG.part",
+    ),
+    (
+        label_wrongly,
+        "is labelled n01440764 (tench), but it is of class n01751748 (sea snake)",
+    ),
+]
+
+
+@pytest.mark.parametrize("damage, words", ARCHIVE_FAULTS + FOLDER_FAULTS)
+def test_wrong_source_is_one_message(damage, words, tmp_path, capsys):
+    source = tmp_path / "source"
+    if (damage, words) in FOLDER_FAULTS:
+        write_folders(source, flat=False)
+    else:
+        write_archives(source)
     damage(source)
-    assert imagenet(source, tmp_path) == 1
-    assert words in capsys.readouterr().err
-    assert not [*tmp_path.rglob("1.0.0*")]
+    assert imagenet(source, tmp_path / "target") == 1
+    error = capsys.readouterr().err
+    assert words in error and str(source) in error and error.count("\n") == 1
+    assert not [*tmp_path.rglob("1.0.0*")]  # nothing was begun
 
 
 def test_verify_compares_the_md5(tmp_path, capsys):

@@ -50,7 +50,7 @@ from alexnet_jax.system.files import (
 NAME = "imagenet2012_256"
 VERSION = "1.0.0"
 SIZE = 256
-RECORD_FILE = "preparation.json"
+_RECORD_FILE = "preparation.json"
 _JPEG_QUALITY = 95
 PICTURES_A_SHARD = 1250  # about 43 MB, and some ten seconds of work
 # A small set is spread over the cores as well, but no shard may be empty.
@@ -71,6 +71,8 @@ def prepare(
     log: Log,
 ) -> Path:
     """Prepare both splits, or resume their preparation, and compute their statistics.
+
+    List the shards, make the missing ones, describe them, and rename the directory.
 
     Args:
       source: see `originals.find`.
@@ -123,7 +125,7 @@ def prepare(
 def _found_already(directory: Path, source: Path, log: Log) -> Path:
     """Describe a finished data set; raise DataError if it is of another source."""
     shutil.rmtree(directory / "parts", ignore_errors=True)  # left by a kill at the end
-    record = json.loads((directory / RECORD_FILE).read_text())
+    record = json.loads((directory / _RECORD_FILE).read_text())
     for split, count in record["pictures"].items():
         log(_count(split, count, directory))
     log(f"pictures left out when it was made: {len(record['unreadable']):,}")
@@ -137,8 +139,8 @@ def _found_already(directory: Path, source: Path, log: Log) -> Path:
 
 
 def _count(split: str, count: int, place: Path) -> str:
-    line = f"{split}: {count:,} pictures in {place}"
-    if count != (official := OFFICIAL_COUNTS[split]):
+    line, official = f"{split}: {count:,} pictures in {place}", OFFICIAL_COUNTS[split]
+    if count != official:
         line += f"\n  WARNING: ILSVRC-2012 has {official:,}; these are not all of it"
     return line
 
@@ -150,10 +152,7 @@ def _verify(source: Path) -> None:
         if not path.is_file():
             raise DataError(f"--verify needs the archives; {path} is not there")
         size = path.stat().st_size
-        with (
-            progress(f"MD5 of {path.name}", size, "B") as done,
-            open(path, "rb") as file,
-        ):
+        with open(path, "rb") as file, progress(f"MD5 of {path}", size, "B") as done:
             while block := file.read(1 << 24):
                 digest.update(block)
                 done(len(block))
@@ -328,12 +327,12 @@ def _finish(
     unfinished: Path, source: Path, shards: list[Shard], workers: int, log: Log
 ) -> None:
     """Write description, statistics and record of the data set beside its shards."""
-    results = {split: [] for split in OFFICIAL}
+    results: dict[str, list[dict[str, Any]]] = {split: [] for split in OFFICIAL}
+    unreadable: list[list[str]] = []
     for shard in shards:
-        results[shard.split].append(shard.result())
-    unreadable = [
-        pair for part in results.values() for r in part for pair in r["unreadable"]
-    ]
+        result = shard.result()
+        results[shard.split].append(result)
+        unreadable += result["unreadable"]
     log(f"pictures left out: {len(unreadable):,}{_reasons(unreadable)}")
     write_metadata(unfinished, results)
     train = TfdsSource(unfinished, "train", SIZE)
@@ -351,7 +350,7 @@ def _finish(
         "preprocessing": f"shorter side {SIZE} (box or bicubic), central {SIZE} x "
         f"{SIZE}, JPEG of quality {_JPEG_QUALITY}, 4:2:0",
     }
-    with atomic_write(unfinished / RECORD_FILE) as file:
+    with atomic_write(unfinished / _RECORD_FILE) as file:
         file.write(json.dumps(record, indent=2).encode() + b"\n")
 
 
