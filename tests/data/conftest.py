@@ -1,9 +1,10 @@
-"""The small ImageNet, prepared once."""
+"""The small ImageNet and the small textures, prepared once."""
 
 from pathlib import Path
 
 import pytest
 
+from alexnet_jax.data import textures
 from tests.data.imagenet_files import imagenet, write_archives
 
 
@@ -18,3 +19,11 @@ def data_dir(archives, tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("tfds")
     assert imagenet(archives, target, "--workers=2") == 0
     return target
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A directory of tfds data sets with `textures/tiny`."""
+    data_dir = tmp_path_factory.mktemp("textures")
+    textures.build(data_dir, tiny=True)
+    return data_dir
