@@ -31,7 +31,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What the devices that share a network or a batch send to each other.
+    """Communication between the devices that share a network or a batch.
 
     Attributes:
       batch_axes: mesh axes that the images are split over; () on a single device.

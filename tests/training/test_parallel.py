@@ -203,7 +203,7 @@ def test_three_steps_equal_those_of_one_device(mode, rows, columns):
             for name in ("original", "no_communication")
             for mesh in (("data", 2, 1), ("hybrid", 1, 4), ("hybrid", 2, 2))
         ),
-        # Of one column: with dropout before fc6, on a device's own examples.
+        # One column: dropout before fc6, on a device's own examples.
         slowly("owt", "hybrid", 1, 4),
         slowly("one_tower", "hybrid", 1, 2),
     ],

@@ -163,7 +163,7 @@ def test_longer_run_says_that_its_schedule_changes(config, tmp_path):
     [
         ({}, -1),  # a new run
         ({"evaluated_step": 5, "error": 0.5}, 5),
-        # Of older versions: an evaluation of this step is missing, or is not.
+        # Older versions: an evaluation of this step is missing, or is not.
         ({"evaluation_owed": True}, -1),
         ({"evaluation_owed": False}, 9),
     ],

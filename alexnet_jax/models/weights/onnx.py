@@ -37,7 +37,7 @@ from alexnet_jax.models.weights import files
 from alexnet_jax.models.weights.files import WeightsError
 from alexnet_jax.system.files import atomic_write
 
-# Of 2022: it has all operators that are needed here, and current runtimes read it.
+# Opset 17 (2022) has all operators that are needed, and current runtimes read it.
 OPSET = 17
 IR_VERSION = 8
 INPUT, OUTPUT = "images", "logits"
