@@ -216,10 +216,10 @@ def _write_shards(
     if len(missing) < len(shards):
         log(f"{len(shards) - len(missing)} of {len(shards)} shards are done already")
     unreadable: list[list[str]] = []
+    context = multiprocessing.get_context("spawn")  # no thread of ours is copied
+    stopping = context.Event()
     pool = futures.ProcessPoolExecutor(
-        min(workers, len(missing) or 1),
-        multiprocessing.get_context("spawn"),  # no thread of ours is copied
-        _begin_worker,
+        min(workers, len(missing) or 1), context, _begin_worker, (stopping,)
     )
     total = sum(len(shard.originals) for shard in shards)
     with progress("preparing", total, "pictures") as done:
@@ -242,7 +242,8 @@ def _write_shards(
                 "same command goes on, with fewer --workers if need be"
             ) from error
         finally:
-            pool.shutdown(cancel_futures=True)  # shards that were begun are finished
+            stopping.set()
+            pool.shutdown(cancel_futures=True)
 
 
 def _reasons(unreadable: list[list[str]]) -> str:
@@ -250,7 +251,12 @@ def _reasons(unreadable: list[list[str]]) -> str:
     return "".join(f"\n  {why}" for _, why in unreadable[:20])
 
 
-def _begin_worker() -> None:
+_stopping: Any = None  # in a worker: the event that tells it to end
+
+
+def _begin_worker(stopping: Any) -> None:
+    global _stopping
+    _stopping = stopping
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent decides
     warnings.filterwarnings("ignore", module="PIL")  # about images that it can read
     parent = multiprocessing.parent_process()
@@ -277,6 +283,8 @@ def write_shard(shard: Shard) -> dict[str, Any]:
         # One record per block: training reads them in random order. JPEGs do not shrink.
         writer = module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         for original in shard.originals:
+            if _stopping is not None and _stopping.is_set():
+                raise InterruptedError(f"{shard.path} is not finished")
             name, label, data = originals.read(original)
             try:
                 picture = images.decode(data, SIZE, name)
