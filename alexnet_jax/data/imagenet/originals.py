@@ -185,12 +185,7 @@ Picture = tuple[Path, str | None, str, int, int]
 def _in_archive(
     path: Path, start: int = 0, wnid: str | None = None
 ) -> Iterator[Picture]:
-    """Yield the images of an archive, and of the archives of classes inside it.
-
-    Args:
-      start: first byte of the archive in the file.
-      wnid: the class of its images, if it is the archive of a class.
-    """
+    """Yield the images of the archive at byte `start`, and of class archives inside."""
     end = start
     try:
         with open(path, "rb") as file:
