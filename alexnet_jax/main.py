@@ -27,7 +27,7 @@ from alexnet_jax.system import signals
 from alexnet_jax.system.cli import show_every_name
 from alexnet_jax.training import (
     distributed,
-    evaluate,
+    ensemble,
     experiment,
     load,
     loop,
@@ -152,8 +152,8 @@ def main(argv: Sequence[str]) -> None:
     _return_freed_arrays()
     _keep_compiled_programs()
     if mode == "eval":
-        members = [evaluate.Member.parse(name) for name in workdir.split(",")]
-        evaluate.evaluate_runs(config, members, save_to=_PREDICTIONS.value)
+        members = [ensemble.Member.parse(name) for name in workdir.split(",")]
+        ensemble.evaluate_runs(config, members, save_to=_PREDICTIONS.value)
     else:
         loop.train_and_evaluate(config, workdir)
 
@@ -230,7 +230,7 @@ def _stored_config() -> Path:
         raise ConfigError(_NO_CONFIG)
     if not _WORKDIR.value:
         raise ConfigError(_NO_WORKDIR)
-    members = map(evaluate.Member.parse, _WORKDIR.value.split(","))
+    members = map(ensemble.Member.parse, _WORKDIR.value.split(","))
     runs = [member.path for member in members if member.is_run]
     if not runs:
         raise ConfigError(

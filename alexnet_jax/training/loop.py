@@ -32,7 +32,7 @@ from alexnet_jax.training.timing import (
     StepClock,
     next_batch,
 )
-from alexnet_jax.training.writers import make_writers
+from alexnet_jax.training.writers import MultiWriter
 
 
 def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> TrainState:
@@ -94,7 +94,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
             experiment.statistics.save(path / load.STATISTICS_FILE)
             load.write_class_names(path, experiment.train_source.class_names)
             load.write_config(path, experiment.config)
-        with make_writers(
+        with MultiWriter(
             path,
             total_steps=experiment.total_steps,
             resume_step=step if restored else None,

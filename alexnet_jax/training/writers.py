@@ -25,47 +25,37 @@ from alexnet_jax.system.files import atomic_write, explain_full_disk
 METRICS_FILE = "metrics.jsonl"
 # Longest time that an event waits in memory: each flush waits for the disk.
 FLUSH_SECONDS = 10.0
-_ONLY_ON_CONSOLE = "eta_seconds"
 
 
-def make_writers(
-    workdir: str | os.PathLike[str],
-    *,
-    total_steps: int,
-    resume_step: int | None = None,
-    enabled: bool = True,
-    show_top5: bool = True,
-) -> "MultiWriter":
-    """Return the writer of a run in `workdir`, which is created if missing.
+class MultiWriter:
+    """Write each record of a run to metrics.jsonl, TensorBoard and the console.
 
     Args:
+      workdir: folder for the files, created if missing.
       total_steps: the last step of the run, for the console.
       resume_step: the step that the run resumes from; later records are dropped. None
         for a new run.
       enabled: False on every process but the first: nothing is created or written.
       show_top5: show top-5 errors on the console; the files always hold them.
     """
-    if not enabled:
-        return MultiWriter()
-    os.makedirs(workdir, exist_ok=True)
-    return MultiWriter(
-        JsonlWriter(Path(workdir) / METRICS_FILE, resume_step),
-        TensorBoardWriter(workdir, resume_step),
-        ConsoleWriter(total_steps, start_step=resume_step or 0, show_top5=show_top5),
-    )
-
-
-class MultiWriter:
-    """Write records to metrics.jsonl, TensorBoard and the console, if they are given."""
 
     def __init__(
         self,
-        jsonl: "JsonlWriter | None" = None,
-        events: "TensorBoardWriter | None" = None,
-        console: "ConsoleWriter | None" = None,
+        workdir: str | os.PathLike[str],
+        *,
+        total_steps: int,
+        resume_step: int | None = None,
+        enabled: bool = True,
+        show_top5: bool = True,
     ):
-        self._writers = [w for w in (jsonl, events, console) if w is not None]
-        self._events, self._console = events, console
+        self._enabled = enabled
+        if enabled:
+            os.makedirs(workdir, exist_ok=True)
+            self._jsonl = JsonlWriter(Path(workdir) / METRICS_FILE, resume_step)
+            self._events = TensorBoardWriter(workdir, resume_step)
+            self._console = ConsoleWriter(
+                total_steps, start_step=resume_step or 0, show_top5=show_top5
+            )
 
     def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
         """Write one record: scalars (numbers or 0-d arrays) after `step` steps.
@@ -73,36 +63,33 @@ class MultiWriter:
         Raises:
           FullDiskError: (an OSError) if the disk has no room for it.
         """
-        if self._writers:
+        if self._enabled:
             # Converted once: each conversion of a device array waits for the device.
-            numbers = {name: _number(value) for name, value in scalars.items()}
-            for writer in self._writers:
-                writer.write(step, epoch, numbers)
+            numbers = {name: np.asarray(x).item() for name, x in scalars.items()}
+            stored = {k: v for k, v in numbers.items() if k != "eta_seconds"}
+            self._jsonl.write(step, epoch, stored)
+            self._events.write(step, epoch, stored)
+            self._console.write(step, epoch, numbers)
 
     def progress(self, step: int) -> None:
         """Move the progress bar to `step`, if there is one; cheap."""
-        if self._console is not None:
+        if self._enabled:
             self._console.progress(step)
 
     def text(self, line: str) -> None:
         """Print a line on the console, above the bar."""
-        if self._console is not None:
+        if self._enabled:
             self._console.text(line)
-
-    def close(self) -> None:
-        """Flush and close all writers, even if one of them raises."""
-        try:
-            if self._events is not None:
-                self._events.close()
-        finally:
-            if self._console is not None:
-                self._console.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.close()
+        if self._enabled:
+            try:
+                self._events.close()
+            finally:
+                self._console.close()
 
 
 class JsonlWriter:
@@ -121,17 +108,24 @@ class JsonlWriter:
         self._path = Path(path)
         self._resume_step = resume_step
         self._written: set[frozenset[str]] = set()  # names in records of resume_step
-        if resume_step is not None and self._path.exists():
-            self._drop_after(resume_step)
-        elif self._path.exists() and self._path.stat().st_size:
+        self._path.touch()
+        if resume_step is not None:
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            with atomic_write(self._path) as file:
+                for line in lines:
+                    record = parse_record(line)
+                    if record and record["step"] <= resume_step:
+                        file.write(f"{line}\n".encode())
+                        if record["step"] == resume_step:
+                            self._written.add(frozenset(record))
+        elif self._path.stat().st_size:
             name = self._path.name + ".old"
             os.rename(self._path, free_name(self._path.with_name(name)))
-        self._path.touch()
+            self._path.touch()
 
     def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
         """Append one line."""
         record = {"step": int(step), "epoch": float(epoch), **scalars}
-        record.pop(_ONLY_ON_CONSOLE, None)
         if step == self._resume_step and frozenset(record) in self._written:
             return
         finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
@@ -141,16 +135,6 @@ class JsonlWriter:
             open(self._path, "a", encoding="utf-8") as file,
         ):
             file.write(json.dumps(finite) + "\n")
-
-    def _drop_after(self, resume_step: int) -> None:
-        lines = self._path.read_text(encoding="utf-8").splitlines()
-        records = [(line, parse_record(line)) for line in lines]
-        kept = [line for line, r in records if r and r["step"] <= resume_step]
-        self._written = {
-            frozenset(r) for _, r in records if r and r["step"] == resume_step
-        }
-        with atomic_write(self._path) as file:
-            file.writelines(f"{line}\n".encode() for line in kept)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -203,7 +187,6 @@ class TensorBoardWriter:
                 del modules["torch"]
 
         self._directory = Path(directory)
-        self._directory.mkdir(parents=True, exist_ok=True)
         self._event: Any = getattr(event_pb2, "Event")  # noqa: B009  (made at import)
         # The file name has the time in seconds, which two quick starts may share.
         suffix = f".{os.getpid()}.{resume_step or 0}"
@@ -218,7 +201,6 @@ class TensorBoardWriter:
         values = [
             {"tag": name, "simple_value": value}
             for name, value in {"epoch": epoch, **scalars}.items()
-            if name != _ONLY_ON_CONSOLE
         ]
         self._add(step=step, summary={"value": values})
 
@@ -238,11 +220,7 @@ class TensorBoardWriter:
 class ConsoleWriter:
     """Print one line per record and, on a terminal, a progress bar below.
 
-    Args:
-      total_steps: the last step of the run.
-      stream: standard output by default.
-      start_step: where the bar starts.
-      show_top5: show top-5 errors.
+    The bar starts at `start_step`. `stream` is standard output by default.
     """
 
     def __init__(
@@ -341,9 +319,3 @@ def _place(item: tuple[str, Any]) -> tuple[int, int]:
     group, _, short = item[0].rpartition("/")
     groups, names = ["train", "eval", group], [*_FORMS, short]
     return groups.index(group), names.index(short)
-
-
-def _number(value: Any) -> int | float:
-    """Return a Python number for a number, NumPy scalar or array of one element."""
-    number = value if isinstance(value, (int, float)) else np.asarray(value).item()
-    return number if isinstance(number, int) else float(number)

@@ -11,8 +11,8 @@ import pytest
 from alexnet_jax.data import DataError
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.training import experiment, load, loop
-from alexnet_jax.training.checkpoint import MANIFEST
 from alexnet_jax.training.config import ConfigError, get_config
+from alexnet_jax.training.step_folders import MANIFEST
 
 
 def small_config():

@@ -17,6 +17,7 @@ import pytest
 from alexnet_jax import load
 from alexnet_jax.training import loop, run, step_log, timing
 from alexnet_jax.training.checkpoint import CheckpointError
+from alexnet_jax.training.step_folders import StepFolders
 from alexnet_jax.training.writers import read_metrics
 from configs import common
 from tests.training.test_parallel import fast_loops
@@ -334,7 +335,7 @@ def test_interrupted_evaluation_is_repeated(folder, tmp_path, monkeypatch, capsy
     assert "stopped at step 9 by SIGTERM; the same" in capsys.readouterr().out
     assert [row["step"] for row in records(workdir, "eval/")] == [5]
     for where, name in (
-        (loop.Checkpointer, "_add_error"),  # the record is written, and no more
+        (StepFolders, "add_error"),  # the record is written, and no more
         (loop, "next_batch"),  # in the steps that follow
     ):
         with monkeypatch.context() as patch:

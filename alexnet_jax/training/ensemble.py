@@ -1,0 +1,285 @@
+"""Evaluate trained networks, alone or averaged (table 2): `--mode=eval`.
+
+Probabilities are averaged over views (section 4.1) and over networks.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from alexnet_jax.data.imagenet import words
+from alexnet_jax.data.sources import place_of_split
+from alexnet_jax.data.statistics import Statistics
+from alexnet_jax.models.weights import Weights
+from alexnet_jax.system.cli import expanded, require_writable_file
+from alexnet_jax.training import finetune, load, metrics
+from alexnet_jax.training.banner import say_place
+from alexnet_jax.training.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    has_checkpoint,
+    split_step,
+)
+from alexnet_jax.training.config import Config, ConfigError
+from alexnet_jax.training.evaluate import (
+    Predictions,
+    average,
+    class_errors,
+    errors,
+    load_predictions,
+    predict,
+    worst_confusions,
+)
+from alexnet_jax.training.experiment import Experiment, build_for_evaluation
+from alexnet_jax.training.resume import compare
+from alexnet_jax.training.writers import METRICS_FILE, read_metrics
+
+WORST = 10  # number of classes, and of confusions, that are printed
+
+
+@dataclass(frozen=True)
+class Member:
+    """A network to evaluate: a checkpoint in a workdir, weights, or saved predictions.
+
+    `step` is that of `Checkpointer.find`.
+    """
+
+    path: Path
+    step: int | str = "best"
+
+    @property
+    def is_predictions(self) -> bool:
+        return self.path.suffix == ".npz" and not self.path.is_dir()
+
+    @property
+    def is_run(self) -> bool:
+        return not self.is_predictions and not load.is_weights_file(self.path)
+
+    @classmethod
+    def parse(cls, text: str) -> "Member":
+        """Parse DIR, DIR@STEP, DIR@best, DIR@latest, FILE.safetensors ... or FILE.npz.
+
+        Raises:
+          CheckpointError: if the text is empty, or another word follows the "@".
+        """
+        if not text:
+            raise CheckpointError(
+                "--workdir has a comma with nothing before or behind it; several are "
+                "given as DIR,DIR@STEP,FILE.npz."
+            )
+        folder, step = split_step(text)
+        return cls(expanded(folder), step)
+
+
+def evaluate_runs(
+    config: Config,
+    members: Sequence[Member],
+    *,
+    save_to: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Evaluate networks on the evaluation split, average several, print the results.
+
+    Args:
+      config: names the data, the views and the devices. A single workdir must hold the
+        config's network; several, and weights, keep their own.
+      members: at least one.
+      save_to: an .npz for the predictions, averaged over the members.
+
+    Returns:
+      The record that is printed as the last line, as JSON with null for NaN: {"step",
+      "eval/loss", "eval/top1_error", ...} as in metrics.jsonl. "best_of" is the number
+      of evaluations on this very split that chose the checkpoint, None if unknown. With
+      several members the record is the ensemble's, and "members" lists theirs.
+
+    Raises:
+      CheckpointError: if there is no such checkpoint.
+      PredictionsError: if a file holds no predictions, or those of other images.
+      PathError: (an OSError) if `save_to` cannot be written.
+      ConfigError, DataError: as `train_and_evaluate`.
+    """
+    if not config.data.eval_split:
+        raise ConfigError("--config.data.eval_split is empty: nothing to evaluate on.")
+    if save_to is not None:
+        save_to = expanded(save_to)
+        if save_to.suffix != ".npz":
+            raise ConfigError(f"--predictions={save_to} must be a file FILE.npz.")
+        if jax.process_index() == 0:  # which writes it
+            require_writable_file(save_to)
+    for member in members:  # all of them, before the first is computed
+        folder = member.path / load.CHECKPOINTS
+        if member.is_run and not has_checkpoint(folder):
+            raise CheckpointError(
+                f"There is no checkpoint in {folder}; train first (--mode=train), or "
+                "give the --workdir of a run."
+            )
+
+    found, records = [], []
+    for member in members:
+        about: dict[str, Any] = {}
+        if member.is_predictions:
+            predictions = load_predictions(member.path)
+        else:
+            own = config
+            if len(members) > 1 or not member.is_run:
+                own = load.with_network_of(config, member.path)
+            experiment, variables, about = _load_network(own, member)
+            predictions = predict(experiment, variables)
+        record = about | _metrics(predictions)
+        if len(members) > 1:
+            record = {"name": str(member.path)} | record
+            _say(f"{member.path}: {_in_words(record, predictions)}")
+        found.append(predictions)
+        records.append(record)
+
+    together, record, who = average(found), records[0], ""
+    if len(members) > 1:
+        record = _metrics(together) | {"members": records}
+        who = f"{len(members)} networks averaged: "
+    if save_to is not None and jax.process_index() == 0:
+        together.save(save_to)
+        _say(f"predictions saved: {save_to}")
+    _say(f"{who}{_in_words(record, together)} of {together.split}")
+    _say("\n".join(describe_mistakes(together)))
+    # NaN and Infinity are not JSON.
+    finite = json.loads(json.dumps(record), parse_constant=lambda name: None)
+    _say(json.dumps(finite))
+    return record
+
+
+def _load_network(
+    config: Config, member: Member
+) -> tuple[Experiment, dict[str, Any], dict[str, Any]]:
+    """Read a checkpoint or a file of weights onto the config's mesh.
+
+    Returns:
+      (experiment, variables, {"step", "best_of"} of a checkpoint as in `evaluate_runs`).
+    """
+    if member.is_run:
+        weights, about = _read_checkpoint(config, member)
+    else:
+        weights, about = load.read_network(member.path), {}
+        config.model.num_classes = 0  # that of the data, which is compared below
+        _say(f"mean image: {member.path}, of the weights")
+    side = config.data.image_size
+    mean = np.broadcast_to(np.asarray(weights.mean), (side, side, 3))
+    experiment = build_for_evaluation(
+        config,
+        class_names=weights.class_names,
+        statistics=Statistics(mean, np.zeros(3), np.eye(3), num_examples=1),
+        log=_say,
+    )
+    source, known = experiment.eval_source, weights.settings["num_classes"]
+    assert source is not None
+    if known != experiment.model.network.layers[-1].features:
+        raise ConfigError(
+            f"{member.path} knows {known} classes; {source.description} has "
+            f"{source.num_classes}. Give the data that it was trained on."
+        )
+    target = experiment.abstract_state()
+    trees = {"params": target.params, "batch_stats": target.batch_stats}
+    variables = {
+        part: finetune.over(tree, weights.variables.get(part, {}))
+        for part, tree in trees.items()
+    }
+    say_place(experiment)
+    if source.left_out:
+        _say(f"WARNING: {source.left_out}")
+    return experiment, variables, about
+
+
+def _read_checkpoint(config: Config, member: Member) -> tuple[Weights, dict[str, Any]]:
+    """Read a checkpoint of a run; print which one, and how its config differs.
+
+    Returns:
+      (its network, {"step", "best_of"} as in `evaluate_runs`).
+    """
+    workdir = member.path.absolute()
+    with Checkpointer(workdir / load.CHECKPOINTS, read_only=True) as saved:
+        step = saved.find(member.step)
+        weights = load.read_network(workdir, step=step)
+        assert step is not None  # else there was no checkpoint to read
+        is_best = member.step == "best" and saved.top1_error(step) is not None
+        # Not config.json, which may be that of a later start.
+        trained_with = saved.metadata(step)["config"]
+    differences = compare(config, trained_with, workdir)
+    statistics = load.read_statistics(workdir)
+    _say(load.about_mean(workdir, statistics, trained_with))
+    if differences:
+        _say("\n".join([f"{member.path}: {differences[0]}", *differences[1:]]))
+
+    about: dict[str, Any] = {"step": step}
+    line = f"checkpoint of step {step} ({member.path / load.CHECKPOINTS / str(step)})"
+    here, there = (
+        place_of_split(data["source"], data["eval_split"], data.get("dir", ""))
+        for data in (config.data, trained_with["data"])
+    )
+    if is_best and here == there:
+        try:
+            kept = read_metrics(workdir / METRICS_FILE)
+            count = len({r["step"] for r in kept if "eval/top1_error" in r})
+        except (OSError, ValueError):
+            count = None  # the records are lost
+        if count != 1:
+            about["best_of"] = count
+            line += (
+                f", chosen as the best of {count or 'its'} evaluations on this split, so "
+                "its error is a little optimistic"
+            )
+    _say(line)
+    return weights, about
+
+
+def describe_mistakes(predictions: Predictions) -> list[str]:
+    """Return lines with the worst classes and the most frequent confusions."""
+    worst = [c for c in class_errors(predictions)[:WORST] if c.top1_error > 0]
+    if not worst:
+        return ["no picture is classified wrongly"]
+    confusions = worst_confusions(predictions, WORST)
+    shown = [c.name for c in worst] + [name for c in confusions for name in c[:2]]
+    width = max(len(words(name)) for name in shown)
+    lines = [f"classes with the highest error ({_num_views(predictions.num_views)}):"]
+    for name, count, top1, top5 in worst:
+        rates = f"top-1 {100 * top1:5.1f}%"
+        if metrics.shows_top5(len(predictions.class_names)):
+            rates += f"  top-5 {100 * top5:5.1f}%"
+        lines.append(f"  {words(name):<{width}}  {rates}  of {count} pictures")
+    lines.append("most frequent confusions:")
+    for label, predicted, count, share in confusions:
+        pair = f"{words(label):<{width}}  taken for {words(predicted):<{width}}"
+        times = "once" if count == 1 else f"{count} times"
+        lines.append(f"  {pair}  {times}, {100 * share:.1f}% of its pictures")
+    return lines
+
+
+def _metrics(predictions: Predictions) -> dict[str, Any]:
+    return {f"eval/{name}": value for name, value in errors(predictions).items()}
+
+
+def _in_words(record: dict[str, Any], predictions: Predictions) -> str:
+    """Return "step 10: top-1 error 40.66%, top-5 error 18.21% (10 views); ..."."""
+    ks = (1, 5) if metrics.shows_top5(len(predictions.class_names)) else (1,)
+    parts = []
+    for prefix, count in (("eval/views_", predictions.num_views), ("eval/", 1)):
+        if f"{prefix}loss" in record:
+            rates = (
+                f"top-{k} error {100 * record[f'{prefix}top{k}_error']:.2f}%"
+                for k in ks
+            )
+            parts.append(f"{', '.join(rates)} ({_num_views(count)})")
+    step = f"step {record['step']}: " if "step" in record else ""
+    return f"{step}{'; '.join(parts)}; {record['eval/count']} pictures"
+
+
+def _num_views(count: int) -> str:
+    return "centre view" if count == 1 else f"{count} views"
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
