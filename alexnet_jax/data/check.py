@@ -108,7 +108,7 @@ def examine(
     """
     is_imagenet = set(train.class_names) <= set(wnids())
     yield _class_order(train, is_imagenet, partial)
-    splits = [("train", train, labels[0])]
+    splits = {"train": train}
     if evaluation is not None:
         try:
             match_classes(evaluation, train.class_names)
@@ -116,18 +116,15 @@ def examine(
         except DataError as error:
             yield Finding("WRONG", str(error))
         yield from _in_both(train, evaluation, hashes)
-        name = "validation" if is_imagenet else "evaluation"
-        splits.append((name, evaluation, labels[1]))
-    for split, source, of_split in splits:
+        splits["validation" if is_imagenet else "evaluation"] = evaluation
+    for (split, source), of_split in zip(splits.items(), labels):
         if is_imagenet:
             count, official = len(of_split), OFFICIAL_COUNTS[split]
             text = f"{split}: {count:,} pictures, ILSVRC-2012 has {official:,}"
-            if count == official:
-                yield Finding("ok", text)
-            elif partial:
-                yield Finding("note", text)
-            else:
-                yield Finding("WRONG", f"{text} (--partial accepts that)")
+            if count != official and not partial:
+                text += " (--partial accepts that)"
+            other = "note" if partial else "WRONG"
+            yield Finding("ok" if count == official else other, text)
         yield _counts(split, source, of_split)
         yield _pixel_values(split, source)
     yield from _order(labels[0])
@@ -164,23 +161,18 @@ def _in_both(
         return
     if not isinstance(train, StoredSource) or not isinstance(evaluation, StoredSource):
         return
-    total = len(hashes[1])
+    level, total = "ok", len(hashes[1])
     found = np.flatnonzero(np.isin(hashes[1], hashes[0]))
-    if not len(found):
-        yield Finding(
-            "ok",
-            f"no evaluation image is byte for byte a training image ({total:,} compared "
-            f"with {len(hashes[0]):,})",
+    text = f"{len(found):,} of {total:,} evaluation images are byte for byte training images"
+    if len(found):
+        level = "WRONG" if len(found) >= _MOST_IDENTICAL * total else "note"
+        twin = np.flatnonzero(hashes[0] == hashes[1][found[0]])[0]
+        text += (
+            f", for example {evaluation.name_of(int(found[0]))} and "
+            f"{train.name_of(int(twin))}: their error is not that of unseen images. Take "
+            "them out of one split"
         )
-        return
-    first = int(found[0])
-    twin = int(np.flatnonzero(hashes[0] == hashes[1][first])[0])
-    yield Finding(
-        "WRONG" if len(found) >= _MOST_IDENTICAL * total else "note",
-        f"{len(found):,} of {total:,} evaluation images are byte for byte training images, "
-        f"for example {evaluation.name_of(first)} and {train.name_of(twin)}: their error "
-        "is not that of unseen images. Take them out of one split",
-    )
+    yield Finding(level, text)
 
 
 def _counts(split: str, source: Source, labels: np.ndarray) -> Finding:
@@ -209,27 +201,23 @@ def _pixel_values(split: str, source: Source) -> Finding:
     for index in range(sample.num_examples):
         sample.fetch(np.array([index]), image, np.empty(1, np.int32))
         ranges.append(int(image.max()) - int(image.min()))
-    median = float(np.median(ranges))
+    median = np.median(ranges)
     text = (
         f"{split}: an image spans {median:.0f} of 255 grey levels (median of "
         f"{len(ranges):,})"
     )
-    if median >= _LEAST_RANGE:
-        return Finding("ok", text)
-    return Finding(
-        "WRONG",
-        f"{text}: the images hardly vary; expected at least {_LEAST_RANGE}. Were values of "
-        "10 to 16 bits cut to 8? Scale them to 0..255 and save the images again",
-    )
+    if median < _LEAST_RANGE:
+        text += (
+            f": the images hardly vary; expected at least {_LEAST_RANGE}. Were values of "
+            "10 to 16 bits cut to 8? Scale them to 0..255 and save the images again"
+        )
+    return Finding("ok" if median >= _LEAST_RANGE else "WRONG", text)
 
 
 def label_entropy(batches: np.ndarray) -> float:
     """Return the mean entropy of the labels in a batch, in bits; int [batches, size]."""
-    total = 0.0
-    for batch in batches:
-        share = np.unique(batch, return_counts=True)[1] / len(batch)
-        total -= float((share * np.log2(share)).sum())
-    return total / len(batches)
+    shares = [np.unique(b, return_counts=True)[1] / len(b) for b in batches]
+    return float(np.mean([-(share * np.log2(share)).sum() for share in shares]))
 
 
 def _order(labels: np.ndarray) -> Iterator[Finding]:
@@ -237,8 +225,9 @@ def _order(labels: np.ndarray) -> Iterator[Finding]:
     # Several batches: one batch of all examples would look well mixed.
     size = min(_BATCH_SIZE, max(1, len(labels) // 8))
     if size < _FEWEST:
-        yield Finding("note", "shuffling: too few pictures to tell")
-        yield Finding("note", "order of storage: too few pictures to tell")
+        yield Finding(
+            "note", "shuffling and order of storage: too few pictures to tell"
+        )
         return
     count = min(_NUM_BATCHES, len(labels) // size)
 
@@ -255,14 +244,12 @@ def _order(labels: np.ndarray) -> Iterator[Finding]:
     )
     # Matters to readers that shuffle little, and to slices such as train[:10%].
     stored = entropy(labels)
+    text = f"order of storage: {stored:.2f} bits, at random {chance:.2f}"
     if stored > 0.9 * chance:
-        yield Finding("ok", f"order of storage: shuffled as well ({stored:.2f} bits)")
-        return
-    yield Finding(
-        "note",
-        f"order of storage: sorted by class ({stored:.2f} bits of {chance:.2f}); training "
-        "shuffles by itself, a slice such as train[:10%] is a few classes",
-    )
+        yield Finding("ok", text)
+    else:
+        text += "; sorted by class: training shuffles by itself, but a slice such as "
+        yield Finding("note", text + "train[:10%] is a few classes")
 
 
 def _statistics(train: Source, is_imagenet: bool, workers: int) -> Iterator[Finding]:
@@ -276,37 +263,35 @@ def _statistics(train: Source, is_imagenet: bool, workers: int) -> Iterator[Find
         )
         return
     stored = statistics.load(path, train.image_size)
-    if stored.split_examples != train.num_examples:
+    total = train.num_examples
+    if stored.split_examples != total:
         yield Finding(
             "WRONG",
-            f"statistics: {path} is of {stored.extent}, the split has "
-            f"{train.num_examples:,}: training does not use it. {statistics.COMPUTE_AGAIN}",
+            f"statistics: {path} is of {stored.extent}, the split has {total:,}: training "
+            f"does not use it. {statistics.COMPUTE_AGAIN}",
         )
         return
-    count = min(_SAMPLE, train.num_examples)
+    count = min(_SAMPLE, total)
     again = statistics.compute(train, max_examples=count, workers=workers)
     mean, new_mean = (s.mean_image.mean((0, 1)) for s in (stored, again))
     # Four standard errors; of all images again the same numbers must come.
-    same = count == train.num_examples == stored.num_examples
+    same = count == total == stored.num_examples
     tolerance = 0.01 if same else 4 * _SPREAD_OF_MEANS / np.sqrt(count)
     share = 1e-3 if same else 0.15
-    near = bool(
-        np.abs(mean - new_mean).max() < tolerance
-        and np.allclose(stored.pca_std_255, again.pca_std_255, rtol=share)
+    near = np.abs(mean - new_mean).max() < tolerance and np.allclose(
+        stored.pca_std_255, again.pca_std_255, rtol=share
     )
     yield Finding(
         "ok" if near else "WRONG",
-        f"statistics: stored (of {stored.extent}) mean {_numbers(mean)}, PCA "
-        f"{_numbers(stored.pca_std_255)}; of {count:,} pictures again "
-        f"{_numbers(new_mean)}, {_numbers(again.pca_std_255)}",
+        f"statistics: stored (of {stored.extent}) mean "
+        f"{_numbers(mean, stored.pca_std_255)}; of {count:,} pictures again "
+        f"{_numbers(new_mean, again.pca_std_255)}",
     )
     if is_imagenet:
-        yield Finding(
-            "note",
-            f"statistics: the original's (2012) mean {_numbers(IMAGENET_MEAN_255)}, "
-            f"PCA {_numbers(IMAGENET_PCA_STD_255)}",
-        )
+        official = _numbers(IMAGENET_MEAN_255, IMAGENET_PCA_STD_255)
+        yield Finding("note", f"statistics: the original's (2012) mean {official}")
 
 
-def _numbers(values: np.ndarray) -> str:
-    return " ".join(f"{value:.1f}" for value in values)
+def _numbers(mean: np.ndarray, pca_std: np.ndarray) -> str:
+    texts = (" ".join(f"{v:.1f}" for v in values) for values in (mean, pca_std))
+    return ", PCA ".join(texts)

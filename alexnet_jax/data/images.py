@@ -38,8 +38,6 @@ _FORMATS = {
     "AVIF": (".avif",),
 }
 PICTURE_SUFFIXES = tuple(suffix for names in _FORMATS.values() for suffix in names)
-TAKE_OUT = "Replace the file by an intact copy or take it out of the data set"
-_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
 # Pillow's names of layouts with 16 bits per channel, of which it keeps the upper 8.
 _REDUCED = re.compile(r"(LA|RGB[AaX]?);16[BLN]")
 # EXIF orientation -> the turn that sets it upright; 1 is upright.
@@ -52,8 +50,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# libjpeg converts these to RGB by itself; CMYK and YCCK go through Pillow.
-_JPEG_COLORS = ("YCbCr", "RGB", "Gray")
 
 
 def decode(
@@ -63,7 +59,6 @@ def decode(
     out: np.ndarray | None = None,
     *,
     upright: bool = False,
-    remedy: str = TAKE_OUT,
 ) -> np.ndarray:
     """Decode one image file to RGB, resized and cut to a square.
 
@@ -73,7 +68,6 @@ def decode(
       name: file or record, for the error message.
       out: where to write, uint8 [S, S, 3], C-contiguous; allocated if absent.
       upright: turn it as its EXIF orientation says. (Pillow turns every TIFF.)
-      remedy: advice about a broken image, for the error message.
 
     Returns:
       `out`: uint8 [S, S, 3], 0..255.
@@ -84,7 +78,7 @@ def decode(
     """
     if out is None:
         out = np.empty((size, size, 3), np.uint8)
-    with _naming(f"{name} ({len(data)} bytes)", remedy):
+    with _naming(f"{name} ({len(data)} bytes)"):
         if not _decode_plain_jpeg(data, size, out, upright=upright):
             with _open(data) as picture:
                 out[...] = _square(picture, size, upright=upright)
@@ -108,10 +102,9 @@ def load_picture(
       ValueError: a broken file (a DataError, see `decode`), or an unusable array.
       OSError: the file cannot be read.
     """
-    remedy = "Give an intact copy or another picture"
     if isinstance(picture, (str, os.PathLike)):
         data = Path(picture).read_bytes()
-        return decode(data, size, os.fspath(picture), upright=True, remedy=remedy)
+        return decode(data, size, os.fspath(picture), upright=True)
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.shape[2:] not in ((), (3,), (4,)):
             raise ValueError(
@@ -119,7 +112,7 @@ def load_picture(
                 f"or [H, W, 4]; got {picture.dtype} {list(picture.shape)}"
             )
         picture = Image.fromarray(picture)
-    with _naming(str(getattr(picture, "filename", "")) or "the picture", remedy):
+    with _naming(str(getattr(picture, "filename", "")) or "the picture"):
         return np.array(_square(picture, size, upright=True))
 
 
@@ -127,7 +120,7 @@ def resize_to_square(image: np.ndarray | Image.Image, size: int) -> np.ndarray:
     """Resize the shorter side to `size`, then cut the central `size` x `size`.
 
     Args:
-      image: uint8 [H, W, 3] or a Pillow image.
+      image: uint8 [H, W, 3] or a Pillow image in RGB.
       size: side of the result in pixels.
 
     Returns:
@@ -139,36 +132,34 @@ def resize_to_square(image: np.ndarray | Image.Image, size: int) -> np.ndarray:
         if image.shape == (size, size, 3):
             return image
         image = Image.fromarray(image)
-    image = _to_rgb(image)
-    width, height = image.size
-    short = min(width, height)
+    short = min(image.size)
     if short != size:
         width, height = (max(size, round(n * size / short)) for n in image.size)
         resampling = Image.Resampling.BOX if short > size else Image.Resampling.BICUBIC
         image = image.resize((width, height), resampling)
-    left, top = (width - size) // 2, (height - size) // 2
+    left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image)[top : top + size, left : left + size]
 
 
 def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
     """Return the names of files; with their folders if several are alike."""
     parts = [Path(path).parts or (".",) for path in paths]
-    names = [part[-1] for part in parts]
-    is_unique = len(set(names)) == len(names)
-    return names if is_unique else ["/".join(part[-2:]) for part in parts]
+    count = 1 if len({part[-1] for part in parts}) == len(parts) else 2
+    return ["/".join(part[-count:]) for part in parts]
 
 
 @contextlib.contextmanager
-def _naming(name: str, remedy: str) -> Iterator[None]:
-    """Convert errors of decoding into a DataError with the name and the remedy."""
+def _naming(name: str) -> Iterator[None]:
+    """Convert errors of decoding into a DataError with the name."""
     try:
         yield
     except MemoryError:  # not the image's fault: `prepare` must not leave it out
         raise
     except Exception as error:  # Pillow also lets errors of zlib, struct ... through
         reason = str(error).rstrip(".") or type(error).__name__
-        remedy = f". {remedy}." if remedy else ""
-        raise DataError(f"cannot decode {name}: {reason}{remedy}") from error
+        raise DataError(
+            f"cannot decode {name}: {reason}. Replace it by an intact copy or take it out"
+        ) from error
 
 
 @functools.cache
@@ -185,16 +176,16 @@ def _open(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError:  # Pillow names a buffer at an address
+        known, begin = ", ".join(_formats()), data[:8]
         raise ValueError(
-            f"it is damaged or no picture ({', '.join(_formats())}); it begins with "
-            f"{data[:8]!r}"
+            f"it is damaged or no picture ({known}); it begins with {begin!r}"
         ) from None
 
 
 def _decode_plain_jpeg(
     data: bytes, size: int, out: np.ndarray, *, upright: bool
 ) -> bool:
-    """Decode most JPEGs fast; False leaves the picture, and any error, to Pillow."""
+    """Decode most JPEGs fast; False leaves the image, and any error, to Pillow."""
     if not data.startswith(b"\xff\xd8"):
         return False
     # An APP1 segment holds EXIF. A search behind the start of the scan would cost time.
@@ -203,7 +194,11 @@ def _decode_plain_jpeg(
         return False
     try:
         height, width, color, _ = simplejpeg.decode_jpeg_header(data)
-        if color not in _JPEG_COLORS or int(width) * int(height) > MAX_PIXELS:
+        # libjpeg makes RGB of these by itself, but not of CMYK and YCCK.
+        if (
+            color not in ("YCbCr", "RGB", "Gray")
+            or int(width) * int(height) > MAX_PIXELS
+        ):
             return False
         if height == width == size and out.flags.c_contiguous:
             simplejpeg.decode_jpeg(data, buffer=out)
@@ -235,23 +230,19 @@ def _square(picture: Image.Image, size: int, *, upright: bool) -> np.ndarray:
     if isinstance(picture, TiffImagePlugin.TiffImageFile):
         # Pillow reads 16-bit channels that are stored apart as bytes, and does not
         # invert 16-bit images whose white is 0.
-        tags = picture.tag_v2
-        apart = picture.tile and ";" not in tiles
-        inverted = tags.get(_TIFF_PHOTOMETRIC) == 0
-        if max(tags.get(_TIFF_BITS, (1,))) > 8 and (apart or inverted):
-            layout = "channels stored apart" if apart else "white stored as 0"
+        bits = max(picture.tag_v2.get(ExifTags.Base.BitsPerSample, (1,)))
+        inverted = picture.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0
+        if bits > 8 and (inverted or (picture.tile and ";" not in tiles)):
             raise ValueError(
-                f"it is a TIFF of more than 8 bits with {layout}, which is not read; save "
-                "it as PNG"
+                "it is a TIFF of more than 8 bits with channels stored apart or white "
+                "stored as 0, which is not read; save it as PNG"
             )
     picture.load()
     if _REDUCED.search(tiles):
         _check_range(256 * np.asarray(picture.convert("RGB")).max().item() + 255)
-    orientation = _orientation(picture) if upright else 1
+    turn = _TURNS.get(_orientation(picture)) if upright else None
     picture = _to_rgb(picture)
-    if orientation in _TURNS:
-        picture = picture.transpose(_TURNS[orientation])
-    return resize_to_square(picture, size)
+    return resize_to_square(picture if turn is None else picture.transpose(turn), size)
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -274,11 +265,11 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 def _check_range(largest: int) -> None:
     """Raise ValueError if 16 bits hold 14 or fewer: their upper 8 would look black."""
     bits = max(8, largest.bit_length())
-    if bits > 14 or largest == 0:
-        return
-    factor = 2 ** (16 - bits - bits % 2)
-    raise ValueError(
-        f"it has 16 bits per channel, but its values are at most {largest:,} of 65,535: "
-        "it would be read as nearly black. Multiply the values of all such files alike, "
-        f"for example by {factor}: magick FILE -evaluate multiply {factor} NEW_FILE"
-    )
+    if bits <= 14 and largest > 0:
+        factor = 2 ** (16 - bits - bits % 2)
+        raise ValueError(
+            f"it has 16 bits per channel, but its values are at most {largest:,} of "
+            "65,535: it would be read as nearly black. Multiply the values of all such "
+            "files alike, for example by "
+            f"{factor}: magick FILE -evaluate multiply {factor} NEW_FILE"
+        )

@@ -50,19 +50,20 @@ def records(folder: Path | None, data_dir: Path) -> TfdsSource:
     come again. The names make 1,281,250 records.
     """
     found = originals.find(source(folder, data_dir))["train"]
-    part = found.take(np.resize(np.arange(len(found)), preparation.PICTURES_A_SHARD))
+    part = [found[i % len(found)] for i in range(preparation.PICTURES_A_SHARD)]
     directory = data_dir / preparation.NAME / preparation.VERSION
     (directory / "parts").mkdir(parents=True)
-    shards = []
-    for split, count in (("train", _FILES), ("validation", 1)):
-        for i in range(count):
-            name = preparation.shard_name(split, i, count)
-            shards.append(preparation.Shard(directory / name, split, part))
-    preparation.write_shard(shards[0])
-    for shard in shards[1:]:
-        os.link(shards[0].path, shard.path)
-        os.link(shards[0].result_path, shard.result_path)
-    preparation.write_metadata(directory, shards)
+    counts = {"train": _FILES, "validation": 1}
+    first, *others = (
+        directory / preparation.shard_name(split, i, count)
+        for split, count in counts.items()
+        for i in range(count)
+    )
+    result = preparation.write_shard(preparation.Shard(first, "train", part))
+    for path in others:
+        os.link(first, path)
+    results = {split: [result] * count for split, count in counts.items()}
+    preparation.write_metadata(directory, results)
     return TfdsSource(directory, "train", preparation.SIZE)
 
 
@@ -75,7 +76,7 @@ def repeated(folder: Path, scratch: Path, *, train: int, validation: int) -> Pat
         first: list[Path] = []
         for i in range(count):
             if i < len(found):
-                _, label, data = found.read(i)
+                _, label, data = originals.read(found[i])
                 wnid = wnids()[label]
             else:
                 wnid = first[i % len(found)].parent.name

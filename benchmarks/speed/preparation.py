@@ -57,7 +57,7 @@ def _measured(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
         for size in sizes
     )
     table = originals.find(many)["train"]
-    in_memory = [table.read(i) for i in range(min(400, len(table)))]
+    in_memory = [originals.read(original) for original in table[:400]]
     stages: dict[str, list[float]] = {}
     candidates: dict[str, Callable[[], object]] = {
         ALONE: lambda: [_make(*picture) for picture in in_memory],

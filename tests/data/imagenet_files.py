@@ -186,11 +186,10 @@ def write_shards_here(monkeypatch) -> list[str]:
             pass
 
         def submit(self, function, shard):
-            future: futures.Future[None] = futures.Future()
+            future: futures.Future[dict[str, Any]] = futures.Future()
             try:
-                function(shard)
+                future.set_result(function(shard))
                 made.append(shard.path.name)
-                future.set_result(None)
             except OSError as error:
                 future.set_exception(error)
             return future

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,19 +44,6 @@ FIRST_VALIDATION = (
     *("sea snake", "alp", "Shetland sheepdog", "soup bowl", "cradle"),
     *("garter snake", "porcupine", "bakery", "mousetrap"),
 )
-
-
-@pytest.fixture(scope="module")
-def archives(tmp_path_factory) -> Path:
-    return write_archives(tmp_path_factory.mktemp("archives"))
-
-
-@pytest.fixture(scope="module")
-def data_dir(archives, tmp_path_factory) -> Path:
-    """The data set, prepared from the archives by two processes."""
-    target = tmp_path_factory.mktemp("tfds")
-    assert imagenet(archives, target, "--workers=2") == 0
-    return target
 
 
 # Classes.
@@ -153,11 +139,11 @@ def test_papers_config_trains_on_it_as_it_stands(data_dir, tmp_path, monkeypatch
 # Other places of the originals.
 
 
-def written(found: originals.Originals) -> list[tuple[str, tuple[int, bytes]]]:
+def written(found: list[originals.Original]) -> list[tuple[str, tuple[int, bytes]]]:
     """Return what a worker writes, without the processes: name, label, JPEG."""
     rows = []
-    for index in range(len(found)):
-        name, label, data = found.read(index)
+    for original in found:
+        name, label, data = originals.read(original)
         record = preparation._record(name, label, images.decode(data, 256, name))
         feature = example_message().FromString(record).features.feature
         assert feature["file_name"].bytes_list.value == [name.encode()]
@@ -174,7 +160,7 @@ def test_class_folders_give_the_same_as_archives(data_dir, tmp_path, flat):
     write_folders(root, flat)
     found = originals.find(tmp_path)
     for split in ("train", "validation"):
-        [part] = found[split].divided(1)
+        [part] = originals.divided(found[split], 1)
         assert written(part) == list(records(data_dir, split).items())  # and the order
 
 
@@ -190,7 +176,7 @@ def test_prepared_tfds_imagenet2012_gives_the_same(data_dir, tmp_path, kind):
     originals._reader.cache_clear()
     message = {"tfrecord": "is cut off at", "array_record": "cannot read .*#0 of"}
     with pytest.raises((DataError, OSError), match=message[kind]):
-        originals.find(tmp_path)["train"].read(0)
+        originals.read(originals.find(tmp_path)["train"][0])
 
 
 def test_hugging_faces_names_say_the_class(tmp_path):
@@ -202,7 +188,7 @@ def test_hugging_faces_names_say_the_class(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
     found = originals.find(tmp_path)
-    rows = [split.read(i) for split in found.values() for i in range(len(split))]
+    rows = [originals.read(original) for split in found.values() for original in split]
     assert {data.decode(): label for _, label, data in rows} == labels
     (tmp_path / "train" / "cat.JPEG").touch()
     words = "cat.JPEG in .* is of class unknown, none of the"

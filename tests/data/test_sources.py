@@ -266,21 +266,17 @@ def test_missing_data_set_says_where_and_how(tmp_path, monkeypatch):
 # Data sets of tfds.
 
 
-def test_data_set_of_more_files_than_may_be_open(tmp_path, monkeypatch):
-    open_source("textures/tiny", "train", data_dir=str(tmp_path))
+def test_data_set_of_more_files_than_may_be_open(tiny, monkeypatch):
     raised = []
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 4096))
-    open_source("textures/tiny", "train", data_dir=str(tmp_path))
+    open_source("textures/tiny", "train", data_dir=str(tiny))
     assert raised == [(1025, 4096)]  # it has one file
 
 
-def test_overlapping_slices_are_counted(tmp_path):
+def test_overlapping_slices_are_counted(tiny):
     def shared(*splits: str) -> str:
-        opened = [
-            open_source("textures/tiny", split, data_dir=str(tmp_path))
-            for split in splits
-        ]
+        opened = [open_source("textures/tiny", s, data_dir=str(tiny)) for s in splits]
         return sources.overlap(*opened).partition(" evaluation")[0]
 
     assert shared("train[:90%]", "train[80%:]") == "20 of 40"

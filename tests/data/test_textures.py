@@ -22,13 +22,6 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    data_dir = tmp_path_factory.mktemp("tfds")
-    build(data_dir, tiny=True)
-    return data_dir
-
-
-@pytest.fixture(scope="module")
 def drawn() -> tuple[np.ndarray, np.ndarray]:
     """1,200 pictures, classes by turns, and their labels."""
     labels = np.arange(1200) % 10

@@ -1,29 +1,22 @@
 """Find the original images of ILSVRC-2012: archives, class folders or tfds.
 
-Archives are read in place. A split becomes a table with one row per image: the file and
-the bytes where it lies. Any process can then read any image by itself.
+Archives are read in place. A split becomes a list of its images: the file and the bytes
+where each lies. Any process can then read any image by itself.
 """
 
-import dataclasses
 import functools
 import hashlib
 import importlib
 import os
-import struct
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from alexnet_jax.data.errors import DataError
-from alexnet_jax.data.imagenet.classes import (
-    OFFICIAL_COUNTS,
-    check_label,
-    named_wnid,
-    wnids,
-)
+from alexnet_jax.data.imagenet.classes import check_label, named_wnid, wnids
 from alexnet_jax.data.images import PICTURE_SUFFIXES
 from alexnet_jax.data.sources.folder import class_files
 from alexnet_jax.data.sources.source import some, visible, what_is_in
@@ -34,202 +27,165 @@ from alexnet_jax.data.sources.tfds import (
     tfds_builder,
     tfds_directory,
 )
+from alexnet_jax.system.cli import progress
 
-SPLITS = tuple(OFFICIAL_COUNTS)
-ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
-# Bytes and MD5 of the official archives, as in tfds and torchvision.
-OFFICIAL_BYTES = {"train": 147_897_477_120, "validation": 6_744_924_160}
-OFFICIAL_MD5 = {
-    "train": "1d675b47d978889d74fa0da5fadfb00e",
-    "validation": "29b22e2961454d5413ddabcf34fc5622",
+
+class Official(NamedTuple):
+    """A split as image-net.org offers it, and names of folders that do as well."""
+
+    archive: str
+    bytes: int
+    md5: str  # as in tfds and torchvision
+    folders: tuple[str, ...]
+
+
+OFFICIAL = {
+    "train": Official(
+        "ILSVRC2012_img_train.tar",
+        147_897_477_120,
+        "1d675b47d978889d74fa0da5fadfb00e",
+        ("train",),
+    ),
+    "validation": Official(
+        "ILSVRC2012_img_val.tar",
+        6_744_924_160,
+        "29b22e2961454d5413ddabcf34fc5622",
+        ("val", "validation"),
+    ),
 }
-_FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
-_KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
 _LABELS = {wnid: label for label, wnid in enumerate(wnids())}
 _BLOCK = 512  # bytes, the unit of a tar archive
 
-Progress = Callable[[int], object]
+
+class Original(NamedTuple):
+    """One image, and where its bytes lie."""
+
+    path: str  # the image file, an archive, or a file of tfds records
+    name: str  # of the image file, even in an archive; else "file of records#number"
+    size: int  # bytes; for array_record those of the whole file
+    label: int  # 0..999; -1 if only the record knows
+    offset: int = 0  # first byte in the file
+    number: int | None = None  # of the record in an array_record file
 
 
-@dataclasses.dataclass(frozen=True)
-class Originals:
-    """The images of one split.
+def divided(originals: list[Original], count: int) -> list[list[Original]]:
+    """Divide into `count` parts, each a fair sample, by a hash of the names.
 
-    Attributes:
-      description: one line that says what it is and where.
-      kind: "file", bytes of an image file; "tfrecord" and "array_record", records of a
-        tfds data set (for array_record, `offset` is the record's number).
-      places: archives, folders or shard files.
-      rows: structured array [n] with the fields
-        place: number in `places`;
-        name: file name of the image (in a tfds data set, of the record);
-        offset, size: its bytes; offset -1 is a file of its own in a folder;
-        label: 0..999; -1 if only the record knows.
+    The part of an image depends on its name alone: archives and folders give the same,
+    and an image more or less changes one part. The records of a tfds data set are
+    shuffled already and keep their order.
     """
-
-    description: str
-    kind: Literal["file", "tfrecord", "array_record"]
-    places: tuple[str, ...]
-    rows: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, indices: Any) -> "Originals":
-        """Return some rows, in that order (an index array or a slice)."""
-        return dataclasses.replace(self, rows=self.rows[indices])
-
-    def divided(self, count: int) -> "list[Originals]":
-        """Divide into `count` parts, each a fair sample, by a hash of the names.
-
-        The part of an image depends on its name alone: archives and folders give the
-        same, and an image more or less changes one part. The records of a tfds data set
-        are shuffled already and keep their order.
-        """
-        if self.kind != "file":
-            parts = np.array_split(np.arange(len(self)), count)
-            return [self.take(part) for part in parts]
-        digests = b"".join(
-            hashlib.blake2b(name, digest_size=8).digest() for name in self.rows["name"]
-        )
-        hashes = np.frombuffer(digests, ">u8").astype(np.uint64)
-        order = np.argsort(hashes, kind="stable")
-        edges = [(part << 64) // count for part in range(1, count)]
-        cuts = np.searchsorted(hashes[order], np.array(edges, np.uint64))
-        return [self.take(part) for part in np.split(order, cuts)]
-
-    def fingerprint(self) -> str:
-        """Return a hash of names, sizes and labels, wherever the images lie."""
-        digest = hashlib.blake2b(b"/".join(self.rows["name"].tolist()), digest_size=16)
-        digest.update(self.rows["size"].tobytes() + self.rows["label"].tobytes())
-        return digest.hexdigest()
-
-    def read(self, index: int) -> tuple[str, int, bytes]:
-        """Return name, label and bytes of an image file.
-
-        Raises:
-          OSError: it cannot be read.
-          DataError: its label cannot be right.
-        """
-        place, name, offset, size, label = self.rows[index].item()
-        place, name = self.places[place], os.fsdecode(name)
-        try:
-            if self.kind == "array_record":
-                data = _reader(place).read([offset])[0]
-            else:
-                with open(place if offset >= 0 else f"{place}/{name}", "rb") as file:
-                    file.seek(max(0, offset))
-                    data = file.read(size)
-                if len(data) < size:
-                    raise OSError(f"it ends after {len(data)} of {size} bytes")
-        except (OSError, RuntimeError) as error:
-            raise OSError(
-                f"cannot read {name} of {place}: {error}. Start the same command again "
-                "when it can be read"
-            ) from error
-        return _from_example(data, name, place) if label < 0 else (name, label, data)
+    if originals[0].label < 0:
+        cuts = np.array_split(np.arange(len(originals)), count)
+        return [originals[cut[0] : cut[-1] + 1] for cut in cuts]
+    parts: list[list[tuple[int, Original]]] = [[] for _ in range(count)]
+    for original in originals:
+        name = os.fsencode(original.name)
+        key = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
+        parts[key * count >> 64].append((key, original))
+    return [[original for _, original in sorted(part)] for part in parts]
 
 
-def find(source: Path, progress: Progress = lambda _: None) -> dict[str, Originals]:
+def fingerprint(originals: list[Original]) -> str:
+    """Return a hash of names, sizes and labels, wherever the images lie."""
+    names = b"/".join(os.fsencode(original.name) for original in originals)
+    digest = hashlib.blake2b(names, digest_size=16)
+    digest.update(np.array([original.size for original in originals], "i8").tobytes())
+    digest.update(np.array([original.label for original in originals], "i2").tobytes())
+    return digest.hexdigest()
+
+
+def read(original: Original) -> tuple[str, int, bytes]:
+    """Return name, label and bytes of an image file.
+
+    Raises:
+      OSError: it cannot be read.
+      DataError: its label cannot be right.
+    """
+    path, name, size, label, offset, number = original
+    try:
+        if number is not None:
+            data = _reader(path).read([number])[0]
+        else:
+            with open(path, "rb") as file:
+                file.seek(offset)
+                data = file.read(size)
+            if len(data) < size:
+                raise OSError(f"it ends after {len(data)} of {size} bytes")
+    except (OSError, RuntimeError) as error:
+        raise OSError(
+            f"cannot read {name} of {path}: {error}. Start the same command again when "
+            "it can be read"
+        ) from error
+    return _from_example(data, name, path) if label < 0 else (name, label, data)
+
+
+def find(source: Path) -> dict[str, list[Original]]:
     """Find the originals of both splits in a folder.
 
     Args:
       source: holds the two archives, or train/<wnid>/ and val/ (class folders, or files
         side by side whose names say the class), or one of each; or a prepared tfds
         `imagenet2012`.
-      progress: called with the number of images found since its last call.
 
     Raises:
       DataError: an archive is cut off, or a class is unknown.
       FileNotFoundError: a split is missing.
     """
-    if (source / "dataset_info.json").exists():
-        return {split: _tfds(source, split) for split in SPLITS}
+    directory = source
     if (source / "imagenet2012").is_dir():
         directory = tfds_directory("imagenet2012", source)
-        return {split: _tfds(directory, split) for split in SPLITS}
-    for inside in _KAGGLE:  # as Kaggle packs it
+    if (directory / "dataset_info.json").exists():
+        return {split: _tfds(directory, split) for split in OFFICIAL}
+    for inside in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC"):  # as Kaggle packs it
         source = source / inside if (source / inside / "train").is_dir() else source
-    found = {}
-    for split in SPLITS:
-        names = (ARCHIVES[split], *_FOLDERS[split])
-        found[split] = [source / name for name in names if (source / name).exists()]
-    missing = " and no ".join(
-        f"{split} split ({ARCHIVES[split]} or {'/ or '.join(_FOLDERS[split])}/)"
-        for split in SPLITS
-        if not found[split]
-    )
-    if missing:
-        raise FileNotFoundError(
-            f"no {missing} in --source={source} ({what_is_in(source)}). "
-            f"{HOW_TO_GET_IMAGENET}"
-        )
-    return {split: _pictures(places[0], progress) for split, places in found.items()}
+    places = {}
+    for split, official in OFFICIAL.items():
+        names = (official.archive, *official.folders)
+        found = [source / name for name in names if (source / name).exists()]
+        if not found:
+            raise FileNotFoundError(
+                f"no {split} split ({official.archive} or "
+                f"{'/ or '.join(official.folders)}/) in --source={source} "
+                f"({what_is_in(source)}). {HOW_TO_GET_IMAGENET}"
+            )
+        places[split] = found[0]
+    with progress("reading tables of contents", None, "pictures") as done:
+        return {split: _pictures(place, done) for split, place in places.items()}
 
 
-def _pictures(place: Path, progress: Progress) -> Originals:
+def _pictures(place: Path, done: Callable[[int], object]) -> list[Original]:
     """Read the table of an archive, or list a folder, and label the images."""
-    is_archive = place.is_file()
-    places: dict[Path, int] = {}
-    rows = []
-    for where, wnid, name, offset, size in (
-        _in_archive(place) if is_archive else _in_folder(place)
+    found: dict[str, Original] = {}
+    for path, wnid, name, offset, size in (
+        _in_archive(place) if place.is_file() else _in_folder(place)
     ):
         wnid = wnid or named_wnid(name)
         if wnid not in _LABELS:
             raise DataError(
-                f"{name} in {where} is of class {wnid or 'unknown'}, none of the 1,000 "
+                f"{name} in {place} is of class {wnid or 'unknown'}, none of the 1,000 "
                 f"classes of ILSVRC-2012 ({wnids()[0]} ...). Pictures of other classes "
                 "need no preparation: --config=configs/folder.py "
                 "--config.data.source=folder:PATH"
             )
-        check_label(name, wnid, str(where))
-        number = places.setdefault(where, len(places))
-        rows.append((number, os.fsencode(name), offset, size, _LABELS[wnid]))
-        progress(1)
-    kind = "archive" if is_archive else "folder"
-    return _table(f"{kind} {place}", "file", [*places], rows)
+        check_label(name, wnid, str(place))
+        if name in found:
+            raise DataError(f"{place} holds {name} more than once")
+        found[name] = Original(str(path), name, size, _LABELS[wnid], offset)
+        done(1)
+    if not found:
+        raise DataError(f"{place} holds no pictures")
+    return list(found.values())
 
 
-def _table(
-    description: str,
-    kind: Any,
-    places: list[Any],
-    rows: list[tuple[int, bytes, int, int, int]],
-) -> Originals:
-    if not rows:
-        raise DataError(f"{description} holds no pictures")
-    width = max(len(name) for _, name, *_ in rows)
-    fields = [("place", "i4"), ("name", f"S{width}"), ("offset", "i8"), ("size", "i8")]
-    table = np.array(rows, [*fields, ("label", "i2")])
-    names, counts = np.unique(table["name"], return_counts=True)
-    if len(names) < len(table):
-        twice = os.fsdecode(names[counts.argmax()])
-        raise DataError(f"{description} holds {twice} more than once")
-    return Originals(description, kind, tuple(map(str, places)), table)
-
-
-# (archive or folder, its class if it is of one class, name, offset, size).
+# (archive or image file, its class if it lies in that of a class, name, offset, size).
 Picture = tuple[Path, str | None, str, int, int]
 
 
-def _in_archive(path: Path) -> Iterator[Picture]:
-    """Yield the images of an archive, and of the archives of classes inside it."""
-    for member in _members(path, 0, path.stat().st_size):
-        name = os.path.basename(member.name)
-        wnid, suffix = os.path.splitext(name)
-        if suffix != ".tar":
-            yield path, None, name, member.offset_data, member.size
-            continue
-        for picture in _members(path, member.offset_data, member.size, wnid):
-            name = os.path.basename(picture.name)
-            yield path, wnid, name, picture.offset_data, picture.size
-
-
-def _members(
-    path: Path, start: int, size: int, inner: str = ""
-) -> Iterator[tarfile.TarInfo]:
-    """Yield the visible files of the archive at these bytes of a file."""
+def _in_archive(
+    path: Path, start: int = 0, wnid: str | None = None
+) -> Iterator[Picture]:
+    """Yield the images of the archive at byte `start`, and of class archives inside."""
     end = start
     try:
         with open(path, "rb") as file:
@@ -237,18 +193,21 @@ def _members(
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
                     end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-                    if end > start + size:
-                        raise tarfile.ReadError("unexpected end of data")
-                    hidden = os.path.basename(member.name).startswith(".")
-                    if member.isreg() and not hidden:
-                        yield member
+                    name = os.path.basename(member.name)
+                    stem, suffix = os.path.splitext(name)
+                    if not member.isreg() or name.startswith("."):
+                        continue
+                    if suffix == ".tar":
+                        yield from _in_archive(path, member.offset_data, stem)
+                    else:
+                        yield path, wnid, name, member.offset_data, member.size
             # An archive that is cut off between two files lacks only the end mark.
             file.seek(end)
             if file.read(2 * _BLOCK) != bytes(2 * _BLOCK):
                 raise tarfile.ReadError("there is no end mark")
     except tarfile.TarError as error:
-        official = {name: OFFICIAL_BYTES[s] for s, name in ARCHIVES.items()}[path.name]
-        where = f"{path}, archive {inner}.tar" if inner else path
+        [official] = [o.bytes for o in OFFICIAL.values() if o.archive == path.name]
+        where = f"{path}, archive {wnid}.tar" if wnid else path
         raise DataError(
             f"{where}: {error}. It has {path.stat().st_size:,} bytes, the official archive "
             f"{official:,}: was the download cut off, or the file compressed? Go on with "
@@ -270,7 +229,8 @@ def _in_folder(folder: Path) -> Iterator[Picture]:
         names, others = class_files(place)
         unclear += [os.path.relpath(place / name, folder) for name in others]
         for name in names:
-            yield place, wnid, name, -1, os.stat(place / name).st_size
+            path = place / name
+            yield path, wnid, name, 0, path.stat().st_size
     if unclear:
         raise DataError(
             f"in {folder} it is unclear what to do with {some(unclear)}: expected class "
@@ -279,7 +239,7 @@ def _in_folder(folder: Path) -> Iterator[Picture]:
         )
 
 
-def _tfds(directory: Path, split: str) -> Originals:
+def _tfds(directory: Path, split: str) -> list[Original]:
     """List the records of a prepared tfds imagenet2012."""
     info = tfds_builder(directory).info
     if tuple(getattr(dict(info.features.items()).get("label"), "names", ())) != wnids():
@@ -287,44 +247,27 @@ def _tfds(directory: Path, split: str) -> Originals:
             f"{directory} is no tfds data set imagenet2012: its labels are not the 1,000 "
             "WNIDs in order"
         )
-    if split not in info.splits:
-        raise DataError(
-            f"{directory} has no split {split} (its splits: {some(sorted(info.splits))}): "
-            "was the validation archive missing when it was prepared? "
-            f"{HOW_TO_GET_IMAGENET}"
-        )
-    kind = info.file_format.value
-    if kind not in ("tfrecord", "array_record"):
-        raise DataError(f"{directory} is a {kind}, not a tfrecord or array_record")
     files = [os.fspath(path) for path in info.splits[split].filepaths]
     lengths = dict(zip(files, info.splits[split].shard_lengths, strict=True))
     check_files(lengths, directory)
-    rows = []
-    for place, path in enumerate(files):
-        if kind == "tfrecord":
-            spans = _tfrecord_spans(path)
-        else:  # the size of the file tells data sets apart
-            spans = [(n, os.path.getsize(path)) for n in range(lengths[path])]
-        for number, span in enumerate(spans):
-            name = f"{os.path.basename(path)}#{number}".encode()
-            rows.append((place, name, *span, -1))
-    return _table(f"tfds {directory} [{split}]", kind, files, rows)
-
-
-def _tfrecord_spans(path: str) -> list[tuple[int, int]]:
-    """Return offset and size of each record: length (8), checksum (4), data, checksum."""
-    spans, end = [], os.path.getsize(path)
-    with open(path, "rb") as file:
-        while file.tell() < end:
-            header = file.read(12)
-            length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else end
-            spans.append((file.tell(), length))
-            if file.tell() + length + 4 > end:
+    found = []
+    for path, count in lengths.items():
+        name, size = os.path.basename(path), os.path.getsize(path)
+        if info.file_format.value == "array_record":
+            found += [
+                Original(path, f"{name}#{n}", size, -1, 0, n) for n in range(count)
+            ]
+            continue
+        with open(path, "rb") as file:  # records: length (8), checksum, data, checksum
+            for n in range(count):
+                length = int.from_bytes(file.read(8), "little")
+                found.append(Original(path, f"{name}#{n}", length, -1, file.tell() + 4))
+                file.seek(4 + length + 4, os.SEEK_CUR)
+            if file.tell() != size:
                 raise DataError(
-                    f"{path} is cut off at {end:,} bytes. Prepare that data set again"
+                    f"{path} is cut off at {size:,} bytes. Prepare that data set again"
                 )
-            file.seek(length + 4, os.SEEK_CUR)
-    return spans
+    return found
 
 
 @functools.lru_cache(maxsize=4)

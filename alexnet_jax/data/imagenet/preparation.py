@@ -4,9 +4,9 @@ The shorter side becomes 256, then the central 256 x 256 is kept (section 2 of t
 and stored as JPEG of quality 95, as make-data of cuda-convnet2 did. EXIF orientation is
 ignored, as in the published results.
 
-Every shard is a task for any process (tfds's `download_and_prepare` uses one core and
-starts anew after an interruption). It is written under another name and then renamed: a
-shard that is there is complete, and a second start makes only the missing ones.
+Each shard is a task for a pool of processes (tfds's `download_and_prepare` uses one core
+and starts anew after an interruption). A shard is written under another name and then
+renamed: one that is there is complete, and a second start makes only the missing ones.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import process
 from pathlib import Path
@@ -34,14 +34,13 @@ import simplejpeg
 
 from alexnet_jax.data import images, statistics
 from alexnet_jax.data.errors import DataError
-from alexnet_jax.data.imagenet import originals as originals_lib
+from alexnet_jax.data.imagenet import originals
 from alexnet_jax.data.imagenet.classes import OFFICIAL_COUNTS, wnids
-from alexnet_jax.data.imagenet.originals import SPLITS, Originals
+from alexnet_jax.data.imagenet.originals import OFFICIAL, Original
 from alexnet_jax.data.sources.source import statistics_name
 from alexnet_jax.data.sources.tfds import TfdsSource, example_message
 from alexnet_jax.system.cli import progress, require_writable
 from alexnet_jax.system.files import (
-    HeldError,
     atomic_write,
     check_room,
     exclusive_lock,
@@ -51,7 +50,7 @@ from alexnet_jax.system.files import (
 NAME = "imagenet2012_256"
 VERSION = "1.0.0"
 SIZE = 256
-RECORD_FILE = "preparation.json"
+_RECORD_FILE = "preparation.json"
 _JPEG_QUALITY = 95
 PICTURES_A_SHARD = 1250  # about 43 MB, and some ten seconds of work
 # A small set is spread over the cores as well, but no shard may be empty.
@@ -72,6 +71,8 @@ def prepare(
     log: Log,
 ) -> Path:
     """Prepare both splits, or resume their preparation, and compute their statistics.
+
+    List the shards, make the missing ones, describe them, and rename the directory.
 
     Args:
       source: see `originals.find`.
@@ -94,20 +95,24 @@ def prepare(
     unfinished = directory.with_name(f"{VERSION}.incomplete")
     started = time.monotonic()
     require_writable(data_dir)
-    with _alone(data_dir / NAME):
-        with progress("reading tables of contents", None, "pictures") as done:
-            found = originals_lib.find(source, done)
-        for split, originals in found.items():
-            log(_count(split, len(originals), originals.description))
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(directory.parent / ".lock", wait=False):
+        shards = []
+        for split, found in originals.find(source).items():
+            log(_count(split, len(found), source))
+            count = min(_FEWEST_SHARDS, len(found) // _FEWEST_PICTURES)
+            count = max(count, -(-len(found) // PICTURES_A_SHARD))
+            for number, part in enumerate(originals.divided(found, count)):
+                path = unfinished / shard_name(split, number, count)
+                shards.append(Shard(path, split, part))
         if verify:
             _verify(source)
-        shards = _shards(found, unfinished)
         check_room(data_dir, _bytes_missing(shards))
         with explain_full_disk(data_dir, lambda: _bytes_missing(shards)):
             (unfinished / "parts").mkdir(parents=True, exist_ok=True)
-            planned = {shard.path.name for shard in shards}
+            planned = {shard.path for shard in shards}
             for path in unfinished.glob("*.array_record-*"):
-                if path.name not in planned:  # a half one, or of other pictures
+                if path not in planned:  # a half one, or of other pictures
                     path.unlink()
             _write_shards(shards, workers, max_unreadable, log)
             _finish(unfinished, source, shards, workers, log)
@@ -120,10 +125,9 @@ def prepare(
 def _found_already(directory: Path, source: Path, log: Log) -> Path:
     """Describe a finished data set; raise DataError if it is of another source."""
     shutil.rmtree(directory / "parts", ignore_errors=True)  # left by a kill at the end
-    for split in SPLITS:
-        found = TfdsSource(directory, split, SIZE)
-        log(_count(split, found.num_examples, found.description))
-    record = json.loads((directory / RECORD_FILE).read_text())
+    record = json.loads((directory / _RECORD_FILE).read_text())
+    for split, count in record["pictures"].items():
+        log(_count(split, count, directory))
     log(f"pictures left out when it was made: {len(record['unreadable']):,}")
     if record["source"] != str(source):
         raise DataError(
@@ -134,25 +138,8 @@ def _found_already(directory: Path, source: Path, log: Log) -> Path:
     return directory
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder; refuse a second process that prepares there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with exclusive_lock(folder / ".lock", wait=False):
-            yield
-    except HeldError as error:
-        raise DataError(
-            f"{folder} is being prepared by {error.holder}; wait for it, or end it and "
-            "start this command again"
-        ) from error
-
-
-def _count(split: str, count: int, description: str) -> str:
-    line, official = (
-        f"{split}: {count:,} pictures, {description}",
-        OFFICIAL_COUNTS[split],
-    )
+def _count(split: str, count: int, place: Path) -> str:
+    line, official = f"{split}: {count:,} pictures in {place}", OFFICIAL_COUNTS[split]
     if count != official:
         line += f"\n  WARNING: ILSVRC-2012 has {official:,}; these are not all of it"
     return line
@@ -160,26 +147,20 @@ def _count(split: str, count: int, description: str) -> str:
 
 def _verify(source: Path) -> None:
     """Raise DataError unless both archives have the official MD5."""
-    problems = []
-    for split, name in originals_lib.ARCHIVES.items():
-        path, digest = source / name, hashlib.md5(usedforsecurity=False)
+    for official in OFFICIAL.values():
+        path, digest = source / official.archive, hashlib.md5(usedforsecurity=False)
         if not path.is_file():
             raise DataError(f"--verify needs the archives; {path} is not there")
-        with (
-            progress(f"MD5 of {name}", path.stat().st_size, "B") as done,
-            open(path, "rb") as file,
-        ):
+        size = path.stat().st_size
+        with open(path, "rb") as file, progress(f"MD5 of {path}", size, "B") as done:
             while block := file.read(1 << 24):
                 digest.update(block)
                 done(len(block))
-        official = originals_lib.OFFICIAL_MD5[split]
-        if digest.hexdigest() != official:
-            problems.append(
+        if digest.hexdigest() != official.md5:
+            raise DataError(
                 f"{path} has the MD5 {digest.hexdigest()}, the official archive "
-                f"{official}: it is damaged or was packed again"
+                f"{official.md5}: it is damaged or was packed again"
             )
-    if problems:
-        raise DataError("; ".join(problems))
 
 
 def _bytes_missing(shards: "list[Shard]") -> int:
@@ -195,13 +176,13 @@ def _bytes_missing(shards: "list[Shard]") -> int:
 class Shard:
     """One file of the data set and the images that go into it.
 
-    `write_shard` writes its result to `parts/` beside it: {"records", "bytes", "made_of":
-    fingerprint of the originals, "unreadable": [[name, why], ...]}.
+    Its result lies in `parts/` beside it: {"records", "bytes", "made_of": fingerprint of
+    the originals, "unreadable": [[name, why], ...]}.
     """
 
     path: Path
     split: str
-    originals: Originals
+    originals: list[Original]
 
     @property
     def result_path(self) -> Path:
@@ -209,28 +190,17 @@ class Shard:
 
     def is_done(self) -> bool:
         """Return True if it is complete, of these images, and all could be read."""
-        try:
-            result, size = self.result(), self.path.stat().st_size
-        except FileNotFoundError:
+        if not self.path.exists() or not self.result_path.exists():
             return False
-        # An image that could not be read may have been mended since.
-        whole = result["bytes"] == size and not result["unreadable"]
-        return whole and result["made_of"] == self.originals.fingerprint()
+        result = self.result()
+        return (
+            result["bytes"] == self.path.stat().st_size
+            and not result["unreadable"]  # one may have been mended since
+            and result["made_of"] == originals.fingerprint(self.originals)
+        )
 
     def result(self) -> dict[str, Any]:
-        """Return the result; raise FileNotFoundError if there is none yet."""
         return json.loads(self.result_path.read_text())
-
-
-def _shards(found: dict[str, Originals], unfinished: Path) -> list[Shard]:
-    shards = []
-    for split, originals in found.items():
-        count = min(_FEWEST_SHARDS, len(originals) // _FEWEST_PICTURES)
-        count = max(count, -(-len(originals) // PICTURES_A_SHARD))
-        for number, part in enumerate(originals.divided(count)):
-            path = unfinished / shard_name(split, number, count)
-            shards.append(Shard(path, split, part))
-    return shards
 
 
 def shard_name(split: str, number: int, count: int) -> str:
@@ -245,22 +215,19 @@ def _write_shards(
     missing = [shard for shard in shards if not shard.is_done()]
     if len(missing) < len(shards):
         log(f"{len(shards) - len(missing)} of {len(shards)} shards are done already")
-    if not missing:
-        return
+    unreadable: list[list[str]] = []
     context = multiprocessing.get_context("spawn")  # no thread of ours is copied
     stopping = context.Event()
-    unreadable: list[list[str]] = []
+    pool = futures.ProcessPoolExecutor(
+        min(workers, len(missing) or 1), context, _begin_worker, (stopping,)
+    )
     total = sum(len(shard.originals) for shard in shards)
     with progress("preparing", total, "pictures") as done:
         done(total - sum(len(shard.originals) for shard in missing))
-        pool = futures.ProcessPoolExecutor(
-            min(workers, len(missing)), context, _begin_worker, (stopping,)
-        )
         try:
-            pending = {pool.submit(write_shard, shard): shard for shard in missing}
+            pending = {pool.submit(write_shard, s): len(s.originals) for s in missing}
             for future in futures.as_completed(pending):
-                future.result()
-                unreadable += pending[future].result()["unreadable"]
+                unreadable += future.result()["unreadable"]
                 if len(unreadable) > max_unreadable:
                     raise DataError(
                         f"pictures that cannot be read: {len(unreadable):,}, "
@@ -268,7 +235,7 @@ def _write_shards(
                         "copies in their place, or leave out as many with a larger one:"
                         f"{_reasons(unreadable)}"
                     )
-                done(len(pending[future].originals))
+                done(pending[future])
         except process.BrokenProcessPool as error:
             raise OSError(
                 "a worker process was killed (by hand, or for want of memory?); the "
@@ -292,18 +259,18 @@ def _begin_worker(stopping: Any) -> None:
     _stopping = stopping
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent decides
     warnings.filterwarnings("ignore", module="PIL")  # about images that it can read
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def end_with_parent() -> None:  # a new start may write the same shard
-        parent = multiprocessing.parent_process()
-        assert parent is not None
         parent.join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def write_shard(shard: Shard) -> None:
-    """Write one shard and its result; an unfinished shard has another name.
+def write_shard(shard: Shard) -> dict[str, Any]:
+    """Write one shard and its result, and return that; a half shard has another name.
 
     Raises:
       OSError: an original cannot be read, or the shard cannot be written. (Broken images
@@ -315,12 +282,12 @@ def write_shard(shard: Shard) -> None:
     try:
         # One record per block: training reads them in random order. JPEGs do not shrink.
         writer = module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-        for index in range(len(shard.originals)):
+        for original in shard.originals:
             if _stopping is not None and _stopping.is_set():
-                return
-            name, label, data = shard.originals.read(index)
+                raise InterruptedError(f"{shard.path} is not finished")
+            name, label, data = originals.read(original)
             try:
-                picture = images.decode(data, SIZE, name, remedy="")
+                picture = images.decode(data, SIZE, name)
             except DataError as error:
                 unreadable.append([name, str(error)])
                 continue
@@ -337,18 +304,17 @@ def write_shard(shard: Shard) -> None:
     result = {
         "records": records,
         "bytes": shard.path.stat().st_size,
-        "made_of": shard.originals.fingerprint(),
+        "made_of": originals.fingerprint(shard.originals),
         "unreadable": unreadable,
     }
     with atomic_write(shard.result_path) as file:
         file.write(json.dumps(result).encode())
+    return result
 
 
 def encode(picture: np.ndarray) -> bytes:
     """Return uint8 [S, S, 3] as the JPEG that is stored."""
-    return simplejpeg.encode_jpeg(
-        picture, quality=_JPEG_QUALITY, colorsubsampling="420"
-    )
+    return simplejpeg.encode_jpeg(picture, _JPEG_QUALITY, colorsubsampling="420")
 
 
 def _record(name: str, label: int, picture: np.ndarray) -> bytes:
@@ -369,9 +335,14 @@ def _finish(
     unfinished: Path, source: Path, shards: list[Shard], workers: int, log: Log
 ) -> None:
     """Write description, statistics and record of the data set beside its shards."""
-    unreadable = [pair for shard in shards for pair in shard.result()["unreadable"]]
+    results: dict[str, list[dict[str, Any]]] = {split: [] for split in OFFICIAL}
+    unreadable: list[list[str]] = []
+    for shard in shards:
+        result = shard.result()
+        results[shard.split].append(result)
+        unreadable += result["unreadable"]
     log(f"pictures left out: {len(unreadable):,}{_reasons(unreadable)}")
-    write_metadata(unfinished, shards)
+    write_metadata(unfinished, results)
     train = TfdsSource(unfinished, "train", SIZE)
     with progress("mean image and colour PCA", train.num_examples, "pictures") as done:
         found = statistics.compute(train, workers=workers, progress=done)
@@ -380,19 +351,24 @@ def _finish(
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "source": str(source),
         "pictures": {
-            split: sum(s.result()["records"] for s in shards if s.split == split)
-            for split in SPLITS
+            split: sum(result["records"] for result in of_split)
+            for split, of_split in results.items()
         },
         "unreadable": unreadable,
         "preprocessing": f"shorter side {SIZE} (box or bicubic), central {SIZE} x "
         f"{SIZE}, JPEG of quality {_JPEG_QUALITY}, 4:2:0",
     }
-    with atomic_write(unfinished / RECORD_FILE) as file:
+    with atomic_write(unfinished / _RECORD_FILE) as file:
         file.write(json.dumps(record, indent=2).encode() + b"\n")
 
 
-def write_metadata(unfinished: Path, shards: list[Shard]) -> None:
-    """Write the description by which tfds opens the shards as a data set."""
+def write_metadata(unfinished: Path, results: dict[str, list[dict[str, Any]]]) -> None:
+    """Write the description by which tfds opens the shards as a data set.
+
+    Args:
+      unfinished: the directory of the shards.
+      results: split -> results of its shards, in order.
+    """
     import tensorflow_datasets as tfds
     from etils import epath
 
@@ -402,13 +378,12 @@ def write_metadata(unfinished: Path, shards: list[Shard]) -> None:
         filetype_suffix="array_record",
     )
     infos = []
-    for split in SPLITS:
-        results = [shard.result() for shard in shards if shard.split == split]
+    for split, of_split in results.items():
         infos.append(
             tfds.core.SplitInfo(
                 name=split,
-                shard_lengths=[result["records"] for result in results],
-                num_bytes=sum(result["bytes"] for result in results),
+                shard_lengths=[result["records"] for result in of_split],
+                num_bytes=sum(result["bytes"] for result in of_split),
                 filename_template=template.replace(split=split),
             )
         )

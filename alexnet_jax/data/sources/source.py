@@ -64,7 +64,6 @@ class StoredSource(Source):
 
     ranges: tuple[tuple[str, int, int], ...]
     _upright = False  # images are turned by their EXIF orientation
-    _remedy = images_lib.TAKE_OUT
     _label_of: np.ndarray  # stored class -> label, see `with_classes`
 
     def name_of(self, index: int) -> str:
@@ -78,11 +77,11 @@ class StoredSource(Source):
     def fetch(
         self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
     ) -> None:
-        options = {"upright": self._upright, "remedy": self._remedy}
+        upright, size = self._upright, self.image_size
         for i, index in enumerate(indices.tolist()):
             labels[i], data = self.record(index)
             name = self.name_of(index)
-            images_lib.decode(data, self.image_size, name, images[i], **options)
+            images_lib.decode(data, size, name, images[i], upright=upright)
 
     def with_classes(self, class_names: Sequence[str]) -> Self:
         """Return the same images, labelled by the position in `class_names`."""

@@ -35,8 +35,6 @@ class TfdsSource(StoredSource):
     are not turned by their EXIF orientation, as in the published protocol of ImageNet.
     """
 
-    _remedy = _PREPARE_AGAIN
-
     def __init__(self, directory: Path, split: str, image_size: int):
         import tensorflow_datasets as tfds
 
