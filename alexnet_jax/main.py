@@ -14,7 +14,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +141,13 @@ def main(argv: Sequence[str]) -> None:
     fields = flat(as_json(config), "config.")
     distributed.require_same({"mode": mode, "workdir": workdir} | fields)
     if mode == "describe":
-        print(describe(config), end="\n\n", flush=True)  # before the compilations
-        print(describe_modes(config, partial(print, file=sys.stderr, flush=True)))
+
+        def say(line: str, file: Any = None) -> None:
+            if jax.process_index() == 0:
+                print(line, file=file, flush=True)
+
+        say(describe(config) + "\n")  # before the compilations
+        say(describe_modes(config, lambda line: say(line, sys.stderr)))
         return
     _return_freed_arrays()
     _keep_compiled_programs()

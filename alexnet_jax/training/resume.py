@@ -187,10 +187,13 @@ def require_same_epochs(
     before = metadata.get("num_examples", now)  # not in checkpoints of early versions
     if old != new:
         change = f"has --config.data.batch_size={old}, not {new}"
-        remedy = (
-            f"Keep {old}; a larger --config.optim.accumulate_steps is the same run in less "
-            "memory (but for batch normalisation)"
-        )
+        remedy = f"Keep {old}"
+        if old % new == 0:
+            parts = experiment.config.optim.accumulate_steps * old // new
+            remedy += (
+                f"; --config.optim.accumulate_steps={parts} is the same run in less memory "
+                "(but for batch normalisation)"
+            )
     elif before != now:
         change = f"was trained on {before:,} pictures, and there are {now:,} now"
         remedy = "Bring the old ones back"

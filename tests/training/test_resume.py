@@ -140,12 +140,19 @@ def test_unusable_workdir_is_refused(name, words, config, tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_another_batch_size_is_refused(workdir, config):
+@pytest.mark.parametrize(
+    "batch_size, remedy",
+    [
+        (3, "Keep 6; --config.optim.accumulate_steps=2 is the same run in less memory"),
+        (12, "Keep 6. Or take a new --workdir"),
+    ],
+)
+def test_another_batch_size_is_refused(batch_size, remedy, workdir, config):
     """Step 34 of batches of 6 is epoch 8.16; of batches of 3 it would be 4.08."""
-    config.data.batch_size = 3
+    config.data.batch_size = batch_size
     words = (
-        f"{workdir} has --config.data.batch_size=6, not 3: its steps would mean other "
-        "epochs, learning rates and places in the data. Keep 6; a larger --config.optim."
+        f"{workdir} has --config.data.batch_size=6, not {batch_size}: its steps would mean "
+        f"other epochs, learning rates and places in the data. {remedy}"
     )
     before = (workdir / "config.json").read_text()
     with pytest.raises(ConfigError, match=re.escape(words)):
