@@ -24,7 +24,6 @@ from ml_collections import ConfigDict, config_flags
 from alexnet_jax.data import DataError
 from alexnet_jax.models.weights import WeightsError
 from alexnet_jax.system import signals
-from alexnet_jax.system.cli import show_every_name
 from alexnet_jax.training import distributed, ensemble, experiment, load, loop
 from alexnet_jax.training.checkpoint import CheckpointError
 from alexnet_jax.training.config import ConfigError, as_json, flat
@@ -229,7 +228,6 @@ def run() -> None:
     """Run the command: one message and status 1 for a user error, 3 for divergence."""
     logging.set_verbosity(logging.WARNING)  # hides messages of jax and orbax
     warnings.filterwarnings("ignore", module="PIL")  # for example of damaged EXIF
-    show_every_name()
     signals.run(_run)
 
 

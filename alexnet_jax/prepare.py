@@ -41,7 +41,7 @@ from alexnet_jax.data import (
 )
 from alexnet_jax.data.sources.tfds import tfds_data_dir
 from alexnet_jax.system import signals
-from alexnet_jax.system.cli import expanded, progress, require_writable, show_every_name
+from alexnet_jax.system.cli import expanded, progress, require_writable
 from alexnet_jax.system.files import atomic_write
 
 
@@ -197,7 +197,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 def main(argv: Sequence[str]) -> int:
     """Run one command; return the exit status, 1 after a user error."""
-    show_every_name()
     warnings.filterwarnings("ignore", module="PIL")  # an error says all that matters
     try:
         options = _parse(argv[1:])

@@ -31,6 +31,10 @@ def test_links_lead_somewhere(page):
         assert target.exists(), link
         if anchor:
             assert anchor in anchors(target.read_text()), link
+    for path in re.findall(
+        r"`((?:tests|benchmarks|docs|alexnet_jax)/[\w/]+\.\w+)`", text
+    ):
+        assert (ROOT / path).exists(), path
 
 
 def test_readme_and_pages_stay_short():

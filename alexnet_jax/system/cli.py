@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import io
 import itertools
 import os
 import sys
@@ -154,20 +153,12 @@ def progress(
         yield bar.update
 
 
-def show_every_name() -> None:
-    r"""Print names of files that are not valid text as \x.. instead of raising."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not in a notebook
-            stream.reconfigure(errors="backslashreplace")
-
-
 def exit_status(command: Callable[[], bool], *user_errors: type[Exception]) -> int:
     """Run a command that returns True if all went well; return its exit status.
 
     OSError, ValueError and `user_errors` become one line on standard error, and status 1.
     """
     logging.set_verbosity(logging.WARNING)
-    show_every_name()
     warnings.filterwarnings("ignore", module="PIL")  # an error says all that matters
     try:
         return 0 if command() else 1

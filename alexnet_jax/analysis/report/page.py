@@ -78,7 +78,7 @@ def build_page(run: Run, python: str = "python") -> bytes:
         cpu_devices=_cpu_devices(run),
         versions=machine_records.versions(),
     )
-    return html.encode(errors="backslashreplace")  # file names that are not UTF-8
+    return html.encode()
 
 
 def _environment() -> jinja2.Environment:
