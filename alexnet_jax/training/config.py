@@ -14,6 +14,7 @@ On the command line: `--config.optim.learning_rate=0.02`.
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -21,7 +22,7 @@ import jax
 from ml_collections import ConfigDict, config_dict
 
 from alexnet_jax.data import augment as augment_lib
-from alexnet_jax.models import alexnet, layers
+from alexnet_jax.models import alexnet, layers, variants
 from alexnet_jax.models.summary import check_image_size
 from alexnet_jax.training import optim as optim_lib
 from alexnet_jax.training import parallel as parallel_lib
@@ -221,7 +222,7 @@ def _one_of(*choices: Any) -> tuple[Callable[[Any], bool], str]:
 # fmt: off
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: 0 <= v < 2**32, "0 to 4294967295"),
-    "num_epochs": _ABOVE_0,
+    "num_epochs": (lambda v: 0 < v < math.inf, "above 0 and finite"),
     "max_steps": (lambda v: v >= -1, "-1 (off) or more"),
     "log_every_steps": _AT_LEAST_1,
     "eval_every_epochs": _AT_LEAST_0,
@@ -330,7 +331,7 @@ def _conflicts(
     try:
         network = make_model(config, config.model.num_classes or 2).network
     except ValueError as error:
-        return [*problems, str(error)]
+        return problems + (_model_problems(config) or [str(error)])
     names = [row.name for row in network.layers]
     problems += [
         f"--config.finetune.new_layers: {layer!r} must be one of {', '.join(names)}."
@@ -457,6 +458,19 @@ def _idle_problems(config: Config, network: layers.Variant) -> list[str]:
                 f"--config.{name}={value!r} has no effect with {beside}; it needs "
                 f"{needs}, or to be left {left}."
             )
+    return problems
+
+
+def _model_problems(config: Config) -> list[str]:
+    """Return the mistakes of the model's settings, each taken by itself."""
+    problems = []
+    known = config.model.variant in variants.VARIANTS
+    base = {"variant": config.model.variant if known else "paper", "init": "he"}
+    for name, value in model_settings(config, 2).items():
+        try:
+            alexnet.from_settings({**base, name: value})
+        except ValueError as error:
+            problems.append(str(error))
     return problems
 
 

@@ -6,6 +6,7 @@ misses its heartbeat.
 
 import collections
 import contextlib
+import glob
 import importlib.metadata
 import json
 import os
@@ -135,8 +136,9 @@ def _visible_gpus(environ: Mapping[str, str]) -> list[int] | None:
     JAX takes the GPU with the task's number on its node. A task that is bound to its GPU
     sees only that one, and the only task of a node would leave the others idle.
     """
-    visible = environ.get("CUDA_VISIBLE_DEVICES", "")
-    count = len(visible.split(",")) if visible else 0
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = glob.glob("/dev/nvidia[0-9]*") if visible is None else visible.split(",")
+    count = len([gpu for gpu in gpus if gpu])
     names = ("OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")
     tasks = next(filter(None, map(environ.get, names)), "")
     is_alone = re.fullmatch(r"1(\(x\d+\))?", tasks)  # SLURM: "1(x2)", "4(x2),1"

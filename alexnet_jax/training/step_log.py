@@ -120,5 +120,5 @@ def divergence(problem: str, checkpointer: Checkpointer) -> FloatingPointError:
     return FloatingPointError(
         f"{problem} {good} Try a lower --config.optim.learning_rate. To find the layer, "
         "run the same command with --config.summaries_every_steps=1, which prints the "
-        "gradient norm of each layer, or with JAX_DEBUG_NANS=1."
+        "gradient norm of each layer."
     )

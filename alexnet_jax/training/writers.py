@@ -67,9 +67,9 @@ class MultiWriter:
             # Converted once: each conversion of a device array waits for the device.
             numbers = {name: np.asarray(x).item() for name, x in scalars.items()}
             stored = {k: v for k, v in numbers.items() if k != "eta_seconds"}
-            self._jsonl.write(step, epoch, stored)
-            self._events.write(step, epoch, stored)
-            self._console.write(step, epoch, numbers)
+            if self._jsonl.write(step, epoch, stored):
+                self._events.write(step, epoch, stored)
+                self._console.write(step, epoch, numbers)
 
     def progress(self, step: int) -> None:
         """Move the progress bar to `step`, if there is one; cheap."""
@@ -123,11 +123,11 @@ class JsonlWriter:
             os.rename(self._path, free_name(self._path.with_name(name)))
             self._path.touch()
 
-    def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
-        """Append one line."""
+    def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> bool:
+        """Append one line; return False if the file holds this record already."""
         record = {"step": int(step), "epoch": float(epoch), **scalars}
         if step == self._resume_step and frozenset(record) in self._written:
-            return
+            return False
         finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
         # Opened for each line: no record waits in a buffer when the run is killed.
         with (
@@ -135,6 +135,7 @@ class JsonlWriter:
             open(self._path, "a", encoding="utf-8") as file,
         ):
             file.write(json.dumps(finite) + "\n")
+        return True
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -109,18 +109,20 @@ def test_all_mistakes_are_reported_at_once():
         data__crop_size=300,
         schedule__name="step",
         model__variant="alexnet",
-        num_epochs=math.nan,
+        model__init="zero",
+        num_epochs=math.inf,
     )
     with pytest.raises(ConfigError) as error:
         validate(config)
     message = str(error.value)
-    assert message.startswith("5 mistakes in the config:")
+    assert message.startswith("6 mistakes in the config:")
     for words in (
         "--config.optim.momentum=1.5 must be 0 to below 1.",
         "--config.data.crop_size=300 is larger than --config.data.image_size=256.",
         "--config.schedule.name='step' must be one of constant, plateau, fixed, cosine",
         "There is no variant 'alexnet'; the variants are paper",
-        "--config.num_epochs=nan must be above 0.",
+        "init='zero' must be one of paper, caffe, he.",
+        "--config.num_epochs=inf must be above 0 and finite.",
     ):
         assert words in message
 

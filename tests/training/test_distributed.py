@@ -319,13 +319,17 @@ def test_one_process_is_not_connected(mode, environment, monkeypatch):
         ("0,1,2,3", SRUN, {"num_processes": 9, "local_device_ids": None}),
         ("", MPIRUN, {"num_processes": 4, "local_device_ids": None}),
         ("", SRUN | MPIRUN, {"num_processes": 4}),
-        # One process for all GPUs of its node.
+        # One process for all GPUs of its node, which are found in /dev without the variable.
+        (None, SRUN | {"SLURM_STEP_TASKS_PER_NODE": "1(x9)"},
+         {"local_device_ids": [0, 1, 2]}),
         ("0,1", SRUN | {"SLURM_STEP_TASKS_PER_NODE": "1(x9)"},
          {"local_device_ids": [0, 1]}),
     ],
 )  # fmt: skip
 def test_tasks_are_left_to_jax(gpus, environment, expected, monkeypatch):
-    use(monkeypatch, environment | {"CUDA_VISIBLE_DEVICES": gpus})
+    variable = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
+    use(monkeypatch, environment | variable)
+    monkeypatch.setattr(distributed.glob, "glob", lambda _: ["nvidia0"] * 3)
     given = {}
     monkeypatch.setattr(
         distributed.jax.distributed, "initialize", lambda **kw: given.update(kw)
