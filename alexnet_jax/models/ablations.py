@@ -8,6 +8,7 @@ in which `customize` applies them.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection
 from typing import Any, Literal, get_args
 
@@ -15,10 +16,12 @@ from alexnet_jax.models.layers import (
     NORMS,
     Activation,
     ActivationKind,
+    AlphaMode,
     BatchNorm,
     Dense,
     Dropout,
     Layer,
+    Lrn,
     Pool,
     PoolKind,
     Stage,
@@ -157,6 +160,45 @@ def norm_place(table: Variant, place: Place) -> Variant:
     return _each_layer(table, change)
 
 
+def lrn_size(table: Variant, maps: int) -> Variant:
+    """Set n, the odd number of maps that LRN sums over; the paper's is 5."""
+    if _positive("lrn_size", maps) % 2 == 0:
+        raise ValueError(f"lrn_size={maps} must be odd: the window is centred.")
+    return _each_lrn(table, "lrn_size", size=int(maps))
+
+
+def lrn_k(table: Variant, k: float) -> Variant:
+    """Set k > 0, the constant that LRN adds to the sum; the paper's is 2."""
+    if not 0 < k < math.inf:
+        raise ValueError(f"lrn_k={k} must be above 0: LRN divides by a power of it.")
+    return _each_lrn(table, "lrn_k", k=float(k))
+
+
+def lrn_alpha(table: Variant, alpha: float) -> Variant:
+    """Set alpha >= 0, the factor on LRN's sum of squares; the paper's is 1e-4."""
+    if not 0 <= alpha < math.inf:
+        raise ValueError(f"lrn_alpha={alpha} must be at least 0.")
+    return _each_lrn(table, "lrn_alpha", alpha=float(alpha))
+
+
+def lrn_beta(table: Variant, beta: float) -> Variant:
+    """Set beta >= 0, the exponent of LRN; the paper's is 0.75."""
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"lrn_beta={beta} must be at least 0.")
+    return _each_lrn(table, "lrn_beta", beta=float(beta))
+
+
+def lrn_alpha_mode(table: Variant, mode: AlphaMode) -> Variant:
+    """Let LRN's alpha multiply the "sum" of the squares (the paper) or their "mean"."""
+    _one_of("lrn_alpha_mode", mode, get_args(AlphaMode))
+    return _each_lrn(table, "lrn_alpha_mode", alpha_mode=mode)
+
+
+def lrn_per_column(table: Variant, on: bool) -> Variant:
+    """Keep LRN's window inside a column (the paper), or let it cross (Caffe)."""
+    return _each_lrn(table, "lrn_per_column", per_column=bool(on))
+
+
 def pool_window(table: Variant, pixels: int) -> Variant:
     """Set the window of every pooling layer; 2 is the paper's ablation of overlap."""
     return _each_stage(table, Pool, window=_positive("pool_window", pixels))
@@ -195,6 +237,12 @@ ABLATIONS: dict[str, Callable[[Variant, Any], Variant]] = {
     "normalization": normalization,
     "norm_layers": norm_layers,
     "norm_place": norm_place,
+    "lrn_size": lrn_size,
+    "lrn_k": lrn_k,
+    "lrn_alpha": lrn_alpha,
+    "lrn_beta": lrn_beta,
+    "lrn_alpha_mode": lrn_alpha_mode,
+    "lrn_per_column": lrn_per_column,
     "pool_window": pool_window,
     "pool_stride": pool_stride,
     "pool_kind": pool_kind,
@@ -251,6 +299,15 @@ def _each_stage(table: Variant, of: type[Stage], /, **changes: Any) -> Variant:
         return dataclasses.replace(row, then=tuple(then))
 
     return _each_layer(table, change)
+
+
+def _each_lrn(table: Variant, name: str, **changes: Any) -> Variant:
+    if not any(isinstance(stage, Lrn) for stage in table.stages):
+        raise ValueError(
+            f"{name} changes LRN, and the network {table.name!r} has none here; give "
+            "normalization='lrn', or leave it out."
+        )
+    return _each_stage(table, Lrn, **changes)
 
 
 def _split_norms(

@@ -6,6 +6,7 @@ from typing import Literal
 
 ActivationKind = Literal["relu", "tanh", "sigmoid"]
 PoolKind = Literal["max", "avg"]
+AlphaMode = Literal["sum", "mean"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Lrn:
     k: float = 2.0
     alpha: float = 1e-4
     beta: float = 0.75
-    alpha_mode: Literal["sum", "mean"] = "sum"
+    alpha_mode: AlphaMode = "sum"
     per_column: bool = True
 
 

@@ -77,6 +77,18 @@ def get_config() -> Config:
     model.overrides = overrides = ConfigDict()
     # False takes normalisation out (paper, section 3.3), True is normalization=lrn.
     overrides.lrn = config_dict.placeholder(bool)
+    # Number of maps in LRN's window, odd (paper, section 3.3: 5).
+    overrides.lrn_size = config_dict.placeholder(int)
+    # Constant k that LRN adds to its sum, above 0 (paper: 2).
+    overrides.lrn_k = config_dict.placeholder(float)
+    # Factor alpha on LRN's sum of squares (paper: 1e-4).
+    overrides.lrn_alpha = config_dict.placeholder(float)
+    # Exponent beta of LRN (paper: 0.75).
+    overrides.lrn_beta = config_dict.placeholder(float)
+    # LRN's alpha multiplies the sum of the squares (paper) or their mean (original).
+    overrides.lrn_alpha_mode = config_dict.placeholder(str)
+    # LRN's window stays inside a column (paper) or crosses columns (Caffe).
+    overrides.lrn_per_column = config_dict.placeholder(bool)
     # Side of every pooling window in pixels; 2: no overlap (paper, section 3.4).
     overrides.pool_window = config_dict.placeholder(int)
     # Stride of every pooling layer in pixels.

@@ -10,7 +10,7 @@ from alexnet_jax.models.summary import summary
 from alexnet_jax.sweeps import plan as plan_lib
 from alexnet_jax.training import experiment, parallel, steps
 from alexnet_jax.training.config import validate
-from configs.sweeps import ablations
+from configs.sweeps import ablations, lrn_constants, pooling
 from tests.models.test_variants import COUNTS
 
 PAPER = COUNTS["paper"]
@@ -44,8 +44,19 @@ ROW_COUNTS = {
 PLAN = plan_lib.Plan("ablations", ablations.get_sweep(), seeds=(0,))
 
 
+CONSTANTS = {
+    f"{module.__name__}: {row.name}": (module, row)
+    for module in (lrn_constants, pooling)
+    for row in module.get_sweep().rows
+}
+
+
 def config_of(name, **more):
-    run = PLAN.run(ablations.ROWS[name], seed=0)
+    if name in CONSTANTS:
+        module, row = CONSTANTS[name]
+        run = plan_lib.Plan(name, module.get_sweep(), seeds=(0,)).run(row, seed=0)
+    else:
+        run = PLAN.run(ablations.ROWS[name], seed=0)
     config = plan_lib.load_config(run.config)
     return plan_lib.set_fields(config, {**run.overrides, **more}, f"{name}: ")
 
@@ -93,7 +104,7 @@ def test_every_row_is_another_training():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ablations.ROWS)
+@pytest.mark.parametrize("name", [*ablations.ROWS, *CONSTANTS])
 def test_each_trains_a_step(name):
     narrow = {"model.width": 1 / 32, "model.init": "he", "parallel.mode": "data"}
     config = config_of(name, **narrow)

@@ -1,5 +1,6 @@
 """The layer tables: parameter counts from the literature, and every override."""
 
+import dataclasses
 import math
 
 import jax
@@ -175,6 +176,38 @@ def test_where_normalisation_stays_and_on_which_side_of_the_units():
     ):
         with pytest.raises(ValueError, match=words):
             first_two(**bad)
+
+
+@pytest.mark.parametrize(
+    "name, value, field",
+    [
+        ("lrn_size", 3, "size"),
+        ("lrn_k", 1.0, "k"),
+        ("lrn_alpha", 5e-4, "alpha"),
+        ("lrn_beta", 1.0, "beta"),
+        ("lrn_alpha_mode", "mean", "alpha_mode"),
+        ("lrn_per_column", False, "per_column"),
+    ],
+)
+def test_lrn_constants_are_overrides(name, value, field):
+    found = [s for s in stages("paper", **{name: value}) if isinstance(s, layers.Lrn)]
+    wanted = dataclasses.replace(variants.PAPER_LRN, **{field: value})
+    assert found == [wanted] * 2
+    # Within-map normalisation, the original's second in layer 2, has constants of its own.
+    others = count(layers.WithinMapLrn, stages("original", **{name: value}))
+    assert others == count(layers.WithinMapLrn, stages("original")) == 1
+    with pytest.raises(ValueError, match=f"{name} changes LRN, and the network 'owt'"):
+        stages("owt", **{name: value})
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("lrn_k", 0.0), ("lrn_k", -1.0), ("lrn_k", math.nan), ("lrn_size", 4)]
+    + [("lrn_alpha", -1e-4), ("lrn_beta", math.inf), ("lrn_alpha_mode", "max")],
+)
+def test_wrong_lrn_constants_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name}="):
+        stages("paper", **{name: value})
 
 
 def test_pooling_activation_and_dropout_overrides():
