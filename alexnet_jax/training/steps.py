@@ -38,7 +38,7 @@ class StepSpec:
 
     Attributes:
       model: the whole network.
-      tx: the optimiser; evaluation does not use it.
+      tx: any optax optimiser; evaluation does not use it.
       augmentation: of training images; its `crop_size` holds for all images.
       mesh, mode: the devices, and how network and batch are split over them.
       transform: the wrapper around a step, see `parallel.on_devices`.
@@ -47,6 +47,7 @@ class StepSpec:
         network one after the other and make one update, in less memory. Only batch
         normalisation tells the difference: it takes its statistics per micro-batch.
       label_smoothing: in the training loss, see `metrics.cross_entropy`.
+      loss: another training loss: (logits [B, K], labels [B]) -> [B], in float32.
       frozen: layers whose gradients are not computed; the optimiser gets zeros. `tx`
         must keep these layers as they are, despite weight decay.
     """
@@ -60,6 +61,7 @@ class StepSpec:
     seed: int = 0
     accumulate_steps: int = 1
     label_smoothing: float = 0.0
+    loss: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     frozen: Collection[str] = ()
 
     @property
@@ -164,7 +166,8 @@ def make_train_step(spec: StepSpec) -> Callable[..., tuple[TrainState, Arrays]]:
     `batch` is {"image": uint8 [B, S, S, 3], "label": int32 [B]}: the global batch,
     split over `spec.batch_axes`. `statistics` are those of `augment.train_images`. The
     state is donated. `metrics` holds the batch's mean "loss" in nats, its "top1_error"
-    in [0, 1], and the learning rate "lr" of the update.
+    in [0, 1], and the learning rate "lr" of the update, if the optimiser's state tells
+    it (`optax.inject_hyperparams`).
 
     On a CPU the step has compiler options (`ops.jit`), which JAX accepts only at the
     top: use `step.__wrapped__` inside another jit, scan or grad.
@@ -186,8 +189,10 @@ def make_train_step(spec: StepSpec) -> Callable[..., tuple[TrainState, Arrays]]:
             batch_stats=result.batch_stats,
             opt_state=opt_state,
         )
-        rate = opt_state.hyperparams["learning_rate"]
-        return new_state, {"loss": loss, "top1_error": error, "lr": rate}
+        scalars = {"loss": loss, "top1_error": error}
+        if hyperparams := getattr(opt_state, "hyperparams", None):
+            scalars["lr"] = hyperparams["learning_rate"]
+        return new_state, scalars
 
     in_specs = (specs, P(spec.batch_axes), P())
     step = parallel.on_devices(
@@ -268,7 +273,10 @@ def loss_and_grad(
                 method="features",
             )
             labels, logits = batch["label"], features["logits"]
-            losses = metrics.cross_entropy(logits, labels, spec.label_smoothing)
+            if spec.loss is None:
+                losses = metrics.cross_entropy(logits, labels, spec.label_smoothing)
+            else:
+                losses = spec.loss(logits, labels)
             loss = jnp.mean(losses)
             error = jnp.mean(~metrics.in_top_k(logits, labels, 1), dtype=loss.dtype)
             return scale * loss, (changed, (loss, error, observe(features)))

@@ -1,10 +1,11 @@
-"""Steps in bfloat16, which keep their state in float32, and label smoothing."""
+"""Steps in bfloat16, with other optimisers and losses, and with label smoothing."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from alexnet_jax.data import augment
@@ -47,6 +48,35 @@ def test_bfloat16_step_keeps_its_state_in_float32(columns):
     # Kernels and biases of eight layers, their velocities, and the learning rate.
     assert len(floats) == 33
     assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
+
+
+def brier(logits, labels):
+    """Return the squared distance of the probabilities from the one-hot labels."""
+    wanted = jax.nn.one_hot(labels, logits.shape[-1])
+    return jnp.sum((jax.nn.softmax(logits) - wanted) ** 2, axis=-1)
+
+
+def test_any_optimiser_and_loss_train_the_same_on_any_mesh():
+    model, plain = narrow("float32"), augment.Augmentation(CROP, crop=False, flip=False)
+    found = []
+    for columns in (1, 2):
+        mesh = parallel.make_mesh(1, columns)
+        spec = steps.StepSpec(
+            model, optax.adamw(1e-3), plain, mesh, "columns", loss=brier
+        )
+        state, step = steps.init_state(spec), steps.make_train_step(spec)
+        on_device = parallel.put_batch(batch(EXAMPLES), mesh, "columns", EXAMPLES)
+        losses = []
+        for _ in range(3):
+            state, scalars = step(state, on_device, statistics(jnp.float32))
+            assert scalars.keys() == {"loss", "top1_error"}  # no learning rate is told
+            losses.append(float(scalars["loss"]))
+        found.append(losses)
+    classes = model.network.layers[-1].features
+    # The first network guesses: (1 - 1/K)^2 + (K - 1) / K^2 = 1 - 1/K.
+    assert found[0][0] == pytest.approx(1 - 1 / classes, rel=0.05)
+    assert found[0][2] < found[0][0]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("columns", [1, 2])
