@@ -119,7 +119,7 @@ class _Training:
                 jax.block_until_ready(self.experiment.put(batch))
 
     def together(self, count: int) -> None:
-        """What `loop.train_and_evaluate` does between two records."""
+        """Do the work of `loop.train_and_evaluate` between two records."""
         started = time.perf_counter()
         pending: deque[Any] = deque()
         with self.batches(count) as batches:

@@ -91,7 +91,7 @@ for number, arguments in enumerate(json.loads(sys.argv[1])):
 
 @pytest.fixture(scope="module")
 def messages(workdir, tmp_path_factory):
-    """What the command line says about each mistake, with names instead of paths."""
+    """Return the message of each mistake, with names instead of paths."""
     root, out = tmp_path_factory.mktemp("mistakes"), tmp_path_factory.mktemp("said")
     places = {name: root / name for name in ("PATH", "EMPTY", "DATA")}
     for name in ("cat", "dog"):

@@ -202,7 +202,7 @@ def test_the_originals_recipe_reaches_the_step():
         before = state
         updates, state = step(grads, state, params)
         if count in (0, 60, 120, 140, 150, 170):
-            # What this step adds to the velocity, over 1 + weight decay.
+            # This step's addition to the velocity, over 1 + weight decay.
             old, new = (
                 [leaf for leaf in jax.tree.leaves(s) if leaf.shape in ((1, 1), (1,))]
                 for s in (before, state)
