@@ -406,10 +406,10 @@ def test_an_interrupted_sweep_resumes_and_skips_finished_runs(command, tmp_path)
     out = tmp_path / "out"
     whole = out / "runs" / "whole" / "seed_0"
     process = subprocess.Popen(
-        [*command, "max_steps=150"], env=ENVIRONMENT, stdout=subprocess.PIPE
+        [*command, "max_steps=500"], env=ENVIRONMENT, stdout=subprocess.PIPE
     )
     wait_for(whole.exists)
-    again = run([*command, "max_steps=150"])  # while the other's runs are starting
+    again = run([*command, "max_steps=500"])  # while the other's runs are starting
     assert again.returncode == 1
     assert "is held by process" in again.stderr
     metrics = whole / "metrics.jsonl"
@@ -419,7 +419,7 @@ def test_an_interrupted_sweep_resumes_and_skips_finished_runs(command, tmp_path)
     assert process.returncode == 130
     assert "stopped" in (out / "summary.md").read_text()
     assert not (whole / "status.json").exists()
-    command = [*command, "max_steps=150"]
+    command = [*command, "max_steps=500"]
 
     done = run(command)
     assert done.returncode == 1, done.stderr
