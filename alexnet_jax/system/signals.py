@@ -47,8 +47,14 @@ def stop_requests() -> Iterator[Stop]:
 
     A second Ctrl-C kills a command; in a notebook it raises KeyboardInterrupt.
     """
-    stop, before = Stop(), signal.getsignal(signal.SIGINT)
-    is_pythons_own = before is signal.default_int_handler
+    stop = Stop()
+    # Outside a command nothing of ours handles SIGINT: a notebook has Python's own
+    # handler, and a background process of a shell ignores it.
+    outside = signal.getsignal(signal.SIGINT) in (
+        signal.default_int_handler,
+        signal.SIG_IGN,
+    )
+    second = signal.default_int_handler if outside else signal.SIG_DFL
 
     def request(number: int, frame: FrameType | None) -> None:
         if stop.signal is None:
@@ -58,7 +64,7 @@ def stop_requests() -> Iterator[Stop]:
                 f"{signal.Signals(number).name}: stopping after this step, or this batch "
                 f"of an evaluation, with a checkpoint; {again} Ctrl-C ends at once"
             )
-            signal.signal(signal.SIGINT, before if is_pythons_own else signal.SIG_DFL)
+            signal.signal(signal.SIGINT, second)
 
     with _handled_by(request):
         yield stop
