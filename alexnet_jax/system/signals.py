@@ -43,7 +43,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Stop]:
-    """Let the first signal set `Stop.signal` only.
+    """Let the first signal set `Stop.signal` and do nothing else.
 
     A second Ctrl-C kills a command; in a notebook it raises KeyboardInterrupt.
     """

@@ -71,7 +71,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
     validate(config)
     checkpoints = path / CHECKPOINTS
     is_resumed = has_checkpoint(checkpoints)
-    # Everything that can be refused is, before anything is written.
+    # Errors of config, workdir and data come before anything is written.
     differences, experiment = prepare(config, path)
     first = None if is_resumed else begin(experiment)
     path.mkdir(parents=True, exist_ok=True)

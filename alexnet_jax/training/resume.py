@@ -85,7 +85,7 @@ def alone_in(workdir: Path) -> Iterator[None]:
 
 
 def prepare(config: Config, workdir: Path) -> tuple[list[str], Experiment]:
-    """Return lines that tell how the config differs from the workdir's; the experiment.
+    """Return lines that name the changed config fields, and the experiment.
 
     Raises:
       ConfigError: the config is wrong, or the workdir holds another network or classes.
