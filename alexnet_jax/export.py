@@ -81,12 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "--workdir",
-        type=path_argument,
-        required=True,
-        help="folder of a run, or a file",
-    )
+    add("--workdir", type=path_argument, required=True, help="folder of a run, or a file")
     add("--out", type=path_argument, required=True, metavar="FILE")
     add("--names", choices=NAMES, default=NAMES[0])
     add("--step", type=int, help="which checkpoint; else the best")

@@ -75,13 +75,9 @@ _WORKDIR = flags.DEFINE_string(
     "DIR@STEP, or several that are averaged, DIR,DIR@STEP,FILE.npz.",
 )
 _PREDICTIONS = flags.DEFINE_string(
-    "predictions",
-    None,
-    "With --mode=eval: an .npz that is written with the predictions.",
+    "predictions", None, "With --mode=eval: an .npz that is written with the predictions."
 )
-_MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "eval", "describe"], "What to do with it."
-)
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "describe"], "What to do with it.")
 _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices",
     None,
@@ -219,9 +215,7 @@ def _stored_config() -> Path:
         if member.is_run:
             require_run(member.path)
             return member.path / CONFIG_FILE
-    raise ConfigError(
-        f"{_NO_CONFIG} Files do not say which pictures they are to be tested on."
-    )
+    raise ConfigError(f"{_NO_CONFIG} Files do not say which pictures they are to be tested on.")
 
 
 def run() -> None:

@@ -24,12 +24,7 @@ from alexnet_jax.analysis.features import BATCH, Extractor, read, save_figure
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.images import short_names
 from alexnet_jax.system import signals
-from alexnet_jax.system.cli import (
-    exit_status,
-    figure_file,
-    parser,
-    require_writable_file,
-)
+from alexnet_jax.system.cli import exit_status, figure_file, parser, require_writable_file
 from alexnet_jax.training.checkpoint import CheckpointError
 from alexnet_jax.training.load import load
 
@@ -91,9 +86,7 @@ def predict(
 def as_text(prediction: Prediction, top: int) -> str:
     """Return the image's path and a line per label, the best first."""
     chances, names = prediction.probabilities, prediction.class_names
-    lines = [
-        f"{100 * chances[k]:7.2f}%  {words(names[k])}" for k in prediction.best(top)
-    ]
+    lines = [f"{100 * chances[k]:7.2f}%  {words(names[k])}" for k in prediction.best(top)]
     return "\n".join([prediction.path, *lines])
 
 
@@ -127,9 +120,7 @@ def _draw(found: Sequence[Prediction], path: Path) -> None:
     save_figure(figure, path)
 
 
-def _draw_feature_maps(
-    workdir: Path, step: int | None, image: np.ndarray, path: Path
-) -> None:
+def _draw_feature_maps(workdir: Path, step: int | None, image: np.ndarray, path: Path) -> None:
     from alexnet_jax.analysis.figures import feature_maps
 
     model, variables, preprocess = load(workdir, step=step)
@@ -179,9 +170,7 @@ def _predict(options: argparse.Namespace) -> bool:
     if drawn and options.figure is not None:
         _draw(drawn, options.figure)
     if drawn and options.feature_maps is not None:
-        _draw_feature_maps(
-            options.workdir, options.step, drawn[0].picture, options.feature_maps
-        )
+        _draw_feature_maps(options.workdir, options.step, drawn[0].picture, options.feature_maps)
     return all_read
 
 

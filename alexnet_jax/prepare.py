@@ -112,9 +112,7 @@ def _check(options: argparse.Namespace) -> int:
 
     out = Path(options.out)
     if out.suffix not in (".png", ".jpg", ".pdf") or not out.absolute().parent.is_dir():
-        raise ValueError(
-            f"--out={out} must be a .png, .jpg or .pdf file in a folder that exists"
-        )
+        raise ValueError(f"--out={out} must be a .png, .jpg or .pdf file in a folder that exists")
     if not options.split:
         raise ValueError("--split is empty: which split is trained on?")
     require_writable(out.absolute().parent)

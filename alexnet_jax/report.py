@@ -36,12 +36,7 @@ from alexnet_jax.system.cli import exit_status, path_argument, require_writable_
 from alexnet_jax.system.files import atomic_write
 from alexnet_jax.training.checkpoint import CheckpointError
 from alexnet_jax.training.metrics import shows_top5
-from alexnet_jax.training.workdir import (
-    CONFIG_FILE,
-    read_class_names,
-    read_config,
-    require_run,
-)
+from alexnet_jax.training.workdir import CONFIG_FILE, read_class_names, read_config, require_run
 from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 
 REPORT_FILE = "report.html"
@@ -169,9 +164,7 @@ def _workdirs(text: str) -> list[Path]:
     if os.path.exists(whole := path_argument(text)):
         return [whole]
     if "" in (names := text.split(",")):
-        raise argparse.ArgumentTypeError(
-            f"{text} has a comma with nothing before or behind it."
-        )
+        raise argparse.ArgumentTypeError(f"{text} has a comma with nothing before or behind it.")
     return [path_argument(name) for name in names]
 
 

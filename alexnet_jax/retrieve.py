@@ -74,9 +74,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     ):
         made.add_argument(f"--{name}", help=about)
     made.add_argument("--bits", type=int, help="compare codes of so many bits")
-    made.add_argument(
-        "--shortlist", type=int, metavar="R", help="put the R nearest codes in order"
-    )
+    made.add_argument("--shortlist", type=int, metavar="R", help="put the R nearest codes in order")
     options = made.parse_args(argv)
     if options.top < 1:
         made.error(f"--top={options.top} must be at least 1.")
@@ -92,9 +90,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if options.bits is None:
             made.error("--shortlist is of codes; say of how many bits: --bits=256.")
         if options.shortlist < options.top:
-            made.error(
-                f"--shortlist={options.shortlist} must be at least --top={options.top}."
-            )
+            made.error(f"--shortlist={options.shortlist} must be at least --top={options.top}.")
     return options
 
 
@@ -113,15 +109,9 @@ def _stored_index(options: argparse.Namespace) -> Index | None:
     return index
 
 
-def _make_index(
-    options: argparse.Namespace, features_of: Extractor, layer: str
-) -> Index:
+def _make_index(options: argparse.Namespace, features_of: Extractor, layer: str) -> Index:
     index = build_index(
-        features_of,
-        layer,
-        source=options.source,
-        split=options.split,
-        data_dir=options.data_dir,
+        features_of, layer, source=options.source, split=options.split, data_dir=options.data_dir
     )
     index.save(options.index)
     count, width = index.features.shape
@@ -141,17 +131,12 @@ def _codes(options: argparse.Namespace, index: Index) -> Codes:
         codes = load_codes(path)
         if codes.coder.bits == bits and codes.are_of(features):
             return codes
-        print(
-            f"{path}: codes of another index or length; making them again",
-            file=sys.stderr,
-        )
+        print(f"{path}: codes of another index or length; making them again", file=sys.stderr)
     count, width = features.shape
     held_out = np.linspace(0, count - 1, min(HELD_OUT, -(-count // 10)), dtype=int)
     others = np.setdiff1d(np.arange(count), held_out)
     with progress("codes", STEPS, "steps") as advance:
-        coder = train_coder(
-            features, bits=bits, rows=others, steps=STEPS, progress=advance
-        )
+        coder = train_coder(features, bits=bits, rows=others, steps=STEPS, progress=advance)
     codes = Codes.of(coder, features)
     few, many = recall_of_rows(features, codes, held_out, among=(10, 100))
     codes.save(path)
@@ -165,9 +150,7 @@ def _codes(options: argparse.Namespace, index: Index) -> Codes:
     return codes
 
 
-def _folder_of(
-    index: Index, rows: np.ndarray, features_of: Extractor
-) -> FolderSource | None:
+def _folder_of(index: Index, rows: np.ndarray, features_of: Extractor) -> FolderSource | None:
     """Return the folder that holds the images of these rows.
 
     If the images of that folder have changed, print so and return None.
@@ -186,10 +169,7 @@ def _folder_of(
 
 
 def _look_up(
-    options: argparse.Namespace,
-    index: Index,
-    codes: Codes | None,
-    features_of: Extractor,
+    options: argparse.Namespace, index: Index, codes: Codes | None, features_of: Extractor
 ) -> bool:
     """Print the neighbours of each image; return True if all could be read."""
     found = read(options.pictures, features_of.image_size)
@@ -208,9 +188,7 @@ def _look_up(
         distances, rows = nearest(index.features, queries, options.top)
     elif options.shortlist is not None:
         size = options.shortlist
-        distances, rows = shortlist(
-            index.features, codes, queries, options.top, size=size
-        )
+        distances, rows = shortlist(index.features, codes, queries, options.top, size=size)
     else:
         asked = codes.coder.encode(queries)
         distances, rows = nearest_codes(codes.packed, asked, options.top)
@@ -233,9 +211,7 @@ def _look_up(
             apart = f"{item[unit]:{form}}{suffix}"
             print(f"  {apart}  {item['row']:8d}  {item['words']}{file}")
     if options.figure is not None:
-        source = open_for_index(
-            features_of, index.split, index.source, options.data_dir
-        )
+        source = open_for_index(features_of, index.split, index.source, options.data_dir)
         figure = draw(
             index,
             source,

@@ -27,7 +27,5 @@ def get_config(num_epochs="140"):
     config.optim.bias_lr_mult = 2.0
     config.optim.decay_bias = False
     config.schedule.name = "fixed"
-    config.schedule.drop_epochs = tuple(
-        config.num_epochs * epoch / 140 for epoch in (120, 130)
-    )
+    config.schedule.drop_epochs = tuple(config.num_epochs * epoch / 140 for epoch in (120, 130))
     return config

@@ -32,8 +32,6 @@ def get_config(num_epochs=str(EPOCHS)):
     config.augment.crop = True
     config.augment.flip = True
     config.optim.constant_bias_lr = True
-    config.schedule.drop_epochs = tuple(
-        config.num_epochs * epoch / EPOCHS for epoch in DROPS
-    )
+    config.schedule.drop_epochs = tuple(config.num_epochs * epoch / EPOCHS for epoch in DROPS)
     config.eval_views = 9
     return config

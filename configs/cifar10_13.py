@@ -20,8 +20,6 @@ DROPS, EPOCHS = (140, 150), 160
 def get_config(num_epochs=str(EPOCHS)):
     config = cifar10_11.get_config(num_epochs)
     config.model.variant = "cifar_13"
-    config.schedule.drop_epochs = tuple(
-        config.num_epochs * epoch / EPOCHS for epoch in DROPS
-    )
+    config.schedule.drop_epochs = tuple(config.num_epochs * epoch / EPOCHS for epoch in DROPS)
     config.eval_views = 10
     return config

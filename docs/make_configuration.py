@@ -84,9 +84,7 @@ def page() -> str:
             )
         words = config_lib.RANGES.get(name, ("", ""))[1]
         cells = [f"`{name}`", f"`{default}`", comment, words]
-        lines.append(
-            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-        )
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 

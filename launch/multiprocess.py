@@ -37,17 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-n", type=int, required=True, help="number of processes")
-    parser.add_argument(
-        "--gpus", type=int, default=0, help="GPUs for each process; 0: on the CPU"
-    )
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs for each process; 0: on the CPU")
     parser.add_argument("arguments", nargs="+", help="those of alexnet_jax.main")
     options = parser.parse_args(argv)
     if options.n < 1 or options.gpus < 0:
         parser.error("-n must be at least 1 and --gpus at least 0")
     port = free_port()
     processes = [
-        start(options.arguments, index, options.n, port, options.gpus)
-        for index in range(options.n)
+        start(options.arguments, index, options.n, port, options.gpus) for index in range(options.n)
     ]
     readers = [
         threading.Thread(target=relay, args=(process, index))
@@ -131,9 +128,7 @@ def wait(processes: Sequence[subprocess.Popen[str]]) -> int:
     return 128 - status if status < 0 else status
 
 
-def end_others(
-    processes: Sequence[subprocess.Popen[str]], index: int, status: int
-) -> None:
+def end_others(processes: Sequence[subprocess.Popen[str]], index: int, status: int) -> None:
     """Wait a little for processes that lost one, then kill them."""
     end = time.monotonic() + GRACE_SECONDS
     while any(p.poll() is None for p in processes) and time.monotonic() < end:
@@ -148,9 +143,7 @@ def end_others(
     hint = "The same command goes on, from the last checkpoint if there is one."
     if 0 < status < 128:
         hint = "Its own lines above say why."
-    print(
-        f"multiprocess.py: process {index} {how}. {hint}", file=sys.stderr, flush=True
-    )
+    print(f"multiprocess.py: process {index} {how}. {hint}", file=sys.stderr, flush=True)
     hand_on(processes, signal.SIGKILL)
 
 

@@ -27,9 +27,7 @@ if not OPTIMIZED and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # to make loops of fused operations: slower loops, from a third less of compiling.
 # jaxlib 0.11 has only the newer one, and aborts at a flag that it does not know.
 if not OPTIMIZED:
-    flags = (
-        "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
-    )
+    flags = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         flags += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
@@ -84,15 +82,7 @@ def _mounted(folder: Path, mebibytes: int) -> Iterator[Path]:
         return
     # Not as root: in a namespace of its own, which a process holds open.
     holder = subprocess.Popen(
-        [
-            "unshare",
-            "-rm",
-            "sh",
-            "-c",
-            '"$@" && echo mounted && exec cat',
-            "-",
-            *command,
-        ],
+        ["unshare", "-rm", "sh", "-c", '"$@" && echo mounted && exec cat', "-", *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -13,9 +13,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "launch/README.md", *ROOT.glob("docs/
 
 def anchors(text: str) -> set[str]:
     """Return the anchors that GitHub gives to the headings of a page."""
-    titles = re.findall(
-        r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE
-    )
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
     plain = (re.sub(r"\[(.*?)\]\(.*?\)|`", r"\1", title).lower() for title in titles)
     return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in plain}
 
@@ -31,9 +29,7 @@ def test_links_lead_somewhere(page):
         assert target.exists(), link
         if anchor:
             assert anchor in anchors(target.read_text()), link
-    for path in re.findall(
-        r"`((?:tests|benchmarks|docs|alexnet_jax)/[\w/]+\.\w+)`", text
-    ):
+    for path in re.findall(r"`((?:tests|benchmarks|docs|alexnet_jax)/[\w/]+\.\w+)`", text):
         assert (ROOT / path).exists(), path
 
 
@@ -71,11 +67,7 @@ def test_names_on_the_page_about_the_paper_exist():
 
 def test_examples_of_the_page_about_extending_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    text = (
-        (ROOT / "docs/extending.md")
-        .read_text()
-        .replace('"textures"', '"textures/tiny"')
-    )
+    text = (ROOT / "docs/extending.md").read_text().replace('"textures"', '"textures/tiny"')
     scope = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(block, scope)  # noqa: S102

@@ -63,9 +63,7 @@ class Coder:
 
 
 @jax.jit
-def _bits(
-    features: jax.Array, mean: jax.Array, kernel: jax.Array, bias: jax.Array
-) -> jax.Array:
+def _bits(features: jax.Array, mean: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     # In full precision: a GPU's tensorfloat32 would give other bits than a CPU.
     centred = features - mean
     return jnp.matmul(centred, kernel, precision=lax.Precision.HIGHEST) + bias > 0
@@ -132,9 +130,7 @@ class _Autoencoder(nn.Module):
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
         width = features.shape[1]
-        kernel = self.param(
-            "kernel", nn.initializers.lecun_normal(), (width, self.bits)
-        )
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (width, self.bits))
         bias = self.param("bias", nn.initializers.zeros, (self.bits,))
         gain = self.param("gain", nn.initializers.constant(self.bits**-0.5), ())
         offset = self.param("offset", nn.initializers.zeros, (width,))
@@ -213,9 +209,7 @@ def train_coder(
             progress(1)
     trained = params["params"]
     return Coder(
-        mean=mean,
-        kernel=np.asarray(trained["kernel"]) / scale,
-        bias=np.asarray(trained["bias"]),
+        mean=mean, kernel=np.asarray(trained["kernel"]) / scale, bias=np.asarray(trained["bias"])
     )
 
 
@@ -270,12 +264,7 @@ def recall(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def recall_of_rows(
-    features: np.ndarray,
-    codes: Codes,
-    rows: np.ndarray,
-    *,
-    among: Sequence[int],
-    count: int = 10,
+    features: np.ndarray, codes: Codes, rows: np.ndarray, *, among: Sequence[int], count: int = 10
 ) -> list[float]:
     """Return the share of exact neighbours that the nearest codes hold.
 

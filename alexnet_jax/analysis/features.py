@@ -44,9 +44,7 @@ class Extractor:
       FileNotFoundError, CheckpointError: as `load.load`.
     """
 
-    def __init__(
-        self, path: Path, layer: str, *, step: int | None = None, batch: int = BATCH
-    ):
+    def __init__(self, path: Path, layer: str, *, step: int | None = None, batch: int = BATCH):
         weights = read_network(path, step=step)
         self.model, self.variables = weights.make_model(), weights.variables
         self.image_size = weights.image_size
@@ -78,9 +76,7 @@ class Extractor:
         known = jax.eval_shape(features, self._preprocess(self._grey))
         if layer not in known:
             raise ValueError(f"layer {layer!r} must be one of {', '.join(known)}.")
-        self._apply = ops.jit(
-            lambda images: features(images)[layer].reshape(len(images), -1)
-        )
+        self._apply = ops.jit(lambda images: features(images)[layer].reshape(len(images), -1))
 
     @property
     def data(self) -> dict[str, Any]:
@@ -106,9 +102,7 @@ class Extractor:
             found.append(features[: len(part)])
         return np.concatenate(found)
 
-    def over(
-        self, pictures: Source, what: str
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def over(self, pictures: Source, what: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the images of a split in order and their features, in batches.
 
         Shows progress under the name `what`.
@@ -125,9 +119,7 @@ class Extractor:
                 yield images, self(images)
                 advance(len(images))
 
-    def open(
-        self, split: str, *, source: str | None = None, data_dir: str | None = None
-    ) -> Source:
+    def open(self, split: str, *, source: str | None = None, data_dir: str | None = None) -> Source:
         """Open a split by `data.open_source`; without `source` the run's own data."""
         return data_lib.open_source(
             source or str(self.data["source"]),

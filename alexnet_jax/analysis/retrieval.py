@@ -167,14 +167,9 @@ def search(
       (distances float32 [Q, count], rows int32 [Q, count]), ascending; ties by row.
     """
     size = max(min(block, len(table)), count)
-    parts = [
-        jnp.asarray(queries[i : i + QUERIES]) for i in range(0, len(queries), QUERIES)
-    ]
+    parts = [jnp.asarray(queries[i : i + QUERIES]) for i in range(0, len(queries), QUERIES)]
     best = [
-        (
-            jnp.full((len(part), count), jnp.inf),
-            jnp.zeros((len(part), count), jnp.int32),
-        )
+        (jnp.full((len(part), count), jnp.inf), jnp.zeros((len(part), count), jnp.int32))
         for part in parts
     ]
     for first in range(0, len(table), size):
@@ -253,8 +248,7 @@ def index_of(
 ) -> Index:
     """Return the index of a source; the strings are stored with it."""
     features, pixels = zip(
-        *((found, shrink(batch)) for batch, found in features_of.over(images, "index")),
-        strict=True,
+        *((found, shrink(batch)) for batch, found in features_of.over(images, "index")), strict=True
     )
     return Index(
         features=np.concatenate(features),
@@ -268,9 +262,7 @@ def index_of(
     )
 
 
-def open_for_index(
-    features_of: Extractor, split: str, source: str, data_dir: str | None
-) -> Source:
+def open_for_index(features_of: Extractor, split: str, source: str, data_dir: str | None) -> Source:
     """Open a split as `Extractor.open`; errors name `--source`, not the config field."""
     try:
         return features_of.open(split, source=source, data_dir=data_dir)
@@ -316,11 +308,7 @@ def check_index(index: Index, features_of: Extractor) -> None:
 
 
 def draw(
-    index: Index,
-    source: Source,
-    pictures: np.ndarray,
-    rows: np.ndarray,
-    **titles: Any,
+    index: Index, source: Source, pictures: np.ndarray, rows: np.ndarray, **titles: Any
 ) -> Any:
     """Return a matplotlib figure of queries [Q, S, S, 3] and of their neighbours.
 

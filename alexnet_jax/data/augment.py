@@ -83,9 +83,7 @@ class Augmentation:
 
 def example_keys(key: jax.Array, first_example: Any, count: int) -> jax.Array:
     """Return a key per example first_example ... first_example + count - 1."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(
-        key, first_example + jnp.arange(count)
-    )
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, first_example + jnp.arange(count))
 
 
 def random_crop(pictures: jax.Array, keys: jax.Array, size: int) -> jax.Array:
@@ -175,12 +173,7 @@ def resize_boxes(
 
 
 def random_resized_crop(
-    pictures: jax.Array,
-    keys: jax.Array,
-    size: int,
-    *,
-    min_area: float,
-    dtype: Any = jnp.float32,
+    pictures: jax.Array, keys: jax.Array, size: int, *, min_area: float, dtype: Any = jnp.float32
 ) -> jax.Array:
     """Cut a box of random area, shape and place out of each, resized to size x size.
 
@@ -325,11 +318,7 @@ def train_images(
 
 
 def eval_images(
-    pictures: jax.Array,
-    *,
-    mean_image: jax.Array,
-    crop_size: int,
-    dtype: Any = jnp.float32,
+    pictures: jax.Array, *, mean_image: jax.Array, crop_size: int, dtype: Any = jnp.float32
 ) -> jax.Array:
     """Return the centre crops of uint8 [B, S, S, 3] minus the mean's centre."""
     return _minus_mean(centre_crop(pictures, crop_size), mean_image, crop_size, dtype)

@@ -16,13 +16,7 @@ from alexnet_jax.data.augment import IMAGENET_MEAN_255, IMAGENET_PCA_STD_255
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, wnids, words
 from alexnet_jax.data.loader import TrainOrder
-from alexnet_jax.data.sources import (
-    Sample,
-    Source,
-    StoredSource,
-    match_classes,
-    overlap,
-)
+from alexnet_jax.data.sources import Sample, Source, StoredSource, match_classes, overlap
 from alexnet_jax.data.sources.source import some
 
 _CHUNK = 256  # records that a thread reads at a time
@@ -144,17 +138,12 @@ def _class_order(train: Source, is_imagenet: bool, partial: bool) -> Finding:
     if not is_sorted:
         return Finding("note", f"{len(names):,} classes, not in alphabetical order")
     first, last = (
-        f"{name} ({words(name)})" if is_imagenet else name
-        for name in (names[0], names[-1])
+        f"{name} ({words(name)})" if is_imagenet else name for name in (names[0], names[-1])
     )
-    return Finding(
-        "ok", f"class order: {len(names):,} classes, 0 is {first}, the last is {last}"
-    )
+    return Finding("ok", f"class order: {len(names):,} classes, 0 is {first}, the last is {last}")
 
 
-def _in_both(
-    train: Source, evaluation: Source, hashes: Sequence[np.ndarray]
-) -> Iterator[Finding]:
+def _in_both(train: Source, evaluation: Source, hashes: Sequence[np.ndarray]) -> Iterator[Finding]:
     """Look for evaluation images that are training images: by place, else by content."""
     if message := overlap(train, evaluation):
         yield Finding("WRONG", message)
@@ -202,10 +191,7 @@ def _pixel_values(split: str, source: Source) -> Finding:
         sample.fetch(np.array([index]), image, np.empty(1, np.int32))
         ranges.append(int(image.max()) - int(image.min()))
     median = np.median(ranges)
-    text = (
-        f"{split}: an image spans {median:.0f} of 255 grey levels (median of "
-        f"{len(ranges):,})"
-    )
+    text = f"{split}: an image spans {median:.0f} of 255 grey levels (median of {len(ranges):,})"
     if median < _LEAST_RANGE:
         text += (
             f": the images hardly vary; expected at least {_LEAST_RANGE}. Were values of "
@@ -225,9 +211,7 @@ def _order(labels: np.ndarray) -> Iterator[Finding]:
     # Several batches: one batch of all examples would look well mixed.
     size = min(_BATCH_SIZE, max(1, len(labels) // 8))
     if size < _FEWEST:
-        yield Finding(
-            "note", "shuffling and order of storage: too few pictures to tell"
-        )
+        yield Finding("note", "shuffling and order of storage: too few pictures to tell")
         return
     count = min(_NUM_BATCHES, len(labels) // size)
 

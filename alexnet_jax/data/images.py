@@ -53,12 +53,7 @@ _TURNS = {
 
 
 def decode(
-    data: bytes,
-    size: int,
-    name: str,
-    out: np.ndarray | None = None,
-    *,
-    upright: bool = False,
+    data: bytes, size: int, name: str, out: np.ndarray | None = None, *, upright: bool = False
 ) -> np.ndarray:
     """Decode one image file to RGB, resized and cut to a square.
 
@@ -85,9 +80,7 @@ def decode(
     return out
 
 
-def load_picture(
-    picture: str | os.PathLike | Image.Image | np.ndarray, size: int
-) -> np.ndarray:
+def load_picture(picture: str | os.PathLike | Image.Image | np.ndarray, size: int) -> np.ndarray:
     """Read one image from a path, Pillow or an array, as training sees it.
 
     Args:
@@ -182,9 +175,7 @@ def _open(data: bytes) -> Image.Image:
         ) from None
 
 
-def _decode_plain_jpeg(
-    data: bytes, size: int, out: np.ndarray, *, upright: bool
-) -> bool:
+def _decode_plain_jpeg(data: bytes, size: int, out: np.ndarray, *, upright: bool) -> bool:
     """Decode most JPEGs fast; False leaves the image, and any error, to Pillow."""
     if not data.startswith(b"\xff\xd8"):
         return False
@@ -195,10 +186,7 @@ def _decode_plain_jpeg(
     try:
         height, width, color, _ = simplejpeg.decode_jpeg_header(data)
         # libjpeg makes RGB of these by itself, but not of CMYK and YCCK.
-        if (
-            color not in ("YCbCr", "RGB", "Gray")
-            or int(width) * int(height) > MAX_PIXELS
-        ):
+        if color not in ("YCbCr", "RGB", "Gray") or int(width) * int(height) > MAX_PIXELS:
             return False
         if height == width == size and out.flags.c_contiguous:
             simplejpeg.decode_jpeg(data, buffer=out)
@@ -223,8 +211,7 @@ def _square(picture: Image.Image, size: int, *, upright: bool) -> np.ndarray:
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise ValueError(
-            f"it has {width:,} x {height:,}, more than {MAX_PIXELS:,} pixels; make it "
-            "smaller"
+            f"it has {width:,} x {height:,}, more than {MAX_PIXELS:,} pixels; make it smaller"
         )
     tiles = str(getattr(picture, "tile", ""))
     if isinstance(picture, TiffImagePlugin.TiffImageFile):

@@ -93,9 +93,7 @@ class Batches(Iterator[Batch]):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         low, high = positions or (0, batch_size)
         if not 0 <= low < high <= batch_size:
-            raise ValueError(
-                f"{positions=} must be a non-empty range in 0..{batch_size}"
-            )
+            raise ValueError(f"{positions=} must be a non-empty range in 0..{batch_size}")
         self.step = start_step
         self.num_batches = num_examples and -(-num_examples // batch_size)
         self.wait_seconds = 0.0

@@ -18,9 +18,7 @@ from alexnet_jax.system.files import atomic_write, read_npz
 _FIELDS = ("mean_image", "pca_std_255", "pca_vectors", "num_examples")
 _SPLIT = "split_examples"  # not in files of earlier versions
 _CHUNK = 16  # images that a thread holds at a time
-COMPUTE_AGAIN = (
-    "Compute it again: python -m alexnet_jax.prepare statistics --source=..."
-)
+COMPUTE_AGAIN = "Compute it again: python -m alexnet_jax.prepare statistics --source=..."
 _REMEDY = (
     f"{COMPUTE_AGAIN} In the workdir of a run delete it and start the training command "
     "again, which makes it anew."

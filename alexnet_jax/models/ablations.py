@@ -265,8 +265,7 @@ def customize(table: Variant, **ablations: Any) -> Variant:
     for name in ablations:
         if name not in ABLATIONS:
             raise TypeError(
-                f"There is no ablation {name!r}; the ablations are "
-                f"{', '.join(ABLATIONS)}."
+                f"There is no ablation {name!r}; the ablations are {', '.join(ABLATIONS)}."
             )
     given = {name: value for name, value in ablations.items() if value is not None}
     if "lrn" in given and "normalization" in given:
@@ -310,9 +309,7 @@ def _each_lrn(table: Variant, name: str, **changes: Any) -> Variant:
     return _each_stage(table, Lrn, **changes)
 
 
-def _split_norms(
-    stages: tuple[Stage, ...],
-) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
+def _split_norms(stages: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
     """Return (the norms, the other stages)."""
     norms = tuple(stage for stage in stages if isinstance(stage, NORMS))
     return norms, tuple(stage for stage in stages if not isinstance(stage, NORMS))

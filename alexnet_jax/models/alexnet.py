@@ -83,10 +83,7 @@ class AlexNet(nn.Module):
     exchange: Exchange = Exchange(batch_axes=())
 
     def __call__(
-        self,
-        images: jax.Array,
-        train: bool = False,
-        first_example: int | jax.Array = 0,
+        self, images: jax.Array, train: bool = False, first_example: int | jax.Array = 0
     ) -> jax.Array:
         """Return the logits [B, K], in at least float32.
 
@@ -104,10 +101,7 @@ class AlexNet(nn.Module):
 
     @nn.compact
     def features(
-        self,
-        images: jax.Array,
-        train: bool = False,
-        first_example: int | jax.Array = 0,
+        self, images: jax.Array, train: bool = False, first_example: int | jax.Array = 0
     ) -> dict[str, jax.Array]:
         """Return the output of every layer by name: conv1, norm1, pool1 ... fc7, logits.
 
@@ -204,9 +198,7 @@ class AlexNet(nn.Module):
         weights = _Weights(shape, kernel_init, bias, self.dtype, places, name=row.name)
         return weights()
 
-    def _stage(
-        self, stage: Stage, layer: str, x: jax.Array, train: bool, part: Part
-    ) -> jax.Array:
+    def _stage(self, stage: Stage, layer: str, x: jax.Array, train: bool, part: Part) -> jax.Array:
         match stage:
             case Activation(kind):
                 return _ACTIVATIONS[kind](x)
@@ -257,9 +249,7 @@ class AlexNet(nn.Module):
             fast=self.fast,
         )
 
-    def _dropout(
-        self, stage: Dropout, x: jax.Array, train: bool, part: Part
-    ) -> jax.Array:
+    def _dropout(self, stage: Dropout, x: jax.Array, train: bool, part: Part) -> jax.Array:
         if stage.rate == 0.0:
             return x
         keep = 1.0 - stage.rate
@@ -344,9 +334,7 @@ def _initializers(
         # The first layer reads pixels, which do not have unit variance.
         gain = PIXEL_STD_255**-2 if row is network.layers[0] else 1.0
         places = (0, 1) if isinstance(row, Local) else ()
-        he = nn.initializers.variance_scaling(
-            2.0 * gain, "fan_in", "normal", batch_axis=places
-        )
+        he = nn.initializers.variance_scaling(2.0 * gain, "fan_in", "normal", batch_axis=places)
         return he, 0.0
     if init == "he":
         return nn.initializers.normal(0.01), 0.0
@@ -358,9 +346,7 @@ def _initializers(
 
 def _check_images(network: Variant, images: jax.Array) -> None:
     if images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(
-            f"images has shape {images.shape}; expected [batch, size, size, 3]."
-        )
+        raise ValueError(f"images has shape {images.shape}; expected [batch, size, size, 3].")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(
             f"images are {images.dtype}; expected floats, RGB from 0 to 255 minus "

@@ -175,11 +175,7 @@ class Variant:
     @property
     def layer_weight_decay(self) -> dict[str, float]:
         """Weight decay by layer, of the layers that have their own."""
-        return {
-            row.name: row.weight_decay
-            for row in self.layers
-            if row.weight_decay is not None
-        }
+        return {row.name: row.weight_decay for row in self.layers if row.weight_decay is not None}
 
 
 def stage_name(kind: str, layer: str) -> str:

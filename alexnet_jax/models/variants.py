@@ -251,7 +251,5 @@ def get(name: str) -> Variant:
       ValueError: for an unknown name; the message lists the known ones.
     """
     if name not in VARIANTS:
-        raise ValueError(
-            f"There is no variant {name!r}; the variants are {', '.join(VARIANTS)}."
-        )
+        raise ValueError(f"There is no variant {name!r}; the variants are {', '.join(VARIANTS)}.")
     return VARIANTS[name]

@@ -41,10 +41,7 @@ def sweep_results(sweep: Sweep, lines: Sequence[Line]) -> Figure:
     right.plot([], [], "o", color=_OURS, label="here")
     right.plot([], [], "D", color=_PAPER, fillstyle="none", label="published")
     figure.legend(
-        *right.get_legend_handles_labels(),
-        frameon=False,
-        ncols=2,
-        loc="outside upper right",
+        *right.get_legend_handles_labels(), frameon=False, ncols=2, loc="outside upper right"
     )
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -55,14 +52,10 @@ def sweep_results(sweep: Sweep, lines: Sequence[Line]) -> Figure:
 
 def _draw(axes: Axes, y: int, estimate: Estimate) -> None:
     if estimate.mean is not None:
-        axes.errorbar(
-            estimate.mean, y, xerr=estimate.spread, fmt="o", color=_OURS, capsize=3
-        )
+        axes.errorbar(estimate.mean, y, xerr=estimate.spread, fmt="o", color=_OURS, capsize=3)
 
 
-def error_curves(
-    rows: Mapping[str, Sequence[Sequence[dict[str, Any]]]], target: float
-) -> Figure:
+def error_curves(rows: Mapping[str, Sequence[Sequence[dict[str, Any]]]], target: float) -> Figure:
     """Return a figure of training errors (%) over the epochs, as the paper's figure 1.
 
     Args:

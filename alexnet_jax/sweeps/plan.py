@@ -170,9 +170,7 @@ class Sweep:
             raise SweepError(f"rows {', '.join(names)}: two have the same name.")
         for baseline in (self.baseline, *(row.baseline for row in self.rows)):
             if baseline is not None and baseline not in names:
-                raise SweepError(
-                    f"baseline={baseline!r} must be a row: {', '.join(names)}."
-                )
+                raise SweepError(f"baseline={baseline!r} must be a row: {', '.join(names)}.")
 
 
 def load(path: str | os.PathLike[str]) -> Sweep:
@@ -310,9 +308,7 @@ class Plan:
                     found += [self.run(row, s, chosen.candidate) for s in seeds]
         return found
 
-    def is_beaten(
-        self, run: Run, epoch: float, results: Mapping[str, Measurement | None]
-    ) -> bool:
+    def is_beaten(self, run: Run, epoch: float, results: Mapping[str, Measurement | None]) -> bool:
         """Return True if a run at `epoch` has lost to a candidate that was faster.
 
         This holds for `EpochsTo` only: the rest of the run changes nothing then.
@@ -323,8 +319,7 @@ class Plan:
         others = (self.run(row, run.seed, c).name for c in row.candidates())
         reached = (results.get(name) for name in others if name != run.name)
         return run.seed == self.seeds[0] and any(
-            other is not None and not other.censored and other.value < epoch
-            for other in reached
+            other is not None and not other.censored and other.value < epoch for other in reached
         )
 
 

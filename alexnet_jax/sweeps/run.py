@@ -363,17 +363,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sweep", help="a file such as configs/sweeps/lrn.py")
-    parser.add_argument(
-        "--out", type=path_argument, required=True, help="folder of the sweep"
-    )
+    parser.add_argument("--out", type=path_argument, required=True, help="folder of the sweep")
     parser.add_argument("--seeds", help="such as 0,1,2; default: the sweep's own")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time on this machine"
-    )
-    where.add_argument(
-        "--slurm", nargs="?", const="", metavar="OPTIONS", help="submit to SLURM"
-    )
+    where.add_argument("--jobs", type=int, default=1, help="runs at a time on this machine")
+    where.add_argument("--slurm", nargs="?", const="", metavar="OPTIONS", help="submit to SLURM")
     parser.add_argument("--dry_run", action="store_true", help="only print commands")
     parser.add_argument(
         "--set",
@@ -415,9 +409,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         try:
             seeds = tuple(map(int, options.seeds.split(",")))
         except ValueError as error:
-            raise SweepError(
-                f"--seeds={options.seeds} must be numbers, such as 0,1,2."
-            ) from error
+            raise SweepError(f"--seeds={options.seeds} must be numbers, such as 0,1,2.") from error
     if options.jobs < 1:
         raise SweepError(f"--jobs={options.jobs} must be at least 1.")
     settings = {}

@@ -10,16 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from alexnet_jax.sweeps.plan import (
-    EpochsTo,
-    Measurement,
-    Paper,
-    Plan,
-    Row,
-    Sweep,
-    as_text,
-    best,
-)
+from alexnet_jax.sweeps.plan import EpochsTo, Measurement, Paper, Plan, Row, Sweep, as_text, best
 from alexnet_jax.system import machine
 from alexnet_jax.system.files import atomic_write
 from alexnet_jax.training.writers import METRICS_FILE, read_metrics
@@ -196,9 +187,7 @@ def verdict(effect: Estimate, paper: Paper | None, by: Comparison) -> str:
     return "agrees within the noise" + ("" if is_clear else "; so would no effect")
 
 
-def summary_table(
-    plan: Plan, lines: Sequence[Line]
-) -> tuple[list[str], list[list[str]]]:
+def summary_table(plan: Plan, lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     """Return the header and one list of cells per row."""
     sweep = plan.sweep
     form = ".2f" if sweep.compare == "ratio" else "+.2f"
@@ -217,15 +206,11 @@ def summary_table(
         if row.baseline and own:
             own += f" ({word} {row.baseline})"
         ours = [line.value.words(".2f"), own]
-        rows.append(
-            [line.title, str(line.value.count), *ours, value, effect, line.verdict]
-        )
+        rows.append([line.title, str(line.value.count), *ours, value, effect, line.verdict])
     return header, rows
 
 
-def search_table(
-    plan: Plan, lines: Sequence[Line]
-) -> tuple[list[str], list[list[str]]]:
+def search_table(plan: Plan, lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     """Return the header, and each candidate's result with the first seed."""
     rows = []
     for line in lines:
@@ -282,10 +267,7 @@ def write(
             for name, value in plan.settings.items()
         },
         "rows": [dataclasses.asdict(line) for line in lines],
-        "runs": {
-            name: _run_record(plan, job, results.get(name))
-            for name, job in jobs.items()
-        },
+        "runs": {name: _run_record(plan, job, results.get(name)) for name, job in jobs.items()},
     }
     with atomic_write(out / "sweep.json") as file:
         file.write(json.dumps(record).encode() + b"\n")
@@ -303,9 +285,7 @@ def _run_record(plan: Plan, job: "Job", result: Measurement | None) -> dict[str,
     return record | ({"error": job.error} if job.error else {})
 
 
-def _page(
-    plan: Plan, lines: Sequence[Line], about: dict[str, Any], jobs: "Sequence[Job]"
-) -> str:
+def _page(plan: Plan, lines: Sequence[Line], about: dict[str, Any], jobs: "Sequence[Job]") -> str:
     """Return the summary as Markdown."""
     sweep = plan.sweep
     source = plan.settings.get("data.source")
@@ -347,9 +327,7 @@ def _write_csv(path: Path, lines: Sequence[Line]) -> None:
             )
 
 
-def _draw(
-    plan: Plan, lines: Sequence[Line], jobs: "Mapping[str, Job]", path: Path
-) -> None:
+def _draw(plan: Plan, lines: Sequence[Line], jobs: "Mapping[str, Job]", path: Path) -> None:
     from alexnet_jax.sweeps import figures
 
     metric = plan.sweep.metric

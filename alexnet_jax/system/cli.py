@@ -32,17 +32,12 @@ def parser(module: str, about: str | None, *, top: int) -> argparse.ArgumentPars
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument(
-        "--workdir",
-        type=path_argument,
-        required=True,
-        help="folder of a run, or a file of weights",
+        "--workdir", type=path_argument, required=True, help="folder of a run, or a file of weights"
     )
     made.add_argument("--step", type=int, help="which checkpoint; else the best")
     made.add_argument("--top", type=int, default=top, help="answers per picture")
     made.add_argument("--format", choices=["text", "json"], default="text")
-    made.add_argument(
-        "--figure", type=figure_file, metavar="FILE.png", help="also draw them"
-    )
+    made.add_argument("--figure", type=figure_file, metavar="FILE.png", help="also draw them")
     return made
 
 
@@ -58,9 +53,7 @@ def figure_file(text: str) -> Path:
     """Return the path of a figure, which ends in one of `FIGURES`; for argparse."""
     path = path_argument(text)
     if path.suffix.removeprefix(".").lower() not in FIGURES:
-        raise argparse.ArgumentTypeError(
-            f"{text} must end in one of .{', .'.join(FIGURES)}"
-        )
+        raise argparse.ArgumentTypeError(f"{text} must end in one of .{', .'.join(FIGURES)}")
     return path
 
 
@@ -111,9 +104,7 @@ def require_writable(folder: Path, what: str | None = None) -> None:
         reason = f"no permission for {existing}, or its file system is read-only"
     else:
         return
-    raise PathError(
-        f"cannot write {what}: {reason}. Name a place that can be written to"
-    )
+    raise PathError(f"cannot write {what}: {reason}. Name a place that can be written to")
 
 
 # Output.
@@ -123,9 +114,7 @@ def progress_bar(stream: TextIO, **options: Any) -> Any:
     """Return a tqdm bar for a terminal, removed when closed; `options` are tqdm's."""
     # Some terminals (containers, recorders) report 0 columns, and tqdm would draw none.
     has_width = os.get_terminal_size(stream.fileno()).columns > 0
-    width: dict[str, Any] = (
-        {"dynamic_ncols": True} if has_width else {"ncols": 80, "nrows": 24}
-    )
+    width: dict[str, Any] = {"dynamic_ncols": True} if has_width else {"ncols": 80, "nrows": 24}
     return tqdm(file=stream, leave=False, **width, **options)
 
 

@@ -62,9 +62,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def explain_full_disk(
-    folder: Path, needed: Callable[[], int] | None = None
-) -> Iterator[None]:
+def explain_full_disk(folder: Path, needed: Callable[[], int] | None = None) -> Iterator[None]:
     """Raise FullDiskError in place of any error of a full disk or a used up quota.
 
     Args:

@@ -20,9 +20,7 @@ from typing import NoReturn
 
 # Windows has no SIGUSR1.
 SIGNALS = [
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1")
-    if hasattr(signal, name)
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 ]
 
 
@@ -50,10 +48,7 @@ def stop_requests() -> Iterator[Stop]:
     stop = Stop()
     # Outside a command nothing of ours handles SIGINT: a notebook has Python's own
     # handler, and a background process of a shell ignores it.
-    outside = signal.getsignal(signal.SIGINT) in (
-        signal.default_int_handler,
-        signal.SIG_IGN,
-    )
+    outside = signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_IGN)
     second = signal.default_int_handler if outside else signal.SIG_DFL
 
     def request(number: int, frame: FrameType | None) -> None:

@@ -15,12 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from alexnet_jax.system.files import (
-    FullDiskError,
-    check_room,
-    explain_full_disk,
-    shared_lock,
-)
+from alexnet_jax.system.files import FullDiskError, check_room, explain_full_disk, shared_lock
 from alexnet_jax.training.step_folders import (
     READERS,
     STATE,
@@ -75,11 +70,7 @@ class Checkpointer:
     """
 
     def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        keep: int = 3,
-        read_only: bool = False,
+        self, directory: str | os.PathLike[str], *, keep: int = 3, read_only: bool = False
     ):
         self.directory = pathlib.Path(directory).expanduser().absolute()
         self._keep = keep
@@ -106,12 +97,7 @@ class Checkpointer:
         self._reading.close()
 
     def save(
-        self,
-        step: int,
-        state: Any,
-        *,
-        metadata: Mapping[str, Any],
-        top1_error: float | None = None,
+        self, step: int, state: Any, *, metadata: Mapping[str, Any], top1_error: float | None = None
     ) -> None:
         """Write a step and return when it is complete on the disk.
 
@@ -135,8 +121,7 @@ class Checkpointer:
                 with explain_full_disk(self.directory, lambda: size):
                     check_room(self.directory, size)
                     self._arrays.save(
-                        folders.temporary(step) / STATE,
-                        args=ocp.args.PyTreeSave(state),
+                        folders.temporary(step) / STATE, args=ocp.args.PyTreeSave(state)
                     )
                     if self._is_first:
                         folders.complete(step, text, top1_error)
@@ -144,8 +129,7 @@ class Checkpointer:
                 if self._is_first:
                     folders.delete(step)
                 raise CheckpointError(
-                    f"no checkpoint of step {step}: {full}. Earlier ones are as they "
-                    "were."
+                    f"no checkpoint of step {step}: {full}. Earlier ones are as they were."
                 ) from full
         elif self._is_first:
             folders.add_error(step, top1_error)
@@ -178,9 +162,7 @@ class Checkpointer:
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Return the metadata of a step; raise CheckpointError unless it is whole."""
-        return self._folders.metadata(
-            _decided(lambda: self._folders.require_whole(step))
-        )
+        return self._folders.metadata(_decided(lambda: self._folders.require_whole(step)))
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
         """Restore the newest whole step.
@@ -208,10 +190,7 @@ class Checkpointer:
         return self._restore_arrays(step, abstract_state), self._folders.metadata(step)
 
     def restore_params(
-        self,
-        *,
-        step: int | None = None,
-        parts: Sequence[str] = ("params", "batch_stats"),
+        self, *, step: int | None = None, parts: Sequence[str] = ("params", "batch_stats")
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Restore the named parts of a state onto the first local device.
 

@@ -298,8 +298,7 @@ def validate(config: Config, *, devices: bool = True, training: bool = True) -> 
         for name, default in flat(get_config().to_dict()).items()
         if default is not None
         and (
-            fields.get(name) is None
-            or isinstance(fields[name], bool) != isinstance(default, bool)
+            fields.get(name) is None or isinstance(fields[name], bool) != isinstance(default, bool)
         )
     }
     wrong = mistyped | {
@@ -308,8 +307,7 @@ def validate(config: Config, *, devices: bool = True, training: bool = True) -> 
         if name not in mistyped and not holds(fields[name])
     }
     problems = [
-        f"--config.{name}={fields.get(name)!r} must be {words}."
-        for name, words in wrong.items()
+        f"--config.{name}={fields.get(name)!r} must be {words}." for name, words in wrong.items()
     ]
     if not mistyped:
         problems += _conflicts(config, wrong, devices, training)
@@ -319,9 +317,7 @@ def validate(config: Config, *, devices: bool = True, training: bool = True) -> 
         raise ConfigError(f"{count} in the config:\n{lines}")
 
 
-def _conflicts(
-    config: Config, wrong: Collection[str], devices: bool, training: bool
-) -> list[str]:
+def _conflicts(config: Config, wrong: Collection[str], devices: bool, training: bool) -> list[str]:
     """Return a message per mistake in fields of valid types; `wrong`: known ones."""
     problems = []
     if config.data.crop_size > config.data.image_size:
@@ -335,9 +331,7 @@ def _conflicts(
             f"below --config.num_epochs={config.num_epochs}."
         )
     if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
-        problems.append(
-            "--config.model.dtype=float64 needs JAX_ENABLE_X64=1 in the environment."
-        )
+        problems.append("--config.model.dtype=float64 needs JAX_ENABLE_X64=1 in the environment.")
     if {"model.num_classes", "model.dtype"} & set(wrong):
         return problems
     try:

@@ -20,19 +20,11 @@ from alexnet_jax.training.parallel import P
 # Phases of a training step: the activations up to the loss, their gradients, and the sums
 # of the parameters' gradients, with the loss and the error.
 PHASES = ("forward", "backward", "gradients")
-KINDS = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-)
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COLLECTIVE = re.compile(
     rf"= (?P<shape>\S.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<rest>.*)$"
 )
-_LISTS = re.compile(
-    r"\b(?:replica_groups|source_target_pairs)=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}"
-)
+_LISTS = re.compile(r"\b(?:replica_groups|source_target_pairs)=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}")
 _IOTA = re.compile(r"\breplica_groups=\[\d+,(\d+)\]<=\[")
 _MESH = re.compile(
     r"\breplica_groups=mesh\[(?P<sizes>[^]]+)\](?:, device_ids=\(.*?\))? "
@@ -177,9 +169,7 @@ def meshes(
             if devices == 1:
                 continue  # the same in every mode
             if data * column != devices or (mode == "columns" and column == 1):
-                columns = (
-                    f"{variant.columns} column{'s' if variant.columns > 1 else ''}"
-                )
+                columns = f"{variant.columns} column{'s' if variant.columns > 1 else ''}"
                 left_out.append(f"{mode}: {devices} devices, {columns}")
                 continue
         try:
@@ -314,10 +304,7 @@ def exchanges(hlo: str) -> list[Exchange]:
             phase = "gradients"
         else:
             phase = "backward" if "transpose(" in name[1] else "forward"
-        found += [
-            Exchange(match["kind"], dtype, shape, devices, phase)
-            for dtype, shape in arrays
-        ]
+        found += [Exchange(match["kind"], dtype, shape, devices, phase) for dtype, shape in arrays]
     return found
 
 
@@ -348,9 +335,7 @@ def _largest_group(attributes: str) -> int:
         sizes = dict(axis.split("=") for axis in mesh["sizes"].split(","))
         # "'data':(1)2" is a part of an axis, of 2 devices.
         axes = (axis.partition(":") for axis in mesh["axes"].split(","))
-        return math.prod(
-            int(part.rpartition(")")[2] or sizes[axis]) for axis, _, part in axes
-        )
+        return math.prod(int(part.rpartition(")")[2] or sizes[axis]) for axis, _, part in axes)
     raise ValueError(
         "unknown form of replica groups in the compiled program, try another version "
         f"of jax that requirements.txt allows: {attributes}"

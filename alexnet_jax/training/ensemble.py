@@ -79,10 +79,7 @@ class Member:
 
 
 def evaluate_runs(
-    config: Config,
-    members: Sequence[Member],
-    *,
-    save_to: str | os.PathLike[str] | None = None,
+    config: Config, members: Sequence[Member], *, save_to: str | os.PathLike[str] | None = None
 ) -> dict[str, Any]:
     """Evaluate networks on the evaluation split, average several, print the results.
 
@@ -185,8 +182,7 @@ def _load_network(
     target = experiment.abstract_state()
     trees = {"params": target.params, "batch_stats": target.batch_stats}
     variables = {
-        part: finetune.over(tree, weights.variables.get(part, {}))
-        for part, tree in trees.items()
+        part: finetune.over(tree, weights.variables.get(part, {})) for part, tree in trees.items()
     }
     say_place(experiment)
     if source.left_out:
@@ -268,10 +264,7 @@ def _in_words(record: dict[str, Any], predictions: Predictions) -> str:
     parts = []
     for prefix, count in (("eval/views_", predictions.num_views), ("eval/", 1)):
         if f"{prefix}loss" in record:
-            rates = (
-                f"top-{k} error {100 * record[f'{prefix}top{k}_error']:.2f}%"
-                for k in ks
-            )
+            rates = (f"top-{k} error {100 * record[f'{prefix}top{k}_error']:.2f}%" for k in ks)
             parts.append(f"{', '.join(rates)} ({_num_views(count)})")
     step = f"step {record['step']}: " if "step" in record else ""
     return f"{step}{'; '.join(parts)}; {record['eval/count']} pictures"

@@ -25,10 +25,7 @@ from alexnet_jax.training.experiment import Experiment
 
 
 def evaluate(
-    eval_step: Callable[[Any], dict[str, jax.Array]],
-    batches: Iterable[Any],
-    *,
-    expected_count: int,
+    eval_step: Callable[[Any], dict[str, jax.Array]], batches: Iterable[Any], *, expected_count: int
 ) -> dict[str, float]:
     """Return loss and errors from sums over padded and masked batches.
 
@@ -152,8 +149,7 @@ def predict(experiment: Experiment, variables: dict[str, Any]) -> Predictions:
         )
     count = source.num_examples
     logs = {  # without padding
-        name: np.concatenate([part[name] for part in found])[:count]
-        for name in found[0]
+        name: np.concatenate([part[name] for part in found])[:count] for name in found[0]
     }
     return Predictions(
         centre=logs["centre"],
@@ -226,8 +222,7 @@ def class_errors(predictions: Predictions) -> list[ClassErrors]:
     labels, names = predictions.labels, predictions.class_names
     counts = np.bincount(labels, minlength=len(names))
     top1, top5 = (
-        np.bincount(labels, ~_in_top_k(predictions.best, labels, k), len(names))
-        for k in (1, 5)
+        np.bincount(labels, ~_in_top_k(predictions.best, labels, k), len(names)) for k in (1, 5)
     )
     found = [
         ClassErrors(name, int(count), float(one / count), float(five / count))

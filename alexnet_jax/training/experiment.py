@@ -19,13 +19,7 @@ from alexnet_jax.data.sources import Source
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.models import alexnet
 from alexnet_jax.training import optim, parallel, steps
-from alexnet_jax.training.config import (
-    Config,
-    ConfigError,
-    make_model,
-    mesh_shape,
-    validate,
-)
+from alexnet_jax.training.config import Config, ConfigError, make_model, mesh_shape, validate
 
 # main's exit status after a loss that is not finite; a sweep counts it as a result.
 DIVERGED = 3
@@ -77,9 +71,7 @@ class Experiment:
         """Return the statistics on every device of the mesh."""
         wide = jnp.promote_types(self.model.dtype, jnp.float32)
         names = ("mean_image", "pca_std_255", "pca_vectors")
-        arrays = {
-            name: np.asarray(getattr(self.statistics, name), wide) for name in names
-        }
+        arrays = {name: np.asarray(getattr(self.statistics, name), wide) for name in names}
         return augment.PixelStatistics(**parallel.put_everywhere(arrays, self.mesh))
 
     def train_batches(self, start_step: int) -> data_lib.Batches:
@@ -115,10 +107,7 @@ class Experiment:
 
 
 def build(
-    config: Config,
-    *,
-    statistics: Statistics | None = None,
-    log: Callable[[str], object] = print,
+    config: Config, *, statistics: Statistics | None = None, log: Callable[[str], object] = print
 ) -> Experiment:
     """Check a config and build everything that it describes.
 
@@ -229,9 +218,7 @@ def make_augmentation(config: Config, steps_per_epoch: float) -> augment.Augment
     )
 
 
-def _open_sources(
-    config: Config, log: Callable[[str], object]
-) -> tuple[Source, Source | None]:
+def _open_sources(config: Config, log: Callable[[str], object]) -> tuple[Source, Source | None]:
     train = _open_split(config, config.data.train_split)
     if not config.data.eval_split:
         return train, None
@@ -280,9 +267,7 @@ def make_optimizer(
         decay_bias=config.optim.decay_bias,
         form=config.optim.form,
         layer_weight_decay=(
-            network.network.layer_weight_decay
-            if config.optim.layer_weight_decay
-            else None
+            network.network.layer_weight_decay if config.optim.layer_weight_decay else None
         ),
         bias_learning_rate=(
             config.optim.bias_lr_mult * config.optim.learning_rate
@@ -296,9 +281,7 @@ def make_optimizer(
     )
 
 
-def _find_statistics(
-    config: Config, source: Source, log: Callable[[str], object]
-) -> Statistics:
+def _find_statistics(config: Config, source: Source, log: Callable[[str], object]) -> Statistics:
     """Return the stored statistics of the data, else those of a sample.
 
     Process 0 finds them for all processes: the same bits, and read once.
@@ -311,8 +294,7 @@ def _find_statistics(
     if jax.process_count() == 1:
         return found
     leaves = [
-        np.asarray(leaf, np.float32 if np.ndim(leaf) else np.int32)
-        for leaf in astuple(found)
+        np.asarray(leaf, np.float32 if np.ndim(leaf) else np.int32) for leaf in astuple(found)
     ]
     leaves = jax.device_get(multihost_utils.broadcast_one_to_all(leaves))
     mean_image, std, vectors = map(np.asarray, leaves[:3])
@@ -335,9 +317,7 @@ def _read_or_compute_statistics(
     log(f"{what}: computing it from {count:,} of {total:,} images{why}")
     if path is not None and (why or count < total):
         log("  (python -m alexnet_jax.prepare statistics stores that of all)")
-    return statistics_lib.compute(
-        source, max_examples=count, workers=config.data.workers
-    )
+    return statistics_lib.compute(source, max_examples=count, workers=config.data.workers)
 
 
 def pipeline(config: Config, *, start_step: int = 0) -> Iterator[dict[str, Any]]:

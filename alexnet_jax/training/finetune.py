@@ -65,8 +65,7 @@ def begin(experiment: Experiment) -> tuple[Experiment, TrainState, list[str]]:
     ]
     if other:
         lines.append(
-            "WARNING: the weights are of another network of the same shapes: "
-            + "; ".join(other)
+            "WARNING: the weights are of another network of the same shapes: " + "; ".join(other)
         )
     return _with_mean_of(experiment, weights), state, lines
 
@@ -86,9 +85,7 @@ def _with_mean_of(experiment: Experiment, weights: Weights) -> Experiment:
     return dataclasses.replace(experiment, statistics=statistics)
 
 
-def _kept(
-    experiment: Experiment, weights: Weights, new: list[str]
-) -> dict[str, dict[str, Any]]:
+def _kept(experiment: Experiment, weights: Weights, new: list[str]) -> dict[str, dict[str, Any]]:
     """Return {"params": {layer: its arrays}, "batch_stats": ...} without new layers."""
     state = experiment.abstract_state()
     without = {*new, *(stage_name("norm", layer) for layer in new)}
@@ -126,9 +123,7 @@ def over(tree: Any, kept: Mapping[str, Any]) -> Any:
 
     def put(old: Any, new: Any) -> jax.Array:
         whole = np.asarray(new, old.dtype)
-        return jax.make_array_from_callback(
-            old.shape, old.sharding, lambda index: whole[index]
-        )
+        return jax.make_array_from_callback(old.shape, old.sharding, lambda index: whole[index])
 
     layers = {layer: jax.tree.map(put, tree[layer], new) for layer, new in kept.items()}
     return tree | layers

@@ -17,13 +17,7 @@ from alexnet_jax.data import images as images_lib
 from alexnet_jax.models import alexnet, variants
 from alexnet_jax.models.weights import SUFFIXES, Weights, WeightsError, read_weights
 from alexnet_jax.training.checkpoint import Checkpointer, CheckpointError, split_step
-from alexnet_jax.training.config import (
-    Config,
-    ConfigError,
-    as_json,
-    flat,
-    model_settings,
-)
+from alexnet_jax.training.config import Config, ConfigError, as_json, flat, model_settings
 from alexnet_jax.training.distributed import require_devices
 from alexnet_jax.training.workdir import (
     CHECKPOINTS,
@@ -37,10 +31,7 @@ from alexnet_jax.training.workdir import (
 
 
 def load(
-    path: str | os.PathLike[str],
-    *,
-    step: int | None = None,
-    variant: str | None = None,
+    path: str | os.PathLike[str], *, step: int | None = None, variant: str | None = None
 ) -> tuple[alexnet.AlexNet, dict[str, Any], Callable[[Any], jax.Array]]:
     """Load a trained network: `model, variables, preprocess = load(PATH)`.
 
@@ -78,18 +69,13 @@ def make_preprocess(weights: Weights) -> Callable[[Any], jax.Array]:
         if not isinstance(pictures, (list, tuple)):
             pictures = [pictures]
         stack = np.stack([images_lib.load_picture(p, size) for p in pictures])
-        return augment.eval_images(
-            jnp.asarray(stack), mean_image=mean_image, crop_size=crop_size
-        )
+        return augment.eval_images(jnp.asarray(stack), mean_image=mean_image, crop_size=crop_size)
 
     return preprocess
 
 
 def read_network(
-    path: str | os.PathLike[str],
-    *,
-    step: int | None = None,
-    variant: str | None = None,
+    path: str | os.PathLike[str], *, step: int | None = None, variant: str | None = None
 ) -> Weights:
     """Return the settings, weights, sizes, mean and class names of a trained network.
 
@@ -113,8 +99,7 @@ def read_network(
     config = from_stored(metadata["config"])
     if variant not in (None, config.model.variant):
         raise WeightsError(
-            f"{path} holds a network of variant {config.model.variant}; got "
-            f"variant={variant!r}."
+            f"{path} holds a network of variant {config.model.variant}; got variant={variant!r}."
         )
     names = read_class_names(workdir)
     classifier = variants.get(config.model.variant).layers[-1].name
@@ -176,8 +161,7 @@ def load_config(name: str) -> Config:
     config = run_file(name, "get_config")
     if not isinstance(config, ConfigDict):
         raise ConfigError(
-            f"{name}: get_config() must return a ConfigDict; it returns "
-            f"{type(config).__name__}."
+            f"{name}: get_config() must return a ConfigDict; it returns {type(config).__name__}."
         )
     return config.lock()
 

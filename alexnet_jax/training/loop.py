@@ -25,13 +25,7 @@ from alexnet_jax.training.resume import (
 )
 from alexnet_jax.training.run import Run, Stopped
 from alexnet_jax.training.steps import TrainState, make_train_step
-from alexnet_jax.training.timing import (
-    TIMES_FILE,
-    TRACING,
-    Profiler,
-    StepClock,
-    next_batch,
-)
+from alexnet_jax.training.timing import TIMES_FILE, TRACING, Profiler, StepClock, next_batch
 from alexnet_jax.training.workdir import (
     CHECKPOINTS,
     STATISTICS_FILE,
@@ -75,18 +69,13 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
     differences, experiment = prepare(config, path)
     first = None if is_resumed else begin(experiment)
     path.mkdir(parents=True, exist_ok=True)
-    with (
-        alone_in(path),
-        Checkpointer(checkpoints, keep=config.checkpoint.keep) as checkpointer,
-    ):
+    with alone_in(path), Checkpointer(checkpoints, keep=config.checkpoint.keep) as checkpointer:
         if restored := restore(checkpointer, experiment, differences):
             state, metadata = restored
             # Another process may have changed the workdir since `prepare` read it.
             differences = compare(config, metadata["config"], path)
             require_same_epochs(metadata, experiment, path)
-            origin = [
-                f"resuming from step {int(state.step)} ({checkpointer.directory})"
-            ]
+            origin = [f"resuming from step {int(state.step)} ({checkpointer.directory})"]
         else:
             experiment, state, (how, *more) = first or begin(experiment)
             metadata = {}
@@ -125,9 +114,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
                 if writes_files and run.step > step:
                     # A full disk must not hide the error that ended the run.
                     with contextlib.suppress(OSError):
-                        clock.append_to(
-                            path / TIMES_FILE, first_step=step, last_step=run.step
-                        )
+                        clock.append_to(path / TIMES_FILE, first_step=step, last_step=run.step)
             return run.state
 
 
@@ -138,9 +125,7 @@ def _train(run: Run, profile: Path) -> None:
             if run.has_ended:
                 total = run.experiment.total_steps
                 shorter = f", and has {total} by now" if total < run.step else ""
-                run.writers.text(
-                    f"nothing to do: the run ended at step {run.step}{shorter}"
-                )
+                run.writers.text(f"nothing to do: the run ended at step {run.step}{shorter}")
             else:
                 _loop(run, profile)
             _finish(run)
@@ -176,11 +161,7 @@ def _loop(run: Run, profile: Path) -> None:
     ):
         batch = experiment.put(next(batches))
         train_step = run.compile(
-            "training",
-            make_train_step(experiment.spec),
-            run.state,
-            batch,
-            run.statistics,
+            "training", make_train_step(experiment.spec), run.state, batch, run.statistics
         )
         run.clock.restart(run.step, batches.wait_seconds)
         while not run.has_ended:

@@ -5,9 +5,7 @@ import jax.numpy as jnp
 import optax
 
 
-def cross_entropy(
-    logits: jax.Array, labels: jax.Array, smoothing: float = 0.0
-) -> jax.Array:
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """Return losses [B] in nats, in at least float32.
 
     Args:

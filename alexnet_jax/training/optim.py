@@ -112,10 +112,7 @@ def _decayed_weights(
     others = _where(lambda layer, name: layer not in by_layer and decays(name))
     return optax.chain(
         optax.add_decayed_weights(weight_decay, others),
-        *(
-            optax.add_decayed_weights(factor, only(layer))
-            for layer, factor in by_layer.items()
-        ),
+        *(optax.add_decayed_weights(factor, only(layer)) for layer, factor in by_layer.items()),
     )
 
 
@@ -136,9 +133,7 @@ def _factors(
     """Return transformations that scale single layers' updates."""
 
     def only(wanted: str) -> Callable[[Any], Any]:
-        return _where(
-            lambda layer, name: layer == wanted and (with_biases or name != "bias")
-        )
+        return _where(lambda layer, name: layer == wanted and (with_biases or name != "bias"))
 
     return [
         optax.masked(optax.scale_by_schedule(factor), only(layer))
@@ -146,9 +141,7 @@ def _factors(
     ]
 
 
-def _freezes(
-    by_layer: Mapping[str, optax.Schedule],
-) -> list[optax.GradientTransformation]:
+def _freezes(by_layer: Mapping[str, optax.Schedule]) -> list[optax.GradientTransformation]:
     """Return transformations that stop a layer while its factor is 0.
 
     The original skipped the update at a rate of 0, so no old velocity moved the layer.
@@ -177,8 +170,7 @@ def make_layer_factors(
         by_layer.setdefault(layer, []).append((round(epoch * steps_per_epoch), factor))
     return {
         layer: optax.join_schedules(
-            [optax.constant_schedule(1.0)]
-            + [optax.constant_schedule(factor) for _, factor in at],
+            [optax.constant_schedule(1.0)] + [optax.constant_schedule(factor) for _, factor in at],
             [step for step, _ in at],
         )
         for layer, at in by_layer.items()

@@ -31,14 +31,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alexnet_jax.models.alexnet import AlexNet
 from alexnet_jax.models.exchange import Exchange, Part, by_column
-from alexnet_jax.models.layers import (
-    Dense,
-    Layer,
-    Local,
-    Lrn,
-    Variant,
-    stage_name,
-)
+from alexnet_jax.models.layers import Dense, Layer, Local, Lrn, Variant, stage_name
 
 DATA = "data"
 COLUMN = "column"
@@ -67,8 +60,7 @@ def make_mesh(data: int, column: int = 1) -> Mesh:
     each = [sum(d.process_index == i for d in devices) for i in range(processes)]
     if len(set(each)) > 1:
         raise ValueError(
-            f"The processes have {', '.join(map(str, each))} devices; all of them need "
-            "as many."
+            f"The processes have {', '.join(map(str, each))} devices; all of them need as many."
         )
     found = f"{len(devices)} ({devices[0].platform})"
     if processes > 1 and wanted != len(devices):
@@ -94,9 +86,7 @@ def make_mesh(data: int, column: int = 1) -> Mesh:
 def check_mode(network: Variant, mode: str, columns: int) -> None:
     """Raise ValueError if the network cannot run in `mode` on that many columns."""
     if mode not in MODES:
-        raise ValueError(
-            f"--config.parallel.mode={mode!r} must be one of {', '.join(MODES)}."
-        )
+        raise ValueError(f"--config.parallel.mode={mode!r} must be one of {', '.join(MODES)}.")
     if columns == 1:
         return
     if mode == "data":
@@ -350,14 +340,10 @@ def on_devices(
     """
     if transform == "pmap" and mesh.shape[DATA] > 1:
         return _pmap(step, mesh, in_specs)
-    return jax.shard_map(
-        step, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True
-    )
+    return jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True)
 
 
-def _pmap(
-    step: Callable[..., Any], mesh: Mesh, in_specs: tuple[PyTree, ...]
-) -> Callable[..., Any]:
+def _pmap(step: Callable[..., Any], mesh: Mesh, in_specs: tuple[PyTree, ...]) -> Callable[..., Any]:
     """Map `step` over the rows of the mesh; whole arguments have no device axis."""
     split = [spec == P((DATA,)) for spec in in_specs]
     mapped = jax.pmap(
@@ -371,9 +357,7 @@ def _pmap(
     def call(*args: PyTree) -> PyTree:
         rows = mesh.shape[DATA]
         stacked = (
-            jax.tree.map(lambda a: a.reshape(rows, -1, *a.shape[1:]), arg)
-            if yes
-            else arg
+            jax.tree.map(lambda a: a.reshape(rows, -1, *a.shape[1:]), arg) if yes else arg
             for arg, yes in zip(args, split, strict=True)
         )
         return mapped(*stacked)
@@ -399,9 +383,7 @@ def put_batch(batch: PyTree, mesh: Mesh, mode: str, batch_size: int) -> PyTree:
     """Put host arrays of the examples at `positions` on devices, split like the batch."""
     sharding = NamedSharding(mesh, P(batch_axes(mesh, mode)))
     return jax.tree.map(
-        lambda a: jax.make_array_from_process_local_data(
-            sharding, a, (batch_size, *a.shape[1:])
-        ),
+        lambda a: jax.make_array_from_process_local_data(sharding, a, (batch_size, *a.shape[1:])),
         batch,
     )
 

@@ -160,9 +160,7 @@ def compare(config: Config, saved: dict[str, Any], workdir: Path) -> list[str]:
     return lines
 
 
-def _require_same_classes(
-    old: Sequence[str], new: Sequence[str], workdir: Path
-) -> None:
+def _require_same_classes(old: Sequence[str], new: Sequence[str], workdir: Path) -> None:
     """Raise ConfigError if a label has another name than in the workdir."""
     pairs = itertools.zip_longest(old, new, fillvalue="none")
     for label, (was, now) in enumerate(pairs):
@@ -174,9 +172,7 @@ def _require_same_classes(
             )
 
 
-def require_same_epochs(
-    metadata: Mapping[str, Any], experiment: Experiment, workdir: Path
-) -> None:
+def require_same_epochs(metadata: Mapping[str, Any], experiment: Experiment, workdir: Path) -> None:
     """Raise ConfigError if an epoch has another number of steps than in the checkpoint.
 
     The epoch, the learning rate and the position in the data follow from the step.

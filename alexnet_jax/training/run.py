@@ -20,13 +20,7 @@ from alexnet_jax.training.evaluate import evaluate
 from alexnet_jax.training.experiment import Experiment
 from alexnet_jax.training.progress import Progress
 from alexnet_jax.training.step_log import StepLog, divergence
-from alexnet_jax.training.timing import (
-    CHECKPOINTS,
-    COMPILING,
-    EVALUATION,
-    SUMMARIES,
-    StepClock,
-)
+from alexnet_jax.training.timing import CHECKPOINTS, COMPILING, EVALUATION, SUMMARIES, StepClock
 from alexnet_jax.training.writers import MultiWriter
 
 
@@ -107,9 +101,7 @@ class Run:
         """Return the common decision of all processes, from their signals and clocks."""
         every = self.config.checkpoint.every_minutes
         minutes = (time.monotonic() - self.saved_at) / 60
-        return self._votes.cast(
-            Vote(self.stop.signal or 0, bool(every) and minutes >= every)
-        )
+        return self._votes.cast(Vote(self.stop.signal or 0, bool(every) and minutes >= every))
 
     # Summaries.
 
@@ -228,9 +220,7 @@ class Run:
                 "versions": {"jax": jax.__version__},
             }
             error = self.current_error()
-            self.checkpointer.save(
-                self.step, self.state, metadata=metadata, top1_error=error
-            )
+            self.checkpointer.save(self.step, self.state, metadata=metadata, top1_error=error)
         if self.saved_step != self.step:
             self.writers.text(f"checkpoint of step {self.step}")
         self.saved_step, self.saved_at = self.step, time.monotonic()

@@ -60,9 +60,7 @@ class StepFolders:
     def steps(self) -> list[int]:
         """Return every step, damaged or not, in increasing order."""
         names = [path.name for path in self.directory.glob("*") if path.is_dir()]
-        return sorted(
-            int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)
-        )
+        return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
     # Checksums.
 
@@ -71,9 +69,7 @@ class StepFolders:
         if step not in self._problems:
             self._problems[step] = difference(self.folder(step))
             if self._problems[step]:
-                logging.warning(
-                    "Checkpoint of step %d skipped: %s.", step, self._problems[step]
-                )
+                logging.warning("Checkpoint of step %d skipped: %s.", step, self._problems[step])
         return self._problems[step]
 
     def first_whole(self, steps: Iterable[int]) -> int:

@@ -75,9 +75,7 @@ class StepSpec:
     @property
     def local_model(self) -> AlexNet:
         """The network as one device runs it."""
-        return parallel.local_model(
-            self.model, self.mesh, self.mode, self.accumulate_steps
-        )
+        return parallel.local_model(self.model, self.mesh, self.mode, self.accumulate_steps)
 
 
 @flax.struct.dataclass
@@ -195,9 +193,7 @@ def make_train_step(spec: StepSpec) -> Callable[..., tuple[TrainState, Arrays]]:
         return new_state, scalars
 
     in_specs = (specs, P(spec.batch_axes), P())
-    step = parallel.on_devices(
-        device_step, spec.mesh, in_specs, (specs, P()), spec.transform
-    )
+    step = parallel.on_devices(device_step, spec.mesh, in_specs, (specs, P()), spec.transform)
     return ops.jit(step, donate_argnums=0)
 
 
@@ -285,9 +281,7 @@ def loss_and_grad(
         grads, (changed, seen) = jax.grad(loss_fn, has_aux=True)(trained)
         # Running statistics stay in float32, whatever dtype computed them.
         new_stats = jax.tree.map(
-            lambda new, old: new.astype(old.dtype),
-            changed.get("batch_stats", {}),
-            batch_stats,
+            lambda new, old: new.astype(old.dtype), changed.get("batch_stats", {}), batch_stats
         )
         return grads, new_stats, seen
 
@@ -304,9 +298,7 @@ def loss_and_grad(
         parts = jax.tree.map(lambda a: a.reshape(count, size, *a.shape[1:]), batch)
         zeros = jax.tree.map(jnp.zeros_like, without_frozen(params))
         (grads, batch_stats), seen = lax.scan(
-            add,
-            (zeros, state.batch_stats),
-            (jnp.arange(count, dtype=jnp.int32), parts),
+            add, (zeros, state.batch_stats), (jnp.arange(count, dtype=jnp.int32), parts)
         )
     losses, errors, observed = seen
     grads = parallel.sum_gradients(grads, without_frozen(param_specs), axes)
@@ -328,9 +320,7 @@ def make_summary_step(spec: StepSpec) -> Callable[..., Arrays]:
     specs, axes, relu = state_specs(spec), spec.batch_axes, Activation("relu")
     rows = {row.name: row for row in spec.model.network.layers if relu in row.then}
     # The name of the activation's output, which may differ from the layer's.
-    outputs = {
-        layer: feature_names(row)[row.then.index(relu)] for layer, row in rows.items()
-    }
+    outputs = {layer: feature_names(row)[row.then.index(relu)] for layer, row in rows.items()}
 
     def alive_units(features: Arrays) -> Arrays:
         """Return which units are non-zero somewhere; NaN counts as alive."""
@@ -340,12 +330,8 @@ def make_summary_step(spec: StepSpec) -> Callable[..., Arrays]:
             if name
         }
 
-    def device_step(
-        state: TrainState, batch: Arrays, statistics: PixelStatistics
-    ) -> Arrays:
-        result = loss_and_grad(
-            spec, specs.params, state, batch, statistics, alive_units
-        )
+    def device_step(state: TrainState, batch: Arrays, statistics: PixelStatistics) -> Arrays:
+        result = loss_and_grad(spec, specs.params, state, batch, statistics, alive_units)
         scalars = {"train/loss": lax.pmean(result.loss, axes)}
         for layer, grads in result.grads.items():
             split = specs.params[layer]

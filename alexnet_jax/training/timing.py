@@ -84,9 +84,7 @@ class StepClock:
         self.restart(step, waited)
         return Pace(steps / seconds, waited_here / seconds)
 
-    def append_to(
-        self, path: str | os.PathLike[str], *, first_step: int, last_step: int
-    ) -> None:
+    def append_to(self, path: str | os.PathLike[str], *, first_step: int, last_step: int) -> None:
         """Append a line to a `times.jsonl`."""
         seconds = {"total": time.monotonic() - self._started, **self._seconds}
         record = {
@@ -143,14 +141,7 @@ class Profiler:
     the trace does closes it. Every start adds a trace, named by the time.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        count: int,
-        start_step: int,
-        say: Callable[[str], object],
-    ):
+    def __init__(self, folder: Path, *, count: int, start_step: int, say: Callable[[str], object]):
         self._folder, self._count, self._say = folder, count, say
         self._first = start_step + SKIPPED_STEPS
         self._is_running = self._has_begun = False

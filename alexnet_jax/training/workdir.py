@@ -25,9 +25,7 @@ def require_run(workdir: Path) -> None:
         )
 
 
-def from_stored(
-    stored: dict[str, Any], changes: Mapping[str, Any] | None = None
-) -> Config:
+def from_stored(stored: dict[str, Any], changes: Mapping[str, Any] | None = None) -> Config:
     """Return a config that was stored as JSON, perhaps by an older version.
 
     Missing fields take their default; unknown fields are ignored.

@@ -130,10 +130,7 @@ class JsonlWriter:
             return False
         finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
         # Opened for each line: no record waits in a buffer when the run is killed.
-        with (
-            explain_full_disk(self._path.parent),
-            open(self._path, "a", encoding="utf-8") as file,
-        ):
+        with explain_full_disk(self._path.parent), open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
         return True
 
@@ -173,9 +170,7 @@ class TensorBoardWriter:
     only its file format is used.
     """
 
-    def __init__(
-        self, directory: str | os.PathLike[str], resume_step: int | None = None
-    ):
+    def __init__(self, directory: str | os.PathLike[str], resume_step: int | None = None):
         # Imported here: `read_metrics` does not need it. torch, which tensorboardX would
         # import if it is installed, is hidden: it takes a second and is not needed.
         modules: dict[str, Any] = sys.modules

@@ -116,11 +116,7 @@ KINDS = (
     Kind(
         "two processes",
         2,
-        (
-            "--cpu_devices=1",
-            "--config.schedule.name=plateau",
-            "--config.schedule.patience=1",
-        ),
+        ("--cpu_devices=1", "--config.schedule.name=plateau", "--config.schedule.patience=1"),
     ),
 )
 
@@ -161,12 +157,9 @@ class Life:
         self._checkpoints = self.workdir / "checkpoints"
         self._records: tuple[int, str] = (-1, "")
         self.started = time.monotonic()
-        self.processes = [
-            _start(kind, folder, flags) for flags in _flags_of_each(kind.processes)
-        ]
+        self.processes = [_start(kind, folder, flags) for flags in _flags_of_each(kind.processes)]
         self._readers = [
-            threading.Thread(target=self._listen, args=(process,))
-            for process in self.processes
+            threading.Thread(target=self._listen, args=(process,)) for process in self.processes
         ]
         for reader in self._readers:
             reader.start()
@@ -185,9 +178,7 @@ class Life:
                 self.doing = TRAINING
             elif line.startswith(f"checkpoint of step {STEPS}\n"):
                 self.doing = END
-            elif found := re.match(
-                r"(resuming from step (\d+)|no checkpoint in)", line
-            ):
+            elif found := re.match(r"(resuming from step (\d+)|no checkpoint in)", line):
                 self.begun_at = int(found[2] or 0)
 
     # Where it is.
@@ -485,9 +476,7 @@ def _is_time(life: Life, plan: Plan) -> bool:
     return True
 
 
-def plan(
-    aim: str | None, whole: Undisturbed, chance: random.Random, misses: int
-) -> Plan:
+def plan(aim: str | None, whole: Undisturbed, chance: random.Random, misses: int) -> Plan:
     """Draw a moment within the phase aimed at, or of a whole run if it is None.
 
     Each miss halves the time, because phases are shorter on a machine less busy than
@@ -553,9 +542,7 @@ def summary(runs: list[dict[str, Any]], asked_for: int) -> dict[str, Any]:
     kills = [kill | {"kind": run["kind"]} for run in runs for kill in run["kills"]]
     by_phase = {
         phase: {
-            kind.name: sum(
-                kill["phase"] == phase and kill["kind"] == kind.name for kill in kills
-            )
+            kind.name: sum(kill["phase"] == phase and kill["kind"] == kind.name for kill in kills)
             for kind in KINDS
         }
         for phase in PHASES
@@ -579,10 +566,7 @@ def table(record: dict[str, Any]) -> str:
         [phase, *(str(found[name]) for name in names)]
         for phase, found in counts["kills_by_phase"].items()
     ]
-    sums = [
-        sum(found[name] for found in counts["kills_by_phase"].values())
-        for name in names
-    ]
+    sums = [sum(found[name] for found in counts["kills_by_phase"].values()) for name in names]
     rows.append(["all", *map(str, sums)])
     sentence = (
         f"{counts['runs']} runs of {STEPS} steps, {counts['kills']} kills of "
@@ -597,9 +581,7 @@ def table(record: dict[str, Any]) -> str:
 def main() -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     parser = measure.command_line(__doc__)
-    parser.add_argument(
-        "--kills", type=int, default=50, help="in all; not with --short"
-    )
+    parser.add_argument("--kills", type=int, default=50, help="in all; not with --short")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
     form = "short" if options.short else "long"

@@ -48,11 +48,7 @@ def compare(runs: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
       |a - b| / |b| (norms) of any parameter of any run.
     """
     first, *others = runs
-    equal = all(
-        np.array_equal(run[name], array)
-        for run in others
-        for name, array in first.items()
-    )
+    equal = all(np.array_equal(run[name], array) for run in others for name, array in first.items())
     differences = [
         float(np.linalg.norm(run[name] - array) / np.linalg.norm(array))
         for run in others
@@ -69,9 +65,7 @@ def plan(on_gpu: bool, short: bool) -> list[tuple[Setting, str]]:
     kinds = ["float32"] if short and not on_gpu else ["float32", "bfloat16"]
     kinds += ["tensorfloat32"] if on_gpu else []
     flags = ("", DETERMINISTIC) if on_gpu else ("",)
-    return [
-        (Setting(batch, kind, width, steps), flag) for kind in kinds for flag in flags
-    ]
+    return [(Setting(batch, kind, width, steps), flag) for kind in kinds for flag in flags]
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
@@ -99,9 +93,7 @@ def main() -> None:
     found = []
     for setting, flags in plan(on_gpu, options.short):
         print(f"{setting} {flags} ...", file=sys.stderr, flush=True)
-        runs = [
-            measure.in_fresh_process(parameters, setting, flags) for _ in range(count)
-        ]
+        runs = [measure.in_fresh_process(parameters, setting, flags) for _ in range(count)]
         found.append(
             {
                 "setting": str(setting),

@@ -137,12 +137,7 @@ def soak(minutes: float, every: float, *, short: bool) -> dict[str, Any]:
     """Runs both processes; samples, growth, and how much was done."""
     with tempfile.TemporaryDirectory() as folder:
         workdir, counted = Path(folder) / "run", Path(folder) / "batches"
-        loader = [
-            sys.executable,
-            "-m",
-            "benchmarks.reliability.soak",
-            f"--load={counted}",
-        ]
+        loader = [sys.executable, "-m", "benchmarks.reliability.soak", f"--load={counted}"]
         commands = {"training": training_command(workdir, short), "loading": loader}
         log = (Path(folder) / "log").open("wb")
         processes = {
@@ -226,9 +221,7 @@ def chart(record: Mapping[str, Any]) -> Figure:
         axes.set_ylim(bottom=0)
         axes.set_ylabel(words)
     panels[0].legend(loc="lower right")
-    panels[0].set_title(
-        "What a long run holds (grey: start, not counted as growth)", loc="left"
-    )
+    panels[0].set_title("What a long run holds (grey: start, not counted as growth)", loc="left")
     panels[-1].set_xlabel("minutes")
     return figure
 
@@ -248,13 +241,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--out=DIR is missing: the folder of the results")
     length = "short" if arguments.short else "long"
     record = soak(
-        arguments.minutes or MINUTES[length],
-        SECONDS_BETWEEN[length],
-        short=arguments.short,
+        arguments.minutes or MINUTES[length], SECONDS_BETWEEN[length], short=arguments.short
     )
-    measure.write_result(
-        arguments.out, "soak", record, table=table(record), figure=chart(record)
-    )
+    measure.write_result(arguments.out, "soak", record, table=table(record), figure=chart(record))
 
 
 if __name__ == "__main__":

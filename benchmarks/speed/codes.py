@@ -67,9 +67,7 @@ def main() -> None:
     if "speed" in options.parts:
         size = (2000, 256) if options.short else (SPEED_ROWS, SPEED_WIDTH)
         record["speed"] = speed(*size, rounds=2 if options.short else 5)
-    measure.write_result(
-        options.out, "codes", record, table=table(record), figure=chart(record)
-    )
+    measure.write_result(options.out, "codes", record, table=table(record), figure=chart(record))
 
 
 def _qualities(options: argparse.Namespace) -> dict[str, Any]:
@@ -212,9 +210,7 @@ def searches(
     return {
         PEER: lambda: plain_search(features, squares, queries, NEAREST),
         "exact": functools.partial(nearest, features, queries, NEAREST),
-        "ours, codes": lambda: nearest_codes(
-            codes.packed, codes.coder.encode(queries), NEAREST
-        ),
+        "ours, codes": lambda: nearest_codes(codes.packed, codes.coder.encode(queries), NEAREST),
         "ours, shortlist of 100": functools.partial(
             shortlist, features, codes, queries, NEAREST, size=AMONG
         ),
@@ -265,9 +261,7 @@ def _speed_table(timed: dict[str, Any]) -> str:
             rates = measure.spread((int(count) / s for s in calls), ",.2f")
             each = 1000 * statistics.median(cpu[name]) / int(count)
             ratios = [measure.ratio(found, name, PEER) for found in (seconds, cpu)]
-            times = [
-                f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})" for r in ratios
-            ]
+            times = [f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})" for r in ratios]
             cells.append([count, name, rates, f"{each:,.2f}", *times])
     return (
         f"{timed['rows']:,} rows of {timed['width']:,} numbers, codes of "
@@ -308,8 +302,7 @@ def _draw_quality(axes: Axes, name: str, codes: list[dict[str, Any]]) -> None:
 def _draw_speed(axes: Axes, timed: dict[str, Any]) -> None:
     count = max(timed["seconds"], key=int)
     rates = {
-        name: [int(count) / s for s in calls]
-        for name, calls in timed["seconds"][count].items()
+        name: [int(count) / s for s in calls] for name, calls in timed["seconds"][count].items()
     }
     title = f"{timed['rows']:,} rows, {count} queries at once"
     measure.bar_chart(rates, title=title, unit="queries a second", axes=axes)

@@ -66,9 +66,7 @@ def main() -> None:
     measure.write_result(options.out, "end_to_end", record, table=table, figure=figure)
 
 
-def _config(
-    data_dir: Path, width: float, options: argparse.Namespace, on_gpu: bool
-) -> Any:
+def _config(data_dir: Path, width: float, options: argparse.Namespace, on_gpu: bool) -> Any:
     config = paper.get_config()
     config.data.source, config.data.dir = "imagenet2012_256", str(data_dir)
     config.data.eval_split = ""
@@ -148,19 +146,14 @@ def _measured(experiment: Experiment, short: bool) -> dict[str, Any]:
         TOGETHER: training.together,
     }
     training.alone(1)
-    counts = {
-        name: _count(call, 0.3 if short else SECONDS_A_CALL)
-        for name, call in work.items()
-    }
+    counts = {name: _count(call, 0.3 if short else SECONDS_A_CALL) for name, call in work.items()}
     training.waited = training.seconds = 0.0
     seconds = measure.alternate(
         {name: lambda n=name: work[n](counts[n]) for name in work},
         rounds=2 if short else 5,
         warmup=0,
     )
-    rates = {
-        name: [counts[name] * training.size / s for s in seconds[name]] for name in work
-    }
+    rates = {name: [counts[name] * training.size / s for s in seconds[name]] for name in work}
     rounds = list(zip(*(rates[name] for name in work), strict=True))
     return {
         "images_a_second": rates,

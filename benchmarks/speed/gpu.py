@@ -36,9 +36,7 @@ _MODULES = dict.fromkeys(words.split()[0] for words, _ in PLAN)
 SHORT_PLAN = tuple((f"{module} --short", 100) for module in _MODULES)
 
 
-def run(
-    plan: tuple[tuple[str, float], ...], out: Path, budget: float
-) -> list[dict[str, Any]]:
+def run(plan: tuple[tuple[str, float], ...], out: Path, budget: float) -> list[dict[str, Any]]:
     """Run the commands one after the other until `budget` seconds are over.
 
     Returns:

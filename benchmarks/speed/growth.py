@@ -57,9 +57,7 @@ def measured(
         "batch": setting.batch,
         "width": setting.width,
         "seconds": seconds,
-        "images_per_second": {
-            who: setting.images_per_second(s) for who, s in seconds.items()
-        },
+        "images_per_second": {who: setting.images_per_second(s) for who, s in seconds.items()},
         "roofline_images_per_second": setting.batch / roofline.seconds(costs, *limits),
     }
     if peer is not None:
@@ -91,16 +89,12 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
 def chart(found: dict[str, list[dict[str, Any]]], title: str) -> Figure:
     """A panel for each thing that grows."""
     figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, (what, records) in zip(
-        figure.subplots(1, len(found)), found.items(), strict=True
-    ):
+    for axes, (what, records) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
         at = [record[what] for record in records]
         for name in records[0]["seconds"]:
             rates = [record["images_per_second"][name] for record in records]
             middle = [statistics.median(r) for r in rates]
-            axes.plot(
-                at, middle, "o-", color="C0" if name == "ours" else "0.6", label=name
-            )
+            axes.plot(at, middle, "o-", color="C0" if name == "ours" else "0.6", label=name)
             axes.fill_between(at, *zip(*((min(r), max(r)) for r in rates)), alpha=0.2)
         limits = [record["roofline_images_per_second"] for record in records]
         axes.plot(at, limits, "--", color="C3", label="roofline")

@@ -68,17 +68,11 @@ def main() -> None:
         source = pictures.records(options.pictures, scratch)
         record = _measured(source, scratch, options)
     measure.write_result(
-        options.out,
-        "input_pipeline",
-        record,
-        table=_table(record),
-        figure=_figure(record),
+        options.out, "input_pipeline", record, table=_table(record), figure=_figure(record)
     )
 
 
-def _measured(
-    source: TfdsSource, data_dir: Path, options: argparse.Namespace
-) -> dict[str, Any]:
+def _measured(source: TfdsSource, data_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
     workers, short = options.workers, options.short
     watched = options.memory_records or (10_000 if short else 100_000)
     jpegs = [source.record(index)[1] for index in range(preparation.PICTURES_A_SHARD)]
@@ -86,10 +80,7 @@ def _measured(
     seconds = measure.alternate(
         {name: call for name, (_, call) in candidates.items()}, rounds=2 if short else 5
     )
-    each = {
-        name: [s / candidates[name][0] for s in found]
-        for name, found in seconds.items()
-    }
+    each = {name: [s / candidates[name][0] for s in found] for name, found in seconds.items()}
     ratios = {
         "of the decoder's rate times the cores": {
             k: v / workers for k, v in measure.ratio(each, SHUFFLED, BARE).items()
@@ -162,12 +153,8 @@ def _read(source: sources.Source, examples: Examples, count: int, workers: int) 
         pass
 
 
-def _batches(
-    source: sources.Source, examples: Examples, count: int, workers: int
-) -> Batches:
-    return Batches(
-        source, examples, batch_size=BATCH_SIZE, num_examples=count, workers=workers
-    )
+def _batches(source: sources.Source, examples: Examples, count: int, workers: int) -> Batches:
+    return Batches(source, examples, batch_size=BATCH_SIZE, num_examples=count, workers=workers)
 
 
 def _torch_loader(jpegs: Sequence[bytes], count: int, workers: int) -> Any:

@@ -12,12 +12,7 @@ from alexnet_jax import create_model
 from alexnet_jax.data import augment
 from alexnet_jax.models import ops
 from alexnet_jax.models.alexnet import AlexNet
-from alexnet_jax.training import (
-    describe,
-    optim,
-    parallel,
-    steps,
-)
+from alexnet_jax.training import describe, optim, parallel, steps
 from benchmarks.speed.measure import Setting
 
 CROP = 224
@@ -59,9 +54,7 @@ def pictures(batch: int, side: int) -> jax.Array:
     return jnp.asarray(rng.integers(0, 256, (batch, side, side, 3), dtype=np.uint8))
 
 
-def training_step(
-    setting: Setting, augmentation: augment.Augmentation | None = None
-) -> Step:
+def training_step(setting: Setting, augmentation: augment.Augmentation | None = None) -> Step:
     """The step of `alexnet_jax.training.loop` on one device, with a batch to put through it.
 
     Args:
@@ -79,10 +72,7 @@ def training_step(
     return Step(
         steps.make_train_step(spec),
         steps.init_state(spec),
-        {
-            "image": pictures(setting.batch, side),
-            "label": jnp.asarray(labels, jnp.int32),
-        },
+        {"image": pictures(setting.batch, side), "label": jnp.asarray(labels, jnp.int32)},
         augment.imagenet_statistics(side),
     )
 
@@ -94,9 +84,7 @@ class Trainer:
       memory_bytes: what the step needs at its fullest, as the compiler has planned.
     """
 
-    def __init__(
-        self, setting: Setting, augmentation: augment.Augmentation | None = None
-    ):
+    def __init__(self, setting: Setting, augmentation: augment.Augmentation | None = None):
         step = training_step(setting, augmentation)
         self._setting = setting
         self._state, self._arguments = step.state, (step.batch, step.statistics)

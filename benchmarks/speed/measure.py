@@ -101,20 +101,14 @@ def alternate(
     return seconds
 
 
-def ratio(
-    seconds: Mapping[str, Sequence[float]], ours: str, peer: str
-) -> dict[str, float]:
+def ratio(seconds: Mapping[str, Sequence[float]], ours: str, peer: str) -> dict[str, float]:
     """How many times as fast `ours` is as `peer`: of each round, then over rounds.
 
     Returns:
       "median", "min" and "max" of the rounds' peer / ours; above 1, ours is faster.
     """
     found = [p / o for o, p in zip(seconds[ours], seconds[peer], strict=True)]
-    return {
-        "median": statistics.median(found),
-        "min": min(found),
-        "max": max(found),
-    }
+    return {"median": statistics.median(found), "min": min(found), "max": max(found)}
 
 
 def spread(values: Iterable[float], form: str) -> str:
@@ -222,12 +216,7 @@ def machine() -> dict[str, Any]:
 
 
 def write_result(
-    out: Path,
-    name: str,
-    record: dict[str, Any],
-    *,
-    table: str,
-    figure: Figure | None = None,
+    out: Path, name: str, record: dict[str, Any], *, table: str, figure: Figure | None = None
 ) -> None:
     """Writes out/name.json (with `machine`), .md and .png, and prints the table."""
     out.mkdir(parents=True, exist_ok=True)

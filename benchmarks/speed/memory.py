@@ -35,9 +35,7 @@ def of_training(
     if jax.default_backend() == "cpu":
         found[f"ours, {RESIDENT}"] = measure.in_fresh_process(_growth, setting, None)
         if form is not None:
-            found[f"{form.name}, {RESIDENT}"] = measure.in_fresh_process(
-                _growth, setting, form
-            )
+            found[f"{form.name}, {RESIDENT}"] = measure.in_fresh_process(_growth, setting, form)
     elif peer is not None:
         import torch
 
@@ -47,9 +45,7 @@ def of_training(
     return {name: size for name, size in found.items() if size}
 
 
-def rows(
-    found: dict[str, float], setting: str
-) -> tuple[Sequence[str], list[Sequence[str]]]:
+def rows(found: dict[str, float], setting: str) -> tuple[Sequence[str], list[Sequence[str]]]:
     """Header and cells of a table."""
     header = [f"peak memory of a training step, {setting}", "GB"]
     return header, [[name, f"{size / 1e9:.2f}"] for name, size in found.items()]

@@ -29,9 +29,7 @@ def named_figures(notebook: Any) -> dict[str, Any]:
 def images(cell: Any) -> list[bytes]:
     """PNG files among the outputs of a cell that was run."""
     found = [out["data"] for out in cell.outputs if "data" in out]
-    return [
-        base64.b64decode(data["image/png"]) for data in found if "image/png" in data
-    ]
+    return [base64.b64decode(data["image/png"]) for data in found if "image/png" in data]
 
 
 def main() -> None:

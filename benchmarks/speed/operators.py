@@ -76,9 +76,7 @@ def _call(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
     return lambda: jax.block_until_ready(compiled(*args))
 
 
-def _gradient(
-    function: Callable[..., Any], *args: Any, wrt: int = 0
-) -> Callable[[], Any]:
+def _gradient(function: Callable[..., Any], *args: Any, wrt: int = 0) -> Callable[[], Any]:
     """The backward pass only: what it needs of the forward pass is kept beforehand."""
 
     def forward(*args: Any) -> Any:
@@ -173,9 +171,7 @@ def measured(
     return found
 
 
-def candidates(
-    model: AlexNet, setting: Setting, device: str
-) -> dict[str, dict[str, Callable]]:
+def candidates(model: AlexNet, setting: Setting, device: str) -> dict[str, dict[str, Callable]]:
     """By operator: builders of ours, ours plain where it differs, and torch's."""
     found: dict[str, dict[str, Callable]] = {}
     for name, build in ours(model, setting.batch, fast=True):
@@ -289,9 +285,7 @@ def chart(found: list[dict[str, Any]], title: str) -> Figure:
     return figure
 
 
-def grouped(
-    model: AlexNet, batch: int, rounds: int
-) -> dict[str, dict[str, list[float]]]:
+def grouped(model: AlexNet, batch: int, rounds: int) -> dict[str, dict[str, list[float]]]:
     """Seconds of the grouped convolutions written in two ways.
 
     "split" is the plain form of ours, a convolution a group; "feature_group_count"
@@ -334,9 +328,7 @@ def augmentation(setting: Setting, rounds: int) -> dict[str, list[float]]:
         augment.imagenet_statistics(256),
     )
     step = jax_alexnet.Trainer(setting, how)
-    return measure.alternate(
-        {"augmentation": augmented, "training step": step}, rounds=rounds
-    )
+    return measure.alternate({"augmentation": augmented, "training step": step}, rounds=rounds)
 
 
 def more_tables(
@@ -381,9 +373,7 @@ def main() -> None:
         seconds = measured(builders, rounds)
         by_form = grouped(model, setting.batch, rounds)
     augmented = augmentation(setting, rounds)
-    costs = roofline.training(
-        model, setting.batch, kernel_itemsize=model.dtype.itemsize
-    )
+    costs = roofline.training(model, setting.batch, kernel_itemsize=model.dtype.itemsize)
     found = rows(costs, seconds, flop_rate, bandwidth)
     measure.write_result(
         chosen.out,

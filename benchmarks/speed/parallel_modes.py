@@ -49,9 +49,7 @@ class Machine:
 # 400 Gb/s a GPU. 100 TFLOP/s is a tenth of its dense bfloat16 peak, and not measured.
 H100 = Machine("H100, nodes of 8", 8, 450e9, 50e9, 100e12 / FLOPS_AN_IMAGE)
 # The same cards where nodes have one and talk over 25 Gb/s Ethernet.
-ETHERNET = Machine(
-    "H100, 25 Gb/s Ethernet", 1, 450e9, 25e9 / 8, 100e12 / FLOPS_AN_IMAGE
-)
+ETHERNET = Machine("H100, 25 Gb/s Ethernet", 1, 450e9, 25e9 / 8, 100e12 / FLOPS_AN_IMAGE)
 # arXiv:1404.5997's machine: PCI Express 2.0 x16 has 8 GB/s each way, of which cards got
 # some 6; one K20 took 98.05 hours for 90 epochs of 1.28 million images.
 K20 = Machine("K20, PCI Express 2.0", 8, 6e9, 6e9, 90 * 1_281_167 / 98.05 / 3600)
@@ -106,9 +104,7 @@ def seconds(row: dict[str, Any], machine: Machine) -> float:
         return machine.inside if devices <= machine.node else machine.across
 
     features = row["forward_bytes"] + row["backward_bytes"]
-    return features / bandwidth(row["column"]) + row["gradients_bytes"] / bandwidth(
-        row["devices"]
-    )
+    return features / bandwidth(row["column"]) + row["gradients_bytes"] / bandwidth(row["devices"])
 
 
 def efficiency(row: dict[str, Any], machine: Machine) -> float:
@@ -135,10 +131,7 @@ def table_of_bytes(rows: list[dict[str, Any]]) -> list[str]:
 def table_of_winners(rows: list[dict[str, Any]], machine: Machine) -> list[str]:
     """Share of the step that is computing, a column a mode; the best in bold."""
     kinds = ["data", "columns", "hybrid 1 x n", "hybrid n/8 x 8"]
-    lines = [
-        f"| devices | {' | '.join(kinds)} |",
-        "|---" * 5 + "|",
-    ]
+    lines = [f"| devices | {' | '.join(kinds)} |", "|---" * 5 + "|"]
     for devices in SIZES:
         shares = {}
         for row in rows:

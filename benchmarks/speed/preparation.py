@@ -67,9 +67,7 @@ def _measured(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
         for source in (few, many):
             name = f"{workers} {source}"
             stages[name] = []
-            candidates[name] = functools.partial(
-                _prepare, source, workers, stages[name]
-            )
+            candidates[name] = functools.partial(_prepare, source, workers, stages[name])
     seconds = measure.alternate(candidates, rounds=1 if options.short else 3, warmup=0)
     rates = {n: [len(in_memory) / s for s in seconds[n]] for n in (ALONE, AGAIN)}
     for workers in options.workers:
@@ -90,9 +88,7 @@ def _measured(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
             _name(workers, part): {
                 base: [
                     rate / workers / alone
-                    for rate, alone in zip(
-                        rates[_name(workers, part)], rates[base], strict=True
-                    )
+                    for rate, alone in zip(rates[_name(workers, part)], rates[base], strict=True)
                 ]
                 for base in (ALONE, AGAIN)
             }
@@ -148,11 +144,7 @@ def _table(record: dict[str, Any]) -> str:
         spread = f"{min(rates):,.0f} to {max(rates):,.0f}"
         row = [name, f"{statistics.median(rates):,.0f}", spread]
         rows.append(
-            row
-            + [
-                measure.spread(shares[k], ".2f") if shares else ""
-                for k in (ALONE, AGAIN)
-            ]
+            row + [measure.spread(shares[k], ".2f") if shares else "" for k in (ALONE, AGAIN)]
         )
     header = ["", "pictures/s", "spread", "a process, of row 1", "of row 2"]
     return (

@@ -46,9 +46,7 @@ def inference(model: AlexNet, batch: int) -> list[Cost]:
     return [part for parts in _layers(model, batch, _FLOAT32) for part in parts[:1]]
 
 
-def training(
-    model: AlexNet, batch: int, *, kernel_itemsize: int = _FLOAT32
-) -> list[Cost]:
+def training(model: AlexNet, batch: int, *, kernel_itemsize: int = _FLOAT32) -> list[Cost]:
     """The parts of a training step; conv1 needs no gradient of its pictures.
 
     `kernel_itemsize`: bytes of a weight where a layer reads it, and of its gradient;
@@ -73,11 +71,7 @@ def _layers(model: AlexNet, batch: int, kernel_itemsize: int) -> list[list[Cost]
 
 
 def _parts(
-    row: LayerSummary,
-    before: tuple[int, ...],
-    batch: int,
-    itemsize: int,
-    kernel_itemsize: int,
+    row: LayerSummary, before: tuple[int, ...], batch: int, itemsize: int, kernel_itemsize: int
 ) -> list[Cost]:
     read = batch * math.prod(before) * itemsize
     written = batch * math.prod(row.shape) * itemsize

@@ -16,12 +16,7 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
-from benchmarks.speed import (
-    jax_alexnet,
-    measure,
-    memory,
-    roofline,
-)
+from benchmarks.speed import jax_alexnet, measure, memory, roofline
 from benchmarks.speed.measure import Setting
 
 ROUNDS = {"short": 2, "long": 7}
@@ -34,10 +29,7 @@ Call = Callable[[], Any]
 
 
 def settings(
-    on_gpu: bool,
-    short: bool,
-    batches: Sequence[int] = (),
-    precisions: Sequence[str] = (),
+    on_gpu: bool, short: bool, batches: Sequence[int] = (), precisions: Sequence[str] = ()
 ) -> list[Setting]:
     """What is measured where nothing, or only a part, is asked for."""
     batches = batches or ((128, 1024) if on_gpu else (32 if short else 128,))
@@ -132,9 +124,7 @@ def compare(
         "selection_seconds": tried,
         "peer": name,
         "seconds": seconds,
-        "images_per_second": {
-            who: setting.images_per_second(s) for who, s in seconds.items()
-        },
+        "images_per_second": {who: setting.images_per_second(s) for who, s in seconds.items()},
     }
     if peer:
         record["ratio"] = measure.ratio(seconds, "ours", "torch")
@@ -142,10 +132,7 @@ def compare(
 
 
 def add_limits(
-    record: dict[str, Any],
-    costs: Sequence[roofline.Cost],
-    flop_rate: float,
-    bandwidth: float,
+    record: dict[str, Any], costs: Sequence[roofline.Cost], flop_rate: float, bandwidth: float
 ) -> None:
     """Adds what the machine's limits allow, and each side's share of it."""
     at_best = roofline.seconds(costs, flop_rate, bandwidth)
@@ -199,9 +186,7 @@ def _notes(record: dict[str, Any], setting: str) -> list[str]:
             [name, s if isinstance(s, str) else f"{images / min(s):,.1f}"]
             for name, s in tried.items()
         ]
-        notes.append(
-            measure.markdown_table([f"candidates, {setting}", "best images/s"], rows)
-        )
+        notes.append(measure.markdown_table([f"candidates, {setting}", "best images/s"], rows))
     if found := record.get("memory"):
         notes.append(measure.markdown_table(*memory.rows(found, setting)))
     return notes
@@ -212,9 +197,7 @@ def chart(records: Sequence[dict[str, Any]], title: str) -> Figure:
     bars = [_bars(record) for record in records]
     heights = [1.2 + 0.35 * len(rates) for rates in bars]
     figure = Figure(figsize=(9, sum(heights)), layout="constrained")
-    panels = figure.subplots(
-        len(bars), squeeze=False, gridspec_kw={"height_ratios": heights}
-    )
+    panels = figure.subplots(len(bars), squeeze=False, gridspec_kw={"height_ratios": heights})
     for record, rates, axes in zip(records, bars, panels[:, 0], strict=True):
         measure.bar_chart(
             rates,
@@ -262,16 +245,10 @@ def run(name: str, doc: str | None) -> None:
     bandwidth = measure.copy_bandwidth()
     for setting in settings(on_gpu, chosen.short, chosen.batch, chosen.precision):
         ours = jax_alexnet.Trainer(setting) if training else None
-        builders = {
-            form.name: _builder(training, setting, form, device) for form in peers
-        }
-        record, peer = compare(
-            ours or jax_alexnet.classifier(setting), builders, setting, rounds
-        )
+        builders = {form.name: _builder(training, setting, form, device) for form in peers}
+        record, peer = compare(ours or jax_alexnet.classifier(setting), builders, setting, rounds)
         model = jax_alexnet.network(setting)
-        costs = (roofline.training if training else roofline.inference)(
-            model, setting.batch
-        )
+        costs = (roofline.training if training else roofline.inference)(model, setting.batch)
         add_limits(record, costs, measure.gemm_rate(setting.precision), bandwidth)
         if ours:
             form = next((f for f in peers if f.name == record["peer"]), None)
@@ -283,9 +260,7 @@ def run(name: str, doc: str | None) -> None:
         _write(chosen.out, name, records)
 
 
-def _builder(
-    training: bool, setting: Setting, form: Any, device: str
-) -> Callable[[], Call]:
+def _builder(training: bool, setting: Setting, form: Any, device: str) -> Callable[[], Call]:
     from benchmarks.speed import torch_alexnet
 
     make = torch_alexnet.trainer if training else torch_alexnet.classifier
@@ -295,9 +270,5 @@ def _builder(
 def _write(out: Path, name: str, records: list[dict[str, Any]]) -> None:
     title = {"train_step": "Training", "inference": "Classifying"}[name]
     measure.write_result(
-        out,
-        name,
-        {"settings": records},
-        table=table(records),
-        figure=chart(records, title),
+        out, name, {"settings": records}, table=table(records), figure=chart(records, title)
     )

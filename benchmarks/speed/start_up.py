@@ -36,9 +36,7 @@ def seconds_of(statement: str, repeats: int) -> list[float]:
     statement fails.
     """
     code = (
-        "import time; start = time.perf_counter()\n"
-        f"{statement}\n"
-        "print(time.perf_counter() - start)"
+        f"import time; start = time.perf_counter()\n{statement}\nprint(time.perf_counter() - start)"
     )
     found = []
     for _ in range(repeats + 1):
@@ -101,20 +99,14 @@ def steps(batch: int, repeats: int) -> dict[str, list[dict[str, float]]]:
     cold = [measure.in_fresh_process(first_step, batch, "") for _ in range(repeats)]
     with tempfile.TemporaryDirectory() as cache:
         measure.in_fresh_process(first_step, batch, cache)
-        warm = [
-            measure.in_fresh_process(first_step, batch, cache) for _ in range(repeats)
-        ]
+        warm = [measure.in_fresh_process(first_step, batch, cache) for _ in range(repeats)]
     return {"cold": cold, "from the cache": warm}
 
 
 def table(record: dict[str, Any]) -> str:
     """Imports, compile times, memory."""
     imports = [
-        [
-            f"`{statement}`",
-            f"{statistics.median(s):.2f}",
-            f"{min(s):.2f} to {max(s):.2f}",
-        ]
+        [f"`{statement}`", f"{statistics.median(s):.2f}", f"{min(s):.2f} to {max(s):.2f}"]
         for statement, s in record["import_seconds"].items()
     ]
     starts = []
@@ -138,12 +130,9 @@ def table(record: dict[str, Any]) -> str:
     )
     return "\n\n".join(
         [
+            measure.markdown_table(["in a fresh process", "seconds", "spread"], imports),
             measure.markdown_table(
-                ["in a fresh process", "seconds", "spread"], imports
-            ),
-            measure.markdown_table(
-                ["first training step", "trace s", "compile s", "both", "the step s"],
-                starts,
+                ["first training step", "trace s", "compile s", "both", "the step s"], starts
             ),
             sentence,
         ]
@@ -170,9 +159,7 @@ def main() -> None:
         "first_step_seconds": steps(batch, repeats),
         "two_columns_bytes": measure.in_fresh_process(two_columns_bytes, batch),
     }
-    measure.write_result(
-        chosen.out, "start_up", record, table=table(record), figure=chart(record)
-    )
+    measure.write_result(chosen.out, "start_up", record, table=table(record), figure=chart(record))
 
 
 if __name__ == "__main__":

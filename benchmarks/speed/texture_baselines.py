@@ -40,10 +40,7 @@ def color_features(images: np.ndarray) -> np.ndarray:
 
 
 def linear_error(
-    train: np.ndarray,
-    train_labels: np.ndarray,
-    test: np.ndarray,
-    test_labels: np.ndarray,
+    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray
 ) -> float:
     """Return the error in [0, 1] of ridge regression, one output per class.
 
@@ -67,10 +64,7 @@ def linear_error(
 
 
 def color_error(
-    train: np.ndarray,
-    train_labels: np.ndarray,
-    test: np.ndarray,
-    test_labels: np.ndarray,
+    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray
 ) -> float:
     """Return the error of the better of two classifiers; arguments as for `linear_error`.
 
@@ -114,9 +108,7 @@ def main() -> None:
     (pixels, colors, labels), (test_pixels, test_colors, test_labels) = splits
     linear = linear_error(pixels, labels, test_pixels, test_labels)
     color = color_error(colors, labels, test_colors, test_labels)
-    print(
-        "error by chance 0.900; these must stay near it, both chosen on the test split:"
-    )
+    print("error by chance 0.900; these must stay near it, both chosen on the test split:")
     print(f"error, linear in the pixels  {linear:.3f}")
     print(f"error, colours only          {color:.3f}")
 

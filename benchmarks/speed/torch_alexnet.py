@@ -112,11 +112,7 @@ class PaperDropout(nn.Module):
 
 
 def paper_network(
-    lrn: str = "library",
-    *,
-    width: float = 1.0,
-    num_classes: int = 1000,
-    dropout: float = 0.5,
+    lrn: str = "library", *, width: float = 1.0, num_classes: int = 1000, dropout: float = 0.5
 ) -> nn.Sequential:
     """The paper's section 3.5: images [B, 3, 224, 224] -> logits [B, num_classes].
 
@@ -180,9 +176,7 @@ def trainer(setting: Setting, form: Form, device: str = "cpu") -> Callable[[], f
     return call
 
 
-def classifier(
-    setting: Setting, form: Form, device: str = "cpu"
-) -> Callable[[], torch.Tensor]:
+def classifier(setting: Setting, form: Form, device: str = "cpu") -> Callable[[], torch.Tensor]:
     """Returns a call that classifies the batch `setting.steps` times: the logits."""
     network, pictures, mean = _prepared(setting, form, device)
     network.eval()
@@ -214,9 +208,7 @@ def _prepared(
     network = paper_network(form.lrn, width=setting.width).to(device)
     # torch's stubs leave this overload out.
     network = network.to(memory_format=form.memory_format)  # pyright: ignore
-    pictures = torch.randint(
-        0, 256, (setting.batch, 3, 224, 224), dtype=torch.uint8, device=device
-    )
+    pictures = torch.randint(0, 256, (setting.batch, 3, 224, 224), dtype=torch.uint8, device=device)
     mean = torch.full((1, 3, 224, 224), 120.0, device=device)
     return (
         network,
@@ -234,7 +226,5 @@ def use_precision(precision: str) -> None:
 
 def _autocast(setting: Setting, device: str) -> torch.autocast:
     return torch.autocast(
-        torch.device(device).type,
-        dtype=torch.bfloat16,
-        enabled=setting.precision == "bfloat16",
+        torch.device(device).type, dtype=torch.bfloat16, enabled=setting.precision == "bfloat16"
     )

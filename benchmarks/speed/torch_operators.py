@@ -10,21 +10,14 @@ from alexnet_jax.models.alexnet import AlexNet
 from alexnet_jax.models.summary import summary
 from benchmarks.speed.measure import Setting
 from benchmarks.speed.operators import Layer, convolutions
-from benchmarks.speed.torch_alexnet import (
-    LRNS,
-    local_response_norm,
-    paper_network,
-    use_precision,
-)
+from benchmarks.speed.torch_alexnet import LRNS, local_response_norm, paper_network, use_precision
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 Builder = Callable[[], Callable[[], Any]]
 
 
-def operators(
-    model: AlexNet, setting: Setting, device: str
-) -> Iterator[tuple[str, str, Builder]]:
+def operators(model: AlexNet, setting: Setting, device: str) -> Iterator[tuple[str, str, Builder]]:
     """(operator, "torch FORMAT", builder of its call), named as in `roofline`."""
     use_precision(setting.precision)
     dtype = torch.bfloat16 if setting.precision == "bfloat16" else torch.float32
@@ -52,9 +45,7 @@ def operators(
 class _Maker:
     """Builders of the calls of one memory format."""
 
-    def __init__(
-        self, batch: int, dtype: torch.dtype, device: str, form: torch.memory_format
-    ):
+    def __init__(self, batch: int, dtype: torch.dtype, device: str, form: torch.memory_format):
         self.batch, self.dtype, self.device, self.form = batch, dtype, device, form
 
     def random(self, *shape: int) -> torch.Tensor:
@@ -92,10 +83,7 @@ class _Maker:
 
         yield f"{layer.name} forward", forward
         if layer.name != "conv1":
-            yield (
-                f"{layer.name} input gradient",
-                lambda: backward([True, False, False]),
-            )
+            yield (f"{layer.name} input gradient", lambda: backward([True, False, False]))
         yield f"{layer.name} kernel gradient", lambda: backward([False, True, False])
 
     def through(
@@ -111,9 +99,7 @@ class _Maker:
             x = self.images(shape).requires_grad_()
             y = run(x)
             g = torch.randn_like(y)
-            return self.call(
-                lambda: torch.autograd.grad(y, x, g, retain_graph=True), grad=True
-            )
+            return self.call(lambda: torch.autograd.grad(y, x, g, retain_graph=True), grad=True)
 
         def forward() -> Callable[[], Any]:
             x = self.images(shape)

@@ -24,12 +24,7 @@ of the picture (137), the cross-map LRN moved from behind pool1 to right over co
 other pictures faded in and exchanges in 16 bits (170), four GPUs (130).
 """
 
-from alexnet_jax.sweeps import (
-    FinalError,
-    Paper,
-    Row,
-    Sweep,
-)
+from alexnet_jax.sweeps import FinalError, Paper, Row, Sweep
 
 VALIDATION = "ILSVRC-2012 validation, ten views"
 TEST_2010 = "ILSVRC-2010 test, ten views"
@@ -70,10 +65,7 @@ ROWS = {
             _columns({"model.variant": "one_gpu"}),
             _experiment("145-half", 39.17, 1.7, TEST_2010),
         ),
-        Row(
-            "one column, whole",
-            _columns({"model.overrides.columns": 1}),
-        ),
+        Row("one column, whole", _columns({"model.overrides.columns": 1})),
         Row(
             "no column communication",
             _columns({"model.variant": "no_communication"}),
@@ -119,9 +111,7 @@ ROWS = {
         ),
         Row("average pooling", {"model.overrides.pool_kind": "avg"}),
         # Section 4: augmentation and dropout.
-        Row(
-            "no crops, no mirror images", {"augment.crop": False, "augment.flip": False}
-        ),
+        Row("no crops, no mirror images", {"augment.crop": False, "augment.flip": False}),
         Row(
             "no colour lighting",
             {"augment.lighting": 0.0},

@@ -15,17 +15,10 @@ ablation, the third the 13% network as it was published.
 
 import dataclasses
 
-from alexnet_jax.sweeps import (
-    FinalError,
-    Paper,
-    Row,
-    Sweep,
-)
+from alexnet_jax.sweeps import FinalError, Paper, Row, Sweep
 
 PAPER = Paper(
-    value=11.0,
-    measured_on="CIFAR-10's test split, several views",
-    source="the paper, section 3.3",
+    value=11.0, measured_on="CIFAR-10's test split, several views", source="the paper, section 3.3"
 )
 
 
@@ -40,11 +33,7 @@ def get_sweep(num_epochs="26"):
         rows=(
             Row("with LRN", paper=PAPER),
             Row("without LRN", {"model.overrides.lrn": False}, paper=without),
-            Row(
-                'the "13%" network',
-                config=f"configs/cifar10_13.py:{num_epochs}",
-                paper=without,
-            ),
+            Row('the "13%" network', config=f"configs/cifar10_13.py:{num_epochs}", paper=without),
         ),
         baseline="with LRN",
         metric=FinalError("eval/views_top1_error"),

@@ -17,12 +17,7 @@ augmentation. Sigmoids are not in the figure; with the table's start, N(0, 0.01)
 hardly learn.
 """
 
-from alexnet_jax.sweeps import (
-    EpochsTo,
-    Paper,
-    Row,
-    Sweep,
-)
+from alexnet_jax.sweeps import EpochsTo, Paper, Row, Sweep
 
 TARGET = 0.25
 

@@ -20,10 +20,7 @@ def get_sweep():
     rows = [
         Row(
             f"{window}/{stride}",
-            {
-                "model.overrides.pool_window": window,
-                "model.overrides.pool_stride": stride,
-            },
+            {"model.overrides.pool_window": window, "model.overrides.pool_stride": stride},
             WITHOUT_OVERLAP if (window, stride) == (2, 2) else None,
         )
         for window, stride in ((3, 2), (2, 2), (3, 3), (4, 2))

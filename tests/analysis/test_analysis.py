@@ -37,18 +37,13 @@ def test_curves_hold_the_records():
     ]
     loss, error = training_curves(records).axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in error.lines}
-    assert lines == {
-        "training": [[1.0, 90.0], [2.0, 40.0]],
-        "held out": [[1.0, 50.0]],
-    }
+    assert lines == {"training": [[1.0, 90.0], [2.0, 40.0]], "held out": [[1.0, 50.0]]}
     assert loss.lines[0].get_xydata().tolist() == [[1.0, 2.0], [2.0, 1.0]]
 
 
 def test_guessing_and_falling_learning_rates_are_drawn():
     rates = [0.01] * 5 + [0.001] * 5 + [1e-4] * 5
-    records = [
-        {"epoch": k, "train/loss": 2.0, "lr": rate} for k, rate in enumerate(rates)
-    ]
+    records = [{"epoch": k, "train/loss": 2.0, "lr": rate} for k, rate in enumerate(rates)]
     quantities = ["loss", "lr", "top1_error"]
     figure = training_curves(records, quantities=quantities, num_classes=10)
     loss, rate, error = figure.axes
@@ -122,9 +117,7 @@ def test_colour_is_the_share_of_what_grey_does_not_explain():
 
 
 def test_statistics_are_drawn_by_column():
-    kernel = np.concatenate(
-        [gratings(*range(0, 180, 15)), np.ones((11, 11, 3, 12))], -1
-    )
+    kernel = np.concatenate([gratings(*range(0, 180, 15)), np.ones((11, 11, 3, 12))], -1)
     kernel[:, :, 1:, 12:] = 0
     left, right = filter_statistics_by_column(kernel, columns=2).axes
     labels = [text.get_text() for text in left.get_legend().get_texts()]

@@ -13,14 +13,7 @@ import pytest
 from alexnet_jax import create_model
 from alexnet_jax.training import metrics
 from benchmarks.reliability import repeats, soak
-from benchmarks.speed import (
-    gpu,
-    jax_alexnet,
-    measure,
-    operators,
-    roofline,
-    side_by_side,
-)
+from benchmarks.speed import gpu, jax_alexnet, measure, operators, roofline, side_by_side
 from benchmarks.speed.measure import Setting
 from tests.models.test_torch import random_variables, torch_network
 
@@ -73,9 +66,7 @@ def peer_with(table, params, lrn, dropout):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     from benchmarks.speed import torch_alexnet
 
-    peer = torch_alexnet.paper_network(
-        lrn, width=NARROW.width, num_classes=10, dropout=dropout
-    )
+    peer = torch_alexnet.paper_network(lrn, width=NARROW.width, num_classes=10, dropout=dropout)
     donor = torch_network(torch, table, params)
     values = donor.state_dict().values()
     peer.load_state_dict(dict(zip(peer.state_dict(), values, strict=True)))
@@ -179,9 +170,7 @@ def test_the_gpu_plan_names_benchmarks_and_keeps_to_its_time(tmp_path):
 def test_growth_of_a_process_and_differences_of_runs():
     assert soak.sample(os.getpid(), time.monotonic()).resident_mib > 1
     # 2 MiB in half a minute; the first ten seconds of a minute are not counted.
-    samples = [
-        soak.Sample(s, 999 if s < 10 else 100 + s / 15, 7, 9) for s in range(0, 61, 5)
-    ]
+    samples = [soak.Sample(s, 999 if s < 10 else 100 + s / 15, 7, 9) for s in range(0, 61, 5)]
     assert soak.growth(samples)["mib_an_hour"] == pytest.approx(240)
     runs = [{"a": np.ones(4), "b": np.full(2, 2.0)} for _ in range(3)]
     assert repeats.compare(runs) == {"equal": True, "difference": 0.0}

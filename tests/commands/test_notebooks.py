@@ -13,9 +13,7 @@ from benchmarks.speed.notebook_figures import RESULTS, images, named_figures
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("01_quickstart", "02_lrn_and_pooling", "03_two_columns", "04_retrieval")
-MACHINE_PATH = re.compile(
-    r"(?<![\w.])(/(home|root|Users|tmp|mnt|work|opt)/|[A-Z]:\\\\)"
-)
+MACHINE_PATH = re.compile(r"(?<![\w.])(/(home|root|Users|tmp|mnt|work|opt)/|[A-Z]:\\\\)")
 
 
 def read(name):
@@ -77,9 +75,7 @@ def test_notebook_runs(name, clone):
     for cell in code:
         if cell.id.endswith("-figure"):
             assert len(images(cell)) == 1, cell.id
-    said = {
-        cell.id: "".join(out.get("text", "") for out in cell.outputs) for cell in code
-    }
+    said = {cell.id: "".join(out.get("text", "") for out in cell.outputs) for cell in code}
     CONCLUSIONS[name](said)
 
 
@@ -97,8 +93,7 @@ def lrn_and_pooling_hold(said):
 
 def two_columns_hold(said):
     apart = [
-        re.search(r"apart by (?:at most )?(\S+)\n", said[cell])
-        for cell in ("logits", "same-step")
+        re.search(r"apart by (?:at most )?(\S+)\n", said[cell]) for cell in ("logits", "same-step")
     ]
     assert all(found and float(found[1]) < 1e-12 for found in apart)
     assert said["exchanges"].count("all-gather") == 3

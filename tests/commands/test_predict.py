@@ -57,9 +57,7 @@ def test_json_holds_the_networks_probabilities(workdir, pictures, monkeypatch, c
             assert label["probability"] == pytest.approx(row[label["label"]], rel=1e-4)
 
 
-def test_an_unreadable_picture_does_not_stop_the_others(
-    workdir, pictures, tmp_path, capsys
-):
+def test_an_unreadable_picture_does_not_stop_the_others(workdir, pictures, tmp_path, capsys):
     broken, missing = tmp_path / "broken.jpg", tmp_path / "missing.jpg"
     broken.write_bytes(b"\xff\xd8 torn")
     figure, maps = tmp_path / "new" / "figure.png", tmp_path / "maps.png"
@@ -102,9 +100,7 @@ def test_labels_without_names_are_numbered(workdir, pictures, tmp_path, capsys):
     assert f"{classes} is damaged" in capsys.readouterr().err
 
 
-def test_a_file_of_weights_says_the_same_as_its_run(
-    workdir, pictures, tmp_path, capsys
-):
+def test_a_file_of_weights_says_the_same_as_its_run(workdir, pictures, tmp_path, capsys):
     weights = tmp_path / "net.safetensors"
     assert export.main([f"--workdir={workdir}", f"--out={weights}"]) == 0
     capsys.readouterr()

@@ -93,10 +93,7 @@ def tiles(page):
 
 
 def table(page, *header):
-    found = [
-        [[text(cell) for cell in row] for row in t.iter("tr")]
-        for t in page.iter("table")
-    ]
+    found = [[[text(cell) for cell in row] for row in t.iter("tr")] for t in page.iter("table")]
     (rows,) = [rows for rows in found if rows[0] == [*header]]
     return rows[1:]
 
@@ -140,9 +137,7 @@ def test_figures_are_whole_and_described(parsed):
 def test_headline_errors_are_those_of_the_records(made, parsed):
     workdir, lines = made
     last = [r for r in read_metrics(workdir / "metrics.jsonl") if "eval/loss" in r][-1]
-    error, views = (
-        f"{100 * last[f'eval/{prefix}top1_error']:.2f}%" for prefix in ("", "views_")
-    )
+    error, views = (f"{100 * last[f'eval/{prefix}top1_error']:.2f}%" for prefix in ("", "views_"))
     parameters = sum(row.parameters for row in findings.read_run(workdir).layers)
     assert tiles(parsed) == [  # no top-5 error of three classes
         (error, f"top-1 error of {TEST} held-out pictures, centre view"),

@@ -74,9 +74,7 @@ def test_neighbours_far_from_zero_are_told_apart():
     np.testing.assert_array_equal(rows, brute_force(pixels, pixels[:4], 3)[1])
 
 
-def test_an_index_holds_the_features_of_the_training_pictures(
-    index_file, workdir, folder
-):
+def test_an_index_holds_the_features_of_the_training_pictures(index_file, workdir, folder):
     index = retrieval.load_index(index_file)
     model, variables, preprocess = load(workdir)
     paths = sorted(folder.glob("train/*/*.png"))

@@ -72,9 +72,7 @@ def require_slurm():
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if missing:
-        pytest.skip(
-            f"no {', '.join(missing)}: install Debian's packages slurm-wlm and munge"
-        )
+        pytest.skip(f"no {', '.join(missing)}: install Debian's packages slurm-wlm and munge")
     if os.getuid() != 0:
         pytest.skip("SLURM's daemons are started for the test, which takes root")
 
@@ -154,9 +152,7 @@ def slurm():
             # Into a file: the daemons would keep a pipe open.
             with open(Path(folder) / "start.log", "w+") as log:
                 command = [NODE, "start", folder]
-                done = subprocess.run(
-                    command, stdout=log, stderr=log, timeout=60, check=False
-                )
+                done = subprocess.run(command, stdout=log, stderr=log, timeout=60, check=False)
                 log.seek(0)
                 assert done.returncode == 0, log.read()
             yield Slurm(folder)

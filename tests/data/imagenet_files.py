@@ -46,8 +46,7 @@ TRAIN = {
     for i in range(PER_CLASS)
 }
 VALIDATION = {
-    f"ILSVRC2012_val_{i:08d}.JPEG": file_of(100 + i)
-    for i in range(1, NUM_VALIDATION + 1)
+    f"ILSVRC2012_val_{i:08d}.JPEG": file_of(100 + i) for i in range(1, NUM_VALIDATION + 1)
 }
 
 
@@ -172,9 +171,7 @@ def records(data_dir: Path, split: str) -> dict[str, tuple[int, bytes]]:
     builder = tfds.builder_from_directory(data_dir / "imagenet2012_256" / "1.0.0")
     decoders = {"image": tfds.decode.SkipDecoding()}
     source = builder.as_data_source(split, decoders=decoders)
-    return {
-        r["file_name"].decode(): (int(r["label"]), bytes(r["image"])) for r in source
-    }
+    return {r["file_name"].decode(): (int(r["label"]), bytes(r["image"])) for r in source}
 
 
 def write_shards_here(monkeypatch) -> list[str]:

@@ -35,9 +35,7 @@ def test_the_paper_has_33_by_33_places(keys):
     rows = jnp.arange(256, dtype=jnp.uint8)[:, None, None]
     picture = jnp.broadcast_to(rows, (256, 256, 3))
     crop = jax.jit(
-        jax.vmap(
-            lambda key: augment.random_crop(picture[None], key[None], 224)[0, 0, 0, 0]
-        )
+        jax.vmap(lambda key: augment.random_crop(picture[None], key[None], 224)[0, 0, 0, 0])
     )
     tops = np.unique(crop(keys[:3000]))
     np.testing.assert_array_equal(tops, np.arange(33))
@@ -47,9 +45,7 @@ def test_the_paper_has_33_by_33_places(keys):
 def test_boxes_are_those_of_torchvision(keys, min_area):
     """Areas, shapes and places against torchvision's loop of ten tries."""
     side = 256
-    boxes = np.asarray(
-        jax.jit(augment.random_boxes, static_argnums=(1, 2))(keys, side, min_area)
-    )
+    boxes = np.asarray(jax.jit(augment.random_boxes, static_argnums=(1, 2))(keys, side, min_area))
     assert boxes.dtype == np.int32
     corner, sides = boxes[:, :2], boxes[:, 2:]
     assert (corner >= 0).all() and (sides >= 1).all() and (corner + sides <= side).all()
@@ -97,9 +93,7 @@ def test_at_area_one_the_whole_image_is_taken(keys):
     assert (np.asarray(boxes) == [0, 0, 32, 32]).mean() > 0.95
 
 
-@pytest.mark.parametrize(
-    "box", [(2, 3, 4, 5), (0, 0, 12, 12), (1, 2, 11, 7), (3, 6, 6, 6)]
-)
+@pytest.mark.parametrize("box", [(2, 3, 4, 5), (0, 0, 12, 12), (1, 2, 11, 7), (3, 6, 6, 6)])
 def test_resizing_equals_a_numpy_loop(box):
     """Bilinear where it enlarges (4 x 5 to 6), a wider triangle where it reduces."""
     raw, size = pictures(1, 12), 6
@@ -142,9 +136,7 @@ def test_resized_crops_keep_the_width_that_is_asked_for():
 
 def test_half_are_mirrored_left_to_right(keys):
     picture = jnp.array([[1, 2, 3]], jnp.uint8)[None, :, :, None].repeat(3, -1)
-    flipped = jax.jit(augment.random_flip)(
-        jnp.broadcast_to(picture, (COUNT, 1, 3, 3)), keys
-    )
+    flipped = jax.jit(augment.random_flip)(jnp.broadcast_to(picture, (COUNT, 1, 3, 3)), keys)
     first, counts = np.unique(flipped[:, 0, 0, 0], return_counts=True)
     np.testing.assert_array_equal(first, [1, 3])
     assert abs(counts[0] / COUNT - 0.5) < 0.015

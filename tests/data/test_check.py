@@ -119,10 +119,7 @@ def test_copies_of_training_images_are_found_by_content(tmp_path, copies, level)
     for name, data in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
-    splits = [
-        open_source(f"folder:{tmp_path}", split, image_size=8)
-        for split in ("train", "val")
-    ]
+    splits = [open_source(f"folder:{tmp_path}", split, image_size=8) for split in ("train", "val")]
     hashes = [check.read_records(s, 2, lambda _: None)[1] for s in splits]
     [finding] = check._in_both(*splits, hashes)
     assert finding.level == level

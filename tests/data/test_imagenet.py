@@ -15,13 +15,7 @@ from PIL import Image
 
 from alexnet_jax import load
 from alexnet_jax.data import DataError, images, open_source, statistics
-from alexnet_jax.data.imagenet import (
-    class_words,
-    classes,
-    originals,
-    preparation,
-    wnids,
-)
+from alexnet_jax.data.imagenet import class_words, classes, originals, preparation, wnids
 from alexnet_jax.data.sources.tfds import example_message
 from alexnet_jax.training.loop import train_and_evaluate
 from alexnet_jax.training.writers import read_metrics
@@ -217,9 +211,7 @@ def test_killed_and_started_again_it_makes_only_what_is_missing(tmp_path):
     rng = np.random.default_rng(0)
     large = simplejpeg.encode_jpeg(rng.integers(0, 256, (600, 800, 3), np.uint8))
     train = {
-        f"{wnid}_{i}.JPEG": (label, large)
-        for label, wnid in enumerate(WNIDS)
-        for i in range(110)
+        f"{wnid}_{i}.JPEG": (label, large) for label, wnid in enumerate(WNIDS) for i in range(110)
     }
     source = write_archives(tmp_path / "source", train)  # five shards, and one
     unfinished = tmp_path / "imagenet2012_256" / "1.0.0.incomplete"

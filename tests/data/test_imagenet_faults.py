@@ -76,10 +76,7 @@ FOLDER_FAULTS = [
         lambda source: (source / "train" / WNIDS[0] / "x.JPEG.part").touch(),
         f"what to do with {WNIDS[0]}/x.JPEG.part",
     ),
-    (
-        label_wrongly,
-        "is labelled n01440764 (tench), but it is of class n01751748 (sea snake)",
-    ),
+    (label_wrongly, "is labelled n01440764 (tench), but it is of class n01751748 (sea snake)"),
 ]
 
 

@@ -36,9 +36,7 @@ def test_imagenet_archives_prepare_with_the_official_labels(data_dir, tmp_path):
     assert prepare.main(["prepare", *arguments]) == 0
     images, labels = {}, {}
     for split, count in (("train", 1000), ("validation", 300)):
-        small = open_source(
-            "imagenet2012_256", split, data_dir=str(tmp_path), image_size=32
-        )
+        small = open_source("imagenet2012_256", split, data_dir=str(tmp_path), image_size=32)
         assert small.num_examples == count
         everything = np.arange(count)
         images[split] = fetched(small, *everything).reshape(count, -1).astype("f4")

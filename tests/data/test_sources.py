@@ -95,14 +95,8 @@ def test_eval_folder_names_stand_for_each_other(pictures, tmp_path):
         ("", r"data does not exist.*train/<class>.*config\.data\.source"),
         ("n01/", r"no folder train in .*found in .*: n01"),
         ("train/1.jpg", r"no class folders in .*train \(found there: 1\.jpg\)"),
-        (
-            "train/b/a.svg",
-            r"train/b holds no pictures \(\.jpg, .*found there: a\.svg\)",
-        ),
-        (
-            "train/a/deep/",
-            r"a holds no pictures itself, but folders \(deep\)\. Move the",
-        ),
+        ("train/b/a.svg", r"train/b holds no pictures \(\.jpg, .*found there: a\.svg\)"),
+        ("train/a/deep/", r"a holds no pictures itself, but folders \(deep\)\. Move the"),
     ],
 )
 def test_unusable_folder_is_one_message(made, message, tmp_path):
@@ -141,8 +135,7 @@ def test_tiny_imagenet_is_read_as_it_is_unpacked(tmp_path):
     annotations = tmp_path / "val" / "val_annotations.txt"
     annotations.write_text("val_0.JPEG\tn02\t0\t0\t3\t3\nval_1.JPEG\tn01\t0\t0\t3\t3\n")
     train, val = (
-        open_source(f"folder:{tmp_path}", split, image_size=SIZE)
-        for split in ("train", "val")
+        open_source(f"folder:{tmp_path}", split, image_size=SIZE) for split in ("train", "val")
     )
     assert train.class_names == val.class_names == ("n01", "n02")
     assert train.labels_of(np.arange(2)).tolist() == [0, 1]
@@ -190,8 +183,7 @@ def test_left_out_files_are_counted_in_a_warning(tmp_path, capsys):
     assert source._files == ["10.PNG", "2.png", "1.avif"]
     left_out = "3.jpg, a/deep, a/notes.txt, b/1.heic, b/x"
     lines = [
-        f"WARNING: 5 left out of {tmp_path / split}: {left_out}\n"
-        for split in ("train", "test")
+        f"WARNING: 5 left out of {tmp_path / split}: {left_out}\n" for split in ("train", "test")
     ]
     experiment_lib.build(small_config(tmp_path))
     said = capsys.readouterr().out
@@ -367,9 +359,7 @@ TFDS_FAULTS = [
 
 
 @pytest.mark.parametrize("damage, command, words", TFDS_FAULTS)
-def test_damaged_data_set_is_one_message(
-    damage, command, words, tmp_path, monkeypatch, capsys
-):
+def test_damaged_data_set_is_one_message(damage, command, words, tmp_path, monkeypatch, capsys):
     root, new = write_imagenet2012(tmp_path, "array_record"), tmp_path / "new"
     damage(root)
     monkeypatch.syspath_prepend(root)  # `python -m` does so with the current folder

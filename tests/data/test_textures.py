@@ -43,8 +43,7 @@ def test_two_colours_share_the_area_equally(label):
         picture = draw(label, np.random.default_rng((7, i))).astype(float)
         # Along the line from one colour to the other, brightness has two heaps.
         axis = np.linalg.svd(
-            picture.reshape(-1, 3)[::64] - picture.mean(axis=(0, 1)),
-            full_matrices=False,
+            picture.reshape(-1, 3)[::64] - picture.mean(axis=(0, 1)), full_matrices=False
         )[2][0]
         values = picture @ axis
         low, high = np.quantile(values, [0.1, 0.9])
@@ -105,8 +104,7 @@ def test_no_class_is_another_ones_mirror_image(drawn):
 
 def test_splits_hold_the_drawn_images(tiny):
     train, test = (
-        open_source("textures/tiny", split, data_dir=str(tiny))
-        for split in ("train", "test")
+        open_source("textures/tiny", split, data_dir=str(tiny)) for split in ("train", "test")
     )
     assert (train.num_examples, test.num_examples) == (200, 100)
     assert train.class_names == test.class_names == CLASS_NAMES
@@ -122,9 +120,7 @@ def test_splits_hold_the_drawn_images(tiny):
 
 def test_slices_and_sizes(tiny):
     def opened(split, image_size=256):
-        return open_source(
-            "textures/tiny", split, data_dir=str(tiny), image_size=image_size
-        )
+        return open_source("textures/tiny", split, data_dir=str(tiny), image_size=image_size)
 
     source = opened("train[:90%]")
     assert source.num_examples == 180

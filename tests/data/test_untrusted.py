@@ -39,9 +39,7 @@ def test_pickled_code_in_a_pth_does_not_run(in_a_zip, tmp_path):
     assert canary.exists()
 
 
-@pytest.mark.parametrize(
-    "read", [statistics.load, load_predictions, load_index, load_codes]
-)
+@pytest.mark.parametrize("read", [statistics.load, load_predictions, load_index, load_codes])
 def test_pickled_objects_in_an_npz_are_refused(read, tmp_path):
     canary, path = tmp_path / "canary", tmp_path / "arrays.npz"
     with zipfile.ZipFile(path, "w") as archive:
@@ -79,7 +77,6 @@ def test_no_module_reads_what_can_run():
         path: match[0]
         for folder in ("alexnet_jax", "configs", "launch", "benchmarks", "notebooks")
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".ipynb")
-        and (match := DANGERS.search(path.read_text()))
+        if path.suffix in (".py", ".ipynb") and (match := DANGERS.search(path.read_text()))
     }
     assert found == {}

@@ -66,9 +66,7 @@ def test_224_equals_227_with_its_border_black():
     variables = jax.jit(model.init)(jax.random.key(0), images)
     bordered = jnp.pad(images, ((0, 0), (0, 3), (0, 3), (0, 0)))
     apply = jax.jit(model.apply)
-    np.testing.assert_allclose(
-        apply(variables, images), apply(variables, bordered), rtol=1e-5
-    )
+    np.testing.assert_allclose(apply(variables, images), apply(variables, bordered), rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale_at", ["test", "train"])

@@ -167,9 +167,7 @@ def test_lrn_constants_of_the_paper_and_of_caffe(fast):
 def test_lrn_window_is_truncated_and_stays_in_its_group(fast):
     """With k tiny the divisor counts the channels a window really holds."""
     x = jnp.ones(8)
-    norm = functools.partial(
-        ops.local_response_norm, k=1e-9, alpha=1.0, beta=1.0, fast=fast
-    )
+    norm = functools.partial(ops.local_response_norm, k=1e-9, alpha=1.0, beta=1.0, fast=fast)
     counts = 1 / norm(x)
     np.testing.assert_allclose(counts, [3, 4, 5, 5, 5, 5, 4, 3], rtol=1e-6)
     counts = 1 / norm(x, groups=2)
@@ -182,9 +180,7 @@ def test_lrn_mean_mode_equals_torch(fast):
     x = normal(2, 4, 3, 10, scale=30.0).astype(np.float32)
     theirs = torch.nn.LocalResponseNorm(5, alpha=1e-2, beta=0.75, k=2.0)
     want = theirs(torch.from_numpy(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    got = ops.local_response_norm(
-        jnp.asarray(x), alpha=1e-2, alpha_mode="mean", fast=fast
-    )
+    got = ops.local_response_norm(jnp.asarray(x), alpha=1e-2, alpha_mode="mean", fast=fast)
     np.testing.assert_allclose(got, want.numpy(), rtol=2e-5, atol=1e-6)
 
 
@@ -299,9 +295,7 @@ POOL_CASES = [
 def jax_pool(x, window, stride):
     """lax's own, VALID."""
     lowest = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else -(2**31)
-    return lax.reduce_window(
-        x, lowest, lax.max, (1, *window, 1), (1, *stride, 1), "VALID"
-    )
+    return lax.reduce_window(x, lowest, lax.max, (1, *window, 1), (1, *stride, 1), "VALID")
 
 
 @pytest.mark.parametrize("kind", ["max", "avg"])
@@ -375,9 +369,7 @@ def test_lrn_of_a_layer_is_lrn_of_its_activations(fast):
         def inside(x, bias):
             return jnp.sum(weights * lrn(x, bias, relu=True, fast=fast))
 
-        wants, gots = (
-            jax.jit(jax.value_and_grad(f, (0, 1)))(x, bias) for f in (before, inside)
-        )
+        wants, gots = (jax.jit(jax.value_and_grad(f, (0, 1)))(x, bias) for f in (before, inside))
         for got, want in zip(*map(jax.tree.leaves, (gots, wants)), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
 
@@ -452,8 +444,7 @@ def apply(name, x, fast):
 TWO_FORMS = ["lrn", "lrn_of_layer", "within_map", *CONVS, "max_pool", "bias"]
 NAMES = [*TWO_FORMS, "avg_pool", "local"]
 NAME_AND_FAST = pytest.mark.parametrize(
-    "name, fast",
-    [(name, False) for name in NAMES] + [(name, True) for name in TWO_FORMS],
+    "name, fast", [(name, False) for name in NAMES] + [(name, True) for name in TWO_FORMS]
 )
 
 
@@ -566,9 +557,7 @@ def small_net(params, x, fast):
     return jnp.sin(ops.avg_pool(x, window=3, stride=2, ceil=True))
 
 
-@pytest.mark.parametrize(
-    "check_vma, fast", [(True, True), (True, False), (False, True)]
-)
+@pytest.mark.parametrize("check_vma, fast", [(True, True), (True, False), (False, True)])
 def test_gradients_under_shard_map_equal_one_device(check_vma, fast):
     """Replicated kernels, examples split over two devices, to rounding in float64."""
     mesh = make_mesh(data=2)
@@ -650,15 +639,9 @@ MISTAKES = [
         lambda: ops.local_response_norm(X, jnp.ones(3)),
         r"local_response_norm: bias has shape \(3,\), expected \(4,\)",
     ),
-    (
-        lambda: ops.within_map_response_norm(X[0]),
-        r"got shape \(6, 6, 4\), expected x\[B,H,W,C\]",
-    ),
+    (lambda: ops.within_map_response_norm(X[0]), r"got shape \(6, 6, 4\), expected x\[B,H,W,C\]"),
     (lambda: ops.grouped_conv(X, KERNEL, groups=3), "4 input channels in 3 groups"),
-    (
-        lambda: ops.grouped_conv(X, KERNEL[..., :3], groups=2),
-        "3 output channels in 2 groups",
-    ),
+    (lambda: ops.grouped_conv(X, KERNEL[..., :3], groups=2), "3 output channels in 2 groups"),
     (lambda: ops.grouped_conv(X, KERNEL), "4 // 1 != 2"),  # lax's own
     (
         lambda: ops.max_pool(X, window=7),

@@ -13,9 +13,7 @@ CLASSES = 20
 
 def random_variables(model, size, seed=0):
     """Weights and biases of a scale at which every layer's output matters."""
-    shapes = jax.eval_shape(
-        model.init, jax.random.key(0), jnp.zeros((1, size, size, 3))
-    )
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
     rng = np.random.default_rng(seed)
 
     def draw(leaf):
@@ -35,12 +33,7 @@ def torch_network(torch, table, params):
         if isinstance(row, layers.Conv):
             groups = table.columns if row.sees == "own" else 1
             layer = nn.Conv2d(
-                channels,
-                row.features,
-                row.kernel,
-                row.stride,
-                int(row.padding),
-                groups=groups,
+                channels, row.features, row.kernel, row.stride, int(row.padding), groups=groups
             )
             weight = weights["kernel"].permute(3, 2, 0, 1)
             channels = row.features
@@ -64,9 +57,7 @@ def torch_network(torch, table, params):
                     modules.append(nn.MaxPool2d(stage.window, stage.stride))
                 case layers.Lrn():
                     modules.append(
-                        nn.LocalResponseNorm(
-                            stage.size, stage.alpha, stage.beta, stage.k
-                        )
+                        nn.LocalResponseNorm(stage.size, stage.alpha, stage.beta, stage.k)
                     )
                 case layers.Dropout():
                     modules.append(nn.Dropout(stage.rate))

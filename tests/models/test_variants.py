@@ -100,9 +100,7 @@ def test_layers_of_one_number_have_stages_of_their_own():
     model = create_model(TWO_SIXES, init="he")
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
     scales = {
-        name: layer["scale"].shape
-        for name, layer in shapes["params"].items()
-        if "scale" in layer
+        name: layer["scale"].shape for name, layer in shapes["params"].items() if "scale" in layer
     }
     assert scales == {"norm6": (8,), "norm_fc6": (16,)}
     assert set(shapes["batch_stats"]) == set(scales)
@@ -245,9 +243,7 @@ def test_unknown_names_are_refused():
         create_model("paper", skip=["conv1"])
     with pytest.raises(ValueError, match="no variant 'alexnet'; the variants are pap"):
         create_model("alexnet")
-    with pytest.raises(
-        TypeError, match="no ablation 'pooling'; the ablations are skip"
-    ):
+    with pytest.raises(TypeError, match="no ablation 'pooling'; the ablations are skip"):
         create_model(pooling=2)
 
 
@@ -280,9 +276,7 @@ def test_tables_have_the_constants_of_their_sources():
     sees = ["all", "own", "all", "own", "own", "all", "all", "all"]
     assert column("original", "sees") == column("paper", "sees") == sees
     stds = [0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01]
-    assert (
-        column("original", "weight_std") == column("no_overlap", "weight_std") == stds
-    )
+    assert column("original", "weight_std") == column("no_overlap", "weight_std") == stds
     # The columns meet in the classifier only: 160 maps and 4,096 units per column.
     assert column("no_communication", "sees")[1:] == ["own"] * 6 + ["all"]
     assert column("no_communication", "features")[1:6] == [320, 384, 384, 256, 8192]
@@ -341,9 +335,7 @@ def test_inits():
         assert jnp.std(caffe[name]["kernel"]) == pytest.approx(std, rel=0.05), name
         assert caffe[name]["bias"][0] == pytest.approx(0.1 * bias)
         fan_in = layer["kernel"].size / layer["kernel"].shape[-1]
-        std = {"conv1": (2 / fan_in) ** 0.5 / 74.4, "fc8": 0.01}.get(
-            name, (2 / fan_in) ** 0.5
-        )
+        std = {"conv1": (2 / fan_in) ** 0.5 / 74.4, "fc8": 0.01}.get(name, (2 / fan_in) ** 0.5)
         assert jnp.std(he[name]["kernel"]) == pytest.approx(std, rel=0.05), name
         assert (he[name]["bias"] == 0).all(), name
     with pytest.raises(ValueError, match="paper, caffe, he"):

@@ -25,21 +25,8 @@ from safetensors.numpy import load_file, save_file
 from alexnet_jax import export, load
 from alexnet_jax.data import imagenet, images
 from alexnet_jax.models import variants
-from alexnet_jax.models.layers import (
-    Activation,
-    Lrn,
-    WithinMapLrn,
-    feature_names,
-    stage_name,
-)
-from alexnet_jax.models.weights import (
-    SUFFIXES,
-    Weights,
-    WeightsError,
-    caffe,
-    files,
-    read_weights,
-)
+from alexnet_jax.models.layers import Activation, Lrn, WithinMapLrn, feature_names, stage_name
+from alexnet_jax.models.weights import SUFFIXES, Weights, WeightsError, caffe, files, read_weights
 from alexnet_jax.models.weights.files import make_model
 from alexnet_jax.models.weights.onnx import export_onnx
 from alexnet_jax.models.weights.safetensors import save_safetensors
@@ -78,9 +65,7 @@ def pictures(kind: str, size: int) -> np.ndarray:
         pytest.skip("ALEXNET_TEST_DATA names no folder of real pictures")
     with tarfile.open(archive) as tar:
         members = [member for member in tar if member.isfile()][:3]
-        return np.stack(
-            [images.decode(tar.extractfile(m).read(), size, m.name) for m in members]
-        )
+        return np.stack([images.decode(tar.extractfile(m).read(), size, m.name) for m in members])
 
 
 def channels_first(batch):
@@ -512,9 +497,7 @@ def test_torchvision_has_no_lrn(tmp_path):
     settings = OWT | {"lrn": True}
     variables = random_variables(make_model(settings), 224)
     weights = Weights(settings, variables, MEAN, 256, 224)
-    with pytest.raises(
-        WeightsError, match="no network like variant owt with lrn chang"
-    ):
+    with pytest.raises(WeightsError, match="no network like variant owt with lrn chang"):
         save_safetensors(tmp_path / "x.safetensors", weights, names="torchvision")
 
 

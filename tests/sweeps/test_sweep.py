@@ -294,9 +294,7 @@ def test_the_table_and_the_figures(tmp_path):
         (["configs/sweeps/lrn.py", "--set", "seed=2"], "--seeds=0,1,2"),
     ],
 )  # fmt: skip
-def test_a_wrong_command_line_is_one_error(
-    arguments, words, tmp_path, capsys, monkeypatch
-):
+def test_a_wrong_command_line_is_one_error(arguments, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert launcher.main([*arguments, f"--out={tmp_path / 'out'}"]) == 1
     said = capsys.readouterr().err
@@ -405,9 +403,7 @@ def run(command, environment=ENVIRONMENT):
 def test_an_interrupted_sweep_resumes_and_skips_finished_runs(command, tmp_path):
     out = tmp_path / "out"
     whole = out / "runs" / "whole" / "seed_0"
-    process = subprocess.Popen(
-        [*command, "max_steps=500"], env=ENVIRONMENT, stdout=subprocess.PIPE
-    )
+    process = subprocess.Popen([*command, "max_steps=500"], env=ENVIRONMENT, stdout=subprocess.PIPE)
     wait_for(whole.exists)
     again = run([*command, "max_steps=500"])  # while the other's runs are starting
     assert again.returncode == 1

@@ -20,14 +20,9 @@ def test_atomic_write_replaces_whole_files_only(tmp_path):
     with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
         file.write(b"half")
         raise KeyboardInterrupt
-    assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == {
-        "x.json": b"whole"
-    }
+    assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == {"x.json": b"whole"}
     (tmp_path / "x.npz").mkdir()
-    with (
-        pytest.raises(IsADirectoryError, match=r"x\.npz"),
-        atomic_write(tmp_path / "x.npz"),
-    ):
+    with pytest.raises(IsADirectoryError, match=r"x\.npz"), atomic_write(tmp_path / "x.npz"):
         pass
     assert sorted(os.listdir(tmp_path)) == ["new", "x.npz"]
 

@@ -13,11 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from alexnet_jax.training import checkpoint, step_folders
-from alexnet_jax.training.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    has_checkpoint,
-)
+from alexnet_jax.training.checkpoint import Checkpointer, CheckpointError, has_checkpoint
 from alexnet_jax.training.step_folders import MANIFEST
 
 METADATA = {
@@ -67,19 +63,14 @@ def _abstract(state, shardings=None):
         device = SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: device, state)
     return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        state,
-        shardings,
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
     )
 
 
 def _on_mesh(state, devices):
     """Return the state's shardings, the last axis split over `devices` devices."""
     mesh = jax.make_mesh(
-        (devices,),
-        ("column",),
-        axis_types=(AxisType.Auto,),
-        devices=jax.devices()[:devices],
+        (devices,), ("column",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
     )
 
     def split(x):
@@ -143,9 +134,7 @@ def test_every_bit_is_restored(directory, warnings):
 def test_another_number_of_devices(tmp_path, saved_on, restored_on):
     state = _make_state()
     with Checkpointer(tmp_path) as checkpoints:
-        checkpoints.save(
-            1, jax.device_put(state, _on_mesh(state, saved_on)), metadata={}
-        )
+        checkpoints.save(1, jax.device_put(state, _on_mesh(state, saved_on)), metadata={})
     shardings = _on_mesh(state, restored_on)
     with Checkpointer(tmp_path) as checkpoints:
         restored = checkpoints.restore(_abstract(state, shardings))
@@ -233,10 +222,7 @@ def test_newest_and_best_are_kept_through_a_restart(tmp_path):
 
 
 def test_nothing_is_deleted_while_somebody_reads(directory):
-    with (
-        Checkpointer(directory, read_only=True) as reader,
-        Checkpointer(directory, keep=1) as run,
-    ):
+    with Checkpointer(directory, read_only=True) as reader, Checkpointer(directory, keep=1) as run:
         assert reader.find("best") == 20
         for step in (30, 40):
             run.save(step, _make_state(step), metadata=METADATA, top1_error=0.3)
@@ -322,8 +308,7 @@ def test_all_damaged_is_an_error_and_not_a_new_start(directory):
     with Checkpointer(directory) as checkpoints:
         assert checkpoints.find("latest") is None
         with pytest.raises(
-            CheckpointError,
-            match=r"step 20: metadata.*; step 10: .*manifest.*new workdir",
+            CheckpointError, match=r"step 20: metadata.*; step 10: .*manifest.*new workdir"
         ):
             checkpoints.restore(_abstract(_make_state()))
         with pytest.raises(CheckpointError, match="no checkpoint in .* can be used"):
@@ -355,14 +340,9 @@ def _killed(*_, **__):
 
 @pytest.mark.parametrize(
     "where, left",
-    [
-        ("os.rename", ["10", "20", "30.tmp"]),
-        ("StepFolders.delete_old", ["10", "20", "30"]),
-    ],
+    [("os.rename", ["10", "20", "30.tmp"]), ("StepFolders.delete_old", ["10", "20", "30"])],
 )
-def test_a_killed_save_leaves_a_complete_step_or_a_leftover(
-    directory, monkeypatch, where, left
-):
+def test_a_killed_save_leaves_a_complete_step_or_a_leftover(directory, monkeypatch, where, left):
     with Checkpointer(directory, keep=1) as checkpoints, monkeypatch.context() as patch:
         patch.setattr(f"alexnet_jax.training.step_folders.{where}", _killed)
         with pytest.raises(KeyboardInterrupt):
@@ -383,11 +363,7 @@ def test_a_killed_save_leaves_a_complete_step_or_a_leftover(
 
 @pytest.mark.parametrize(
     "killed_in, left",
-    [
-        ("rename", ["10", "20"]),
-        ("unlink", ["10.tmp", "20"]),
-        ("rmdir", ["10.tmp", "20"]),
-    ],
+    [("rename", ["10", "20"]), ("unlink", ["10.tmp", "20"]), ("rmdir", ["10.tmp", "20"])],
 )
 def test_a_killed_deletion_leaves_a_complete_step_or_a_leftover(
     directory, monkeypatch, killed_in, left
@@ -415,9 +391,7 @@ def test_other_names_are_left_alone(directory):
 
 
 @pytest.mark.parametrize("is_checked", [True, False])
-def test_a_full_disk_ends_a_save_and_keeps_earlier_steps(
-    small_disk, monkeypatch, is_checked
-):
+def test_a_full_disk_ends_a_save_and_keeps_earlier_steps(small_disk, monkeypatch, is_checked):
     """Before the first byte; or later, if another program fills the disk meanwhile."""
     directory = small_disk(3) / "checkpoints"
     rng = np.random.default_rng(0)
@@ -462,9 +436,7 @@ def test_steps_of_earlier_versions_are_read(directory, warnings):
         (folder / MANIFEST).unlink()
         (folder / "metadata").mkdir()
         (folder / "metadata.json").rename(folder / "metadata" / "metadata")
-        (folder / "state" / "_CHECKPOINT_METADATA").rename(
-            folder / "_CHECKPOINT_METADATA"
-        )
+        (folder / "state" / "_CHECKPOINT_METADATA").rename(folder / "_CHECKPOINT_METADATA")
         body = {"files": step_folders.checksums(folder), "format": 1, "step": step}
         text = step_folders.manifest_text(body | {"top1_error": error})
         (folder / MANIFEST).write_bytes(text)

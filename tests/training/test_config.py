@@ -14,14 +14,7 @@ from absl.testing import flagsaver
 from alexnet_jax import main
 from alexnet_jax.models.ablations import ABLATIONS
 from alexnet_jax.models.alexnet import create_model
-from alexnet_jax.training.config import (
-    RANGES,
-    ConfigError,
-    flat,
-    get_config,
-    mesh_shape,
-    validate,
-)
+from alexnet_jax.training.config import RANGES, ConfigError, flat, get_config, mesh_shape, validate
 
 ROOT = Path(__file__).parents[2]
 DEFAULTS = flat(get_config().to_dict())

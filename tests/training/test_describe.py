@@ -181,9 +181,7 @@ def test_asynchronous_forms_of_a_gpu():
 def test_bytes_of_real_programs(kind, exchange, sent):
     mesh = parallel.make_mesh(N, 1)
     split = parallel.P("data")
-    step = jax.shard_map(
-        exchange, mesh=mesh, in_specs=split, out_specs=split, check_vma=False
-    )
+    step = jax.shard_map(exchange, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
     x = jnp.zeros((8, 6), jnp.float32) if kind != "all-to-all" else jnp.zeros((16, 3))
     hlo = jax.jit(step).lower(x).compile().as_text()
     (found,) = [e for e in describe.exchanges(hlo) if e.kind == kind]

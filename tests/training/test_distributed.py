@@ -65,12 +65,7 @@ def main_command(config_file, workdir, *more):
 
 def run(command):
     return subprocess.run(
-        command,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -131,9 +126,7 @@ def scalars(workdir):
 
 def assert_same_scalars(got, want):
     assert [row[:2] for row in got] == [row[:2] for row in want]
-    np.testing.assert_allclose(
-        [row[2] for row in got], [row[2] for row in want], rtol=1e-10
-    )
+    np.testing.assert_allclose([row[2] for row in got], [row[2] for row in want], rtol=1e-10)
 
 
 def of_training(rows, last_step):
@@ -162,9 +155,7 @@ def test_two_processes_equal_one(alone, together):
     assert_same_scalars(of_training(got, 8), want)
     assert len(want) == 2 * 8
     evaluations = [row for row in alone if "eval/" in row[1] and row[0] <= 8]
-    assert_same_scalars(
-        [r for r in got if r[:2] in [e[:2] for e in evaluations]], evaluations
-    )
+    assert_same_scalars([r for r in got if r[:2] in [e[:2] for e in evaluations]], evaluations)
     assert len(evaluations) == 4
     host = socket.gethostname()
     for index in range(2):
@@ -178,9 +169,7 @@ def test_two_processes_equal_one(alone, together):
 
 
 @pytest.mark.slow
-def test_checkpoints_move_between_one_and_two_processes(
-    config_file, alone, together, tmp_path
-):
+def test_checkpoints_move_between_one_and_two_processes(config_file, alone, together, tmp_path):
     workdir = tmp_path / "moved"
     shutil.copytree(together[0], workdir)
     out = run_alone(config_file, workdir, 1, "--config.max_steps=10")
@@ -240,9 +229,7 @@ def test_port_in_use_is_named():
     with socket.create_server(("", 0)) as taken:
         address = f"localhost:{taken.getsockname()[1]}"
         with pytest.raises(DistributedError, match="Address already in use.*free port"):
-            distributed.start(
-                coordinator_address=address, num_processes=2, process_id=0
-            )
+            distributed.start(coordinator_address=address, num_processes=2, process_id=0)
 
 
 # Variables of a task of srun and of one of Open MPI 4.
@@ -302,8 +289,7 @@ def test_missing_cluster_is_refused_with_the_flags_to_give(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "mode, environment",
-    [("auto", {}), ("auto", SALLOC), ("auto", BATCH), ("off", SRUN)],
+    "mode, environment", [("auto", {}), ("auto", SALLOC), ("auto", BATCH), ("off", SRUN)]
 )
 def test_one_process_is_not_connected(mode, environment, monkeypatch):
     use(monkeypatch, environment)
@@ -331,9 +317,7 @@ def test_tasks_are_left_to_jax(gpus, environment, expected, monkeypatch):
     use(monkeypatch, environment | variable)
     monkeypatch.setattr(distributed.glob, "glob", lambda _: ["nvidia0"] * 3)
     given = {}
-    monkeypatch.setattr(
-        distributed.jax.distributed, "initialize", lambda **kw: given.update(kw)
-    )
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **kw: given.update(kw))
     assert distributed.start() is True
     assert given["cluster_detection_method"] is None
     assert given["coordinator_address"] is given["process_id"] is None

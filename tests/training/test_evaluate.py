@@ -23,13 +23,7 @@ from alexnet_jax.training.ensemble import Member, describe_mistakes, evaluate_ru
 from alexnet_jax.training.evaluate import Predictions, PredictionsError
 from alexnet_jax.training.load import read_network
 from alexnet_jax.training.workdir import write_config
-from tests.training.test_loop import (
-    PICTURES,
-    columns_config,
-    folder,
-    records,
-    small_config,
-)
+from tests.training.test_loop import PICTURES, columns_config, folder, records, small_config
 
 # Predictions, by hand.
 
@@ -100,9 +94,7 @@ def test_errors_classes_and_confusions_by_hand():
 
 def test_an_ensemble_averages_probabilities():
     first, second, third = (probabilities(seed) for seed in range(3))
-    together = evaluate.average(
-        [make(first, second), make(second, third), make(third, first)]
-    )
+    together = evaluate.average([make(first, second), make(second, third), make(third, first)])
     mean = (first + second + third) / 3
     np.testing.assert_allclose(np.exp(together.centre), mean, rtol=1e-5)
     np.testing.assert_allclose(np.exp(together.best), mean, rtol=1e-5)
@@ -214,8 +206,7 @@ def test_chosen_checkpoint_and_its_choice_are_printed(runs, folder, tmp_path, ca
         return record.get("best_of"), chosen
 
     optimistic = (
-        ", chosen as the best of 2 evaluations on this split, so its error is a little "
-        "optimistic"
+        ", chosen as the best of 2 evaluations on this split, so its error is a little optimistic"
     )
     assert tested() == (2, optimistic)
     assert tested("seed_0@latest") == (None, "")
@@ -223,9 +214,7 @@ def test_chosen_checkpoint_and_its_choice_are_printed(runs, folder, tmp_path, ca
     assert tested(source=f"folder:{tmp_path}") == (None, "")
 
 
-def test_set_needs_no_training_images_and_not_every_class(
-    runs, folder, tmp_path, capsys
-):
+def test_set_needs_no_training_images_and_not_every_class(runs, folder, tmp_path, capsys):
     root, config = runs
     whole = tmp_path / "whole.npz"
     evaluate_runs(config, [Member(root / "seed_0")], save_to=whole)
@@ -345,9 +334,7 @@ def test_any_checkpoint_can_be_named(runs):
     assert Member.parse(f"{root}/odd@last").path == root / "odd@last"
 
 
-def test_ensemble_is_the_mean_of_its_members_probabilities(
-    runs, folder, tmp_path, capsys
-):
+def test_ensemble_is_the_mean_of_its_members_probabilities(runs, folder, tmp_path, capsys):
     root, config = runs
     names = [f"{root}/seed_0", f"{root}/seed_1"]
     path = tmp_path / "both.npz"

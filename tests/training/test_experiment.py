@@ -76,9 +76,7 @@ def test_statistics_are_taken_from_beside_the_data(folder):
 def test_statistics_of_another_number_of_images_are_computed_again(folder):
     built, (line, hint) = _built_beside(folder, Statistics(*SEVENS, 60))
     path = folder / "statistics_32.npz"
-    assert line == (
-        f"mean image: computing it from 12 of 12 images, since {path} is of 60 images"
-    )
+    assert line == (f"mean image: computing it from 12 of 12 images, since {path} is of 60 images")
     assert "prepare statistics stores" in hint
     pictures = [Image.open(p) for p in sorted(folder.glob("train/*/*.png"))]
     mean = np.mean([np.asarray(p)[4:36] for p in pictures], axis=0)  # of 40 x 32
@@ -86,11 +84,7 @@ def test_statistics_of_another_number_of_images_are_computed_again(folder):
     assert built.statistics.split_examples == 12
 
 
-SEVENS = (
-    np.full((32, 32, 3), 7, np.float32),
-    np.ones(3, np.float32),
-    np.eye(3, dtype=np.float32),
-)
+SEVENS = (np.full((32, 32, 3), 7, np.float32), np.ones(3, np.float32), np.eye(3, dtype=np.float32))
 
 
 def _built_beside(folder, stored):
@@ -179,9 +173,7 @@ def test_pipeline_yields_resized_crops(folder):
     ],
 )
 def test_meshes_of_eight_devices(mode, data, column, shape):
-    config = config_with(
-        parallel__mode=mode, parallel__data=data, parallel__column=column
-    )
+    config = config_with(parallel__mode=mode, parallel__data=data, parallel__column=column)
     assert experiment.mesh_shape(config, variants.get("paper")) == shape
 
 
@@ -207,9 +199,7 @@ def test_the_originals_recipe_reaches_the_step():
                 [leaf for leaf in jax.tree.leaves(s) if leaf.shape in ((1, 1), (1,))]
                 for s in (before, state)
             )
-            seen[count] = [
-                float((n - 0.9 * o).squeeze()) for o, n in zip(old, new, strict=True)
-            ]
+            seen[count] = [float((n - 0.9 * o).squeeze()) for o, n in zip(old, new, strict=True)]
             moved = [bool(u.any()) for u in jax.tree.leaves(updates["conv1"])]
             assert moved == [count < 144] * 2  # frozen at epoch 72, bias and all
     # bias and kernel of conv1, of conv2; epochs 0, 30, 60, 70, 75 and 85.

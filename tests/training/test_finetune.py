@@ -96,9 +96,7 @@ def test_images_of_another_size_have_the_mean_colour(source, shapes):
     np.testing.assert_allclose(mean, np.broadcast_to(colour, mean.shape), rtol=1e-6)
 
 
-def test_a_run_keeps_frozen_layers_and_resumes_without_its_source(
-    source, shapes, tmp_path, capsys
-):
+def test_a_run_keeps_frozen_layers_and_resumes_without_its_source(source, shapes, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(source, copy)
     config = config_from(copy, shapes)
@@ -178,9 +176,7 @@ def test_the_config_takes_the_network_of_its_source(source):
         ({"finetune.source": "nowhere@3"}, "nowhere@3 is neither the workdir of a run"),
     ],
 )
-def test_weights_of_something_else_are_refused(
-    source, shapes, tmp_path, changes, words
-):
+def test_weights_of_something_else_are_refused(source, shapes, tmp_path, changes, words):
     config = config_from(source, shapes)
     config.update_from_flattened_dict(changes)
     if "model.variant" in changes:
@@ -204,9 +200,7 @@ def test_two_processes_start_from_a_file(source, shapes, tmp_path):
         "--config.data.batch_size=6",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     trained, begun = (trained_leaves(where) for where in (source, tmp_path / "run"))
     for name in trained:

@@ -107,10 +107,7 @@ def finished(folder, tmp_path_factory):
     """A run of 34 steps; tests that change it take a copy."""
     workdir = tmp_path_factory.mktemp("run")
     config = small_config(folder)
-    with (
-        contextlib.redirect_stdout(io.StringIO()) as out,
-        pytest.MonkeyPatch.context() as patch,
-    ):
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_log, "STALL_AFTER_STEPS", 20)
         state = loop.train_and_evaluate(config, workdir)
     assert "WARNING" not in out.getvalue()  # it learns
@@ -139,9 +136,7 @@ def test_run_learns_and_writes_its_records(finished):
     assert (workdir / "statistics.npz").exists()
 
 
-def test_same_seed_gives_same_bits_with_any_number_of_workers(
-    finished, folder, tmp_path
-):
+def test_same_seed_gives_same_bits_with_any_number_of_workers(finished, folder, tmp_path):
     config = small_config(folder)
     config.data.workers = 3
     state = loop.train_and_evaluate(config, tmp_path)
@@ -149,12 +144,8 @@ def test_same_seed_gives_same_bits_with_any_number_of_workers(
     assert records(tmp_path, "") == records(finished[1], "")
 
 
-def test_run_ends_at_its_training_error_and_evaluates_several_views(
-    folder, tmp_path, capsys
-):
-    config = small_config(
-        folder, stop_at_train_error=0.02, eval_views=10, eval_every_epochs=0.0
-    )
+def test_run_ends_at_its_training_error_and_evaluates_several_views(folder, tmp_path, capsys):
+    config = small_config(folder, stop_at_train_error=0.02, eval_views=10, eval_every_epochs=0.0)
     config.log_every_steps = 2
     state = loop.train_and_evaluate(config, tmp_path)
     rows = records(tmp_path, "train/")
@@ -195,9 +186,7 @@ def float64_config(folder, mode, data, column):
 def ten_steps_on_two_devices(folder, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("two") / "columns"
     with in_float64():
-        state = loop.train_and_evaluate(
-            float64_config(folder, "columns", 1, 2), workdir
-        )
+        state = loop.train_and_evaluate(float64_config(folder, "columns", 1, 2), workdir)
     return state, workdir
 
 
@@ -242,9 +231,7 @@ def test_run_resumes_on_other_devices(
     got, want = records(moved, "train/loss"), records(workdir, "train/loss")
     assert [row["step"] for row in got] == list(range(1, 11))
     np.testing.assert_allclose(
-        [row["train/loss"] for row in got],
-        [row["train/loss"] for row in want],
-        rtol=1e-8,
+        [row["train/loss"] for row in got], [row["train/loss"] for row in want], rtol=1e-8
     )
     devices = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)}
     assert devices == {data * column}
@@ -373,14 +360,8 @@ def test_interrupted_last_evaluation_is_repeated(folder, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("left", "words"),
     [
-        (
-            100_000,
-            r"^no checkpoint of step 10: cannot write in .*/checkpoints: No space ",
-        ),
-        (
-            0,
-            r"^cannot write in .*: No space left on device \(0.0 MB free\)\. Make room",
-        ),
+        (100_000, r"^no checkpoint of step 10: cannot write in .*/checkpoints: No space "),
+        (0, r"^cannot write in .*: No space left on device \(0.0 MB free\)\. Make room"),
     ],
 )
 def test_full_disk_ends_the_run_which_resumes_when_there_is_room(

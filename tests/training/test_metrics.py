@@ -49,9 +49,7 @@ def test_probabilities_are_averaged_not_logits():
     probabilities = exponentials / exponentials.sum(-1, keepdims=True)
     got = metrics.log_mean_probabilities(jnp.asarray(logits, jnp.float32))
     np.testing.assert_allclose(got, np.log(probabilities.mean(0)), rtol=1e-4)
-    assert metrics.log_mean_probabilities(jnp.zeros((2, 3, 4), jnp.bfloat16)).dtype == (
-        jnp.float32
-    )
+    assert metrics.log_mean_probabilities(jnp.zeros((2, 3, 4), jnp.bfloat16)).dtype == (jnp.float32)
 
 
 def test_smoothed_cross_entropy_is_that_of_smoothed_targets():
@@ -78,6 +76,4 @@ def test_smoothed_cross_entropy_is_that_of_smoothed_targets():
     for i, row in enumerate(logits.astype(np.float64)):
         log_probabilities = row - np.log(np.exp(row).sum())
         targets = 0.9 * (np.arange(7) == labels[i]) + 0.1 / 7
-        np.testing.assert_allclose(
-            smoothed[i], -(targets * log_probabilities).sum(), rtol=1e-5
-        )
+        np.testing.assert_allclose(smoothed[i], -(targets * log_probabilities).sum(), rtol=1e-5)

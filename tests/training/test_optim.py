@@ -48,20 +48,13 @@ def test_update_rule_equals_a_numpy_loop_across_a_drop(form, mult, decay_bias):
     grads = rng.normal(size=(9, 2))
     with jax.enable_x64(True):
         schedule = optax.piecewise_constant_schedule(0.1, {DROP_AT: 0.1})
-        tx = optim.make_optimizer(
-            schedule, form=form, bias_lr_mult=mult, decay_bias=decay_bias
-        )
+        tx = optim.make_optimizer(schedule, form=form, bias_lr_mult=mult, decay_bias=decay_bias)
         layer = {"kernel": jnp.array([0.3]), "bias": jnp.array([1.0])}
-        steps = [
-            {"conv1": {"kernel": jnp.array([g]), "bias": jnp.array([b])}}
-            for g, b in grads
-        ]
+        steps = [{"conv1": {"kernel": jnp.array([g]), "bias": jnp.array([b])}} for g, b in grads]
         path, _ = run(tx, {"conv1": layer}, steps)
         kernel = [float(p["conv1"]["kernel"][0]) for p in path]
         bias = [float(p["conv1"]["bias"][0]) for p in path]
-    np.testing.assert_allclose(
-        kernel, numpy_loop(form, grads[:, 0], 0.3, 0.1), rtol=1e-12
-    )
+    np.testing.assert_allclose(kernel, numpy_loop(form, grads[:, 0], 0.3, 0.1), rtol=1e-12)
     decay = 5e-4 if decay_bias else 0.0
     np.testing.assert_allclose(
         bias, numpy_loop(form, grads[:, 1], 1.0, 0.1 * mult, decay=decay), rtol=1e-12
@@ -114,13 +107,7 @@ def test_schedules_that_are_a_number(name):
 
 
 def test_layers_frozen_in_all_steps():
-    changes = [
-        ("a", 0, 0.0),
-        ("b", 1, 0.0),
-        ("c", 0, 0.0),
-        ("c", 2, 1.0),
-        ("d", 0, 2.0),
-    ]
+    changes = [("a", 0, 0.0), ("b", 1, 0.0), ("c", 0, 0.0), ("c", 2, 1.0), ("d", 0, 2.0)]
     assert optim.frozen_layers(changes) == {"a"}
 
 
@@ -178,10 +165,7 @@ def test_the_originals_rates_equal_a_numpy_loop():
             {"conv1": leaves, "conv2": leaves},
             [
                 {
-                    layer: {
-                        leaf: jnp.array([g[i, j]])
-                        for j, leaf in enumerate(("kernel", "bias"))
-                    }
+                    layer: {leaf: jnp.array([g[i, j]]) for j, leaf in enumerate(("kernel", "bias"))}
                     for i, layer in enumerate(("conv1", "conv2"))
                 }
                 for g in grads
@@ -244,17 +228,13 @@ def test_lars_is_optax_lars_with_the_same_masks():
             trust_ratio_mask=only_kernels,
         )
         found, expected = run(ours, params, grads)[0], run(theirs, params, grads)[0]
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, expected
-        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, expected)
 
 
 @pytest.mark.parametrize("decay_bias", [True, False])
 def test_without_decay_of_biases_only_kernels_decay(decay_bias):
     params = network(np.random.default_rng(5))
-    tx = optim.make_optimizer(
-        1.0, momentum=0.0, weight_decay=0.5, decay_bias=decay_bias
-    )
+    tx = optim.make_optimizer(1.0, momentum=0.0, weight_decay=0.5, decay_bias=decay_bias)
     (decayed,), _ = run(tx, params, [jax.tree.map(jnp.zeros_like, params)])
     for layer, leaves in params.items():
         for name, leaf in leaves.items():
@@ -265,12 +245,7 @@ def test_without_decay_of_biases_only_kernels_decay(decay_bias):
 @pytest.mark.parametrize("power, warmup", [(2.0, 2.0), (2.0, 0.0), (1.0, 0.5)])
 def test_polynomial_schedule_equals_a_loop(power, warmup):
     schedule = optim.make_schedule(
-        "polynomial",
-        0.2,
-        steps_per_epoch=10,
-        num_epochs=12,
-        warmup_epochs=warmup,
-        power=power,
+        "polynomial", 0.2, steps_per_epoch=10, num_epochs=12, warmup_epochs=warmup, power=power
     )
     rise, end = round(10 * warmup), 120
     for step in (0, 1, 4, 5, 19, 20, 21, 60, 119, 120, 130):

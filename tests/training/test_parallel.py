@@ -17,13 +17,7 @@ import pytest
 from alexnet_jax.data import augment
 from alexnet_jax.models.alexnet import create_model
 from alexnet_jax.models.exchange import Exchange
-from alexnet_jax.training import (
-    describe,
-    metrics,
-    optim,
-    parallel,
-    steps,
-)
+from alexnet_jax.training import describe, metrics, optim, parallel, steps
 from alexnet_jax.training.describe import PHASES
 from alexnet_jax.training.steps import StepSpec
 from tests.models.test_variants import TWO_SIXES
@@ -31,13 +25,7 @@ from tests.models.test_variants import TWO_SIXES
 ROOT = Path(__file__).parents[2]
 SIZE, CROP, BATCH, CLASSES = 226, 224, 4, 10
 SGD = optim.make_optimizer(0.01)
-QUICK = [
-    ("data", 2, 1),
-    ("columns", 1, 2),
-    ("hybrid", 1, 2),
-    ("columns", 2, 2),
-    ("hybrid", 2, 2),
-]
+QUICK = [("data", 2, 1), ("columns", 1, 2), ("hybrid", 1, 2), ("columns", 2, 2), ("hybrid", 2, 2)]
 SLOW = [
     ("columns", 1, 1),
     ("data", 4, 1),
@@ -106,9 +94,7 @@ def statistics(dtype):
 def first_state(model, tx):
     """Return host arrays, compiled once for all meshes."""
     mesh = parallel.make_mesh(1, 1)
-    return jax.device_get(
-        steps.init_state(StepSpec(model, tx, augment.Augmentation(CROP), mesh))
-    )
+    return jax.device_get(steps.init_state(StepSpec(model, tx, augment.Augmentation(CROP), mesh)))
 
 
 def make(
@@ -239,10 +225,7 @@ def test_a_classifier_of_feature_maps_trades_examples_for_features():
         got, found = train_small(model, "hybrid", 2, 4, steps_taken=1)
     assert_same_leaves(got.params, want.params)
     kinds = [dict(describe.counts(by_phase(found, p))) for p in PHASES[:2]]
-    assert kinds == [
-        {"all-to-all": 1, "reduce-scatter": 1},
-        {"all-to-all": 1, "all-gather": 1},
-    ]
+    assert kinds == [{"all-to-all": 1, "reduce-scatter": 1}, {"all-to-all": 1, "all-gather": 1}]
 
 
 @pytest.mark.parametrize("mode, rows", [("hybrid", 1), ("hybrid", 2), ("columns", 2)])
@@ -257,8 +240,7 @@ def test_batch_norms_of_one_number_are_split_with_their_own_layers(mode, rows):
 
 
 @pytest.mark.parametrize(
-    "mode, rows, columns",
-    [("data", 1, 1), slowly("data", 4, 1), slowly("hybrid", 2, 2)],
+    "mode, rows, columns", [("data", 1, 1), slowly("data", 4, 1), slowly("hybrid", 2, 2)]
 )
 def test_several_views_are_averaged(mode, rows, columns):
     """Sums for the centre view, and for the mean probabilities over ten views."""
@@ -308,10 +290,7 @@ def test_missing_reduction_is_noticed(monkeypatch):
         make("data", 2, 1, jnp.float32)
 
 
-@pytest.mark.parametrize(
-    "mode, rows, columns",
-    [slowly("columns", 2, 2), ("hybrid", 2, 2)],
-)
+@pytest.mark.parametrize("mode, rows, columns", [slowly("columns", 2, 2), ("hybrid", 2, 2)])
 def test_batch_norm_sees_the_whole_batch(mode, rows, columns):
     want = on_one_device(mode, rows, columns, normalization="batch")
     got = three_steps(mode, rows, columns, normalization="batch")
@@ -356,9 +335,7 @@ def test_batch_norm_averages_over_micro_batches_in_turn():
     spec = StepSpec(model, tx, plain, mesh, accumulate_steps=2)
     state, step = steps.init_state(spec), steps.make_train_step(spec)
     stats, examples = statistics(jnp.float32), batch(4)
-    images = augment.eval_images(
-        examples["image"], mean_image=stats.mean_image, crop_size=CROP
-    )
+    images = augment.eval_images(examples["image"], mean_image=stats.mean_image, crop_size=CROP)
     conv1 = jax.jit(lambda *args: model.apply(*args, method="features")["conv1"])(
         {"params": state.params, "batch_stats": state.batch_stats}, images
     )
@@ -390,9 +367,7 @@ def eval_logits_and_sums(mode, rows, columns, examples):
     stats = statistics(jnp.float32)
     device_batch = parallel.put_batch(padded, mesh, mode, examples)
     sums = step(state.params, state.batch_stats, device_batch, stats)
-    images = augment.eval_images(
-        padded["image"], mean_image=stats.mean_image, crop_size=CROP
-    )
+    images = augment.eval_images(padded["image"], mean_image=stats.mean_image, crop_size=CROP)
     local, specs = spec.local_model, steps.state_specs(spec).params
     examples = parallel.P(spec.batch_axes)
     apply = parallel.on_devices(
@@ -475,9 +450,7 @@ FROZEN = {
     "mode, rows, columns, parts",
     [("columns", 1, 2, 1), slowly("data", 2, 1, 2), slowly("hybrid", 2, 2, 1)],
 )
-def test_frozen_layers_stay_and_their_gradients_are_left_out(
-    mode, rows, columns, parts
-):
+def test_frozen_layers_stay_and_their_gradients_are_left_out(mode, rows, columns, parts):
     frozen = tuple(f"conv{number}" for number in range(1, 6))
     changes = [(name, 0, 0.0) for name in frozen]
     assert optim.frozen_layers(changes) == set(frozen)
@@ -554,8 +527,7 @@ def test_velocities_are_split_like_the_parameters(mode, rows, columns, split):
             assert velocity.shape == kernel.shape
             assert velocity.sharding.is_equivalent_to(kernel.sharding, kernel.ndim)
         sizes = [
-            {shard.data.size for shard in leaf.addressable_shards}
-            == {leaf.size // columns}
+            {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // columns}
             for leaf in [*kernels, *matching]
         ]
         assert sum(sizes) == split

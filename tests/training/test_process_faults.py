@@ -54,9 +54,7 @@ LONG = ("--config.max_steps=600", "--config.checkpoint.every_steps=10")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
-def test_killed_process_ends_the_run_and_the_same_command_resumes(
-    killed, config_file, tmp_path
-):
+def test_killed_process_ends_the_run_and_the_same_command_resumes(killed, config_file, tmp_path):
     process = launch(config_file, tmp_path, 2, *LONG)
     wait_for(process, "checkpoint of step 10")
     os.kill(pid_of(tmp_path, killed), signal.SIGKILL)
@@ -74,9 +72,7 @@ def test_killed_process_ends_the_run_and_the_same_command_resumes(
     out, _ = again.communicate(timeout=60)
     assert again.returncode == 128 + signal.SIGUSR1, out
     assert re.search(r"\[0\] stopped at step \d+ by SIGUSR1", out)
-    steps = [
-        row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "lr" in row
-    ]
+    steps = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "lr" in row]
     assert steps == list(range(1, len(steps) + 1))
 
 
@@ -130,9 +126,7 @@ def test_user_error_ends_all_processes_and_writes_nothing(config_file, tmp_path)
 @pytest.mark.slow
 def test_processes_with_different_flags_are_refused(config_file, tmp_path):
     workdir = tmp_path / "run"
-    processes = start_by_hand(
-        config_file, workdir, ["--config.seed=0"], ["--config.seed=1"]
-    )
+    processes = start_by_hand(config_file, workdir, ["--config.seed=0"], ["--config.seed=1"])
     outputs = [process.communicate(timeout=90)[0] for process in processes]
     assert all(process.returncode == 1 for process in processes)
     words = (

@@ -35,9 +35,7 @@ def test_two_steps_of_every_recipe(name, tmp_path, monkeypatch):
     config.log_every_steps = 1
     state = loop.train_and_evaluate(config, tmp_path)
     assert int(state.step) == 2
-    rows = [
-        row for row in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in row
-    ]
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in row]
     losses = [row["train/loss"] for row in rows]
     assert len(losses) == 2 and np.isfinite(losses).all()
     assert losses[0] == pytest.approx(np.log(1000), abs=3)
@@ -45,9 +43,7 @@ def test_two_steps_of_every_recipe(name, tmp_path, monkeypatch):
 
 def at_step(state, step):
     """The optimiser's state as it is after so many steps."""
-    counts = jax.tree.map(
-        lambda count: jnp.full_like(count, step), state.hyperparams_states
-    )
+    counts = jax.tree.map(lambda count: jnp.full_like(count, step), state.hyperparams_states)
     return state._replace(hyperparams_states=counts)
 
 
@@ -67,9 +63,7 @@ def rates(name, epochs):
 
 def test_schedules_of_the_recipes():
     caffe = [0.01, 0.01, 1e-3, 1e-4, 1e-5, 1e-6]
-    np.testing.assert_allclose(
-        rates("caffe", (0, 19, 21, 41, 61, 81)), caffe, rtol=1e-5
-    )
+    np.testing.assert_allclose(rates("caffe", (0, 19, 21, 41, 61, 81)), caffe, rtol=1e-5)
     peak = recipe("large_batch").optim.learning_rate
     found = rates("large_batch", (0, 2.5, 5, 52.5, 100))
     np.testing.assert_allclose(found, [0, peak / 2, peak, peak / 4, 0], rtol=1e-5)

@@ -112,10 +112,7 @@ def test_damaged_statistics_are_replaced_as_advised(workdir, config):
     path = workdir / "statistics.npz"
     good = statistics.load(path)
     dataclasses.replace(good, mean_image=good.mean_image[:32, :32]).save(path)
-    for use in (
-        lambda: loop.train_and_evaluate(config, workdir),
-        lambda: load(workdir),
-    ):
+    for use in (lambda: loop.train_and_evaluate(config, workdir), lambda: load(workdir)):
         with pytest.raises(DataError, match=r"delete it and start the training"):
             use()
     path.unlink()

@@ -9,12 +9,7 @@ import optax
 import pytest
 
 from alexnet_jax.data import augment
-from alexnet_jax.training import (
-    metrics,
-    optim,
-    parallel,
-    steps,
-)
+from alexnet_jax.training import metrics, optim, parallel, steps
 from tests.training.test_parallel import CROP, batch, narrow, statistics
 
 EXAMPLES, STEPS = 8, 15
@@ -40,11 +35,7 @@ def memorise(dtype, columns):
 @pytest.mark.parametrize("columns", [1, 2])
 def test_bfloat16_step_keeps_its_state_in_float32(columns):
     _, state = memorise("bfloat16", columns)
-    floats = [
-        leaf
-        for leaf in jax.tree.leaves(state)
-        if jnp.issubdtype(leaf.dtype, jnp.inexact)
-    ]
+    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     # Kernels and biases of eight layers, their velocities, and the learning rate.
     assert len(floats) == 33
     assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
@@ -61,9 +52,7 @@ def test_any_optimiser_and_loss_train_the_same_on_any_mesh():
     found = []
     for columns in (1, 2):
         mesh = parallel.make_mesh(1, columns)
-        spec = steps.StepSpec(
-            model, optax.adamw(1e-3), plain, mesh, "columns", loss=brier
-        )
+        spec = steps.StepSpec(model, optax.adamw(1e-3), plain, mesh, "columns", loss=brier)
         state, step = steps.init_state(spec), steps.make_train_step(spec)
         on_device = parallel.put_batch(batch(EXAMPLES), mesh, "columns", EXAMPLES)
         losses = []

@@ -9,12 +9,7 @@ import pytest
 
 from alexnet_jax.data import augment
 from alexnet_jax.models.alexnet import create_model
-from alexnet_jax.training import (
-    metrics,
-    optim,
-    parallel,
-    steps,
-)
+from alexnet_jax.training import metrics, optim, parallel, steps
 from tests.training.test_parallel import BATCH, CROP, batch, narrow, statistics
 
 SEED = 5
@@ -25,9 +20,7 @@ DEAD = {"conv2": [0, 3, 7], "conv5": [1], "fc6": [*range(100)]}
 def make_spec(rows, columns, mode, parts=1):
     model, tx = narrow(jnp.float64), optim.make_optimizer(0.01)
     mesh, augmentation = parallel.make_mesh(rows, columns), augment.Augmentation(CROP)
-    return steps.StepSpec(
-        model, tx, augmentation, mesh, mode, seed=SEED, accumulate_steps=parts
-    )
+    return steps.StepSpec(model, tx, augmentation, mesh, mode, seed=SEED, accumulate_steps=parts)
 
 
 def state_with_dead_units(spec):
@@ -73,11 +66,7 @@ def by_hand():
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss_fn(params):
         features = model.apply(
-            {"params": params},
-            images,
-            train=True,
-            rngs={"dropout": mask_key},
-            method="features",
+            {"params": params}, images, train=True, rngs={"dropout": mask_key}, method="features"
         )
         losses = metrics.cross_entropy(features["logits"], examples["label"])
         return losses.sum() / BATCH, features
@@ -97,9 +86,7 @@ def by_hand():
     "mode, rows, columns, parts",
     [("data", 1, 1, 1), ("data", 2, 1, 2), ("columns", 1, 2, 1), ("hybrid", 1, 2, 2)],
 )
-def test_summaries_are_those_of_plain_jax_on_the_whole_batch(
-    mode, rows, columns, parts
-):
+def test_summaries_are_those_of_plain_jax_on_the_whole_batch(mode, rows, columns, parts):
     with jax.enable_x64(True):
         expected, got = by_hand(), summary(mode, rows, columns, parts)
     assert set(got) == set(expected)
@@ -118,10 +105,7 @@ def test_only_relu_units_can_be_dead():
     model = create_model("cifar", init="he", activation="tanh", normalization="batch")
     spec = steps.StepSpec(model, tx, augment.Augmentation(32), mesh)
     state, step = steps.init_state(spec), steps.make_summary_step(spec)
-    zeros = {
-        "image": np.zeros((2, 32, 32, 3), np.uint8),
-        "label": np.zeros(2, np.int32),
-    }
+    zeros = {"image": np.zeros((2, 32, 32, 3), np.uint8), "label": np.zeros(2, np.int32)}
     stats = augment.PixelStatistics(jnp.zeros((32, 32, 3)), jnp.ones(3), jnp.eye(3))
     names = set(jax.eval_shape(step, state, zeros, stats))
     assert not any(name.startswith("dead_relu/") for name in names)

@@ -32,12 +32,7 @@ TRAIN = {
     "images_per_sec": 1523.4,
     "data_wait_frac": 0.031,
 }
-EVAL = {
-    "eval/loss": 2.5,
-    "eval/top1_error": 0.5,
-    "eval/top5_error": 0.25,
-    "eval/count": 50000,
-}
+EVAL = {"eval/loss": 2.5, "eval/top1_error": 0.5, "eval/top5_error": 0.25, "eval/count": 50000}
 
 
 # The JSON-lines file.
@@ -168,11 +163,7 @@ def test_tensorboard_holds_the_scalars_and_drops_what_a_resume_repeats(tmp_path)
 
 # The console.
 
-VIEWS = {
-    "eval/views_loss": 0.9,
-    "eval/views_top1_error": 0.4,
-    "eval/views_top5_error": 0.1,
-}
+VIEWS = {"eval/views_loss": 0.9, "eval/views_top1_error": 0.4, "eval/views_top5_error": 0.1}
 SUMMARY = {
     "dead_relu/conv1": 0.0,
     "dead_relu/fc6": 0.1251,
@@ -193,11 +184,7 @@ SUMMARY = {
                 "  waiting for data 3%  left 1:02:33"
             ),
         ),
-        (
-            EVAL,
-            True,
-            "eval: loss 2.5000  top-1 error 50.00%  top-5 error 25.00%  on 50000 images",
-        ),
+        (EVAL, True, "eval: loss 2.5000  top-1 error 50.00%  top-5 error 25.00%  on 50000 images"),
         (
             EVAL | VIEWS,  # of five classes or fewer
             False,
@@ -214,11 +201,7 @@ SUMMARY = {
                 "  grad norm: conv1 1.2e-03  fc8 1.2e+01"
             ),
         ),
-        (
-            {"images_per_sec": 9.64, "own/dead": 0.25},
-            True,
-            "9.6 images/s  own: dead 0.25",
-        ),
+        ({"images_per_sec": 9.64, "own/dead": 0.25}, True, "9.6 images/s  own: dead 0.25"),
         ({"eta_seconds": math.inf}, True, "left ?"),
     ],
 )

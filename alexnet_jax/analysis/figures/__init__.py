@@ -7,11 +7,7 @@ from alexnet_jax.analysis.figures.filters import (
     filter_statistics_by_column,
     first_layer_filters,
 )
-from alexnet_jax.analysis.figures.pictures import (
-    best_labels,
-    contact_sheet,
-    nearest_pictures,
-)
+from alexnet_jax.analysis.figures.pictures import best_labels, contact_sheet, nearest_pictures
 
 __all__ = [
     "best_labels",

@@ -32,9 +32,7 @@ class _Quantity(NamedTuple):
 
 _QUANTITIES = {
     "loss": _Quantity("loss (nats)", 1.0, "train/loss", "eval/loss"),
-    "top1_error": _Quantity(
-        "top-1 error (%)", 100.0, "train/top1_error", "eval/top1_error"
-    ),
+    "top1_error": _Quantity("top-1 error (%)", 100.0, "train/top1_error", "eval/top1_error"),
     "lr": _Quantity("learning rate", 1.0, "lr"),
     "images_per_sec": _Quantity("images per second", 1.0, "images_per_sec"),
 }
@@ -94,9 +92,7 @@ def training_curves(
     return figure
 
 
-def _points(
-    records: Records, key: str, scale: float
-) -> tuple[list[float], list[float]]:
+def _points(records: Records, key: str, scale: float) -> tuple[list[float], list[float]]:
     found = [record for record in records if key in record]
     return [r["epoch"] for r in found], [scale * r[key] for r in found]
 
@@ -120,11 +116,7 @@ def _marker_of(x: Sequence[float]) -> str:
 
 
 def _draw_several(
-    axes: Axes,
-    records: Records,
-    quantity: _Quantity,
-    number: int,
-    held_out: bool,
+    axes: Axes, records: Records, quantity: _Quantity, number: int, held_out: bool
 ) -> None:
     color = RUN_COLORS[number]
     x, y = _points(records, quantity.train, quantity.scale)
@@ -181,11 +173,7 @@ def _legend(figure: Figure, names: Sequence[str], held_out: bool, columns: int) 
             Line2D([], [], color="black", linestyle="--", label="held out"),
         ]
     legend = figure.legend(
-        handles=handles,
-        frameon=False,
-        ncols=columns,
-        fontsize=8,
-        loc="outside lower center",
+        handles=handles, frameon=False, ncols=columns, fontsize=8, loc="outside lower center"
     )
     for words in legend.get_texts():
         words.set_parse_math(False)  # a "$" in a name is a dollar

@@ -10,9 +10,7 @@ _INCHES_A_MAP = 0.62
 _PIXELS = 52
 
 
-def feature_maps(
-    picture: Any, features: Mapping[str, Any], *, most: int = 16
-) -> Figure:
+def feature_maps(picture: Any, features: Mapping[str, Any], *, most: int = 16) -> Figure:
     """Draw an image and the maps of every layer that has any.
 
     Args:
@@ -43,9 +41,7 @@ def feature_maps(
         figsize=(1.5 + most * _INCHES_A_MAP, 1.1 + len(maps) * (_INCHES_A_MAP + 0.06)),
         layout="constrained",
     )
-    axes = figure.subplots(
-        1 + len(maps), 1, height_ratios=[1.1, *[_INCHES_A_MAP] * len(maps)]
-    )
+    axes = figure.subplots(1 + len(maps), 1, height_ratios=[1.1, *[_INCHES_A_MAP] * len(maps)])
     axes[0].imshow(np.asarray(picture))
     axes[0].set_anchor("W")
     axes[0].axis("off")

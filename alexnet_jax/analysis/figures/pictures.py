@@ -44,12 +44,8 @@ def best_labels(
         titles = [class_names[label] for label in labels]
     across = min(_LABELLED_ACROSS, count)
     rows = -(-count // across)
-    figure = Figure(
-        figsize=(2.1 * across, (2.2 + 0.24 * top) * rows), layout="constrained"
-    )
-    grid = figure.subplots(
-        2 * rows, across, squeeze=False, height_ratios=[2.0, 0.24 * top] * rows
-    )
+    figure = Figure(figsize=(2.1 * across, (2.2 + 0.24 * top) * rows), layout="constrained")
+    grid = figure.subplots(2 * rows, across, squeeze=False, height_ratios=[2.0, 0.24 * top] * rows)
     for axes in grid.flat:
         axes.axis("off")
     for i in range(count):
@@ -108,9 +104,7 @@ def contact_sheet(
     )
     rows = -(-count // _CLASSES_ACROSS)
     height = 2.6 / len(splits) + 0.3  # of a row, in inches: the pictures and a title
-    figure = Figure(
-        figsize=(2.6 * _CLASSES_ACROSS, height * rows), layout="constrained"
-    )
+    figure = Figure(figsize=(2.6 * _CLASSES_ACROSS, height * rows), layout="constrained")
     axes = figure.subplots(rows, _CLASSES_ACROSS, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
@@ -164,10 +158,7 @@ def nearest_pictures(
     count = found.shape[1]
     rows = len(queries)
     figure = Figure(
-        figsize=(
-            _INCHES * (1.2 + len(groups) * (count + 0.2)),
-            1.12 * _INCHES * rows + 0.3,
-        ),
+        figsize=(_INCHES * (1.2 + len(groups) * (count + 0.2)), 1.12 * _INCHES * rows + 0.3),
         layout="constrained",
     )
     widths = [1.2, *[count + 0.2] * len(groups)]

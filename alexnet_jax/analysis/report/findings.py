@@ -21,12 +21,7 @@ from alexnet_jax.training.checkpoint import Checkpointer
 from alexnet_jax.training.config import as_json, flat, get_config
 from alexnet_jax.training.evaluate import Predictions
 from alexnet_jax.training.timing import TIMES_FILE, Times, read_times
-from alexnet_jax.training.workdir import (
-    CHECKPOINTS,
-    read_class_names,
-    read_config,
-    require_run,
-)
+from alexnet_jax.training.workdir import CHECKPOINTS, read_class_names, read_config, require_run
 from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 
 # Held-out images that are classified. Of a larger split, an even sample is taken.
@@ -204,9 +199,7 @@ def look_for_alike(run: Run, held_out: HeldOut | Missing) -> Alike | Missing:
     try:
         source = _open(run, split)
         indexed = Sample(source, MOST_INDEXED)
-        index = index_of(
-            features_of, layer, indexed, source=str(data["source"]), split=split
-        )
+        index = index_of(features_of, layer, indexed, source=str(data["source"]), split=split)
         queries = Sample(held_out.images, QUERIES)
         images, labels = fetch(queries, np.arange(queries.num_examples))
     except (DataError, OSError) as error:

@@ -153,9 +153,7 @@ def _curves(run: Run) -> dict[str, Image] | Missing:
         return Missing(f"{METRICS_FILE} holds no record of training")
     return {
         name: _svg(
-            figures.training_curves(
-                run.records, quantities=[name], num_classes=len(run.names)
-            )
+            figures.training_curves(run.records, quantities=[name], num_classes=len(run.names))
         )
         for name in ("loss", "top1_error", "lr", "images_per_sec")
     }

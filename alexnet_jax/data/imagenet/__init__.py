@@ -5,12 +5,6 @@ in archives, class folders or tfds, and `preparation` stores them once as 256 x 
 in a tfds data set, as the paper did.
 """
 
-from alexnet_jax.data.imagenet.classes import (
-    OFFICIAL_COUNTS,
-    class_words,
-    named_wnid,
-    wnids,
-    words,
-)
+from alexnet_jax.data.imagenet.classes import OFFICIAL_COUNTS, class_words, named_wnid, wnids, words
 
 __all__ = ["OFFICIAL_COUNTS", "class_words", "named_wnid", "wnids", "words"]

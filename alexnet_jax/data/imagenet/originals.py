@@ -41,10 +41,7 @@ class Official(NamedTuple):
 
 OFFICIAL = {
     "train": Official(
-        "ILSVRC2012_img_train.tar",
-        147_897_477_120,
-        "1d675b47d978889d74fa0da5fadfb00e",
-        ("train",),
+        "ILSVRC2012_img_train.tar", 147_897_477_120, "1d675b47d978889d74fa0da5fadfb00e", ("train",)
     ),
     "validation": Official(
         "ILSVRC2012_img_val.tar",
@@ -182,9 +179,7 @@ def _pictures(place: Path, done: Callable[[int], object]) -> list[Original]:
 Picture = tuple[Path, str | None, str, int, int]
 
 
-def _in_archive(
-    path: Path, start: int = 0, wnid: str | None = None
-) -> Iterator[Picture]:
+def _in_archive(path: Path, start: int = 0, wnid: str | None = None) -> Iterator[Picture]:
     """Yield the images of the archive at byte `start`, and of class archives inside."""
     end = start
     try:
@@ -254,9 +249,7 @@ def _tfds(directory: Path, split: str) -> list[Original]:
     for path, count in lengths.items():
         name, size = os.path.basename(path), os.path.getsize(path)
         if info.file_format.value == "array_record":
-            found += [
-                Original(path, f"{name}#{n}", size, -1, 0, n) for n in range(count)
-            ]
+            found += [Original(path, f"{name}#{n}", size, -1, 0, n) for n in range(count)]
             continue
         with open(path, "rb") as file:  # records: length (8), checksum, data, checksum
             for n in range(count):
@@ -264,9 +257,7 @@ def _tfds(directory: Path, split: str) -> list[Original]:
                 found.append(Original(path, f"{name}#{n}", length, -1, file.tell() + 4))
                 file.seek(4 + length + 4, os.SEEK_CUR)
             if file.tell() != size:
-                raise DataError(
-                    f"{path} is cut off at {size:,} bytes. Prepare that data set again"
-                )
+                raise DataError(f"{path} is cut off at {size:,} bytes. Prepare that data set again")
     return found
 
 

@@ -40,12 +40,7 @@ from alexnet_jax.data.imagenet.originals import OFFICIAL, Original
 from alexnet_jax.data.sources.source import statistics_name
 from alexnet_jax.data.sources.tfds import TfdsSource, example_message
 from alexnet_jax.system.cli import progress, require_writable
-from alexnet_jax.system.files import (
-    atomic_write,
-    check_room,
-    exclusive_lock,
-    explain_full_disk,
-)
+from alexnet_jax.system.files import atomic_write, check_room, exclusive_lock, explain_full_disk
 
 NAME = "imagenet2012_256"
 VERSION = "1.0.0"
@@ -62,13 +57,7 @@ Log = Callable[[str], object]
 
 
 def prepare(
-    source: Path,
-    data_dir: Path,
-    *,
-    workers: int,
-    max_unreadable: int,
-    verify: bool,
-    log: Log,
+    source: Path, data_dir: Path, *, workers: int, max_unreadable: int, verify: bool, log: Log
 ) -> Path:
     """Prepare both splits, or resume their preparation, and compute their statistics.
 
@@ -208,9 +197,7 @@ def shard_name(split: str, number: int, count: int) -> str:
     return f"{NAME}-{split}.array_record-{number:05d}-of-{count:05d}"
 
 
-def _write_shards(
-    shards: list[Shard], workers: int, max_unreadable: int, log: Log
-) -> None:
+def _write_shards(shards: list[Shard], workers: int, max_unreadable: int, log: Log) -> None:
     """Make the missing shards in processes; count the broken images."""
     missing = [shard for shard in shards if not shard.is_done()]
     if len(missing) < len(shards):
@@ -331,9 +318,7 @@ def _record(name: str, label: int, picture: np.ndarray) -> bytes:
 # The data set.
 
 
-def _finish(
-    unfinished: Path, source: Path, shards: list[Shard], workers: int, log: Log
-) -> None:
+def _finish(unfinished: Path, source: Path, shards: list[Shard], workers: int, log: Log) -> None:
     """Write description, statistics and record of the data set beside its shards."""
     results: dict[str, list[dict[str, Any]]] = {split: [] for split in OFFICIAL}
     unreadable: list[list[str]] = []
@@ -373,9 +358,7 @@ def write_metadata(unfinished: Path, results: dict[str, list[dict[str, Any]]]) -
     from etils import epath
 
     template = tfds.core.ShardedFileTemplate(
-        data_dir=epath.Path(unfinished),
-        dataset_name=NAME,
-        filetype_suffix="array_record",
+        data_dir=epath.Path(unfinished), dataset_name=NAME, filetype_suffix="array_record"
     )
     infos = []
     for split, of_split in results.items():
@@ -391,9 +374,7 @@ def write_metadata(unfinished: Path, results: dict[str, list[dict[str, Any]]]) -
         tfds.folder_dataset.write_metadata(
             data_dir=unfinished,
             features={
-                "image": tfds.features.Image(
-                    shape=(SIZE, SIZE, 3), encoding_format="jpeg"
-                ),
+                "image": tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format="jpeg"),
                 "label": tfds.features.ClassLabel(names=wnids()),
                 "file_name": tfds.features.Text(),
             },

@@ -76,10 +76,7 @@ def open_source(
 
 
 def match_classes(
-    source: Source,
-    class_names: Sequence[str],
-    *,
-    log: Callable[[str], object] = lambda _: None,
+    source: Source, class_names: Sequence[str], *, log: Callable[[str], object] = lambda _: None
 ) -> Source:
     """Return a split with the labels of the trained classes, matched by name.
 

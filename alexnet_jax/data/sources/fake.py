@@ -34,8 +34,6 @@ class FakeSource(Source):
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
         return indices % self.num_classes
 
-    def fetch(
-        self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
-    ) -> None:
+    def fetch(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
         np.take(self._pool, indices % len(self._pool), axis=0, out=images, mode="wrap")
         labels[:] = self.labels_of(indices)

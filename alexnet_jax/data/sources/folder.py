@@ -8,13 +8,7 @@ import numpy as np
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.imagenet import named_wnid
 from alexnet_jax.data.images import PICTURE_SUFFIXES
-from alexnet_jax.data.sources.source import (
-    StoredSource,
-    some,
-    statistics_name,
-    visible,
-    what_is_in,
-)
+from alexnet_jax.data.sources.source import StoredSource, some, statistics_name, visible, what_is_in
 from alexnet_jax.system.cli import expanded
 
 _EVAL_FOLDERS = ("test", "val", "validation")

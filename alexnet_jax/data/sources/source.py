@@ -40,9 +40,7 @@ class Source:
         """Return the labels of examples `indices` [n] as int32 [n]; decode nothing."""
         raise NotImplementedError
 
-    def fetch(
-        self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
-    ) -> None:
+    def fetch(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
         """Write examples `indices` [n] into the caller's arrays; thread-safe.
 
         Args:
@@ -74,9 +72,7 @@ class StoredSource(Source):
         """Return the label and the image file of an example."""
         raise NotImplementedError
 
-    def fetch(
-        self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
-    ) -> None:
+    def fetch(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
         upright, size = self._upright, self.image_size
         for i, index in enumerate(indices.tolist()):
             labels[i], data = self.record(index)
@@ -115,9 +111,7 @@ class Sample(Source):
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
         return self._source.labels_of(self._chosen[indices])
 
-    def fetch(
-        self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray
-    ) -> None:
+    def fetch(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
         self._source.fetch(self._chosen[indices], images, labels)
 
 

@@ -11,12 +11,7 @@ from typing import Any
 import numpy as np
 
 from alexnet_jax.data.errors import DataError
-from alexnet_jax.data.sources.source import (
-    StoredSource,
-    some,
-    statistics_name,
-    what_is_in,
-)
+from alexnet_jax.data.sources.source import StoredSource, some, statistics_name, what_is_in
 from alexnet_jax.system.cli import expanded
 
 HOW_TO_GET_IMAGENET = (
@@ -153,9 +148,7 @@ def _how_to_prepare(name: str, data_dir: Path | str = "DIR") -> str:
             '.download_and_prepare()" (data sets whose builder needs TensorFlow: '
             'pip install "alexnet_jax[tf]" first; training does not need it)'
         )
-    command = (
-        f"python -m alexnet_jax.prepare imagenet --source=FOLDER --data_dir={data_dir}"
-    )
+    command = f"python -m alexnet_jax.prepare imagenet --source=FOLDER --data_dir={data_dir}"
     if any(Path(data_dir, "imagenet2012_256").glob("*.incomplete")):
         return f"A preparation was begun there; the same command goes on: {command}"
     return (

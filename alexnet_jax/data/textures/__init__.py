@@ -48,9 +48,7 @@ def build(data_dir: Path, *, tiny: bool = False) -> str:
             return name
         print(f"Drawing the textures data set into {directory} ...", file=sys.stderr)
         started = time.perf_counter()
-        builder = module.Builder(
-            data_dir=data_dir, file_format="array_record", config=config
-        )
+        builder = module.Builder(data_dir=data_dir, file_format="array_record", config=config)
         tfds.disable_progress_bar()  # several, which speak of downloads
         try:
             with contextlib.redirect_stdout(io.StringIO()):

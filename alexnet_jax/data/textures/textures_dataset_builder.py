@@ -61,9 +61,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             "test": self._generate_examples(config.seed, 1, config.test_examples),
         }
 
-    def _generate_examples(
-        self, seed: int, part: int, count: int
-    ) -> Iterator[tuple[int, dict]]:
+    def _generate_examples(self, seed: int, part: int, count: int) -> Iterator[tuple[int, dict]]:
         workers = os.cpu_count() or 1
         with futures.ThreadPoolExecutor(workers) as pool:
             for first in range(0, count, 32 * workers):  # few images in memory
@@ -78,6 +76,4 @@ def example(seed: int, part: int, index: int) -> bytes:
     """Return the JPEG file of image `index` of split `part` (0: train, 1: test)."""
     rng = np.random.default_rng((seed, part, index))
     picture = drawing.draw(index % len(drawing.CLASS_NAMES), rng)
-    return simplejpeg.encode_jpeg(
-        picture, quality=_JPEG_QUALITY, colorsubsampling="420"
-    )
+    return simplejpeg.encode_jpeg(picture, quality=_JPEG_QUALITY, colorsubsampling="420")

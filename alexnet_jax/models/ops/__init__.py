@@ -60,9 +60,7 @@ def _compiler_options(backend: str) -> dict[str, Any]:
         jax.jit(lambda: jnp.zeros(()), compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError as error:
         logging.getLogger(__name__).warning(
-            "XLA does not know %s (%s): convolutions may be slower",
-            ", ".join(options),
-            error,
+            "XLA does not know %s (%s): convolutions may be slower", ", ".join(options), error
         )
         return {}
     return options
@@ -251,9 +249,7 @@ def local_conv(
     _check_rank("local_conv", "kernel[H',W',kh,kw,Cin,Cout]", kernel, 6)
     _check_floating("local_conv", x)
     pads = _pads(padding)
-    places = tuple(
-        x.shape[1 + i] + sum(pads[i]) - kernel.shape[2 + i] + 1 for i in range(2)
-    )
+    places = tuple(x.shape[1 + i] + sum(pads[i]) - kernel.shape[2 + i] + 1 for i in range(2))
     if kernel.shape[:2] != places or kernel.shape[4] != x.shape[-1]:
         raise ValueError(
             f"local_conv: kernel {kernel.shape} is for {kernel.shape[:2]} places and "
@@ -298,11 +294,7 @@ def max_pool(
 
 
 def avg_pool(
-    x: jax.Array,
-    *,
-    window: int | Sequence[int],
-    stride: int | Sequence[int],
-    ceil: bool = False,
+    x: jax.Array, *, window: int | Sequence[int], stride: int | Sequence[int], ceil: bool = False
 ) -> jax.Array:
     """Return the average of each window.
 

@@ -32,9 +32,7 @@ COMPILER_OPTIONS = {
 }
 
 
-def conv(
-    x: jax.Array, kernel: jax.Array, *, stride: tuple[int, int], padding: Pads
-) -> jax.Array:
+def conv(x: jax.Array, kernel: jax.Array, *, stride: tuple[int, int], padding: Pads) -> jax.Array:
     """Convolve without groups, NHWC and HWIO, in at least float32."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     a, kernel = _align_varying(x.astype(dtype), kernel.astype(dtype))
@@ -127,9 +125,7 @@ def _pads_for(out: int, length: int, window: int, before: int) -> tuple[int, int
 
 def _convolve(x, kernel, pads, **dilation) -> jax.Array:
     numbers = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(
-        x, kernel, (1, 1), pads, dimension_numbers=numbers, **dilation
-    )
+    return lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=numbers, **dilation)
 
 
 _conv = jax.custom_vjp(_conv_value, nondiff_argnums=(2, 3))
@@ -242,9 +238,7 @@ def _stored_window_sum(a: jax.Array, size: int, groups: int) -> jax.Array:
     """
     rows = a.reshape(-1, a.shape[-1] // groups)
     sides = ((0, 0), (size // 2, size // 2))
-    sums = lax.reduce_window(
-        rows, rows.dtype.type(0), lax.add, (1, size), (1, 1), sides
-    )
+    sums = lax.reduce_window(rows, rows.dtype.type(0), lax.add, (1, size), (1, 1), sides)
     return sums.reshape(a.shape)
 
 
@@ -357,8 +351,7 @@ def _to_winners(g, place, window: int, stride: int, axis: int, length: int):
         pads = [(0, 0, 0)] * g.ndim
         pads[axis] = (j, rows - j - g.shape[axis], 0)  # negative: cut off
         shifted, at = (
-            jnp.expand_dims(lax.pad(a, a.dtype.type(0), pads), axis + 1)
-            for a in (g, place)
+            jnp.expand_dims(lax.pad(a, a.dtype.type(0), pads), axis + 1) for a in (g, place)
         )
         won = at == jnp.asarray(t + j * stride, place.dtype)
         total += jnp.where(won, shifted, 0)

@@ -62,20 +62,14 @@ def window_sum(x: jax.Array, size: int, *, axis: int) -> jax.Array:
     return total
 
 
-def conv(
-    x: jax.Array, kernel: jax.Array, *, stride: tuple[int, int], padding: Pads
-) -> jax.Array:
+def conv(x: jax.Array, kernel: jax.Array, *, stride: tuple[int, int], padding: Pads) -> jax.Array:
     """Convolve without groups, NHWC and HWIO.
 
     XLA accumulates 16-bit inputs in float32 and rounds the result once. Without a cast
     a GPU can use its tensor cores.
     """
     return lax.conv_general_dilated(
-        x,
-        kernel,
-        stride,
-        padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        x, kernel, stride, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
@@ -179,8 +173,7 @@ def _window_slices(
         pads[axis] = (0, overhang)
         x = jnp.pad(x, pads, constant_values=fill)
     return [
-        lax.slice_in_dim(x, start, start + last + 1, stride, axis=axis)
-        for start in range(window)
+        lax.slice_in_dim(x, start, start + last + 1, stride, axis=axis) for start in range(window)
     ]
 
 

@@ -5,11 +5,6 @@ and `onnx` write a network; `caffe` and `torchvision` know the files of other pr
 The formats are imported where they are used.
 """
 
-from alexnet_jax.models.weights.files import (
-    SUFFIXES,
-    Weights,
-    WeightsError,
-    read_weights,
-)
+from alexnet_jax.models.weights.files import SUFFIXES, Weights, WeightsError, read_weights
 
 __all__ = ["SUFFIXES", "Weights", "WeightsError", "read_weights"]

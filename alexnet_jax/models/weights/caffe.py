@@ -94,10 +94,7 @@ def read(path: Path, variant: str | None) -> Weights:
         f"the tensors of variant {table.name}",
         table,
         tensors,
-        {
-            row.name: (f"{row.name} blob 0", f"{row.name} blob 1")
-            for row in table.layers
-        },
+        {row.name: (f"{row.name} blob 0", f"{row.name} blob 1") for row in table.layers},
         first=lambda weight: weight[:, ::-1],  # from BGR, OpenCV's order
         mean=np.array(MEAN_255, np.float32),
     )

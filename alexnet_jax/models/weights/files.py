@@ -62,8 +62,7 @@ class Weights:
         side = self.image_size
         if self.mean.shape not in ((3,), (side, side, 3)):
             raise WeightsError(
-                f"the mean has shape {list(self.mean.shape)}, expected [3] or "
-                f"[{side}, {side}, 3]."
+                f"the mean has shape {list(self.mean.shape)}, expected [3] or [{side}, {side}, 3]."
             )
 
     def make_model(self) -> alexnet.AlexNet:
@@ -71,9 +70,7 @@ class Weights:
         return make_model(self.settings)
 
 
-def read_weights(
-    path: str | os.PathLike[str], *, variant: str | None = None
-) -> Weights:
+def read_weights(path: str | os.PathLike[str], *, variant: str | None = None) -> Weights:
     """Read a file of weights.
 
     Args:
@@ -100,8 +97,7 @@ def read_weights(
         raise WeightsError(f"{path}: there is no such file.")
     if not name.endswith(SUFFIXES):
         raise WeightsError(
-            f"{path}: files of weights are {', '.join(SUFFIXES)}; got "
-            f"{path.suffix or 'no suffix'}."
+            f"{path}: files of weights are {', '.join(SUFFIXES)}; got {path.suffix or 'no suffix'}."
         )
     if name.endswith(".safetensors"):
         return safetensors.read(path, variant)
@@ -252,9 +248,7 @@ def renamed(
     return found
 
 
-def check_shapes(
-    path: str | os.PathLike[str], what: str, found: Shapes, expected: Shapes
-) -> None:
+def check_shapes(path: str | os.PathLike[str], what: str, found: Shapes, expected: Shapes) -> None:
     """Raise WeightsError unless exactly these tensors were found, of these shapes."""
     wrong = [
         f"{name} {list(found[name])} instead of {list(shape)}"
@@ -285,8 +279,7 @@ def check_variant(path: Path, given: str | None, expected: tuple[str, ...]) -> N
     """Raise WeightsError if a variant is given that the file cannot hold."""
     if given is not None and given not in expected:
         raise WeightsError(
-            f"{path} holds weights of variant {' or '.join(expected)}; got "
-            f"variant={given!r}."
+            f"{path} holds weights of variant {' or '.join(expected)}; got variant={given!r}."
         )
 
 

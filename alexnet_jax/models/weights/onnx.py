@@ -96,8 +96,7 @@ def export_onnx(
             start = (len(mean) - size) // 2
             if start < 0:
                 raise WeightsError(
-                    f"the mean image is {len(mean)} pixels wide, the network's input "
-                    f"{size}."
+                    f"the mean image is {len(mean)} pixels wide, the network's input {size}."
                 )
             mean = mean[start : start + size, start : start + size]
         inputs = [graph.x, graph.constant("mean", mean.transpose(2, 0, 1))]
@@ -146,9 +145,7 @@ class _Graph:
         self.constants: dict[str, np.ndarray] = {}
         self.x, self.channels, self.side = INPUT, 3, side
 
-    def add(
-        self, kind: str, inputs: Sequence[str], name: str, **attributes: Any
-    ) -> str:
+    def add(self, kind: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
         """Add a node whose output is the new `x`; return `name`, that of both."""
         from onnx import helper
 

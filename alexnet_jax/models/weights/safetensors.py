@@ -100,10 +100,7 @@ def read(path: Path, variant: str | None) -> Weights:
         files.check_variant(path, variant, (torchvision.VARIANT,))
         weights = torchvision.from_state(
             path,
-            {
-                name: array.astype(np.float32, copy=False)
-                for name, array in tensors.items()
-            },
+            {name: array.astype(np.float32, copy=False) for name, array in tensors.items()},
             mean=json.loads(metadata.get("normalize_mean", "null")) or torchvision.MEAN,
             std=json.loads(metadata.get("normalize_std", "null")) or torchvision.STD,
         )
@@ -141,6 +138,4 @@ def _read_record(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | No
         files.make_model(record["settings"])  # raises for unknown settings
         return record | {"class_names": None if names is None else tuple(names)}
     except (ValueError, TypeError, KeyError) as error:
-        raise WeightsError(
-            f"{path}: its metadata {RECORD!r} cannot be used: {error}"
-        ) from error
+        raise WeightsError(f"{path}: its metadata {RECORD!r} cannot be used: {error}") from error
