@@ -33,7 +33,7 @@ def images(cell: Any) -> list[bytes]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of figures")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

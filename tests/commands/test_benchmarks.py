@@ -35,7 +35,7 @@ def test_candidates_take_turns():
 def test_a_result_is_three_files_without_paths(tmp_path, capsys, monkeypatch):
     words = ["x", f"--out={tmp_path}", "--data=c/d", "--batch", "2"]
     monkeypatch.setattr("sys.argv", words)
-    figure = measure.bar_chart({"ours": [3.0, 4.0]}, title="t", unit="u", ceiling=5.0)
+    figure = measure.bar_charts([measure.Bars("t", "u", {"ours": [3.0, 4.0]}, ceiling=5.0)])
     table = measure.markdown_table(["a", "b"], [["1", "2"]])
     measure.write_result(tmp_path, "name", {"x": 1}, table=table, figure=figure)
     record = json.loads((tmp_path / "name.json").read_text())
@@ -147,7 +147,7 @@ def test_the_fastest_form_is_the_peer(monkeypatch, tmp_path):
     side_by_side.add_limits(record, costs, flop_rate=20.0, bandwidth=10.0)
     assert record["gemm_share"] == {"ours": 2.0, "torch": 1.0}
     assert record["roofline_images_per_second"] == 2.0
-    side_by_side._write(tmp_path, "train_step", [record])
+    side_by_side.write(tmp_path, "train_step", [record])
     page = (tmp_path / "train_step.md").read_text()
     assert "| float32, batch 8 | ours | 8.0 (8.0 to 8.0) | 200% | 400% |" in page
 
