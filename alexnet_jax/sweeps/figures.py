@@ -26,8 +26,9 @@ def sweep_results(sweep: Sweep, lines: Sequence[Line]) -> Figure:
         left.plot(values, [y] * len(values), "o", color=_OURS, alpha=0.3, markersize=4)
         _draw(left, y, line.value)
         _draw(right, y, line.effect)
-        if line.paper is not None and line.paper.effect is not None:
-            right.plot(line.paper.effect, y, "D", color=_PAPER, fillstyle="none", zorder=3)
+        paper = line.row.paper
+        if paper is not None and paper.effect is not None:
+            right.plot(paper.effect, y, "D", color=_PAPER, fillstyle="none", zorder=3)
     left.set_yticks(range(len(lines)), [line.title for line in lines])
     left.set_ylim(len(lines) - 0.5, -0.5)  # the first row on top
     left.set_xlabel(str(sweep.metric))

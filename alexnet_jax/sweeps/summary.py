@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,46 +57,43 @@ class Estimate:
         return f"{self.bound}{self.mean:{form}}{spread}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Line:
     """One row of the summary.
 
     Attributes:
-      candidate: the winner of the row's search; None without a search.
+      candidate: the winner of the row's search; None without a search or a result.
       values: seed -> measurement, of the finished runs.
       value: their mean and sample standard deviation.
       effect: against the baseline, see `compare`.
       tried: candidate of the search -> its value.
     """
 
-    name: str
+    row: Row
     candidate: Any
     values: Mapping[int, Measurement]
     value: Estimate
-    paper: Paper | None
+    tried: Mapping[str, Estimate]
     effect: Estimate = Estimate()
     verdict: str = ""
-    tried: Mapping[str, Estimate] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
         """The row's name, with the winner of its search in parentheses."""
-        return self.name if self.candidate is None else f"{self.name} ({as_text(self.candidate)})"
+        name = self.row.name
+        return name if self.candidate is None else f"{name} ({as_text(self.candidate)})"
 
 
 def summarize(plan: Plan, results: Mapping[str, Measurement | None]) -> list[Line]:
     """Return one line per row, from the results of the runs by name."""
     sweep = plan.sweep
     lines = {row.name: _line(plan, row, results) for row in sweep.rows}
-    compared = []
-    for row in sweep.rows:
-        line, base = lines[row.name], lines[row.baseline or sweep.baseline]
-        if line is not base:
-            effect = compare(line.values, base.values, sweep.compare)
-            words = verdict(effect, line.paper, sweep.compare)
-            line = dataclasses.replace(line, effect=effect, verdict=words)
-        compared.append(line)
-    return compared
+    for line in lines.values():
+        baseline = lines[line.row.baseline or sweep.baseline]
+        if line is not baseline:
+            line.effect = compare(line.values, baseline.values, sweep.compare)
+            line.verdict = verdict(line.effect, line.row.paper, sweep.compare)
+    return list(lines.values())
 
 
 def _line(plan: Plan, row: Row, results: Mapping[str, Measurement | None]) -> Line:
@@ -108,14 +105,9 @@ def _line(plan: Plan, row: Row, results: Mapping[str, Measurement | None]) -> Li
             found[run.candidate][run.seed] = result
     best = min(found, key=lambda candidate: _rank(list(found[candidate].values())))
     tried = {as_text(c): mean_of_values(list(values.values())) for c, values in found.items()}
-    return Line(
-        name=row.name,
-        candidate=best,
-        values=found[best],
-        value=tried[as_text(best)],
-        paper=row.paper,
-        tried={} if row.search is None else tried,
-    )
+    winner = best if found[best] else None
+    value = tried[as_text(best)]
+    return Line(row, winner, found[best], value, {} if row.search is None else tried)
 
 
 def _rank(values: Sequence[Measurement]) -> tuple[int, bool, float]:
@@ -193,15 +185,15 @@ def summary_table(sweep: Sweep, lines: Sequence[Line]) -> str:
     header = ["row", "seeds", str(sweep.metric), f"{word} {sweep.baseline}"]
     header += ["published", f"{word} its baseline", "verdict"]
     rows = []
-    for row, line in zip(sweep.rows, lines, strict=True):
-        paper = line.paper or Paper()
+    for line in lines:
+        paper = line.row.paper or Paper()
         published = "" if paper.value is None else f"{paper.value:g}"
         published_effect = "" if paper.effect is None else f"{paper.effect:{form}}"
         if paper.at_least:
             published_effect = f"over {published_effect}"
         effect = line.effect.words(form)
-        if row.baseline and effect:
-            effect += f" ({word} {row.baseline})"
+        if line.row.baseline and effect:
+            effect += f" ({word} {line.row.baseline})"
         ours = [line.title, str(line.value.count), line.value.words(".2f"), effect]
         rows.append([*ours, published, published_effect, line.verdict])
     return machine.markdown_table(header, rows)
@@ -214,7 +206,7 @@ def search_table(sweep: Sweep, lines: Sequence[Line]) -> str:
         for candidate, estimate in line.tried.items():
             words = estimate.words(".2f") or "none"
             chosen = candidate == as_text(line.candidate)
-            rows.append([line.name, candidate, f"**{words}**" if chosen else words])
+            rows.append([line.row.name, candidate, f"**{words}**" if chosen else words])
     names = sorted({name for row in sweep.rows for name in row.search or ()})
     return machine.markdown_table(["row", ", ".join(names), str(sweep.metric)], rows)
 
@@ -305,12 +297,10 @@ def _write_csv(path: Path, lines: Sequence[Line]) -> None:
         writer = csv.writer(file)
         writer.writerow(_CSV_COLUMNS)
         for line in lines:
-            value, effect, paper = line.value, line.effect, line.paper or Paper()
-            writer.writerow(
-                [line.name, line.candidate, value.count, value.bound, value.mean, value.spread]
-                + [effect.bound, effect.mean, effect.spread]
-                + [paper.value, paper.effect, line.verdict]
-            )
+            value, effect, paper = line.value, line.effect, line.row.paper or Paper()
+            ours = [value.count, value.bound, value.mean, value.spread]
+            effects = [effect.bound, effect.mean, effect.spread, paper.value, paper.effect]
+            writer.writerow([line.row.name, line.candidate, *ours, *effects, line.verdict])
 
 
 def _draw(sweep: Sweep, lines: Sequence[Line], jobs: "Sequence[Job]", path: Path) -> None:
@@ -321,7 +311,7 @@ def _draw(sweep: Sweep, lines: Sequence[Line], jobs: "Sequence[Job]", path: Path
             line.title: [
                 read_metrics(job.folder / METRICS_FILE)
                 for job in jobs
-                if (job.run.row, job.run.candidate) == (line.name, line.candidate)
+                if (job.run.row, job.run.candidate) == (line.row.name, line.candidate)
                 and job.state == "finished"
             ]
             for line in lines

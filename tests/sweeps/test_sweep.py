@@ -178,6 +178,7 @@ def test_best_candidate_of_a_search(first, second, third, words):
     }
     (line,) = summary.summarize(Plan("mine", sweep, range(len(first))), results)
     assert line.title == "a (0.2)"
+    assert summary.summarize(Plan("mine", sweep, (0,)), {})[0].title == "a"
     table = summary.search_table(sweep, [line]).splitlines()
     cells = zip(rates, words, strict=True)
     assert table[2:] == [f"| a | {rate} | {cell} |" for rate, cell in cells]
