@@ -266,7 +266,7 @@ def chart(record: dict[str, Any]) -> Figure:
         most = max(timed["seconds"], key=int)
         rates = {n: [int(most) / s for s in calls] for n, calls in timed["seconds"][most].items()}
         title = f"{timed['rows']:,} rows, {most} queries at once"
-        measure.Bars(title, "queries a second", rates).draw(panels[-1])
+        measure.Bars(title, "queries per second", rates).draw(panels[-1])
     return figure
 
 

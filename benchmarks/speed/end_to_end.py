@@ -174,7 +174,7 @@ def _table(record: dict[str, Any]) -> str:
         rows.append([*row, f"{run['data_wait_frac']:.1%}"])
     table = measure.markdown_table(header, rows)
     return (
-        f"{table}\n\nImages a second, batch {record['batch']}, {record['dtype']}, "
+        f"{table}\n\nImages per second, batch {record['batch']}, {record['dtype']}, "
         f"{record['workers']} decoding threads; ratios are medians over the rounds "
         "(least to most)."
     )
@@ -189,7 +189,7 @@ def _bars(run: dict[str, Any], *, same_cores: bool) -> measure.Bars:
         title += f" (loader alone: {loader:,.0f})"
     limit = 1 / (1 / step + 1 / loader) if same_cores else min(step, loader)
     words = "both on the same cores" if same_cores else "the slower of the two"
-    return measure.Bars(title, "images a second", rates, ceiling=limit, ceiling_name=words)
+    return measure.Bars(title, "images per second", rates, ceiling=limit, ceiling_name=words)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def main() -> None:
     rates = record["pictures_a_second"]
     bars = measure.Bars(
         f"Records of 256 x 256 JPEGs, {options.workers} workers",
-        "pictures a second",
+        "images per second",
         {name: found for name, found in rates.items() if name != UNDECODED},
         ceiling=statistics.median(rates[BARE]) * options.workers,
         ceiling_name=f"{options.workers} times the decoder alone",
@@ -205,7 +205,7 @@ def _table(record: dict[str, Any]) -> str:
         f"s after the start of the process. Memory while {watched['records'][-1]:,} records "
         f"are read, after the first tenth of them: {min(late):,.0f} to {max(late):,.0f} MiB."
     )
-    rate_table = measure.markdown_table(["", "pictures/s (spread)"], rates)
+    rate_table = measure.markdown_table(["", "images/s (spread)"], rates)
     ratio_table = measure.markdown_table(["ours, shuffled", "ratio (spread)"], ratios)
     return f"{rate_table}\n\n{ratio_table}\n\n{sentence}"
 

@@ -43,7 +43,7 @@ def main() -> None:
     rates, most = record["pictures_a_second"], record["most_workers"]
     bars = measure.Bars(
         "prepare imagenet",
-        "pictures a second",
+        "images per second",
         rates,
         ceiling=most * statistics.median(rates[ALONE]),
         ceiling_name=f"{most} times the first",
@@ -137,7 +137,7 @@ def _table(record: dict[str, Any]) -> str:
         shares = record["a_process_of"].get(name, {})
         cells = [measure.spread(shares[base], ".2f") for base in shares] or ["", ""]
         rows.append([name, measure.spread(rates, ",.0f"), *cells])
-    header = ["", "pictures/s (spread)", "a process, of row 1", "of row 2"]
+    header = ["", "images/s (spread)", "a process, of row 1", "of row 2"]
     return (
         f"{measure.markdown_table(header, rows)}\n\nPictures of "
         f"{record['bytes_a_picture'] / 1000:,.0f} kB. Computed, not measured: all of "
