@@ -67,7 +67,7 @@ def report(workdir: Path, *, python: str = "python") -> list[str]:
     run = read_run(workdir)
     html = build_page(run, python)  # before anything is written
     filters, statistics, curves = (workdir / name for name in FIGURES)
-    kernel, columns = run.first_kernel, run.columns
+    kernel, columns = run.first_kernel, run.logits_of.model.network.columns
     save_figure(first_layer_filters(kernel, columns=columns), filters)
     save_figure(filter_statistics_by_column(kernel, columns=columns), statistics)
     save_figure(training_curves(run.records), curves)

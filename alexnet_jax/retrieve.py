@@ -28,11 +28,11 @@ import numpy as np
 from alexnet_jax.analysis import codes as codes_lib
 from alexnet_jax.analysis import retrieval
 from alexnet_jax.analysis.codes import Codes
-from alexnet_jax.analysis.features import Extractor, read, save_figure
+from alexnet_jax.analysis.features import Extractor, save_figure
 from alexnet_jax.analysis.retrieval import Index, RetrievalError
 from alexnet_jax.data import DataError, warnings_about
 from alexnet_jax.data.imagenet import words
-from alexnet_jax.data.images import short_names
+from alexnet_jax.data.images import load_picture, short_names
 from alexnet_jax.data.sources import Source
 from alexnet_jax.data.sources.folder import FolderSource
 from alexnet_jax.system import signals
@@ -62,10 +62,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             made.error(f"--{name}={value} must be at least 1.")
     if options.shortlist is not None and options.bits is None:
         made.error("--shortlist is of codes; say of how many bits: --bits=256.")
-    if options.shortlist is not None and options.shortlist < options.top:
-        made.error(f"--shortlist={options.shortlist} must be at least --top={options.top}.")
-    if not options.pictures and (options.figure or options.shortlist):
-        made.error("--figure and --shortlist are for looking pictures up; name some.")
+    if options.figure is not None and not options.pictures:
+        made.error("--figure draws pictures; name some.")
     return options
 
 
@@ -158,25 +156,23 @@ def _look_up(
 ) -> bool:
     """Print the neighbours of each image; return True if all could be read."""
     images, paths = [], []
-    found = read(options.pictures, features_of.image_size)
-    for path, image in zip(options.pictures, found, strict=True):
-        if isinstance(image, Exception):
-            print(f"error: {image}", file=sys.stderr)
-        else:
-            images.append(image)
+    for path in options.pictures:
+        try:
+            images.append(load_picture(path, features_of.image_size))
             paths.append(path)
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
     if not images:
         return False
-    queries, top = features_of(images), options.top
-    unit = "distance"
+    queries, top, unit = features_of(images), options.top, "distance"
     if codes is None:
         distances, rows = retrieval.nearest(index.features, queries, top)
     elif options.shortlist is not None:
-        size = options.shortlist
+        size = max(options.shortlist, top)
         distances, rows = codes_lib.shortlist(index.features, codes, queries, top, size=size)
     else:
-        distances, rows = codes_lib.nearest_codes(codes.packed, codes.coder.encode(queries), top)
-        unit = "bits"
+        unit, asked = "bits", codes.coder.encode(queries)
+        distances, rows = codes_lib.nearest_codes(codes.packed, asked, top)
     folder = _folder_of(index, rows, features_of)
     for path, near, far in zip(paths, rows.tolist(), distances.tolist(), strict=True):
         neighbours: list[dict[str, Any]] = []

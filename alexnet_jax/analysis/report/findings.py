@@ -51,23 +51,10 @@ class Run:
         return [record for record in self.records if "eval/loss" in record]
 
     @property
-    def training_images(self) -> int | None:
-        """The size of the training split, computed from a record's step and epoch."""
-        if not self.records or self.records[-1]["epoch"] <= 0:
-            return None
-        last = self.records[-1]
-        return round(last["step"] * self.config["data"]["batch_size"] / last["epoch"])
-
-    @property
     def first_kernel(self) -> np.ndarray:
         """The kernels of the first layer, float [H, W, 3, K]."""
         name = self.logits_of.model.network.layers[0].name
         return np.asarray(self.logits_of.variables["params"][name]["kernel"])
-
-    @property
-    def columns(self) -> int:
-        """The number of columns of the network."""
-        return self.logits_of.model.network.columns
 
     def open(self, split: str) -> Source:
         """Open a split of the run's own data, with the labels that it was trained on.

@@ -137,27 +137,18 @@ class Image(NamedTuple):
     height: int
 
 
-def _image(figure: Figure, kind: str, data: bytes) -> Image:
-    url = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+def _image(figure: Figure, kind: str) -> Image:
+    """Return a figure as "svg", sharp at every size, or as "png" for images."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=_DPI)
+    if kind == "png":  # of 256 colours: a third of the size, and it looks alike
+        rgb = PillowImage.open(buffer).convert("RGB")
+        buffer = io.BytesIO()
+        small = rgb.quantize(256, PillowImage.Quantize.MEDIANCUT)
+        small.save(buffer, format="png", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    url = f"data:image/{'svg+xml' if kind == 'svg' else kind};base64,{data}"
     return Image(url, *(round(_CSS_DPI * side) for side in figure.get_size_inches()))
-
-
-def _svg(figure: Figure) -> Image:
-    """Return a figure of lines and text, sharp at every size."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return _image(figure, "svg+xml", buffer.getvalue())
-
-
-def _png(figure: Figure) -> Image:
-    """Return a figure of images in 256 colours: a third of the size, and it looks alike."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    rgb = PillowImage.open(buffer).convert("RGB")
-    buffer = io.BytesIO()
-    small = rgb.quantize(256, PillowImage.Quantize.MEDIANCUT)
-    small.save(buffer, format="png", optimize=True)
-    return _image(figure, "png", buffer.getvalue())
 
 
 def _curves(run: Run) -> dict[str, Image] | None:
@@ -165,7 +156,7 @@ def _curves(run: Run) -> dict[str, Image] | None:
         return None
     draw_curves, classes = figures.training_curves, len(run.names)
     return {
-        name: _svg(draw_curves(run.records, quantities=[name], num_classes=classes))
+        name: _image(draw_curves(run.records, quantities=[name], num_classes=classes), "svg")
         for name in ("loss", "top1_error", "lr", "images_per_sec")
     }
 
@@ -193,7 +184,7 @@ def _predictions(run: Run, held_out: HeldOut) -> dict[str, Any]:
         best = int(np.argmax(chances))
         drawn = figures.best_labels(image[None], chances[None], names, labels=[label])
         about = {"label": names[label], "predicted": names[best], "probability": chances[best]}
-        shown.append({"image": _png(drawn), **about})
+        shown.append({"image": _image(drawn, "png"), **about})
     return {"examples": shown, "wrong": wrong}
 
 
@@ -217,7 +208,7 @@ def _neighbours(run: Run, held_out: HeldOut) -> dict[str, Any]:
     titles = [words(run.names[label]) for label in labels[shown]]
     drawn = draw(index, searched, images[shown], rows[shown], query_titles=titles)
     return {
-        "image": _png(drawn),
+        "image": _image(drawn, "png"),
         "shown": count,
         "queries": len(images),
         "each": rows.shape[1],
@@ -230,12 +221,12 @@ def _neighbours(run: Run, held_out: HeldOut) -> dict[str, Any]:
 
 
 def _filters(run: Run) -> dict[str, Any]:
-    kernel, columns = run.first_kernel, run.columns
+    kernel, columns = run.first_kernel, run.logits_of.model.network.columns
     found = figures.filter_statistics(kernel)
     statistics = figures.filter_statistics_by_column(kernel, columns=columns)
     return {
-        "image": _png(figures.first_layer_filters(kernel, columns=columns)),
-        "statistics": _svg(statistics),
+        "image": _image(figures.first_layer_filters(kernel, columns=columns), "png"),
+        "statistics": _image(statistics, "svg"),
         "side": kernel.shape[0],
         "count": kernel.shape[-1],
         "columns": columns,
