@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,20 +20,12 @@ _LONG = 44
 _LOG_RANGE, _FEW = 20.0, 16
 
 
-class _Quantity(NamedTuple):
-    """A panel: its axis, and the names in the records."""
-
-    axis: str
-    scale: float
-    train: str
-    held_out: str = ""
-
-
+# Each panel: its axis, a factor, and the names in the records.
 _QUANTITIES = {
-    "loss": _Quantity("loss (nats)", 1.0, "train/loss", "eval/loss"),
-    "top1_error": _Quantity("top-1 error (%)", 100.0, "train/top1_error", "eval/top1_error"),
-    "lr": _Quantity("learning rate", 1.0, "lr"),
-    "images_per_sec": _Quantity("images per second", 1.0, "images_per_sec"),
+    "loss": ("loss (nats)", 1.0, "train/loss", "eval/loss"),
+    "top1_error": ("top-1 error (%)", 100.0, "train/top1_error", "eval/top1_error"),
+    "lr": ("learning rate", 1.0, "lr", ""),
+    "images_per_sec": ("images per second", 1.0, "images_per_sec", ""),
 }
 
 Records = Sequence[dict[str, Any]]
@@ -61,6 +53,8 @@ def training_curves(
       ValueError: for more than six runs, which could not be told apart.
     """
     names = list(runs) if isinstance(runs, Mapping) else []
+    drawn = list(runs.values()) if isinstance(runs, Mapping) else [runs]
+    has_held_out = False
     if len(names) > len(RUN_COLORS):
         raise ValueError(
             f"at most {len(RUN_COLORS)} runs can be told apart in a figure; {len(names)} were given."
@@ -70,14 +64,26 @@ def training_curves(
     below = 0.25 + 0.22 * math.ceil((len(names) + 2) / columns) if names else 0.0
     figure = Figure(figsize=(4.0 * len(quantities), 3.2 + below), layout="constrained")
     panels = figure.subplots(1, len(quantities), squeeze=False)[0]
-    has_held_out = False
+    shared: dict[str, Any] = {"linewidth": 1.1 if names else 1.5, "markersize": 4}
     for axes, name in zip(panels, quantities, strict=True):
-        quantity = _QUANTITIES[name]
-        if isinstance(runs, Mapping):
-            has_held_out |= _draw_several(axes, list(runs.values()), quantity)
-        else:
-            _draw_one(axes, runs, quantity)
-        axes.set_ylabel(quantity.axis)
+        label, scale, train, held_out = _QUANTITIES[name]
+        is_tested = any(held_out in record for records in drawn for record in records)
+        alpha = _FAINT if names and is_tested else 1.0
+        for records, color, marker in zip(drawn, RUN_COLORS, _MARKERS, strict=False):
+            x, y = _points(records, train, scale)
+            dot = marker if len(x) == 1 else ""  # a line of a single point is invisible
+            if x:
+                axes.plot(x, y, color=color, marker=dot, alpha=alpha, label="training", **shared)
+            x, y = _points(records, held_out, scale)
+            style = {"color": _EVAL, "label": "held out"}
+            if names:  # a hundred markers would hide the line
+                style = {"color": color, "linestyle": "--", "markevery": max(1, len(x) // 12)}
+            if x:
+                axes.plot(x, y, marker=marker, **style, **shared)
+        if held_out and axes.lines and not names:
+            axes.legend(frameon=False)
+        has_held_out |= is_tested
+        axes.set_ylabel(label)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -89,37 +95,9 @@ def training_curves(
     return figure
 
 
-def _plot(axes: Axes, records: Records, key: str, scale: float, **style: Any) -> bool:
-    """Plot the values of a key over the epochs; return False if there are none."""
+def _points(records: Records, key: str, scale: float) -> tuple[list[float], list[float]]:
     found = [record for record in records if key in record]
-    style = {"markersize": 4} | style
-    if len(found) == 1:  # a line of a single point is invisible
-        style = {"marker": "o"} | style
-    if "linestyle" in style:  # a hundred markers would hide the line
-        style["markevery"] = max(1, len(found) // 12)
-    if found:
-        axes.plot([r["epoch"] for r in found], [scale * r[key] for r in found], **style)
-    return bool(found)
-
-
-def _draw_one(axes: Axes, records: Records, quantity: _Quantity) -> None:
-    _, scale, train, held_out = quantity
-    _plot(axes, records, train, scale, color=_TRAIN, label="training" if held_out else None)
-    _plot(axes, records, held_out, scale, color=_EVAL, marker="o", label="held out")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
-
-
-def _draw_several(axes: Axes, runs: Sequence[Records], quantity: _Quantity) -> bool:
-    """Draw a panel of several runs; return True if it has held-out values."""
-    _, scale, train, held_out = quantity
-    has_held_out = any(held_out in record for records in runs for record in records)
-    alpha = _FAINT if has_held_out else 1.0
-    for records, color, marker in zip(runs, RUN_COLORS, _MARKERS, strict=False):
-        style = {"color": color, "linewidth": 1.1}
-        _plot(axes, records, train, scale, alpha=alpha, **style)
-        _plot(axes, records, held_out, scale, linestyle="--", marker=marker, **style)
-    return has_held_out
+    return [r["epoch"] for r in found], [scale * r[key] for r in found]
 
 
 def _draw_guessing(axes: Axes, name: str, num_classes: int) -> None:
