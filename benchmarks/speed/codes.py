@@ -46,7 +46,7 @@ from benchmarks.speed import measure
 BITS = (28, 64, 128, 256)
 NEAREST, AMONG = 10, 100
 QUERIES = 1000
-# Rows, numbers a row, bits and queries of the measurement of speed.
+# Rows, numbers per row, bits and queries of the measurement of speed.
 SPEED_ROWS, SPEED_WIDTH, SPEED_BITS, SPEED_QUERIES = 50_000, 4096, 256, (1, 256)
 OURS = "autoencoder"
 PEER = "exact, NumPy"
@@ -90,7 +90,7 @@ def _qualities(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def drawn(seed: int, count: int = 2000) -> tuple[np.ndarray, np.ndarray]:
-    """Features [count, 256] around ten centres, and labels."""
+    """Return features [count, 256] around ten centres, and labels."""
     centres = np.random.default_rng(0).normal(size=(10, 256))
     rng = np.random.default_rng([1, seed])
     labels = rng.integers(0, 10, count)
@@ -99,7 +99,7 @@ def drawn(seed: int, count: int = 2000) -> tuple[np.ndarray, np.ndarray]:
 
 
 def random_planes(features: np.ndarray, bits: int, seed: int = 0) -> Coder:
-    """Random hyperplanes through the mean (Charikar 2002)."""
+    """Return random hyperplanes through the mean (Charikar 2002)."""
     width = features.shape[1]
     rng = np.random.default_rng(seed)
     return Coder(
@@ -110,14 +110,12 @@ def random_planes(features: np.ndarray, bits: int, seed: int = 0) -> Coder:
 
 
 def principal_signs(features: np.ndarray, bits: int) -> Coder:
-    """The signs of the first principal components; of 10,000 rows, evenly spread."""
+    """Return the signs of the first principal components of 10,000 rows, evenly spread."""
     rows = np.linspace(0, len(features) - 1, min(10_000, len(features)), dtype=int)
     mean = features.mean(axis=0)
     centred = features[rows] - mean
-    few = len(rows) < features.shape[1]  # the smaller of two matrices is quicker
-    _, vectors = np.linalg.eigh(centred @ centred.T if few else centred.T @ centred)
-    kernel = vectors[:, ::-1][:, :bits]  # the largest comes last
-    kernel = np.ascontiguousarray(centred.T @ kernel if few else kernel)
+    _, vectors = np.linalg.eigh(centred.T @ centred)
+    kernel = np.ascontiguousarray(vectors[:, ::-1][:, :bits])  # the largest comes last
     return Coder(mean=mean, kernel=kernel, bias=np.zeros(kernel.shape[1], np.float32))
 
 
@@ -128,7 +126,7 @@ def quality(
     bits: tuple[int, ...],
     steps: int,
 ) -> dict[str, Any]:
-    """Recall and precision of each kind of code.
+    """Return recall and precision of each kind of code.
 
     Args:
       index, queries: features [N, D] and labels [N].
@@ -171,7 +169,7 @@ def quality(
 
 
 def precision(labels: np.ndarray, rows: np.ndarray, wanted: np.ndarray) -> float:
-    """The share of the rows found [Q, n] whose label is the query's [Q]."""
+    """Return the share of the rows found [Q, n] whose label is the query's [Q]."""
     return float((labels[rows] == wanted[:, None]).mean())
 
 
@@ -236,7 +234,7 @@ def table(record: dict[str, Any]) -> str:
             f"{found['queries']:,} queries\n\n{measure.markdown_table(header, cells)}"
         )
     if timed := record["speed"]:
-        header = ["queries at once", "search", "queries/s", "CPU ms a query"]
+        header = ["queries at once", "search", "queries/s", "CPU ms per query"]
         header += [f"times {PEER}", "in CPU seconds"]
         cells = []
         for count, seconds in timed["seconds"].items():

@@ -1,8 +1,7 @@
-"""The peak memory of a training step, ours and the peer's, measured the same way.
+"""Peak memory of a training step, ours and the peer's, measured the same way.
 
 On a CPU each side runs in a fresh process: the peak of the resident memory during a
-step, after one that compiled it, less what the process had before the network was
-made. On a GPU the peer's is `torch.cuda.max_memory_allocated` of a step. Ours also has
+step, after one that compiled it, minus the memory before the network was made. On a GPU the peer's is `torch.cuda.max_memory_allocated` of a step. Ours also has
 the compiler's plan, which on a GPU is the number to put beside it.
 """
 

@@ -1,12 +1,11 @@
-"""What each parallel mode sends, compiled for 2 to 1,024 devices, and what it costs.
+"""Bytes that each parallel mode sends on 2 to 1,024 devices, and the time they take.
 
     python -m benchmarks.speed.parallel_modes --out=benchmarks/results/parallel_modes
 
-compiles the full-width paper network's training step on that many virtual devices of the
-CPU (nothing is computed; some minutes), reads bytes and memory from the programs into
-DIR/modes.json, and prints the tables of docs/parallelism.md: those bytes, and what they
-take at stated bandwidths. With `--tables_only` nothing is compiled and DIR/modes.json
-is read.
+compiles the full-width paper network's training step for virtual devices of the CPU
+(some minutes; it computes nothing), writes bytes and memory into DIR/modes.json, and prints
+the tables of docs/parallelism.md: those bytes, and their time at stated bandwidths. With
+`--tables_only` it compiles nothing and reads DIR/modes.json.
 
 The times in the tables are arithmetic, not measurements: bytes over the bandwidth of
 the slowest link that a group of devices has to use, exchanges not hidden behind
@@ -24,7 +23,7 @@ from typing import Any
 
 from alexnet_jax.system.machine import versions
 
-# Of one device; a step of 2 devices then has 256 images, of 1,024 131,072.
+# Images of one device per step: 256 in all on 2 devices, 131,072 on 1,024.
 IMAGES = 128
 SIZES = [2**n for n in range(1, 11)]
 FLOPS_AN_IMAGE = 6 * 724_406_816  # forward once, backward twice; 2 for each MAC

@@ -1,4 +1,4 @@
-"""Operations and bytes of the network's parts: what the machine's limits would allow.
+"""Operations and bytes of the network's parts, and the least time that they need.
 
 A part takes at least operations / (rate of matrix products) and at least bytes /
 (bandwidth of copying), whichever is more; the sum over the parts is the roofline. The

@@ -1,4 +1,4 @@
-"""Ours against the peer's best form: what `train_step` and `inference` share.
+"""Ours against the peer's best form, for `train_step` and `inference`.
 
 A quick pass over the peer's forms (`torch_alexnet.Form`) picks its fastest, which then
 takes turns with ours. Without torch only ours is measured.
