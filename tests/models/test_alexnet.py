@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from alexnet_jax.models import layers, ops
-from alexnet_jax.models.alexnet import create_model
+from alexnet_jax.models.alexnet import create_model, dropout
 from alexnet_jax.models.exchange import Part
 
 
 def random_variables(model):
     """Weights and biases of a scale at which every layer's output matters."""
-    images = jnp.zeros((1, 224, 224, 3))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    size = model.network.crop_size
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
     rng = np.random.default_rng(0)
 
     def draw(leaf):
@@ -36,18 +36,23 @@ def images_like(count=2):
     return jnp.asarray(rng.normal(0, 60, (count, 224, 224, 3)), jnp.float32)
 
 
-def test_features_are_the_stages_of_the_network():
-    model, images = narrow(), images_like()
-    variables = jax.jit(model.init)(jax.random.key(0), images)
+def features_of(model, variables, images, **options):
+    """Return the features, and their names in the order of the network: jit sorts them."""
     names = []
 
     @jax.jit
-    def features_of(images):
-        features = model.apply(variables, images, method="features")
-        names.extend(features)  # jit sorts them
+    def apply(images):
+        features = model.apply(variables, images, method="features", **options)
+        names.extend(features)
         return features
 
-    features = features_of(images)
+    return apply(images), names
+
+
+def test_features_are_the_stages_of_the_network():
+    model, images = narrow(), images_like()
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    features, names = features_of(model, variables, images)
     order = "conv1 norm1 pool1 conv2 norm2 pool2 conv3 conv4 conv5 pool5 fc6 fc7 logits"
     assert " ".join(names) == order
     assert features["conv1"].min() == 0  # after the activation
@@ -58,6 +63,23 @@ def test_features_are_the_stages_of_the_network():
     fc8 = variables["params"]["fc8"]
     expected = 0.5 * features["fc7"] @ fc8["kernel"] + fc8["bias"]
     np.testing.assert_allclose(features["logits"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["paper", "original"])
+def test_pre_activations_are_the_sums_before_any_stage(variant):
+    model, images = narrow(variant), images_like()
+    variables = random_variables(model)
+    found, names = features_of(model, variables, images, pre_activations=True)
+    weighted = [row.name for row in model.network.layers[:-1]]
+    assert [name for name in names if name.endswith("_pre")] == [f"{n}_pre" for n in weighted]
+    features, plain_names = features_of(model, variables, images)
+    assert plain_names == [name for name in names if not name.endswith("_pre")]
+    for name in weighted:
+        before, after = np.asarray(found[f"{name}_pre"]), np.asarray(features[name])
+        assert (before < 0).any()
+        # Experiment 145 normalises conv1 and pools conv5 before their activations.
+        late = variant == "original" and name in ("conv1", "conv5")
+        np.testing.assert_allclose(before if late else np.maximum(before, 0), after, rtol=1e-5)
 
 
 def test_224_equals_227_with_its_border_black():
@@ -71,13 +93,8 @@ def test_224_equals_227_with_its_border_black():
 
 @pytest.mark.parametrize("scale_at", ["test", "train"])
 def test_dropout_keeps_the_expectation_and_the_scale_it_says(scale_at):
-    def drop(train):
-        model = narrow().bind({}, rngs={"dropout": jax.random.key(1)})
-        part, x = Part(jnp.arange(64)), jnp.ones((64, 1, 1, 512))
-        stage = layers.Dropout(0.25, scale_at)
-        return np.asarray(model._dropout(stage, x, train, part))
-
-    test, train = drop(False), drop(True)
+    x, stage, part = jnp.ones((64, 1, 1, 512)), layers.Dropout(0.25, scale_at), Part(jnp.arange(64))
+    test, train = (np.asarray(dropout(x, stage, key, part)) for key in (None, jax.random.key(1)))
     assert train.mean() == pytest.approx(test.mean(), rel=0.02)
     kept, scale = (0.75, 1.0) if scale_at == "test" else (1.0, np.float32(1 / 0.75))
     assert test.mean() == pytest.approx(kept)
@@ -136,14 +153,9 @@ def test_jit_grad_and_forward_mode():
     images = images_like()
     model = narrow(fast=False)
     variables = jax.jit(model.init)(jax.random.key(0), images)
-    fast = narrow()
-    np.testing.assert_allclose(
-        jax.jit(fast.apply)(variables, images),
-        jax.jit(model.apply)(variables, images),
-        rtol=1e-4,
-        atol=1e-5,
-    )
     apply = jax.jit(lambda x: model.apply(variables, x))
+    fast = jax.jit(narrow().apply)(variables, images)
+    np.testing.assert_allclose(fast, apply(images), rtol=1e-4, atol=1e-5)
     _, tangent = jax.jvp(apply, (images,), (images,))
     # The derivative along x itself, by differences.
     step = 1e-2
