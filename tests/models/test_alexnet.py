@@ -10,20 +10,7 @@ import pytest
 from alexnet_jax.models import layers, ops
 from alexnet_jax.models.alexnet import create_model, dropout
 from alexnet_jax.models.exchange import Part
-
-
-def random_variables(model):
-    """Weights and biases of a scale at which every layer's output matters."""
-    size = model.network.crop_size
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
-    rng = np.random.default_rng(0)
-
-    def draw(leaf):
-        fan_in = max(1, leaf.size // leaf.shape[-1])
-        std = (2 / fan_in) ** 0.5 if leaf.ndim > 1 else 0.1
-        return rng.normal(0, std, leaf.shape).astype(np.float32)
-
-    return jax.tree.map(draw, shapes)
+from tests.models.networks import random_variables
 
 
 def narrow(variant="paper", **kwargs):
@@ -34,6 +21,13 @@ def narrow(variant="paper", **kwargs):
 def images_like(count=2):
     rng = np.random.default_rng(0)
     return jnp.asarray(rng.normal(0, 60, (count, 224, 224, 3)), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def paper():
+    """(model, variables, images) of the narrow network of the paper."""
+    model, images = narrow(), images_like()
+    return model, jax.jit(model.init)(jax.random.key(0), images), images
 
 
 def features_of(model, variables, images, **options):
@@ -49,9 +43,8 @@ def features_of(model, variables, images, **options):
     return apply(images), names
 
 
-def test_features_are_the_stages_of_the_network():
-    model, images = narrow(), images_like()
-    variables = jax.jit(model.init)(jax.random.key(0), images)
+def test_features_are_the_stages_of_the_network(paper):
+    model, variables, images = paper
     features, names = features_of(model, variables, images)
     order = "conv1 norm1 pool1 conv2 norm2 pool2 conv3 conv4 conv5 pool5 fc6 fc7 logits"
     assert " ".join(names) == order
@@ -82,10 +75,8 @@ def test_pre_activations_are_the_sums_before_any_stage(variant):
         np.testing.assert_allclose(before if late else np.maximum(before, 0), after, rtol=1e-5)
 
 
-def test_224_equals_227_with_its_border_black():
-    model = narrow()
-    images = images_like()
-    variables = jax.jit(model.init)(jax.random.key(0), images)
+def test_224_equals_227_with_its_border_black(paper):
+    model, variables, images = paper
     bordered = jnp.pad(images, ((0, 0), (0, 3), (0, 3), (0, 0)))
     apply = jax.jit(model.apply)
     np.testing.assert_allclose(apply(variables, images), apply(variables, bordered), rtol=1e-5)
@@ -101,9 +92,9 @@ def test_dropout_keeps_the_expectation_and_the_scale_it_says(scale_at):
     assert set(np.unique(train)) == {0.0, scale}
 
 
-def test_dropout_masks_belong_to_the_example_not_to_the_batch():
-    model, images = narrow(), images_like(4)
-    variables = jax.jit(model.init)(jax.random.key(0), images)
+def test_dropout_masks_belong_to_the_example_not_to_the_batch(paper):
+    model, variables, _ = paper
+    images = images_like(4)
 
     @jax.jit
     def logits(images, first, key=3):
@@ -119,15 +110,14 @@ def test_dropout_masks_belong_to_the_example_not_to_the_batch():
     assert len(np.unique(rows.round(4), axis=0)) == 4  # a mask for each
 
 
-def test_bfloat16_computes_with_float32_parameters():
-    images = images_like()
-    variables = jax.jit(narrow().init)(jax.random.key(0), images)
+def test_bfloat16_computes_with_float32_parameters(paper):
+    exact_model, variables, images = paper
     model = narrow(dtype=jnp.bfloat16)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     logits = jax.jit(model.apply)(variables, images)
     assert logits.dtype == jnp.float32
-    exact = jax.jit(narrow().apply)(variables, images)
+    exact = jax.jit(exact_model.apply)(variables, images)
     assert jnp.abs(logits - exact).max() < 0.05 * jnp.abs(exact).max()
 
 
@@ -149,12 +139,11 @@ def test_batch_norm_learns_and_uses_running_statistics():
     np.testing.assert_allclose(changed["batch_stats"]["norm1"]["mean"], mean, rtol=1e-4)
 
 
-def test_jit_grad_and_forward_mode():
-    images = images_like()
+def test_plain_operators_support_forward_mode(paper):
+    fast_model, variables, images = paper
     model = narrow(fast=False)
-    variables = jax.jit(model.init)(jax.random.key(0), images)
     apply = jax.jit(lambda x: model.apply(variables, x))
-    fast = jax.jit(narrow().apply)(variables, images)
+    fast = jax.jit(fast_model.apply)(variables, images)
     np.testing.assert_allclose(fast, apply(images), rtol=1e-4, atol=1e-5)
     _, tangent = jax.jvp(apply, (images,), (images,))
     # The derivative along x itself, by differences.
@@ -163,9 +152,8 @@ def test_jit_grad_and_forward_mode():
     np.testing.assert_allclose(tangent, (ahead - behind) / (2 * step), rtol=0.05)
 
 
-def test_wrong_images_are_refused():
-    model, images = narrow(), images_like()
-    variables = jax.jit(model.init)(jax.random.key(0), images)
+def test_wrong_images_are_refused(paper):
+    model, variables, images = paper
     for wrong, words in [
         (images[0], "expected [batch, size, size, 3]"),
         (images.astype(jnp.uint8), "images are uint8; expected floats"),

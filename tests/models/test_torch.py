@@ -6,7 +6,7 @@ import pytest
 
 from alexnet_jax.models import layers
 from alexnet_jax.models.alexnet import create_model
-from tests.models.test_alexnet import random_variables
+from tests.models.networks import random_variables
 
 CLASSES = 20
 
