@@ -217,7 +217,7 @@ def test_a_fully_connected_layer_of_columns_is_one_matrix_per_column():
     half, units = pool5.shape[-1] // 2, fc6["bias"].size // 2
     columns = [
         pool5[..., i * half : (i + 1) * half].reshape(2, -1)
-        @ fc6["kernel"][:, i * units : (i + 1) * units].astype(np.float64)
+        @ np.asarray(fc6["kernel"][:, i * units : (i + 1) * units], np.float64)
         for i in range(2)
     ]
     expected = np.maximum(np.concatenate(columns, -1) + fc6["bias"], 0)
