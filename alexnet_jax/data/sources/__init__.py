@@ -146,7 +146,7 @@ def overlap(train: Source, evaluation: Source) -> str:
     )
 
 
-def warnings_about(train: Source, evaluation: Source | None = None) -> list[str]:
+def warnings_about(train: Source | None, evaluation: Source | None = None) -> list[str]:
     """Return lines about skipped files, and mistakes with which the numbers look good."""
     lines = []
     for what, source in (("training", train), ("evaluation", evaluation)):
@@ -163,6 +163,6 @@ def warnings_about(train: Source, evaluation: Source | None = None) -> list[str]
                 f"{source.class_names[labels[0]]}. A low loss and error mean "
                 "nothing then: take a split of several classes"
             )
-    if evaluation is not None and (message := overlap(train, evaluation)):
+    if train and evaluation and (message := overlap(train, evaluation)):
         lines.append(f"WARNING: {message}")
     return lines
