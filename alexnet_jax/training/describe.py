@@ -122,11 +122,8 @@ def mode_table(rows: list[ModeSummary]) -> list[str]:
     """Return a heading and a line per phase in which a mode exchanges anything."""
     cells = [("mode", "mesh", "phase", "arrays exchanged", "MB sent", "MB of memory")]
     for row in rows:
-        mode, mesh, memory = (
-            row.mode,
-            f"{row.data} x {row.column}",
-            f"{row.memory_bytes / 1e6:,.0f}",
-        )
+        mode, mesh = row.mode, f"{row.data} x {row.column}"
+        memory = f"{row.memory_bytes / 1e6:,.0f}"
         for phase in [p for p in PHASES if row.counts(p)] or [""]:
             counted = row.counts(phase)
             arrays = ", ".join(f"{counted[kind]} {kind}" for kind in KINDS if counted[kind])
@@ -240,15 +237,14 @@ class Exchange:
         bits = re.search(r"\d+", self.dtype)
         result = math.prod(self.shape) * (int(bits[0]) // 8 if bits else 1)
         others = (self.devices - 1) / self.devices
-        match self.kind:
-            case "all-gather" | "all-to-all":
-                return others * result
-            case "all-reduce":
-                return 2 * others * result
-            case "reduce-scatter":  # the result is one device's part
-                return (self.devices - 1) * result
-            case _:
-                return result
+        shares = {
+            "all-gather": others,
+            "all-to-all": others,
+            "all-reduce": 2 * others,
+            "reduce-scatter": self.devices - 1,  # the result is one device's part
+            "collective-permute": 1,
+        }
+        return result * shares[self.kind]
 
 
 def exchanges(hlo: str) -> list[Exchange]:
@@ -280,11 +276,9 @@ def exchanges(hlo: str) -> list[Exchange]:
             operands = match["rest"].partition(")")[0].count("%")
             arrays = arrays[operands : 2 * operands]
         # JAX names each operation after the transformations that it came from.
-        name = re.search(r'op_name="([^"]*)"', line)
-        if name is None or "jvp(" not in name[1]:
-            phase = "gradients"
-        else:
-            phase = "backward" if "transpose(" in name[1] else "forward"
+        name = line.partition('op_name="')[2].partition('"')[0]
+        phase = "backward" if "transpose(" in name else "forward"
+        phase = phase if "jvp(" in name else "gradients"
         found += [Exchange(match["kind"], dtype, shape, devices, phase) for dtype, shape in arrays]
     return found
 

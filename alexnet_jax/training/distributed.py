@@ -47,17 +47,12 @@ def start(
 ) -> bool:
     """Connect the processes of a run, before JAX starts its devices.
 
+    `launch/README.md` describes the arguments, which are flags of `main`.
+
     Args:
       mode: "off": one process. "on": several, given by the next three arguments or found
         by JAX in the environment. "auto": "on" if one of the three is given, or if srun
         or mpirun started several tasks.
-      coordinator_address: HOST:PORT of process 0, the same for all processes.
-      num_processes, process_id: number of processes, and number of this one, from 0.
-      local_device_ids: numbers of this process's GPUs. By default a task of SLURM or
-        Open MPI takes one GPU, or all if it is alone on its node; any other process
-        takes all that it sees.
-      connect_seconds: how long to wait for the others. Then this process prints an
-        error and exits with status 1.
 
     Returns:
       True if there are several processes.
@@ -71,10 +66,11 @@ def start(
         "num_processes": num_processes,
         "process_id": process_id,
     }
+    by_flags = [f"--{name}" for name, value in given.items() if value is not None]
     missing = [f"--{name}" for name, value in given.items() if value is None]
-    by_flags, tasks = len(missing) < 3, count_tasks(os.environ)
+    tasks = count_tasks(os.environ)
     if mode == "off" and by_flags:
-        raise DistributedError(f"--distributed=off contradicts the other flags: {given}.")
+        raise DistributedError(f"--distributed=off contradicts {', '.join(by_flags)}.")
     if mode == "off" or (mode == "auto" and not by_flags and tasks == 1):
         return False
     if by_flags and missing:
@@ -204,7 +200,7 @@ def require_devices() -> None:
         plugins = importlib.metadata.entry_points(group="jax_plugins").names
         raise DeviceError(
             f"jax {jax.__version__} starts no devices with JAX_PLATFORMS="
-            f"{settings.jax_platforms or ''!r} ({error or 'no such device'}; installed: "
+            f"{settings.jax_platforms or ''!r} ({str(error) or 'no such device'}; installed: "
             f"{', '.join(['cpu', *sorted(plugins)])}). For an NVIDIA GPU, pip install "
             '"jax[cuda13]" and set JAX_PLATFORMS=cuda (nvidia-smi must list the GPU); '
             "for the CPU, set JAX_PLATFORMS=cpu or unset it."

@@ -75,7 +75,8 @@ def parse_members(text: str) -> list[Member]:
     names = text.split(",")
     if "" in names:
         raise CheckpointError(
-            f"--workdir={text} has an empty name; several are given as DIR,DIR@STEP,FILE.npz."
+            f"--workdir={text} has a comma with nothing before or behind it; several are given "
+            "as DIR,DIR@STEP,FILE.npz."
         )
     return [Member(expanded(folder), step) for folder, step in map(split_step, names)]
 

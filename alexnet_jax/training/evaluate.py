@@ -119,19 +119,20 @@ def load_predictions(path: str | os.PathLike[str]) -> Predictions:
     """
     names = [field.name for field in dataclasses.fields(Predictions)]
     found: dict[str, Any] = read_npz(path, names, PredictionsError)
-    if missing := [name for name in names if name not in {*found, "views"}]:
-        raise PredictionsError(
-            f"{path} holds no predictions: it has no {', '.join(missing)}. They are "
-            "saved by --mode=eval --predictions=FILE.npz."
+    try:
+        return Predictions(
+            centre=found["centre"],
+            views=found.get("views"),
+            num_views=int(found["num_views"]),
+            labels=found["labels"].astype(np.int64),
+            class_names=tuple(found["class_names"].tolist()),
+            split=str(found["split"]),
         )
-    return Predictions(
-        centre=found["centre"],
-        views=found.get("views"),
-        num_views=int(found["num_views"]),
-        labels=found["labels"].astype(np.int64),
-        class_names=tuple(found["class_names"].tolist()),
-        split=str(found["split"]),
-    )
+    except KeyError as error:
+        raise PredictionsError(
+            f"{path} holds no predictions: it has no {error}. They are saved by --mode=eval "
+            "--predictions=FILE.npz."
+        ) from error
 
 
 def predict(experiment: Experiment, variables: dict[str, Any]) -> Predictions:

@@ -46,8 +46,7 @@ def load(
       model: the whole network, for one device.
       variables: the argument of `model.apply`.
       preprocess: a path, a Pillow image, a uint8 array [H, W, 3], or a list of these
-        (see `load_picture`) -> images [B, crop, crop, 3], the centre view minus the
-        mean.
+        -> images [B, crop, crop, 3], the centre view minus the mean.
 
     Raises:
       FileNotFoundError: `path` is neither a workdir nor a file.
@@ -66,9 +65,8 @@ def make_preprocess(weights: Weights) -> Callable[[Any], jax.Array]:
     mean_image = jnp.broadcast_to(jnp.asarray(weights.mean), (size, size, 3))
 
     def preprocess(pictures: Any) -> jax.Array:
-        if not isinstance(pictures, (list, tuple)):
-            pictures = [pictures]
-        stack = np.stack([images_lib.load_picture(p, size) for p in pictures])
+        many = pictures if isinstance(pictures, (list, tuple)) else [pictures]
+        stack = np.stack([images_lib.load_picture(p, size) for p in many])
         return augment.eval_images(jnp.asarray(stack), mean_image=mean_image, crop_size=crop_size)
 
     return preprocess
@@ -125,11 +123,9 @@ def with_network_of(config: Config, path: str | os.PathLike[str]) -> Config:
 
     `path` and errors are those of `load`.
     """
-    sizes = ("data.image_size", "data.crop_size")
-    network: dict[str, Any] = {}
     if is_weights_file(path):
         weights = read_weights(path)
-        network |= {sizes[0]: weights.image_size, sizes[1]: weights.crop_size}
+        network = {"data.image_size": weights.image_size, "data.crop_size": weights.crop_size}
         for name, value in weights.settings.items():
             group = "model" if name in config.model else "model.overrides"
             network[f"{group}.{name}"] = value
@@ -137,11 +133,8 @@ def with_network_of(config: Config, path: str | os.PathLike[str]) -> Config:
         workdir = Path(split_step(os.fspath(path))[0])
         require_run(workdir)
         stored = flat(as_json(from_stored(read_config(workdir) or {})))
-        network = {
-            name: value
-            for name, value in stored.items()
-            if name.startswith("model.") or name in sizes
-        }
+        own = ("model.", "data.image_size", "data.crop_size")
+        network = {name: value for name, value in stored.items() if name.startswith(own)}
     return from_stored(as_json(config), network)
 
 

@@ -129,7 +129,7 @@ def test_saved_predictions_are_loaded(views, tmp_path):
 def test_file_without_predictions_is_refused(tmp_path):
     good = {k: v for k, v in vars(make(probabilities(0))).items() if v is not None}
     np.savez(tmp_path / "p.npz", **{k: v for k, v in good.items() if k != "labels"})
-    words = "holds no predictions: it has no labels"
+    words = "holds no predictions: it has no 'labels'"
     with pytest.raises(PredictionsError, match=words):
         evaluate.load_predictions(tmp_path / "p.npz")
 
@@ -322,7 +322,7 @@ def test_any_checkpoint_can_be_named(runs):
         parse_members(f"{root}/seed_0@last")
     (root / "odd@last").mkdir()
     assert parse_members(f"{root}/odd@last") == [Member(root / "odd@last")]
-    with pytest.raises(CheckpointError, match="has an empty name"):
+    with pytest.raises(CheckpointError, match="a comma with nothing"):
         parse_members(f"{root}/seed_0,")
 
 
