@@ -1,17 +1,17 @@
-"""A trained network goes on, to other classes: your own pictures, one folder a class.
+"""Train a trained network on other classes: your own images, one folder per class.
 
     python -m alexnet_jax.main --config=configs/finetune.py:SOURCE \
         --workdir=runs/mine --config.data.source=folder:PATH
 
-SOURCE is the workdir of a run, or a file of weights (README, "Weights"); network and
-picture sizes are its own. All layers start from its weights but the classifier, which
-starts anew and learns ten times as fast as the others (as in Caffe's fine-tuning of its
-reference network on Flickr's styles). The first convolutions as they are:
+SOURCE is the workdir of a run or a file of weights (docs/weights.md); network and image
+sizes are its own. All layers start from its weights but the classifier, which starts anew
+and learns ten times as fast as the others (as in Caffe's fine-tuning of its reference
+network on Flickr's styles). To keep the first convolutions as they are:
 
     --config.schedule.layer_factors='(("conv1",0,0),("conv2",0,0),("fc8",0,10))'
 
-Once it has begun the run is a source itself: `configs/finetune.py:runs/mine` goes on with
-it, and tests it, where SOURCE is no longer there.
+Once it has begun, the run is a source itself: `configs/finetune.py:runs/mine` resumes and
+evaluates it without SOURCE.
 """
 
 from alexnet_jax.models import variants
