@@ -4,16 +4,13 @@ A source knows how many examples there are and fetches any of them by index into
 that the caller owns. Order and state are the loader's.
 """
 
-import contextlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.sources.source import Sample, Source, StoredSource, some
-from alexnet_jax.system.cli import expanded
 
 __all__ = [
     "Sample",
@@ -22,7 +19,6 @@ __all__ = [
     "match_classes",
     "open_source",
     "overlap",
-    "place_of_split",
     "warnings_about",
 ]
 
@@ -107,18 +103,6 @@ def match_classes(
         )
     assert isinstance(source, StoredSource)  # the classes of fake data are always equal
     return source.with_classes(class_names)
-
-
-def place_of_split(source: str, split: str, data_dir: str) -> Any:
-    """Return the same value for all names of a split: in folders, test may be val."""
-    from alexnet_jax.data.sources.folder import split_folder
-    from alexnet_jax.data.sources.tfds import tfds_data_dir
-
-    if source.startswith("folder:"):
-        with contextlib.suppress(OSError, DataError):  # it may not be there
-            root = expanded(source.removeprefix("folder:"))
-            return split_folder(root, split).resolve()
-    return source, split, tfds_data_dir(data_dir).absolute()
 
 
 def overlap(train: Source, evaluation: Source) -> str:
