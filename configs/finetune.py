@@ -14,9 +14,9 @@ Once it has begun, the run is a source itself: `configs/finetune.py:runs/mine` r
 evaluates it without SOURCE.
 """
 
-from alexnet_jax.models import variants
 from alexnet_jax.training import load
 from alexnet_jax.training.config import get_config as defaults
+from alexnet_jax.training.config import make_model
 
 
 def get_config(source=""):
@@ -31,7 +31,7 @@ def get_config(source=""):
     config.optim.learning_rate = 1e-3
     config.num_epochs = 20.0
     config.schedule.name = "cosine"
-    classifier = variants.get(config.model.variant).layers[-1].name
+    classifier = make_model(config, None).network.layers[-1].name
     config.schedule.layer_factors = ((classifier, 0.0, 10.0),)
     config.log_every_steps = 20
     return config

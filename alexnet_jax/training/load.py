@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 
 from alexnet_jax.data import augment
 from alexnet_jax.data import images as images_lib
-from alexnet_jax.models import alexnet, variants
+from alexnet_jax.models import alexnet
 from alexnet_jax.models.weights import SUFFIXES, Weights, WeightsError, read_weights
+from alexnet_jax.models.weights.files import make_model
 from alexnet_jax.training.checkpoint import Checkpointer, CheckpointError, split_step
 from alexnet_jax.training.config import Config, ConfigError, as_json, flat, model_settings
 from alexnet_jax.training.distributed import require_devices
@@ -100,7 +101,7 @@ def read_network(
             f"{path} holds a network of variant {config.model.variant}; got variant={variant!r}."
         )
     names = read_class_names(workdir)
-    classifier = variants.get(config.model.variant).layers[-1].name
+    classifier = make_model(model_settings(config, None)).network.layers[-1].name
     units = variables["params"][classifier]["bias"].shape[0]
     return Weights(
         settings=model_settings(config, units),

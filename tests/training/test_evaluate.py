@@ -199,6 +199,7 @@ def test_set_needs_no_training_images_and_not_every_class(runs, folder, tmp_path
     test = tmp_path / "pictures" / "test"
     shutil.copytree(folder / "test", test)
     shutil.rmtree(test / "blue")  # the first by name
+    (test / "red" / "notes.txt").touch()
     config = copy_of(config, source=f"folder:{tmp_path / 'pictures'}")
     path = tmp_path / "weights.safetensors"
     save_safetensors(path, read_network(root / "seed_0"))
@@ -213,6 +214,7 @@ def test_set_needs_no_training_images_and_not_every_class(runs, folder, tmp_path
         lines = capsys.readouterr().out.splitlines()
         words = "WARNING: no images of 1 of the 3 trained classes: blue ("
         assert sum(line.startswith(words) for line in lines) == 1
+        assert sum(line.startswith("WARNING: 1 left out of ") for line in lines) == 1
         (test / "red").rename(test / "rot")
         with pytest.raises(DataError, match="never trained: rot; it lacks blue, red"):
             evaluate_runs(config, [member])
