@@ -58,24 +58,22 @@ def read_records(
       labels: int32 [n], in the order of storage.
       hashes: uint64 [n]; empty if the source stores no images (fake).
     """
-    labels = np.empty(source.num_examples, np.int32)
-    stored = source if isinstance(source, StoredSource) else None
-    hashes = np.empty(len(labels) if stored else 0, np.uint64)
+    everything = np.arange(source.num_examples)
+    if not isinstance(source, StoredSource):
+        return source.labels_of(everything), np.empty(0, np.uint64)
+    labels = np.empty(len(everything), np.int32)
+    hashes = np.empty(len(everything), np.uint64)
 
-    def read(first: int) -> int:
-        part = range(first, min(first + _CHUNK, len(labels)))
-        if stored is None:
-            labels[part] = source.labels_of(np.asarray(part))
-        else:
-            for index in part:
-                labels[index], data = stored.record(index)
-                digest = hashlib.blake2b(data, digest_size=8).digest()
-                hashes[index] = int.from_bytes(digest, "little")
+    def read(part: np.ndarray) -> int:
+        for index in part.tolist():
+            labels[index], data = source.record(index)
+            digest = hashlib.blake2b(data, digest_size=8).digest()
+            hashes[index] = int.from_bytes(digest, "little")
         return len(part)
 
     pool = futures.ThreadPoolExecutor(workers)
     try:
-        for done in pool.map(read, range(0, len(labels), _CHUNK)):
+        for done in pool.map(read, np.array_split(everything, -(-len(everything) // _CHUNK))):
             progress(done)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -104,13 +102,13 @@ def examine(
     yield _class_order(train, is_imagenet, partial)
     splits = {"train": train}
     if evaluation is not None:
+        splits["validation" if is_imagenet else "evaluation"] = evaluation
         try:
             match_classes(evaluation, train.class_names)
             yield Finding("ok", "labels mean the same classes in both splits")
         except DataError as error:
             yield Finding("WRONG", str(error))
         yield from _in_both(train, evaluation, hashes)
-        splits["validation" if is_imagenet else "evaluation"] = evaluation
     for (split, source), of_split in zip(splits.items(), labels):
         if is_imagenet:
             count, official = len(of_split), OFFICIAL_COUNTS[split]
@@ -147,21 +145,19 @@ def _in_both(train: Source, evaluation: Source, hashes: Sequence[np.ndarray]) ->
     """Look for evaluation images that are training images: by place, else by content."""
     if message := overlap(train, evaluation):
         yield Finding("WRONG", message)
-        return
-    if not isinstance(train, StoredSource) or not isinstance(evaluation, StoredSource):
-        return
-    level, total = "ok", len(hashes[1])
-    found = np.flatnonzero(np.isin(hashes[1], hashes[0]))
-    text = f"{len(found):,} of {total:,} evaluation images are byte for byte training images"
-    if len(found):
-        level = "WRONG" if len(found) >= _MOST_IDENTICAL * total else "note"
-        twin = np.flatnonzero(hashes[0] == hashes[1][found[0]])[0]
-        text += (
-            f", for example {evaluation.name_of(int(found[0]))} and "
-            f"{train.name_of(int(twin))}: their error is not that of unseen images. Take "
-            "them out of one split"
-        )
-    yield Finding(level, text)
+    elif isinstance(train, StoredSource) and isinstance(evaluation, StoredSource):
+        level, total = "ok", len(hashes[1])
+        found = np.flatnonzero(np.isin(hashes[1], hashes[0]))
+        text = f"{len(found):,} of {total:,} evaluation images are byte for byte training images"
+        if len(found):
+            level = "WRONG" if len(found) >= _MOST_IDENTICAL * total else "note"
+            twin = np.flatnonzero(hashes[0] == hashes[1][found[0]])[0]
+            text += (
+                f", for example {evaluation.name_of(int(found[0]))} and "
+                f"{train.name_of(int(twin))}: their error is not that of unseen images. "
+                "Take them out of one split"
+            )
+        yield Finding(level, text)
 
 
 def _counts(split: str, source: Source, labels: np.ndarray) -> Finding:
@@ -177,9 +173,8 @@ def _counts(split: str, source: Source, labels: np.ndarray) -> Finding:
     if not len(absent):
         return Finding("ok", text)
     # A small evaluation split may lack classes; a training split must not.
-    level = "WRONG" if split == "train" else "note"
     names = some([source.class_names[label] for label in absent])
-    return Finding(level, f"{text}; no pictures of {names}")
+    return Finding("WRONG" if split == "train" else "note", f"{text}; no pictures of {names}")
 
 
 def _pixel_values(split: str, source: Source) -> Finding:
@@ -189,15 +184,16 @@ def _pixel_values(split: str, source: Source) -> Finding:
     ranges = []
     for index in range(sample.num_examples):
         sample.fetch(np.array([index]), image, np.empty(1, np.int32))
-        ranges.append(int(image.max()) - int(image.min()))
+        ranges.append(np.ptp(image))
     median = np.median(ranges)
     text = f"{split}: an image spans {median:.0f} of 255 grey levels (median of {len(ranges):,})"
-    if median < _LEAST_RANGE:
-        text += (
-            f": the images hardly vary; expected at least {_LEAST_RANGE}. Were values of "
-            "10 to 16 bits cut to 8? Scale them to 0..255 and save the images again"
-        )
-    return Finding("ok" if median >= _LEAST_RANGE else "WRONG", text)
+    if median >= _LEAST_RANGE:
+        return Finding("ok", text)
+    return Finding(
+        "WRONG",
+        f"{text}: the images hardly vary; expected at least {_LEAST_RANGE}. Were values of "
+        "10 to 16 bits cut to 8? Scale them to 0..255 and save the images again",
+    )
 
 
 def label_entropy(batches: np.ndarray) -> float:
@@ -226,14 +222,16 @@ def _order(labels: np.ndarray) -> Iterator[Finding]:
         f"shuffling: the labels of the first {count} batches of {size} hold {found:.2f} "
         f"bits each, at random {chance:.2f}",
     )
-    # Matters to readers that shuffle little, and to slices such as train[:10%].
     stored = entropy(labels)
     text = f"order of storage: {stored:.2f} bits, at random {chance:.2f}"
     if stored > 0.9 * chance:
         yield Finding("ok", text)
     else:
-        text += "; sorted by class: training shuffles by itself, but a slice such as "
-        yield Finding("note", text + "train[:10%] is a few classes")
+        yield Finding(
+            "note",
+            f"{text}; sorted by class: training shuffles by itself, but a slice such as "
+            "train[:10%] is a few classes",
+        )
 
 
 def _statistics(train: Source, is_imagenet: bool, workers: int) -> Iterator[Finding]:

@@ -40,9 +40,6 @@ class TrainOrder:
     def __init__(self, num_examples: int, *, batch_size: int, seed: int):
         from grain.experimental import index_shuffle
 
-        # Grain refuses larger seeds with a message that names no field.
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed must be in 0..2**32-1, got {seed}")
         self._shuffled = index_shuffle
         self._num_examples = num_examples
         self._batch_size = batch_size
@@ -69,6 +66,18 @@ class Batches(Iterator[Batch]):
     The memory of a batch is used again when nothing refers to it any more, JAX's arrays
     included; do not write to it. Use it as a context manager or call `close()`.
 
+    Args:
+      source: where the images come from.
+      examples: called with (first, last); returns the indices of the examples at these
+        positions, counted from step 0 on.
+      batch_size: size of the global batch; may exceed the number of examples.
+      positions: (lo, hi), the half-open range of positions in the global batch that
+        this process feeds; the whole batch if absent.
+      start_step: the first step.
+      num_examples: positions until the end, then the last batch is padded; None: endless.
+      workers: decoding threads; as many as there are free cores.
+      prefetch: batches decoded ahead; each takes b * S * S * 3 bytes.
+
     Attributes:
       step: number of the batch that `next` returns.
       num_batches: batches from step 0 to the end; None for endless training.
@@ -87,13 +96,12 @@ class Batches(Iterator[Batch]):
         workers: int = 2,
         prefetch: int = PREFETCH,
     ):
-        if workers < 1 or prefetch < 1:
-            raise ValueError(f"{workers=} and {prefetch=} must be at least 1")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         low, high = positions or (0, batch_size)
-        if not 0 <= low < high <= batch_size:
-            raise ValueError(f"{positions=} must be a non-empty range in 0..{batch_size}")
+        if min(batch_size, workers, prefetch) < 1 or not 0 <= low < high <= batch_size:
+            raise ValueError(
+                f"{batch_size=}, {workers=} and {prefetch=} must be at least 1, and "
+                f"{positions=} a range of positions in the batch"
+            )
         self.step = start_step
         self.num_batches = num_examples and -(-num_examples // batch_size)
         self.wait_seconds = 0.0
@@ -111,23 +119,17 @@ class Batches(Iterator[Batch]):
         self._next_to_submit = start_step
         self._pending: collections.deque[tuple[Batch, list[futures.Future]]]
         self._pending = collections.deque()
-        self._pool: futures.ThreadPoolExecutor | None
         self._pool = futures.ThreadPoolExecutor(workers, "alexnet-data")
         # A forgotten iterator ends its threads too; __del__ would run too late, when
         # the interpreter has already taken its modules apart.
         weakref.finalize(self, self._pool.shutdown, cancel_futures=True)
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
         if self.step == self.num_batches:
             self.close()
             raise StopIteration
-        if self._pool is None:
-            raise RuntimeError("this batch iterator was closed: make a new one")
-        self._submit()
+        self._read_ahead()
         batch, parts = self._pending.popleft()
         try:
             for part in parts:
@@ -135,42 +137,37 @@ class Batches(Iterator[Batch]):
         except BaseException:
             self.close()
             raise
-        self._submit()
+        self._read_ahead()
         self.step += 1
         self.wait_seconds += time.perf_counter() - started
         return batch
 
     def wait(self, timeout: float) -> bool:
         """Wait at most `timeout` seconds; return whether `next` has its batch."""
-        if self._pool is None or self.step == self.num_batches:
+        if self.step == self.num_batches:
             return True  # it raises at once
-        self._submit()
+        self._read_ahead()
         _, parts = self._pending[0]
         return not futures.wait(parts, timeout).not_done
 
-    def _submit(self) -> None:
-        """Keep `prefetch` batches in the making, each cut into `workers` parts."""
-        assert self._pool is not None
-        while len(self._pending) < self._prefetch:
-            if self._next_to_submit == self.num_batches:
-                return
-            size = self._size
+    def _read_ahead(self) -> None:
+        """Keep `prefetch` batches in the making, each cut into `workers` parts.
+
+        Raises:
+          RuntimeError: the iterator was closed.
+        """
+        while len(self._pending) < self._prefetch and self._next_to_submit != self.num_batches:
             first = self._next_to_submit * self._batch_size + self._low
-            real = int(max(0, min(size, self._end - first)))
-            batch = {"image": self._memory.take(), "label": np.empty(size, np.int32)}
-            batch["image"][real:] = 0
-            batch["label"][real:] = 0
+            real = int(max(0, min(self._size, self._end - first)))
+            images, labels = self._memory.take(), np.empty(self._size, np.int32)
+            images[real:] = 0
+            labels[real:] = 0
+            batch = {"image": images, "label": labels}
             if self.num_batches is not None:
-                batch["mask"] = (np.arange(size) < real).astype(np.float32)
+                batch["mask"] = (np.arange(self._size) < real).astype(np.float32)
             cuts = np.linspace(0, real, self._workers + 1).astype(int)
             parts = [
-                self._pool.submit(
-                    self._fetch,
-                    first + lo,
-                    first + hi,
-                    batch["image"][lo:hi],
-                    batch["label"][lo:hi],
-                )
+                self._pool.submit(self._fetch, first + lo, first + hi, images[lo:hi], labels[lo:hi])
                 for lo, hi in itertools.pairwise(cuts.tolist())
                 if lo < hi
             ]
@@ -179,10 +176,8 @@ class Batches(Iterator[Batch]):
 
     def close(self) -> None:
         """Drop the batches read ahead and end the threads; may be called twice."""
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            self._pending.clear()
-            pool.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> Self:
         return self
@@ -203,29 +198,17 @@ def train_batches(
 ) -> Batches:
     """Iterate over shuffled batches without end, from `start_step` on.
 
-    Args:
-      source: where the images come from.
-      batch_size: size of the global batch.
-      seed: 0..2**32 - 1; decides the order.
-      start_step: first step (after a resume: the restored step).
-      positions: (lo, hi), the half-open range of positions in the global batch that
-        this process feeds; the whole batch if absent.
-      workers: decoding threads; as many as there are free cores.
-      prefetch: batches decoded ahead; each takes b * S * S * 3 bytes.
+    Args: see `Batches`; `seed`, 0..2**32 - 1, decides the order.
 
     Returns:
       An iterator of {"image": uint8 [b, S, S, 3], "label": int32 [b]}, b = hi - lo.
 
     Raises:
-      ValueError: an argument is out of range; while iterating a DataError for a broken
-        image.
+      DataError: while iterating: an image is broken.
     """
-    if start_step < 0:
-        raise ValueError(f"start_step must not be negative, got {start_step}")
-    order = TrainOrder(source.num_examples, batch_size=batch_size, seed=seed)
     return Batches(
         source,
-        order.examples,
+        TrainOrder(source.num_examples, batch_size=batch_size, seed=seed).examples,
         batch_size=batch_size,
         positions=positions,
         start_step=start_step,
@@ -244,10 +227,8 @@ def eval_batches(
 ) -> Batches:
     """Iterate over every example exactly once, in order; pad the last batch.
 
-    Args:
-      source, positions, workers, prefetch: see `train_batches`. Every process gets the
-        same number of batches, so none waits for another.
-      batch_size: size of the global batch; may exceed the number of examples.
+    Args: see `Batches`. Every process gets the same number of batches, so none waits
+    for another.
 
     Returns:
       An iterator of ceil(num_examples / batch_size) batches {"image": uint8
@@ -255,7 +236,7 @@ def eval_batches(
       example and 0 for padding, whose image and label are 0.
 
     Raises:
-      ValueError: see `train_batches`.
+      DataError: while iterating: an image is broken.
     """
     return Batches(
         source,

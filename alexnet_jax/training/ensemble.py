@@ -169,7 +169,7 @@ def _load_network(
     experiment = build_for_evaluation(
         config,
         class_names=weights.class_names,
-        statistics=Statistics(mean, np.zeros(3), np.eye(3), num_examples=1),
+        statistics=Statistics(mean, np.zeros(3), np.eye(3), 1, 1),
         log=_say,
     )
     source, known = experiment.eval_source, weights.settings["num_classes"]

@@ -290,7 +290,7 @@ def _find_statistics(config: Config, source: Source, log: Callable[[str], object
         found = _read_or_compute_statistics(config, source, log)
     else:
         mean_image = np.zeros((source.image_size, source.image_size, 3))
-        found = Statistics(mean_image, np.zeros(3), np.zeros((3, 3)), 0)
+        found = Statistics(mean_image, np.zeros(3), np.zeros((3, 3)), 0, 0)
     if jax.process_count() == 1:
         return found
     leaves = [

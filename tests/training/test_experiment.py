@@ -74,7 +74,7 @@ def test_statistics_are_taken_from_beside_the_data(folder):
 
 
 def test_statistics_of_another_number_of_images_are_computed_again(folder):
-    built, (line, hint) = _built_beside(folder, Statistics(*SEVENS, 60))
+    built, (line, hint) = _built_beside(folder, Statistics(*SEVENS, 60, 60))
     path = folder / "statistics_32.npz"
     assert line == (f"mean image: computing it from 12 of 12 images, since {path} is of 60 images")
     assert "prepare statistics stores" in hint
