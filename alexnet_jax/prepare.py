@@ -121,19 +121,16 @@ def _check(options: argparse.Namespace) -> bool:
             evaluation = match_classes(evaluation, train.class_names)
     for line in warnings_about(train, evaluation):
         _say(line)
-    labels, hashes, levels = [], [], []
+    splits: list[check.Split] = []
     for source in filter(None, (train, evaluation)):
         _say(source.description)
         with progress("reading labels and images", source.num_examples, "records") as bar:
-            of_split = check.read_records(source, options.workers, bar)
-        labels.append(of_split[0])
-        hashes.append(of_split[1])
-    for finding in check.examine(
-        train, evaluation, labels, hashes, partial=options.partial, workers=options.workers
-    ):
+            splits.append(check.read_split(source, options.workers, bar))
+    levels = []
+    for finding in check.examine(*splits, partial=options.partial, workers=options.workers):
         _say(str(finding))
         levels.append(finding.level)
-    figure = contact_sheet(train, labels[0], evaluation, labels[-1])
+    figure = contact_sheet(train, splits[0].labels, evaluation, splits[-1].labels)
     with atomic_write(out) as file:
         figure.savefig(file, format=out.suffix.removeprefix("."), dpi=110)
     _say(f"look at {out}: each pair must show what its title says")

@@ -42,7 +42,7 @@ def parser(module: str, about: str | None, *, top: int) -> argparse.ArgumentPars
 
 
 def path_argument(text: str) -> Path:
-    """Return `expanded(text)`, for argparse."""
+    """Return a path with `~` expanded, for argparse."""
     try:
         return expanded(text)
     except PathError as error:
