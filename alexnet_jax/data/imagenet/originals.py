@@ -155,7 +155,8 @@ def _pictures(place: Path) -> list[Original]:
     found: dict[str, Original] = {}
     entries = _in_archive(place) if place.is_file() else _in_folder(place)
     with progress(f"reading the contents of {place.name}", None, "pictures") as done:
-        for path, wnid, name, offset, size in entries:
+        for wnid, original in entries:
+            name = original.name
             wnid = wnid or named_wnid(name)
             if wnid not in _LABELS:
                 raise DataError(
@@ -167,19 +168,20 @@ def _pictures(place: Path) -> list[Original]:
             check_label(name, wnid, str(place))
             if name in found:
                 raise DataError(f"{place} holds {name} more than once")
-            found[name] = Original(str(path), name, size, _LABELS[wnid], offset)
+            found[name] = original._replace(label=_LABELS[wnid])
             done(1)
     if not found:
         raise DataError(f"{place} holds no pictures")
     return list(found.values())
 
 
-# (archive or image file, its class if it lies in that of a class, name, offset, size).
-Picture = tuple[Path, str | None, str, int, int]
+def _in_archive(
+    path: Path, start: int = 0, wnid: str | None = None
+) -> Iterator[tuple[str | None, Original]]:
+    """Yield the images of the archive at byte `start`, and of class archives inside.
 
-
-def _in_archive(path: Path, start: int = 0, wnid: str | None = None) -> Iterator[Picture]:
-    """Yield the images of the archive at byte `start`, and of class archives inside."""
+    Each comes with its class, if it lies in the archive of one.
+    """
     end = start
     try:
         with open(path, "rb") as file:
@@ -194,7 +196,7 @@ def _in_archive(path: Path, start: int = 0, wnid: str | None = None) -> Iterator
                     if suffix == ".tar":
                         yield from _in_archive(path, member.offset_data, stem)
                     else:
-                        yield path, wnid, name, member.offset_data, member.size
+                        yield wnid, Original(str(path), name, member.size, -1, member.offset_data)
             # An archive that is cut off between two files lacks only the end mark.
             file.seek(end)
             if file.read(2 * _BLOCK) != bytes(2 * _BLOCK):
@@ -209,8 +211,8 @@ def _in_archive(path: Path, start: int = 0, wnid: str | None = None) -> Iterator
         ) from error
 
 
-def _in_folder(folder: Path) -> Iterator[Picture]:
-    """Yield the images of class folders, or those that lie side by side.
+def _in_folder(folder: Path) -> Iterator[tuple[str, Original]]:
+    """Yield the images of class folders, or those that lie side by side, by class.
 
     Raises:
       DataError: there is anything else: no image is left out without a word.
@@ -224,7 +226,8 @@ def _in_folder(folder: Path) -> Iterator[Picture]:
         )
     for wnid, (place, names) in classes.items():
         for name in names:
-            yield place / name, wnid, name, 0, (place / name).stat().st_size
+            path = place / name
+            yield wnid, Original(str(path), name, path.stat().st_size, -1)
 
 
 def _tfds(directory: Path, split: str) -> list[Original]:

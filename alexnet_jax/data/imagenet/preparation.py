@@ -93,7 +93,7 @@ def prepare(
                 path = unfinished / shard_name(split, number, count)
                 shards.append(Shard(path, split, part))
         if verify:
-            _verify(source)
+            _verify(source, log)
 
         def bytes_missing() -> int:
             pictures = sum(len(shard.originals) for shard in shards if not shard.is_done())
@@ -135,21 +135,19 @@ def _count(split: str, count: int, place: Path) -> str:
     return line
 
 
-def _verify(source: Path) -> None:
+def _verify(source: Path, log: Log) -> None:
     """Raise DataError unless both archives have the official MD5."""
     for official in OFFICIAL.values():
-        path, digest = source / official.archive, hashlib.md5(usedforsecurity=False)
+        path = source / official.archive
         if not path.is_file():
             raise DataError(f"--verify needs the archives; {path} is not there")
-        size = path.stat().st_size
-        with open(path, "rb") as file, progress(f"MD5 of {path}", size, "B") as done:
-            while block := file.read(1 << 24):
-                digest.update(block)
-                done(len(block))
-        if digest.hexdigest() != official.md5:
+        log(f"computing the MD5 of {path}")
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "md5").hexdigest()
+        if found != official.md5:
             raise DataError(
-                f"{path} has the MD5 {digest.hexdigest()}, the official archive "
-                f"{official.md5}: it is damaged or was packed again"
+                f"{path} has the MD5 {found}, the official archive {official.md5}: it is "
+                "damaged or was packed again"
             )
 
 
