@@ -14,7 +14,14 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from alexnet_jax.data import DataError, images, open_source, statistics
-from alexnet_jax.data.imagenet import class_words, classes, originals, preparation, wnids
+from alexnet_jax.data.imagenet import (
+    class_words,
+    classes,
+    named_wnid,
+    originals,
+    preparation,
+    wnids,
+)
 from alexnet_jax.data.sources.tfds import example_message
 from alexnet_jax.training import experiment
 from configs import paper
@@ -53,12 +60,12 @@ def test_validation_labels_are_the_official_ones():
     assert set(np.unique(labels, return_counts=True)[1]) == {50}
     # Not the development kit's numbers: image 1 is a sea snake, label 65.
     for number, words in enumerate(FIRST_VALIDATION, 1):
-        wnid = classes.validation_wnid(f"ILSVRC2012_val_{number:08d}.JPEG")
+        wnid = named_wnid(f"ILSVRC2012_val_{number:08d}.JPEG")
         assert classes.words(wnid) == words
     assert wnids().index(labels[0]) == 65
-    for name in ("ILSVRC2012_val_00050001.JPEG", "1.jpg"):
-        with pytest.raises(DataError, match="no validation picture"):
-            classes.validation_wnid(name)
+    assert named_wnid("1.jpg") is None
+    with pytest.raises(DataError, match="images 1 to 50,000 only"):
+        named_wnid("ILSVRC2012_val_00050001.JPEG")
 
 
 # The data set.
@@ -167,7 +174,7 @@ def test_prepared_tfds_imagenet2012_gives_the_same(data_dir, tmp_path, kind):
 def test_hugging_faces_names_say_the_class(tmp_path):
     labels = {f"train/{n[:-5]}_{WNIDS[k]}.JPEG": k for n, (k, _) in TRAIN.items()}
     for name in VALIDATION:
-        wnid = classes.validation_wnid(name)
+        wnid = named_wnid(name)
         labels[f"val/{name[:-5]}_{wnid}.JPEG"] = wnids().index(wnid)
     for name in labels:
         (tmp_path / name).parent.mkdir(exist_ok=True)

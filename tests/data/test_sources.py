@@ -205,7 +205,7 @@ def test_fake_source():
     train, evaluation = (open_source("fake", s, image_size=8) for s in ("train", "val"))
     assert (train.num_examples, evaluation.num_examples) == (1_281_167, 50_000)
     assert train.num_classes == 1000
-    again = FakeSource(image_size=8)
+    again = FakeSource("train", 8)
     one, two = (next(train_batches(s, batch_size=64, seed=3)) for s in (train, again))
     np.testing.assert_array_equal(one["image"], two["image"])
     np.testing.assert_array_equal(one["label"], two["label"])
