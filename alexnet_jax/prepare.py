@@ -39,7 +39,13 @@ from alexnet_jax.data import (
 )
 from alexnet_jax.data.sources.tfds import tfds_data_dir
 from alexnet_jax.system import signals
-from alexnet_jax.system.cli import exit_status, expanded, progress, require_writable
+from alexnet_jax.system.cli import (
+    exit_status,
+    expanded,
+    progress,
+    require_writable,
+    require_writable_file,
+)
 from alexnet_jax.system.files import atomic_write
 
 _say = functools.partial(print, flush=True)
@@ -108,11 +114,9 @@ def _check(options: argparse.Namespace) -> bool:
     from alexnet_jax.data import check
 
     out = options.out
-    if out.suffix not in (".png", ".jpg", ".pdf") or not out.absolute().parent.is_dir():
-        raise ValueError(f"--out={out} must be a .png, .jpg or .pdf file in a folder that exists")
-    if not options.split:
-        raise ValueError("--split is empty: which split is trained on?")
-    require_writable(out.absolute().parent)
+    if out.suffix not in (".png", ".jpg", ".pdf"):
+        raise ValueError(f"--out={out} must be a .png, .jpg or .pdf file")
+    require_writable_file(out)
     name = options.source or "imagenet2012_256"
     train, evaluation = _open(options, name, options.split), None
     if options.eval_split:

@@ -113,8 +113,6 @@ def test_command_stores_them_beside_the_data(folder, capsys):
         (["statistics", "--source=folder:/no/such"], "/no/such does not exist"),
         (["statistics", "--source=fake"], "no place"),
         (["check", "--out=x"], "must be a .png, .jpg or .pdf file"),
-        (["check", "--out=no/such/x.png"], "in a folder that exists"),
-        (["check", "--split="], "--split is empty"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_message(arguments, message, capsys):
