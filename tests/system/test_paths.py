@@ -74,7 +74,7 @@ MISTAKES = [
     (export, "--workdir={run} --out={file}/x.onnx", FILE),
     (report, "--workdir={run},{run} --out={file}/x.png", FILE),
     (predict, "--workdir={run} --figure={file}/x.png {picture}", FILE),
-    (retrieve, "--workdir={run} --index={file}/x.npz", FILE),
+    (retrieve, "--workdir={run} --index={file}/x.npz --layer=pool3", FILE),
     (main, "--mode=eval --workdir={run},,{run}", COMMA),
 ]
 
