@@ -16,16 +16,12 @@ import numpy as np
 from alexnet_jax.data.imagenet import words
 from alexnet_jax.data.sources import place_of_split
 from alexnet_jax.data.statistics import Statistics
+from alexnet_jax.data.statistics import load as load_statistics
 from alexnet_jax.models.weights import Weights
 from alexnet_jax.system.cli import expanded, require_writable_file
 from alexnet_jax.training import finetune, load, metrics
 from alexnet_jax.training.banner import say_place
-from alexnet_jax.training.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    has_checkpoint,
-    split_step,
-)
+from alexnet_jax.training.checkpoint import Checkpointer, CheckpointError, all_steps, split_step
 from alexnet_jax.training.config import Config, ConfigError
 from alexnet_jax.training.evaluate import (
     Predictions,
@@ -38,7 +34,7 @@ from alexnet_jax.training.evaluate import (
 )
 from alexnet_jax.training.experiment import Experiment, build_for_evaluation
 from alexnet_jax.training.resume import compare
-from alexnet_jax.training.workdir import CHECKPOINTS, about_mean, read_statistics
+from alexnet_jax.training.workdir import CHECKPOINTS, STATISTICS_FILE, about_mean
 from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 
 WORST = 10  # number of classes, and of confusions, that are printed
@@ -111,7 +107,7 @@ def evaluate_runs(
             require_writable_file(save_to)
     for member in members:  # all of them, before the first is computed
         folder = member.path / CHECKPOINTS
-        if member.is_run and not has_checkpoint(folder):
+        if member.is_run and not all_steps(folder):
             raise CheckpointError(
                 f"There is no checkpoint in {folder}; train first (--mode=train), or "
                 "give the --workdir of a run."
@@ -205,8 +201,8 @@ def _read_checkpoint(config: Config, member: Member) -> tuple[Weights, dict[str,
         # Not config.json, which may be that of a later start.
         trained_with = saved.metadata(step)["config"]
     differences = compare(config, trained_with, workdir)
-    statistics = read_statistics(workdir)
-    _say(about_mean(workdir, statistics, trained_with))
+    mean = load_statistics(workdir / STATISTICS_FILE)
+    _say(about_mean(workdir, mean, trained_with))
     if differences:
         _say("\n".join([f"{member.path}: {differences[0]}", *differences[1:]]))
 

@@ -68,8 +68,8 @@ def test_a_record_is_one_line_of_json(path):
 def test_arrays_become_numbers_and_nan_becomes_null(path):
     scalars = {"a": jnp.float32(0.5), "b": np.int64(3), "c": jnp.ones((1,), jnp.int32)}
     scalars["eta_seconds"] = 3.0  # only on the console
-    with MultiWriter(path.parent, total_steps=10) as writer:
-        writer.write(7, 0.25, scalars)
+    with MultiWriter(path.parent, total_steps=10, steps_per_epoch=28.0) as writer:
+        writer.write(7, scalars)
     assert path.read_text() == '{"step": 7, "epoch": 0.25, "a": 0.5, "b": 3, "c": 1}\n'
     path.unlink()
     scalars = {"train/loss": math.nan, "lr": math.inf, "x": -math.inf}
@@ -180,7 +180,7 @@ SUMMARY = {
             TRAIN | {"eta_seconds": 3753.2},
             True,
             (
-                "train: loss 3.2144  top-1 error 71.25%  lr 0.01  1523 images/s"
+                "train: loss 3.2144  top-1 error 71.25%  lr 0.01  1523.4 images/s"
                 "  waiting for data 3%  left 1:02:33"
             ),
         ),
@@ -189,20 +189,19 @@ SUMMARY = {
             EVAL | VIEWS,  # of five classes or fewer
             False,
             (
-                "eval: loss 2.5000  top-1 error 50.00%  several views: loss 0.9000"
-                "  top-1 error 40.00%  on 50000 images"
+                "eval: loss 2.5000  top-1 error 50.00%  on 50000 images"
+                "  several views: loss 0.9000  top-1 error 40.00%"
             ),
         ),
         (
             SUMMARY,
             True,
             (
-                "train: loss nan  dead relu: conv1 0%  fc6 13%"
-                "  grad norm: conv1 1.2e-03  fc8 1.2e+01"
+                "dead relu: conv1 0%  fc6 13%  grad norm: conv1 1.2e-03  fc8 1.2e+01"
+                "  train: loss nan"
             ),
         ),
         ({"images_per_sec": 9.64, "own/dead": 0.25}, True, "9.6 images/s  own: dead 0.25"),
-        ({"eta_seconds": math.inf}, True, "left ?"),
     ],
 )
 def test_a_record_is_a_readable_line(scalars, show_top5, words, capsys):
@@ -267,10 +266,12 @@ def test_all_writers_through_a_resume(tmp_path, capsys):
     workdir = tmp_path / "runs" / "paper"
     # Step 100 is written again after the resume, and appears once.
     for resume_step, steps in ((None, (100, 200)), (100, (100, 200, 300))):
-        with MultiWriter(workdir, total_steps=300, resume_step=resume_step) as writers:
+        with MultiWriter(
+            workdir, total_steps=300, steps_per_epoch=100.0, resume_step=resume_step
+        ) as writers:
             for step in steps:
                 writers.progress(step)
-                writers.write(step, step / 100, {"train/loss": step, "eta_seconds": 9})
+                writers.write(step, {"train/loss": step, "eta_seconds": 9})
             writers.text("a line")
     assert _steps(workdir / METRICS_FILE) == [100, 200, 300]
     # A restart adds an event file, even one within the same second.
@@ -282,8 +283,8 @@ def test_all_writers_through_a_resume(tmp_path, capsys):
 
 def test_other_processes_write_nothing(tmp_path, capsys):
     workdir = tmp_path / "run"
-    with MultiWriter(workdir, total_steps=10, enabled=False) as writers:
-        writers.write(6, 0.1, TRAIN)
+    with MultiWriter(workdir, total_steps=10, steps_per_epoch=1.0, enabled=False) as writers:
+        writers.write(6, TRAIN)
         writers.progress(6)
         writers.text("a line")
     assert not workdir.exists() and capsys.readouterr().out == ""
