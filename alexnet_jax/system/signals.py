@@ -4,8 +4,7 @@ A training run finishes its step, writes a checkpoint and exits (`stop_requests`
 other command exits at once with one line (`run`). The exit status is 128 + the signal's
 number: 130, 143 or 138. SLURM sends SIGUSR1 before a job's time limit.
 
-Python runs handlers between its own instructions. A signal that arrives during a
-compilation, or while devices wait for another process, is handled afterwards.
+Python runs handlers between its own instructions, so after a compilation.
 """
 
 import contextlib
@@ -31,9 +30,9 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class Stop:
-    """The first signal that asked a run to stop; None: no signal yet."""
+    """The first signal that asked a run to stop; 0: no signal yet."""
 
-    signal: int | None = None
+    signal: int = 0
 
 
 @contextlib.contextmanager
@@ -47,7 +46,7 @@ def stop_requests() -> Iterator[Stop]:
     outside = signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_IGN)
 
     def request(number: int) -> None:
-        if stop.signal is None:
+        if not stop.signal:
             stop.signal = number
             again = "a second" if number == signal.SIGINT else "a"
             _say(

@@ -52,7 +52,6 @@ def say_place(experiment: Experiment) -> None:
 
 
 def _mesh(experiment: Experiment) -> str:
-    mesh, transform = experiment.mesh, experiment.config.parallel.transform
-    rows, columns = mesh.shape[parallel.DATA], mesh.shape[parallel.COLUMN]
-    by = "" if transform == "shard_map" else f" by {transform}"
-    return f"mode {experiment.spec.mode}{by}, {rows} data x {columns} column"
+    shape, spec = experiment.mesh.shape, experiment.spec
+    by = "" if spec.transform == "shard_map" else f" by {spec.transform}"
+    return f"mode {spec.mode}{by}, {shape[parallel.DATA]} data x {shape[parallel.COLUMN]} column"

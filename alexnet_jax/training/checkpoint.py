@@ -25,7 +25,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -79,8 +79,8 @@ def all_steps(directory: Path) -> list[int]:
     return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
-class Checkpointer:
-    """Saves and restores one pytree of arrays per step, with JSON metadata.
+class Checkpointer(contextlib.ExitStack):
+    """Save and restore one pytree of arrays per step, with JSON metadata.
 
     Keeps the newest `keep` steps and the one with the lowest top-1 error. An older step
     is deleted only after the new one is complete.
@@ -92,13 +92,14 @@ class Checkpointer:
     Args:
       directory: a local or mounted folder.
       keep: number of newest steps to keep, at least 1.
-      read_only: for evaluation and notebooks, which never save. Nothing is deleted, and
-        a run in the same folder deletes nothing until `close`.
+      read_only: for evaluation and notebooks, which never save. A run in the same folder
+        deletes nothing until this one is closed.
     """
 
     def __init__(
         self, directory: str | os.PathLike[str], *, keep: int = 3, read_only: bool = False
     ):
+        super().__init__()
         self.directory = Path(directory).expanduser().absolute()
         self._keep = keep
         # Difference from the manifest by step, "" for a whole one. A step of AlexNet
@@ -107,25 +108,14 @@ class Checkpointer:
         self._is_first = jax.process_index() == 0
         self._handler: Any = ocp.PyTreeCheckpointHandler()
         self._arrays = ocp.Checkpointer(self._handler)
-        self._reading = contextlib.ExitStack()
+        self.callback(self._arrays.close)
         if read_only:
-            self._reading.enter_context(shared_lock(self.directory / READERS))
+            self.enter_context(shared_lock(self.directory / READERS))
         elif self._is_first:
             self.directory.mkdir(parents=True, exist_ok=True)
             for path in self.directory.glob("*.tmp"):
                 if path.stem.isdecimal():
                     shutil.rmtree(path)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Free Orbax's threads, and let runs delete old steps again."""
-        self._arrays.close()
-        self._reading.close()
 
     # Writing.
 
@@ -134,14 +124,8 @@ class Checkpointer:
     ) -> None:
         """Write a step and return when it is complete on the disk.
 
-        An existing step is not written again, but a missing `top1_error` is added to
-        it. A damaged step of the same number is replaced.
-
-        Args:
-          step: number of finished training steps.
-          state: pytree of arrays, sharded or not.
-          metadata: JSON values; tuples come back as lists, keys as strings.
-          top1_error: in [0, 1], of the evaluation at this step, if there was one.
+        An existing step is not written again, but a missing `top1_error`, in [0, 1], is
+        added to it. A damaged step of the same number is replaced.
 
         Raises:
           FullDiskError: (an OSError) if the disk is full. Earlier steps stay as they
@@ -170,18 +154,13 @@ class Checkpointer:
                     os.rename(temporary, self.directory / str(step))
                     _sync(self.directory)
                     self._problems[step] = ""
-        elif self._is_first and top1_error is not None:
-            self._add_error(step, top1_error)
+        elif self._is_first and self.top1_error(step) is None:
+            body = read_manifest(self.directory / str(step)) | {"top1_error": top1_error}
+            with atomic_write(self.directory / str(step) / MANIFEST) as file:
+                file.write(manifest_text(body))
         multihost_utils.sync_global_devices(f"checkpoint of step {step}")
         if is_new and self._is_first:
             self._delete_old()
-
-    def _add_error(self, step: int, top1_error: float) -> None:
-        """Add the error of an evaluation that came after the step was saved."""
-        body = read_manifest(self.directory / str(step))
-        if body["top1_error"] is None:
-            with atomic_write(self.directory / str(step) / MANIFEST) as file:
-                file.write(manifest_text(body | {"top1_error": top1_error}))
 
     def _delete_old(self) -> None:
         """Delete all but the newest steps and the best one, unless somebody reads."""
@@ -225,7 +204,7 @@ class Checkpointer:
         steps = all_steps(self.directory)
         candidates = [which] if isinstance(which, int) else steps[::-1]
         if which == "best":
-            candidates.sort(key=self._error)  # stable: the newest first
+            candidates.sort(key=self._rank)  # stable: the newest first
         for step in candidates:
             if not self._problem(step):
                 return step
@@ -238,10 +217,10 @@ class Checkpointer:
             "in a new workdir."
         )
 
-    def _error(self, step: int) -> float:
+    def _rank(self, step: int) -> float:
         """Return the top-1 error of a step; infinity if it is not known."""
         with contextlib.suppress(OSError, ValueError):  # a damaged step
-            error = read_manifest(self.directory / str(step))["top1_error"]
+            error = self.top1_error(step)
             return math.inf if error is None else error
         return math.inf
 
@@ -321,7 +300,6 @@ class Checkpointer:
         return self._restore_arrays(step, target), self.metadata(step)
 
     def _saved_tree(self, step: int) -> dict[str, Any]:
-        """Return shapes and dtypes of a saved state, as nested dicts and lists."""
         return self._handler.metadata(self.directory / str(step) / STATE).tree
 
     def _restore_arrays(self, step: int, target: Any) -> Any:

@@ -137,7 +137,7 @@ class Run:
         """Return the common decision of all processes, from their signals and clocks."""
         minutes = (time.monotonic() - self.saved_at) / 60
         is_due = 0 < self.config.checkpoint.every_minutes <= minutes
-        return self._votes.cast(Vote(self.stop.signal or 0, is_due))
+        return self._votes.cast(Vote(self.stop.signal, is_due))
 
     def write_summary(self, batch: Any) -> None:
         """Write gradient norms and shares of dead units of the next step."""

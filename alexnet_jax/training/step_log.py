@@ -40,11 +40,7 @@ class StepLog:
         self._writers.progress(step)
 
     def write(self, step: int, waited: float) -> bool:
-        """Write the means since the last log line.
-
-        Args:
-          step: the newest step.
-          waited: `Batches.wait_seconds`.
+        """Write the means since the last log line; `waited` is `Batches.wait_seconds`.
 
         Returns:
           True if the training error reached `stop_at_train_error`.
@@ -65,7 +61,7 @@ class StepLog:
         loss = float(losses.mean())
         error = float(np.mean([metrics["top1_error"] for metrics in recent]))
         steps_per_second, wait_share = self._clock.lap(step, waited)
-        scalars = {
+        means = {
             "train/loss": loss,
             "train/top1_error": error,
             "lr": float(recent[-1]["lr"]),
@@ -73,7 +69,7 @@ class StepLog:
             "data_wait_frac": wait_share,
             "eta_seconds": (self._experiment.total_steps - step) / steps_per_second,
         }
-        self._writers.write(step, scalars)
+        self._writers.write(step, means)
         self._warn_of_stall(step, loss)
         # A line before a stop or after a resume may cover fewer steps.
         is_whole = len(recent) == self._config.log_every_steps

@@ -124,21 +124,21 @@ def next_batch(batches: Batches, computing: Any) -> Batch:
 class Profiler(contextlib.ExitStack):
     """Trace `count` training steps into `folder` with JAX's profiler.
 
-    The trace begins `SKIPPED_STEPS` after the start, which fill the queues; a run that ends
-    before it does closes it. Every start adds a trace, named by the time.
+    It begins `SKIPPED_STEPS` after the start, when the queues are full, and ends at the
+    latest with the run. Every start adds a trace, named by the time.
     """
 
     def __init__(self, folder: Path, count: int, start_step: int):
         super().__init__()
-        first = start_step + SKIPPED_STEPS
-        self._folder, self._edges = folder, (first, first + count) if count else ()
+        self._folder, self._count = folder, count
+        self._first = start_step + SKIPPED_STEPS
 
     def is_due(self, step: int) -> bool:
         """Return True if the trace begins or ends before the step."""
-        return step in self._edges
+        return self._count > 0 and step in (self._first, self._first + self._count)
 
     def switch(self, step: int) -> None:
         """Begin or end the trace; the devices must be idle."""
         self.close()
-        if step == self._edges[0]:
+        if step == self._first:
             self.enter_context(jax.profiler.trace(self._folder))

@@ -47,13 +47,13 @@ def alone_in(workdir: Path) -> Iterator[None]:
     Raises:
       ConfigError: another run holds it; names that run.
     """
+    holder = ""
     with contextlib.ExitStack() as held:
-        holder = ""
-        if jax.process_index() == 0:
-            try:
+        try:
+            if jax.process_index() == 0:
                 held.enter_context(exclusive_lock(workdir / LOCK_FILE, wait=False))
-            except HeldError as error:
-                holder = error.holder
+        except HeldError as error:
+            holder = error.holder
         if multihost_utils.broadcast_one_to_all(np.int32(bool(holder))):
             raise ConfigError(
                 f"{workdir} is in use by {holder or 'another run, see process 0'}. Wait "
@@ -74,11 +74,8 @@ def require_run(workdir: Path) -> None:
 def from_stored(stored: dict[str, Any], changes: Mapping[str, Any] | None = None) -> Config:
     """Return a config that was stored as JSON, perhaps by an older version.
 
-    Missing fields take their default; unknown fields are ignored.
-
-    Args:
-      stored: the tree of fields.
-      changes: "GROUP.FIELD" -> value that replaces the stored one.
+    Missing fields take their default; unknown fields are ignored. `changes` replace stored
+    fields by their name "GROUP.FIELD".
     """
     config = get_config()
     known = flat(config.to_dict())

@@ -16,9 +16,10 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from alexnet_jax.system.cli import free_name, progress_bar
 from alexnet_jax.system.files import atomic_write, explain_full_disk
@@ -28,8 +29,10 @@ METRICS_FILE = "metrics.jsonl"
 FLUSH_SECONDS = 10.0
 
 
-class MultiWriter:
+class MultiWriter(contextlib.ExitStack):
     """Write each record of a run to metrics.jsonl, TensorBoard and the console.
+
+    A terminal also has a progress bar, below the lines.
 
     Args:
       workdir: folder for the files, created if missing.
@@ -51,14 +54,20 @@ class MultiWriter:
         enabled: bool = True,
         show_top5: bool = True,
     ):
-        self._steps_per_epoch, self._enabled = steps_per_epoch, enabled
+        super().__init__()
+        self._total, self._steps_per_epoch = total_steps, steps_per_epoch
+        self._enabled, self._show_top5 = enabled, show_top5
         if enabled:
             workdir.mkdir(parents=True, exist_ok=True)
             self._jsonl = JsonlWriter(workdir / METRICS_FILE, resume_step)
+            self._bar = tqdm(disable=True)
+            if sys.stdout.isatty():
+                self._bar = progress_bar(
+                    sys.stdout, total=total_steps, initial=resume_step or 0, unit="step"
+                )
+            self.callback(self._bar.close)
             self._events = TensorBoardWriter(workdir, resume_step)
-            self._console = ConsoleWriter(
-                total_steps, start_step=resume_step or 0, show_top5=show_top5
-            )
+            self.callback(self._events.close)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Write one record: scalars (numbers or 0-d arrays) after `step` steps.
@@ -73,27 +82,21 @@ class MultiWriter:
             epoch = step / self._steps_per_epoch
             if self._jsonl.write(step, epoch, stored):
                 self._events.write(step, epoch, stored)
-                self._console.write(step, epoch, numbers)
+                start = f"step {step:{len(str(self._total))}d}/{self._total}  epoch {epoch:.2f}"
+                self.text(f"{start}  {in_words(numbers, show_top5=self._show_top5)}")
 
     def progress(self, step: int) -> None:
-        """Move the progress bar to `step`, if there is one; cheap."""
+        """Move the progress bar to `step`; cheap."""
         if self._enabled:
-            self._console.progress(step)
+            with contextlib.suppress(OSError):
+                self._bar.update(step - self._bar.n)
 
     def text(self, line: str) -> None:
-        """Print a line on the console, above the bar."""
+        """Print a line; a run goes on if nobody can read its output."""
         if self._enabled:
-            self._console.text(line)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._enabled:
-            try:
-                self._events.close()
-            finally:
-                self._console.close()
+            with contextlib.suppress(OSError):
+                self._bar.write(line, file=sys.stdout)  # above the bar
+                sys.stdout.flush()
 
 
 class JsonlWriter:
@@ -232,70 +235,22 @@ _FORMS = {
 }
 
 
-class ConsoleWriter:
-    """Print one line per record and, on a terminal, a progress bar below.
+def in_words(scalars: Mapping[str, Any], *, show_top5: bool = True) -> str:
+    """Return a record as a line for people, for example (one line):
 
-    The bar starts at `start_step`. `stream` is standard output by default.
+    train: loss 3.2144  top-1 error 71.25%  lr 0.01  1523.4 images/s
+    waiting for data 3%  left 1:02:33
     """
-
-    def __init__(
-        self,
-        total_steps: int,
-        stream: TextIO | None = None,
-        *,
-        start_step: int = 0,
-        show_top5: bool = True,
-    ):
-        self._total, self._show_top5 = total_steps, show_top5
-        self._stream = sys.stdout if stream is None else stream
-        self._bar = None
-        if self._stream.isatty():
-            self._bar = progress_bar(
-                self._stream, total=total_steps, initial=start_step, unit="step"
-            )
-
-    def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
-        """Print a record, for example (one line):
-
-        step 1200/45000  epoch 2.67  train: loss 3.2144  top-1 error 71.25%  lr 0.01
-        1523.4 images/s  waiting for data 3%  left 1:02:33
-        """
-        width = len(str(self._total))
-        parts = [f"step {step:{width}d}/{self._total}", f"epoch {epoch:.2f}"]
-        previous = ""
-        for name, value in scalars.items():
-            group, _, short = name.rpartition("/")
-            if short.endswith("top5_error") and not self._show_top5:
-                continue
-            form = _FORMS.get(group) or _FORMS.get(short) or "{name} {value:.4g}"
-            if short == "eta_seconds":
-                value = datetime.timedelta(seconds=round(value))
-            words = form.format(name=short, value=value)
-            # The group is printed once, before the first number of that kind.
-            new = group not in ("", previous)
-            parts.append(f"{group.replace('_', ' ')}: {words}" if new else words)
-            previous = group or previous
-        self.text("  ".join(parts))
-
-    def progress(self, step: int) -> None:
-        """Move the bar to `step`, if there is one."""
-        if self._bar is not None:
-            with contextlib.suppress(OSError):
-                self._bar.update(step - self._bar.n)
-
-    def text(self, line: str) -> None:
-        """Print `line`, above the bar if there is one.
-
-        A run goes on if nobody reads its output: the workdir has the records.
-        """
-        with contextlib.suppress(OSError):
-            if self._bar is not None:
-                self._bar.write(line, file=self._stream)
-            else:
-                self._stream.write(line + "\n")
-            self._stream.flush()
-
-    def close(self) -> None:
-        """Remove the bar; the stream stays open."""
-        if self._bar is not None:
-            self._bar.close()
+    parts, previous = [], ""
+    for name, value in scalars.items():
+        group, _, short = name.rpartition("/")
+        if short.endswith("top5_error") and not show_top5:
+            continue
+        form = _FORMS.get(group) or _FORMS.get(short) or "{name} {value:.4g}"
+        if short == "eta_seconds":
+            value = datetime.timedelta(seconds=round(value))
+        # The group is printed once, before the first number of that kind.
+        start = f"{group.replace('_', ' ')}: " if group not in ("", previous) else ""
+        parts.append(start + form.format(name=short, value=value))
+        previous = group or previous
+    return "  ".join(parts)
