@@ -63,17 +63,16 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
     path.mkdir(parents=True, exist_ok=True)
     checkpoints, writes_files = path / CHECKPOINTS, jax.process_index() == 0
     with alone_in(path), Checkpointer(checkpoints, keep=config.checkpoint.keep) as checkpointer:
-        metadata = {}
         if restored := checkpointer.restore(experiment.abstract_state()):
             state, metadata = restored
             require_same_epochs(metadata, experiment, path)
             origin = [f"resuming from step {int(state.step)} ({checkpoints})"]
         else:
-            origin[0] = f"no checkpoint in {checkpoints}: {origin[0]}"
+            metadata, origin[0] = {}, f"no checkpoint in {checkpoints}: {origin[0]}"
         assert state is not None  # there is a checkpoint, or `prepare` has found none
         step = int(state.step)
         if writes_files:
-            if not restored:  # left over from a start without a checkpoint
+            if not metadata:  # left over from a start without a checkpoint
                 (path / TIMES_FILE).unlink(missing_ok=True)
             experiment.statistics.save(path / STATISTICS_FILE)
             write_class_names(path, experiment.train_source.class_names)
@@ -83,7 +82,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
                 path,
                 total_steps=experiment.total_steps,
                 steps_per_epoch=experiment.steps_per_epoch,
-                resume_step=step if restored else None,
+                resume_step=step if metadata else None,
                 enabled=writes_files,
                 show_top5=shows_top5(experiment.train_source.num_classes),
             ) as writers,
@@ -92,7 +91,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
             for line in (*describe_run(experiment), *origin):
                 writers.text(line)
             progress = Progress.resume(step, metadata, config)
-            saved_step = step if restored else -1
+            saved_step = step if metadata else -1
             run = Run(experiment, state, progress, checkpointer, writers, clock, stop, saved_step)
             # A rate that is constant, or lowered by the plateau rule, is stored in the
             # checkpoint. The other schedules read the config at every step.

@@ -75,16 +75,7 @@ def compare(config: Config, saved: dict[str, Any], workdir: Path) -> list[str]:
             "\n".join([f"{workdir} holds another network:", *network])
             + "\nTake a new --workdir, or the config that this one was made with."
         )
-    if not changed:
-        return []
-    lines = ["the config differs from this workdir's:", *changed.values()]
-    schedule = config.schedule.name
-    if "num_epochs" in changed and schedule in ("cosine", "polynomial"):
-        lines.append(
-            f"the {schedule} schedule is laid out over {config.num_epochs:g} epochs instead "
-            f"of {old['num_epochs']:g}: from here on the learning rate is another"
-        )
-    return lines
+    return ["the config differs from this workdir's:", *changed.values()] if changed else []
 
 
 def _require_same_classes(experiment: Experiment, workdir: Path) -> None:
@@ -117,10 +108,7 @@ def require_same_epochs(metadata: Mapping[str, Any], experiment: Experiment, wor
     remedy = "Bring the old ones back"
     if old != new:
         change = f"has --config.data.batch_size={old}, not {new}"
-        remedy = f"Keep {old}"
-        if old % new == 0:
-            parts = experiment.config.optim.accumulate_steps * old // new
-            remedy += f"; --config.optim.accumulate_steps={parts} is the same run in less memory"
+        remedy = f"Keep {old} (--config.optim.accumulate_steps=2 halves its memory)"
     raise ConfigError(
         f"{workdir} {change}: its steps would mean other epochs, learning rates and "
         f"places in the data. {remedy}. Or take a new --workdir; "
