@@ -137,6 +137,7 @@ def test_another_number_of_devices(tmp_path, saved_on, restored_on):
         checkpoints.save(1, jax.device_put(state, _on_mesh(state, saved_on)), metadata={})
     shardings = _on_mesh(state, restored_on)
     with Checkpointer(tmp_path) as checkpoints:
+        assert checkpoints.find("best") == 1  # the newest, as none has an error
         restored = checkpoints.restore(_abstract(state, shardings))
     assert restored is not None
     _assert_same_bits(restored[0], state)
