@@ -233,7 +233,7 @@ def work(jobs: Sequence[Job], at_a_time: int) -> bool:
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="run", disable=None)
     with signals.stop_requests() as stop, bar:
         while running or (waiting and not stopping):
-            if stop.signal is not None and not stopping:
+            if stop.signal and not stopping:
                 stopping = True
                 for job in running:
                     job.stop()

@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alexnet_jax.training.checkpoint import Checkpointer, CheckpointError
+from alexnet_jax.training.checkpoint import Checkpointer, CheckpointError, all_steps
 from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 from benchmarks.speed import measure
 
@@ -278,7 +278,7 @@ def outcome(workdir: Path) -> dict[str, Any]:
     with Checkpointer(workdir / "checkpoints", read_only=True) as saved:
         step = saved.find("latest")
         parts = ("step", "params", "batch_stats", "opt_state")
-        state, metadata = saved.restore_params(step=step, parts=parts)
+        state, metadata = saved.restore_params("latest", parts=parts)
         error = None if step is None else saved.top1_error(step)
     leaves = {
         f"state {jax.tree_util.keystr(path)}": (str(leaf.dtype), leaf.shape, leaf.tobytes())
@@ -381,12 +381,11 @@ class Disturbed:
     def _whole_steps(self) -> list[int]:
         folder = self.folder / "run" / "checkpoints"
         found = []
-        if folder.exists():
-            with Checkpointer(folder, read_only=True) as saved:
-                for step in saved.all_steps():
-                    with contextlib.suppress(CheckpointError):  # damaged
-                        saved.metadata(step)
-                        found.append(step)
+        with Checkpointer(folder, read_only=True) as saved:
+            for step in all_steps(folder):
+                with contextlib.suppress(CheckpointError):  # damaged
+                    saved.find(step)
+                    found.append(step)
         return found
 
     def _damage_newest(self) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from alexnet_jax.data import statistics as statistics_lib
-from alexnet_jax.data.loader import Batches, TrainOrder
+from alexnet_jax.data.loader import Batches, train_order
 from alexnet_jax.training import experiment as experiment_lib
 from alexnet_jax.training import timing
 from alexnet_jax.training.experiment import Experiment
@@ -83,10 +83,9 @@ class _Training:
     def batches(self, count: int) -> Batches:
         """Return `count` shuffled batches; their threads start and end with them."""
         source = self.experiment.train_source
-        order = TrainOrder(source.num_examples, batch_size=self.size, seed=0)
         return Batches(
             source,
-            order.examples,
+            train_order(source.num_examples, 0),
             batch_size=self.size,
             num_examples=count * self.size,
             workers=self.experiment.config.data.workers,

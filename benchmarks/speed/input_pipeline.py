@@ -32,7 +32,7 @@ from PIL import Image
 
 from alexnet_jax.data import sources
 from alexnet_jax.data.imagenet import preparation
-from alexnet_jax.data.loader import Batches, TrainOrder
+from alexnet_jax.data.loader import Batches, train_order
 from alexnet_jax.data.sources.tfds import TfdsSource
 from benchmarks.speed import measure, memory, pictures
 
@@ -115,7 +115,7 @@ def _candidates(
     count = BATCH_SIZE * (4 if short else 40) * workers
     part = count // workers // 2
     threads = concurrent.futures.ThreadPoolExecutor(workers)
-    shuffled = TrainOrder(source.num_examples, batch_size=BATCH_SIZE, seed=0).examples
+    shuffled = train_order(source.num_examples, 0)
 
     def decode(count: int) -> None:
         out = np.empty((preparation.SIZE, preparation.SIZE, 3), np.uint8)
@@ -178,10 +178,10 @@ def _first_batch_seconds(data_dir: Path, workers: int) -> float:
 def _memory(data_dir: Path, count: int, workers: int) -> dict[str, Any]:
     """Return resident memory while `count` shuffled records are read, a hundred samples."""
     source = sources.open_source("imagenet2012_256", "train", data_dir=str(data_dir))
-    order = TrainOrder(source.num_examples, batch_size=BATCH_SIZE, seed=0)
+    order = train_order(source.num_examples, 0)
     steps = count // BATCH_SIZE
     records, mib = [], []
-    with _batches(source, order.examples, steps * BATCH_SIZE, workers) as batches:
+    with _batches(source, order, steps * BATCH_SIZE, workers) as batches:
         for step, _ in enumerate(batches, 1):
             if step % max(1, steps // 100) == 0:
                 records.append(step * BATCH_SIZE)
