@@ -1,10 +1,7 @@
 """Runs that start from trained weights."""
 
 import importlib
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ from alexnet_jax.training import load as load_lib
 from alexnet_jax.training.config import ConfigError
 from alexnet_jax.training.writers import read_metrics
 from tests.models.test_variants import TWO_SIXES
+from tests.training.test_distributed import run_together
 from tests.training.test_loop import columns_config, folder, small_config  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
@@ -191,17 +189,9 @@ def test_two_processes_start_from_a_file(source, shapes, tmp_path):
     """Both read the file, and the network in it, before they connect."""
     weights = tmp_path / "net.safetensors"
     assert export.main([f"--workdir={source}", f"--out={weights}"]) == 0
-    command = [
-        *(sys.executable, str(ROOT / "launch" / "multiprocess.py"), "-n", "2", "--"),
-        f"--config={ROOT / 'configs' / 'finetune.py'}:{weights}",
-        f"--workdir={tmp_path / 'run'}",
-        f"--config.data.source=folder:{shapes}",
-        "--config.max_steps=0",
-        "--config.data.batch_size=6",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    config_file = f"{ROOT}/configs/finetune.py:{weights}"
+    fields = f"--config.data.source=folder:{shapes}", "--config.data.batch_size=6"
+    run_together(config_file, tmp_path / "run", 2, *fields, "--config.max_steps=0")
     trained, begun = (trained_leaves(where) for where in (source, tmp_path / "run"))
     for name in trained:
         if name.split("/")[1] in KEPT:

@@ -4,16 +4,13 @@ A source knows how many examples there are and fetches any of them by index into
 that the caller owns. Order and state are the loader's.
 """
 
-import contextlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.sources.source import Sample, Source, StoredSource, some
-from alexnet_jax.system.cli import expanded
 
 __all__ = [
     "Sample",
@@ -22,7 +19,6 @@ __all__ = [
     "match_classes",
     "open_source",
     "overlap",
-    "place_of_split",
     "warnings_about",
 ]
 
@@ -109,18 +105,6 @@ def match_classes(
     return source.with_classes(class_names)
 
 
-def place_of_split(source: str, split: str, data_dir: str) -> Any:
-    """Return the same value for all names of a split: in folders, test may be val."""
-    from alexnet_jax.data.sources.folder import split_folder
-    from alexnet_jax.data.sources.tfds import tfds_data_dir
-
-    if source.startswith("folder:"):
-        with contextlib.suppress(OSError, DataError):  # it may not be there
-            root = expanded(source.removeprefix("folder:"))
-            return split_folder(root, split).resolve()
-    return source, split, tfds_data_dir(data_dir).absolute()
-
-
 def overlap(train: Source, evaluation: Source) -> str:
     """Return a message about evaluation images that are training images, by place.
 
@@ -146,7 +130,7 @@ def overlap(train: Source, evaluation: Source) -> str:
     )
 
 
-def warnings_about(train: Source, evaluation: Source | None = None) -> list[str]:
+def warnings_about(train: Source | None, evaluation: Source | None = None) -> list[str]:
     """Return lines about skipped files, and mistakes with which the numbers look good."""
     lines = []
     for what, source in (("training", train), ("evaluation", evaluation)):
@@ -163,6 +147,6 @@ def warnings_about(train: Source, evaluation: Source | None = None) -> list[str]
                 f"{source.class_names[labels[0]]}. A low loss and error mean "
                 "nothing then: take a split of several classes"
             )
-    if evaluation is not None and (message := overlap(train, evaluation)):
+    if train and evaluation and (message := overlap(train, evaluation)):
         lines.append(f"WARNING: {message}")
     return lines
