@@ -213,7 +213,22 @@ def make_spec(
         accumulate_steps=config.optim.accumulate_steps,
         label_smoothing=config.optim.label_smoothing,
         frozen=optim.frozen_layers(config.schedule.layer_factors),
+        **(averaging(config.optim.ema_decay) if config.optim.ema_decay else {}),
     )
+
+
+def averaging(decay: float) -> dict[str, Any]:
+    """Return the arguments of `StepSpec` that keep a moving average of the parameters."""
+
+    def after_update(state: steps.TrainState) -> steps.TrainState:
+        average = optim.update_average(state.extra["average"], state.params, state.step, decay)
+        return state.replace(extra=state.extra | {"average": average})
+
+    return {"init_extra": _first_average, "after_update": after_update}
+
+
+def _first_average(params: Any) -> dict[str, Any]:
+    return {"average": params}
 
 
 def make_augmentation(config: Config, steps_per_epoch: float) -> augment.Augmentation:
@@ -228,6 +243,7 @@ def make_augmentation(config: Config, steps_per_epoch: float) -> augment.Augment
         fields.lighting_form,
         None if until == -1 else round(until * steps_per_epoch),
         fields.min_area,
+        fields.mixup,
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax.models.layers import stage_name
@@ -43,6 +44,8 @@ def begin(experiment: Experiment) -> tuple[Experiment, TrainState, list[str]]:
     state = dataclasses.replace(
         state, **{part: getattr(state, part) | layers for part, layers in kept.items()}
     )
+    if init_extra := experiment.spec.init_extra:
+        state = state.replace(extra=jax.tree.map(jnp.copy, init_extra(state.params)))
     line = f"starting from the weights and the mean image of {source}, but new: {', '.join(new)}"
     if frozen := optim.frozen_layers(config.schedule.layer_factors):
         line += f"; frozen: {', '.join(sorted(frozen))}"
