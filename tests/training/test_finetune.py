@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
 from alexnet_jax import export, load
 from alexnet_jax.models import variants
-from alexnet_jax.models.weights.files import Weights, flat, nested
+from alexnet_jax.models.weights.files import Weights
 from alexnet_jax.models.weights.safetensors import save_safetensors
 from alexnet_jax.training import experiment, finetune, loop
 from alexnet_jax.training import load as load_lib
@@ -56,11 +57,11 @@ def config_from(source, shapes):
 def leaves(state):
     """Return all variables of a state by name, such as `params/conv1/kernel`."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return {name: np.asarray(leaf) for name, leaf in flat(variables).items()}
+    return {name: np.asarray(leaf) for name, leaf in flatten_dict(variables, sep="/").items()}
 
 
 def trained_leaves(source):
-    return {name: np.asarray(leaf) for name, leaf in flat(load(source)[1]).items()}
+    return {name: np.asarray(leaf) for name, leaf in flatten_dict(load(source)[1], sep="/").items()}
 
 
 def test_all_but_the_classifier_is_kept_and_the_mean_with_it(source, shapes):
@@ -140,7 +141,7 @@ def test_a_new_layer_restarts_its_own_norm_only(shapes, tmp_path, monkeypatch):
     trained = {name: leaf + np.float32(1) for name, leaf in scratch.items()}
     settings = {"variant": TWO_SIXES.name, "num_classes": 2, "init": "he"}
     mean = np.full(3, 99, np.float32)
-    weights = Weights(settings, nested(trained), mean, side, side)
+    weights = Weights(settings, unflatten_dict(trained, sep="/"), mean, side, side)
     config.finetune.source = str(tmp_path / "trained.safetensors")
     save_safetensors(config.finetune.source, weights)
     config.finetune.new_layers = ("fc6",)
