@@ -1,5 +1,6 @@
 """Build everything that a config describes: network, optimiser, mesh, data."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
@@ -222,7 +223,7 @@ def averaging(decay: float) -> dict[str, Any]:
 
     def after_update(state: steps.TrainState) -> steps.TrainState:
         average = optim.update_average(state.extra["average"], state.params, state.step, decay)
-        return state.replace(extra=state.extra | {"average": average})
+        return dataclasses.replace(state, extra=state.extra | {"average": average})
 
     return {"init_extra": _first_average, "after_update": after_update}
 
