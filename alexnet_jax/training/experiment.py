@@ -173,7 +173,7 @@ def build_for_evaluation(
         spec=_spec_for(config, source, steps_per_epoch=1.0),
         train_source=source,
         eval_source=source,
-        statistics=Statistics(mean_image, np.zeros(3), np.eye(3), num_examples=1),
+        statistics=Statistics(mean_image, np.zeros(3), np.eye(3), 1, 1),
     )
 
 
@@ -293,7 +293,7 @@ def _find_statistics(config: Config, source: Source, log: Callable[[str], object
         found = _read_or_compute_statistics(config, source, log)
     else:
         mean_image = np.zeros((source.image_size, source.image_size, 3))
-        found = Statistics(mean_image, np.zeros(3), np.zeros((3, 3)), num_examples=0)
+        found = Statistics(mean_image, np.zeros(3), np.zeros((3, 3)), 0, 0)
     if jax.process_count() == 1:
         return found
     leaves = [np.asarray(x, np.float32 if np.ndim(x) else np.int32) for x in astuple(found)]

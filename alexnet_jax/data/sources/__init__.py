@@ -45,8 +45,6 @@ def open_source(
       DataError: (a ValueError) the data cannot be used.
       FileNotFoundError: the data is not there.
     """
-    if image_size < 1:
-        raise ValueError(f"image_size must be at least 1, got {image_size}")
     # Each kind is imported when it is opened.
     if source.startswith("folder:"):
         from alexnet_jax.data.sources.folder import FolderSource
@@ -106,13 +104,11 @@ def match_classes(
 
 
 def overlap(train: Source, evaluation: Source) -> str:
-    """Return a message about evaluation images that are training images, by place.
+    """Return a message about evaluation images that are training images, or "".
 
-    Slices of a tfds data set may overlap, and two names may stand for one folder. The
-    message is empty if there are no such images.
+    Images are compared by place: slices of a tfds data set may overlap, and two names
+    may stand for one folder.
     """
-    if not isinstance(train, StoredSource) or not isinstance(evaluation, StoredSource):
-        return ""
     shared = sum(
         max(0, min(end, other_end) - max(start, other_start))
         for place, start, end in train.ranges
