@@ -13,16 +13,12 @@ from typing import Any
 import jax
 
 from alexnet_jax.data.imagenet import words
+from alexnet_jax.data.statistics import load as load_statistics
 from alexnet_jax.models.weights import Weights
 from alexnet_jax.system.cli import expanded, require_writable_file
 from alexnet_jax.training import finetune, load, metrics
 from alexnet_jax.training.banner import say_place
-from alexnet_jax.training.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    has_checkpoint,
-    split_step,
-)
+from alexnet_jax.training.checkpoint import Checkpointer, CheckpointError, all_steps, split_step
 from alexnet_jax.training.config import Config, ConfigError
 from alexnet_jax.training.evaluate import (
     Predictions,
@@ -38,8 +34,8 @@ from alexnet_jax.training.resume import compare
 from alexnet_jax.training.workdir import (
     CHECKPOINTS,
     CONFIG_FILE,
+    STATISTICS_FILE,
     about_mean,
-    read_statistics,
     require_run,
 )
 from alexnet_jax.training.writers import METRICS_FILE, read_metrics
@@ -130,7 +126,7 @@ def evaluate_runs(
             require_writable_file(save_to)
     for member in members:  # all of them, before the first is computed
         folder = member.path / CHECKPOINTS
-        if member.is_run and not has_checkpoint(folder):
+        if member.is_run and not all_steps(folder):
             raise CheckpointError(
                 f"There is no checkpoint in {folder}; train first (--mode=train), or "
                 "give the --workdir of a run."
@@ -199,7 +195,8 @@ def _read_checkpoint(config: Config, member: Member) -> tuple[Weights, dict[str,
         # Not config.json, which may be that of a later start.
         trained_with = saved.metadata(step)["config"]
     differences = compare(config, trained_with, workdir)
-    _say(about_mean(workdir, read_statistics(workdir), trained_with))
+    statistics = load_statistics(workdir / STATISTICS_FILE)
+    _say(about_mean(workdir, statistics, trained_with))
     if differences:
         _say("\n".join([f"{member.path}: {differences[0]}", *differences[1:]]))
     about: dict[str, Any] = {"step": step}

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from alexnet_jax.data import augment
 from alexnet_jax.data import images as images_lib
+from alexnet_jax.data.statistics import load as load_statistics
 from alexnet_jax.models import alexnet
 from alexnet_jax.models.weights import SUFFIXES, Weights, WeightsError, read_weights
 from alexnet_jax.models.weights.files import make_model
@@ -23,10 +24,10 @@ from alexnet_jax.training.distributed import require_devices
 from alexnet_jax.training.workdir import (
     CHECKPOINTS,
     CONFIG_FILE,
+    STATISTICS_FILE,
     from_stored,
     read_class_names,
     read_config,
-    read_statistics,
     require_run,
 )
 
@@ -93,8 +94,7 @@ def read_network(
     workdir = Path(folder).absolute()
     require_run(workdir)
     with Checkpointer(workdir / CHECKPOINTS, read_only=True) as checkpointer:
-        chosen = checkpointer.find(which if step is None else step)
-        variables, metadata = checkpointer.restore_params(step=chosen)
+        variables, metadata = checkpointer.restore_params(which if step is None else step)
     config = from_stored(metadata["config"])
     if variant not in (None, config.model.variant):
         raise WeightsError(
@@ -106,7 +106,7 @@ def read_network(
     return Weights(
         settings=model_settings(config, units),
         variables=variables,
-        mean=read_statistics(workdir, config.data.image_size).mean_image,
+        mean=load_statistics(workdir / STATISTICS_FILE, config.data.image_size).mean_image,
         image_size=config.data.image_size,
         crop_size=config.data.crop_size,
         class_names=None if names is None else tuple(names),
