@@ -64,12 +64,11 @@ class Experiment:
         """Return shapes and shardings of the state, for restoring."""
         return steps.abstract_state(self.spec)
 
-    def pixel_statistics(self) -> augment.PixelStatistics:
+    def statistics_on_mesh(self) -> Statistics:
         """Return the statistics on every device of the mesh."""
         wide = jnp.promote_types(self.model.dtype, jnp.float32)
-        names = ("mean_image", "pca_std_255", "pca_vectors")
-        arrays = {name: np.asarray(getattr(self.statistics, name), wide) for name in names}
-        return augment.PixelStatistics(**parallel.put_everywhere(arrays, self.mesh))
+        arrays = jax.tree.map(lambda a: np.asarray(a, wide), self.statistics)
+        return parallel.put_everywhere(arrays, self.mesh)
 
     def train_batches(self, start_step: int) -> data_lib.Batches:
         """Return this process's host batches from `start_step` on."""
@@ -328,7 +327,7 @@ def pipeline(config: Config, *, start_step: int = 0) -> Iterator[dict[str, Any]]
     and lit exactly as in the training step of that number.
     """
     experiment = build(config)
-    statistics = experiment.pixel_statistics()
+    statistics = experiment.statistics_on_mesh()
     key = steps.purpose_key(config.seed, steps.AUGMENT)
 
     @jax.jit
