@@ -40,7 +40,7 @@ _ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid
 
 
 class _Weights(nn.Module):
-    """The kernel and the bias of one layer, in `dtype`.
+    """The kernel of one layer in `dtype`, and its bias in at least float32.
 
     A locally connected layer has a kernel and a bias per place. `places` is its number
     of places, (down, across).
@@ -61,7 +61,7 @@ class _Weights(nn.Module):
         constant = nn.initializers.constant(self.bias)
         shape = (*self.places, self.shape[-1])
         bias = self.param("bias", constant, shape, param_dtype)
-        return kernel.astype(self.dtype), bias.astype(self.dtype)
+        return kernel.astype(self.dtype), bias
 
 
 class AlexNet(nn.Module):
@@ -167,7 +167,7 @@ class AlexNet(nn.Module):
         side = x.shape[1] + 2 * row.padding - row.kernel + 1
         shape = (row.kernel, row.kernel, x.shape[-1], row.features)
         kernel, bias = self._weights(row, shape, places=(side, side))
-        return ops.local_conv(x, kernel, padding=row.padding) + bias
+        return (ops.local_conv(x, kernel, padding=row.padding) + bias).astype(self.dtype)
 
     def _dense(self, row: Dense, x: jax.Array, part: Part) -> jax.Array:
         columns = self.network.columns if row.sees == "own" else 1
@@ -175,9 +175,11 @@ class AlexNet(nn.Module):
         batch, own_columns, inputs = x.shape
         kernel, bias = self._weights(row, (inputs, row.features // part.shards))
         if own_columns == 1:
-            return x.reshape(batch, inputs) @ kernel + bias
-        kernel = kernel.reshape(inputs, own_columns, -1)
-        return jnp.einsum("bgi,igo->bgo", x, kernel).reshape(batch, -1) + bias
+            x = x.reshape(batch, inputs) @ kernel
+        else:
+            kernel = kernel.reshape(inputs, own_columns, -1)
+            x = jnp.einsum("bgi,igo->bgo", x, kernel).reshape(batch, -1)
+        return (x + bias).astype(self.dtype)
 
     def _classifier(self, row: Layer, x: jax.Array) -> jax.Array:
         """Return the logits of this device's own examples.
@@ -187,8 +189,7 @@ class AlexNet(nn.Module):
         """
         x = self.exchange.classifier_inputs(x)
         kernel, bias = self._weights(row, (x.shape[-1], row.features))
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        partial_logits = jnp.matmul(x, kernel, preferred_element_type=wide)
+        partial_logits = ops.wide_matmul(x, kernel, fast=self.fast)
         return self.exchange.sum_logits(partial_logits) + bias
 
     def _weights(
