@@ -7,7 +7,6 @@ are used counts by its slices. Caches are not modelled.
 import collections
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from typing import Any
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"}
 _FREE |= {"partition-id", "replica-id", "iota", "opt-barrier"}
 _COLLECTIVE = re.compile(r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)")
+_LAYOUT = re.compile(r"\]\{[\d,]*(?::[^}]*)?\}")  # its brackets would end a tuple too early
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)(\(.*)")
@@ -140,7 +140,7 @@ def read(text: str) -> Program:
 
     def walk(computation: Computation) -> None:
         for one in computation.values():
-            kind = _COLLECTIVE.match(one.opcode) or _COLLECTIVE.match(_started(one, computations))
+            kind = _COLLECTIVE.match(one.opcode)
             if one.opcode.endswith("-done"):
                 running.pop(one.operands[0], None)
             elif kind:
@@ -160,13 +160,6 @@ def read(text: str) -> Program:
     return program
 
 
-def _started(one: Instruction, computations: dict[str, Computation]) -> str:
-    """Return the opcode that an `async-start` starts, or ""."""
-    if one.opcode != "async-start":
-        return ""
-    return next(i.opcode for i in computations[one.called].values() if i.root)
-
-
 def _parse(text: str) -> tuple[dict[str, Computation], str]:
     """Return the computations by name, and the name of the entry."""
     computations: dict[str, Computation] = {}
@@ -175,16 +168,11 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
         if head := _COMPUTATION.fullmatch(line):
             current = computations.setdefault(head[2], {})
             entry = head[2] if head[1] else entry
-        elif found := _INSTRUCTION.fullmatch(_without_layouts(line)):
+        elif found := _INSTRUCTION.fullmatch(_LAYOUT.sub("]", line)):
             root, name, shape, opcode, rest = found.groups()
             operands, rest = _operands(rest)
             current[name] = Instruction(name, shape, opcode, operands, rest, bool(root))
     return computations, entry
-
-
-def _without_layouts(line: str) -> str:
-    """Drop layouts, whose brackets would end a tuple too early."""
-    return re.sub(r"\]\{[\d,]*(?::[^}]*)?\}", "]", line)
 
 
 def _operands(text: str) -> tuple[list[str], str]:
@@ -201,18 +189,18 @@ def _size(shape: str) -> int:
     """Return the bytes of an array, or of all arrays of a tuple."""
     total = 0
     for kind, sides in _ARRAY.findall(shape):
-        bits = {"pred": 8}.get(kind) or int(re.sub(r"\D", "", kind) or 0)
-        total += bits * math.prod(_sides(sides)) // 8
+        bits = 8 if kind == "pred" else int(re.sub(r"\D", "", kind) or 0)
+        total += bits * math.prod(_numbers(sides)) // 8
     return total
 
 
-def _sides(sides: str) -> list[int]:
-    return [int(side) for side in sides.split(",") if side]
-
-
-def _dims(shape: str) -> list[int]:
+def _sides(shape: str) -> list[int]:
     found = _ARRAY.search(shape)
-    return _sides(found[2]) if found else []
+    return _numbers(found[2]) if found else []
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
 
 
 def _kernel(one: Instruction, table: Computation, computations: dict[str, Computation]) -> Kernel:
@@ -278,24 +266,18 @@ def _flops(one: Instruction, table: Computation) -> int:
     is_conv = one.target.startswith("__cudnn$conv")
     if one.opcode != "dot" and not is_conv and not one.target.startswith("__cublas"):
         return 0
-    left, right = (_dims(table[name].shape) for name in one.operands[:2])
-    out = _dims(one.shape)
-    if is_conv:
-        return _conv_flops(one, left, right, out)
-    summed = one.attribute(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)').replace('"', "")
-    return 2 * math.prod(out) * math.prod(left[i] for i in _sides(summed))
-
-
-def _conv_flops(
-    one: Instruction, left: Sequence[int], right: Sequence[int], out: Sequence[int]
-) -> int:
-    """Return 2 x outputs of the forward convolution x kernel positions x input channels."""
-    # The labels name input, kernel and output of the forward convolution.
+    left, right = (_sides(table[name].shape) for name in one.operands[:2])
+    out = _sides(one.shape)
+    if not is_conv:
+        summed = one.attribute(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)')
+        return 2 * math.prod(out) * math.prod(left[i] for i in _numbers(summed))
+    # The labels name input, kernel and output of the forward convolution, which makes
+    # kernel positions x input channels products for each output.
     kernel, y = right, out
     if "BackwardInput" in one.target:
         y = left
     elif "BackwardFilter" in one.target:
         kernel, y = out, right
     labels = one.attribute(r"dim_labels=\w+_(\w+)->")
-    positions = [n for label, n in zip(labels, kernel, strict=True) if label != "o"]
-    return 2 * math.prod(y) * math.prod(positions)
+    inputs = [n for label, n in zip(labels, kernel, strict=True) if label != "o"]
+    return 2 * math.prod(y) * math.prod(inputs)
