@@ -12,7 +12,7 @@ own images; if these are missing, the page says so and shows the rest.
 python -m alexnet_jax.report --workdir=DIR,DIR,DIR --out=FILE.png
 
 draws the curves of at most six runs in one figure: loss and error, in training and held
-out. FILE ends in .png, .svg or .pdf.
+out. FILE ends in .png, .jpg, .svg or .pdf.
 """
 
 import argparse
@@ -32,17 +32,15 @@ from alexnet_jax.analysis.report.findings import read_run
 from alexnet_jax.analysis.report.page import build_page
 from alexnet_jax.data.images import short_names
 from alexnet_jax.system import signals
-from alexnet_jax.system.cli import exit_status, path_argument, require_writable_file
+from alexnet_jax.system.cli import exit_status, figure_file, path_argument, require_writable_file
 from alexnet_jax.system.files import atomic_write
 from alexnet_jax.training.checkpoint import CheckpointError
 from alexnet_jax.training.metrics import shows_top5
-from alexnet_jax.training.workdir import CONFIG_FILE, read_class_names, read_config, require_run
+from alexnet_jax.training.workdir import read_class_names, require_run
 from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 
 REPORT_FILE = "report.html"
 FIGURES = ("filters.png", "filter_statistics.png", "curves.png")
-# File types of the figure of several runs.
-FORMATS = ("png", "svg", "pdf")
 
 _NEXT = """what next
   your own pictures   {python} -m alexnet_jax.main --config=configs/folder.py \\
@@ -69,7 +67,7 @@ def report(workdir: Path, *, python: str = "python") -> list[str]:
     run = read_run(workdir)
     html = build_page(run, python)  # before anything is written
     filters, statistics, curves = (workdir / name for name in FIGURES)
-    kernel, columns = run.first_kernel, run.columns
+    kernel, columns = run.first_kernel, run.logits_of.model.network.columns
     save_figure(first_layer_filters(kernel, columns=columns), filters)
     save_figure(filter_statistics_by_column(kernel, columns=columns), statistics)
     save_figure(training_curves(run.records), curves)
@@ -89,10 +87,8 @@ def compare(workdirs: Sequence[Path], out: Path) -> list[str]:
     Raises:
       FileNotFoundError: for a folder that is not the workdir of a run.
       PathError: (an OSError) `out` cannot be written.
-      ValueError: for too many runs, one given twice, or a file type not in `FORMATS`.
+      ValueError: for too many runs, or one given twice.
     """
-    if out.suffix.removeprefix(".").lower() not in FORMATS:
-        raise ValueError(f"--out={out} must end in one of .{', .'.join(FORMATS)}.")
     require_writable_file(out)
     names = short_names(workdirs)
     if len(set(names)) < len(names):
@@ -101,13 +97,8 @@ def compare(workdirs: Sequence[Path], out: Path) -> list[str]:
         raise ValueError("--workdir names a run twice.")
     runs, lines = {}, []
     for name, workdir in zip(names, workdirs, strict=True):
-        metrics = workdir / METRICS_FILE
-        if read_config(workdir) is None or not metrics.exists():
-            raise FileNotFoundError(
-                f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE} and "
-                f"{METRICS_FILE}. --workdir=DIR,DIR takes the folders of runs."
-            )
-        runs[name] = read_metrics(metrics)
+        require_run(workdir)
+        runs[name] = read_metrics(workdir / METRICS_FILE)
         classes = read_class_names(workdir)
         top5 = classes is None or shows_top5(len(classes))
         errors = _held_out_errors(runs[name], top5) or ["no evaluation yet"]
@@ -135,56 +126,47 @@ def _held_out_errors(records: Sequence[dict[str, Any]], top5: bool) -> list[str]
     return lines
 
 
-def _parse(argv: Sequence[str] | None) -> tuple[list[Path], Path | None]:
+def _workdirs(text: str) -> list[Path]:
+    """Return the folder of that name, or those between its commas; for argparse."""
+    whole = path_argument(text)
+    return [whole] if whole.exists() else [path_argument(name) for name in text.split(",")]
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m alexnet_jax.report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    about = "folder of a run, or of several to compare"
     parser.add_argument(
-        "--workdir",
-        type=_workdirs,
-        required=True,
-        metavar="DIR[,DIR...]",
-        help="folder of a run, or of several to compare",
+        "--workdir", type=_workdirs, required=True, metavar="DIR[,DIR...]", help=about
     )
-    parser.add_argument(
-        "--out", type=path_argument, metavar="FILE.png", help="figure of several runs"
-    )
+    about = "figure of several runs"
+    parser.add_argument("--out", type=figure_file, metavar="FILE.png", help=about)
     options = parser.parse_args(argv)
-    if len(options.workdir) > 1 and options.out is None:
-        parser.error("--workdir has several runs: --out=FILE.png says where to draw.")
-    if len(options.workdir) < 2 and options.out is not None:
-        parser.error("--out goes with several runs, --workdir=DIR,DIR.")
-    return options.workdir, options.out
+    if (len(options.workdir) > 1) != (options.out is not None):
+        parser.error("--out=FILE.png goes with several runs, --workdir=DIR,DIR.")
+    return options
 
 
-def _workdirs(text: str) -> list[Path]:
-    """Return the folder of that name, or those between its commas; for argparse."""
-    if os.path.exists(whole := path_argument(text)):
-        return [whole]
-    if "" in (names := text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text} has a comma with nothing before or behind it.")
-    return [path_argument(name) for name in names]
-
-
-def _run(workdirs: list[Path], out: Path | None) -> bool:
-    if out is not None:
-        print("\n".join(compare(workdirs, out)))
+def _run(options: argparse.Namespace) -> bool:
+    if options.out is not None:
+        print("\n".join(compare(options.workdir, options.out)))
         return True
+    (workdir,) = options.workdir
     # The Python of this environment, as a relative path if it is short.
     python = os.path.relpath(sys.executable)
     python = sys.executable if python.startswith("..") else python
-    lines = report(workdirs[0], python=python)
-    following = _NEXT.format(python=python, workdir=workdirs[0])
-    print("\n".join(["", *lines, "", following]))
+    lines = report(workdir, python=python)
+    print("\n".join(["", *lines, "", _NEXT.format(python=python, workdir=workdir)]))
     return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
-    workdirs, out = _parse(argv)
-    return exit_status(lambda: _run(workdirs, out), CheckpointError)
+    options = _parse(argv)
+    return exit_status(lambda: _run(options), CheckpointError)
 
 
 if __name__ == "__main__":

@@ -20,42 +20,23 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from alexnet_jax.analysis.codes import (
-    STEPS,
-    Codes,
-    load_codes,
-    nearest_codes,
-    recall_of_rows,
-    shortlist,
-    train_coder,
-)
-from alexnet_jax.analysis.features import BATCH, Extractor, read, save_figure
-from alexnet_jax.analysis.retrieval import (
-    Index,
-    RetrievalError,
-    build_index,
-    check_index,
-    draw,
-    fetch_rows,
-    load_index,
-    nearest,
-    open_for_index,
-)
+from alexnet_jax.analysis import codes as codes_lib
+from alexnet_jax.analysis import retrieval
+from alexnet_jax.analysis.codes import Codes
+from alexnet_jax.analysis.features import Extractor, save_figure
+from alexnet_jax.analysis.retrieval import Index, RetrievalError
+from alexnet_jax.data import DataError, warnings_about
 from alexnet_jax.data.imagenet import words
-from alexnet_jax.data.images import short_names
+from alexnet_jax.data.images import load_picture, short_names
+from alexnet_jax.data.sources import Source
 from alexnet_jax.data.sources.folder import FolderSource
 from alexnet_jax.system import signals
-from alexnet_jax.system.cli import (
-    exit_status,
-    parser,
-    path_argument,
-    progress,
-    require_writable_file,
-)
+from alexnet_jax.system.cli import exit_status, parser, path_argument, require_writable_file
 from alexnet_jax.training.checkpoint import CheckpointError
 
 # Images that the autoencoder does not learn from; their recall is printed.
@@ -76,29 +57,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--bits", type=int, help="compare codes of so many bits")
     made.add_argument("--shortlist", type=int, metavar="R", help="put the R nearest codes in order")
     options = made.parse_args(argv)
-    if options.top < 1:
-        made.error(f"--top={options.top} must be at least 1.")
-    if options.index.suffix != ".npz":
-        made.error(f"--index={options.index} must be a file FILE.npz.")
+    for name, value in (("top", options.top), ("bits", options.bits)):
+        if value is not None and value < 1:
+            made.error(f"--{name}={value} must be at least 1.")
+    if options.shortlist is not None and options.bits is None:
+        made.error("--shortlist is of codes; say of how many bits: --bits=256.")
     if options.figure is not None and not options.pictures:
         made.error("--figure draws pictures; name some.")
-    if options.shortlist is not None and not options.pictures:
-        made.error("--shortlist is for looking pictures up; name some.")
-    if options.bits is not None and options.bits < 1:
-        made.error(f"--bits={options.bits} must be at least 1.")
-    if options.shortlist is not None:
-        if options.bits is None:
-            made.error("--shortlist is of codes; say of how many bits: --bits=256.")
-        if options.shortlist < options.top:
-            made.error(f"--shortlist={options.shortlist} must be at least --top={options.top}.")
     return options
 
 
-def _stored_index(options: argparse.Namespace) -> Index | None:
-    """Return the index of the file, None if there is no file yet."""
-    if not options.index.exists():
-        return None
-    index = load_index(options.index)
+def _load_index(options: argparse.Namespace) -> Index:
+    index = retrieval.load_index(options.index)
     for name in ("source", "split", "layer"):
         asked, there = getattr(options, name), getattr(index, name)
         if asked not in (None, there):
@@ -109,37 +79,53 @@ def _stored_index(options: argparse.Namespace) -> Index | None:
     return index
 
 
-def _make_index(options: argparse.Namespace, features_of: Extractor, layer: str) -> Index:
-    index = build_index(
-        features_of, layer, source=options.source, split=options.split, data_dir=options.data_dir
-    )
+def _make_index(options: argparse.Namespace, features_of: Extractor) -> Index:
+    require_writable_file(options.index)
+    source = options.source or features_of.data.get("source")
+    split = options.split or features_of.data.get("train_split")
+    if not source or not split:
+        raise ValueError(
+            "a file of weights does not say which pictures: give --source, such as "
+            "--source=folder:PATH, and --split."
+        )
+    images = _open(features_of, source, split, options.data_dir)
+    for line in warnings_about(images):
+        print(line, file=sys.stderr)
+    index = retrieval.build_index(features_of, images, source=source, split=split)
     index.save(options.index)
     count, width = index.features.shape
     print(
         f"{options.index}: {index.layer} of {count:,} pictures, {width:,} numbers each "
-        f"({index.source}, {index.split})",
+        f"({source}, {split})",
         file=sys.stderr,
     )
     return index
 
 
-def _codes(options: argparse.Namespace, index: Index) -> Codes:
-    """Return the codes of the index, from the file next to it or made anew."""
-    bits, features = options.bits, index.features
-    path = options.index.with_suffix(f".{bits}bits.npz")
+def _open(features_of: Extractor, source: str, split: str, data_dir: str | None) -> Source:
+    """Open a split; errors name `--source`, not the config field."""
+    try:
+        return features_of.open(source, split, data_dir)
+    except (DataError, FileNotFoundError) as error:
+        raise DataError(str(error).replace("--config.data.source", "--source")) from error
+
+
+def _codes(path: Path, features: np.ndarray, bits: int) -> Codes:
+    """Return the codes of an index, from their file or made anew."""
     if path.exists():
-        codes = load_codes(path)
+        codes = codes_lib.load_codes(path)
         if codes.coder.bits == bits and codes.are_of(features):
             return codes
         print(f"{path}: codes of another index or length; making them again", file=sys.stderr)
     count, width = features.shape
     held_out = np.linspace(0, count - 1, min(HELD_OUT, -(-count // 10)), dtype=int)
     others = np.setdiff1d(np.arange(count), held_out)
-    with progress("codes", STEPS, "steps") as advance:
-        coder = train_coder(features, bits=bits, rows=others, steps=STEPS, progress=advance)
-    codes = Codes.of(coder, features)
-    few, many = recall_of_rows(features, codes, held_out, among=(10, 100))
+    known = features[others]
+    codes = Codes.of(codes_lib.train_coder(known, bits=bits), features)
     codes.save(path)
+    _, exact = retrieval.nearest(known, features[held_out], 10)
+    _, found = codes_lib.nearest_codes(codes.packed[others], codes.packed[held_out], 100)
+    few, many = (codes_lib.recall(found[:, :n], exact) for n in (10, 100))
     print(
         f"{path}: {bits} bits a picture, {codes.packed.shape[1]:,} bytes instead of "
         f"{4 * width:,}. Of the 10 nearest by {width:,} numbers, of {len(held_out)} "
@@ -151,48 +137,42 @@ def _codes(options: argparse.Namespace, index: Index) -> Codes:
 
 
 def _folder_of(index: Index, rows: np.ndarray, features_of: Extractor) -> FolderSource | None:
-    """Return the folder that holds the images of these rows.
-
-    If the images of that folder have changed, print so and return None.
-    """
+    """Return the folder that holds the images of rows [Q, N]; None if they have changed."""
     if not index.source.startswith("folder:"):
         return None
     try:
-        source = open_for_index(features_of, index.split, index.source, None)
-        different = np.unique(rows)
-        for start in range(0, len(different), BATCH):
-            fetch_rows(index, source, different[start : start + BATCH])
+        source = _open(features_of, index.source, index.split, None)
+        for found in rows:
+            retrieval.fetch_rows(index, source, found)
     except (OSError, ValueError) as error:  # the neighbours are printed all the same
         print(f"no files are named: {error}", file=sys.stderr)
         return None
-    return source if isinstance(source, FolderSource) else None
+    assert isinstance(source, FolderSource)
+    return source
 
 
 def _look_up(
     options: argparse.Namespace, index: Index, codes: Codes | None, features_of: Extractor
 ) -> bool:
     """Print the neighbours of each image; return True if all could be read."""
-    found = read(options.pictures, features_of.image_size)
     images, paths = [], []
-    for path, image in zip(options.pictures, found, strict=True):
-        if isinstance(image, Exception):
-            print(f"error: {image}", file=sys.stderr)
-        else:
-            images.append(image)
+    for path in options.pictures:
+        try:
+            images.append(load_picture(path, features_of.image_size))
             paths.append(path)
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
     if not images:
         return False
-    queries = features_of(images)
-    unit, form, suffix = "distance", "10.3f", ""
+    queries, top, unit = features_of(images), options.top, "distance"
     if codes is None:
-        distances, rows = nearest(index.features, queries, options.top)
+        distances, rows = retrieval.nearest(index.features, queries, top)
     elif options.shortlist is not None:
-        size = options.shortlist
-        distances, rows = shortlist(index.features, codes, queries, options.top, size=size)
+        size = max(options.shortlist, top)
+        distances, rows = codes_lib.shortlist(index.features, codes, queries, top, size=size)
     else:
-        asked = codes.coder.encode(queries)
-        distances, rows = nearest_codes(codes.packed, asked, options.top)
-        unit, form, suffix = "bits", "5d", " bits"
+        unit, asked = "bits", codes.coder.encode(queries)
+        distances, rows = codes_lib.nearest_codes(codes.packed, asked, top)
     folder = _folder_of(index, rows, features_of)
     for path, near, far in zip(paths, rows.tolist(), distances.tolist(), strict=True):
         neighbours: list[dict[str, Any]] = []
@@ -207,40 +187,34 @@ def _look_up(
             continue
         print(path)
         for item in neighbours:
-            file = f"  {item['file']}" if "file" in item else ""
-            apart = f"{item[unit]:{form}}{suffix}"
+            apart = f"{item[unit]:10.3f}" if unit == "distance" else f"{item[unit]:5d} bits"
+            file = f"  {item['file']}" if folder else ""
             print(f"  {apart}  {item['row']:8d}  {item['words']}{file}")
     if options.figure is not None:
-        source = open_for_index(features_of, index.split, index.source, options.data_dir)
-        figure = draw(
-            index,
-            source,
-            np.stack(images),
-            rows,
-            query_titles=short_names(paths),
-            layer=index.layer + (f", {codes.coder.bits} bits" if codes else ""),
-        )
+        source = _open(features_of, index.source, index.split, options.data_dir)
+        layer = index.layer if codes is None else f"{index.layer}, {codes.coder.bits} bits"
+        titles = short_names(paths)
+        shown = np.stack(images)
+        figure = retrieval.draw(index, source, shown, rows, query_titles=titles, layer=layer)
         save_figure(figure, options.figure)
     return len(images) == len(options.pictures)
 
 
 def _retrieve(options: argparse.Namespace) -> bool:
-    index, features_of = _stored_index(options), None
-    if index is None:
-        require_writable_file(options.index)
     if options.figure is not None:
         require_writable_file(options.figure)
-    if index is None or options.pictures:
-        layer = index.layer if index is not None else options.layer or "fc7"
-        features_of = Extractor(options.workdir, layer, step=options.step)
-        if index is None:
-            index = _make_index(options, features_of, layer)
-        else:
-            check_index(index, features_of)
-    codes = None if options.bits is None else _codes(options, index)
-    if features_of is None or not options.pictures:
-        return True  # the index exists, and no picture is looked up
-    return _look_up(options, index, codes, features_of)
+    index = _load_index(options) if options.index.exists() else None
+    layer = index.layer if index is not None else options.layer or "fc7"
+    features_of = Extractor(options.workdir, layer, step=options.step)
+    if index is None:
+        index = _make_index(options, features_of)
+    else:
+        retrieval.check_index(index, features_of)
+    codes = None
+    if options.bits is not None:
+        path = options.index.with_suffix(f".{options.bits}bits.npz")
+        codes = _codes(path, index.features, options.bits)
+    return not options.pictures or _look_up(options, index, codes, features_of)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

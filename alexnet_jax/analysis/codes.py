@@ -12,7 +12,6 @@ ESANN 2011).
 import functools
 import os
 import zlib
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -22,13 +21,12 @@ import numpy as np
 import optax
 from jax import lax
 
-from alexnet_jax.analysis.retrieval import RetrievalError, nearest, rank, search
-from alexnet_jax.system.files import atomic_write, read_npz
+from alexnet_jax.analysis.retrieval import RetrievalError, rank, read_stored, search
+from alexnet_jax.system.cli import progress
+from alexnet_jax.system.files import atomic_write
 
-# Codes on the device at once.
-BLOCK = 16384
-# Updates of an autoencoder in training.
-STEPS = 500
+# Training of an autoencoder.
+STEPS, BATCH, LEARNING_RATE = 500, 256, 1e-2
 # Rows that are encoded at once.
 _ROWS = 4096
 
@@ -56,17 +54,11 @@ class Coder:
         """Return the codes uint8 [N, ceil(bits / 8)] of features float32 [N, D]."""
         packed = np.empty((len(features), -(-self.bits // 8)), np.uint8)
         for i in range(0, len(features), _ROWS):
-            part = jnp.asarray(features[i : i + _ROWS], jnp.float32)
-            bits = _bits(part, self.mean, self.kernel, self.bias)
-            packed[i : i + _ROWS] = np.packbits(np.asarray(bits), axis=1)
+            centred = jnp.asarray(features[i : i + _ROWS], jnp.float32) - self.mean
+            # In full precision: a GPU's tensorfloat32 would give other bits than a CPU.
+            inner = jnp.matmul(centred, self.kernel, precision=lax.Precision.HIGHEST)
+            packed[i : i + _ROWS] = np.packbits(np.asarray(inner + self.bias > 0), axis=1)
         return packed
-
-
-@jax.jit
-def _bits(features: jax.Array, mean: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    # In full precision: a GPU's tensorfloat32 would give other bits than a CPU.
-    centred = features - mean
-    return jnp.matmul(centred, kernel, precision=lax.Precision.HIGHEST) + bias > 0
 
 
 @dataclass(frozen=True)
@@ -92,9 +84,8 @@ class Codes:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz atomically, for `load_codes` and NumPy."""
-        checksum = np.uint32(self.checksum)
         with atomic_write(path) as file:
-            np.savez(file, packed=self.packed, checksum=checksum, **vars(self.coder))
+            np.savez(file, packed=self.packed, checksum=self.checksum, **vars(self.coder))
 
 
 def _checksum(features: np.ndarray) -> int:
@@ -102,20 +93,14 @@ def _checksum(features: np.ndarray) -> int:
 
 
 def load_codes(path: str | os.PathLike[str]) -> Codes:
-    """Read the file that `Codes.save` wrote; never through pickle.
+    """Read the file that `Codes.save` wrote.
 
     Raises:
       RetrievalError: the file is missing, unreadable or holds no codes.
     """
-    names = ("mean", "kernel", "bias", "packed", "checksum")
-    found = read_npz(path, names, RetrievalError)
-    if missing := [name for name in names if name not in found]:
-        raise RetrievalError(
-            f"{path} holds no codes: it has no {', '.join(missing)}. Remove it, and it "
-            "is made again."
-        )
-    coder = Coder(found["mean"], found["kernel"], found["bias"])
-    return Codes(coder, found["packed"], int(found["checksum"]))
+    found = read_stored(path, ("mean", "kernel", "bias", "packed", "checksum"))
+    packed, checksum = found.pop("packed"), int(found.pop("checksum"))
+    return Codes(Coder(**found), packed, checksum)
 
 
 class _Autoencoder(nn.Module):
@@ -140,15 +125,7 @@ class _Autoencoder(nn.Module):
 
 
 def train_coder(
-    features: np.ndarray,
-    *,
-    bits: int = 256,
-    rows: np.ndarray | None = None,
-    steps: int = STEPS,
-    batch_size: int = 256,
-    learning_rate: float = 1e-2,
-    seed: int = 0,
-    progress: Callable[[int], object] | None = None,
+    features: np.ndarray, *, bits: int = 256, steps: int = STEPS, seed: int = 0
 ) -> Coder:
     """Train an autoencoder of features with a binary code in its middle.
 
@@ -159,35 +136,22 @@ def train_coder(
 
     Args:
       features: float32 [N, D].
-      bits: length of the code, shorter than the features themselves, 32 D.
-      rows: int, the rows to learn from; None: all.
-      steps: updates, each by `batch_size` rows drawn at random.
-      learning_rate: at the start.
+      bits: length of the code.
+      steps: updates, each by `BATCH` rows drawn at random.
       seed: of the initial weights and of the rows.
-      progress: called with the number of steps done since its last call.
 
     Raises:
-      RetrievalError: the code is not shorter than the features, or these are all the
-        same or not finite.
+      RetrievalError: the features are all the same or not finite.
     """
-    width = features.shape[1]
-    if not 1 <= bits < 32 * width:
-        raise RetrievalError(
-            f"a code of {bits} bits: it must have at least 1 and be shorter than the "
-            f"features, {width:,} numbers of 32 bits."
-        )
-    rows = np.arange(len(features)) if rows is None else rows
-    known = features[rows]
-    wide_mean = known.mean(axis=0, dtype=np.float64)
-    squares = np.einsum("nd,nd->", known, known, dtype=np.float64)
-    variance = squares / known.size - np.mean(wide_mean**2)
+    wide_mean = features.mean(axis=0, dtype=np.float64)
+    squares = np.einsum("nd,nd->", features, features, dtype=np.float64)
+    variance = squares / features.size - np.mean(wide_mean**2)
     if not variance > 1e-9 * np.mean(wide_mean**2):  # NaN included
         raise RetrievalError("features are all the same, or not finite.")
-    scale = np.sqrt(variance).astype(np.float32)
-    mean = wide_mean.astype(np.float32)
+    mean, scale = wide_mean.astype(np.float32), np.sqrt(variance).astype(np.float32)
     network = _Autoencoder(bits)
     params = network.init(jax.random.key(seed), jnp.zeros((1, len(mean))))
-    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+    optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(params, opt_state, batch):
@@ -202,32 +166,28 @@ def train_coder(
 
     opt_state = optimizer.init(params)
     rng = np.random.default_rng(seed)
-    for _ in range(steps):
-        batch = features[rows[rng.integers(0, len(rows), batch_size)]]
-        params, opt_state = update(params, opt_state, batch)
-        if progress is not None:
-            progress(1)
-    trained = params["params"]
-    return Coder(
-        mean=mean, kernel=np.asarray(trained["kernel"]) / scale, bias=np.asarray(trained["bias"])
-    )
+    with progress("codes", steps, "steps") as advance:
+        for _ in range(steps):
+            batch = features[rng.integers(0, len(features), BATCH)]
+            params, opt_state = update(params, opt_state, batch)
+            advance(1)
+    trained = {name: np.asarray(value) for name, value in params["params"].items()}
+    return Coder(mean, trained["kernel"] / scale, trained["bias"])
 
 
 def nearest_codes(
-    codes: np.ndarray, queries: np.ndarray, count: int, *, block: int = BLOCK
+    codes: np.ndarray, queries: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the nearest codes by Hamming distance, exactly.
 
     Args:
-      codes: uint8 [N, bytes]; compared on the device in blocks.
-      queries: uint8 [Q, bytes].
+      codes, queries: uint8 [N, bytes] and [Q, bytes].
       count: how many to find; n = min(count, N).
 
     Returns:
       (distances int [Q, n] in bits, rows int [Q, n]), the nearest first; ties by row.
     """
-    count = min(count, len(codes))
-    bits, rows = search(_words(codes), _words(queries), count, block, _differing_bits)
+    bits, rows = search(_words(codes), _words(queries), count, _differing_bits)
     return bits.astype(np.int32), rows
 
 
@@ -261,26 +221,3 @@ def recall(found: np.ndarray, wanted: np.ndarray) -> float:
     """Return the share of the rows `wanted` [Q, K] that are among `found` [Q, n]."""
     hits = [np.isin(w, f).mean() for f, w in zip(found, wanted, strict=True)]
     return float(np.mean(hits))
-
-
-def recall_of_rows(
-    features: np.ndarray, codes: Codes, rows: np.ndarray, *, among: Sequence[int], count: int = 10
-) -> list[float]:
-    """Return the share of exact neighbours that the nearest codes hold.
-
-    The queries are the rows int [Q] of an index; a row is not its own neighbour. The
-    exact neighbours are the `count` nearest by features; there is one share for each
-    number of nearest codes in `among`.
-    """
-    count = min(count, len(features) - 1)
-    _, exact = nearest(features, features[rows], count + 1)
-    _, found = nearest_codes(codes.packed, codes.packed[rows], max(among) + 1)
-    exact, found = _without(exact, rows), _without(found, rows)
-    return [recall(found[:, :most], exact) for most in among]
-
-
-def _without(found: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Drop each query's own row, or else the last one: [Q, n] -> [Q, n - 1]."""
-    others = found != rows[:, None]
-    others[:, -1] &= ~others.all(axis=1)
-    return found[others].reshape(len(found), -1)

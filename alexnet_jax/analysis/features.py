@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from alexnet_jax import data as data_lib
-from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.images import load_picture
 from alexnet_jax.data.sources import Source
 from alexnet_jax.models import ops
@@ -38,6 +37,7 @@ class Extractor:
       model, variables: as from `load.load`.
       image_size: side of the images in pixels.
       class_names: by label; "class 3" if neither run nor file names it.
+      data: the fields `data` of the run's config; empty for a file of weights.
 
     Raises:
       ValueError: the network has no such layer.
@@ -52,81 +52,62 @@ class Extractor:
         count = self.model.network.layers[-1].features
         unnamed = [f"class {k}" for k in range(len(known), count)]
         self.class_names = [*known[:count], *unnamed]
-        self._preprocess = make_preprocess(weights)
-        self._data: dict[str, Any] = {}
+        self.data: dict[str, Any] = {}
         if not is_weights_file(path):
             folder, _ = split_step(os.fspath(path))
-            self._data = (read_config(Path(folder)) or {}).get("data", {})
+            self.data = (read_config(Path(folder)) or {})["data"]
+        self.layer = layer
         self._batch = batch
+        self._preprocess = make_preprocess(weights)
         self._grey = np.full((self.image_size, self.image_size, 3), 128, np.uint8)
-        self._set_layer(layer)
-
-    def of(self, layer: str) -> "Extractor":
-        """Return an extractor of another layer of the same network."""
-        other = copy.copy(self)
-        other._set_layer(layer)
-        return other
-
-    def _set_layer(self, layer: str) -> None:
         model, variables = self.model, self.variables
 
         def features(images: jax.Array) -> Any:
             return model.apply(variables, images, method="features")
 
-        known = jax.eval_shape(features, self._preprocess(self._grey))
-        if layer not in known:
-            raise ValueError(f"layer {layer!r} must be one of {', '.join(known)}.")
-        self._apply = ops.jit(lambda images: features(images)[layer].reshape(len(images), -1))
+        def features_of(images: jax.Array, layer: str) -> jax.Array:
+            return features(images)[layer].reshape(len(images), -1)
 
-    @property
-    def data(self) -> dict[str, Any]:
-        """The fields `data` of the run's config.
+        self._apply = ops.jit(features_of, static_argnames="layer")
+        layers = jax.eval_shape(features, self._preprocess(self._grey))
+        if layer not in layers:
+            raise ValueError(f"layer {layer!r} must be one of {', '.join(layers)}.")
 
-        Raises:
-          DataError: the weights are from a file, which names no data.
-        """
-        if not self._data:
-            raise DataError(
-                "a file of weights does not say which pictures: give --source, such as "
-                "--source=folder:PATH, and --split."
-            )
-        return self._data
+    def of(self, layer: str) -> "Extractor":
+        """Return an extractor of another layer of the same network."""
+        other = copy.copy(self)
+        other.layer = layer
+        return other
 
-    def __call__(self, pictures: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+    def __call__(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """Return the features float32 [B, D] of raw images uint8 [S, S, 3], B > 0."""
         found = []
-        for start in range(0, len(pictures), self._batch):
-            part = list(pictures[start : start + self._batch])
+        for start in range(0, len(images), self._batch):
+            part = list(images[start : start + self._batch])
             filled = part + [self._grey] * (self._batch - len(part))
-            features = np.asarray(self._apply(self._preprocess(filled)), np.float32)
+            features = np.asarray(self._apply(self._preprocess(filled), self.layer), np.float32)
             found.append(features[: len(part)])
         return np.concatenate(found)
 
-    def over(self, pictures: Source, what: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield the images of a split in order and their features, in batches.
+    def over(self, source: Source, what: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield raw images [B, S, S, 3] of a source in order, and features float32 [B, D].
 
         Shows progress under the name `what`.
-
-        Yields:
-          (uint8 [B, S, S, 3], float32 [B, D]).
         """
         with (
-            data_lib.eval_batches(pictures, batch_size=self._batch) as batches,
-            progress(what, pictures.num_examples, "pictures") as advance,
+            data_lib.eval_batches(source, batch_size=self._batch) as batches,
+            progress(what, source.num_examples, "pictures") as advance,
         ):
             for batch in batches:
                 images = batch["image"][: int(batch["mask"].sum())]
                 yield images, self(images)
                 advance(len(images))
 
-    def open(self, split: str, *, source: str | None = None, data_dir: str | None = None) -> Source:
-        """Open a split by `data.open_source`; without `source` the run's own data."""
-        return data_lib.open_source(
-            source or str(self.data["source"]),
-            split,
-            data_dir=data_dir or self._data.get("dir") or None,
-            image_size=self.image_size,
-        )
+    def open(self, source: str, split: str, data_dir: str | None = None) -> Source:
+        """Open a split as `data.open_source`, at the size of the network's images."""
+        directory = data_dir or self.data.get("dir") or None
+        size = self.image_size
+        return data_lib.open_source(source, split, data_dir=directory, image_size=size)
 
     def probe(self) -> np.ndarray:
         """Return the features of a grey image, float32 [D], to recognise the network."""

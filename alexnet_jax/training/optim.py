@@ -229,6 +229,21 @@ def make_schedule(
     return optax.join_schedules([warmup, fall], [rise])
 
 
+def update_average(average: Any, params: Any, step: jax.Array, decay: float) -> Any:
+    """Return the moving average of the parameters after one more step.
+
+    Early steps count more: the decay is (1 + step) / (10 + step) if that is less, as in
+    `tf.train.ExponentialMovingAverage`. So the first weights do not stay in the average.
+
+    Args:
+      average, params: two trees of the same structure.
+      step: number of finished steps, those of `params`.
+      decay: in [0, 1), for example 0.999: the weight of the old average.
+    """
+    decay_now = jnp.minimum(decay, (1 + step) / (10 + step))
+    return optax.incremental_update(params, average, 1 - decay_now)
+
+
 @dataclass(frozen=True)
 class Plateau:
     """The paper's rule: divide by ten when the validation error stops improving.

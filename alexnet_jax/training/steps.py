@@ -29,7 +29,7 @@ PyTree = Any
 Arrays = dict[str, jax.Array]  # a batch, features, or scalars, by name
 
 # Purposes of random numbers, folded into the key of the seed.
-INIT, DROPOUT, AUGMENT = range(3)
+INIT, DROPOUT, AUGMENT, MIXUP = range(4)
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,9 @@ class StepSpec:
       loss: another training loss: (logits [B, K], labels [B]) -> [B], in float32.
       frozen: layers whose gradients are not computed; the optimiser gets zeros. `tx`
         must keep these layers as they are, despite weight decay.
+      init_extra: parameters -> the first `TrainState.extra`.
+      after_update: new state -> state, at the end of each training step, for a moving
+        average of the weights or for constraints on them. It sees one device's shards.
     """
 
     model: AlexNet
@@ -63,6 +66,8 @@ class StepSpec:
     label_smoothing: float = 0.0
     loss: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     frozen: Collection[str] = ()
+    init_extra: Callable[[PyTree], dict[str, PyTree]] | None = None
+    after_update: Callable[["TrainState"], "TrainState"] | None = None
 
     @property
     def crop_size(self) -> int:
@@ -87,12 +92,22 @@ class TrainState:
       params: the one full tree, however it is split over devices.
       batch_stats: running statistics of batch normalisation; empty without it.
       opt_state: the state of the optax optimiser.
+      extra: arrays of a researcher's own, by name: `StepSpec.init_extra` makes them and
+        `after_update` changes them. A tree like that of the parameters is split like
+        them; all other arrays are whole on every device. Parameters under the name
+        "average" are evaluated, and loaded, in place of `params`.
     """
 
     step: jax.Array
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
+    extra: dict[str, PyTree] = flax.struct.field(default_factory=dict)
+
+    @property
+    def eval_params(self) -> PyTree:
+        """The parameters to evaluate: the moving average, if there is one."""
+        return self.extra.get("average", self.params)
 
 
 def purpose_key(seed: int, purpose: int) -> jax.Array:
@@ -112,9 +127,13 @@ def abstract_state(spec: StepSpec) -> TrainState:
 
 def _init(spec: StepSpec) -> Any:
     return jax.jit(
-        lambda: _first_state(spec.model, spec.tx, spec.seed, spec.crop_size),
+        lambda: _first_state(*_origin(spec)),
         out_shardings=parallel.shardings(spec.mesh, state_specs(spec)),
     )
+
+
+def _origin(spec: StepSpec) -> tuple[Any, ...]:
+    return spec.model, spec.tx, spec.init_extra, spec.seed, spec.crop_size
 
 
 def state_specs(spec: StepSpec) -> TrainState:
@@ -123,12 +142,16 @@ def state_specs(spec: StepSpec) -> TrainState:
     The velocities are split like their parameters. `jit` alone would put all of them
     on one device.
     """
-    shapes: Any = _first_state.eval_shape(spec.model, spec.tx, 0, spec.crop_size)
+    shapes: Any = _first_state.eval_shape(*_origin(spec))
     network = spec.model.network
     params, batch_stats = (
         parallel.param_specs(network, tree, spec.mesh, spec.mode)
         for tree in (shapes.params, shapes.batch_stats)
     )
+
+    def is_like_params(tree: PyTree) -> bool:
+        return jax.tree.structure(tree) == jax.tree.structure(shapes.params)
+
     return shapes.replace(
         step=P(),
         params=params,
@@ -140,21 +163,32 @@ def state_specs(spec: StepSpec) -> TrainState:
             params,
             transform_non_params=lambda _: P(),
         ),
+        extra=jax.tree.map(
+            lambda tree: params if is_like_params(tree) else P(),
+            shapes.extra,
+            is_leaf=is_like_params,
+        ),
     )
 
 
 # Jitted so that JAX caches the trace: a run asks for the shapes half a dozen times.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _first_state(
-    model: AlexNet, tx: optax.GradientTransformation, seed: int, crop_size: int
+    model: AlexNet,
+    tx: optax.GradientTransformation,
+    init_extra: Callable[[PyTree], dict[str, PyTree]] | None,
+    seed: int,
+    crop_size: int,
 ) -> TrainState:
     images = jnp.zeros((1, crop_size, crop_size, 3), jnp.float32)
     variables = model.init(purpose_key(seed, INIT), images)
+    params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=variables["params"],
+        params=params,
         batch_stats=variables.get("batch_stats", {}),
-        opt_state=tx.init(variables["params"]),
+        opt_state=tx.init(params),
+        extra=init_extra(params) if init_extra else {},
     )
 
 
@@ -184,8 +218,14 @@ def make_train_step(spec: StepSpec) -> Callable[..., tuple[TrainState, Arrays]]:
             updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         new_state = TrainState(
-            step=state.step + 1, params=params, batch_stats=result.batch_stats, opt_state=opt_state
+            step=state.step + 1,
+            params=params,
+            batch_stats=result.batch_stats,
+            opt_state=opt_state,
+            extra=state.extra,
         )
+        if spec.after_update:
+            new_state = spec.after_update(new_state)
         scalars = {"loss": loss, "top1_error": error}
         if hyperparams := getattr(opt_state, "hyperparams", None):
             scalars["lr"] = hyperparams["learning_rate"]
@@ -232,9 +272,9 @@ def loss_and_grad(
     size = batch["label"].shape[0] // count  # of a micro-batch
     first = lax.axis_index(axes) * size * count
     scale = 1.0 / (lax.axis_size(axes) * count)
-    augment_key, dropout_key = (
+    augment_key, dropout_key, mixup_key = (
         jax.random.fold_in(purpose_key(spec.seed, purpose), state.step)
-        for purpose in (AUGMENT, DROPOUT)
+        for purpose in (AUGMENT, DROPOUT, MIXUP)
     )
     # From here on each device has its own gradients. They are summed once, at the end,
     # for any number of micro-batches.
@@ -256,6 +296,17 @@ def loss_and_grad(
             jnp.promote_types(model.dtype, jnp.float32),  # the network rounds images
             step=state.step,
         )
+        mixed = None
+        if spec.augmentation.mixup:
+            mixed = augment.mixup(
+                images, batch["label"], mixup_key, first_example, spec.augmentation.mixup
+            )
+            images = mixed.images
+
+        def example_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+            if spec.loss is None:
+                return metrics.cross_entropy(logits, labels, spec.label_smoothing)
+            return spec.loss(logits, labels)
 
         def loss_fn(trained: PyTree) -> tuple[jax.Array, Any]:
             features, changed = model.apply(
@@ -268,10 +319,11 @@ def loss_and_grad(
                 method="features",
             )
             labels, logits = batch["label"], features["logits"]
-            if spec.loss is None:
-                losses = metrics.cross_entropy(logits, labels, spec.label_smoothing)
-            else:
-                losses = spec.loss(logits, labels)
+            losses = example_losses(logits, labels)
+            if mixed is not None:
+                others = example_losses(logits, mixed.other_labels)
+                losses = mixed.share * losses + (1 - mixed.share) * others
+                labels = jnp.where(mixed.share >= 0.5, labels, mixed.other_labels)
             loss = jnp.mean(losses)
             error = jnp.mean(~metrics.in_top_k(logits, labels, 1), dtype=loss.dtype)
             return scale * loss, (changed, (loss, error, observe(features)))

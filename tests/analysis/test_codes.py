@@ -11,7 +11,6 @@ from alexnet_jax.analysis.codes import (
     load_codes,
     nearest_codes,
     recall,
-    recall_of_rows,
     shortlist,
     train_coder,
 )
@@ -39,7 +38,7 @@ def features():
 
 @pytest.fixture(scope="module")
 def codes(features):
-    coder = train_coder(features, bits=BITS, steps=400, batch_size=64, seed=3)
+    coder = train_coder(features, bits=BITS, steps=400, seed=3)
     return Codes.of(coder, features)
 
 
@@ -55,19 +54,18 @@ def plain_search(codes, queries, count):
 
 @pytest.mark.parametrize(("width", "block"), [(1, 1), (3, 7), (8, 64), (3, 1000)])
 def test_codes_are_found_as_by_a_plain_search(width, block, monkeypatch):
-    monkeypatch.setattr(retrieval, "QUERIES", 4)
     rng = np.random.default_rng(width)
     codes = rng.integers(0, 256, (150, width), np.uint8)
     codes[[17, 149]] = codes[90]  # more ties than bytes alone give
     queries = np.concatenate([codes[[90]], rng.integers(0, 256, (5, width), np.uint8)])
-    distances, rows = nearest_codes(codes, queries, 9, block=block)
+    monkeypatch.setattr(retrieval, "BLOCK_BYTES", block * 4 * len(queries))
+    distances, rows = nearest_codes(codes, queries, 9)
     want_distances, want_rows = plain_search(codes, queries, 9)
     np.testing.assert_array_equal(rows, want_rows)
     np.testing.assert_array_equal(distances, want_distances)
     assert set(rows[0][distances[0] == 0]) >= {17, 90, 149} or width == 1
-    everything, order = nearest_codes(codes[:3], queries, 9, block=block)
+    _, order = nearest_codes(codes[:3], queries, 9)
     np.testing.assert_array_equal(order, plain_search(codes[:3], queries, 3)[1])
-    assert everything.shape == (6, 3)
 
 
 def test_bits_are_the_sides_of_planes_and_packed_in_their_order():
@@ -83,20 +81,13 @@ def test_bits_are_the_sides_of_planes_and_packed_in_their_order():
     bits = (features - planes.mean) @ planes.kernel + planes.bias > 0
     np.testing.assert_array_equal(np.unpackbits(packed, axis=1, count=BITS), bits)
     assert not (packed[:, -1] & 0b1111).any()  # what fills the last byte is 0
-    distances, rows = nearest_codes(packed, packed[:0], 2)
-    assert distances.shape == rows.shape == (0, 2)
 
 
-def test_a_coder_is_a_function_of_features_and_seed(features):
-    def trained(features, seed, rows=None):
-        options = {"bits": BITS, "steps": 3, "batch_size": 64}
-        return train_coder(features, seed=seed, rows=rows, **options).kernel
-
-    first = trained(features, 3)
-    np.testing.assert_array_equal(first, trained(features, 3))
-    assert np.abs(first - trained(features, 4)).max() > 0.01
-    backwards = trained(features[::-1], 3, rows=np.arange(1500)[::-1])
-    np.testing.assert_allclose(backwards, first, rtol=1e-5, atol=1e-6)
+def test_a_coder_is_a_function_of_features_and_seed(features, codes):
+    again = train_coder(features, bits=BITS, steps=400, seed=3).kernel
+    np.testing.assert_array_equal(again, codes.coder.kernel)
+    other = train_coder(features, bits=BITS, steps=400, seed=4).kernel
+    assert np.abs(other - again).max() > 0.01
 
 
 def test_trained_codes_find_more_than_random_planes(features, codes):
@@ -116,10 +107,7 @@ def test_trained_codes_find_more_than_random_planes(features, codes):
     assert ((on > 0.2) & (on < 0.8)).mean() > 0.8
 
 
-def test_codes_must_be_shorter_than_finite_different_features(features):
-    for bits in (0, 32 * 48):
-        with pytest.raises(RetrievalError, match=f"a code of {bits} bits: it must"):
-            train_coder(features, bits=bits)
+def test_features_without_differences_are_refused(features):
     for wrong in (np.where(features > 40, np.nan, features), np.ones_like(features)):
         with pytest.raises(RetrievalError, match="all the same, or not finite"):
             train_coder(wrong, bits=8)
@@ -140,20 +128,8 @@ def test_a_shortlist_is_in_the_order_of_exact_distances(features, codes):
     np.testing.assert_array_equal(whole[1], nearest(features, queries, 5)[1])
 
 
-def test_recall_is_of_other_rows_than_the_query(features, codes):
-    assert recall(np.array([[4, 2, 9]]), np.array([[2, 3]])) == 0.5
-    rows = np.array([0, 41, 1499])
-    (among_all,) = recall_of_rows(features, codes, rows, among=[1499])
-    assert among_all == 1
-    (told,) = recall_of_rows(features, codes, rows, among=[10])
-    hits = []
-    for row in rows:
-        others = np.delete(np.arange(1500), row)
-        exact = np.linalg.norm(features[others] - features[row], axis=1).argsort()
-        different = np.unpackbits(codes.packed[others] ^ codes.packed[row], axis=1)
-        near = different.sum(axis=1).argsort(kind="stable")
-        hits.append(len(set(exact[:10]) & set(near[:10])) / 10)
-    assert told == pytest.approx(np.mean(hits))
+def test_recall():
+    assert recall(np.array([[4, 2, 9], [1, 2, 3]]), np.array([[2, 3], [3, 1]])) == 0.75
 
 
 def test_saved_codes_come_back_and_know_their_features(features, codes, tmp_path):
@@ -168,9 +144,6 @@ def test_saved_codes_come_back_and_know_their_features(features, codes, tmp_path
     one_bit.view(np.uint32)[7, 3] ^= 1
     for other in (one_bit, features[::-1], features[:-1], features[:, 1:]):
         assert not again.are_of(other)
-    np.savez(path, **{k: v for k, v in np.load(path).items() if k != "packed"})
-    with pytest.raises(RetrievalError, match="it has no packed. Remove it"):
-        load_codes(path)
 
 
 def test_the_benchmark_runs(features, tmp_path):

@@ -18,6 +18,7 @@ from PIL import Image
 from alexnet_jax import load, report
 from alexnet_jax.analysis.report import findings
 from alexnet_jax.analysis.report import page as report_page
+from alexnet_jax.data import DataError
 from alexnet_jax.training import load as load_lib
 from alexnet_jax.training import loop, timing
 from alexnet_jax.training.config import as_json
@@ -194,7 +195,7 @@ def test_errors_and_confusions_are_those_of_each_picture(parsed, looked):
 
 def test_many_classes_show_top5_errors_and_the_worst_classes(made, monkeypatch):
     run = findings.read_run(made[0])
-    held_out = findings.look_at_held_out(run)
+    held_out = findings.classify_held_out(run)
     names, labels = [f"c{k}" for k in range(TEST)], np.arange(TEST)
     logs = np.log(np.eye(TEST, dtype=np.float32) + 1e-6)
     logs[[4, 7], [5, 8]] = 0.5  # two are wrong, with the right class second
@@ -202,9 +203,9 @@ def test_many_classes_show_top5_errors_and_the_worst_classes(made, monkeypatch):
         held_out.predictions, centre=logs, labels=labels, class_names=tuple(names)
     )
     held_out = findings.HeldOut(held_out.images, predictions, total=99)
-    alike = findings.Missing("not in this test")
-    monkeypatch.setattr(report_page, "look_at_held_out", lambda run: held_out)
-    monkeypatch.setattr(report_page, "look_for_alike", lambda *_: alike)
+    monkeypatch.setattr(report_page, "classify_held_out", lambda run: held_out)
+    monkeypatch.setattr(report_page, "_predictions", lambda *_: None)
+    monkeypatch.setattr(report_page, "_neighbours", lambda *_: None)
     monkeypatch.setattr(report_page, "_ALL_CLASSES", TEST - 1)
     monkeypatch.setattr(report_page, "_WORST", 3)
     records = [r | {"eval/top5_error": 0.25} for r in run.records]
@@ -224,8 +225,8 @@ def test_many_classes_show_top5_errors_and_the_worst_classes(made, monkeypatch):
 
 def test_examples_are_the_surest_mistakes_and_right_ones(made, looked):
     chances, _, labels = looked[0]
-    held_out = findings.look_at_held_out(findings.read_run(made[0]))
-    chosen, wrong = held_out.examples(8)
+    held_out = findings.classify_held_out(findings.read_run(made[0]))
+    chosen, wrong = findings.examples(held_out.predictions, 8)
     mistakes = np.flatnonzero(chances.argmax(1) != labels)
     assert wrong == min(4, len(mistakes)) and set(chosen[:wrong]) <= {*mistakes}
     surest = np.sort(chances[mistakes].max(1))[::-1][:wrong]
@@ -251,20 +252,15 @@ def test_neighbours_are_counted(parsed, looked):
 
 def test_large_splits_are_sampled_evenly(made, monkeypatch):
     monkeypatch.setattr(findings, "MOST_HELD_OUT", 9)
-    monkeypatch.setattr(findings, "MOST_INDEXED", 12)
+    monkeypatch.setattr(report_page, "MOST_INDEXED", 12)
     run = findings.read_run(made[0])
-    held_out = findings.look_at_held_out(run)
+    held_out = findings.classify_held_out(run)
     assert held_out.total == TEST
     assert np.bincount(held_out.predictions.labels).tolist() == [3, 3, 3]
-    alike = findings.look_for_alike(run, held_out)
-    assert np.bincount(alike.index.labels).tolist() == [4, 4, 4]
-    assert (alike.rows < 12).all() and alike.total == TRAIN
-    # Rows are places in the sample, and so are the pictures that are drawn.
-    place = int(alike.rows[0, 0])
-    image, label = findings.fetch(alike.indexed, np.array([place]))
-    assert label[0] == alike.index.labels[place]
-    features = run.logits_of.of("pool3")(image)
-    np.testing.assert_allclose(features[0], alike.index.features[place], rtol=1e-4)
+    page = text(parse(report_page.build_page(run).decode()))
+    assert f"9 (spread evenly) of {TEST} held-out pictures" in page
+    # The images that are drawn are compared with those of the index.
+    assert f"12 (spread evenly) of {TRAIN} training pictures were searched" in page
 
 
 def test_names_are_escaped(made, parsed):
@@ -302,15 +298,17 @@ def test_missing_pictures_are_told_and_the_rest_is_shown(copied):
     assert len(tiles(page)) == 6
 
 
-def test_other_classes_are_refused(copied):
+def test_other_classes_and_no_held_out_images(copied):
+    run = findings.read_run(copied)
     (copied / "classes.json").write_text(json.dumps(["blue", "green", "red"]))
-    reason = findings.look_at_held_out(findings.read_run(copied)).reason
-    assert "classes that were never trained: $^$" in reason
+    with pytest.raises(DataError, match=r"classes that were never trained: \$\^\$"):
+        findings.classify_held_out(run)
+    run.config["data"]["eval_split"] = ""
+    with pytest.raises(DataError, match="this run has no held-out pictures"):
+        findings.classify_held_out(run)
 
 
-def test_run_without_evaluations_or_records(copied, monkeypatch):
-    not_looked = findings.Missing("not in this test")
-    monkeypatch.setattr(report_page, "look_at_held_out", lambda run: not_looked)
+def test_run_without_evaluations_or_records(copied):
     metrics = copied / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(line for line in lines if "train/loss" in line))
@@ -426,16 +424,16 @@ def test_wrong_comparisons_are_refused(made, tmp_path, capsys):
     seven = [tmp_path / "links" / name for name in "abcdefg"]
     for link in seven:
         link.symlink_to(run)
-    for workdirs, figure, error in (
-        ([run, tmp_path], out, f"error: {tmp_path} is not the workdir of a run"),
-        ([run, tmp_path], "a.gif", "must end in one of .png, .svg, .pdf"),
-        ([run, run], out, "--workdir names a run twice"),
-        (seven, out, "at most 6 runs"),
+    for workdirs, error in (
+        ([run, tmp_path], f"error: {tmp_path} is not the workdir of a run"),
+        ([run, run], "--workdir names a run twice"),
+        (seven, "at most 6 runs"),
     ):
         workdir = f"--workdir={','.join(map(str, workdirs))}"
-        assert report.main([workdir, f"--out={figure}"]) == 1
+        assert report.main([workdir, f"--out={out}"]) == 1
         assert error in capsys.readouterr().err
-    for wrong in ([f"--workdir={run},{run}"], [f"--workdir={run}", "--out=a.png"], []):
+    several = f"--workdir={run},{run}"
+    for wrong in ([several], [f"--workdir={run}", "--out=a.png"], [several, "--out=a.gif"], []):
         with pytest.raises(SystemExit) as stopped:
             report.main(wrong)
         assert stopped.value.code == 2

@@ -32,7 +32,7 @@ def _fast_loops():
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """Three classes of blurred colours: easy, but not for nothing."""
     from PIL import Image

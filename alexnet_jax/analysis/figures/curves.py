@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,27 +14,18 @@ _TRAIN, _EVAL = "#4477aa", "#cc3311"  # told apart by colour-blind readers as we
 RUN_COLORS = (_TRAIN, "#ee7733", "#228833", "#aa3377", "#33aadd", "#555555")
 _MARKERS = "osD^vP"
 _FAINT = 0.55  # training, next to held-out values
-# The legend has two names per row unless one is longer than _LONG characters; a name
-# longer than _LONGEST is shortened.
-_LONG, _LONGEST = 44, 90
+# The legend has two names per row unless one is longer than this.
+_LONG = 44
 # A learning rate with few values, further apart than this, gets a logarithmic axis.
 _LOG_RANGE, _FEW = 20.0, 16
 
 
-class _Quantity(NamedTuple):
-    """A panel: its axis, and the names in the records."""
-
-    axis: str
-    scale: float
-    train: str
-    held_out: str = ""
-
-
+# Each panel: its axis, a factor, and the names in the records.
 _QUANTITIES = {
-    "loss": _Quantity("loss (nats)", 1.0, "train/loss", "eval/loss"),
-    "top1_error": _Quantity("top-1 error (%)", 100.0, "train/top1_error", "eval/top1_error"),
-    "lr": _Quantity("learning rate", 1.0, "lr"),
-    "images_per_sec": _Quantity("images per second", 1.0, "images_per_sec"),
+    "loss": ("loss (nats)", 1.0, "train/loss", "eval/loss"),
+    "top1_error": ("top-1 error (%)", 100.0, "train/top1_error", "eval/top1_error"),
+    "lr": ("learning rate", 1.0, "lr", ""),
+    "images_per_sec": ("images per second", 1.0, "images_per_sec", ""),
 }
 
 Records = Sequence[dict[str, Any]]
@@ -61,34 +52,46 @@ def training_curves(
     Raises:
       ValueError: for more than six runs, which could not be told apart.
     """
-    several = runs if isinstance(runs, Mapping) else {}
-    if len(several) > len(RUN_COLORS):
+    names = list(runs) if isinstance(runs, Mapping) else []
+    drawn = list(runs.values()) if isinstance(runs, Mapping) else [runs]
+    has_held_out = False
+    if len(names) > len(RUN_COLORS):
         raise ValueError(
-            f"at most {len(RUN_COLORS)} runs can be told apart in a figure; "
-            f"{len(several)} were given."
+            f"at most {len(RUN_COLORS)} runs can be told apart in a figure; {len(names)} were given."
         )
-    held_out = any(
-        _QUANTITIES[name].held_out in record
-        for name in quantities
-        for records in several.values()
-        for record in records
-    )
-    columns = 1 if any(len(name) > _LONG for name in several) else 2
+    columns = 1 if any(len(name) > _LONG for name in names) else 2
     # Room below for the legend of several runs.
-    below = 0.25 + 0.22 * -(-(len(several) + 2) // columns) if several else 0.0
+    below = 0.25 + 0.22 * math.ceil((len(names) + 2) / columns) if names else 0.0
     figure = Figure(figsize=(4.0 * len(quantities), 3.2 + below), layout="constrained")
     panels = figure.subplots(1, len(quantities), squeeze=False)[0]
+    shared: dict[str, Any] = {"linewidth": 1.1 if names else 1.5, "markersize": 4}
     for axes, name in zip(panels, quantities, strict=True):
-        quantity = _QUANTITIES[name]
-        for i, records in enumerate(several.values()):
-            _draw_several(axes, records, quantity, i, held_out)
-        if not isinstance(runs, Mapping):
-            _draw_one(axes, runs, quantity)
-        axes.set_ylabel(quantity.axis)
+        label, scale, train, held_out = _QUANTITIES[name]
+        is_tested = any(held_out in record for records in drawn for record in records)
+        alpha = _FAINT if names and is_tested else 1.0
+        for records, color, marker in zip(drawn, RUN_COLORS, _MARKERS, strict=False):
+            x, y = _points(records, train, scale)
+            dot = marker if len(x) == 1 else ""  # a line of a single point is invisible
+            if x:
+                axes.plot(x, y, color=color, marker=dot, alpha=alpha, label="training", **shared)
+            x, y = _points(records, held_out, scale)
+            style = {"color": _EVAL, "label": "held out"}
+            if names:  # a hundred markers would hide the line
+                style = {"color": color, "linestyle": "--", "markevery": max(1, len(x) // 12)}
+            if x:
+                axes.plot(x, y, marker=marker, **style, **shared)
+        if held_out and axes.lines and not names:
+            axes.legend(frameon=False)
+        has_held_out |= is_tested
+        axes.set_ylabel(label)
         axes.set_xlabel("epoch")
-        _finish(axes, name, num_classes)
-    if several:
-        _legend(figure, list(several), held_out, columns)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if num_classes is not None and name in ("loss", "top1_error"):
+            _draw_guessing(axes, name, num_classes)
+        _set_range(axes, may_be_log=name == "lr")
+    if names:
+        _add_legend(figure, names, has_held_out, columns)
     return figure
 
 
@@ -97,77 +100,41 @@ def _points(records: Records, key: str, scale: float) -> tuple[list[float], list
     return [r["epoch"] for r in found], [scale * r[key] for r in found]
 
 
-def _draw_one(axes: Axes, records: Records, quantity: _Quantity) -> None:
-    for key, color, marker, label in (
-        (quantity.train, _TRAIN, "", "training"),
-        (quantity.held_out, _EVAL, "o", "held out"),
-    ):
-        x, y = _points(records, key, quantity.scale)
-        if x:
-            marker = marker or _marker_of(x)
-            style = {"color": color, "marker": marker, "markersize": 3.5}
-            axes.plot(x, y, label=label if quantity.held_out else None, **style)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
+def _draw_guessing(axes: Axes, name: str, num_classes: int) -> None:
+    is_loss = name == "loss"
+    level = math.log(num_classes) if is_loss else 100 * (1 - 1 / num_classes)
+    axes.axhline(level, color="black", linewidth=0.8, linestyle=":")
+    axes.annotate(
+        f"guessing: ln({num_classes})" if is_loss else "guessing",
+        (1.0, level),
+        (0, 3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        horizontalalignment="right",
+        fontsize=8,
+    )
 
 
-def _marker_of(x: Sequence[float]) -> str:
-    return "o" if len(x) == 1 else ""  # a line of a single point is invisible
-
-
-def _draw_several(
-    axes: Axes, records: Records, quantity: _Quantity, number: int, held_out: bool
-) -> None:
-    color = RUN_COLORS[number]
-    x, y = _points(records, quantity.train, quantity.scale)
-    faint = _FAINT if held_out and quantity.held_out else 1.0
-    style = {"color": color, "marker": _marker_of(x), "markersize": 3.5}
-    axes.plot(x, y, linewidth=1.1, alpha=faint, **style)
-    x, y = _points(records, quantity.held_out, quantity.scale)
-    if x:
-        every = max(1, len(x) // 12)  # a hundred markers would hide the line
-        style = {"color": color, "marker": _MARKERS[number], "markersize": 4.5}
-        axes.plot(x, y, linewidth=1.1, linestyle="--", markevery=every, **style)
-
-
-def _finish(axes: Axes, name: str, num_classes: int | None) -> None:
-    """Set range and grid, and draw the level of guessing if there is one."""
-    values = [np.asarray(line.get_ydata(), float) for line in axes.lines]
-    if num_classes is not None and name in ("loss", "top1_error"):
-        level = math.log(num_classes) if name == "loss" else 100 * (1 - 1 / num_classes)
-        values.append(np.array([level]))
-        axes.axhline(level, color="black", linewidth=0.8, linestyle=":")
-        axes.annotate(
-            f"guessing: ln({num_classes})" if name == "loss" else "guessing",
-            (1.0, level),
-            (0, 3),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            horizontalalignment="right",
-            fontsize=8,
-        )
-    found = np.concatenate([np.zeros(0), *values])
-    few = len(np.unique(found)) <= _FEW * max(1, len(axes.lines))
-    least, most = found.min(initial=np.inf), found.max(initial=0.0)
-    if name == "lr" and few and 0 < _LOG_RANGE * least < most:
+def _set_range(axes: Axes, *, may_be_log: bool) -> None:
+    lines = [np.asarray(line.get_ydata(), float) for line in axes.lines]
+    values = np.concatenate([np.zeros(0), *lines])
+    values = values[np.isfinite(values)]
+    few = len(np.unique(values)) <= _FEW * len(lines)
+    least, most = values.min(initial=np.inf), values.max(initial=0.0)
+    if may_be_log and few and 0 < _LOG_RANGE * least < most:
         axes.set_yscale("log")
     else:
         # Autoscaling leaves room above by the range of the values only.
-        highest = found[np.isfinite(found)].max(initial=0.0)
-        axes.set_ylim(0, 1.08 * highest if highest > 0 else 1.0)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylim(0, 1.08 * most or 1.0)
 
 
-def _legend(figure: Figure, names: Sequence[str], held_out: bool, columns: int) -> None:
-    """Name the runs, and tell lines of training from others if there are any."""
-    handles = []
-    for i, name in enumerate(names):
-        if len(name) > _LONGEST:  # runs often differ at the end of their names
-            name = f"{name[: _LONGEST // 2 - 2]} ... {name[3 - _LONGEST // 2 :]}"
-        style = {"marker": _MARKERS[i] if held_out else "", "markersize": 4.5}
-        handles.append(Line2D([], [], color=RUN_COLORS[i], label=name, **style))
-    if held_out:
+def _add_legend(figure: Figure, names: Sequence[str], has_held_out: bool, columns: int) -> None:
+    """Name the runs, and tell lines of training from held-out ones if there are any."""
+    handles = [
+        Line2D([], [], color=color, label=name, marker=marker if has_held_out else "", markersize=4)
+        for name, color, marker in zip(names, RUN_COLORS, _MARKERS, strict=False)
+    ]
+    if has_held_out:
         handles += [
             Line2D([], [], color="black", alpha=_FAINT, label="training"),
             Line2D([], [], color="black", linestyle="--", label="held out"),

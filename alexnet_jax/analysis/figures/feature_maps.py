@@ -24,19 +24,12 @@ def feature_maps(picture: Any, features: Mapping[str, Any], *, most: int = 16) -
       A matplotlib figure, one row per layer. Each map is stretched from black, its
       smallest value, to white, its largest. Beside it the layer's name, its shape, and
       the share of its values that are zero.
-
-    Raises:
-      ValueError: no layer has maps, or one is of several images.
     """
-    maps = {}
-    for name, values in features.items():
-        values = np.asarray(values, np.float32)
-        if values.ndim == 4 and values.shape[0] != 1:
-            raise ValueError(f"{name} is of {values.shape[0]} images; give one's.")
-        if values.ndim > 2:
-            maps[name] = values.reshape(values.shape[-3:])
-    if not maps:
-        raise ValueError(f"none of {', '.join(features)} has maps, [1, H, W, C].")
+    maps = {
+        name: np.asarray(values, np.float32).reshape(values.shape[-3:])
+        for name, values in features.items()
+        if values.ndim > 2
+    }
     figure = Figure(
         figsize=(1.5 + most * _INCHES_A_MAP, 1.1 + len(maps) * (_INCHES_A_MAP + 0.06)),
         layout="constrained",
@@ -72,10 +65,9 @@ def _strip(values: np.ndarray, places: int) -> np.ndarray:
     stretched = (values - low) / np.maximum(high - low, 1e-12)
     larger = max(1, round(_PIXELS / values.shape[1]))
     stretched = stretched.repeat(larger, axis=0).repeat(larger, axis=1)
-    height, width, count = stretched.shape
+    height, width, _ = stretched.shape
     gap = max(1, width // 16)
-    strip = np.ones((height, places * (width + gap) - gap), np.float32)
-    for index in range(count):
-        left = index * (width + gap)
-        strip[:, left : left + width] = stretched[..., index]
-    return strip
+    tiles = np.pad(stretched, ((0, 0), (0, gap), (0, 0)), constant_values=1)
+    strip = tiles.transpose(0, 2, 1).reshape(height, -1)
+    empty = places * (width + gap) - strip.shape[1]
+    return np.pad(strip, ((0, 0), (0, empty)), constant_values=1)[:, :-gap]

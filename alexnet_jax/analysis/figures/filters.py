@@ -30,7 +30,7 @@ def first_layer_filters(kernel: Any, *, columns: int = 1) -> Figure:
     if features % columns:
         raise ValueError(f"{features} kernels do not divide into {columns} columns.")
     low, high = weights.min((0, 1, 2)), weights.max((0, 1, 2))
-    pictures = (weights - low) / np.maximum(high - low, 1e-12)
+    stretched = (weights - low) / np.maximum(high - low, 1e-12)
     each = features // columns
     # Full rows, several times as wide as high: 48 kernels are 3 rows of 16, as in
     # the paper.
@@ -43,7 +43,7 @@ def first_layer_filters(kernel: Any, *, columns: int = 1) -> Figure:
     )
     panels = figure.subplots(columns, 1, squeeze=False)[:, 0]
     for column, panel in enumerate(panels):
-        sheet = _sheet(pictures[..., column * each : (column + 1) * each], across)
+        sheet = _sheet(stretched[..., column * each : (column + 1) * each], across)
         panel.imshow(sheet, interpolation="nearest")
         title = f"conv1, column {column + 1} of {columns}" if columns > 1 else "conv1"
         panel.set_title(f"{title}: {each} kernels", fontsize=9, loc="left")
@@ -132,12 +132,10 @@ def filter_statistics_by_column(kernel: Any, *, columns: int = 1) -> Figure:
     return figure
 
 
-def _sheet(pictures: np.ndarray, across: int) -> np.ndarray:
-    """Return one white image with the n tiles of [kh, kw, 3, n], `across` per row."""
-    height, width, _, count = pictures.shape
+def _sheet(kernels: np.ndarray, across: int) -> np.ndarray:
+    """Return one image with the n tiles of [kh, kw, 3, n], `across` per row, white between."""
+    tiles = np.pad(kernels, ((0, 1), (0, 1), (0, 0), (0, 0)), constant_values=1)
+    height, width, colours, count = tiles.shape
     down = count // across
-    sheet = np.ones((down * (height + 1) - 1, across * (width + 1) - 1, 3), np.float32)
-    for index in range(count):
-        top, left = index // across * (height + 1), index % across * (width + 1)
-        sheet[top : top + height, left : left + width] = pictures[..., index]
-    return sheet
+    rows = tiles.reshape(height, width, colours, down, across).transpose(3, 0, 4, 1, 2)
+    return rows.reshape(down * height, across * width, colours)[:-1, :-1]

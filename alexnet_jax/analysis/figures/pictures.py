@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from alexnet_jax.data.imagenet import words
@@ -33,10 +32,7 @@ def best_labels(
       class_names: K names.
       titles: one per image; None: the names of `labels`, if they are given.
       labels: the correct ones, whose bar is red if it is among the best.
-      top: bars per image.
-
-    Returns:
-      A matplotlib figure with four images per row, bars from 0 to 1.
+      top: bars per image, from 0 to 1.
     """
     shown, chances = np.asarray(pictures), np.asarray(probabilities, np.float64)
     count, top = len(shown), min(top, chances.shape[1])
@@ -85,102 +81,68 @@ def contact_sheet(
       train_labels, eval_labels: the labels of all their examples.
       num_classes: how many classes to show, evenly spread over those that both have.
     """
-    splits = [(train, train_labels)]
-    present = set(train_labels.tolist())
+    splits, shared = [(train, train_labels)], np.unique(train_labels)
     if evaluation is not None and eval_labels is not None:
-        both = present & set(eval_labels.tolist())
-        if both:
+        both = np.intersect1d(shared, eval_labels)
+        if len(both):
             splits.append((evaluation, eval_labels))
-            present = both
-    shared, count = sorted(present), min(num_classes, len(present))
-    chosen = [shared[k * len(shared) // count] for k in range(count)]
-    # [class, S, S of each split side by side, 3]
-    pictures = np.concatenate(
-        [
-            _pictures(source, [int(np.argmax(labels == k)) for k in chosen])
-            for source, labels in splits
-        ],
-        axis=2,
-    )
+            shared = both
+    count = min(num_classes, len(shared))
+    chosen = shared[np.arange(count) * len(shared) // count]
+    parts = []
+    for source, labels in splits:
+        size = source.image_size
+        images = np.empty((count, size, size, 3), np.uint8)
+        first = np.array([np.argmax(labels == label) for label in chosen])
+        source.fetch(first, images, np.empty(count, np.int32))
+        margin = ((0, 0), (0, 0), (0, size // 32), (0, 0))  # white, at the right
+        parts.append(np.pad(images, margin, constant_values=255))
+    pairs = np.concatenate(parts, axis=2)
     rows = -(-count // _CLASSES_ACROSS)
-    height = 2.6 / len(splits) + 0.3  # of a row, in inches: the pictures and a title
+    height = 2.6 / len(splits) + 0.3  # of a row, in inches: the images and a title
     figure = Figure(figsize=(2.6 * _CLASSES_ACROSS, height * rows), layout="constrained")
-    axes = figure.subplots(rows, _CLASSES_ACROSS, squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, label, picture in zip(axes.flat, chosen, pictures, strict=False):
-        axis.imshow(picture)
+    grid = figure.subplots(rows, _CLASSES_ACROSS, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, label, pair in zip(grid.flat, chosen, pairs, strict=False):
+        axes.imshow(pair)
         name = words(train.class_names[label])
-        axis.set_title(f"{label}  {name[:26]}", fontsize=9, parse_math=False)
-    sides = ("left: training, right: evaluation", train.description)
-    figure.suptitle(sides[2 - len(splits)], fontsize=9, parse_math=False)
+        axes.set_title(f"{label}  {name[:26]}", fontsize=9, parse_math=False)
+    about = "left: training, right: evaluation" if len(splits) == 2 else train.description
+    figure.suptitle(about, fontsize=9, parse_math=False)
     return figure
 
 
-def _pictures(source: Source, indices: list[int]) -> np.ndarray:
-    """uint8 [n, S, S + a white margin at the right, 3]."""
-    size = source.image_size
-    pictures = np.empty((len(indices), size, size, 3), np.uint8)
-    source.fetch(np.array(indices), pictures, np.empty(len(indices), np.int32))
-    margin = ((0, 0), (0, 0), (0, size // 32), (0, 0))
-    return np.pad(pictures, margin, constant_values=255)
-
-
 def nearest_pictures(
-    queries: Any,
-    found: Any,
-    pixel_found: Any | None = None,
-    *,
-    found_titles: Sequence[Sequence[str]] | None = None,
-    pixel_titles: Sequence[Sequence[str]] | None = None,
-    query_titles: Sequence[str] | None = None,
-    layer: str = "fc7",
+    queries: np.ndarray,
+    query_titles: Sequence[str],
+    groups: Sequence[tuple[str, np.ndarray, Sequence[str]]],
 ) -> Figure:
-    """Draw one row per query: the query, its neighbours, its neighbours in pixels.
+    """Draw one row per query: the query, then its neighbours in each group.
 
     The paper's figure 4, right.
 
     Args:
       queries: uint8 [Q, S, S, 3].
-      found: uint8 [Q, N, S, S, 3], the nearest by features, the nearest first.
-      pixel_found: the same by distances between pixels; None: not drawn.
-      found_titles, pixel_titles: [Q][N], for example class names.
       query_titles: [Q].
-      layer: whose features, for the heading.
-
-    Returns:
-      A matplotlib figure: the query at the left, then both groups.
+      groups: (heading, uint8 [Q * N, S, S, 3], titles [Q * N]), query by query, the
+        nearest first.
     """
-    queries, found = np.asarray(queries), np.asarray(found)
-    groups = [(f"nearest in {layer}", found, found_titles)]
-    if pixel_found is not None:
-        groups.append(("nearest in pixels", np.asarray(pixel_found), pixel_titles))
-    count = found.shape[1]
     rows = len(queries)
-    figure = Figure(
-        figsize=(_INCHES * (1.2 + len(groups) * (count + 0.2)), 1.12 * _INCHES * rows + 0.3),
-        layout="constrained",
-    )
+    count = len(groups[0][1]) // rows
     widths = [1.2, *[count + 0.2] * len(groups)]
+    size = (_INCHES * sum(widths), 1.12 * _INCHES * rows + 0.3)
+    figure = Figure(figsize=size, layout="constrained")
     parts: Any = figure.subfigures(1, len(widths), width_ratios=widths)
-    parts[0].suptitle("query", fontsize=9)
-    column = parts[0].subplots(rows, 1, squeeze=False)[:, 0]
-    for row, axes in enumerate(column):
-        _show(axes, queries[row], None if query_titles is None else query_titles[row])
-    for part, (heading, pictures, titles) in zip(parts[1:], groups, strict=True):
+    for part, (heading, images, titles) in zip(
+        parts, [("query", queries, query_titles), *groups], strict=True
+    ):
         part.suptitle(heading, fontsize=9)
-        grid = part.subplots(rows, count, squeeze=False)
-        for row in range(rows):
-            for place in range(count):
-                title = None if titles is None else titles[row][place]
-                _show(grid[row, place], pictures[row, place], title)
+        grid = part.subplots(rows, len(images) // rows, squeeze=False)
+        for axes, image, title in zip(grid.flat, images, titles, strict=True):
+            axes.imshow(image)
+            axes.axis("off")
+            # A long one keeps its end, where file names differ.
+            short = title if len(title) <= _LONGEST else f"...{title[3 - _LONGEST :]}"
+            axes.set_title(short, fontsize=6, pad=2, parse_math=False)
     return figure
-
-
-def _show(axes: Axes, picture: np.ndarray, title: str | None) -> None:
-    axes.imshow(picture)
-    axes.axis("off")
-    if title is not None:
-        # A long one keeps its end, where file names differ.
-        short = title if len(title) <= _LONGEST else f"...{title[3 - _LONGEST :]}"
-        axes.set_title(short, fontsize=6, pad=2, parse_math=False)

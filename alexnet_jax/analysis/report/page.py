@@ -20,26 +20,27 @@ from PIL import Image as PillowImage
 from alexnet_jax.analysis import figures
 from alexnet_jax.analysis.features import fetch
 from alexnet_jax.analysis.report.findings import (
-    Alike,
     HeldOut,
-    Missing,
     Run,
-    differences,
-    look_at_held_out,
-    look_for_alike,
+    classify_held_out,
+    examples,
     time_spent,
 )
-from alexnet_jax.analysis.retrieval import draw
+from alexnet_jax.analysis.retrieval import RetrievalError, build_index, draw, nearest, shrink
+from alexnet_jax.data import DataError
 from alexnet_jax.data.imagenet import words
-from alexnet_jax.system import machine as machine_records
-from alexnet_jax.training.config import flat
+from alexnet_jax.data.sources import Sample
+from alexnet_jax.system.machine import versions
+from alexnet_jax.training.config import as_json, flat, get_config
 from alexnet_jax.training.evaluate import class_errors, errors, worst_confusions
 from alexnet_jax.training.metrics import shows_top5
 from alexnet_jax.training.workdir import CONFIG_FILE
 from alexnet_jax.training.writers import METRICS_FILE
 
 _EXAMPLES = 8  # images with their most probable labels
-_SHOWN_QUERIES = 5  # images with their neighbours
+# Training images that are searched for the neighbours of held-out ones, held-out images
+# whose neighbours are counted, neighbours per image, and held-out images that are shown.
+MOST_INDEXED, _QUERIES, _NEIGHBOURS, _SHOWN_QUERIES = 2_000, 100, 5, 5
 _ALL_CLASSES = 20  # if there are more, only the worst are listed
 _WORST = 10
 _DPI = 120
@@ -52,36 +53,50 @@ def build_page(run: Run, python: str = "python") -> bytes:
     Args:
       python: the Python command in the commands that the page shows.
     """
-    held_out = look_at_held_out(run)
-    alike = look_for_alike(run, held_out)
+    mistakes = predictions = neighbours = None
+    reason = ""  # why the images' sections are missing
+    try:
+        held_out = classify_held_out(run)
+        mistakes = _mistakes(held_out)
+        predictions = _predictions(run, held_out)
+        neighbours = _neighbours(run, held_out)
+    except (DataError, RetrievalError, OSError) as error:
+        reason = str(error)
     metrics = run.workdir / METRICS_FILE
     written = time.localtime(metrics.stat().st_mtime) if metrics.exists() else None
-    template = _environment().get_template("report.html.j2")
-    html = template.render(
+    parallel = run.config["parallel"]
+    devices = max(1, parallel["data"]) * max(1, parallel["column"])
+    fields, defaults = flat(run.config), flat(as_json(get_config()))
+    html = _template().render(
         run=run,
         name=run.workdir.absolute().name,
         data=run.config["data"],
         top5=shows_top5(len(run.names)),
         made=time.strftime("%Y-%m-%d %H:%M %Z"),
         written=time.strftime("%Y-%m-%d", written) if written else "",
+        reason=reason,
         curves=_curves(run),
-        mistakes=_mistakes(held_out),
-        predictions=_predictions(run, held_out),
-        neighbours=_neighbours(run, alike),
+        mistakes=mistakes,
+        predictions=predictions,
+        neighbours=neighbours,
         filters=_filters(run),
         spent=time_spent(run),
-        fields=flat(run.config),
-        changed=differences(run.config),
+        fields=fields,
+        changed=[
+            (name, fields[name], default)
+            for name, default in defaults.items()
+            if fields.get(name, default) != default
+        ],
         python=python,
         workdir=shlex.quote(str(run.workdir)),
         config_file=shlex.quote(str(run.workdir / CONFIG_FILE)),
-        cpu_devices=_cpu_devices(run),
-        versions=machine_records.versions(),
+        cpu_devices=devices if devices > 1 and jax.default_backend() == "cpu" else 0,
+        versions=versions(),
     )
     return html.encode()
 
 
-def _environment() -> jinja2.Environment:
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -89,17 +104,14 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        {
-            "count": lambda number: f"{number:,.0f}",
-            "duration": _duration,
-            "percent": lambda share, digits=2: f"{100 * share:.{digits}f}%",
-            "value": _value,
-            "words": words,
-        }
-    )
-    environment.tests["missing"] = lambda found: isinstance(found, Missing)
-    return environment
+    environment.filters |= {
+        "count": lambda number: f"{number:,.0f}",
+        "duration": _duration,
+        "percent": lambda share, digits=2: f"{100 * share:.{digits}f}%",
+        "value": _value,
+        "words": words,
+    }
+    return environment.get_template("report.html.j2")
 
 
 def _duration(seconds: float) -> str:
@@ -125,43 +137,31 @@ class Image(NamedTuple):
     height: int
 
 
-def _image(figure: Figure, kind: str, data: bytes) -> Image:
-    url = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+def _image(figure: Figure, kind: str) -> Image:
+    """Return a figure as "svg", sharp at every size, or as "png" for images."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=_DPI)
+    if kind == "png":  # of 256 colours: a third of the size, and it looks alike
+        rgb = PillowImage.open(buffer).convert("RGB")
+        buffer = io.BytesIO()
+        small = rgb.quantize(256, PillowImage.Quantize.MEDIANCUT)
+        small.save(buffer, format="png", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    url = f"data:image/{'svg+xml' if kind == 'svg' else kind};base64,{data}"
     return Image(url, *(round(_CSS_DPI * side) for side in figure.get_size_inches()))
 
 
-def _svg(figure: Figure) -> Image:
-    """Return a figure of lines and text, sharp at every size."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return _image(figure, "svg+xml", buffer.getvalue())
-
-
-def _png(figure: Figure) -> Image:
-    """Return a figure of images in 256 colours: a third of the size, and it looks alike."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    rgb = PillowImage.open(buffer).convert("RGB")
-    buffer = io.BytesIO()
-    small = rgb.quantize(256, PillowImage.Quantize.MEDIANCUT)
-    small.save(buffer, format="png", optimize=True)
-    return _image(figure, "png", buffer.getvalue())
-
-
-def _curves(run: Run) -> dict[str, Image] | Missing:
+def _curves(run: Run) -> dict[str, Image] | None:
     if not any("train/loss" in record for record in run.records):
-        return Missing(f"{METRICS_FILE} holds no record of training")
+        return None
+    draw_curves, classes = figures.training_curves, len(run.names)
     return {
-        name: _svg(
-            figures.training_curves(run.records, quantities=[name], num_classes=len(run.names))
-        )
+        name: _image(draw_curves(run.records, quantities=[name], num_classes=classes), "svg")
         for name in ("loss", "top1_error", "lr", "images_per_sec")
     }
 
 
-def _mistakes(held_out: HeldOut | Missing) -> dict[str, Any] | Missing:
-    if isinstance(held_out, Missing):
-        return held_out
+def _mistakes(held_out: HeldOut) -> dict[str, Any]:
     found = class_errors(held_out.predictions)
     shown = found if len(found) <= _ALL_CLASSES else found[:_WORST]
     return {
@@ -174,73 +174,62 @@ def _mistakes(held_out: HeldOut | Missing) -> dict[str, Any] | Missing:
     }
 
 
-def _predictions(run: Run, held_out: HeldOut | Missing) -> dict[str, Any] | Missing:
-    if isinstance(held_out, Missing):
-        return held_out
-    chosen, wrong = held_out.examples(_EXAMPLES)
+def _predictions(run: Run, held_out: HeldOut) -> dict[str, Any]:
+    chosen, wrong = examples(held_out.predictions, _EXAMPLES)
     images, labels = fetch(held_out.images, np.array(chosen))
     names = [words(name) for name in run.names]
-    chances = np.exp(held_out.predictions.centre[chosen].astype(np.float64))
-    examples = []
-    for image, label, chance in zip(images, labels, chances, strict=True):
-        best = int(np.argmax(chance))
-        drawn = figures.best_labels(image[None], chance[None], names, labels=[label])
-        examples.append(
-            {
-                "image": _png(drawn),
-                "label": names[label],
-                "predicted": names[best],
-                "probability": chance[best],
-            }
-        )
-    return {"examples": examples, "wrong": wrong}
+    shown = []
+    for i, image, label in zip(chosen, images, labels, strict=True):
+        chances = np.exp(held_out.predictions.centre[i].astype(np.float64))
+        best = int(np.argmax(chances))
+        drawn = figures.best_labels(image[None], chances[None], names, labels=[label])
+        about = {"label": names[label], "predicted": names[best], "probability": chances[best]}
+        shown.append({"image": _image(drawn, "png"), **about})
+    return {"examples": shown, "wrong": wrong}
 
 
-def _neighbours(run: Run, alike: Alike | Missing) -> dict[str, Any] | Missing:
-    if isinstance(alike, Missing):
-        return alike
+def _neighbours(run: Run, held_out: HeldOut) -> dict[str, Any]:
+    """Find the training images nearest to some of the held-out ones.
+
+    The features are those of the last layer before the classifier.
+    """
+    features_of = run.logits_of.of(run.layers[-2].name)
+    training = run.open(run.config["data"]["train_split"])
+    searched = Sample(training, MOST_INDEXED)
+    index = build_index(features_of, searched)
+    queries = Sample(held_out.images, _QUERIES)
+    images, labels = fetch(queries, np.arange(queries.num_examples))
+    _, rows = nearest(index.features, features_of(images), _NEIGHBOURS)
+    _, by_pixels = nearest(index.pixels, shrink(images), _NEIGHBOURS)
     # The first image of each of a few classes, evenly spread.
-    present = np.unique(alike.labels)
-    count = min(_SHOWN_QUERIES, len(present))
-    classes = present[np.arange(count) * len(present) // count]
-    shown = np.array([np.argmax(alike.labels == label) for label in classes])
-    drawn = draw(
-        alike.index,
-        alike.indexed,
-        alike.images[shown],
-        alike.rows[shown],
-        query_titles=[words(run.names[label]) for label in classes],
-    )
+    classes, first = np.unique(labels, return_index=True)
+    count = min(_SHOWN_QUERIES, len(classes))
+    shown = first[np.arange(count) * len(classes) // count]
+    titles = [words(run.names[label]) for label in labels[shown]]
+    drawn = draw(index, searched, images[shown], rows[shown], query_titles=titles)
     return {
-        "image": _png(drawn),
+        "image": _image(drawn, "png"),
         "shown": count,
-        "queries": len(alike.images),
-        "each": alike.rows.shape[1],
-        "layer": alike.index.layer,
-        "searched": alike.indexed.num_examples,
-        "total": alike.total,
-        "same_class": alike.same_class,
-        "same_class_pixels": alike.same_class_pixels,
+        "queries": len(images),
+        "each": rows.shape[1],
+        "layer": index.layer,
+        "searched": searched.num_examples,
+        "total": training.num_examples,
+        "same_class": np.mean(index.labels[rows] == labels[:, None]),
+        "same_class_pixels": np.mean(index.labels[by_pixels] == labels[:, None]),
     }
 
 
 def _filters(run: Run) -> dict[str, Any]:
-    kernel, columns = run.first_kernel, run.columns
+    kernel, columns = run.first_kernel, run.logits_of.model.network.columns
     found = figures.filter_statistics(kernel)
     statistics = figures.filter_statistics_by_column(kernel, columns=columns)
     return {
-        "image": _png(figures.first_layer_filters(kernel, columns=columns)),
-        "statistics": _svg(statistics),
+        "image": _image(figures.first_layer_filters(kernel, columns=columns), "png"),
+        "statistics": _image(statistics, "svg"),
         "side": kernel.shape[0],
         "count": kernel.shape[-1],
         "columns": columns,
         "median_colour": np.median(found.colour),
         "oriented": np.mean(found.coherence > 0.5),
     }
-
-
-def _cpu_devices(run: Run) -> int:
-    """Return the number of virtual CPU devices that the run's config needs; else 0."""
-    parallel = run.config["parallel"]
-    devices = max(1, parallel["data"]) * max(1, parallel["column"])
-    return devices if devices > 1 and jax.default_backend() == "cpu" else 0
