@@ -74,16 +74,16 @@ def plan(*setting, mode=""):
     return gpu_plan.record(gpu_plan.lower(case), case.setting.precision)
 
 
-def test_a_product_is_counted(compiler):
+def test_a_sum_and_a_product_are_counted(compiler):
     (device,) = gpu_plan.devices(1)
-    x = jax.ShapeDtypeStruct(
-        (512, 512), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(device)
-    )
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    x = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16, sharding=sharding)
+    found = gpu_plan.record(jax.jit(lambda x, y: x + y).lower(x, x), "bfloat16")
+    assert (found["kernels"], found["bytes"], found["flops"]) == (1, 3 * 512 * 512 * 2, 0)
     found = gpu_plan.record(jax.jit(lambda x, y: x @ y).lower(x, x), "bfloat16")
     assert found["flops"] == 2 * 512**3
-    assert found["bytes"] == pytest.approx(3 * 512 * 512 * 2, rel=0.5)
-    assert found["lower_bound_ms"] >= found["memory_ms"] > found["products_ms"]
-    assert "| product |" in gpu_plan.tables({"product": found})
+    assert found["lower_bound_ms"] >= max(found["memory_ms"], found["products_ms"])
+    assert "| product | " in gpu_plan.tables({"product": found})
 
 
 def test_bytes_of_a_training_step_do_not_grow(compiler):
@@ -113,7 +113,7 @@ def test_the_largest_exchanges_start_before_the_convolutions_backward_pass_ends(
 def test_measurements_stand_beside_the_plan(tmp_path):
     programs = json.loads(gpu.PLAN_RESULT.read_text())["programs"]
     assert set(map(str, gpu_plan.CASES)) == set(programs)
-    rates = [9.0e4, 1.1e5, 1.0e5]
+    rates = [4.0e4, 6.0e4, 5.0e4]
     folder = tmp_path / "speed.train_step-precision-bfloat16"
     folder.mkdir()
     setting = {"batch": 128, "precision": "bfloat16", "images_per_second": {"ours": rates}}
@@ -121,4 +121,4 @@ def test_measurements_stand_beside_the_plan(tmp_path):
     ((case, measured, bound),) = gpu.beside_the_plan(tmp_path)
     assert case in programs
     assert float(measured) == pytest.approx(128 / statistics.median(rates) * 1e3)
-    assert 0 < float(bound) < 1.28
+    assert 0 < float(bound) < float(measured)

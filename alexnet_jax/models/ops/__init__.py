@@ -33,7 +33,7 @@ __all__ = [
     "within_map_response_norm",
 ]
 
-
+# The backend of `compiling_for`.
 _target: ContextVar[str | None] = ContextVar("target", default=None)
 
 
