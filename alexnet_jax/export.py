@@ -15,62 +15,13 @@ image; the network subtracts the mean. The output is `logits` [batch, classes].
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from alexnet_jax.models.weights import WeightsError
-from alexnet_jax.models.weights.onnx import export_onnx
-from alexnet_jax.models.weights.safetensors import NAMES, save_safetensors
+from alexnet_jax.models.weights.safetensors import save_safetensors
 from alexnet_jax.system import signals
 from alexnet_jax.system.cli import exit_status, path_argument, require_writable_file
 from alexnet_jax.training.checkpoint import CheckpointError
 from alexnet_jax.training.load import read_network
-
-
-def export(
-    source: Path,
-    out: Path,
-    *,
-    names: str = "alexnet_jax",
-    step: int | None = None,
-    variant: str | None = None,
-) -> None:
-    """Write the network of a workdir, or of a file of weights, to `out`.
-
-    Args:
-      source: the workdir or file, as for `alexnet_jax.load`.
-      out: a `.safetensors` or `.onnx`; its folder is created.
-      names: tensor names of a `.safetensors`, see `save_safetensors`.
-      step, variant: as for `alexnet_jax.load`.
-
-    Raises:
-      WeightsError: for another suffix, or a network that the format cannot hold.
-      PathError: (an OSError) if `out` cannot be written.
-      FileNotFoundError, CheckpointError: as `alexnet_jax.load`.
-    """
-    suffix = out.suffix.lower()
-    if suffix not in (".safetensors", ".onnx"):
-        raise WeightsError(f"--out={out} must end in .safetensors or .onnx.")
-    if suffix == ".onnx" and names != "alexnet_jax":
-        raise WeightsError(f"--names={names} is for .safetensors; got --out={out}.")
-    require_writable_file(out)
-    weights = read_network(source, step=step, variant=variant)
-    width = weights.settings.get("width") or 1.0
-    if names == "torchvision" and width != 1:
-        raise WeightsError(
-            f"{source} has layers of width {width:g}, which torchvision's AlexNet could "
-            "not read. Leave --names out: alexnet_jax.load reads any width."
-        )
-    if suffix == ".safetensors":
-        save_safetensors(out, weights, names=names)
-        return
-    export_onnx(
-        out,
-        weights.make_model(),
-        weights.variables,
-        mean=weights.mean,
-        crop_size=weights.crop_size,
-        class_names=weights.class_names,
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,24 +34,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--workdir", type=path_argument, required=True, help="folder of a run, or a file")
     add("--out", type=path_argument, required=True, metavar="FILE")
-    add("--names", choices=NAMES, default=NAMES[0])
+    add("--names", choices=["alexnet_jax", "torchvision"], default="alexnet_jax")
     add("--step", type=int, help="which checkpoint; else the best")
     add("--variant", help="of a file that does not name its network")
     options = parser.parse_args(argv)
+    return exit_status(lambda: _export(options), CheckpointError)
 
-    def run() -> bool:
-        export(
-            options.workdir,
-            options.out,
-            names=options.names,
-            step=options.step,
-            variant=options.variant,
+
+def _export(options: argparse.Namespace) -> bool:
+    out, suffix = options.out, options.out.suffix.lower()
+    if suffix not in (".safetensors", ".onnx"):
+        raise WeightsError(f"--out={out} must end in .safetensors or .onnx.")
+    if suffix == ".onnx" and options.names != "alexnet_jax":
+        raise WeightsError(f"--names={options.names} is for .safetensors; got --out={out}.")
+    require_writable_file(out)
+    weights = read_network(options.workdir, step=options.step, variant=options.variant)
+    width = weights.settings.get("width") or 1.0
+    if options.names == "torchvision" and width != 1:
+        raise WeightsError(
+            f"{options.workdir} has layers of width {width:g}, which torchvision's AlexNet could "
+            "not read. Leave --names out: alexnet_jax.load reads any width."
         )
-        size = options.out.stat().st_size / 1e6
-        print(f"wrote {options.out} ({size:,.1f} MB)")
-        return True
-
-    return exit_status(run, CheckpointError)
+    if suffix == ".safetensors":
+        save_safetensors(out, weights, names=options.names)
+    else:
+        try:
+            from alexnet_jax.models.weights.onnx import export_onnx
+        except ImportError as error:
+            raise WeightsError(
+                'writing ONNX needs onnx: pip install "alexnet_jax[onnx]", or onnx itself.'
+            ) from error
+        export_onnx(out, weights)
+    print(f"wrote {out} ({out.stat().st_size / 1e6:,.1f} MB)")
+    return True
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Train, evaluate or describe a network from the command line.
 
-One process, or one of several: see launch/README.md.
+One process, or one of several: see launch/README.md. Any field of the config is changed by
+--config.FIELD=VALUE.
 
 python -m alexnet_jax.main --config=configs/paper.py --workdir=DIR
 python -m alexnet_jax.main --workdir=DIR --mode=eval
 python -m alexnet_jax.main --config=configs/paper.py --mode=describe
 """
 
+import argparse
 import contextlib
 import ctypes
 import os
@@ -15,24 +17,21 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from absl import logging
 
 from alexnet_jax.data import DataError
 from alexnet_jax.models.weights import WeightsError
 from alexnet_jax.system import signals
-from alexnet_jax.training import distributed, ensemble, experiment, load, loop
+from alexnet_jax.training import distributed, ensemble, load, loop
 from alexnet_jax.training.checkpoint import CheckpointError
-from alexnet_jax.training.config import ConfigError, as_json, flat
+from alexnet_jax.training.config import Config, ConfigError, as_json, flat, set_fields, validate
 from alexnet_jax.training.describe import describe, describe_modes
 from alexnet_jax.training.evaluate import PredictionsError
-from alexnet_jax.training.workdir import CONFIG_FILE, require_run
+from alexnet_jax.training.experiment import DIVERGED
 
-_NO_CONFIG = "--config=FILE is missing, such as --config=configs/paper.py."
-_NO_WORKDIR = "--workdir=DIR is missing: the folder that keeps the run."
 # User errors are one line; anything else keeps its traceback.
 _USER_ERRORS = (
     ConfigError,
@@ -46,111 +45,101 @@ _USER_ERRORS = (
 )
 
 
-class _NotLoadedError(Exception):
-    """Carries an error of a config file past absl, which would hide its traceback."""
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (--help lists the flags).")
 
 
-class _ConfigFile(flags.ArgumentParser):
-    """Parser for --config: a Python file, or the config.json of a workdir."""
-
-    def parse(self, argument: str) -> ConfigDict:
-        try:
-            if argument[:1] in ("", "-"):  # "--config --workdir=DIR"
-                raise ConfigError(_NO_CONFIG)
-            return load.load_config(argument)
-        except Exception as error:
-            raise _NotLoadedError from error
-
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    help_string="A file of configs/, such as configs/paper.py. With --mode=eval its "
-    "default is the config of the (first) run in --workdir.",
-)
-flags.FLAGS["config"].parser = _ConfigFile()
-_WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "Folder of the run; the same folder again goes on with it. With --mode=eval also "
-    "DIR@STEP, or several that are averaged, DIR,DIR@STEP,FILE.npz.",
-)
-_PREDICTIONS = flags.DEFINE_string(
-    "predictions", None, "With --mode=eval: an .npz that is written with the predictions."
-)
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "describe"], "What to do with it.")
-_CPU_DEVICES = flags.DEFINE_integer(
-    "cpu_devices",
-    None,
-    "Run on that many virtual devices of the CPU, whatever else there is.",
-    lower_bound=1,
-)
-_DISTRIBUTED = flags.DEFINE_enum(
-    "distributed",
-    "auto",
-    ["auto", "on", "off"],
-    "on: this is one of several processes; auto: it is if the flags below say so, or if "
-    "SLURM or Open MPI has started several tasks.",
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator_address", None, "HOST:PORT of process 0, for all the same."
-)
-_NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "How many processes there are.", lower_bound=1
-)
-_PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "Which of them this one is, from 0.", lower_bound=0
-)
-_LOCAL_DEVICE_IDS = flags.DEFINE_list(
-    "local_device_ids", None, "Numbers of the GPUs of this process, such as 0,1."
-)
-_CONNECT_SECONDS = flags.DEFINE_integer(
-    "connect_seconds", 180, "How long to wait for the other processes.", lower_bound=1
-)
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m alexnet_jax.main",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--config",
+        help="a file of configs/, for example configs/paper.py; with --mode=eval by default the "
+        "config of the (first) run in --workdir",
+    )
+    add(
+        "--workdir",
+        help="folder of the run; the same folder again resumes it. With --mode=eval also "
+        "DIR@STEP, or several that are averaged: DIR,DIR@STEP,FILE.npz",
+    )
+    add("--mode", choices=["train", "eval", "describe"], default="train")
+    add("--predictions", help="with --mode=eval: FILE.npz for the predictions")
+    add("--cpu_devices", type=int, help="number of virtual devices of the CPU to run on")
+    add(
+        "--distributed",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="on: this is one of several processes; auto: it is if the flags below say so, or if "
+        "SLURM or Open MPI has started several tasks",
+    )
+    add("--coordinator_address", help="HOST:PORT of process 0, the same for all")
+    add("--num_processes", type=int, help="number of processes")
+    add("--process_id", type=int, help="number of this process, from 0")
+    add("--local_device_ids", help="numbers of this process's GPUs, for example 0,1")
+    add("--connect_seconds", type=int, default=180, help="how long to wait for the others")
+    return parser
 
 
-def main(argv: Sequence[str]) -> None:
-    """Train, evaluate or describe, as the flags say."""
-    if len(argv) > 1:
-        raise ConfigError(
-            f"unknown on the command line: {' '.join(argv[1:])}. A field of the config "
-            "is changed with --config.FIELD=VALUE."
-        )
-    config, mode, workdir = _CONFIG.value, _MODE.value, _WORKDIR.value or ""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, evaluate or describe, as the arguments say."""
+    options, fields = _parser().parse_known_args(argv)
+    mode, workdir = options.mode, options.workdir
     if mode != "describe" and not workdir:
-        raise ConfigError(_NO_WORKDIR)
-    if mode != "eval" and _PREDICTIONS.value is not None:
+        raise ConfigError("--workdir=DIR is missing: the folder that keeps the run.")
+    if mode != "eval" and options.predictions is not None:
         raise ConfigError("--predictions=FILE.npz goes with --mode=eval.")
-    if _CPU_DEVICES.value:  # has no effect after JAX has started
+    config = read_config(options, fields)
+    if options.cpu_devices:  # has no effect after JAX has started
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
-    gpus = _LOCAL_DEVICE_IDS.value
+        jax.config.update("jax_num_cpu_devices", options.cpu_devices)
+    gpus = options.local_device_ids
     distributed.start(
-        _DISTRIBUTED.value,
-        coordinator_address=_COORDINATOR.value,
-        num_processes=_NUM_PROCESSES.value,
-        process_id=_PROCESS_ID.value,
-        local_device_ids=None if gpus is None else [int(gpu) for gpu in gpus],
-        connect_seconds=_CONNECT_SECONDS.value,
+        options.distributed,
+        coordinator_address=options.coordinator_address,
+        num_processes=options.num_processes,
+        process_id=options.process_id,
+        local_device_ids=None if gpus is None else [int(gpu) for gpu in gpus.split(",")],
+        connect_seconds=options.connect_seconds,
     )
     distributed.require_devices()
-    fields = flat(as_json(config), "config.")
-    distributed.require_same({"mode": mode, "workdir": workdir} | fields)
+    flags = {f"config.{name}": value for name, value in flat(as_json(config)).items()}
+    distributed.require_same({"mode": mode, "workdir": workdir} | flags)
     if mode == "describe":
-
-        def say(line: str, file: Any = None) -> None:
-            if jax.process_index() == 0:
-                print(line, file=file, flush=True)
-
-        say(describe(config) + "\n")  # before the compilations
-        say(describe_modes(config, lambda line: say(line, sys.stderr)))
+        say = print if jax.process_index() == 0 else lambda *_, **__: None
+        say(describe(config), flush=True)  # before the compilations
+        say("\n" + describe_modes(config, lambda line: say(line, file=sys.stderr)))
         return
     _return_freed_arrays()
     _keep_compiled_programs()
-    if mode == "eval":
-        members = [ensemble.Member.parse(name) for name in workdir.split(",")]
-        ensemble.evaluate_runs(config, members, save_to=_PREDICTIONS.value)
-    else:
+    if mode == "train":
         loop.train_and_evaluate(config, workdir)
+    else:
+        members = ensemble.parse_members(workdir)
+        ensemble.evaluate_runs(config, members, save_to=options.predictions)
+
+
+def read_config(options: argparse.Namespace, fields: Sequence[str]) -> Config:
+    """Return the config of --config, by default of the run to evaluate, with fields changed.
+
+    Raises:
+      ConfigError: the file or a field is wrong; lists all mistakes.
+      Exception: any error of the Python file.
+    """
+    name = options.config
+    if name is None and options.mode == "eval":
+        name = ensemble.config_file(ensemble.parse_members(options.workdir))
+    if not name:
+        raise ConfigError("--config=FILE is missing, for example --config=configs/paper.py.")
+    config = load.load_config(name)
+    if found := set_fields(config, fields):
+        validate(config, devices=False, training=options.mode == "train", found=found)
+    return config
 
 
 def _return_freed_arrays() -> None:
@@ -164,58 +153,19 @@ def _return_freed_arrays() -> None:
 
 
 def _keep_compiled_programs() -> None:
-    """Keep compiled programs in the user's cache folder, unless JAX's settings differ.
+    """Keep compiled programs in the user's cache folder, unless JAX's settings name another.
 
     Not on the CPU: on some processors XLA refuses every stored program, each with a
     warning of illegal instructions (jax-ml/jax#38445, openxla/xla#44565, jax 0.10).
     """
     settings: Any = jax.config
-    if settings.jax_compilation_cache_dir or not settings.jax_enable_compilation_cache:
+    if settings.jax_compilation_cache_dir or jax.default_backend() == "cpu":
         return
-    if jax.default_backend() == "cpu":
-        return
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = os.path.join(base, "alexnet_jax", "jax")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = cache / "alexnet_jax" / "jax"
     with contextlib.suppress(OSError):  # some containers have no home to write to
-        os.makedirs(folder, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", folder)
-
-
-def _parse(argv: Sequence[str]) -> list[str]:
-    """Parse the flags; --mode=eval takes the config of the run that it evaluates."""
-    flags.FLAGS.set_gnu_getopt()
-    try:
-        rest = flags.FLAGS(list(argv), known_only=True)
-        if not flags.FLAGS["config"].present:
-            rest.insert(1, f"--config={_stored_config()}")
-        return flags.FLAGS(rest)
-    except _NotLoadedError as error:
-        assert error.__cause__ is not None
-        raise error.__cause__ from None
-    except ConfigError:
-        raise
-    except (AttributeError, KeyError) as error:
-        # ml_collections: "'FIELD'\nDid you mean ...", of a group in a second error.
-        inner = error.args[0]
-        text = inner.args[0] if isinstance(inner, KeyError) else inner
-        words = text.replace("'", "").replace("\n", ". ")
-        raise ConfigError(f"the config has no such field: {words}") from error
-    except (flags.Error, TypeError, ValueError) as error:
-        words = " ".join(str(error).split())
-        raise ConfigError(f"the command line: {words}") from error
-
-
-def _stored_config() -> Path:
-    """Return the config of the first run in --workdir, for --mode=eval."""
-    if _MODE.value != "eval":
-        raise ConfigError(_NO_CONFIG)
-    if not _WORKDIR.value:
-        raise ConfigError(_NO_WORKDIR)
-    for member in map(ensemble.Member.parse, _WORKDIR.value.split(",")):
-        if member.is_run:
-            require_run(member.path)
-            return member.path / CONFIG_FILE
-    raise ConfigError(f"{_NO_CONFIG} Files do not say which pictures they are to be tested on.")
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def run() -> None:
@@ -228,13 +178,14 @@ def run() -> None:
 def _run() -> int:
     status = 1
     try:
-        app.run(main, flags_parser=_parse)  # raises SystemExit
+        main()
+        return 0
     except (BrokenPipeError, signals.Interrupted):
         raise
     except KeyboardInterrupt:  # the run has written its checkpoint
         return 130
     except FloatingPointError as error:
-        message, status = str(error), experiment.DIVERGED
+        message, status = str(error), DIVERGED
     except _USER_ERRORS as error:
         message = str(error)
     except Exception as error:
@@ -242,15 +193,14 @@ def _run() -> int:
         if first_line.startswith("RESOURCE_EXHAUSTED"):
             message = (
                 f"the memory of a device is too small ({first_line}). Set a larger "
-                "--config.optim.accumulate_steps (the same run in less memory, but for "
-                "batch normalisation), or take more devices; the same command goes on, "
-                "from the last checkpoint if there is one."
+                "--config.optim.accumulate_steps, or take more devices; the same command "
+                "resumes from the last checkpoint."
             )
         elif jax.distributed.is_initialized():
             traceback.print_exc()
             message = (
                 "this process failed, or another one is gone, whose own output says why. "
-                "The same command goes on, from the last checkpoint if there is one."
+                "The same command resumes from the last checkpoint."
             )
         else:
             raise

@@ -22,14 +22,12 @@ python -m alexnet_jax.prepare statistics --source=folder:PATH [--data_dir=DIR]
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-from tqdm import tqdm
 
 from alexnet_jax.data import (
     DataError,
@@ -41,8 +39,16 @@ from alexnet_jax.data import (
 )
 from alexnet_jax.data.sources.tfds import tfds_data_dir
 from alexnet_jax.system import signals
-from alexnet_jax.system.cli import expanded, progress, require_writable
+from alexnet_jax.system.cli import (
+    exit_status,
+    expanded,
+    progress,
+    require_writable,
+    require_writable_file,
+)
 from alexnet_jax.system.files import atomic_write
+
+_say = functools.partial(print, flush=True)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,15 +56,13 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help shows all)")
 
 
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    def at_least(least: int) -> Callable[[str], int]:
-        def integer(text: str) -> int:
-            if (value := int(text)) < least:
-                raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-            return value
-
-        return integer
-
     parser = _Parser(
         prog="prepare",
         description=__doc__,
@@ -71,18 +75,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--data_dir", help="tfds directory; else TFDS_DATA_DIR, ~/tensorflow_datasets")
     add("--split", default="train", help="split to check or to compute statistics of")
     add("--eval_split", default="validation", help="second split to check; empty: none")
-    add("--out", default="contact_sheet.png", help="figure that check draws")
-    add("--image_size", type=at_least(1), default=256, help="side of the pictures")
-    add("--max_examples", type=at_least(1), help="use so many pictures, evenly spread")
-    count, cores = at_least(0), os.cpu_count() or 1
-    add("--max_unreadable", type=count, default=10, help="broken pictures to leave out")
-    add("--workers", type=at_least(1), default=cores, help="processes or threads")
+    add("--out", type=Path, default="contact_sheet.png", help="figure that check draws")
+    add("--image_size", type=_count, default=256, help="side of the pictures")
+    add("--max_examples", type=_count, help="use so many pictures, evenly spread")
+    add("--max_unreadable", type=int, default=10, help="broken pictures to leave out")
+    add("--workers", type=_count, default=os.cpu_count() or 1, help="processes or threads")
     add("--verify", action="store_true", help="compare the MD5 of the archives first")
     add("--partial", action="store_true", help="accept less than all of ImageNet")
     return parser.parse_args(argv)
 
 
-def _imagenet(options: argparse.Namespace) -> int:
+def _imagenet(options: argparse.Namespace) -> bool:
     from alexnet_jax.data.imagenet import preparation
 
     if not options.source:
@@ -98,7 +101,7 @@ def _imagenet(options: argparse.Namespace) -> int:
     )
     _say("look at it before training:")
     _say(f"  python -m alexnet_jax.prepare check --data_dir={data_dir}")
-    return 0
+    return True
 
 
 def _open(options: argparse.Namespace, name: str, split: str) -> sources.Source:
@@ -106,16 +109,14 @@ def _open(options: argparse.Namespace, name: str, split: str) -> sources.Source:
     return open_source(name, split, data_dir=options.data_dir, image_size=size)
 
 
-def _check(options: argparse.Namespace) -> int:
+def _check(options: argparse.Namespace) -> bool:
     from alexnet_jax.analysis.figures import contact_sheet
     from alexnet_jax.data import check
 
-    out = Path(options.out)
-    if out.suffix not in (".png", ".jpg", ".pdf") or not out.absolute().parent.is_dir():
-        raise ValueError(f"--out={out} must be a .png, .jpg or .pdf file in a folder that exists")
-    if not options.split:
-        raise ValueError("--split is empty: which split is trained on?")
-    require_writable(out.absolute().parent)
+    out = options.out
+    if out.suffix not in (".png", ".jpg", ".pdf"):
+        raise ValueError(f"--out={out} must be a .png, .jpg or .pdf file")
+    require_writable_file(out)
     name = options.source or "imagenet2012_256"
     train, evaluation = _open(options, name, options.split), None
     if options.eval_split:
@@ -124,35 +125,32 @@ def _check(options: argparse.Namespace) -> int:
             evaluation = match_classes(evaluation, train.class_names)
     for line in warnings_about(train, evaluation):
         _say(line)
-    workers, levels, labels, hashes = options.workers, [], [], []
+    splits: list[check.Split] = []
     for source in filter(None, (train, evaluation)):
         _say(source.description)
-        count = source.num_examples
-        with progress("reading labels and images", count, "records") as bar:
-            of_split = check.read_records(source, workers, bar)
-        labels.append(of_split[0])
-        hashes.append(of_split[1])
-    checks = {"partial": options.partial, "workers": workers}
-    for finding in check.examine(train, evaluation, labels, hashes, **checks):
+        with progress("reading labels and images", source.num_examples, "records") as bar:
+            splits.append(check.read_split(source, options.workers, bar))
+    levels = []
+    for finding in check.examine(*splits, partial=options.partial, workers=options.workers):
         _say(str(finding))
         levels.append(finding.level)
-    figure = contact_sheet(train, labels[0], evaluation, labels[-1])
+    figure = contact_sheet(train, splits[0].labels, evaluation, splits[-1].labels)
     with atomic_write(out) as file:
         figure.savefig(file, format=out.suffix.removeprefix("."), dpi=110)
     _say(f"look at {out}: each pair must show what its title says")
     wrong = levels.count("WRONG")
     _say(f"{wrong} of {len(levels)} checks failed" if wrong else "all checks passed")
-    return 1 if wrong else 0
+    return not wrong
 
 
-def _textures(options: argparse.Namespace) -> int:
+def _textures(options: argparse.Namespace) -> bool:
     for split in ("train", "test"):
         source = _open(options, "textures", split)
         _say(f"{source.description}: {source.num_examples:,} pictures")
-    return 0
+    return True
 
 
-def _statistics(options: argparse.Namespace) -> int:
+def _statistics(options: argparse.Namespace) -> bool:
     if not options.source:
         raise ValueError("--source is missing: folder:PATH or a tfds data set")
     source = _open(options, options.source, options.split)
@@ -170,22 +168,16 @@ def _statistics(options: argparse.Namespace) -> int:
             source, max_examples=count, workers=options.workers, progress=bar
         )
     result.save(path)
-    for what, values, note in (
-        ("mean of R, G, B              ", result.mean_image.mean((0, 1)), "0..255"),
-        ("standard deviations along PCA", result.pca_std_255, "ascending"),
+    for what, values in (
+        ("mean of R, G, B, 0..255", result.mean_image.mean((0, 1))),
+        ("standard deviations along PCA, ascending", result.pca_std_255),
     ):
-        numbers = "  ".join(f"{value:7.3f}" for value in values)
-        _say(f"{what} {numbers}  ({note})")
+        _say(f"{what}: {'  '.join(f'{value:.3f}' for value in values)}")
     _say(f"wrote {path} ({time.perf_counter() - started:.0f} s)")
-    return 0
+    return True
 
 
-def _say(text: str) -> None:
-    tqdm.write(text)
-    sys.stdout.flush()
-
-
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+COMMANDS = {
     "imagenet": _imagenet,
     "check": _check,
     "statistics": _statistics,
@@ -195,13 +187,12 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 def main(argv: Sequence[str]) -> int:
     """Run one command; return the exit status, 1 after a user error."""
-    warnings.filterwarnings("ignore", module="PIL")  # an error says all that matters
-    try:
+
+    def run() -> bool:
         options = _parse(argv[1:])
         return COMMANDS[options.command](options)
-    except (ValueError, OSError) as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return 1
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

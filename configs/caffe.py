@@ -2,7 +2,7 @@
 
     python -m alexnet_jax.main --config=configs/caffe.py --workdir=runs/caffe
 
-on a prepared `imagenet2012_256`; on a folder of pictures, add
+on a prepared `imagenet2012_256`; on a folder of images, add
 
     --config.data.source=folder:PATH --config.data.eval_split=val
 
@@ -14,11 +14,11 @@ mirror images, no colour noise. The variant `caffe` has the starts: fc6 and fc7 
 N(0, 0.005), biases of 0.1.
 
 Three things are not as there: the shorter side becomes 256 and the central square is
-taken (there all is squashed to 256 x 256), the pictures are shuffled anew every epoch,
+taken (there all is squashed to 256 x 256), the images are shuffled anew every epoch,
 and the centre of the mean image is subtracted from every crop (there the part that the
 crop was cut from).
 
-Expected on the 50,000 validation pictures of ILSVRC-2012, not run here: top-1 error
+Expected on the 50,000 validation images of ILSVRC-2012, not run here: top-1 error
 42.9% and top-5 19.8% on the centre view (its readme: 57.1% and 80.2% right).
 """
 

@@ -1,4 +1,4 @@
-"""CIFAR-10 with cuda-convnet's "18%" network, from a folder of pictures.
+"""CIFAR-10 with cuda-convnet's "18%" network, from a folder of images.
 
     python -m alexnet_jax.main --config=configs/cifar10.py --workdir=runs/cifar10 \
         --config.data.source=folder:PATH

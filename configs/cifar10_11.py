@@ -1,4 +1,4 @@
-"""CIFAR-10 with cuda-convnet2's "11%" network, from a folder of pictures.
+"""CIFAR-10 with cuda-convnet2's "11%" network, from a folder of images.
 
     python -m alexnet_jax.main --config=configs/cifar10_11.py --workdir=runs/cifar10_11 \
         --config.data.source=folder:PATH
@@ -8,7 +8,7 @@ response normalisation, two locally connected layers, random 24 x 24 crops and m
 images; the test averages nine views. Constants: `layers-cifar10-11pct.cfg` and
 `layer-params-cifar10-11pct.cfg`: learning rate 0.001, of the biases 0.002 to the end;
 divided by ten after 500 and after 510 epochs, 520 in all. (There 350 of them are of
-four fifths of the pictures, the rest to validate on; here all are of all.)
+four fifths of the images, the rest to validate on; here all are of all.)
 `--config=configs/cifar10_11.py:26` is the same in 26 epochs: the learning rate drops at
 the same shares of the run.
 

@@ -1,10 +1,10 @@
-"""Your own pictures, one folder a class.
+"""Your own images, one folder per class.
 
     python -m alexnet_jax.main --config=configs/folder.py --workdir=runs/mine \
         --config.data.source=folder:PATH
 
-PATH/train/<class>/*.jpg and PATH/test/<class>/*.jpg (or val); classes are counted
-from the folders, pictures of any size are resized to 256 x 256. A narrower network
+PATH/train/<class>/*.jpg and PATH/test/<class>/*.jpg (or val). Classes are counted from
+the folders; images of any size are resized to 256 x 256. A narrower network
 (`--config.model.width=0.5`) is often enough for some dozens of classes.
 """
 
@@ -14,7 +14,7 @@ from alexnet_jax.training.config import get_config as defaults
 def get_config():
     config = defaults()
     config.data.source = "folder:PATH"
-    # He's start trains at any width; the paper's wants ImageNet and full width.
+    # He's initial weights train at any width; the paper's need ImageNet and full width.
     config.model.init = "he"
     config.optim.learning_rate = 1e-3
     config.num_epochs = 30.0

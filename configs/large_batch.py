@@ -24,12 +24,12 @@ counts from iteration 0, not from the end of the warm-up: having risen to its pe
 goes on from 0.81 of it (0.90 in batches of 16,384). Its biases decay and take the trust
 ratio. Its ratio is |w| / (|g| + 0.0005 |w|); here it is |w| / |g + 0.0005 w|.
 
-A batch is 6.4 GB of pictures; the devices hold one together, and the host, which decodes
+A batch is 6.4 GB of images; the devices hold one together, and the host, which decodes
 ahead, up to six. Each device takes its share in 32 parts, in evaluations too. Batch
-normalisation's statistics are of a part on all devices: 1,024 pictures, on any number
+normalisation's statistics are of a part on all devices: 1,024 images, on any number
 of them.
 
-Expected on the 50,000 validation pictures of ILSVRC-2012, not run here: top-1 error
+Expected on the 50,000 validation images of ILSVRC-2012, not run here: top-1 error
 about 41% on the centre view (58.6% right is what arXiv:1709.05011 is quoted with).
 """
 

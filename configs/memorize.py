@@ -1,10 +1,10 @@
-"""Can a narrow network learn a small prepared data set by heart? It must.
+"""Check a prepared data set: a narrow network must learn a small one by heart.
 
     python -m alexnet_jax.main --config=configs/memorize.py --workdir=DIR \
         --config.data.source=NAME
 
 Nothing random stands in the way: no augmentation, no dropout, no weight decay. If the
-training error does not go to zero, or the error on pictures that are also in the
+training error does not go to zero, or the error on images that are also in the
 training split does not follow, then labels, statistics or evaluation disagree.
 """
 

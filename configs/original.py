@@ -7,10 +7,10 @@ The original's experiment 145, whose logged errors are the paper's: see the vari
 dropped by hand after epochs 25, 51 and 79 of 91; conv1 slowed down at epoch 67, with the
 colour noise taken off, and frozen at 72, bias and all; the other biases learning at 0.02
 to the end, and none with weight decay. (The run on ILSVRC-2010 ends with biases at 0.002.)
-Two things are not as they were then: the pictures are shuffled anew every epoch, and every
-picture has its own crop (there 32 neighbours shared one).
+Two things are not as they were then: the images are shuffled anew every epoch, and every
+image has its own crop (there 32 neighbours shared one).
 
-Its own figures on the 50,000 validation pictures, not run here: top-1 error 40.66% and
+Its own figures on the 50,000 validation images, not run here: top-1 error 40.66% and
 top-5 18.21% over ten views (README, "What to expect").
 
 Without communication between the columns (experiment 150: 41.83% and 19.33%):

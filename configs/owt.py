@@ -2,7 +2,7 @@
 
     python -m alexnet_jax.main --config=configs/owt.py --workdir=runs/owt
 
-on a prepared `imagenet2012_256`; on a folder of pictures, add
+on a prepared `imagenet2012_256`; on a folder of images, add
 
     --config.data.source=folder:PATH --config.data.eval_split=val
 
@@ -20,7 +20,7 @@ a kernel that much smaller and a gradient that much larger: a rate divided by 57
 gives it the same steps (conv1's bias and its weight decay, which did not need it, are
 slowed as well). Without that, the loss of step 7 was not a number (benchmarks/results).
 
-Expected on the 50,000 validation pictures of ILSVRC-2012, not run here: top-1 error
+Expected on the 50,000 validation images of ILSVRC-2012, not run here: top-1 error
 about 40% on the centre view; 60.1% right is reported of a training with these constants,
 by a source that was not checked. torchvision's own weights for this network:
 43.48%, and top-5 20.93%.

@@ -2,7 +2,7 @@
 
     python -m alexnet_jax.main --config=configs/paper.py --workdir=runs/paper
 
-on a prepared `imagenet2012_256`; on a folder of pictures, add
+on a prepared `imagenet2012_256`; on a folder of images, add
 
     --config.data.source=folder:PATH --config.data.eval_split=val
 
@@ -24,7 +24,7 @@ def get_config():
     config.data.source = "imagenet2012_256"
     config.data.eval_split = "validation"
     # Biases of 1, as in section 5, against Caffe's 0.1, which were taken because 1 "gave
-    # flat loss": on 1,000 pictures at full width the loss leaves ln(1000) for good after
+    # flat loss": on 1,000 images at full width the loss leaves ln(1000) for good after
     # 180 steps with these and 370 with Caffe's (one seed; benchmarks/results).
     config.model.init = "paper"
     config.parallel.mode = "columns"

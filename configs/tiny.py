@@ -1,10 +1,10 @@
-"""Learns the embedded pictures in seconds: the trained network of `notebooks/`.
+"""Learns the embedded images in seconds: the trained network of `notebooks/`.
 
     python -m alexnet_jax.main --config=configs/tiny.py --workdir=runs/tiny
 
 cuda-convnet's "18%" network with batch normalisation in the places of its response
-normalisation, on 200 pictures shrunk to 64 x 64 (configs/quickstart.py has the paper's layers,
-and takes minutes). Measured: 11% of 100 unseen pictures wrong after its 200 steps, chance 90%.
+normalisation, on 200 images shrunk to 64 x 64 (configs/quickstart.py has the paper's layers,
+and takes minutes). Measured: 11% of 100 unseen images wrong after its 200 steps, chance 90%.
 """
 
 from alexnet_jax.training.config import get_config as defaults

@@ -12,8 +12,8 @@ INTRODUCTION = """# Configuration
 This page is written by `python docs/make_configuration.py` from
 [`training/config.py`](../alexnet_jax/training/config.py).
 
-`--config=configs/NAME.py` picks a config and `--config.FIELD=VALUE` changes a field. All mistakes are reported at once;
-a misspelt field is reported by itself, with "did you mean". A field that could not have any effect on the run is a mistake too. A config file of
+`--config=configs/NAME.py` picks a config and `--config.FIELD=VALUE` changes a field. All mistakes are reported at once,
+a misspelt field with "did you mean". A field that could not have any effect on the run is a mistake too. A config file of
 your own may lie anywhere:
 
 ```python

@@ -95,20 +95,15 @@ def random_crop(pictures: jax.Array, keys: jax.Array, size: int) -> jax.Array:
     33 x 33 places (the paper's "factor of 2048" counts 32 x 32, twice for the flip).
 
     Args:
-      pictures: [B, S, S, 3] of any dtype.
+      pictures: [B, S, S, 3] of any dtype; the result is [B, size, size, 3].
       keys: [B] random keys, one per image.
-      size: at most S.
-
-    Returns:
-      [B, size, size, 3], same dtype.
     """
     offsets = jnp.int32(pictures.shape[1] - size)
 
     def crop(picture: jax.Array, key: jax.Array) -> jax.Array:
         top, left = jax.random.randint(key, (2,), 0, offsets + 1, dtype=jnp.int32)
-        return lax.dynamic_slice(
-            picture, (top, left, jnp.int32(0)), (size, size, picture.shape[-1])
-        )
+        corner = (top, left, jnp.int32(0))
+        return lax.dynamic_slice(picture, corner, (size, size, picture.shape[-1]))
 
     return jax.vmap(crop)(pictures, keys)
 
@@ -161,14 +156,9 @@ def resize_boxes(
 
     def resize(picture: jax.Array, box: jax.Array) -> jax.Array:
         corner, sides = box[:2].astype(dtype), box[2:].astype(dtype)
-        scale = size / sides
+        scale, shape = size / sides, (size, size, picture.shape[-1])
         return jax.image.scale_and_translate(
-            picture.astype(dtype),
-            (size, size, picture.shape[-1]),
-            (0, 1),
-            scale,
-            -corner * scale,
-            "linear",
+            picture.astype(dtype), shape, (0, 1), scale, -corner * scale, "linear"
         )
 
     return jax.vmap(resize)(pictures, boxes)
@@ -187,13 +177,8 @@ def random_resized_crop(
       pictures: [B, S, S, 3] of any dtype; S need not be as large as `size`.
       keys: [B] random keys, one per image.
       min_area: smallest share of an image's area, above 0, at most 1; 0.08 in Szegedy
-        et al. 2015.
-      size, dtype: of the result; a float dtype.
-
-    Returns:
-      [B, size, size, 3] of `dtype`.
-
-    Source: Szegedy et al. 2015, "Going deeper with convolutions", section 6.
+        et al. 2015, "Going deeper with convolutions", section 6.
+      size, dtype: of the result, [B, size, size, 3]; a float dtype.
     """
     boxes = random_boxes(keys, pictures.shape[1], min_area)
     return resize_boxes(pictures, boxes, size, dtype)
@@ -345,20 +330,15 @@ def train_images(
         jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0
     )
     if augmentation.crop and augmentation.min_area < 1:
-        pictures = random_resized_crop(
-            pictures,
-            crop_keys,
-            size,
-            min_area=augmentation.min_area,
-            dtype=jnp.promote_types(dtype, jnp.float32),
-        )
+        wide, min_area = jnp.promote_types(dtype, jnp.float32), augmentation.min_area
+        pictures = random_resized_crop(pictures, crop_keys, size, min_area=min_area, dtype=wide)
     elif augmentation.crop and size < pictures.shape[1]:
         pictures = random_crop(pictures, crop_keys, size)
     else:
         pictures = centre_crop(pictures, size)
     if augmentation.flip:
         pictures = random_flip(pictures, flip_keys)
-    images = _minus_mean(pictures, statistics.mean_image, size, dtype)
+    images = _minus_mean(pictures, statistics.mean_image, dtype)
     lit = pca_lighting(
         images,
         light_keys,
@@ -376,7 +356,7 @@ def eval_images(
     pictures: jax.Array, *, mean_image: jax.Array, crop_size: int, dtype: Any = jnp.float32
 ) -> jax.Array:
     """Return the centre crops of uint8 [B, S, S, 3] minus the mean's centre."""
-    return _minus_mean(centre_crop(pictures, crop_size), mean_image, crop_size, dtype)
+    return _minus_mean(centre_crop(pictures, crop_size), mean_image, dtype)
 
 
 def several_views(pictures: jax.Array, count: int, size: int) -> jax.Array:
@@ -405,9 +385,6 @@ def several_views(pictures: jax.Array, count: int, size: int) -> jax.Array:
     return jnp.stack(views)
 
 
-def _minus_mean(
-    pictures: jax.Array, mean_image: jax.Array, crop_size: int, dtype: Any
-) -> jax.Array:
+def _minus_mean(pictures: jax.Array, mean_image: jax.Array, dtype: Any) -> jax.Array:
     wide = jnp.promote_types(dtype, jnp.float32)
-    mean = centre_crop(mean_image, crop_size).astype(wide)
-    return pictures.astype(wide) - mean
+    return pictures.astype(wide) - centre_crop(mean_image, pictures.shape[-2]).astype(wide)

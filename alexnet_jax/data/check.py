@@ -6,8 +6,9 @@ statistics of other data, training runs, and ends at a bad error rate.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent import futures
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from alexnet_jax.data import statistics
 from alexnet_jax.data.augment import IMAGENET_MEAN_255, IMAGENET_PCA_STD_255
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, wnids, words
-from alexnet_jax.data.loader import TrainOrder
+from alexnet_jax.data.loader import train_order
 from alexnet_jax.data.sources import Sample, Source, StoredSource, match_classes, overlap
 from alexnet_jax.data.sources.source import some
 
@@ -45,88 +46,85 @@ class Finding:
         return f"{self.level:5s}  {self.text}"
 
 
-def read_records(
-    source: Source, workers: int, progress: Callable[[int], object]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the labels of all examples, and a hash of each stored image.
+class Split(NamedTuple):
+    """A split, with the labels (int32 [n]) and hashes (uint64 [n]) of its stored images.
+
+    There are no hashes if the source stores no images (fake).
+    """
+
+    source: Source
+    labels: np.ndarray
+    hashes: np.ndarray
+
+
+def read_split(source: Source, workers: int, progress: Callable[[int], object]) -> Split:
+    """Read all records of a source once, in threads.
 
     Args:
-      workers: reading threads.
       progress: called with the number of records read since its last call.
-
-    Returns:
-      labels: int32 [n], in the order of storage.
-      hashes: uint64 [n]; empty if the source stores no images (fake).
     """
-    labels = np.empty(source.num_examples, np.int32)
-    stored = source if isinstance(source, StoredSource) else None
-    hashes = np.empty(len(labels) if stored else 0, np.uint64)
+    everything = np.arange(source.num_examples)
+    if not isinstance(source, StoredSource):
+        return Split(source, source.labels_of(everything), np.empty(0, np.uint64))
+    labels = np.empty(len(everything), np.int32)
+    hashes = np.empty(len(everything), np.uint64)
 
-    def read(first: int) -> int:
-        part = range(first, min(first + _CHUNK, len(labels)))
-        if stored is None:
-            labels[part] = source.labels_of(np.asarray(part))
-        else:
-            for index in part:
-                labels[index], data = stored.record(index)
-                digest = hashlib.blake2b(data, digest_size=8).digest()
-                hashes[index] = int.from_bytes(digest, "little")
+    def read(part: np.ndarray) -> int:
+        for index in part.tolist():
+            labels[index], data = source.record(index)
+            digest = hashlib.blake2b(data, digest_size=8).digest()
+            hashes[index] = int.from_bytes(digest, "little")
         return len(part)
 
     pool = futures.ThreadPoolExecutor(workers)
     try:
-        for done in pool.map(read, range(0, len(labels), _CHUNK)):
+        for done in pool.map(read, np.array_split(everything, -(-len(everything) // _CHUNK))):
             progress(done)
     finally:
         pool.shutdown(cancel_futures=True)
-    return labels, hashes
+    return Split(source, labels, hashes)
 
 
 def examine(
-    train: Source,
-    evaluation: Source | None,
-    labels: Sequence[np.ndarray],
-    hashes: Sequence[np.ndarray],
-    *,
-    partial: bool = False,
-    workers: int = 2,
+    train: Split, evaluation: Split | None = None, *, partial: bool = False, workers: int = 2
 ) -> Iterator[Finding]:
     """Make all checks, one after the other.
 
     Args:
       train, evaluation: the splits; the second with the labels of the first, unless its
         classes are other ones.
-      labels, hashes: results of `read_records` per split.
       partial: accept less than all of ImageNet.
       workers: decoding threads.
     """
-    is_imagenet = set(train.class_names) <= set(wnids())
-    yield _class_order(train, is_imagenet, partial)
+    class_names = train.source.class_names
+    is_imagenet = set(class_names) <= set(wnids())
+    yield _class_order(class_names, is_imagenet, partial)
     splits = {"train": train}
     if evaluation is not None:
+        splits["validation" if is_imagenet else "evaluation"] = evaluation
         try:
-            match_classes(evaluation, train.class_names)
+            match_classes(evaluation.source, class_names)
             yield Finding("ok", "labels mean the same classes in both splits")
         except DataError as error:
             yield Finding("WRONG", str(error))
-        yield from _in_both(train, evaluation, hashes)
-        splits["validation" if is_imagenet else "evaluation"] = evaluation
-    for (split, source), of_split in zip(splits.items(), labels):
+        yield from _in_both(train, evaluation)
+    for name, split in splits.items():
         if is_imagenet:
-            count, official = len(of_split), OFFICIAL_COUNTS[split]
-            text = f"{split}: {count:,} pictures, ILSVRC-2012 has {official:,}"
-            if count != official and not partial:
-                text += " (--partial accepts that)"
-            other = "note" if partial else "WRONG"
-            yield Finding("ok" if count == official else other, text)
-        yield _counts(split, source, of_split)
-        yield _pixel_values(split, source)
-    yield from _order(labels[0])
-    yield from _statistics(train, is_imagenet, workers)
+            count, official = len(split.labels), OFFICIAL_COUNTS[name]
+            text = f"{name}: {count:,} pictures, ILSVRC-2012 has {official:,}"
+            if count == official:
+                yield Finding("ok", text)
+            elif partial:
+                yield Finding("note", text)
+            else:
+                yield Finding("WRONG", f"{text} (--partial accepts that)")
+        yield _counts(name, split)
+        yield _pixel_values(name, split.source)
+    yield from _order(train.labels)
+    yield from _statistics(train.source, is_imagenet, workers)
 
 
-def _class_order(train: Source, is_imagenet: bool, partial: bool) -> Finding:
-    names = train.class_names
+def _class_order(names: tuple[str, ...], is_imagenet: bool, partial: bool) -> Finding:
     is_sorted = list(names) == sorted(names)
     if is_imagenet and names != wnids():
         missing = sorted(set(wnids()) - set(names))
@@ -143,61 +141,62 @@ def _class_order(train: Source, is_imagenet: bool, partial: bool) -> Finding:
     return Finding("ok", f"class order: {len(names):,} classes, 0 is {first}, the last is {last}")
 
 
-def _in_both(train: Source, evaluation: Source, hashes: Sequence[np.ndarray]) -> Iterator[Finding]:
+def _in_both(train: Split, evaluation: Split) -> Iterator[Finding]:
     """Look for evaluation images that are training images: by place, else by content."""
-    if message := overlap(train, evaluation):
+    ours, others = train.source, evaluation.source
+    if message := overlap(ours, others):
         yield Finding("WRONG", message)
-        return
-    if not isinstance(train, StoredSource) or not isinstance(evaluation, StoredSource):
-        return
-    level, total = "ok", len(hashes[1])
-    found = np.flatnonzero(np.isin(hashes[1], hashes[0]))
-    text = f"{len(found):,} of {total:,} evaluation images are byte for byte training images"
-    if len(found):
-        level = "WRONG" if len(found) >= _MOST_IDENTICAL * total else "note"
-        twin = np.flatnonzero(hashes[0] == hashes[1][found[0]])[0]
-        text += (
-            f", for example {evaluation.name_of(int(found[0]))} and "
-            f"{train.name_of(int(twin))}: their error is not that of unseen images. Take "
-            "them out of one split"
+    elif isinstance(ours, StoredSource) and isinstance(others, StoredSource):
+        found = np.flatnonzero(np.isin(evaluation.hashes, train.hashes))
+        total = len(evaluation.hashes)
+        text = f"{len(found):,} of {total:,} evaluation images are byte for byte training images"
+        if not len(found):
+            yield Finding("ok", text)
+            return
+        twin = np.flatnonzero(train.hashes == evaluation.hashes[found[0]])[0]
+        yield Finding(
+            "WRONG" if len(found) >= _MOST_IDENTICAL * total else "note",
+            f"{text}, for example {others.name_of(int(found[0]))} and "
+            f"{ours.name_of(int(twin))}: their error is not that of unseen images. Take "
+            "them out of one split",
         )
-    yield Finding(level, text)
 
 
-def _counts(split: str, source: Source, labels: np.ndarray) -> Finding:
-    counts = np.bincount(labels, minlength=source.num_classes)
+def _counts(name: str, split: Split) -> Finding:
+    class_names = split.source.class_names
+    counts = np.bincount(split.labels, minlength=len(class_names))
     present, absent = np.flatnonzero(counts), np.flatnonzero(counts == 0)
     if len(present) == 1:
-        name = source.class_names[present[0]]
-        return Finding("WRONG", f"{split}: every picture has the same label, {name}")
+        label = class_names[present[0]]
+        return Finding("WRONG", f"{name}: every picture has the same label, {label}")
     text = (
-        f"{split}: {len(labels):,} pictures, a class has {counts[present].min():,} to "
+        f"{name}: {len(split.labels):,} pictures, a class has {counts[present].min():,} to "
         f"{counts.max():,}, median {np.median(counts[present]):,.0f}"
     )
     if not len(absent):
         return Finding("ok", text)
     # A small evaluation split may lack classes; a training split must not.
-    level = "WRONG" if split == "train" else "note"
-    names = some([source.class_names[label] for label in absent])
-    return Finding(level, f"{text}; no pictures of {names}")
+    level = "WRONG" if name == "train" else "note"
+    return Finding(level, f"{text}; no pictures of {some([class_names[k] for k in absent])}")
 
 
-def _pixel_values(split: str, source: Source) -> Finding:
+def _pixel_values(name: str, source: Source) -> Finding:
     """Look for images that hardly vary: most likely they had more than 8 bits."""
     sample = Sample(source, _FEW)
     image = np.empty((1, source.image_size, source.image_size, 3), np.uint8)
     ranges = []
     for index in range(sample.num_examples):
         sample.fetch(np.array([index]), image, np.empty(1, np.int32))
-        ranges.append(int(image.max()) - int(image.min()))
+        ranges.append(np.ptp(image))
     median = np.median(ranges)
-    text = f"{split}: an image spans {median:.0f} of 255 grey levels (median of {len(ranges):,})"
-    if median < _LEAST_RANGE:
-        text += (
-            f": the images hardly vary; expected at least {_LEAST_RANGE}. Were values of "
-            "10 to 16 bits cut to 8? Scale them to 0..255 and save the images again"
-        )
-    return Finding("ok" if median >= _LEAST_RANGE else "WRONG", text)
+    text = f"{name}: an image spans {median:.0f} of 255 grey levels (median of {len(ranges):,})"
+    if median >= _LEAST_RANGE:
+        return Finding("ok", text)
+    return Finding(
+        "WRONG",
+        f"{text}: the images hardly vary; expected at least {_LEAST_RANGE}. Were values of "
+        "10 to 16 bits cut to 8? Scale them to 0..255 and save the images again",
+    )
 
 
 def label_entropy(batches: np.ndarray) -> float:
@@ -219,25 +218,23 @@ def _order(labels: np.ndarray) -> Iterator[Finding]:
         return label_entropy(labels[: count * size].reshape(count, size))
 
     chance = entropy(np.random.default_rng(0).permutation(labels))
-    order = TrainOrder(len(labels), batch_size=size, seed=0)  # that of training
-    found = label_entropy(np.stack([labels[order[step]] for step in range(count)]))
+    shuffled = entropy(labels[train_order(len(labels), 0)(0, count * size)])
     yield Finding(
-        "ok" if found > 0.9 * chance > 0 else "WRONG",
-        f"shuffling: the labels of the first {count} batches of {size} hold {found:.2f} "
+        "ok" if shuffled > 0.9 * chance > 0 else "WRONG",
+        f"shuffling: the labels of the first {count} batches of {size} hold {shuffled:.2f} "
         f"bits each, at random {chance:.2f}",
     )
-    # Matters to readers that shuffle little, and to slices such as train[:10%].
     stored = entropy(labels)
     text = f"order of storage: {stored:.2f} bits, at random {chance:.2f}"
     if stored > 0.9 * chance:
         yield Finding("ok", text)
     else:
-        text += "; sorted by class: training shuffles by itself, but a slice such as "
-        yield Finding("note", text + "train[:10%] is a few classes")
+        slices = "training shuffles by itself, but a slice such as train[:10%] is a few classes"
+        yield Finding("note", f"{text}; sorted by class: {slices}")
 
 
 def _statistics(train: Source, is_imagenet: bool, workers: int) -> Iterator[Finding]:
-    path = train.statistics_path
+    path, total = train.statistics_path, train.num_examples
     if path is None or not path.exists():
         yield Finding(
             "note",
@@ -247,7 +244,6 @@ def _statistics(train: Source, is_imagenet: bool, workers: int) -> Iterator[Find
         )
         return
     stored = statistics.load(path, train.image_size)
-    total = train.num_examples
     if stored.split_examples != total:
         yield Finding(
             "WRONG",
@@ -255,15 +251,14 @@ def _statistics(train: Source, is_imagenet: bool, workers: int) -> Iterator[Find
             f"does not use it. {statistics.COMPUTE_AGAIN}",
         )
         return
-    count = min(_SAMPLE, total)
-    again = statistics.compute(train, max_examples=count, workers=workers)
+    again = statistics.compute(train, max_examples=_SAMPLE, workers=workers)
     mean, new_mean = (s.mean_image.mean((0, 1)) for s in (stored, again))
-    # Four standard errors; of all images again the same numbers must come.
+    # Of all images again the same numbers must come; else four standard errors.
+    count = again.num_examples
     same = count == total == stored.num_examples
     tolerance = 0.01 if same else 4 * _SPREAD_OF_MEANS / np.sqrt(count)
-    share = 1e-3 if same else 0.15
     near = np.abs(mean - new_mean).max() < tolerance and np.allclose(
-        stored.pca_std_255, again.pca_std_255, rtol=share
+        stored.pca_std_255, again.pca_std_255, rtol=1e-3 if same else 0.15
     )
     yield Finding(
         "ok" if near else "WRONG",

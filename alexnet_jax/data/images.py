@@ -8,13 +8,12 @@ the user's own files (`upright`), but not to ImageNet: its published numbers wer
 obtained without it. An animation is read as its first frame.
 """
 
-import contextlib
 import functools
 import io
 import os
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,10 +72,18 @@ def decode(
     """
     if out is None:
         out = np.empty((size, size, 3), np.uint8)
-    with _naming(f"{name} ({len(data)} bytes)"):
+    try:
         if not _decode_plain_jpeg(data, size, out, upright=upright):
             with _open(data) as picture:
                 out[...] = _square(picture, size, upright=upright)
+    except MemoryError:  # not the image's fault: `prepare` must not leave it out
+        raise
+    except Exception as error:  # Pillow also lets errors of zlib, struct ... through
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise DataError(
+            f"cannot decode {name} ({len(data)} bytes): {reason}. Replace it by an intact "
+            "copy or take it out"
+        ) from error
     return out
 
 
@@ -105,8 +112,7 @@ def load_picture(picture: str | os.PathLike | Image.Image | np.ndarray, size: in
                 f"or [H, W, 4]; got {picture.dtype} {list(picture.shape)}"
             )
         picture = Image.fromarray(picture)
-    with _naming(str(getattr(picture, "filename", "")) or "the picture"):
-        return np.array(_square(picture, size, upright=True))
+    return np.array(_square(picture, size, upright=True))
 
 
 def resize_to_square(image: np.ndarray | Image.Image, size: int) -> np.ndarray:
@@ -139,20 +145,6 @@ def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
     parts = [Path(path).parts or (".",) for path in paths]
     count = 1 if len({part[-1] for part in parts}) == len(parts) else 2
     return ["/".join(part[-count:]) for part in parts]
-
-
-@contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Convert errors of decoding into a DataError with the name."""
-    try:
-        yield
-    except MemoryError:  # not the image's fault: `prepare` must not leave it out
-        raise
-    except Exception as error:  # Pillow also lets errors of zlib, struct ... through
-        reason = str(error).rstrip(".") or type(error).__name__
-        raise DataError(
-            f"cannot decode {name}: {reason}. Replace it by an intact copy or take it out"
-        ) from error
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -24,43 +24,34 @@ Batch = dict[str, np.ndarray]
 PREFETCH = 4
 
 
-class TrainOrder:
-    """Order of training: another permutation per epoch, computed on the spot.
+def train_order(num_examples: int, seed: int) -> Callable[[int, int], np.ndarray]:
+    """Return the order of training: another permutation per epoch, computed on the spot.
 
     It equals Grain's `MapDataset.range(n).seed(seed).shuffle().repeat()`, but calls only
     the permutation: an index of ImageNet takes 3 microseconds instead of 9, in which no
     other thread runs Python.
 
     Args:
-      num_examples: examples per epoch, n.
-      batch_size: examples per global batch.
+      num_examples: examples per epoch.
       seed: 0..2**32 - 1.
+
+    Returns:
+      A function of (first, last): the examples at these positions, counted from step 0
+      on, int64 [last - first].
     """
+    from grain.experimental import index_shuffle
 
-    def __init__(self, num_examples: int, *, batch_size: int, seed: int):
-        from grain.experimental import index_shuffle
+    # Grain derives the seed of the first operation after `.seed(seed)` so.
+    start = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
 
-        # Grain refuses larger seeds with a message that names no field.
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed must be in 0..2**32-1, got {seed}")
-        self._shuffled = index_shuffle
-        self._num_examples = num_examples
-        self._batch_size = batch_size
-        # Grain derives the seed of the first operation after `.seed(seed)` so.
-        self._seed = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
-
-    def __getitem__(self, step: int) -> np.ndarray:
-        """Return int64 [batch_size], the examples of step `step`."""
-        return self.examples(step * self._batch_size, (step + 1) * self._batch_size)
-
-    def examples(self, first: int, last: int) -> np.ndarray:
-        """Return int64 [last - first], the examples at these positions from step 0 on."""
-        count = self._num_examples
+    def examples(first: int, last: int) -> np.ndarray:
         found = [
-            self._shuffled(index, count - 1, (self._seed + epoch) % 2**32, 4)
-            for epoch, index in (divmod(p, count) for p in range(first, last))
+            index_shuffle(index, num_examples - 1, (start + epoch) % 2**32, 4)
+            for epoch, index in (divmod(p, num_examples) for p in range(first, last))
         ]
         return np.array(found, np.int64)
+
+    return examples
 
 
 class Batches(Iterator[Batch]):
@@ -68,6 +59,17 @@ class Batches(Iterator[Batch]):
 
     The memory of a batch is used again when nothing refers to it any more, JAX's arrays
     included; do not write to it. Use it as a context manager or call `close()`.
+
+    Args:
+      source: where the images come from.
+      examples: the order, see `train_order`.
+      batch_size: size of the global batch; may exceed the number of examples.
+      positions: (lo, hi), the half-open range of positions in the global batch that
+        this process feeds; the whole batch if absent.
+      start_step: the first step.
+      num_examples: positions until the end, then the last batch is padded; None: endless.
+      workers: decoding threads; as many as there are free cores.
+      prefetch: batches decoded ahead; each takes b * S * S * 3 bytes.
 
     Attributes:
       step: number of the batch that `next` returns.
@@ -87,13 +89,12 @@ class Batches(Iterator[Batch]):
         workers: int = 2,
         prefetch: int = PREFETCH,
     ):
-        if workers < 1 or prefetch < 1:
-            raise ValueError(f"{workers=} and {prefetch=} must be at least 1")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         low, high = positions or (0, batch_size)
-        if not 0 <= low < high <= batch_size:
-            raise ValueError(f"{positions=} must be a non-empty range in 0..{batch_size}")
+        if min(batch_size, workers, prefetch) < 1 or not 0 <= low < high <= batch_size:
+            raise ValueError(
+                f"{batch_size=}, {workers=} and {prefetch=} must be at least 1, and "
+                f"{positions=} a range of positions in the batch"
+            )
         self.step = start_step
         self.num_batches = num_examples and -(-num_examples // batch_size)
         self.wait_seconds = 0.0
@@ -111,23 +112,17 @@ class Batches(Iterator[Batch]):
         self._next_to_submit = start_step
         self._pending: collections.deque[tuple[Batch, list[futures.Future]]]
         self._pending = collections.deque()
-        self._pool: futures.ThreadPoolExecutor | None
         self._pool = futures.ThreadPoolExecutor(workers, "alexnet-data")
         # A forgotten iterator ends its threads too; __del__ would run too late, when
         # the interpreter has already taken its modules apart.
         weakref.finalize(self, self._pool.shutdown, cancel_futures=True)
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
         if self.step == self.num_batches:
             self.close()
             raise StopIteration
-        if self._pool is None:
-            raise RuntimeError("this batch iterator was closed: make a new one")
-        self._submit()
+        self._read_ahead()
         batch, parts = self._pending.popleft()
         try:
             for part in parts:
@@ -135,42 +130,37 @@ class Batches(Iterator[Batch]):
         except BaseException:
             self.close()
             raise
-        self._submit()
+        self._read_ahead()
         self.step += 1
         self.wait_seconds += time.perf_counter() - started
         return batch
 
     def wait(self, timeout: float) -> bool:
         """Wait at most `timeout` seconds; return whether `next` has its batch."""
-        if self._pool is None or self.step == self.num_batches:
+        if self.step == self.num_batches:
             return True  # it raises at once
-        self._submit()
+        self._read_ahead()
         _, parts = self._pending[0]
         return not futures.wait(parts, timeout).not_done
 
-    def _submit(self) -> None:
-        """Keep `prefetch` batches in the making, each cut into `workers` parts."""
-        assert self._pool is not None
-        while len(self._pending) < self._prefetch:
-            if self._next_to_submit == self.num_batches:
-                return
-            size = self._size
+    def _read_ahead(self) -> None:
+        """Keep `prefetch` batches in the making, each cut into `workers` parts.
+
+        Raises:
+          RuntimeError: the iterator was closed.
+        """
+        while len(self._pending) < self._prefetch and self._next_to_submit != self.num_batches:
             first = self._next_to_submit * self._batch_size + self._low
-            real = int(max(0, min(size, self._end - first)))
-            batch = {"image": self._memory.take(), "label": np.empty(size, np.int32)}
-            batch["image"][real:] = 0
-            batch["label"][real:] = 0
+            real = int(max(0, min(self._size, self._end - first)))
+            images, labels = self._memory.take(), np.empty(self._size, np.int32)
+            images[real:] = 0
+            labels[real:] = 0
+            batch = {"image": images, "label": labels}
             if self.num_batches is not None:
-                batch["mask"] = (np.arange(size) < real).astype(np.float32)
+                batch["mask"] = (np.arange(self._size) < real).astype(np.float32)
             cuts = np.linspace(0, real, self._workers + 1).astype(int)
             parts = [
-                self._pool.submit(
-                    self._fetch,
-                    first + lo,
-                    first + hi,
-                    batch["image"][lo:hi],
-                    batch["label"][lo:hi],
-                )
+                self._pool.submit(self._fetch, first + lo, first + hi, images[lo:hi], labels[lo:hi])
                 for lo, hi in itertools.pairwise(cuts.tolist())
                 if lo < hi
             ]
@@ -179,10 +169,8 @@ class Batches(Iterator[Batch]):
 
     def close(self) -> None:
         """Drop the batches read ahead and end the threads; may be called twice."""
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            self._pending.clear()
-            pool.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> Self:
         return self
@@ -192,62 +180,31 @@ class Batches(Iterator[Batch]):
 
 
 def train_batches(
-    source: Source,
-    *,
-    batch_size: int,
-    seed: int,
-    start_step: int = 0,
-    positions: tuple[int, int] | None = None,
-    workers: int = 2,
-    prefetch: int = PREFETCH,
+    source: Source, *, batch_size: int, seed: int, start_step: int = 0, **options: Any
 ) -> Batches:
     """Iterate over shuffled batches without end, from `start_step` on.
 
     Args:
-      source: where the images come from.
-      batch_size: size of the global batch.
+      source, batch_size, start_step, options: see `Batches`.
       seed: 0..2**32 - 1; decides the order.
-      start_step: first step (after a resume: the restored step).
-      positions: (lo, hi), the half-open range of positions in the global batch that
-        this process feeds; the whole batch if absent.
-      workers: decoding threads; as many as there are free cores.
-      prefetch: batches decoded ahead; each takes b * S * S * 3 bytes.
 
     Returns:
       An iterator of {"image": uint8 [b, S, S, 3], "label": int32 [b]}, b = hi - lo.
 
     Raises:
-      ValueError: an argument is out of range; while iterating a DataError for a broken
-        image.
+      DataError: while iterating: an image is broken.
     """
-    if start_step < 0:
-        raise ValueError(f"start_step must not be negative, got {start_step}")
-    order = TrainOrder(source.num_examples, batch_size=batch_size, seed=seed)
-    return Batches(
-        source,
-        order.examples,
-        batch_size=batch_size,
-        positions=positions,
-        start_step=start_step,
-        workers=workers,
-        prefetch=prefetch,
-    )
+    order = train_order(source.num_examples, seed)
+    return Batches(source, order, batch_size=batch_size, start_step=start_step, **options)
 
 
-def eval_batches(
-    source: Source,
-    *,
-    batch_size: int,
-    positions: tuple[int, int] | None = None,
-    workers: int = 2,
-    prefetch: int = PREFETCH,
-) -> Batches:
+def eval_batches(source: Source, *, batch_size: int, **options: Any) -> Batches:
     """Iterate over every example exactly once, in order; pad the last batch.
 
+    Every process gets the same number of batches, so none waits for another.
+
     Args:
-      source, positions, workers, prefetch: see `train_batches`. Every process gets the
-        same number of batches, so none waits for another.
-      batch_size: size of the global batch; may exceed the number of examples.
+      source, batch_size, options: see `Batches`.
 
     Returns:
       An iterator of ceil(num_examples / batch_size) batches {"image": uint8
@@ -255,14 +212,7 @@ def eval_batches(
       example and 0 for padding, whose image and label are 0.
 
     Raises:
-      ValueError: see `train_batches`.
+      DataError: while iterating: an image is broken.
     """
-    return Batches(
-        source,
-        np.arange,
-        batch_size=batch_size,
-        positions=positions,
-        num_examples=source.num_examples,
-        workers=workers,
-        prefetch=prefetch,
-    )
+    count = source.num_examples
+    return Batches(source, np.arange, batch_size=batch_size, num_examples=count, **options)

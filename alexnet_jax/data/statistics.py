@@ -15,8 +15,6 @@ from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.sources import Source
 from alexnet_jax.system.files import atomic_write, read_npz
 
-_FIELDS = ("mean_image", "pca_std_255", "pca_vectors", "num_examples")
-_SPLIT = "split_examples"  # not in files of earlier versions
 _CHUNK = 16  # images that a thread holds at a time
 COMPUTE_AGAIN = "Compute it again: python -m alexnet_jax.prepare statistics --source=..."
 _REMEDY = (
@@ -37,18 +35,14 @@ class Statistics:
       pca_vectors: float32 [3, 3], its unit eigenvectors in the COLUMNS, in the same
         order; rows are R, G, B. Signs: the largest component is positive.
       num_examples: images that were used.
-      split_examples: images that the split had then; `num_examples` if absent.
+      split_examples: images that the split had then.
     """
 
     mean_image: np.ndarray
     pca_std_255: np.ndarray
     pca_vectors: np.ndarray
     num_examples: int
-    split_examples: int = 0
-
-    def __post_init__(self) -> None:
-        split = self.split_examples or self.num_examples
-        object.__setattr__(self, "split_examples", split)
+    split_examples: int
 
     @property
     def extent(self) -> str:
@@ -60,14 +54,7 @@ class Statistics:
     def save(self, path: str | os.PathLike) -> None:
         """Write an .npz file, completely or not at all."""
         with atomic_write(path) as file:
-            np.savez(
-                file,
-                mean_image=self.mean_image,
-                pca_std_255=self.pca_std_255,
-                pca_vectors=self.pca_vectors,
-                num_examples=np.int64(self.num_examples),
-                split_examples=np.int64(self.split_examples),
-            )
+            np.savez(file, **dataclasses.asdict(self))
 
 
 def load(path: str | os.PathLike, image_size: int | None = None) -> Statistics:
@@ -82,29 +69,22 @@ def load(path: str | os.PathLike, image_size: int | None = None) -> Statistics:
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"{os.fspath(path)}: there is no such file.")
+    names = [field.name for field in dataclasses.fields(Statistics)]
     try:
-        arrays = read_npz(path, (*_FIELDS, _SPLIT), ValueError)
-        mean, std, vectors, count = (arrays[name] for name in _FIELDS)
+        arrays = read_npz(path, names, ValueError)
+        mean, std, vectors, count = (arrays[name] for name in names[:4])
+        total = arrays.get("split_examples", count)  # not in files of earlier versions
     except (ValueError, KeyError) as error:
         raise DataError(
             f"{os.fspath(path)} is not a statistics file ({error}). {_REMEDY}"
         ) from error
-    split = arrays.get(_SPLIT, count)
-    found = Statistics(mean, std, vectors, int(count), int(split))
-    if image_size is not None:
-        require_size(found, image_size, path)
-    return found
-
-
-def require_size(found: Statistics, image_size: int, path: str | os.PathLike) -> None:
-    """Raise DataError if the statistics in `path` are of images of another size."""
-    side = len(found.mean_image)
-    if side != image_size:
+    if image_size not in (None, len(mean)):
         raise DataError(
-            f"{os.fspath(path)}: the mean image is {side} x {side} pixels, the pictures "
-            f"here are {image_size} x {image_size}: it is of other data, or of another "
-            f"run. {_REMEDY}"
+            f"{os.fspath(path)}: the mean image is {len(mean)} x {len(mean)} pixels, the "
+            f"pictures here are {image_size} x {image_size}: it is of other data, or of "
+            f"another run. {_REMEDY}"
         )
+    return Statistics(mean, std, vectors, int(count), int(total))
 
 
 def compute(
@@ -152,7 +132,21 @@ def compute(
             progress(done)
     finally:
         pool.shutdown(cancel_futures=True)
-    return _summary(total, products, count, source.num_examples)
+
+    num_pixels = count * side * side
+    mean = total.sum(axis=(0, 1)) / num_pixels
+    covariance = products / num_pixels - np.outer(mean, mean)
+    eigenvalues, vectors = np.linalg.eigh(covariance)  # ascending
+    largest = np.abs(vectors).argmax(axis=0)
+    vectors = vectors * np.sign(vectors[largest, range(3)])
+    return Statistics(
+        mean_image=(total / count).astype(np.float32),
+        # A grey data set has two zero eigenvalues, which may come out as -1e-13.
+        pca_std_255=np.sqrt(np.maximum(eigenvalues, 0)).astype(np.float32),
+        pca_vectors=vectors.astype(np.float32),
+        num_examples=count,
+        split_examples=source.num_examples,
+    )
 
 
 def _products(images: np.ndarray) -> np.ndarray:
@@ -176,23 +170,3 @@ def _products(images: np.ndarray) -> np.ndarray:
             sums[lag] += np.einsum("rc,rc->c", a, b)
     (rr, gg, bb), (rg, gb, _), (rb, _, _) = sums.reshape(3, -1, 3).sum(axis=1)
     return np.array([[rr, rg, rb], [rg, gg, gb], [rb, gb, bb]])
-
-
-def _summary(
-    total: np.ndarray, products: np.ndarray, count: int, split_examples: int
-) -> Statistics:
-    """Compute statistics from the sums of the images and of RGB times RGB."""
-    num_pixels = count * total.shape[0] * total.shape[1]
-    mean = total.reshape(-1, 3).sum(axis=0) / num_pixels
-    covariance = products / num_pixels - np.outer(mean, mean)
-    eigenvalues, vectors = np.linalg.eigh(covariance)  # ascending
-    largest = np.abs(vectors).argmax(axis=0)
-    vectors = vectors * np.sign(vectors[largest, range(3)])
-    return Statistics(
-        mean_image=(total / count).astype(np.float32),
-        # A grey data set has two zero eigenvalues, which may come out as -1e-13.
-        pca_std_255=np.sqrt(np.maximum(eigenvalues, 0)).astype(np.float32),
-        pca_vectors=vectors.astype(np.float32),
-        num_examples=count,
-        split_examples=split_examples,
-    )

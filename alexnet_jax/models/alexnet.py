@@ -1,6 +1,5 @@
 """AlexNet: a Flax module that walks a layer table from top to bottom."""
 
-import functools
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -33,8 +32,8 @@ from alexnet_jax.models.summary import check_image_size
 
 INITS = ("paper", "caffe", "he")
 DTYPES = ("float32", "bfloat16", "float64")
-# Standard deviation of ImageNet's pixels, 0..255: the root of a third of the sum of the
-# three principal variances (augment.IMAGENET_PCA_STD_255).
+# Standard deviation of ImageNet's pixels, 0..255: the root of a third of the sum of the three
+# principal variances (augment.IMAGENET_PCA_STD_255).
 PIXEL_STD_255 = 74.4
 _ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid}
 
@@ -42,8 +41,7 @@ _ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid
 class _Weights(nn.Module):
     """The kernel of one layer in `dtype`, and its bias in at least float32.
 
-    A locally connected layer has a kernel and a bias per place. `places` is its number
-    of places, (down, across).
+    A locally connected layer has a kernel and a bias per place; `places` is (down, across).
     """
 
     shape: tuple[int, ...]
@@ -54,13 +52,10 @@ class _Weights(nn.Module):
 
     @nn.compact
     def __call__(self) -> tuple[jax.Array, jax.Array]:
-        # bfloat16 computes with float32 weights; float64 has float64 ones.
-        param_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        shape = (*self.places, *self.shape)
-        kernel = self.param("kernel", self.kernel_init, shape, param_dtype)
+        dtype = _param_dtype(self.dtype)
+        kernel = self.param("kernel", self.kernel_init, (*self.places, *self.shape), dtype)
         constant = nn.initializers.constant(self.bias)
-        shape = (*self.places, self.shape[-1])
-        bias = self.param("bias", constant, shape, param_dtype)
+        bias = self.param("bias", constant, (*self.places, self.shape[-1]), dtype)
         return kernel.astype(self.dtype), bias
 
 
@@ -72,8 +67,8 @@ class AlexNet(nn.Module):
       dtype: dtype of the computation; parameters are at least float32.
       init_name: how parameters start, see `create_model`.
       fast: use the backend's fast operators; False supports forward-mode derivatives.
-      exchange: which part of the network this device has, and how it gets what other
-        devices have. The default has everything; `parallel.local_model` sets another.
+      exchange: which part of the network this device has, and how it gets what other devices
+        have. The default has everything; `parallel.local_model` sets another.
     """
 
     network: Variant
@@ -89,10 +84,9 @@ class AlexNet(nn.Module):
 
         Args:
           images: float [B, S, S, 3], RGB, 0..255 minus the mean.
-          train: use dropout and the statistics of the batch; needs
-            `rngs={"dropout": key}`.
-          first_example: position of images[0] in the global batch. Dropout masks follow
-            it, so they do not depend on how the batch is split.
+          train: use dropout and the statistics of the batch; needs `rngs={"dropout": key}`.
+          first_example: position of images[0] in the global batch. Dropout masks follow it, so
+            they do not depend on how the batch is split.
 
         Raises:
           ValueError: for a size that does not give the table's grid.
@@ -101,15 +95,24 @@ class AlexNet(nn.Module):
 
     @nn.compact
     def features(
-        self, images: jax.Array, train: bool = False, first_example: int | jax.Array = 0
+        self,
+        images: jax.Array,
+        train: bool = False,
+        first_example: int | jax.Array = 0,
+        *,
+        pre_activations: bool = False,
     ) -> dict[str, jax.Array]:
         """Return the output of every layer by name: conv1, norm1, pool1 ... fc7, logits.
 
-        `conv1` is the output after bias and activation, `norm1` after normalisation,
-        `pool1` after pooling. An activation keeps the name of its input: in `original`
-        conv1's comes after pooling, so `pool1` has it and `conv1` does not. A device of a
-        mesh returns its own features of its own examples. Arguments and errors are those
-        of `__call__`.
+        `conv1` is the output after bias and activation, `norm1` after normalisation, `pool1`
+        after pooling. An activation keeps the name of its input: in `original` conv1's comes
+        after pooling, so `pool1` has it and `conv1` does not. A device of a mesh returns its own
+        features of its own examples. Other arguments and errors are those of `__call__`.
+
+        Args:
+          pre_activations: also return `conv1_pre` ... `fc7_pre`, the weighted sums plus biases,
+            before any stage. Class visualisation maximises them: unlike ReLU's output they have
+            a gradient everywhere.
         """
         _check_images(self.network, images)
         x = images.astype(self.dtype)
@@ -127,13 +130,14 @@ class AlexNet(nn.Module):
                     x = self._local(row, x)
                 case Dense():
                     x = self._dense(row, x, part)
+            if pre_activations:
+                features[f"{row.name}_pre"] = x
             features[row.name] = x
-            names = feature_names(row)
-            for i, (stage, name) in enumerate(zip(row.then, names, strict=True)):
+            for i, (stage, name) in enumerate(zip(row.then, feature_names(row), strict=True)):
                 after_relu = row.then[:i] == (Activation("relu"),)
                 if isinstance(stage, Lrn) and conv_and_bias and after_relu:
-                    # LRN adds the bias and applies ReLU again, in its own loop, which
-                    # is faster. jit drops the results above that nobody reads.
+                    # LRN adds the bias and applies ReLU again, in its own loop, which is
+                    # faster. jit drops the results above that nobody reads.
                     x = self._lrn(stage, part, *conv_and_bias, relu=True)
                 else:
                     x = self._stage(stage, row.name, x, train, part)
@@ -151,20 +155,15 @@ class AlexNet(nn.Module):
             else:
                 x = self.exchange.gather_features(x)
         inputs, outputs = x.shape[-1] // groups, row.features // part.shards
-        shape = (row.kernel, row.kernel, inputs, outputs)
-        kernel, bias = self._weights(row, shape)
+        kernel, bias = self._weights(row, (row.kernel, row.kernel, inputs, outputs))
+        pads = row.pads(x.shape[1])
         x = ops.grouped_conv(
-            x,
-            kernel,
-            stride=row.stride,
-            padding=row.pads(x.shape[1]),
-            groups=groups,
-            fast=self.fast,
+            x, kernel, stride=row.stride, padding=pads, groups=groups, fast=self.fast
         )
         return x, bias
 
     def _local(self, row: Local, x: jax.Array) -> jax.Array:
-        side = x.shape[1] + 2 * row.padding - row.kernel + 1
+        side = row.side(x.shape[1])
         shape = (row.kernel, row.kernel, x.shape[-1], row.features)
         kernel, bias = self._weights(row, shape, places=(side, side))
         return (ops.local_conv(x, kernel, padding=row.padding) + bias).astype(self.dtype)
@@ -184,8 +183,8 @@ class AlexNet(nn.Module):
     def _classifier(self, row: Layer, x: jax.Array) -> jax.Array:
         """Return the logits of this device's own examples.
 
-        The layer is split by its inputs, which are on the right device already. The
-        partial logits are summed once, and the bias is added once.
+        The layer is split by its inputs, which are on the right device already. The partial
+        logits are summed once, and the bias is added once.
         """
         x = self.exchange.classifier_inputs(x)
         kernel, bias = self._weights(row, (x.shape[-1], row.features))
@@ -196,8 +195,7 @@ class AlexNet(nn.Module):
         self, row: Layer, shape: tuple[int, ...], places: tuple[int, ...] = ()
     ) -> tuple[jax.Array, jax.Array]:
         kernel_init, bias = _initializers(self.network, row, self.init_name)
-        weights = _Weights(shape, kernel_init, bias, self.dtype, places, name=row.name)
-        return weights()
+        return _Weights(shape, kernel_init, bias, self.dtype, places, name=row.name)()
 
     def _stage(self, stage: Stage, layer: str, x: jax.Array, train: bool, part: Part) -> jax.Array:
         match stage:
@@ -216,17 +214,17 @@ class AlexNet(nn.Module):
                     use_running_average=not train,
                     momentum=0.9,
                     dtype=self.dtype,
-                    param_dtype=jnp.promote_types(self.dtype, jnp.float32),
+                    param_dtype=_param_dtype(self.dtype),
                     axis_name=axes or None,
                     name=stage_name("norm", layer),
                 )(x)
-            case Pool(window, stride, kind, ceil):
-                pool = ops.avg_pool
-                if kind == "max":
-                    pool = functools.partial(ops.max_pool, fast=self.fast)
-                return pool(x, window=window, stride=stride, ceil=ceil)
-            case Dropout():
-                return self._dropout(stage, x, train, part)
+            case Pool(window, stride, "max", ceil):
+                return ops.max_pool(x, window=window, stride=stride, ceil=ceil, fast=self.fast)
+            case Pool(window, stride, _, ceil):
+                return ops.avg_pool(x, window=window, stride=stride, ceil=ceil)
+            case Dropout(rate):
+                key = self.make_rng("dropout") if train and rate > 0 else None
+                return dropout(x, stage, key, part)
 
     def _lrn(
         self,
@@ -236,7 +234,6 @@ class AlexNet(nn.Module):
         bias: jax.Array | None = None,
         relu: bool = False,
     ) -> jax.Array:
-        columns = self.network.columns // part.shards
         return ops.local_response_norm(
             x,
             bias,
@@ -245,33 +242,34 @@ class AlexNet(nn.Module):
             k=stage.k,
             alpha=stage.alpha,
             beta=stage.beta,
-            groups=columns if stage.per_column else 1,
+            groups=self.network.columns // part.shards if stage.per_column else 1,
             alpha_mode=stage.alpha_mode,
             fast=self.fast,
         )
 
-    def _dropout(self, stage: Dropout, x: jax.Array, train: bool, part: Part) -> jax.Array:
-        if stage.rate == 0.0:
-            return x
-        keep = 1.0 - stage.rate
-        if not train:
-            return x * keep if stage.scale_at == "test" else x
-        key = self.make_rng("dropout")
-        units = x.shape[-1]
+
+@jax.named_scope("dropout")
+def dropout(x: jax.Array, stage: Dropout, key: jax.Array | None, part: Part) -> jax.Array:
+    """Drop units [B, ..., F] at random; without a key only scale them, for the evaluation.
+
+    A mask follows the example's position in the global batch and the unit's in the whole layer:
+    it does not depend on how the two are split.
+    """
+    keep = 1.0 - stage.rate
+    if key is None:
+        return x * keep if stage.scale_at == "test" else x
+    units = x.shape[-1]
+
+    def mask(example: jax.Array) -> jax.Array:
+        """Draw for all units of the layer, and keep those of this device."""
         shape = (*x.shape[1:-1], units * part.shards)
+        drawn = jax.random.bernoulli(jax.random.fold_in(key, example), jnp.float32(keep), shape)
+        if part.shards == 1:
+            return drawn
+        return lax.dynamic_slice_in_dim(drawn, part.index * units, units, axis=-1)
 
-        def mask(example: jax.Array) -> jax.Array:
-            # Draw for all units of the layer and keep those of this device: the
-            # masks do not depend on how the layer is split.
-            example_key = jax.random.fold_in(key, example)
-            drawn = jax.random.bernoulli(example_key, jnp.float32(keep), shape)
-            if part.shards == 1:
-                return drawn
-            start = part.index * units
-            return lax.dynamic_slice_in_dim(drawn, start, units, axis=-1)
-
-        x = x * jax.vmap(mask)(part.positions)
-        return x if stage.scale_at == "test" else x / keep
+    x = x * jax.vmap(mask)(part.positions)
+    return x if stage.scale_at == "test" else x / keep
 
 
 def create_model(
@@ -287,22 +285,21 @@ def create_model(
     """Build the network of a layer table.
 
     Args:
-      variant: a table, or the name of one in `variants.VARIANTS`, for example "paper",
-        "original", "owt" or "cifar".
+      variant: a table, or the name of one in `variants.VARIANTS`, for example "paper" or "owt".
       num_classes: units of the last layer; None: the table's own (1,000 or 10).
       width: factor on the features of every layer but the last.
       dtype: dtype of the computation: float32, bfloat16, or float64 (with x64 enabled).
       init: how weights and biases start.
-        "paper": as the table says. In the paper's own, weights have a standard
-          deviation of 0.01, and biases are 1 in conv2, conv4, conv5, fc6 and fc7.
-        "caffe": as bvlc_alexnet. The standard deviation is 0.005 in fc6 and fc7, and
-          biases are 0.1 instead of 1.
-        "he": He et al. 2015 (fan-in), conv1 scaled down for pixels of 0..255, the last
-          layer with a standard deviation of 0.01, biases 0. Narrow networks need it:
-          with the others their loss seldom leaves ln(classes).
+        "paper": as the table says. In the paper's own, weights have a standard deviation of
+          0.01, and biases are 1 in conv2, conv4, conv5, fc6 and fc7.
+        "caffe": as bvlc_alexnet. The standard deviation is 0.005 in fc6 and fc7, and biases are
+          0.1 instead of 1.
+        "he": He et al. 2015 (fan-in), conv1 scaled down for pixels of 0..255, the last layer
+          with a standard deviation of 0.01, biases 0. Narrow networks need it: with the others
+          their loss seldom leaves ln(classes).
       fast: use the backend's fast operators; False supports forward-mode derivatives.
-      **ablations: changes of the table, for example `lrn=False`, `pool_window=2` or
-        `columns=1`. `ablations.ABLATIONS` lists and documents them. None: no change.
+      **ablations: changes of the table, for example `lrn=False`, `pool_window=2` or `columns=1`.
+        `ablations.ABLATIONS` lists them. None: no change.
 
     Raises:
       TypeError: for an unknown ablation.
@@ -312,8 +309,8 @@ def create_model(
         raise ValueError(f"init={init!r} must be one of {', '.join(INITS)}.")
     if width < 1 and init != "he":
         warnings.warn(
-            f"A network of width {width} started with init={init!r} seldom leaves a "
-            "loss of ln(classes); use init='he'.",
+            f"A network of width {width} started with init={init!r} seldom leaves a loss of "
+            "ln(classes); use init='he'.",
             stacklevel=2,
         )
     table = variant if isinstance(variant, Variant) else variants.get(variant)
@@ -330,7 +327,7 @@ def _initializers(
     network: Variant, row: Layer, init: str
 ) -> tuple[nn.initializers.Initializer, float]:
     """Return the initializer of a layer's kernel, and the start of its biases."""
-    last = row is network.layers[-1]
+    normal, last = nn.initializers.normal, row is network.layers[-1]
     if init == "he" and not last:
         # The first layer reads pixels, which do not have unit variance.
         gain = PIXEL_STD_255**-2 if row is network.layers[0] else 1.0
@@ -338,11 +335,16 @@ def _initializers(
         he = nn.initializers.variance_scaling(2.0 * gain, "fan_in", "normal", batch_axis=places)
         return he, 0.0
     if init == "he":
-        return nn.initializers.normal(0.01), 0.0
+        return normal(0.01), 0.0
     if init == "caffe":
         std = 0.005 if isinstance(row, Dense) and not last else 0.01
-        return nn.initializers.normal(std), 0.1 if row.bias else 0.0
-    return nn.initializers.normal(row.weight_std), row.bias
+        return normal(std), 0.1 if row.bias else 0.0
+    return normal(row.weight_std), row.bias
+
+
+def _param_dtype(dtype: Any) -> Any:
+    """Return the dtype of weights and logits: bfloat16 computes with float32 ones."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _check_images(network: Variant, images: jax.Array) -> None:
@@ -350,8 +352,8 @@ def _check_images(network: Variant, images: jax.Array) -> None:
         raise ValueError(f"images has shape {images.shape}; expected [batch, size, size, 3].")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(
-            f"images are {images.dtype}; expected floats, RGB from 0 to 255 minus "
-            "the mean (`preprocess` of `alexnet_jax.load` makes them)."
+            f"images are {images.dtype}; expected floats, RGB from 0 to 255 minus the mean "
+            "(`preprocess` of `alexnet_jax.load` makes them)."
         )
     check_image_size(network, images.shape[1])
     if images.shape[1] != images.shape[2]:

@@ -1,12 +1,13 @@
 """The vocabulary of layer tables: rows (layers), and the stages that follow a row."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 ActivationKind = Literal["relu", "tanh", "sigmoid"]
 PoolKind = Literal["max", "avg"]
 AlphaMode = Literal["sum", "mean"]
+Sees = Literal["all", "own"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Lrn:
     """Local response normalisation across features (paper, section 3.3).
 
     `per_column`: the window stays inside a column.
-    `alpha_mode`: alpha multiplies the "sum" of the squares (the paper) or their "mean"
-    (Caffe, torch).
+    `alpha_mode`: alpha multiplies the "sum" of the squares (the paper) or their "mean" (Caffe,
+    torch).
     """
 
     size: int = 5
@@ -65,10 +66,10 @@ class Pool:
 class Dropout:
     """Dropout (paper, section 4.2).
 
-    `scale_at`: "test" multiplies by the share of kept units when testing, as in the
-    paper; "train" divides by it when training (inverted dropout), as in Caffe, torch and
-    flax. The two train differently with the same learning rate and initial weights:
-    at a rate of 0.5, inverted dropout doubles what the next layer reads in training.
+    `scale_at`: "test" multiplies by the share of kept units when testing, as in the paper;
+    "train" divides by it when training (inverted dropout), as in Caffe, torch and flax. The two
+    train differently with the same learning rate and initial weights: at a rate of 0.5, inverted
+    dropout doubles what the next layer reads in training.
     """
 
     rate: float = 0.5
@@ -80,12 +81,9 @@ NORMS = (Lrn, WithinMapLrn, BatchNorm)
 
 
 @dataclass(frozen=True)
-class Conv:
-    """A convolutional layer.
+class Layer:
+    """What the rows of a table have in common.
 
-    `padding`: pixels on every side, or "ceil": on the right and bottom only, until the
-    last window fits (cuda-convnet's output size, 1 + ceil((n - k) / s)).
-    `sees`: "all" features of the layer before, or only those of its "own" column.
     `weight_std`, `bias`: weights start as N(0, weight_std^2), biases at `bias`.
     `weight_decay`: of this layer, instead of the optimiser's.
     `then`: the stages applied to the output, in order.
@@ -93,14 +91,26 @@ class Conv:
 
     name: str
     features: int
-    kernel: int
-    stride: int = 1
-    padding: int | Literal["ceil"] = 0
-    sees: Literal["all", "own"] = "all"
+    _: KW_ONLY
     weight_std: float = 0.01
     bias: float = 0.0
     weight_decay: float | None = None
     then: tuple[Stage, ...] = (Activation(),)
+
+
+@dataclass(frozen=True)
+class Conv(Layer):
+    """A convolutional layer.
+
+    `padding`: pixels on every side, or "ceil": on the right and bottom only, until the last
+    window fits (cuda-convnet's output size, 1 + ceil((n - k) / s)).
+    `sees`: "all" features of the layer before, or only those of its "own" column.
+    """
+
+    kernel: int
+    stride: int = 1
+    padding: int | Literal["ceil"] = 0
+    sees: Sees = "all"
 
     def pads(self, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Return ((top, bottom), (left, right)) for inputs of size x size."""
@@ -110,39 +120,31 @@ class Conv:
             sides = (self.padding, self.padding)
         return sides, sides
 
+    def side(self, size: int) -> int:
+        """Return the side of the output for inputs of size x size; 0 if the kernel does not fit."""
+        return max(0, 1 + (size + sum(self.pads(size)[0]) - self.kernel) // self.stride)
+
 
 @dataclass(frozen=True)
-class Local:
+class Local(Layer):
     """A locally connected layer: every place has its own kernel and its own bias.
 
-    The stride is 1, and a kernel sees all features of the layer before. Fields as in
-    `Conv`.
+    The stride is 1, and a kernel sees all features of the layer before.
     """
 
-    name: str
-    features: int
     kernel: int
     padding: int = 0
-    weight_std: float = 0.01
-    bias: float = 0.0
-    weight_decay: float | None = None
-    then: tuple[Stage, ...] = (Activation(),)
+
+    def side(self, size: int) -> int:
+        """Return the side of the output for inputs of size x size; 0 if the kernel does not fit."""
+        return max(0, 1 + size + 2 * self.padding - self.kernel)
 
 
 @dataclass(frozen=True)
-class Dense:
-    """A fully connected layer. Fields as in `Conv`; a last row always sees "all"."""
+class Dense(Layer):
+    """A fully connected layer; `sees` as in `Conv`, but a last row always sees "all"."""
 
-    name: str
-    features: int
-    sees: Literal["all", "own"] = "all"
-    weight_std: float = 0.01
-    bias: float = 0.0
-    weight_decay: float | None = None
-    then: tuple[Stage, ...] = (Activation(),)
-
-
-Layer = Conv | Local | Dense
+    sees: Sees = "all"
 
 
 @dataclass(frozen=True)
@@ -195,10 +197,9 @@ def feature_names(row: Layer) -> list[str | None]:
     names: list[str | None] = []
     name = row.name
     for stage in row.then:
-        match stage:
-            case Lrn() | WithinMapLrn() | BatchNorm():
-                name = stage_name("norm", row.name)
-            case Pool():
-                name = stage_name("pool", row.name)
+        if isinstance(stage, NORMS):
+            name = stage_name("norm", row.name)
+        elif isinstance(stage, Pool):
+            name = stage_name("pool", row.name)
         names.append(None if isinstance(stage, Dropout) else name)
     return names

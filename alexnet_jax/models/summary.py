@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from alexnet_jax.models.layers import Conv, Dense, Local, Pool, Variant
+from alexnet_jax.models.layers import Conv, Local, Pool, Variant
 from alexnet_jax.models.ops.reference import pooled_length
 
 if TYPE_CHECKING:
@@ -44,18 +44,16 @@ def summary(model: "AlexNet", image_size: int | None = None) -> list[LayerSummar
         return found, variables["params"]
 
     shapes, params = jax.eval_shape(trace, key, images)
-    shared = {row.name for row in model.network.convs}  # one kernel for all places
+    convs = {row.name for row in model.network.convs}
     lines = []
     for name in names:
-        feature = shapes[name]
         layer = model.network.layers[-1].name if name == "logits" else name
-        weights = params.get(layer, {})
-        count = sum(leaf.size for leaf in weights.values())
-        shape = feature.shape[1:]
+        weights, shape = params.get(layer, {}), shapes[name].shape[1:]
         products = weights["kernel"].size if "kernel" in weights else 0
-        if layer in shared:
+        if layer in convs:  # one kernel for all places
             products *= shape[0] * shape[1]
-        lines.append(LayerSummary(layer, shape, count, products))
+        parameters = sum(leaf.size for leaf in weights.values())
+        lines.append(LayerSummary(layer, shape, parameters, products))
     return lines
 
 
@@ -66,24 +64,24 @@ def check_image_size(network: Variant, size: int) -> None:
       ValueError: the message names the sizes that fit, or the layer that does not.
     """
     first = network.layers[0]
-    if isinstance(first, Conv) and _grid(first, size) != network.grid:
-        fits = [n for n in range(1, 2048) if _grid(first, n) == network.grid]
+    if isinstance(first, Conv) and first.side(size) != network.grid:
+        fits = [n for n in range(1, 2048) if first.side(n) == network.grid]
         raise ValueError(
             f"Variant {network.name!r} needs a {network.grid}x{network.grid} grid after "
             f"{first.name}, from images of {fits[0]} to {fits[-1]} pixels; images of "
-            f"{size} pixels give {_grid(first, size)}x{_grid(first, size)}. Set "
+            f"{size} pixels give {first.side(size)}x{first.side(size)}. Set "
             f"--config.data.crop_size={network.crop_size}."
         )
     # Ablations of the pooling can leave a later layer no input.
     side = size
     for row in network.layers:
-        if isinstance(row, Dense):
+        if not isinstance(row, Conv | Local):
             return
-        side = _grid(row, side)
+        side = row.side(side)
         if side < 1:
             raise ValueError(
-                f"Variant {network.name!r}: the maps before {row.name} are smaller than "
-                f"its {row.kernel}x{row.kernel} kernel; pool less "
+                f"Variant {network.name!r}: the maps before {row.name} are smaller than its "
+                f"{row.kernel}x{row.kernel} kernel; pool less "
                 "(--config.model.overrides.pool_window and pool_stride)."
             )
         for stage in row.then:
@@ -96,12 +94,3 @@ def check_image_size(network: Variant, size: int) -> None:
                     f"{row.name}: neither may be above {side}."
                 )
             side = pooled_length(side, stage.window, stage.stride, ceil=stage.ceil)
-
-
-def _grid(row: Conv | Local, size: int) -> int:
-    """Return the side of a layer's output; 0 if its kernel is larger than its input."""
-    if isinstance(row, Conv):
-        stride, padding = row.stride, sum(row.pads(size)[0])
-    else:
-        stride, padding = 1, 2 * row.padding
-    return max(0, 1 + (size + padding - row.kernel) // stride)

@@ -42,7 +42,7 @@ def parser(module: str, about: str | None, *, top: int) -> argparse.ArgumentPars
 
 
 def path_argument(text: str) -> Path:
-    """Return `expanded(text)`, for argparse."""
+    """Return a path with `~` expanded, for argparse."""
     try:
         return expanded(text)
     except PathError as error:
@@ -91,12 +91,11 @@ def require_writable_file(path: Path) -> None:
     """Raise PathError unless a file can be written; its folder need not exist."""
     if path.exists() and not path.is_file():
         raise PathError(f"cannot write {path}: it is no file. Name another place")
-    require_writable(path.parent, str(path))
+    require_writable(path.parent)
 
 
-def require_writable(folder: Path, what: str | None = None) -> None:
-    """Raise PathError unless a folder, or `what` in it, can be written or made."""
-    what = what or f"to {folder}"
+def require_writable(folder: Path) -> None:
+    """Raise PathError unless files can be written in a folder, or it can be made."""
     existing = existing_parent(folder.absolute())
     if not existing.is_dir():
         reason = f"{existing} is a file, where a folder has to be"
@@ -104,7 +103,7 @@ def require_writable(folder: Path, what: str | None = None) -> None:
         reason = f"no permission for {existing}, or its file system is read-only"
     else:
         return
-    raise PathError(f"cannot write {what}: {reason}. Name a place that can be written to")
+    raise PathError(f"cannot write to {folder}: {reason}. Name a place that can be written to")
 
 
 # Output.

@@ -77,29 +77,24 @@ def explain_full_disk(folder: Path, needed: Callable[[], int] | None = None) -> 
         for code in (errno.ENOSPC, errno.EDQUOT):
             reason = os.strerror(code)
             if code == getattr(error, "errno", None) or reason in str(error):
-                missing = None if needed is None else needed()
-                raise _full_disk(folder, reason, missing) from error
+                raise _full_disk(folder, reason, needed and needed()) from error
         raise
 
 
 def check_room(folder: Path, needed: int) -> None:
     """Raise FullDiskError unless a folder, created or not, has room for `needed` bytes."""
-    if _free(folder) < needed:
+    if shutil.disk_usage(existing_parent(folder)).free < needed:
         raise _full_disk(folder, os.strerror(errno.ENOSPC), needed)
 
 
 def _full_disk(folder: Path, reason: str, needed: int | None) -> FullDiskError:
-    room = f"{_in_words(_free(folder))} free"
+    room = f"{_in_words(shutil.disk_usage(existing_parent(folder)).free)} free"
     if needed is not None:
         room += f", about {_in_words(needed)} more needed"
     return FullDiskError(
         f"cannot write in {folder}: {reason} ({room}). Make room there and start the "
         "same command again"
     )
-
-
-def _free(folder: Path) -> int:
-    return shutil.disk_usage(existing_parent(folder)).free
 
 
 def _in_words(count: int) -> str:
@@ -116,13 +111,13 @@ def exclusive_lock(path: Path, *, wait: bool) -> Iterator[None]:
     Raises:
       HeldError: (an OSError) another process holds it, and `wait` is false.
     """
-    # Not truncated: the line in it may be another holder's.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
+    # Opened to append, not truncated: the line in it may be another holder's.
+    with open(path, "ab+", buffering=0) as file:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            holder = os.pread(descriptor, 65_536, 0).decode(errors="replace").strip()
+            file.seek(0)
+            holder = file.read().decode(errors="replace").strip()
             raise HeldError(path, holder or "another process") from None
         except OSError:
             pass  # a file system without locks
@@ -131,16 +126,13 @@ def exclusive_lock(path: Path, *, wait: bool) -> Iterator[None]:
             f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M:%S} UTC "
             f"({shlex.join(sys.orig_argv)})\n"
         )
+        file.truncate(0)
         with contextlib.suppress(OSError):  # on a full disk
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, line.encode(errors="replace"), 0)
+            file.write(line.encode(errors="replace"))
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):
-                os.ftruncate(descriptor, 0)
-    finally:
-        os.close(descriptor)
+            file.truncate(0)
 
 
 @contextlib.contextmanager
@@ -152,13 +144,9 @@ def shared_lock(path: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            flags = os.O_RDONLY | os.O_CLOEXEC
-            try:
-                descriptor = os.open(path, flags | os.O_CREAT, 0o666)
-            except OSError:  # in a folder that only others may write to
-                descriptor = os.open(path, flags)
-            stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            path.touch()  # fails in a folder that only others may write to
+        with contextlib.suppress(OSError):
+            fcntl.flock(stack.enter_context(open(path, "rb")), fcntl.LOCK_SH)
         yield
 
 

@@ -4,8 +4,7 @@ A training run finishes its step, writes a checkpoint and exits (`stop_requests`
 other command exits at once with one line (`run`). The exit status is 128 + the signal's
 number: 130, 143 or 138. SLURM sends SIGUSR1 before a job's time limit.
 
-Python runs handlers between its own instructions. A signal that arrives during a
-compilation, or while devices wait for another process, is handled afterwards.
+Python runs handlers between its own instructions, so after a compilation.
 """
 
 import contextlib
@@ -16,12 +15,9 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-# Windows has no SIGUSR1.
-SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -34,52 +30,43 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class Stop:
-    """The first signal that asked a run to stop; None: no signal yet."""
+    """The first signal that asked a run to stop; 0: no signal yet."""
 
-    signal: int | None = None
+    signal: int = 0
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Stop]:
-    """Let the first signal set `Stop.signal` and do nothing else.
+    """Let the first signal set `Stop.signal`.
 
     A second Ctrl-C kills a command; in a notebook it raises KeyboardInterrupt.
     """
     stop = Stop()
-    # Outside a command nothing of ours handles SIGINT: a notebook has Python's own
-    # handler, and a background process of a shell ignores it.
+    # A notebook has Python's own handler; a background process of a shell ignores SIGINT.
     outside = signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_IGN)
-    second = signal.default_int_handler if outside else signal.SIG_DFL
 
-    def request(number: int, frame: FrameType | None) -> None:
-        if stop.signal is None:
+    def request(number: int) -> None:
+        if not stop.signal:
             stop.signal = number
             again = "a second" if number == signal.SIGINT else "a"
             _say(
-                f"{signal.Signals(number).name}: stopping after this step, or this batch "
-                f"of an evaluation, with a checkpoint; {again} Ctrl-C ends at once"
+                f"{signal.Signals(number).name}: stopping after this step, or this batch of an "
+                f"evaluation, with a checkpoint; {again} Ctrl-C ends at once"
             )
-            signal.signal(signal.SIGINT, second)
 
-    with _handled_by(request):
+    with _handled_by(request, signal.default_int_handler if outside else signal.SIG_DFL):
         yield stop
 
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[None]:
     """Print one line on a signal and raise `Interrupted`; a second Ctrl-C kills."""
-    said = False
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal said
-        if not said:
-            said = True
-            name = signal.Signals(number).name
-            _say(f"stopped by {name}; start the same command again")
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+    def interrupt(number: int) -> None:
+        _say(f"stopped by {signal.Signals(number).name}; start the same command again")
         raise Interrupted(number)
 
-    with _handled_by(interrupt):
+    with _handled_by(interrupt, signal.SIG_DFL):
         yield
 
 
@@ -110,12 +97,15 @@ def discard_output() -> int:
 
 
 @contextlib.contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Install a handler for `SIGNALS`; do nothing outside the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+def _handled_by(react: Callable[[int], None], second_ctrl_c: Any) -> Iterator[None]:
+    """Call `react` with the number of each signal; do nothing outside the main thread."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, second_ctrl_c)
+        react(number)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in SIGNALS if is_main}
     try:
         yield
     finally:

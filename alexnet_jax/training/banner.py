@@ -11,19 +11,18 @@ from alexnet_jax.training.experiment import Experiment
 def describe_run(experiment: Experiment) -> list[str]:
     """Return lines that name the network, the devices and the data."""
     network, mesh = experiment.model.network, experiment.mesh
+    train, evaluation = experiment.train_source, experiment.eval_source
     shapes = experiment.abstract_state().params
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    device = mesh.devices.flat[0]
-    classes, size = network.layers[-1].features, experiment.spec.crop_size
+    about = f"{parameters:,} parameters, {network.layers[-1].features} classes"
+    device, processes = mesh.devices.flat[0], jax.process_count()
     kind = f"{mesh.size} x {device.device_kind} ({device.platform})"
-    if jax.process_count() > 1:
-        kind += f" in {jax.process_count()} processes"
-    train = experiment.train_source
-    about = f"{parameters:,} parameters, {classes} classes, images of {size} pixels"
+    if processes > 1:
+        kind += f" in {processes} processes"
     lines = [
-        f"network {network.name}: {about}",
+        f"network {network.name}: {about}, images of {experiment.spec.crop_size} pixels",
         f"devices {kind}: {_mesh(experiment)}",
-        f"training on {train.num_examples:,} pictures: {train.description}",
+        f"training on {train.num_examples:,} images: {train.description}",
     ]
     if train.num_classes == 1000:
         from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, wnids
@@ -31,14 +30,11 @@ def describe_run(experiment: Experiment) -> list[str]:
         total = OFFICIAL_COUNTS["train"]
         if train.class_names == wnids() and train.num_examples < total:
             lines.append(
-                f"WARNING: ILSVRC-2012 has {total:,} training pictures; published error "
+                f"WARNING: ILSVRC-2012 has {total:,} training images; published error "
                 "rates are of all of them"
             )
-    if experiment.eval_source is not None:
-        lines.append(
-            f"evaluating on {experiment.eval_source.num_examples:,} pictures: "
-            f"{experiment.eval_source.description}"
-        )
+    if evaluation is not None:
+        lines.append(f"evaluating on {evaluation.num_examples:,} images: {evaluation.description}")
     return lines
 
 
@@ -56,7 +52,6 @@ def say_place(experiment: Experiment) -> None:
 
 
 def _mesh(experiment: Experiment) -> str:
-    mesh, transform = experiment.mesh, experiment.config.parallel.transform
-    rows, columns = mesh.shape[parallel.DATA], mesh.shape[parallel.COLUMN]
-    by = "" if transform == "shard_map" else f" by {transform}"
-    return f"mode {experiment.spec.mode}{by}, {rows} data x {columns} column"
+    shape, spec = experiment.mesh.shape, experiment.spec
+    by = "" if spec.transform == "shard_map" else f" by {spec.transform}"
+    return f"mode {spec.mode}{by}, {shape[parallel.DATA]} data x {shape[parallel.COLUMN]} column"

@@ -12,14 +12,17 @@ A config file is Python with a function `get_config()`, which starts from the on
 On the command line: `--config.optim.learning_rate=0.02`.
 """
 
+import difflib
 import itertools
 import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict, config_dict
+from absl import flags
+from flax import traverse_util
+from ml_collections import ConfigDict, config_dict, config_flags
 
 from alexnet_jax.data import augment as augment_lib
 from alexnet_jax.models import alexnet, layers, variants
@@ -281,34 +284,59 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 # fmt: on
 
 
-def validate(config: Config, *, devices: bool = True, training: bool = True) -> None:
+def set_fields(config: Config, arguments: Sequence[str]) -> list[str]:
+    """Set fields of a config, in place, by --config.FIELD=VALUE or --config.FIELD VALUE.
+
+    Returns:
+      A message per argument that is no field, or whose value has another type.
+    """
+    known = [f"--config.{name}" for name in flat(config.to_dict())]
+    problems, waiting = [], list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        if "=" not in argument and waiting and not waiting[0].startswith("--"):
+            argument += f"={waiting.pop(0)}"
+        name = argument.partition("=")[0].replace("--noconfig.", "--config.")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ". Fields are --config.FIELD=VALUE."
+            problems.append(f"{name}: there is no such field{hint}")
+            continue
+        parsed, argv = flags.FlagValues(), ["", argument]
+        config_flags.DEFINE_config_dict("config", config, flag_values=parsed, sys_argv=argv)
+        try:
+            parsed(argv)
+        except (flags.Error, TypeError, ValueError) as error:
+            problems.append(" ".join(str(error).split()))
+    return problems
+
+
+def validate(
+    config: Config, *, devices: bool = True, training: bool = True, found: Sequence[str] = ()
+) -> None:
     """Check everything that can be checked without the data.
 
     Args:
       devices: check the mesh against the devices of this machine.
       training: refuse fields that would have no effect on training.
+      found: mistakes that `set_fields` found.
 
     Raises:
       ConfigError: lists every mistake: the field, its value, and the allowed values.
     """
     fields = flat(config.to_dict())
-    # ml_collections checks types, except that any field takes None and an int True.
-    mistyped = {
-        name: f"of type {type(default).__name__}, as its default {default!r}"
-        for name, default in flat(get_config().to_dict()).items()
-        if default is not None
-        and (
-            fields.get(name) is None or isinstance(fields[name], bool) != isinstance(default, bool)
-        )
-    }
-    wrong = mistyped | {
-        name: words
-        for name, (holds, words) in RANGES.items()
-        if name not in mistyped and not holds(fields[name])
-    }
-    problems = [
-        f"--config.{name}={fields.get(name)!r} must be {words}." for name, words in wrong.items()
-    ]
+    wrong, mistyped = {}, False
+    for name, default in flat(get_config().to_dict()).items():
+        value = fields.get(name)
+        # ml_collections checks types, except that any field takes None and an int True.
+        is_bool = isinstance(value, bool)
+        if default is not None and (value is None or is_bool != isinstance(default, bool)):
+            wrong[name] = f"of type {type(default).__name__}, as its default {default!r}"
+            mistyped = True
+        elif name in RANGES and not RANGES[name][0](value):
+            wrong[name] = RANGES[name][1]
+    problems = [*found]
+    problems += [f"--config.{name}={fields.get(name)!r} must be {wrong[name]}." for name in wrong]
     if not mistyped:
         problems += _conflicts(config, wrong, devices, training)
     if problems:
@@ -319,15 +347,15 @@ def validate(config: Config, *, devices: bool = True, training: bool = True) -> 
 
 def _conflicts(config: Config, wrong: Collection[str], devices: bool, training: bool) -> list[str]:
     """Return a message per mistake in fields of valid types; `wrong`: known ones."""
-    problems = []
-    if config.data.crop_size > config.data.image_size:
+    data, schedule, problems = config.data, config.schedule, []
+    if data.crop_size > data.image_size:
         problems.append(
-            f"--config.data.crop_size={config.data.crop_size} is larger than "
-            f"--config.data.image_size={config.data.image_size}."
+            f"--config.data.crop_size={data.crop_size} is larger than "
+            f"--config.data.image_size={data.image_size}."
         )
-    if config.schedule.warmup_epochs >= config.num_epochs:
+    if schedule.warmup_epochs >= config.num_epochs:
         problems.append(
-            f"--config.schedule.warmup_epochs={config.schedule.warmup_epochs} must be "
+            f"--config.schedule.warmup_epochs={schedule.warmup_epochs} must be "
             f"below --config.num_epochs={config.num_epochs}."
         )
     if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
@@ -345,125 +373,21 @@ def _conflicts(config: Config, wrong: Collection[str], devices: bool, training: 
         if layer not in names
     ]
     try:
-        check_image_size(network, config.data.crop_size)
+        check_image_size(network, data.crop_size)
     except ValueError as error:
         problems.append(str(error))
-    factor_problem = _layer_factor_problem(config, names)
-    if factor_problem:
-        problems.append(factor_problem)
+    bad_row = _bad_layer_factor(schedule.layer_factors, names)
+    if bad_row is not None:
+        problems.append(
+            f"--config.schedule.layer_factors: {bad_row!r} must be (layer, epoch, "
+            f"factor), the layer one of {', '.join(names)}, its epochs 0 or more "
+            "and increasing, the factor 0 or more."
+        )
     elif training and not wrong:
         problems += _idle_problems(config, network)
     shape = ("parallel.", "data.batch_size", "optim.accumulate_steps")
     if devices and not any(name.startswith(shape) for name in wrong):
-        problems += filter(None, [_mesh_problem(config, network)])
-    return problems
-
-
-def _layer_factor_problem(config: Config, names: list[str]) -> str:
-    before: dict[str, float] = {}
-    for row in config.schedule.layer_factors:
-        try:
-            layer, epoch, factor = row
-            is_valid = layer in names and epoch > before.get(layer, -1)
-            is_valid = is_valid and epoch >= 0 and factor >= 0
-        except (TypeError, ValueError):  # the outer parentheses are forgotten easily
-            is_valid = False
-        if not is_valid:
-            return (
-                f"--config.schedule.layer_factors: {row!r} must be (layer, epoch, "
-                f"factor), the layer one of {', '.join(names)}, its epochs 0 or more "
-                "and increasing, the factor 0 or more."
-            )
-        before[layer] = epoch
-    return ""
-
-
-def _idle_problems(config: Config, network: layers.Variant) -> list[str]:
-    """Return a message per changed field that can have no effect on training."""
-    c, schedule, augment = config, config.schedule, config.augment
-    split, every = c.data.eval_split, c.eval_every_epochs
-    first_drop = min(schedule.drop_epochs, default=0)
-    first_factor = min((epoch for _, epoch, _ in schedule.layer_factors), default=0)
-    problems = []
-    if schedule.name == "plateau" and schedule.max_drops and not (split and every):
-        problems.append(
-            "--config.schedule.name='plateau' lowers the learning rate by evaluations, "
-            f"and --config.data.eval_split={split!r} with --config.eval_every_epochs="
-            f"{every} leaves none. Evaluate, or take another schedule, such as constant "
-            "or cosine, or --config.schedule.max_drops=0."
-        )
-    if schedule.name == "fixed" and first_drop >= c.num_epochs:
-        problems.append(
-            f"--config.schedule.drop_epochs={tuple(schedule.drop_epochs)} are all after "
-            f"the end, --config.num_epochs={c.num_epochs}: the learning rate would "
-            "never drop. Set earlier ones, or --config.schedule.name=constant."
-        )
-
-    def has(*kinds: type) -> bool:
-        return any(isinstance(stage, kinds) for stage in network.stages)
-
-    # (field, True if it has an effect or requests nothing, what that needs, the fields
-    # that this depends on). Fields that only state what is so anyway are not here, for
-    # example decay_bias=False without decay. `eval_views` is for --mode=eval too.
-    # fmt: off
-    rows = (
-        ("eval_every_epochs", split or not every, "a split", "data.eval_split"),
-        ("eval_every_epochs", every <= c.num_epochs, "a longer run", "num_epochs"),
-        ("eval_views", c.data.image_size > c.data.crop_size,
-         "larger pictures", "data.image_size", "data.crop_size"),
-        ("finetune.new_layers", c.finetune.source,
-         "weights to start from", "finetune.source"),
-        ("data.dir", not (c.data.source.startswith("folder:") or c.data.source == "fake"),
-         "a tfds data set or textures", "data.source"),
-        ("augment.min_area", augment.crop, "random crops", "augment.crop"),
-        ("augment.lighting_form", augment.lighting, "more than 0", "augment.lighting"),
-        ("augment.lighting_until_epoch", augment.lighting,
-         "more than 0", "augment.lighting"),
-        ("augment.lighting_until_epoch", augment.lighting_until_epoch < c.num_epochs,
-         "a longer run", "num_epochs"),
-        ("optim.weight_decay", not c.optim.layer_weight_decay
-         or len(network.layer_weight_decay) < len(network.layers),
-         "layers without a weight decay of their own",
-         "model.variant", "optim.layer_weight_decay"),
-        ("optim.constant_bias_lr", schedule.name != "constant" or schedule.layer_factors,
-         "another schedule", "schedule.name"),
-        ("optim.form", c.optim.momentum, "more than 0", "optim.momentum"),
-        ("schedule.factor", schedule.name in ("plateau", "fixed"),
-         "plateau or fixed", "schedule.name"),
-        ("schedule.patience", schedule.name == "plateau", "plateau", "schedule.name"),
-        ("schedule.patience", schedule.max_drops, "1 or more", "schedule.max_drops"),
-        ("schedule.max_drops", schedule.name == "plateau" or not schedule.max_drops,
-         "plateau", "schedule.name"),
-        ("schedule.drop_epochs", schedule.name == "fixed" or not schedule.drop_epochs,
-         "fixed", "schedule.name"),
-        ("schedule.layer_factors", first_factor < c.num_epochs,
-         "a longer run", "num_epochs"),
-        ("schedule.warmup_epochs", schedule.name in ("cosine", "polynomial"),
-         "cosine or polynomial", "schedule.name"),
-        ("schedule.power", schedule.name == "polynomial", "polynomial", "schedule.name"),
-        ("model.overrides.dropout", has(layers.Dropout) or not c.model.overrides.dropout,
-         "a network with dropout", "model.variant"),
-        ("model.overrides.norm_place", has(*layers.NORMS),
-         "a network with normalisation", "model.variant", "model.overrides.lrn",
-         "model.overrides.normalization"),
-    )
-    # fmt: on
-    fields, defaults = flat(config.to_dict()), flat(get_config().to_dict())
-    for name, has_effect, needs, *others in rows:
-        value, default = fields[name], defaults[name]
-        if isinstance(value, list):
-            value = tuple(value)
-        if not has_effect and value != default:
-            beside = ", ".join(
-                f"--config.{other}={fields[other]!r}"
-                for other in others
-                if fields[other] is not None
-            )
-            left = "out" if default is None else f"at {default!r}"
-            problems.append(
-                f"--config.{name}={value!r} has no effect with {beside}; it needs "
-                f"{needs}, or to be left {left}."
-            )
+        problems += _mesh_problems(config, network)
     return problems
 
 
@@ -480,7 +404,94 @@ def _model_problems(config: Config) -> list[str]:
     return problems
 
 
-def _mesh_problem(config: Config, network: layers.Variant) -> str:
+def _bad_layer_factor(rows: Sequence[Any], names: Sequence[str]) -> Any:
+    """Return the first row that is no (layer, epoch, factor); None: all are."""
+    last: dict[str, float] = {}
+    for row in rows:
+        try:
+            layer, epoch, factor = row
+            valid = layer in names and epoch > last.get(layer, -1) and min(epoch, factor) >= 0
+        except (TypeError, ValueError):  # the outer parentheses are forgotten easily
+            return row
+        if not valid:
+            return row
+        last[layer] = epoch
+    return None
+
+
+def _idle_problems(config: Config, network: layers.Variant) -> list[str]:
+    """Return a message per changed field that can have no effect on training."""
+    c, schedule, augment = config, config.schedule, config.augment
+    split, every, epochs = c.data.eval_split, c.eval_every_epochs, c.num_epochs
+    problems = []
+    if schedule.name == "plateau" and schedule.max_drops and not (split and every):
+        problems.append(
+            "--config.schedule.name='plateau' lowers the learning rate by evaluations; "
+            f"--config.data.eval_split={split!r} with --config.eval_every_epochs={every} "
+            "leaves none. Take constant or cosine, or --config.schedule.max_drops=0."
+        )
+    if schedule.name == "fixed" and min(schedule.drop_epochs, default=0) >= epochs:
+        problems.append(
+            f"--config.schedule.drop_epochs={tuple(schedule.drop_epochs)} are all after the end, "
+            f"--config.num_epochs={epochs}. Set earlier ones, or --config.schedule.name=constant."
+        )
+
+    def has(*kinds: type) -> bool:
+        return any(isinstance(stage, kinds) for stage in network.stages)
+
+    until_end = f"to be below num_epochs={epochs}"
+    first_factor = min((epoch for _, epoch, _ in schedule.layer_factors), default=0)
+    own_decay = c.optim.layer_weight_decay and len(network.layer_weight_decay)
+    # (field, True if it has an effect or requests nothing, what it needs for one). Fields
+    # that only state what is so anyway are not here, for example decay_bias=False without
+    # decay. `eval_views` is for --mode=eval too.
+    # fmt: off
+    rows = (
+        ("eval_every_epochs", split or not every, "data.eval_split"),
+        ("eval_every_epochs", every <= epochs, f"at most num_epochs={epochs}"),
+        ("eval_views", c.data.image_size > c.data.crop_size, "data.image_size above data.crop_size"),
+        ("finetune.new_layers", c.finetune.source, "finetune.source"),
+        ("data.dir", not (c.data.source.startswith("folder:") or c.data.source == "fake"),
+         "a data.source that is a tfds data set or textures"),
+        ("augment.min_area", augment.crop, "augment.crop=True"),
+        ("augment.lighting_form", augment.lighting, "augment.lighting above 0"),
+        ("augment.lighting_until_epoch", augment.lighting, "augment.lighting above 0"),
+        ("augment.lighting_until_epoch", augment.lighting_until_epoch < epochs, until_end),
+        ("optim.weight_decay", own_decay < len(network.layers),
+         "a layer without a weight decay of its own, or optim.layer_weight_decay=False"),
+        ("optim.constant_bias_lr", schedule.name != "constant" or schedule.layer_factors,
+         "another schedule.name than constant"),
+        ("optim.form", c.optim.momentum, "optim.momentum above 0"),
+        ("schedule.factor", schedule.name in ("plateau", "fixed"),
+         "schedule.name=plateau or fixed"),
+        ("schedule.patience", schedule.name == "plateau", "schedule.name=plateau"),
+        ("schedule.patience", schedule.max_drops, "schedule.max_drops above 0"),
+        ("schedule.max_drops", schedule.name == "plateau" or not schedule.max_drops,
+         "schedule.name=plateau"),
+        ("schedule.drop_epochs", schedule.name == "fixed" or not schedule.drop_epochs,
+         "schedule.name=fixed"),
+        ("schedule.layer_factors", first_factor < epochs, f"an epoch before num_epochs={epochs}"),
+        ("schedule.warmup_epochs", schedule.name in ("cosine", "polynomial"),
+         "schedule.name=cosine or polynomial"),
+        ("schedule.power", schedule.name == "polynomial", "schedule.name=polynomial"),
+        ("model.overrides.dropout", has(layers.Dropout) or not c.model.overrides.dropout,
+         "a network with dropout"),
+        ("model.overrides.norm_place", has(*layers.NORMS), "a network with normalisation"),
+    )
+    # fmt: on
+    fields, defaults = flat(config.to_dict()), flat(get_config().to_dict())
+    for name, has_effect, needs in rows:
+        value, default = fields[name], defaults[name]
+        value = tuple(value) if isinstance(value, list) else value
+        if not has_effect and value != default:
+            left = "out" if default is None else f"at {default!r}"
+            problems.append(
+                f"--config.{name}={value!r} has no effect: it needs {needs}, or to be left {left}."
+            )
+    return problems
+
+
+def _mesh_problems(config: Config, network: layers.Variant) -> list[str]:
     mode, transform = config.parallel.mode, config.parallel.transform
     batch, parts = config.data.batch_size, config.optim.accumulate_steps
     try:
@@ -488,30 +499,31 @@ def _mesh_problem(config: Config, network: layers.Variant) -> str:
         parallel_lib.check_mode(network, mode, columns)
         parallel_lib.make_mesh(rows, columns)
     except ValueError as error:
-        return str(error)
+        return [str(error)]
+    problems = []
     if config.optim.trust_coefficient > 0 and columns > 1:
-        return (
+        problems.append(
             f"--config.optim.trust_coefficient={config.optim.trust_coefficient} is of "
             f"the norms of whole layers, which --config.parallel.mode={mode} splits over "
             f"{columns} columns; set --config.parallel.mode=data or "
             "--config.parallel.column=1."
         )
     if transform == "pmap" and (mode != "data" or jax.process_count() > 1):
-        return (
+        problems.append(
             "--config.parallel.transform=pmap splits nothing but the batch of one "
             "process: it goes with --config.parallel.mode=data; take shard_map."
         )
     devices = parallel_lib.batch_shards(rows, columns, mode)
     step = devices * parts
-    if batch % step == 0:
-        return ""
-    below, above = batch // step * step, -(-batch // step) * step
-    nearest = " or ".join(str(size) for size in (below, above) if size > 0)
-    each = "" if parts == 1 else f" in --config.optim.accumulate_steps={parts} parts"
-    return (
-        f"--config.data.batch_size={batch} does not divide over {devices} devices{each}; "
-        f"the nearest that do: {nearest}."
-    )
+    if batch % step:
+        below, above = batch // step * step, -(-batch // step) * step
+        nearest = " or ".join(str(size) for size in (below, above) if size > 0)
+        each = "" if parts == 1 else f" in --config.optim.accumulate_steps={parts} parts"
+        problems.append(
+            f"--config.data.batch_size={batch} does not divide over {devices} devices{each}; "
+            f"the nearest that do: {nearest}."
+        )
+    return problems
 
 
 def mesh_shape(config: Config, network: layers.Variant) -> tuple[int, int]:
@@ -548,12 +560,6 @@ def as_json(config: Config) -> dict[str, Any]:
     return json.loads(config.to_json())
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any]) -> dict[str, Any]:
     """{"data": {"dir": ""}} -> {"data.dir": ""}."""
-    fields: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            fields |= flat(value, f"{prefix}{key}.")
-        else:
-            fields[prefix + key] = value
-    return fields
+    return traverse_util.flatten_dict(tree, sep=".")

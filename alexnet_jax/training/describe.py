@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +25,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _COLLECTIVE = re.compile(
     rf"= (?P<shape>\S.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<rest>.*)$"
 )
-_LISTS = re.compile(r"\b(?:replica_groups|source_target_pairs)=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}")
-_IOTA = re.compile(r"\breplica_groups=\[\d+,(\d+)\]<=\[")
-_MESH = re.compile(
-    r"\breplica_groups=mesh\[(?P<sizes>[^]]+)\](?:, device_ids=\(.*?\))? "
-    r"\{(?P<axes>[^}]+)\}"
-)
-_ARRAY = re.compile(r"\b(?P<dtype>[a-z]+\d*)\[(?P<dims>[\d,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
 # Layers.
@@ -54,15 +49,13 @@ def describe(config: Config) -> str:
 
 def table(rows: list[LayerSummary]) -> list[str]:
     """Return the rows as aligned lines, with a heading and a line of sums."""
-    cells = [("layer", "output", "parameters", "multiply-adds")]
+    cells: list[tuple[str, ...]] = [("layer", "output", "parameters", "multiply-adds")]
     for row in rows:
-        shape = " x ".join(str(n) for n in row.shape)
-        parameters = f"{row.parameters:,}" if row.parameters else ""
-        multiply_adds = f"{row.multiply_adds:,}" if row.multiply_adds else ""
-        cells.append((row.name, shape, parameters, multiply_adds))
-    parameters = f"{sum(row.parameters for row in rows):,}"
-    multiply_adds = f"{sum(row.multiply_adds for row in rows):,}"
-    cells.append(("total", "", parameters, multiply_adds))
+        counts = (f"{count:,}" if count else "" for count in (row.parameters, row.multiply_adds))
+        cells.append((row.name, " x ".join(map(str, row.shape)), *counts))
+    parameters = sum(row.parameters for row in rows)
+    multiply_adds = sum(row.multiply_adds for row in rows)
+    cells.append(("total", "", f"{parameters:,}", f"{multiply_adds:,}"))
     lines = _aligned(cells, left=1)
     rule = "-" * len(lines[0])
     return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
@@ -71,13 +64,8 @@ def table(rows: list[LayerSummary]) -> list[str]:
 def _aligned(rows: list[tuple[str, ...]], left: int) -> list[str]:
     """Return rows as lines: the first `left` columns flush left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    form = "  ".join(f"{{:{'<' if i < left else '>'}{width}}}" for i, width in enumerate(widths))
+    return [form.format(*row).rstrip() for row in rows]
 
 
 # Modes.
@@ -126,23 +114,22 @@ def describe_modes(config: Config, log: Callable[[str], object] = print) -> str:
         f"A training step of {batch} images on {jax.device_count()} x {kind}: what a "
         "device sends and needs, from the compiled program"
     )
-    reasons = ["", *(f"not {line}" for line in left_out)] if left_out else []
-    return "\n".join([header, "", *mode_table(rows), *reasons])
+    reasons = [f"not {line}" for line in left_out]
+    return "\n".join([header, "", *mode_table(rows), *([""] if reasons else []), *reasons])
 
 
 def mode_table(rows: list[ModeSummary]) -> list[str]:
     """Return a heading and a line per phase in which a mode exchanges anything."""
     cells = [("mode", "mesh", "phase", "arrays exchanged", "MB sent", "MB of memory")]
     for row in rows:
-        mesh, memory = f"{row.data} x {row.column}", f"{row.memory_bytes / 1e6:,.0f}"
-        first = (row.mode, mesh, memory)
+        mode, mesh = row.mode, f"{row.data} x {row.column}"
+        memory = f"{row.memory_bytes / 1e6:,.0f}"
         for phase in [p for p in PHASES if row.counts(p)] or [""]:
             counted = row.counts(phase)
-            arrays = [f"{counted[kind]} {kind}" for kind in KINDS if counted[kind]]
+            arrays = ", ".join(f"{counted[kind]} {kind}" for kind in KINDS if counted[kind])
             sent = f"{row.sent_bytes(phase) / 1e6:,.2f}"
-            mode, mesh, memory = first
-            cells.append((mode, mesh, phase, ", ".join(arrays) or "none", sent, memory))
-            first = ("", "", "")
+            cells.append((mode, mesh, phase, arrays or "none", sent, memory))
+            mode = mesh = memory = ""
     lines = _aligned(cells, left=4)
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
@@ -150,38 +137,33 @@ def mode_table(rows: list[ModeSummary]) -> list[str]:
 def meshes(
     config: Config, network: AlexNet, devices: int
 ) -> tuple[list[tuple[str, int, int]], list[str]]:
-    """Return the mesh of each mode that fits `devices`, and a reason per other mode.
+    """Return the modes that fit `devices`, and the reasons of those that do not.
 
     Returns:
       (mode, data, column) per mode that fits, the config's mode on its own mesh; and a
       line per mode that does not fit.
     """
-    variant, batch = network.network, config.data.batch_size
+    variant, batch, own = network.network, config.data.batch_size, config.parallel.mode
     shapes = {
         "data": (devices, 1),
         "columns": (devices // variant.columns, variant.columns),
         "hybrid": (1, devices),
     }
-    shapes[config.parallel.mode] = experiment.mesh_shape(config, variant)
+    shapes[own] = experiment.mesh_shape(config, variant)
     found, left_out = [], []
-    for mode, (data, column) in shapes.items():
-        if mode != config.parallel.mode:
-            if devices == 1:
-                continue  # the same in every mode
-            if data * column != devices or (mode == "columns" and column == 1):
-                columns = f"{variant.columns} column{'s' if variant.columns > 1 else ''}"
-                left_out.append(f"{mode}: {devices} devices, {columns}")
-                continue
+    for mode in (own,) if devices == 1 else shapes:  # on one device all modes are the same
+        data, column = shapes[mode]
+        shards = parallel.batch_shards(data, column, mode)
         try:
+            if mode != own and (data * column != devices or (mode, column) == ("columns", 1)):
+                columns = f"{variant.columns} column{'s' if variant.columns > 1 else ''}"
+                raise ValueError(f"{devices} devices, {columns}")
             parallel.check_mode(variant, mode, column)
+            if batch % shards:
+                raise ValueError(f"{batch} images do not divide by {shards}")
+            found.append((mode, data, column))
         except ValueError as error:
             left_out.append(f"{mode}: {error}")
-            continue
-        shards = parallel.batch_shards(data, column, mode)
-        if batch % shards:
-            left_out.append(f"{mode}: {batch} images do not divide by {shards}")
-        else:
-            found.append((mode, data, column))
     return found, left_out
 
 
@@ -190,30 +172,26 @@ def summarize_mode(
 ) -> ModeSummary:
     """Compile the training step of a config on a mesh, without running it."""
     mesh = parallel.make_mesh(data, column)
-    length = 1000.0  # steps per epoch; only the schedule depends on it
-    tx = experiment.make_optimizer(config, network, length)
-    spec = experiment.make_spec(config, network, tx, mesh, length)
+    # Only the schedule depends on the number of steps per epoch.
+    spec = experiment.make_spec(config, network, mesh, steps_per_epoch=1000.0)
     transform = spec.transform if mode == "data" else "shard_map"
     spec = replace(spec, mode=mode, transform=transform)
-    examples = NamedSharding(mesh, P(spec.batch_axes))
-    whole = NamedSharding(mesh, P())
-    wide = jnp.promote_types(network.dtype, jnp.float32)
     side, batch = config.data.image_size, config.data.batch_size
-    shape = jax.ShapeDtypeStruct
-    step = steps.make_train_step(spec)
-    compiled = step.lower(
-        steps.abstract_state(spec),
-        {
-            "image": shape((batch, side, side, 3), jnp.uint8, sharding=examples),
-            "label": shape((batch,), jnp.int32, sharding=examples),
-        },
-        jax.tree.map(
-            lambda a: shape(a.shape, wide, sharding=whole),
-            jax.eval_shape(lambda: augment.imagenet_statistics(side)),
-        ),
-    ).compile()
-    found = exchanges(compiled.as_text())
-    return ModeSummary(mode, data, column, found, memory_bytes(compiled))
+    wide = jnp.promote_types(network.dtype, jnp.float32)
+
+    def array(shape: tuple[int, ...], dtype: Any, split: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, split))
+
+    examples = P(spec.batch_axes)
+    images = array((batch, side, side, 3), jnp.uint8, examples)
+    labels = array((batch,), jnp.int32, examples)
+    statistics = jax.tree.map(
+        lambda a: array(a.shape, wide, P()),
+        jax.eval_shape(lambda: augment.imagenet_statistics(side)),
+    )
+    state, step = steps.abstract_state(spec), steps.make_train_step(spec)
+    compiled = step.lower(state, {"image": images, "label": labels}, statistics).compile()
+    return ModeSummary(mode, data, column, exchanges(compiled.as_text()), memory_bytes(compiled))
 
 
 def memory_bytes(compiled: jax.stages.Compiled) -> int:
@@ -259,15 +237,14 @@ class Exchange:
         bits = re.search(r"\d+", self.dtype)
         result = math.prod(self.shape) * (int(bits[0]) // 8 if bits else 1)
         others = (self.devices - 1) / self.devices
-        match self.kind:
-            case "all-gather" | "all-to-all":
-                return others * result
-            case "all-reduce":
-                return 2 * others * result
-            case "reduce-scatter":  # the result is one device's part
-                return (self.devices - 1) * result
-            case _:
-                return result
+        shares = {
+            "all-gather": others,
+            "all-to-all": others,
+            "all-reduce": 2 * others,
+            "reduce-scatter": self.devices - 1,  # the result is one device's part
+            "collective-permute": 1,
+        }
+        return result * shares[self.kind]
 
 
 def exchanges(hlo: str) -> list[Exchange]:
@@ -287,8 +264,8 @@ def exchanges(hlo: str) -> list[Exchange]:
         if devices < 2:
             continue
         arrays = [
-            (array["dtype"], tuple(int(n) for n in array["dims"].split(",") if n))
-            for array in _ARRAY.finditer(match["shape"])
+            (dtype, tuple(int(n) for n in dims.split(",") if n))
+            for dtype, dims in _ARRAY.findall(match["shape"])
         ]
         if match["kind"] == "all-to-all" and len(arrays) > 1:
             # The form with a result per device: one array, in pieces.
@@ -299,11 +276,9 @@ def exchanges(hlo: str) -> list[Exchange]:
             operands = match["rest"].partition(")")[0].count("%")
             arrays = arrays[operands : 2 * operands]
         # JAX names each operation after the transformations that it came from.
-        name = re.search(r'op_name="([^"]*)"', line)
-        if name is None or "jvp(" not in name[1]:
-            phase = "gradients"
-        else:
-            phase = "backward" if "transpose(" in name[1] else "forward"
+        name = line.partition('op_name="')[2].partition('"')[0]
+        phase = "backward" if "transpose(" in name else "forward"
+        phase = phase if "jvp(" in name else "gradients"
         found += [Exchange(match["kind"], dtype, shape, devices, phase) for dtype, shape in arrays]
     return found
 
@@ -326,15 +301,14 @@ def _largest_group(attributes: str) -> int:
     Raises:
       ValueError: the groups are written in another form.
     """
-    if lists := _LISTS.search(attributes):
-        groups = re.findall(r"[\d,]+(?=\})", lists[1])
-        return max(len(set(group.split(","))) for group in groups)
-    if iota := _IOTA.search(attributes):
+    if lists := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,{}]+)\}\}", attributes):
+        return max(len(set(group.split(","))) for group in lists[1].split("},{"))
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
         return int(iota[1])
-    if mesh := _MESH.search(attributes):
-        sizes = dict(axis.split("=") for axis in mesh["sizes"].split(","))
+    if mesh := re.search(r"replica_groups=mesh\[(.+?)\].*? \{(.+?)\}", attributes):
+        sizes = dict(axis.split("=") for axis in mesh[1].split(","))
         # "'data':(1)2" is a part of an axis, of 2 devices.
-        axes = (axis.partition(":") for axis in mesh["axes"].split(","))
+        axes = (axis.partition(":") for axis in mesh[2].split(","))
         return math.prod(int(part.rpartition(")")[2] or sizes[axis]) for axis, _, part in axes)
     raise ValueError(
         "unknown form of replica groups in the compiled program, try another version "

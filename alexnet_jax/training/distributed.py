@@ -6,7 +6,6 @@ misses its heartbeat.
 
 import collections
 import contextlib
-import glob
 import importlib.metadata
 import json
 import os
@@ -48,17 +47,12 @@ def start(
 ) -> bool:
     """Connect the processes of a run, before JAX starts its devices.
 
+    `launch/README.md` describes the arguments, which are flags of `main`.
+
     Args:
       mode: "off": one process. "on": several, given by the next three arguments or found
         by JAX in the environment. "auto": "on" if one of the three is given, or if srun
         or mpirun started several tasks.
-      coordinator_address: HOST:PORT of process 0, the same for all processes.
-      num_processes, process_id: number of processes, and number of this one, from 0.
-      local_device_ids: numbers of this process's GPUs. By default a task of SLURM or
-        Open MPI takes one GPU, or all if it is alone on its node; any other process
-        takes all that it sees.
-      connect_seconds: how long to wait for the others. Then this process prints an
-        error and exits with status 1.
 
     Returns:
       True if there are several processes.
@@ -72,24 +66,22 @@ def start(
         "num_processes": num_processes,
         "process_id": process_id,
     }
-    some = [f"--{name}" for name, value in given.items() if value is not None]
+    by_flags = [f"--{name}" for name, value in given.items() if value is not None]
     missing = [f"--{name}" for name, value in given.items() if value is None]
-    if mode == "off":
-        if some:
-            raise DistributedError(f"--distributed=off contradicts {', '.join(some)}.")
+    tasks = count_tasks(os.environ)
+    if mode == "off" and by_flags:
+        raise DistributedError(f"--distributed=off contradicts {', '.join(by_flags)}.")
+    if mode == "off" or (mode == "auto" and not by_flags and tasks == 1):
         return False
-    if some and missing:
+    if by_flags and missing:
         raise DistributedError(
             "several processes need --coordinator_address=HOST:PORT, --num_processes=N "
             f"and --process_id=I; missing: {', '.join(missing)}."
         )
-    if not some:
-        tasks = count_tasks(os.environ)
-        if mode == "auto" and tasks == 1:
-            return False
+    if not by_flags:
         given["num_processes"] = tasks if tasks > 1 else None
-        if local_device_ids is None:
-            local_device_ids = _visible_gpus(os.environ)
+        if local_device_ids is None and _sees_own_gpus(os.environ):
+            local_device_ids = []  # all; None: JAX takes the one with the task's number
     # The service would take SIGTERM away from the training loop.
     jax.config.update("jax_enable_preemption_service", False)
     giving_up = threading.Timer(connect_seconds, _give_up, (given, connect_seconds))
@@ -102,7 +94,7 @@ def start(
         jax.distributed.initialize(
             **given,
             local_device_ids=local_device_ids,
-            cluster_detection_method="deactivate" if some else None,
+            cluster_detection_method="deactivate" if by_flags else None,
             # Later than `_give_up`: at its own timeout JAX aborts with a stack trace.
             initialization_timeout=connect_seconds + 60,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
@@ -130,39 +122,26 @@ def count_tasks(environ: Mapping[str, str]) -> int:
     return int(next(filter(None, map(environ.get, names)), "1"))
 
 
-def _visible_gpus(environ: Mapping[str, str]) -> list[int] | None:
-    """Return all GPUs if no other task uses them; None: JAX takes one.
+def _sees_own_gpus(environ: Mapping[str, str]) -> bool:
+    """Return True if no other task uses the GPUs that this one sees.
 
-    JAX takes the GPU with the task's number on its node. A task that is bound to its GPU
-    sees only that one, and the only task of a node would leave the others idle.
+    The task is bound to one GPU, which is number 0 to it, or it is alone on its node.
     """
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = glob.glob("/dev/nvidia[0-9]*") if visible is None else visible.split(",")
-    count = len([gpu for gpu in gpus if gpu])
+    is_bound = re.fullmatch(r"[^,]+", environ.get("CUDA_VISIBLE_DEVICES", ""))
     names = ("OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")
     tasks = next(filter(None, map(environ.get, names)), "")
-    is_alone = re.fullmatch(r"1(\(x\d+\))?", tasks)  # SLURM: "1(x2)", "4(x2),1"
-    return list(range(count)) if count == 1 or (count and is_alone) else None
+    return bool(is_bound or re.fullmatch(r"1(\(x\d+\))?", tasks))  # SLURM: "1(x2)", "4(x2),1"
 
 
 def _give_up(given: Mapping[str, Any], seconds: int) -> None:
     """End the process with a message because the others did not come."""
     address, count, this = given.values()
-    reason = f"not all of {count or 'the'} processes came within {seconds} seconds"
-    if this:
-        host, _, port = address.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-        except OSError as error:
-            reason = (
-                f"the coordinator {address} (process 0) could not be reached within "
-                f"{seconds} seconds ({error.strerror or error})"
-            )
     print(
-        f"error: {'' if this is None else f'process {this}: '}{reason}. Are all "
-        "processes started, with the same --coordinator_address and --num_processes, "
-        "and no firewall between them? --connect_seconds changes how long they wait."
-        + (" --distributed=off waits for none." if this is None else ""),
+        f"error: {'' if this is None else f'process {this}: '}not all of "
+        f"{count or 'the'} processes came to {address or 'process 0'} within {seconds} "
+        "seconds. Are all of them started, process 0 at that address, and no firewall "
+        "between them? --connect_seconds changes how long they wait"
+        + ("; --distributed=off waits for none." if this is None else "."),
         file=sys.stderr,
         flush=True,
     )
@@ -178,13 +157,12 @@ def require_same(flags: Mapping[str, Any]) -> None:
         return
     flags = {**flags, "devices of a process": jax.local_device_count()}
     mine = np.frombuffer(json.dumps(flags).encode().ljust(2**16), np.uint8)
-    texts = np.asarray(multihost_utils.process_allgather(mine))
-    first, *others = [json.loads(bytes(text)) for text in texts]
+    first, *others = map(json.loads, map(bytes, multihost_utils.process_allgather(mine)))
     for process, other in enumerate(others, start=1):
         different = [
-            f"--{name}={value} (process 0: {first.get(name)})"
-            for name, value in sorted(other.items())
-            if first.get(name) != value
+            f"--{name}={other.get(name)} (process 0: {first.get(name)})"
+            for name in sorted({*first, *other})
+            if other.get(name) != first.get(name)
         ]
         if different:
             raise DistributedError(
@@ -218,15 +196,11 @@ def require_devices() -> None:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
         # Without an NVIDIA GPU "cuda" is a bare AssertionError.
-        unknown = not str(error) or "known backends" in str(error)
-        if not unknown and jax.distributed.is_initialized():
-            raise  # another process may be gone
         settings: Any = jax.config
-        reason = "" if unknown else f": {str(error).partition(' (set JAX_')[0]}"
         plugins = importlib.metadata.entry_points(group="jax_plugins").names
         raise DeviceError(
             f"jax {jax.__version__} starts no devices with JAX_PLATFORMS="
-            f"{settings.jax_platforms or ''!r}{reason} (installed: "
+            f"{settings.jax_platforms or ''!r} ({str(error) or 'no such device'}; installed: "
             f"{', '.join(['cpu', *sorted(plugins)])}). For an NVIDIA GPU, pip install "
             '"jax[cuda13]" and set JAX_PLATFORMS=cuda (nvidia-smi must list the GPU); '
             "for the CPU, set JAX_PLATFORMS=cpu or unset it."

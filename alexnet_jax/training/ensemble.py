@@ -11,21 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from alexnet_jax.data.imagenet import words
-from alexnet_jax.data.sources import place_of_split
-from alexnet_jax.data.statistics import Statistics
+from alexnet_jax.data.statistics import load as load_statistics
 from alexnet_jax.models.weights import Weights
 from alexnet_jax.system.cli import expanded, require_writable_file
 from alexnet_jax.training import finetune, load, metrics
 from alexnet_jax.training.banner import say_place
-from alexnet_jax.training.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    has_checkpoint,
-    split_step,
-)
+from alexnet_jax.training.checkpoint import Checkpointer, CheckpointError, all_steps, split_step
 from alexnet_jax.training.config import Config, ConfigError
 from alexnet_jax.training.evaluate import (
     Predictions,
@@ -36,9 +29,15 @@ from alexnet_jax.training.evaluate import (
     predict,
     worst_confusions,
 )
-from alexnet_jax.training.experiment import Experiment, build_for_evaluation
+from alexnet_jax.training.experiment import build_for_evaluation
 from alexnet_jax.training.resume import compare
-from alexnet_jax.training.workdir import CHECKPOINTS, about_mean, read_statistics
+from alexnet_jax.training.workdir import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    STATISTICS_FILE,
+    about_mean,
+    require_run,
+)
 from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 
 WORST = 10  # number of classes, and of confusions, that are printed
@@ -62,20 +61,36 @@ class Member:
     def is_run(self) -> bool:
         return not self.is_predictions and not load.is_weights_file(self.path)
 
-    @classmethod
-    def parse(cls, text: str) -> "Member":
-        """Parse DIR, DIR@STEP, DIR@best, DIR@latest, FILE.safetensors ... or FILE.npz.
 
-        Raises:
-          CheckpointError: if the text is empty, or another word follows the "@".
-        """
-        if not text:
-            raise CheckpointError(
-                "--workdir has a comma with nothing before or behind it; several are "
-                "given as DIR,DIR@STEP,FILE.npz."
-            )
-        folder, step = split_step(text)
-        return cls(expanded(folder), step)
+def parse_members(text: str) -> list[Member]:
+    """Parse "DIR,DIR@STEP,DIR@latest,FILE.safetensors,FILE.npz".
+
+    Raises:
+      CheckpointError: a name is empty, or another word follows an "@".
+    """
+    names = text.split(",")
+    if "" in names:
+        raise CheckpointError(
+            f"--workdir={text} has a comma with nothing before or behind it; several are given "
+            "as DIR,DIR@STEP,FILE.npz."
+        )
+    return [Member(expanded(folder), step) for folder, step in map(split_step, names)]
+
+
+def config_file(members: Sequence[Member]) -> str:
+    """Return the config.json of the first run.
+
+    Raises:
+      ConfigError: there is no run.
+      FileNotFoundError: its workdir has no config.json.
+    """
+    for member in members:
+        if member.is_run:
+            require_run(member.path)
+            return str(member.path / CONFIG_FILE)
+    raise ConfigError(
+        "--config=FILE is missing. Files do not say which pictures they are to be tested on."
+    )
 
 
 def evaluate_runs(
@@ -92,26 +107,26 @@ def evaluate_runs(
     Returns:
       The record that is printed as the last line, as JSON with null for NaN: {"step",
       "eval/loss", "eval/top1_error", ...} as in metrics.jsonl. "best_of" is the number
-      of evaluations on this very split that chose the checkpoint, None if unknown. With
-      several members the record is the ensemble's, and "members" lists theirs.
+      of evaluations in training that chose the checkpoint. With several members the
+      record is the ensemble's, and "members" lists theirs.
 
     Raises:
-      CheckpointError: if there is no such checkpoint.
-      PredictionsError: if a file holds no predictions, or those of other images.
-      PathError: (an OSError) if `save_to` cannot be written.
-      ConfigError, DataError: as `train_and_evaluate`.
+      CheckpointError: there is no such checkpoint.
+      PredictionsError: a file holds no predictions, or those of other images.
+      ConfigError, DataError, OSError: as `train_and_evaluate`.
     """
     if not config.data.eval_split:
         raise ConfigError("--config.data.eval_split is empty: nothing to evaluate on.")
+    is_first = jax.process_index() == 0
     if save_to is not None:
         save_to = expanded(save_to)
         if save_to.suffix != ".npz":
             raise ConfigError(f"--predictions={save_to} must be a file FILE.npz.")
-        if jax.process_index() == 0:  # which writes it
+        if is_first:
             require_writable_file(save_to)
     for member in members:  # all of them, before the first is computed
         folder = member.path / CHECKPOINTS
-        if member.is_run and not has_checkpoint(folder):
+        if member.is_run and not all_steps(folder):
             raise CheckpointError(
                 f"There is no checkpoint in {folder}; train first (--mode=train), or "
                 "give the --workdir of a run."
@@ -122,12 +137,10 @@ def evaluate_runs(
         about: dict[str, Any] = {}
         if member.is_predictions:
             predictions = load_predictions(member.path)
+        elif member.is_run and len(members) == 1:
+            predictions, about = _predict(config, member)
         else:
-            own = config
-            if len(members) > 1 or not member.is_run:
-                own = load.with_network_of(config, member.path)
-            experiment, variables, about = _load_network(own, member)
-            predictions = predict(experiment, variables)
+            predictions, about = _predict(load.with_network_of(config, member.path), member)
         record = about | _metrics(predictions)
         if len(members) > 1:
             record = {"name": str(member.path)} | record
@@ -139,7 +152,7 @@ def evaluate_runs(
     if len(members) > 1:
         record = _metrics(together) | {"members": records}
         who = f"{len(members)} networks averaged: "
-    if save_to is not None and jax.process_index() == 0:
+    if save_to is not None and is_first:
         together.save(save_to)
         _say(f"predictions saved: {save_to}")
     _say(f"{who}{_in_words(record, together)} of {together.split}")
@@ -150,52 +163,29 @@ def evaluate_runs(
     return record
 
 
-def _load_network(
-    config: Config, member: Member
-) -> tuple[Experiment, dict[str, Any], dict[str, Any]]:
-    """Read a checkpoint or a file of weights onto the config's mesh.
-
-    Returns:
-      (experiment, variables, {"step", "best_of"} of a checkpoint as in `evaluate_runs`).
-    """
+def _predict(config: Config, member: Member) -> tuple[Predictions, dict[str, Any]]:
+    """Return the predictions of a run or of weights; {"step", "best_of"} of a run's checkpoint."""
     if member.is_run:
         weights, about = _read_checkpoint(config, member)
     else:
         weights, about = load.read_network(member.path), {}
         config.model.num_classes = 0  # that of the data, which is compared below
         _say(f"mean image: {member.path}, of the weights")
-    side = config.data.image_size
-    mean = np.broadcast_to(np.asarray(weights.mean), (side, side, 3))
     experiment = build_for_evaluation(
-        config,
-        class_names=weights.class_names,
-        statistics=Statistics(mean, np.zeros(3), np.eye(3), num_examples=1),
-        log=_say,
+        config, class_names=weights.class_names, mean=weights.mean, log=_say
     )
-    source, known = experiment.eval_source, weights.settings["num_classes"]
-    assert source is not None
+    source, known = experiment.train_source, weights.settings["num_classes"]
     if known != experiment.model.network.layers[-1].features:
         raise ConfigError(
             f"{member.path} knows {known} classes; {source.description} has "
             f"{source.num_classes}. Give the data that it was trained on."
         )
-    target = experiment.abstract_state()
-    trees = {"params": target.params, "batch_stats": target.batch_stats}
-    variables = {
-        part: finetune.over(tree, weights.variables.get(part, {})) for part, tree in trees.items()
-    }
     say_place(experiment)
-    if source.left_out:
-        _say(f"WARNING: {source.left_out}")
-    return experiment, variables, about
+    return predict(experiment, finetune.put_variables(experiment, weights.variables)), about
 
 
 def _read_checkpoint(config: Config, member: Member) -> tuple[Weights, dict[str, Any]]:
-    """Read a checkpoint of a run; print which one, and how its config differs.
-
-    Returns:
-      (its network, {"step", "best_of"} as in `evaluate_runs`).
-    """
+    """Read a checkpoint of a run; print which one, and how its config differs."""
     workdir = member.path.absolute()
     with Checkpointer(workdir / CHECKPOINTS, read_only=True) as saved:
         step = saved.find(member.step)
@@ -205,29 +195,19 @@ def _read_checkpoint(config: Config, member: Member) -> tuple[Weights, dict[str,
         # Not config.json, which may be that of a later start.
         trained_with = saved.metadata(step)["config"]
     differences = compare(config, trained_with, workdir)
-    statistics = read_statistics(workdir)
+    statistics = load_statistics(workdir / STATISTICS_FILE)
     _say(about_mean(workdir, statistics, trained_with))
     if differences:
         _say("\n".join([f"{member.path}: {differences[0]}", *differences[1:]]))
-
     about: dict[str, Any] = {"step": step}
     line = f"checkpoint of step {step} ({member.path / CHECKPOINTS / str(step)})"
-    here, there = (
-        place_of_split(data["source"], data["eval_split"], data.get("dir", ""))
-        for data in (config.data, trained_with["data"])
-    )
-    if is_best and here == there:
-        try:
-            kept = read_metrics(workdir / METRICS_FILE)
-            count = len({r["step"] for r in kept if "eval/top1_error" in r})
-        except (OSError, ValueError):
-            count = None  # the records are lost
-        if count != 1:
-            about["best_of"] = count
-            line += (
-                f", chosen as the best of {count or 'its'} evaluations on this split, so "
-                "its error is a little optimistic"
-            )
+    path = workdir / METRICS_FILE
+    records = read_metrics(path) if path.exists() else []
+    evaluated = {record["step"] for record in records if "eval/top1_error" in record}
+    if is_best and len(evaluated) > 1:
+        about["best_of"] = len(evaluated)
+        line += f", chosen as the best of {len(evaluated)} evaluations in training, so its error "
+        line += "on the same images is a little optimistic"
     _say(line)
     return weights, about
 

@@ -20,6 +20,7 @@ import numpy as np
 from alexnet_jax.system.files import atomic_write, read_npz
 from alexnet_jax.training import metrics
 from alexnet_jax.training.experiment import Experiment
+from alexnet_jax.training.steps import make_predict_step
 
 # Sums over a stream of batches, in training.
 
@@ -40,7 +41,7 @@ def evaluate(
       "views_top1_error" and "views_top5_error".
 
     Raises:
-      RuntimeError: if another number of examples was counted.
+      RuntimeError: another number of examples was counted.
     """
     totals: Any = collections.Counter()
     for sums in _fetched(eval_step, batches):
@@ -51,11 +52,10 @@ def evaluate(
             f"The evaluation counted {count} examples; the split has {expected_count}."
         )
     found: dict[str, float] = {}
-    for views in ("", "views_"):
-        if f"{views}count" in totals:
-            found[f"{views}loss"] = totals[f"{views}loss"] / count
-            found[f"{views}top1_error"] = 1.0 - totals[f"{views}top1"] / count
-            found[f"{views}top5_error"] = 1.0 - totals[f"{views}top5"] / count
+    for views in ("", "views_") if "views_count" in totals else ("",):
+        found[f"{views}loss"] = totals[f"{views}loss"] / count
+        for k in (1, 5):
+            found[f"{views}top{k}_error"] = 1.0 - totals[f"{views}top{k}"] / count
     return found | {"count": count}
 
 
@@ -115,42 +115,40 @@ def load_predictions(path: str | os.PathLike[str]) -> Predictions:
     """Read a file of `Predictions.save`; never through pickle.
 
     Raises:
-      PredictionsError: if there is no such file, or it holds something else.
+      PredictionsError: there is no such file, or it holds something else.
     """
     names = [field.name for field in dataclasses.fields(Predictions)]
     found: dict[str, Any] = read_npz(path, names, PredictionsError)
-    if missing := [name for name in names if name not in {*found, "views"}]:
-        raise PredictionsError(
-            f"{path} holds no predictions: it has no {', '.join(missing)}. They are "
-            "saved by --mode=eval --predictions=FILE.npz."
+    try:
+        return Predictions(
+            centre=found["centre"],
+            views=found.get("views"),
+            num_views=int(found["num_views"]),
+            labels=found["labels"].astype(np.int64),
+            class_names=tuple(found["class_names"].tolist()),
+            split=str(found["split"]),
         )
-    return Predictions(
-        centre=found["centre"],
-        views=found.get("views"),
-        num_views=int(found["num_views"]),
-        labels=found["labels"].astype(np.int64),
-        class_names=tuple(found["class_names"].tolist()),
-        split=str(found["split"]),
-    )
+    except KeyError as error:
+        raise PredictionsError(
+            f"{path} holds no predictions: it has no {error}. They are saved by --mode=eval "
+            "--predictions=FILE.npz."
+        ) from error
 
 
 def predict(experiment: Experiment, variables: dict[str, Any]) -> Predictions:
     """Return the predictions of a network on its experiment's evaluation split."""
     source, views = experiment.eval_source, experiment.config.eval_views
     assert source is not None
-    step, statistics = experiment.predict_step(views), experiment.pixel_statistics()
-    params, batch_stats = variables["params"], variables["batch_stats"]
+    step, statistics = make_predict_step(experiment.spec, views), experiment.pixel_statistics()
+
+    def predict_batch(batch: Any) -> dict[str, jax.Array]:
+        put = experiment.put(batch)
+        return step(variables["params"], variables["batch_stats"], put, statistics)
+
     with experiment.eval_batches() as batches:
-        found = list(
-            _fetched(
-                lambda batch: step(params, batch_stats, batch, statistics),
-                (experiment.put(batch) for batch in batches),
-            )
-        )
-    count = source.num_examples
-    logs = {  # without padding
-        name: np.concatenate([part[name] for part in found])[:count] for name in found[0]
-    }
+        found = list(_fetched(predict_batch, batches))
+    count = source.num_examples  # without padding
+    logs = {name: np.concatenate([part[name] for part in found])[:count] for name in found[0]}
     return Predictions(
         centre=logs["centre"],
         views=logs.get("views"),
@@ -167,7 +165,7 @@ def average(members: Sequence[Predictions]) -> Predictions:
     Several views are averaged only if all members have the same number of them.
 
     Raises:
-      PredictionsError: if labels or class names differ between the members.
+      PredictionsError: labels or class names differ between the members.
     """
 
     def log_mean(logs: list[np.ndarray]) -> np.ndarray:

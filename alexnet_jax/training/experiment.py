@@ -63,10 +63,6 @@ class Experiment:
         """Return shapes and shardings of the state, for restoring."""
         return steps.abstract_state(self.spec)
 
-    def predict_step(self, views: int = 1) -> Callable[..., Any]:
-        """Return the jitted (params, batch_stats, batch, statistics) -> predictions."""
-        return steps.make_predict_step(self.spec, views)
-
     def pixel_statistics(self) -> augment.PixelStatistics:
         """Return the statistics on every device of the mesh."""
         wide = jnp.promote_types(self.model.dtype, jnp.float32)
@@ -123,24 +119,22 @@ def build(
     """
     validate(config, training=False)  # `loop` refuses fields without effect
     say = log if jax.process_index() == 0 else lambda line: None
-    train, evaluation = _open_sources(config, say)
+    train, evaluation = _open_split(config, config.data.train_split), None
+    if config.data.eval_split:
+        evaluation = _open_split(config, config.data.eval_split)
+        evaluation = data_lib.match_classes(evaluation, train.class_names, log=say)
     for line in data_lib.warnings_about(train, evaluation):
         say(line)
-    network = make_model(config, _num_classes(config, train))
-    mesh = parallel.make_mesh(*mesh_shape(config, network.network))
     steps_per_epoch = train.num_examples / config.data.batch_size
     total_steps = math.ceil(config.num_epochs * steps_per_epoch)
-    if config.max_steps >= 0:
-        total_steps = min(total_steps, config.max_steps)
-    tx = make_optimizer(config, network, steps_per_epoch)
     return Experiment(
         config=config,
-        spec=make_spec(config, network, tx, mesh, steps_per_epoch),
+        spec=_spec_for(config, train, steps_per_epoch),
         train_source=train,
         eval_source=evaluation,
-        statistics=statistics or _find_statistics(config, train, log),
+        statistics=statistics or _find_statistics(config, train, say),
         steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
+        total_steps=total_steps if config.max_steps < 0 else min(total_steps, config.max_steps),
     )
 
 
@@ -148,7 +142,7 @@ def build_for_evaluation(
     config: Config,
     *,
     class_names: Sequence[str] | None,
-    statistics: Statistics,
+    mean: np.ndarray,
     log: Callable[[str], object] = print,
 ) -> Experiment:
     """Build the experiment of an evaluation, without opening the training split.
@@ -157,8 +151,8 @@ def build_for_evaluation(
       config: see `config.get_config`; it has an evaluation split.
       class_names: names by label that the network was trained on; None: unknown, take
         those of the evaluation split.
-      statistics: those that the network was trained with.
-      log: prints trained classes without images in the evaluation split.
+      mean: the image or colour that is subtracted from raw images.
+      log: prints messages and warnings about the data.
 
     Returns:
       An experiment that cannot train; its `train_source` is the evaluation split.
@@ -167,31 +161,50 @@ def build_for_evaluation(
       ConfigError, ValueError, FileNotFoundError: as `build`.
     """
     validate(config, training=False)
-    source = _open_split(config, config.data.eval_split)
+    source, side = _open_split(config, config.data.eval_split), config.data.image_size
     if class_names is not None:
         source = data_lib.match_classes(source, class_names, log=log)
-    network = make_model(config, _num_classes(config, source))
-    mesh = parallel.make_mesh(*mesh_shape(config, network.network))
+    for line in data_lib.warnings_about(None, source):
+        log(line)
+    mean_image = np.broadcast_to(np.asarray(mean), (side, side, 3))
     return Experiment(
         config=config,
-        spec=make_spec(config, network, optax.identity(), mesh, steps_per_epoch=0.0),
+        spec=_spec_for(config, source, steps_per_epoch=1.0),
         train_source=source,
         eval_source=source,
-        statistics=statistics,
+        statistics=Statistics(mean_image, np.zeros(3), np.eye(3), 1, 1),
     )
 
 
+def _open_split(config: Config, split: str) -> Source:
+    return data_lib.open_source(
+        config.data.source,
+        split,
+        data_dir=config.data.dir or None,
+        image_size=config.data.image_size,
+    )
+
+
+def _spec_for(config: Config, source: Source, steps_per_epoch: float) -> steps.StepSpec:
+    """Return the spec of a config's network, with the classes of `source`, on its mesh."""
+    num_classes = config.model.num_classes or source.num_classes
+    if num_classes < source.num_classes:
+        raise ConfigError(
+            f"--config.model.num_classes={num_classes} is fewer than the "
+            f"{source.num_classes} classes of {source.description}; 0 counts them."
+        )
+    network = make_model(config, num_classes)
+    mesh = parallel.make_mesh(*mesh_shape(config, network.network))
+    return make_spec(config, network, mesh, steps_per_epoch)
+
+
 def make_spec(
-    config: Config,
-    model: alexnet.AlexNet,
-    tx: optax.GradientTransformation,
-    mesh: Mesh,
-    steps_per_epoch: float,
+    config: Config, network: alexnet.AlexNet, mesh: Mesh, steps_per_epoch: float
 ) -> steps.StepSpec:
     """Return the arguments that all steps of a config share."""
     return steps.StepSpec(
-        model,
-        tx,
+        network,
+        make_optimizer(config, network, steps_per_epoch),
         make_augmentation(config, steps_per_epoch),
         mesh,
         mode=config.parallel.mode,
@@ -216,33 +229,6 @@ def make_augmentation(config: Config, steps_per_epoch: float) -> augment.Augment
         None if until == -1 else round(until * steps_per_epoch),
         fields.min_area,
     )
-
-
-def _open_sources(config: Config, log: Callable[[str], object]) -> tuple[Source, Source | None]:
-    train = _open_split(config, config.data.train_split)
-    if not config.data.eval_split:
-        return train, None
-    evaluation = _open_split(config, config.data.eval_split)
-    return train, data_lib.match_classes(evaluation, train.class_names, log=log)
-
-
-def _open_split(config: Config, split: str) -> Source:
-    return data_lib.open_source(
-        config.data.source,
-        split,
-        data_dir=config.data.dir or None,
-        image_size=config.data.image_size,
-    )
-
-
-def _num_classes(config: Config, train: Source) -> int:
-    asked = config.model.num_classes
-    if asked and asked < train.num_classes:
-        raise ConfigError(
-            f"--config.model.num_classes={asked} is fewer than the "
-            f"{train.num_classes} classes of {train.description}; 0 counts them."
-        )
-    return asked or train.num_classes
 
 
 def make_optimizer(
@@ -290,12 +276,10 @@ def _find_statistics(config: Config, source: Source, log: Callable[[str], object
         found = _read_or_compute_statistics(config, source, log)
     else:
         mean_image = np.zeros((source.image_size, source.image_size, 3))
-        found = Statistics(mean_image, np.zeros(3), np.zeros((3, 3)), 0)
+        found = Statistics(mean_image, np.zeros(3), np.zeros((3, 3)), 0, 0)
     if jax.process_count() == 1:
         return found
-    leaves = [
-        np.asarray(leaf, np.float32 if np.ndim(leaf) else np.int32) for leaf in astuple(found)
-    ]
+    leaves = [np.asarray(x, np.float32 if np.ndim(x) else np.int32) for x in astuple(found)]
     leaves = jax.device_get(multihost_utils.broadcast_one_to_all(leaves))
     mean_image, std, vectors = map(np.asarray, leaves[:3])
     return Statistics(mean_image, std, vectors, *map(int, leaves[3:]))

@@ -37,20 +37,14 @@ def begin(experiment: Experiment) -> tuple[Experiment, TrainState, list[str]]:
     config, source = experiment.config, experiment.config.finetune.source
     # Only a .caffemodel may not name its variant.
     is_caffe = source.lower().endswith(".caffemodel")
-    variant = config.model.variant if is_caffe else None
-    weights = load.read_network(source, variant=variant)
+    weights = load.read_network(source, variant=config.model.variant if is_caffe else None)
     new = [*config.finetune.new_layers, experiment.model.network.layers[-1].name]
-    kept = _kept(experiment, weights, new)
-    state = experiment.init_state()
+    kept, state = _kept(experiment, weights, new), experiment.init_state()
     state = dataclasses.replace(
-        state,
-        params=over(state.params, kept["params"]),
-        batch_stats=over(state.batch_stats, kept["batch_stats"]),
+        state, **{part: getattr(state, part) | layers for part, layers in kept.items()}
     )
-    line = f"starting from the weights and the mean image of {source}, but new: "
-    line += ", ".join(new)
-    frozen = optim.frozen_layers(config.schedule.layer_factors)
-    if frozen:
+    line = f"starting from the weights and the mean image of {source}, but new: {', '.join(new)}"
+    if frozen := optim.frozen_layers(config.schedule.layer_factors):
         line += f"; frozen: {', '.join(sorted(frozen))}"
     lines = [line]
     # Settings from JSON hold lists, settings of a config hold tuples.
@@ -67,46 +61,35 @@ def begin(experiment: Experiment) -> tuple[Experiment, TrainState, list[str]]:
         lines.append(
             "WARNING: the weights are of another network of the same shapes: " + "; ".join(other)
         )
-    return _with_mean_of(experiment, weights), state, lines
-
-
-def _with_mean_of(experiment: Experiment, weights: Weights) -> Experiment:
-    """Return the experiment with the mean image of weights.
-
-    If the sizes differ, it is the mean colour.
-    """
     mean = experiment.statistics.mean_image
-    if np.shape(weights.mean) == mean.shape:
-        mean = np.asarray(weights.mean)
-    else:
+    if np.shape(weights.mean) != mean.shape:  # of images of another size: its mean colour
         colour = np.reshape(weights.mean, (-1, 3)).mean(axis=0, dtype=np.float64)
         mean = np.broadcast_to(colour.astype(mean.dtype), mean.shape)
+    else:
+        mean = np.asarray(weights.mean)
     statistics = dataclasses.replace(experiment.statistics, mean_image=mean)
-    return dataclasses.replace(experiment, statistics=statistics)
+    return dataclasses.replace(experiment, statistics=statistics), state, lines
 
 
 def _kept(experiment: Experiment, weights: Weights, new: list[str]) -> dict[str, dict[str, Any]]:
-    """Return {"params": {layer: its arrays}, "batch_stats": ...} without new layers."""
+    """Return the variables of the layers that are not new, on the devices."""
     state = experiment.abstract_state()
     without = {*new, *(stage_name("norm", layer) for layer in new)}
-    kept: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
-    problems = []
-    for part, layers in kept.items():
+    problems, kept = [], {}
+    for part in ("params", "batch_stats"):
         found = weights.variables.get(part, {})
-        for layer, arrays in getattr(state, part).items():
-            if layer in without:
-                continue
+        expected = {k: v for k, v in getattr(state, part).items() if k not in without}
+        for layer, arrays in expected.items():
             if layer not in found:
                 problems.append(f"{layer} is not there")
                 continue
-            layers[layer] = found[layer]
-            here = {name: tuple(leaf.shape) for name, leaf in arrays.items()}
             there = {name: np.shape(leaf) for name, leaf in found[layer].items()}
             problems += [
-                f"{layer}/{name} is {there.get(name, 'missing')} there, {shape} here"
-                for name, shape in here.items()
-                if there.get(name) != shape
+                f"{layer}/{name} is {there.get(name, 'missing')} there, {leaf.shape} here"
+                for name, leaf in arrays.items()
+                if there.get(name) != leaf.shape
             ]
+        kept[part] = {layer: found[layer] for layer in expected if layer in found}
     if problems:
         source = experiment.config.finetune.source
         listed = "\n".join(f"  - {problem}" for problem in problems)
@@ -115,15 +98,25 @@ def _kept(experiment: Experiment, weights: Weights, new: list[str]) -> dict[str,
             f"{listed}\nTake its own network, --config=configs/finetune.py:{source}, or "
             "let these layers start anew, --config.finetune.new_layers."
         )
-    return kept
+    return put_variables(experiment, kept)
 
 
-def over(tree: Any, kept: Mapping[str, Any]) -> Any:
-    """Return the tree with the kept layers, sharded like the tree's own arrays."""
+def put_variables(
+    experiment: Experiment, variables: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return variables, of all or of some layers, on the devices as a state has them."""
+    state = experiment.abstract_state()
 
-    def put(old: Any, new: Any) -> jax.Array:
-        whole = np.asarray(new, old.dtype)
-        return jax.make_array_from_callback(old.shape, old.sharding, lambda index: whole[index])
+    def put(expected: Any, array: Any) -> jax.Array:
+        whole = np.asarray(array, expected.dtype)
+        return jax.make_array_from_callback(
+            expected.shape, expected.sharding, lambda index: whole[index]
+        )
 
-    layers = {layer: jax.tree.map(put, tree[layer], new) for layer, new in kept.items()}
-    return tree | layers
+    return {
+        part: {
+            layer: jax.tree.map(put, getattr(state, part)[layer], arrays)
+            for layer, arrays in variables.get(part, {}).items()
+        }
+        for part in ("params", "batch_stats")
+    }

@@ -14,18 +14,20 @@ from ml_collections import ConfigDict
 
 from alexnet_jax.data import augment
 from alexnet_jax.data import images as images_lib
-from alexnet_jax.models import alexnet, variants
+from alexnet_jax.data.statistics import load as load_statistics
+from alexnet_jax.models import alexnet
 from alexnet_jax.models.weights import SUFFIXES, Weights, WeightsError, read_weights
+from alexnet_jax.models.weights.files import make_model
 from alexnet_jax.training.checkpoint import Checkpointer, CheckpointError, split_step
 from alexnet_jax.training.config import Config, ConfigError, as_json, flat, model_settings
 from alexnet_jax.training.distributed import require_devices
 from alexnet_jax.training.workdir import (
     CHECKPOINTS,
     CONFIG_FILE,
+    STATISTICS_FILE,
     from_stored,
     read_class_names,
     read_config,
-    read_statistics,
     require_run,
 )
 
@@ -46,8 +48,7 @@ def load(
       model: the whole network, for one device.
       variables: the argument of `model.apply`.
       preprocess: a path, a Pillow image, a uint8 array [H, W, 3], or a list of these
-        (see `load_picture`) -> images [B, crop, crop, 3], the centre view minus the
-        mean.
+        -> images [B, crop, crop, 3], the centre view minus the mean.
 
     Raises:
       FileNotFoundError: `path` is neither a workdir nor a file.
@@ -66,9 +67,8 @@ def make_preprocess(weights: Weights) -> Callable[[Any], jax.Array]:
     mean_image = jnp.broadcast_to(jnp.asarray(weights.mean), (size, size, 3))
 
     def preprocess(pictures: Any) -> jax.Array:
-        if not isinstance(pictures, (list, tuple)):
-            pictures = [pictures]
-        stack = np.stack([images_lib.load_picture(p, size) for p in pictures])
+        many = pictures if isinstance(pictures, (list, tuple)) else [pictures]
+        stack = np.stack([images_lib.load_picture(p, size) for p in many])
         return augment.eval_images(jnp.asarray(stack), mean_image=mean_image, crop_size=crop_size)
 
     return preprocess
@@ -94,20 +94,19 @@ def read_network(
     workdir = Path(folder).absolute()
     require_run(workdir)
     with Checkpointer(workdir / CHECKPOINTS, read_only=True) as checkpointer:
-        chosen = checkpointer.find(which if step is None else step)
-        variables, metadata = checkpointer.restore_params(step=chosen)
+        variables, metadata = checkpointer.restore_params(which if step is None else step)
     config = from_stored(metadata["config"])
     if variant not in (None, config.model.variant):
         raise WeightsError(
             f"{path} holds a network of variant {config.model.variant}; got variant={variant!r}."
         )
     names = read_class_names(workdir)
-    classifier = variants.get(config.model.variant).layers[-1].name
+    classifier = make_model(model_settings(config, None)).network.layers[-1].name
     units = variables["params"][classifier]["bias"].shape[0]
     return Weights(
         settings=model_settings(config, units),
         variables=variables,
-        mean=read_statistics(workdir, config.data.image_size).mean_image,
+        mean=load_statistics(workdir / STATISTICS_FILE, config.data.image_size).mean_image,
         image_size=config.data.image_size,
         crop_size=config.data.crop_size,
         class_names=None if names is None else tuple(names),
@@ -125,11 +124,9 @@ def with_network_of(config: Config, path: str | os.PathLike[str]) -> Config:
 
     `path` and errors are those of `load`.
     """
-    sizes = ("data.image_size", "data.crop_size")
-    network: dict[str, Any] = {}
     if is_weights_file(path):
         weights = read_weights(path)
-        network |= {sizes[0]: weights.image_size, sizes[1]: weights.crop_size}
+        network = {"data.image_size": weights.image_size, "data.crop_size": weights.crop_size}
         for name, value in weights.settings.items():
             group = "model" if name in config.model else "model.overrides"
             network[f"{group}.{name}"] = value
@@ -137,11 +134,8 @@ def with_network_of(config: Config, path: str | os.PathLike[str]) -> Config:
         workdir = Path(split_step(os.fspath(path))[0])
         require_run(workdir)
         stored = flat(as_json(from_stored(read_config(workdir) or {})))
-        network = {
-            name: value
-            for name, value in stored.items()
-            if name.startswith("model.") or name in sizes
-        }
+        own = ("model.", "data.image_size", "data.crop_size")
+        network = {name: value for name, value in stored.items() if name.startswith(own)}
     return from_stored(as_json(config), network)
 
 

@@ -3,32 +3,25 @@
 import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
 from alexnet_jax.system.signals import stop_requests
-from alexnet_jax.training.banner import describe_run
-from alexnet_jax.training.checkpoint import Checkpointer, has_checkpoint
+from alexnet_jax.training.banner import describe_run, say_place
+from alexnet_jax.training.checkpoint import Checkpointer
 from alexnet_jax.training.config import Config, validate
 from alexnet_jax.training.metrics import shows_top5
-from alexnet_jax.training.progress import Progress
-from alexnet_jax.training.resume import (
-    alone_in,
-    begin,
-    checked_folder,
-    compare,
-    learning_rate_factor,
-    prepare,
-    require_same_epochs,
-    restore,
-)
-from alexnet_jax.training.run import Run, Stopped
+from alexnet_jax.training.resume import prepare, require_same_epochs
+from alexnet_jax.training.run import Progress, Run, Stopped
 from alexnet_jax.training.steps import TrainState, make_train_step
 from alexnet_jax.training.timing import TIMES_FILE, TRACING, Profiler, StepClock, next_batch
 from alexnet_jax.training.workdir import (
     CHECKPOINTS,
     STATISTICS_FILE,
+    alone_in,
+    checked_folder,
     write_class_names,
     write_config,
 )
@@ -53,8 +46,9 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
     Raises:
       ConfigError: the config is wrong, or the workdir holds another network, has
         epochs of another length, or is in use by another run.
-      CheckpointError, OSError: the workdir cannot be written, or the disk is full;
-        earlier checkpoints stay intact.
+      CheckpointError: all checkpoints of the workdir are damaged.
+      OSError: the workdir cannot be written, or the disk is full; earlier checkpoints
+        stay intact.
       FloatingPointError: the loss or a parameter is not finite; the last good
         checkpoint stays.
       KeyboardInterrupt, SystemExit: Ctrl-C, or SIGTERM or SIGUSR1 (exit status 143 or
@@ -63,53 +57,50 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
     clock = StepClock()
     path = checked_folder(workdir)
     validate(config)
-    checkpoints = path / CHECKPOINTS
-    is_resumed = has_checkpoint(checkpoints)
     # Errors of config, workdir and data come before anything is written.
-    differences, experiment = prepare(config, path)
-    first = None if is_resumed else begin(experiment)
+    experiment, state, origin = prepare(config, path)
+    say_place(experiment)
     path.mkdir(parents=True, exist_ok=True)
+    checkpoints, writes_files = path / CHECKPOINTS, jax.process_index() == 0
     with alone_in(path), Checkpointer(checkpoints, keep=config.checkpoint.keep) as checkpointer:
-        if restored := restore(checkpointer, experiment, differences):
+        if restored := checkpointer.restore(experiment.abstract_state()):
             state, metadata = restored
-            # Another process may have changed the workdir since `prepare` read it.
-            differences = compare(config, metadata["config"], path)
             require_same_epochs(metadata, experiment, path)
-            origin = [f"resuming from step {int(state.step)} ({checkpointer.directory})"]
+            origin = [f"resuming from step {int(state.step)} ({checkpoints})"]
         else:
-            experiment, state, (how, *more) = first or begin(experiment)
-            metadata = {}
-            origin = [f"no checkpoint in {checkpointer.directory}: {how}", *more]
-        step, writes_files = int(state.step), jax.process_index() == 0
+            metadata, origin[0] = {}, f"no checkpoint in {checkpoints}: {origin[0]}"
+        assert state is not None  # there is a checkpoint, or `prepare` has found none
+        step = int(state.step)
         if writes_files:
-            if not restored:  # left over from a start without a checkpoint
+            if not metadata:  # left over from a start without a checkpoint
                 (path / TIMES_FILE).unlink(missing_ok=True)
             experiment.statistics.save(path / STATISTICS_FILE)
             write_class_names(path, experiment.train_source.class_names)
             write_config(path, experiment.config)
-        with MultiWriter(
-            path,
-            total_steps=experiment.total_steps,
-            resume_step=step if restored else None,
-            enabled=writes_files,
-            show_top5=shows_top5(experiment.train_source.num_classes),
-        ) as writers:
-            for line in (*describe_run(experiment), *differences, *origin):
+        with (
+            MultiWriter(
+                path,
+                total_steps=experiment.total_steps,
+                steps_per_epoch=experiment.steps_per_epoch,
+                resume_step=step if metadata else None,
+                enabled=writes_files,
+                show_top5=shows_top5(experiment.train_source.num_classes),
+            ) as writers,
+            stop_requests() as stop,
+        ):
+            for line in (*describe_run(experiment), *origin):
                 writers.text(line)
-            run = Run(
-                experiment,
-                state,
-                Progress.resume(step, metadata, config),
-                checkpointer,
-                writers,
-                clock,
-                saved_step=step if restored else -1,
-            )
-            factor = learning_rate_factor(metadata, config)
-            if factor != 1.0:
-                run.scale_learning_rate(factor)
+            progress = Progress.resume(step, metadata, config)
+            saved_step = step if metadata else -1
+            run = Run(experiment, state, progress, checkpointer, writers, clock, stop, saved_step)
+            # A rate that is constant, or lowered by the plateau rule, is stored in the
+            # checkpoint. The other schedules read the config at every step.
+            if metadata and config.schedule.name in ("constant", "plateau"):
+                before = metadata["config"]["optim"]["learning_rate"]
+                run.scale_learning_rate(config.optim.learning_rate / before)
             try:
-                _train(run, path / "profile")
+                with _explained_divergence(run):
+                    _train(run, path / "profile")
             finally:
                 if writes_files and run.step > step:
                     # A full disk must not hide the error that ended the run.
@@ -120,27 +111,38 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
 
 def _train(run: Run, profile: Path) -> None:
     """Train and evaluate to the end; on a signal write a checkpoint and exit."""
-    with stop_requests() as run.stop:
-        try:
-            if run.has_ended:
-                total = run.experiment.total_steps
-                shorter = f", and has {total} by now" if total < run.step else ""
-                run.writers.text(f"nothing to do: the run ended at step {run.step}{shorter}")
-            else:
-                _loop(run, profile)
-            _finish(run)
-        except Stopped as stopped:
-            run.save()
-            run.writers.text(
-                f"stopped at step {run.step} by {signal.Signals(stopped.signal).name}; "
-                "the same command goes on from here"
-            )
-            if stopped.signal == signal.SIGINT:
-                raise KeyboardInterrupt("checkpoint written") from None
-            raise SystemExit(128 + stopped.signal) from None
-        if run.stop.signal:
-            name = signal.Signals(run.stop.signal).name
-            run.writers.text(f"{name}: the run has ended, nothing is left to do")
+    try:
+        if run.has_ended:
+            run.writers.text(f"nothing to do: the run ended at step {run.step}")
+        else:
+            _loop(run, profile)
+        _finish(run)
+    except Stopped as stopped:
+        run.save()
+        name = signal.Signals(stopped.signal).name
+        run.writers.text(
+            f"stopped at step {run.step} by {name}; the same command goes on from here"
+        )
+        if stopped.signal == signal.SIGINT:
+            raise KeyboardInterrupt("checkpoint written") from None
+        raise SystemExit(128 + stopped.signal) from None
+
+
+@contextlib.contextmanager
+def _explained_divergence(run: Run) -> Iterator[None]:
+    """Add the last good checkpoint and what to do to a FloatingPointError."""
+    try:
+        yield
+    except FloatingPointError as error:
+        folder = run.checkpointer.directory
+        good = f"The last good checkpoint is that of step {run.saved_step} in {folder}."
+        if run.saved_step < 0:
+            good = f"There is no checkpoint in {folder} yet."
+        raise FloatingPointError(
+            f"{error} {good} Try a lower --config.optim.learning_rate. To find the layer, "
+            "run the same command with --config.summaries_every_steps=1, which prints the "
+            "gradient norm of each layer."
+        ) from error
 
 
 def _loop(run: Run, profile: Path) -> None:
@@ -153,23 +155,17 @@ def _loop(run: Run, profile: Path) -> None:
     if run.evaluation_due() and run.progress.evaluated_step < run.step:
         run.evaluate()  # the previous process did not finish it
         run.save()
-    with (
-        Profiler(
-            profile, count=config.profile, start_step=run.step, say=run.writers.text
-        ) as profiler,
-        experiment.train_batches(run.step) as batches,
-    ):
+    profiler = Profiler(profile, config.profile, run.step)
+    with profiler, experiment.train_batches(run.step) as batches:
         batch = experiment.put(next(batches))
-        train_step = run.compile(
-            "training", make_train_step(experiment.spec), run.state, batch, run.statistics
-        )
+        train_step = run.compiled("training", make_train_step, (run.state, batch, run.statistics))
         run.clock.restart(run.step, batches.wait_seconds)
         while not run.has_ended:
-            if run.summary_due():
+            if is_due(run.step, config.summaries_every_steps):
                 run.write_summary(batch)
             if profiler.is_due(run.step):
                 with run.paused(TRACING):
-                    profiler.switch()
+                    profiler.switch(run.step)
 
             with jax.profiler.StepTraceAnnotation("train", step_num=run.step):
                 run.state, metrics = train_step(run.state, batch, run.statistics)
@@ -180,23 +176,27 @@ def _loop(run: Run, profile: Path) -> None:
             is_last = run.step >= experiment.total_steps or decision.stop_signal != 0
             if not is_last:  # decode and transfer while the devices compute
                 batch = experiment.put(next_batch(batches, metrics["loss"]))
-            if is_last or run.step % config.log_every_steps == 0:
-                target_reached = run.log.write(run.step, batches.wait_seconds)
-                run.progress.target_reached = target_reached
+            if is_last or is_due(run.step, config.log_every_steps):
+                run.progress.target_reached = run.log.write(run.step, batches.wait_seconds)
             if decision.stop_signal and not run.has_ended:
                 raise Stopped(decision.stop_signal)
-            if run.evaluation_due():
-                run.evaluate(config.eval_views if run.has_ended else 1)
-            if run.checkpoint_due(decision.save):
+            is_best = run.evaluation_due() and run.evaluate(
+                config.eval_views if run.has_ended else 1
+            )
+            if is_best or decision.save or is_due(run.step, config.checkpoint.every_steps):
                 run.save()
+
+
+def is_due(step: int, every_steps: int) -> bool:
+    """Return True at each multiple of `every_steps`; False if that is 0."""
+    return every_steps > 0 and step % every_steps == 0
 
 
 def _finish(run: Run) -> None:
     """Save the last step and evaluate it, unless that is done."""
     if run.saved_step != run.step:
         run.save()  # before an evaluation that may fail
-    error = run.current_error()
     # The checkpoint has an error if an earlier process evaluated this step.
-    if error is None and run.checkpointer.top1_error(run.step) is None:
+    if run.error is None and run.checkpointer.top1_error(run.step) is None:
         run.evaluate(run.config.eval_views)
         run.save()

@@ -1,4 +1,4 @@
-"""Time of a run: `times.jsonl`, images per second and the profiler's trace.
+"""Time of a run: `times.jsonl`, steps per second and waits for data.
 
 Every start of a run appends a line to `times.jsonl`:
 
@@ -13,12 +13,10 @@ training steps.
 import collections
 import contextlib
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 
@@ -35,20 +33,7 @@ STEPS_IN_FLIGHT = 2
 # Precision of the time when the devices became idle: a share of the host's wait, and at
 # least so many seconds.
 POLL_SHARE, POLL_SECONDS = 0.05, 0.0002
-# Steps before a trace; they fill the queues.
 SKIPPED_STEPS = 3
-
-
-class Pace(NamedTuple):
-    """Speed of training between two log lines.
-
-    Attributes:
-      steps_per_second: excludes the time of evaluations, checkpoints and summaries.
-      wait_share: share of the time that the devices waited for data, in [0, 1].
-    """
-
-    steps_per_second: float
-    wait_share: float
 
 
 class StepClock:
@@ -74,17 +59,22 @@ class StepClock:
         self._since, self._counted = time.monotonic(), sum(self._seconds.values())
         self._step, self._waited = step, waited
 
-    def lap(self, step: int, waited: float) -> Pace:
-        """Return the pace since the last `restart` or `lap`, and count the time."""
+    def lap(self, step: int, waited: float) -> tuple[float, float]:
+        """Count the time since the last `restart` or `lap`.
+
+        Returns:
+          (steps per second, without evaluations, checkpoints and summaries; share of the
+          time that the devices waited for data, in [0, 1]).
+        """
         paused = sum(self._seconds.values()) - self._counted
         seconds = time.monotonic() - self._since - paused
         waited_here, steps = waited - self._waited, step - self._step
         self._seconds[WAITING] += waited_here
         self._seconds[TRAINING] += seconds - waited_here
         self.restart(step, waited)
-        return Pace(steps / seconds, waited_here / seconds)
+        return steps / seconds, waited_here / seconds
 
-    def append_to(self, path: str | os.PathLike[str], *, first_step: int, last_step: int) -> None:
+    def append_to(self, path: Path, *, first_step: int, last_step: int) -> None:
         """Append a line to a `times.jsonl`."""
         seconds = {"total": time.monotonic() - self._started, **self._seconds}
         record = {
@@ -92,12 +82,11 @@ class StepClock:
             "last_step": last_step,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
         }
-        with open(path, "a", encoding="utf-8", newline="\n") as file:
+        with path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
 
-@dataclass(frozen=True)
-class Times:
+class Times(NamedTuple):
     """Steps and seconds of one start, from `times.jsonl`."""
 
     first_step: int
@@ -105,13 +94,11 @@ class Times:
     seconds: dict[str, float]
 
 
-def read_times(path: str | os.PathLike[str]) -> list[Times]:
+def read_times(path: Path) -> list[Times]:
     """Return the starts of a run in order, without one that was killed."""
-    if not os.path.exists(path):
-        return []
     found = []
-    with open(path, encoding="utf-8") as file, contextlib.suppress(ValueError):
-        for line in file:
+    with contextlib.suppress(FileNotFoundError, ValueError):  # of a line torn by a kill
+        for line in path.read_text().splitlines():
             found.append(Times(**json.loads(line)))
     return found
 
@@ -134,45 +121,24 @@ def next_batch(batches: Batches, computing: Any) -> Batch:
     return next(batches)
 
 
-class Profiler:
+class Profiler(contextlib.ExitStack):
     """Trace `count` training steps into `folder` with JAX's profiler.
 
-    The trace begins `SKIPPED_STEPS` after the start of the run. A run that ends before
-    the trace does closes it. Every start adds a trace, named by the time.
+    It begins `SKIPPED_STEPS` after the start, when the queues are full, and ends at the
+    latest with the run. Every start adds a trace, named by the time.
     """
 
-    def __init__(self, folder: Path, *, count: int, start_step: int, say: Callable[[str], object]):
-        self._folder, self._count, self._say = folder, count, say
+    def __init__(self, folder: Path, count: int, start_step: int):
+        super().__init__()
+        self._folder, self._count = folder, count
         self._first = start_step + SKIPPED_STEPS
-        self._is_running = self._has_begun = False
 
     def is_due(self, step: int) -> bool:
         """Return True if the trace begins or ends before the step."""
-        return bool(self._count) and step in (self._first, self._first + self._count)
+        return self._count > 0 and step in (self._first, self._first + self._count)
 
-    def switch(self) -> None:
+    def switch(self, step: int) -> None:
         """Begin or end the trace; the devices must be idle."""
-        if not self._is_running:
-            jax.profiler.start_trace(self._folder)
-            self._is_running = self._has_begun = True
-            return
-        self._is_running = False
-        jax.profiler.stop_trace()
-        self._say(
-            f"traced from step {self._first} on: {self._folder}. Look at it in "
-            f"TensorBoard (pip install tensorboard xprof; tensorboard --logdir="
-            f"{self._folder}) or open the newest *.trace.json.gz in it with "
-            "https://ui.perfetto.dev"
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._is_running:
-            self.switch()
-        elif self._count and not self._has_begun:
-            self._say(
-                f"no trace: --config.profile begins {SKIPPED_STEPS} steps after the "
-                "start, and the run was over before"
-            )
+        self.close()
+        if step == self._first:
+            self.enter_context(jax.profiler.trace(self._folder))

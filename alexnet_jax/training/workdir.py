@@ -1,19 +1,65 @@
-"""Files of a workdir: config, statistics, class names."""
+"""Files of a workdir: config, statistics, class names, and the lock of its run."""
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alexnet_jax.data import statistics as statistics_lib
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from alexnet_jax.data.statistics import Statistics
-from alexnet_jax.system.files import atomic_write
+from alexnet_jax.system.cli import expanded, require_writable
+from alexnet_jax.system.files import HeldError, atomic_write, exclusive_lock
 from alexnet_jax.training.config import Config, ConfigError, as_json, flat, get_config
 
 CONFIG_FILE = "config.json"
 STATISTICS_FILE = "statistics.npz"
 CLASSES_FILE = "classes.json"
 CHECKPOINTS = "checkpoints"
+# Held while a run trains; names its process.
+LOCK_FILE = ".lock"
+
+
+def checked_folder(workdir: str | os.PathLike[str]) -> Path:
+    """Return the absolute workdir; raise ConfigError or OSError if it cannot be one."""
+    if "://" in os.fspath(workdir):
+        raise ConfigError(f"--workdir={workdir} must be a local or mounted folder.")
+    if "," in os.fspath(workdir):
+        raise ConfigError(
+            f"--workdir={workdir} has a comma, which separates runs in --mode=eval and in "
+            "the report. Name a folder without a comma."
+        )
+    path = expanded(workdir).absolute()
+    if path.is_file():
+        raise ConfigError(f"--workdir={workdir} is a file; name a folder, or none yet.")
+    require_writable(path)
+    return path
+
+
+@contextlib.contextmanager
+def alone_in(workdir: Path) -> Iterator[None]:
+    """Hold the lock of a workdir; process 0 does so for all processes of the run.
+
+    Raises:
+      ConfigError: another run holds it; names that run.
+    """
+    holder = ""
+    with contextlib.ExitStack() as held:
+        try:
+            if jax.process_index() == 0:
+                held.enter_context(exclusive_lock(workdir / LOCK_FILE, wait=False))
+        except HeldError as error:
+            holder = error.holder
+        if multihost_utils.broadcast_one_to_all(np.int32(bool(holder))):
+            raise ConfigError(
+                f"{workdir} is in use by {holder or 'another run, see process 0'}. Wait "
+                "for that run, end it, or take another --workdir."
+            )
+        yield
 
 
 def require_run(workdir: Path) -> None:
@@ -28,11 +74,8 @@ def require_run(workdir: Path) -> None:
 def from_stored(stored: dict[str, Any], changes: Mapping[str, Any] | None = None) -> Config:
     """Return a config that was stored as JSON, perhaps by an older version.
 
-    Missing fields take their default; unknown fields are ignored.
-
-    Args:
-      stored: the tree of fields.
-      changes: "GROUP.FIELD" -> value that replaces the stored one.
+    Missing fields take their default; unknown fields are ignored. `changes` replace stored
+    fields by their name "GROUP.FIELD".
     """
     config = get_config()
     known = flat(config.to_dict())
@@ -48,33 +91,24 @@ def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
-def read_config(workdir: Path) -> dict[str, Any] | None:
-    """Return the config.json of a workdir; None: there is none."""
+def read_config(workdir: Path) -> Any:
+    """Return the tree of config.json in a workdir; None: there is none."""
     return _read_json(workdir / CONFIG_FILE)
 
 
 def write_config(workdir: Path, config: Config) -> None:
-    """Write the config.json of a workdir atomically."""
+    """Write config.json into a workdir, atomically."""
     _write_json(workdir / CONFIG_FILE, as_json(config))
 
 
-def read_statistics(workdir: Path, image_size: int | None = None) -> Statistics:
-    """Return the statistics that a workdir was trained with.
+def read_class_names(workdir: Path) -> list[str] | None:
+    """Return the names by label that a workdir was trained with; None: unknown."""
+    return _read_json(workdir / CLASSES_FILE)
 
-    Args:
-      image_size: expected side of the images; None: any.
 
-    Raises:
-      FileNotFoundError, DataError: the file is missing, damaged, or of another size.
-    """
-    path = workdir / STATISTICS_FILE
-    try:
-        return statistics_lib.load(path, image_size)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{path} is missing: the mean image that the network of this run is given "
-            "its pictures without. Copy it from where the run was trained."
-        ) from error
+def write_class_names(workdir: Path, names: Sequence[str]) -> None:
+    """Write classes.json, the names by label, into a workdir, atomically."""
+    _write_json(workdir / CLASSES_FILE, list(names))
 
 
 def about_mean(workdir: Path, statistics: Statistics, config: Any) -> str:
@@ -84,26 +118,9 @@ def about_mean(workdir: Path, statistics: Statistics, config: Any) -> str:
     return f"mean image: {workdir / STATISTICS_FILE}, of {images}"
 
 
-def read_class_names(workdir: Path) -> list[str] | None:
-    """Return the names by label that a workdir was trained with; None: unknown."""
-    return _read_json(workdir / CLASSES_FILE)
-
-
-def write_class_names(workdir: Path, names: Sequence[str]) -> None:
-    """Write the names by label into a workdir, atomically."""
-    _write_json(workdir / CLASSES_FILE, list(names))
-
-
 def _read_json(path: Path) -> Any:
-    """Return the content of a JSON file of a workdir; None: there is no such file.
-
-    Raises:
-      ConfigError: the file is damaged.
-    """
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
+        return json.loads(path.read_bytes()) if path.exists() else None
     except ValueError as error:
         raise ConfigError(
             f"{path} is damaged: {error}. Copy it from where the run was trained."

@@ -8,6 +8,7 @@ shown on the console only.
 """
 
 import contextlib
+import datetime
 import json
 import math
 import os
@@ -15,9 +16,10 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from alexnet_jax.system.cli import free_name, progress_bar
 from alexnet_jax.system.files import atomic_write, explain_full_disk
@@ -27,12 +29,15 @@ METRICS_FILE = "metrics.jsonl"
 FLUSH_SECONDS = 10.0
 
 
-class MultiWriter:
+class MultiWriter(contextlib.ExitStack):
     """Write each record of a run to metrics.jsonl, TensorBoard and the console.
+
+    A terminal also has a progress bar, below the lines.
 
     Args:
       workdir: folder for the files, created if missing.
       total_steps: the last step of the run, for the console.
+      steps_per_epoch: each record names its epoch.
       resume_step: the step that the run resumes from; later records are dropped. None
         for a new run.
       enabled: False on every process but the first: nothing is created or written.
@@ -41,23 +46,30 @@ class MultiWriter:
 
     def __init__(
         self,
-        workdir: str | os.PathLike[str],
+        workdir: Path,
         *,
         total_steps: int,
+        steps_per_epoch: float,
         resume_step: int | None = None,
         enabled: bool = True,
         show_top5: bool = True,
     ):
-        self._enabled = enabled
+        super().__init__()
+        self._total, self._steps_per_epoch = total_steps, steps_per_epoch
+        self._enabled, self._show_top5 = enabled, show_top5
         if enabled:
-            os.makedirs(workdir, exist_ok=True)
-            self._jsonl = JsonlWriter(Path(workdir) / METRICS_FILE, resume_step)
+            workdir.mkdir(parents=True, exist_ok=True)
+            self._jsonl = JsonlWriter(workdir / METRICS_FILE, resume_step)
+            self._bar = tqdm(disable=True)
+            if sys.stdout.isatty():
+                self._bar = progress_bar(
+                    sys.stdout, total=total_steps, initial=resume_step or 0, unit="step"
+                )
+            self.callback(self._bar.close)
             self._events = TensorBoardWriter(workdir, resume_step)
-            self._console = ConsoleWriter(
-                total_steps, start_step=resume_step or 0, show_top5=show_top5
-            )
+            self.callback(self._events.close)
 
-    def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
+    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Write one record: scalars (numbers or 0-d arrays) after `step` steps.
 
         Raises:
@@ -67,29 +79,24 @@ class MultiWriter:
             # Converted once: each conversion of a device array waits for the device.
             numbers = {name: np.asarray(x).item() for name, x in scalars.items()}
             stored = {k: v for k, v in numbers.items() if k != "eta_seconds"}
+            epoch = step / self._steps_per_epoch
             if self._jsonl.write(step, epoch, stored):
                 self._events.write(step, epoch, stored)
-                self._console.write(step, epoch, numbers)
+                start = f"step {step:{len(str(self._total))}d}/{self._total}  epoch {epoch:.2f}"
+                self.text(f"{start}  {in_words(numbers, show_top5=self._show_top5)}")
 
     def progress(self, step: int) -> None:
-        """Move the progress bar to `step`, if there is one; cheap."""
+        """Move the progress bar to `step`; cheap."""
         if self._enabled:
-            self._console.progress(step)
+            with contextlib.suppress(OSError):
+                self._bar.update(step - self._bar.n)
 
     def text(self, line: str) -> None:
-        """Print a line on the console, above the bar."""
+        """Print a line; a run goes on if nobody can read its output."""
         if self._enabled:
-            self._console.text(line)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._enabled:
-            try:
-                self._events.close()
-            finally:
-                self._console.close()
+            with contextlib.suppress(OSError):
+                self._bar.write(line, file=sys.stdout)  # above the bar
+                sys.stdout.flush()
 
 
 class JsonlWriter:
@@ -104,33 +111,32 @@ class JsonlWriter:
     exists.
     """
 
-    def __init__(self, path: str | os.PathLike[str], resume_step: int | None = None):
-        self._path = Path(path)
-        self._resume_step = resume_step
-        self._written: set[frozenset[str]] = set()  # names in records of resume_step
-        self._path.touch()
+    def __init__(self, path: Path, resume_step: int | None = None):
+        self._path = path
+        # Names in the records of resume_step that the file holds.
+        self._resume_step, self._written = resume_step, set()
+        path.touch()
         if resume_step is not None:
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-            with atomic_write(self._path) as file:
+            lines = path.read_text().splitlines()
+            with atomic_write(path) as file:
                 for line in lines:
                     record = parse_record(line)
                     if record and record["step"] <= resume_step:
                         file.write(f"{line}\n".encode())
                         if record["step"] == resume_step:
                             self._written.add(frozenset(record))
-        elif self._path.stat().st_size:
-            name = self._path.name + ".old"
-            os.rename(self._path, free_name(self._path.with_name(name)))
-            self._path.touch()
+        elif path.stat().st_size:
+            path.rename(free_name(path.with_name(path.name + ".old")))
+            path.touch()
 
     def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> bool:
         """Append one line; return False if the file holds this record already."""
-        record = {"step": int(step), "epoch": float(epoch), **scalars}
+        record = {"step": step, "epoch": epoch, **scalars}
         if step == self._resume_step and frozenset(record) in self._written:
             return False
         finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
         # Opened for each line: no record waits in a buffer when the run is killed.
-        with explain_full_disk(self._path.parent), open(self._path, "a", encoding="utf-8") as file:
+        with explain_full_disk(self._path.parent), self._path.open("a") as file:
             file.write(json.dumps(finite) + "\n")
         return True
 
@@ -143,7 +149,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
       ValueError: if a line before the last is not a record.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = Path(path).read_text().splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
         record = parse_record(line)
@@ -165,14 +171,13 @@ def parse_record(line: str) -> dict[str, Any] | None:
 class TensorBoardWriter:
     """Write scalars as TensorBoard event files, without TensorFlow.
 
-    On resume, TensorBoard drops the events after `resume_step`. tensorboardX's own
-    writer is a thread that dies of a full disk and blocks the next record for ever; so
-    only its file format is used.
+    tensorboardX's own writer is a thread that dies of a full disk and blocks the next
+    record for ever; so only its file format is used.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], resume_step: int | None = None):
+    def __init__(self, directory: Path, resume_step: int | None = None):
         # Imported here: `read_metrics` does not need it. torch, which tensorboardX would
-        # import if it is installed, is hidden: it takes a second and is not needed.
+        # import if it is installed, is hidden: it takes seconds and is not needed.
         modules: dict[str, Any] = sys.modules
         torch = modules.setdefault("torch", None)
         try:
@@ -182,11 +187,11 @@ class TensorBoardWriter:
             if torch is None:
                 del modules["torch"]
 
-        self._directory = Path(directory)
+        self._directory = directory
         self._event: Any = getattr(event_pb2, "Event")  # noqa: B009  (made at import)
         # The file name has the time in seconds, which two quick starts may share.
         suffix = f".{os.getpid()}.{resume_step or 0}"
-        self._file = EventsWriter(os.path.join(directory, "events"), suffix)
+        self._file = EventsWriter(str(directory / "events"), suffix)
         self._flushed_at = -math.inf
         if resume_step is not None:
             # TensorBoard drops the events from the step of a START on.
@@ -194,11 +199,9 @@ class TensorBoardWriter:
 
     def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
         """Write each scalar and the epoch."""
-        values = [
-            {"tag": name, "simple_value": value}
-            for name, value in {"epoch": epoch, **scalars}.items()
-        ]
-        self._add(step=step, summary={"value": values})
+        values = {"epoch": epoch, **scalars}
+        summary = [{"tag": name, "simple_value": value} for name, value in values.items()]
+        self._add(step=step, summary={"value": summary})
 
     def close(self) -> None:
         """Flush and close the event file."""
@@ -213,86 +216,8 @@ class TensorBoardWriter:
                 self._flushed_at = time.monotonic()
 
 
-class ConsoleWriter:
-    """Print one line per record and, on a terminal, a progress bar below.
-
-    The bar starts at `start_step`. `stream` is standard output by default.
-    """
-
-    def __init__(
-        self,
-        total_steps: int,
-        stream: TextIO | None = None,
-        *,
-        start_step: int = 0,
-        show_top5: bool = True,
-    ):
-        self._total = total_steps
-        self._show_top5 = show_top5
-        self._stream = sys.stdout if stream is None else stream
-        self._bar = None
-        if self._stream.isatty():
-            self._bar = progress_bar(
-                self._stream, total=total_steps, initial=start_step, unit="step"
-            )
-
-    def write(self, step: int, epoch: float, scalars: Mapping[str, Any]) -> None:
-        """Print a record, for example (one line):
-
-        step 1200/45000  epoch 2.67  train: loss 3.214  top-1 error 71.2%  lr 0.01
-        1523 images/s  waiting for data 3%  left 1:02:33
-        """
-        width = len(str(self._total))
-        parts = [f"step {step:{width}d}/{self._total}", f"epoch {float(epoch):.2f}"]
-        previous = ""
-        for name, value in sorted(scalars.items(), key=_place):
-            group, _, short = name.rpartition("/")
-            if short.endswith("top5_error") and not self._show_top5:
-                continue
-            form = _FORMS.get(group) or _FORMS.get(short) or "{name} {value:.4g}"
-            words = form.format(
-                name=short, value=value, digits=int(value < 100), time=_hours(value)
-            )
-            # The group is printed once, before the first number of that kind.
-            new = group not in ("", previous)
-            parts.append(f"{group.replace('_', ' ')}: {words}" if new else words)
-            previous = group or previous
-        self.text("  ".join(parts))
-
-    def progress(self, step: int) -> None:
-        """Move the bar to `step`, if there is one."""
-        if self._bar is not None:
-            with contextlib.suppress(OSError):
-                self._bar.update(step - self._bar.n)
-
-    def text(self, line: str) -> None:
-        """Print `line`, above the bar if there is one.
-
-        A run goes on if nobody reads its output: the workdir has the records.
-        """
-        with contextlib.suppress(OSError):
-            if self._bar is not None:
-                self._bar.write(line, file=self._stream)
-            else:
-                self._stream.write(line + "\n")
-            self._stream.flush()
-
-    def close(self) -> None:
-        """Remove the bar; the stream stays open."""
-        if self._bar is not None:
-            self._bar.close()
-
-
-def _hours(seconds: float) -> str:
-    """Return "1:02:33" for 3753, "?" for infinity or NaN."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, second = divmod(max(0, round(seconds)), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
-
-
-# Format of each scalar on the console, in this order. The key is the last part of the
-# scalar's name, or the first if the last is the name of a layer.
+# Format of a scalar on the console. The key is the last part of the scalar's name, or the
+# first if the last is the name of a layer.
 _FORMS = {
     "loss": "loss {value:.4f}",
     "top1_error": "top-1 error {value:.2%}",
@@ -302,16 +227,30 @@ _FORMS = {
     "views_top5_error": "top-5 error {value:.2%}",
     "count": "on {value:.0f} images",
     "lr": "lr {value:.4g}",
-    "images_per_sec": "{value:.{digits}f} images/s",
+    "images_per_sec": "{value:.1f} images/s",
     "data_wait_frac": "waiting for data {value:.0%}",
-    "eta_seconds": "left {time}",
+    "eta_seconds": "left {value}",
     "grad_norm": "{name} {value:.1e}",
     "dead_relu": "{name} {value:.0%}",
 }
 
 
-def _place(item: tuple[str, Any]) -> tuple[int, int]:
-    """Return the sort key of a scalar: train, then eval, then others, as in `_FORMS`."""
-    group, _, short = item[0].rpartition("/")
-    groups, names = ["train", "eval", group], [*_FORMS, short]
-    return groups.index(group), names.index(short)
+def in_words(scalars: Mapping[str, Any], *, show_top5: bool = True) -> str:
+    """Return a record as a line for people, for example (one line):
+
+    train: loss 3.2144  top-1 error 71.25%  lr 0.01  1523.4 images/s
+    waiting for data 3%  left 1:02:33
+    """
+    parts, previous = [], ""
+    for name, value in scalars.items():
+        group, _, short = name.rpartition("/")
+        if short.endswith("top5_error") and not show_top5:
+            continue
+        form = _FORMS.get(group) or _FORMS.get(short) or "{name} {value:.4g}"
+        if short == "eta_seconds":
+            value = datetime.timedelta(seconds=round(value))
+        # The group is printed once, before the first number of that kind.
+        start = f"{group.replace('_', ' ')}: " if group not in ("", previous) else ""
+        parts.append(start + form.format(name=short, value=value))
+        previous = group or previous
+    return "  ".join(parts)

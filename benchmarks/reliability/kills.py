@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alexnet_jax.training.checkpoint import Checkpointer, CheckpointError
+from alexnet_jax.training.checkpoint import Checkpointer, CheckpointError, all_steps
 from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 from benchmarks.speed import measure
 
@@ -317,7 +317,7 @@ def outcome(workdir: Path) -> dict[str, Any]:
 
     with Checkpointer(workdir / "checkpoints", read_only=True) as saved:
         step = saved.find("latest")
-        state, metadata = saved.restore_params(step=step, parts=STATE)
+        state, metadata = saved.restore_params("latest", parts=STATE)
         error = None if step is None else saved.top1_error(step)
     leaves = {
         jax.tree_util.keystr(path): (str(leaf.dtype), leaf.shape, leaf.tobytes())
@@ -434,9 +434,9 @@ class Disturbed:
             return []
         found = []
         with Checkpointer(folder, read_only=True) as saved:
-            for step in saved.all_steps():
+            for step in all_steps(folder):
                 with contextlib.suppress(CheckpointError):  # damaged
-                    saved.metadata(step)
+                    saved.find(step)
                     found.append(step)
         return found
 

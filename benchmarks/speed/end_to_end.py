@@ -24,7 +24,7 @@ import jax
 from matplotlib.figure import Figure
 
 from alexnet_jax.data import statistics as statistics_lib
-from alexnet_jax.data.loader import Batches, TrainOrder
+from alexnet_jax.data.loader import Batches, train_order
 from alexnet_jax.training import experiment as experiment_lib
 from alexnet_jax.training import timing
 from alexnet_jax.training.experiment import Experiment
@@ -94,10 +94,9 @@ class _Training:
     def batches(self, count: int) -> Batches:
         """`count` shuffled batches, from the start of the threads to their end."""
         source = self.experiment.train_source
-        order = TrainOrder(source.num_examples, batch_size=self.size, seed=0)
         return Batches(
             source,
-            order.examples,
+            train_order(source.num_examples, 0),
             batch_size=self.size,
             num_examples=count * self.size,
             workers=self.experiment.config.data.workers,

@@ -23,7 +23,7 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)(\(.
 PARTS = {
     "LRN": ("_norm",),
     "pooling": ("_pool",),
-    "dropout": ("_dropout",),
+    "dropout": ("dropout",),
     "bias": ("add_bias",),
     "weights cast": ("_weights",),
     "convolution": ("grouped_conv", "_conv"),

@@ -32,7 +32,7 @@ from PIL import Image
 
 from alexnet_jax.data import sources
 from alexnet_jax.data.imagenet import preparation
-from alexnet_jax.data.loader import Batches, TrainOrder
+from alexnet_jax.data.loader import Batches, train_order
 from alexnet_jax.data.sources.tfds import TfdsSource
 from benchmarks.speed import measure, memory, pictures
 
@@ -117,7 +117,7 @@ def _candidates(
     """By name: how many pictures a call makes, and the call."""
     count = BATCH_SIZE * (4 if short else 40) * workers
     part = count // workers // 2
-    order = TrainOrder(source.num_examples, batch_size=BATCH_SIZE, seed=0)
+    order = train_order(source.num_examples, 0)
     threads = concurrent.futures.ThreadPoolExecutor(workers)
     found: dict[str, tuple[int, Callable[[], object]]] = {
         BARE: (part, lambda: _decode(jpegs, part)),
@@ -125,12 +125,9 @@ def _candidates(
             part * workers,
             lambda: list(threads.map(lambda _: _decode(jpegs, part), range(workers))),
         ),
-        SHUFFLED: (count, lambda: _read(source, order.examples, count, workers)),
+        SHUFFLED: (count, lambda: _read(source, order, count, workers)),
         IN_ORDER: (count, lambda: _read(source, np.arange, count, workers)),
-        UNDECODED: (
-            count,
-            lambda: [len(source.record(i)) for i in order.examples(0, count).tolist()],
-        ),
+        UNDECODED: (count, lambda: [len(source.record(i)) for i in order(0, count).tolist()]),
     }
     try:
         import torch  # noqa: F401
@@ -191,11 +188,11 @@ def _first_batch_seconds(data_dir: Path, workers: int) -> float:
 def _memory(data_dir: Path, count: int, workers: int) -> dict[str, Any]:
     """Resident memory while `count` shuffled records are read, a hundred samples."""
     source = sources.open_source("imagenet2012_256", "train", data_dir=str(data_dir))
-    order = TrainOrder(source.num_examples, batch_size=BATCH_SIZE, seed=0)
+    order = train_order(source.num_examples, 0)
     steps = count // BATCH_SIZE
     records, mib = [], []
     started = time.perf_counter()
-    with _batches(source, order.examples, steps * BATCH_SIZE, workers) as batches:
+    with _batches(source, order, steps * BATCH_SIZE, workers) as batches:
         for step, _ in enumerate(batches, 1):
             if step % max(1, steps // 100) == 0:
                 records.append(step * BATCH_SIZE)

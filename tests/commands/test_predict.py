@@ -1,7 +1,5 @@
 """What is in a picture, from the command line and as a figure."""
 
-# ruff: noqa: F401, F811  (fixtures of other files)
-
 import json
 import re
 import shutil
@@ -15,16 +13,9 @@ from alexnet_jax import export, load, predict, report, retrieve
 from alexnet_jax.analysis.figures import best_labels
 from alexnet_jax.training import loop
 from alexnet_jax.training.config import ConfigError
-from tests.training.test_loop import folder, small_config
+from tests.training.test_loop import small_config
 
 NAMES = ["blue", "green", "red"]
-
-
-@pytest.fixture(scope="module")
-def workdir(folder, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("run")
-    loop.train_and_evaluate(small_config(folder, num_epochs=4.0), workdir)
-    return workdir
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +117,7 @@ def test_pictures_of_other_classes_are_refused(workdir, folder, tmp_path):
             Image.open(first).save(other / split / name / "0.png")
     config = small_config(other, num_epochs=5.0)
     with pytest.raises(ConfigError, match="label 1 was 'green'; .* label 1 is 'gold'"):
-        loop.train_and_evaluate(config, workdir)
+        loop.train_and_evaluate(config, shutil.copytree(workdir, tmp_path / "copy"))
 
 
 def test_bars_are_the_probabilities():

@@ -1,6 +1,7 @@
 """launch/slurm.sbatch under a real SLURM of one node, started for these tests."""
 
-import json
+# ruff: noqa: F401, F811  (fixtures of other files)
+
 import os
 import re
 import shutil
@@ -10,10 +11,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from alexnet_jax.training.distributed import count_tasks
+from alexnet_jax.training.writers import read_metrics
+from tests.training.test_distributed import config_file
+from tests.training.test_loop import folder
 
 pytestmark = pytest.mark.nightly
 
@@ -26,30 +29,11 @@ FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PRE
 # Two tasks without GPUs, each on a core.
 REHEARSAL = ("--gres=none", "--cpus-per-task=1")
 
-# The paper's net, very narrow, a column a process.
-CONFIG = """
-from configs import common
-
-
-def get_config():
-    config = common.get_config()
-    config.data.source = "folder:{folder}"
-    config.data.image_size = 226
-    config.data.crop_size = 224
-    config.data.batch_size = 4
-    config.model.variant = "paper"
-    config.model.width = 1 / 32
-    config.model.init = "he"
-    config.optim.learning_rate = 1e-3
-    config.parallel.mode = "columns"
-    config.parallel.column = 2
-    config.num_epochs = 28.0
-    config.eval_every_epochs = 0.0
-    config.schedule.name = "constant"
-    config.log_every_steps = 2
-    return config
-"""
-STEPS = 84  # 28 epochs of 12 pictures in batches of 4
+STEPS = 84
+FIELDS = (
+    *("--config.model.dtype=float32", f"--config.max_steps={STEPS}", "--config.log_every_steps=2"),
+    *("--config.schedule.name=constant", "--config.eval_every_epochs=0"),
+)
 
 # In place of the interpreter: says what it was given, and once a signal has come,
 # task 1 takes two seconds longer than task 0 for its checkpoint. A restarted one ends.
@@ -80,11 +64,11 @@ def require_slurm():
 class Slurm:
     """Commands to the node of the tests, and what its jobs say."""
 
-    def __init__(self, folder):
+    def __init__(self, place):
         self.environment = {
             # Not that of a job in which the tests may be run themselves.
             **{k: v for k, v in os.environ.items() if not k.startswith(OUTER)},
-            "SLURM_CONF": f"{folder}/slurm.conf",
+            "SLURM_CONF": f"{place}/slurm.conf",
         }
 
     def run(self, *command, **environment):
@@ -137,27 +121,24 @@ class Slurm:
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now+2")
 
     def wait_for_state(self, job, state, output, *, seconds=60):
-        def reached(fields):
-            return fields["JobState"] == state
-
-        return self.wait(job, reached, output, seconds=seconds)
+        return self.wait(job, lambda fields: fields["JobState"] == state, output, seconds=seconds)
 
 
 @pytest.fixture(scope="module")
 def slurm():
     require_slurm()
     # Not pytest's folder: the names of sockets may have 107 characters.
-    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+    with tempfile.TemporaryDirectory(prefix="slurm-") as place:
         try:
             # Into a file: the daemons would keep a pipe open.
-            with open(Path(folder) / "start.log", "w+") as log:
-                command = [NODE, "start", folder]
+            with open(Path(place) / "start.log", "w+") as log:
+                command = [NODE, "start", place]
                 done = subprocess.run(command, stdout=log, stderr=log, timeout=60, check=False)
                 log.seek(0)
                 assert done.returncode == 0, log.read()
-            yield Slurm(folder)
+            yield Slurm(place)
         finally:
-            subprocess.run([NODE, "stop", folder], timeout=60, check=True)
+            subprocess.run([NODE, "stop", place], timeout=60, check=True)
 
 
 @pytest.fixture
@@ -172,11 +153,8 @@ def said(output, pattern):
     return re.findall(pattern, output.read_text()) if output.exists() else []
 
 
-def wait_until_started(slurm, job, output, tasks=2):
-    def started(_):
-        return len(said(output, "started with")) == tasks
-
-    slurm.wait(job, started, output)
+def wait_until_started(slurm, job, output):
+    slurm.wait(job, lambda _: len(said(output, "started with")) == 2, output)
 
 
 def test_every_task_finishes_before_the_job_is_requeued(slurm, stand_in, tmp_path):
@@ -246,29 +224,9 @@ def test_a_missing_interpreter_is_said(slurm, tmp_path):
     assert said(output, "error: no no/python in ")
 
 
-@pytest.fixture
-def config_file(tmp_path):
-    """A config on twelve pictures of two colours."""
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for index in range(12):
-            picture = rng.integers(0, 120, (32, 32, 3))
-            picture[..., index % 2] += 100
-            target = tmp_path / "pictures" / split / ["red", "green"][index % 2]
-            target.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture.astype(np.uint8)).save(target / f"{index:03d}.png")
-    path = tmp_path / "small.py"
-    path.write_text(CONFIG.format(folder=tmp_path / "pictures"))
-    return path
-
-
 def logged_steps(workdir):
     path = workdir / "metrics.jsonl"
-    # The last line may be half-written.
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    rows = [json.loads(line) for line in lines]
+    rows = read_metrics(path) if path.exists() else []
     return [row["step"] for row in rows if "train/loss" in row]
 
 
@@ -281,6 +239,7 @@ def test_a_run_goes_on_after_the_time_limit(slurm, config_file, tmp_path):
         f"--config={config_file}",
         f"--workdir={workdir}",
         "--cpu_devices=1",
+        *FIELDS,
         PYTHON=sys.executable,
         JAX_DISABLE_MOST_OPTIMIZATIONS="1",
     )

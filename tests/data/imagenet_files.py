@@ -15,7 +15,7 @@ from etils import epath
 from PIL import Image
 
 from alexnet_jax import prepare
-from alexnet_jax.data.imagenet import classes, wnids
+from alexnet_jax.data.imagenet import named_wnid, wnids
 from alexnet_jax.data.sources.tfds import example_message
 
 WNIDS = wnids()[:3]
@@ -79,7 +79,7 @@ def write_folders(folder: Path, flat: bool) -> Path:
     """Write class folders; with `flat` the validation images lie side by side."""
     files = {f"train/{n.split('_')[0]}/{n}": data for n, (_, data) in TRAIN.items()}
     for name, data in VALIDATION.items():
-        wnid = "." if flat else classes.validation_wnid(name)
+        wnid = "." if flat else named_wnid(name)
         files[f"val/{wnid}/{name}"] = data
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -104,8 +104,7 @@ def write_imagenet2012(data_dir: Path, kind: str) -> Path:
         "file_name": tfds.features.Text(),
     }
     validation = [
-        example(name, wnids().index(classes.validation_wnid(name)), data)
-        for name, data in VALIDATION.items()
+        example(name, wnids().index(named_wnid(name)), data) for name, data in VALIDATION.items()
     ]
     train = [example(name, *item) for name, item in TRAIN.items()]
     splits = {"train": train, "validation": validation}

@@ -13,12 +13,17 @@ import simplejpeg
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from alexnet_jax import load
 from alexnet_jax.data import DataError, images, open_source, statistics
-from alexnet_jax.data.imagenet import class_words, classes, originals, preparation, wnids
+from alexnet_jax.data.imagenet import (
+    class_words,
+    classes,
+    named_wnid,
+    originals,
+    preparation,
+    wnids,
+)
 from alexnet_jax.data.sources.tfds import example_message
-from alexnet_jax.training.loop import train_and_evaluate
-from alexnet_jax.training.writers import read_metrics
+from alexnet_jax.training import experiment
 from configs import paper
 from tests.data.imagenet_files import (
     NUM_VALIDATION,
@@ -47,9 +52,7 @@ def test_thousand_classes_are_in_the_order_of_their_wnids():
     words = class_words()
     assert len(words) == 1000 and list(words) == sorted(words)
     assert next(iter(words.values())) == "tench, Tinca tinca"
-    assert classes.words("n15075141") == "toilet tissue"
-    assert classes.words("cat") == "cat"
-    assert sum(text == "crane" for text in words.values()) == 2
+    assert classes.words("n15075141") == "toilet tissue" and classes.words("cat") == "cat"
 
 
 def test_validation_labels_are_the_official_ones():
@@ -57,12 +60,12 @@ def test_validation_labels_are_the_official_ones():
     assert set(np.unique(labels, return_counts=True)[1]) == {50}
     # Not the development kit's numbers: image 1 is a sea snake, label 65.
     for number, words in enumerate(FIRST_VALIDATION, 1):
-        wnid = classes.validation_wnid(f"ILSVRC2012_val_{number:08d}.JPEG")
+        wnid = named_wnid(f"ILSVRC2012_val_{number:08d}.JPEG")
         assert classes.words(wnid) == words
     assert wnids().index(labels[0]) == 65
-    for name in ("ILSVRC2012_val_00050001.JPEG", "1.jpg"):
-        with pytest.raises(DataError, match="no validation picture"):
-            classes.validation_wnid(name)
+    assert named_wnid("1.jpg") is None
+    with pytest.raises(DataError, match="images 1 to 50,000 only"):
+        named_wnid("ILSVRC2012_val_00050001.JPEG")
 
 
 # The data set.
@@ -113,21 +116,16 @@ def test_storage_is_shuffled_and_statistics_lie_beside(data_dir):
     assert left == {"1.0.0", ".lock"}
 
 
-def test_papers_config_trains_on_it_as_it_stands(data_dir, tmp_path, monkeypatch):
-    """But for its size: the source, the splits and the statistics are its own."""
+def test_papers_config_takes_it_as_it_stands(data_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
     config = paper.get_config()
     config.model.width, config.model.init = 1 / 16, "he"
-    config.data.batch_size, config.max_steps = 8, 2
-    train_and_evaluate(config, tmp_path)
-    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
-    assert last["eval/count"] == NUM_VALIDATION and last["step"] == 2
-    kept = statistics.load(tmp_path / "statistics.npz")
-    stored = statistics.load(open_source("imagenet2012_256", "train").statistics_path)
-    np.testing.assert_array_equal(kept.mean_image, stored.mean_image)
-    model, variables, _ = load(tmp_path)
-    assert variables["params"]["fc8"]["bias"].shape == (1000,)
-    assert model.network.columns == 2
+    said = []
+    built = experiment.build(config, log=said.append)
+    assert built.eval_source.num_examples == NUM_VALIDATION
+    assert built.model.network.layers[-1].features == 1000
+    [line] = [line for line in said if line.startswith("mean image: ")]
+    assert line == f"mean image: {built.train_source.statistics_path}, of {len(TRAIN)} images"
 
 
 # Other places of the originals.
@@ -176,7 +174,7 @@ def test_prepared_tfds_imagenet2012_gives_the_same(data_dir, tmp_path, kind):
 def test_hugging_faces_names_say_the_class(tmp_path):
     labels = {f"train/{n[:-5]}_{WNIDS[k]}.JPEG": k for n, (k, _) in TRAIN.items()}
     for name in VALIDATION:
-        wnid = classes.validation_wnid(name)
+        wnid = named_wnid(name)
         labels[f"val/{name[:-5]}_{wnid}.JPEG"] = wnids().index(wnid)
     for name in labels:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -185,7 +183,7 @@ def test_hugging_faces_names_say_the_class(tmp_path):
     rows = [originals.read(original) for split in found.values() for original in split]
     assert {data.decode(): label for _, label, data in rows} == labels
     (tmp_path / "train" / "cat.JPEG").touch()
-    words = "cat.JPEG in .* is of class unknown, none of the"
+    words = "1 of 19 pictures in .* have no class: cat.JPEG"
     with pytest.raises(DataError, match=words):
         originals.find(tmp_path)
 

@@ -55,7 +55,7 @@ def one_class(source: Path, *names: str, wnid: str = WNIDS[0]) -> None:
 def label_wrongly(source: Path) -> None:
     [path] = source.glob("val/*/ILSVRC2012_val_00000001.JPEG")
     (source / "val" / WNIDS[0]).mkdir()
-    path.rename(source / "val" / WNIDS[0] / path.name)
+    shutil.copy(path, source / "val" / WNIDS[0])
 
 
 FIRST = f"{WNIDS[0]}_0.JPEG"

@@ -87,7 +87,7 @@ def test_unusable_file_is_an_error(tmp_path):
     with pytest.raises(DataError, match="pca_std_255"):
         statistics.load(path)
     mean, vectors = np.zeros((8, 8, 3), np.float32), np.eye(3, dtype=np.float32)
-    statistics.Statistics(mean, vectors[0], vectors, 7).save(path)
+    statistics.Statistics(mean, vectors[0], vectors, 7, 7).save(path)
     assert statistics.load(path, 8).num_examples == 7
     with pytest.raises(DataError, match="is 8 x 8 pixels, the pictures here are 9 x 9"):
         statistics.load(path, 9)
@@ -112,6 +112,7 @@ def test_command_stores_them_beside_the_data(folder, capsys):
         (["statistics", "--sorce=x"], "unrecognized arguments: --sorce=x"),
         (["statistics", "--source=folder:/no/such"], "/no/such does not exist"),
         (["statistics", "--source=fake"], "no place"),
+        (["check", "--out=x"], "must be a .png, .jpg or .pdf file"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_message(arguments, message, capsys):

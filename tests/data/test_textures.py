@@ -53,29 +53,25 @@ def test_two_colours_share_the_area_equally(label):
         assert edge.mean() < 0.2  # soft edges are thin
 
 
-def test_colours_and_linear_pixels_fail(drawn):
-    """Chance is an error of 0.9. The baselines may choose on the test pictures."""
+BASELINES = {
+    "linear": (baselines.linear_error, lambda pictures: baselines.pixel_features(pictures, 16)),
+    "color": (baselines.color_error, baselines.color_features),
+}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_colours_and_linear_pixels_fail(name, drawn):
+    """Chance is an error of 0.9. The baselines may choose on the test images."""
+    error, features_of = BASELINES[name]
     pictures, labels = drawn
-    train, test = slice(0, 900), slice(900, None)
-    for error, features in (
-        (baselines.linear_error, baselines.pixel_features(pictures, 16)),
-        (baselines.color_error, baselines.color_features(pictures)),
-    ):
-        arrays = features[train], labels[train], features[test], labels[test]
-        assert error(*arrays) >= 0.75, error.__name__
-
-
-def test_baselines_find_classes_that_are_colours():
-    rng = np.random.default_rng(0)
-    labels = np.arange(300) % 3
-    pictures = rng.integers(0, 200, (300, 16, 16, 3), np.uint8)
-    pictures[np.arange(300), ..., labels] += 55  # class 0 is reddish, and so on
-    for error, features in (
-        (baselines.linear_error, baselines.pixel_features(pictures, 8)),
-        (baselines.color_error, baselines.color_features(pictures)),
-    ):
-        result = error(features[:200], labels[:200], features[200:], labels[200:])
-        assert result < 0.1
+    features = features_of(pictures)
+    assert error(features[:900], labels[:900], features[900:], labels[900:]) >= 0.75
+    # They do find classes that differ in colour.
+    rng, labels = np.random.default_rng(0), np.arange(300) % 3
+    coloured = rng.integers(0, 200, (300, 16, 16, 3), np.uint8)
+    coloured[np.arange(300), ..., labels] += 55  # class 0 is reddish, and so on
+    features = features_of(coloured)
+    assert error(features[:200], labels[:200], features[200:], labels[200:]) < 0.1
 
 
 def test_no_class_is_another_ones_mirror_image(drawn):
@@ -118,7 +114,7 @@ def test_splits_hold_the_drawn_images(tiny):
     assert (full.train_examples, full.test_examples) == (4000, 1000)
 
 
-def test_slices_and_sizes(tiny):
+def test_slices_sizes_and_names(tiny):
     def opened(split, image_size=256):
         return open_source("textures/tiny", split, data_dir=str(tiny), image_size=image_size)
 
@@ -129,6 +125,11 @@ def test_slices_and_sizes(tiny):
     small = fetched(opened("train[90%:]", 64), 0)
     cells = fetched(opened("train"), 180).reshape(64, 4, 64, 4, 3).mean(axis=(1, 3))
     assert np.abs(small - cells).max() <= 1.5  # Pillow rounds after each pass
+    for name in ("textures/tiny:1.0.0", "textures/tiny:1.*.*", "textures:1.0.0"):
+        # With a single config its name may be left out.
+        assert open_source(name, "test", data_dir=str(tiny)).num_examples == 100
+    with pytest.raises(FileNotFoundError, match=r"found in .*tiny: 1\.0\.0"):
+        open_source("textures/tiny:2.0.0", "test", data_dir=str(tiny))
 
 
 @pytest.mark.parametrize(
@@ -147,26 +148,6 @@ def test_wrong_split_is_one_message(split, words, tiny):
         open_source("textures/tiny", split, data_dir=str(tiny))
 
 
-def test_named_configs_and_versions(tiny):
-    for name in ("textures/tiny:1.0.0", "textures/tiny:1.*.*", "textures:1.0.0"):
-        # With a single config its name may be left out.
-        assert open_source(name, "test", data_dir=str(tiny)).num_examples == 100
-    with pytest.raises(FileNotFoundError, match=r"found in .*tiny: 1\.0\.0"):
-        open_source("textures/tiny:2.0.0", "test", data_dir=str(tiny))
-
-
-def test_tfrecord_is_refused_with_the_remedy(tiny, tmp_path):
-    directory = tmp_path / "textures" / "1.0.0"
-    directory.mkdir(parents=True)
-    for file in (tiny / "textures" / "tiny" / "1.0.0").iterdir():
-        text = file.read_bytes() if file.suffix in (".json", ".txt") else b""
-        text = text.replace(b'"array_record"', b'"tfrecord"')
-        name = file.name.replace("array_record", "tfrecord")
-        (directory / name).write_bytes(text)
-    with pytest.raises(ValueError, match=r"prepared as tfrecord.*as array_record"):
-        open_source("textures:1.0.0", "train", data_dir=str(tmp_path))
-
-
 def digest(data_dir: Path) -> dict[str, str]:
     files = sorted((data_dir / "textures").rglob("*array_record*"))
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
@@ -179,15 +160,10 @@ def test_two_builds_are_the_same_bytes(tiny, tmp_path, monkeypatch, capfd):
     lines = [line for line in err.splitlines() if not line.startswith("WARNING:absl")]
     assert out == "" and len(lines) == 2
     assert str(tmp_path) in lines[0] and "ready" in lines[1]
-    assert digest(tmp_path) == digest(tiny) and len(digest(tiny)) == 2
-
-
-def test_second_use_builds_nothing(tiny, capfd):
     before = digest(tiny)
-    assert build(tiny, tiny=True) == "textures/tiny:1.0.0"
-    open_source("textures/tiny", "train", data_dir=str(tiny))
-    assert capfd.readouterr() == ("", "")
-    assert digest(tiny) == before
+    assert digest(tmp_path) == before and len(before) == 2
+    assert build(tiny, tiny=True) == "textures/tiny:1.0.0"  # is there: nothing to do
+    assert capfd.readouterr() == ("", "") and digest(tiny) == before
 
 
 @pytest.mark.slow

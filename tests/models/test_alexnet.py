@@ -8,22 +8,9 @@ import numpy as np
 import pytest
 
 from alexnet_jax.models import layers, ops
-from alexnet_jax.models.alexnet import create_model
+from alexnet_jax.models.alexnet import create_model, dropout
 from alexnet_jax.models.exchange import Part
-
-
-def random_variables(model):
-    """Weights and biases of a scale at which every layer's output matters."""
-    images = jnp.zeros((1, 224, 224, 3))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    rng = np.random.default_rng(0)
-
-    def draw(leaf):
-        fan_in = max(1, leaf.size // leaf.shape[-1])
-        std = (2 / fan_in) ** 0.5 if leaf.ndim > 1 else 0.1
-        return rng.normal(0, std, leaf.shape).astype(np.float32)
-
-    return jax.tree.map(draw, shapes)
+from tests.models.networks import random_variables
 
 
 def narrow(variant="paper", **kwargs):
@@ -36,18 +23,29 @@ def images_like(count=2):
     return jnp.asarray(rng.normal(0, 60, (count, 224, 224, 3)), jnp.float32)
 
 
-def test_features_are_the_stages_of_the_network():
+@pytest.fixture(scope="module")
+def paper():
+    """(model, variables, images) of the narrow network of the paper."""
     model, images = narrow(), images_like()
-    variables = jax.jit(model.init)(jax.random.key(0), images)
+    return model, jax.jit(model.init)(jax.random.key(0), images), images
+
+
+def features_of(model, variables, images, **options):
+    """Return the features, and their names in the order of the network: jit sorts them."""
     names = []
 
     @jax.jit
-    def features_of(images):
-        features = model.apply(variables, images, method="features")
-        names.extend(features)  # jit sorts them
+    def apply(images):
+        features = model.apply(variables, images, method="features", **options)
+        names.extend(features)
         return features
 
-    features = features_of(images)
+    return apply(images), names
+
+
+def test_features_are_the_stages_of_the_network(paper):
+    model, variables, images = paper
+    features, names = features_of(model, variables, images)
     order = "conv1 norm1 pool1 conv2 norm2 pool2 conv3 conv4 conv5 pool5 fc6 fc7 logits"
     assert " ".join(names) == order
     assert features["conv1"].min() == 0  # after the activation
@@ -60,10 +58,25 @@ def test_features_are_the_stages_of_the_network():
     np.testing.assert_allclose(features["logits"], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_224_equals_227_with_its_border_black():
-    model = narrow()
-    images = images_like()
-    variables = jax.jit(model.init)(jax.random.key(0), images)
+@pytest.mark.parametrize("variant", ["paper", "original"])
+def test_pre_activations_are_the_sums_before_any_stage(variant):
+    model, images = narrow(variant), images_like()
+    variables = random_variables(model)
+    found, names = features_of(model, variables, images, pre_activations=True)
+    weighted = [row.name for row in model.network.layers[:-1]]
+    assert [name for name in names if name.endswith("_pre")] == [f"{n}_pre" for n in weighted]
+    features, plain_names = features_of(model, variables, images)
+    assert plain_names == [name for name in names if not name.endswith("_pre")]
+    for name in weighted:
+        before, after = np.asarray(found[f"{name}_pre"]), np.asarray(features[name])
+        assert (before < 0).any()
+        # Experiment 145 normalises conv1 and pools conv5 before their activations.
+        late = variant == "original" and name in ("conv1", "conv5")
+        np.testing.assert_allclose(before if late else np.maximum(before, 0), after, rtol=1e-5)
+
+
+def test_224_equals_227_with_its_border_black(paper):
+    model, variables, images = paper
     bordered = jnp.pad(images, ((0, 0), (0, 3), (0, 3), (0, 0)))
     apply = jax.jit(model.apply)
     np.testing.assert_allclose(apply(variables, images), apply(variables, bordered), rtol=1e-5)
@@ -71,22 +84,17 @@ def test_224_equals_227_with_its_border_black():
 
 @pytest.mark.parametrize("scale_at", ["test", "train"])
 def test_dropout_keeps_the_expectation_and_the_scale_it_says(scale_at):
-    def drop(train):
-        model = narrow().bind({}, rngs={"dropout": jax.random.key(1)})
-        part, x = Part(jnp.arange(64)), jnp.ones((64, 1, 1, 512))
-        stage = layers.Dropout(0.25, scale_at)
-        return np.asarray(model._dropout(stage, x, train, part))
-
-    test, train = drop(False), drop(True)
+    x, stage, part = jnp.ones((64, 1, 1, 512)), layers.Dropout(0.25, scale_at), Part(jnp.arange(64))
+    test, train = (np.asarray(dropout(x, stage, key, part)) for key in (None, jax.random.key(1)))
     assert train.mean() == pytest.approx(test.mean(), rel=0.02)
     kept, scale = (0.75, 1.0) if scale_at == "test" else (1.0, np.float32(1 / 0.75))
     assert test.mean() == pytest.approx(kept)
     assert set(np.unique(train)) == {0.0, scale}
 
 
-def test_dropout_masks_belong_to_the_example_not_to_the_batch():
-    model, images = narrow(), images_like(4)
-    variables = jax.jit(model.init)(jax.random.key(0), images)
+def test_dropout_masks_belong_to_the_example_not_to_the_batch(paper):
+    model, variables, _ = paper
+    images = images_like(4)
 
     @jax.jit
     def logits(images, first, key=3):
@@ -102,15 +110,14 @@ def test_dropout_masks_belong_to_the_example_not_to_the_batch():
     assert len(np.unique(rows.round(4), axis=0)) == 4  # a mask for each
 
 
-def test_bfloat16_computes_with_float32_parameters():
-    images = images_like()
-    variables = jax.jit(narrow().init)(jax.random.key(0), images)
+def test_bfloat16_computes_with_float32_parameters(paper):
+    exact_model, variables, images = paper
     model = narrow(dtype=jnp.bfloat16)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     logits = jax.jit(model.apply)(variables, images)
     assert logits.dtype == jnp.float32
-    exact = jax.jit(narrow().apply)(variables, images)
+    exact = jax.jit(exact_model.apply)(variables, images)
     assert jnp.abs(logits - exact).max() < 0.05 * jnp.abs(exact).max()
 
 
@@ -141,18 +148,12 @@ def test_batch_norm_learns_and_uses_running_statistics():
     np.testing.assert_allclose(changed["batch_stats"]["norm1"]["mean"], mean, rtol=1e-4)
 
 
-def test_jit_grad_and_forward_mode():
-    images = images_like()
+def test_plain_operators_support_forward_mode(paper):
+    fast_model, variables, images = paper
     model = narrow(fast=False)
-    variables = jax.jit(model.init)(jax.random.key(0), images)
-    fast = narrow()
-    np.testing.assert_allclose(
-        jax.jit(fast.apply)(variables, images),
-        jax.jit(model.apply)(variables, images),
-        rtol=1e-4,
-        atol=1e-5,
-    )
     apply = jax.jit(lambda x: model.apply(variables, x))
+    fast = jax.jit(fast_model.apply)(variables, images)
+    np.testing.assert_allclose(fast, apply(images), rtol=1e-4, atol=1e-5)
     _, tangent = jax.jvp(apply, (images,), (images,))
     # The derivative along x itself, by differences.
     step = 1e-2
@@ -160,9 +161,8 @@ def test_jit_grad_and_forward_mode():
     np.testing.assert_allclose(tangent, (ahead - behind) / (2 * step), rtol=0.05)
 
 
-def test_wrong_images_are_refused():
-    model, images = narrow(), images_like()
-    variables = jax.jit(model.init)(jax.random.key(0), images)
+def test_wrong_images_are_refused(paper):
+    model, variables, images = paper
     for wrong, words in [
         (images[0], "expected [batch, size, size, 3]"),
         (images.astype(jnp.uint8), "images are uint8; expected floats"),
@@ -226,7 +226,7 @@ def test_a_fully_connected_layer_of_columns_is_one_matrix_per_column():
     half, units = pool5.shape[-1] // 2, fc6["bias"].size // 2
     columns = [
         pool5[..., i * half : (i + 1) * half].reshape(2, -1)
-        @ fc6["kernel"][:, i * units : (i + 1) * units].astype(np.float64)
+        @ np.asarray(fc6["kernel"][:, i * units : (i + 1) * units], np.float64)
         for i in range(2)
     ]
     expected = np.maximum(np.concatenate(columns, -1) + fc6["bias"], 0)

@@ -1,27 +1,14 @@
 """The networks at full width against torch.nn modules that are built from their tables."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from alexnet_jax.models import layers
 from alexnet_jax.models.alexnet import create_model
+from tests.models.networks import random_variables
 
 CLASSES = 20
-
-
-def random_variables(model, size, seed=0):
-    """Weights and biases of a scale at which every layer's output matters."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
-    rng = np.random.default_rng(seed)
-
-    def draw(leaf):
-        fan_in = max(1, leaf.size // leaf.shape[-1])
-        std = (2 / fan_in) ** 0.5 if leaf.ndim > 1 else 0.1
-        return rng.normal(0, std, leaf.shape).astype(np.float32)
-
-    return jax.tree.map(draw, shapes)
 
 
 def torch_network(torch, table, params):
@@ -70,7 +57,7 @@ def test_same_weights_same_logits_as_torch(name):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     model = create_model(name, num_classes=CLASSES)
     size = model.network.crop_size
-    variables = random_variables(model, size)
+    variables = random_variables(model)
     images = np.random.default_rng(1).normal(0, 60, (2, size, size, 3))
     images = images.astype(np.float32)
     ours = jax.jit(model.apply)(variables, images)

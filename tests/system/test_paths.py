@@ -57,7 +57,7 @@ def places(tmp_path_factory):
     write_config(folder / "run", config)
     write_class_names(folder / "run", [f"class {k}" for k in range(10)])
     mean = np.full((34, 34, 3), 99, np.float32)
-    statistics = Statistics(mean, np.ones(3, "f4"), np.eye(3, dtype="f4"), 7)
+    statistics = Statistics(mean, np.ones(3, "f4"), np.eye(3, dtype="f4"), 7, 7)
     statistics.save(folder / "run" / "statistics.npz")
     found = {name: str(folder / name) for name in ("file", "run", "new")}
     return found | {"picture": str(folder / "picture.png")}
@@ -74,7 +74,7 @@ MISTAKES = [
     (export, "--workdir={run} --out={file}/x.onnx", FILE),
     (report, "--workdir={run},{run} --out={file}/x.png", FILE),
     (predict, "--workdir={run} --figure={file}/x.png {picture}", FILE),
-    (retrieve, "--workdir={run} --index={file}/x.npz", FILE),
+    (retrieve, "--workdir={run} --index={file}/x.npz --layer=pool3", FILE),
     (main, "--mode=eval --workdir={run},,{run}", COMMA),
 ]
 

@@ -12,9 +12,9 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from alexnet_jax.training import checkpoint, step_folders
-from alexnet_jax.training.checkpoint import Checkpointer, CheckpointError, has_checkpoint
-from alexnet_jax.training.step_folders import MANIFEST
+from alexnet_jax.system.files import FullDiskError
+from alexnet_jax.training import checkpoint
+from alexnet_jax.training.checkpoint import MANIFEST, Checkpointer, CheckpointError, all_steps
 
 METADATA = {
     "config": {"model": {"variant": "paper"}, "sizes": [30, 60]},
@@ -123,7 +123,7 @@ def test_every_bit_is_restored(directory, warnings):
         state, metadata = _restore(checkpoints)
         assert checkpoints.metadata(10) == metadata == METADATA
         with pytest.raises(CheckpointError, match=r"step 15: .* are steps \[10, 20\]"):
-            checkpoints.restore_params(step=15)
+            checkpoints.restore_params(15)
     _assert_same_bits(state, _make_state(20))
     assert isinstance(state, State)
     (warning,) = warnings()
@@ -137,6 +137,7 @@ def test_another_number_of_devices(tmp_path, saved_on, restored_on):
         checkpoints.save(1, jax.device_put(state, _on_mesh(state, saved_on)), metadata={})
     shardings = _on_mesh(state, restored_on)
     with Checkpointer(tmp_path) as checkpoints:
+        assert checkpoints.find("best") == 1  # the newest, as none has an error
         restored = checkpoints.restore(_abstract(state, shardings))
     assert restored is not None
     _assert_same_bits(restored[0], state)
@@ -146,11 +147,10 @@ def test_another_number_of_devices(tmp_path, saved_on, restored_on):
 
 
 def test_a_missing_directory_has_no_checkpoint_and_is_not_created(tmp_path):
-    assert not has_checkpoint(tmp_path / "none")
+    assert all_steps(tmp_path / "none") == []
     with Checkpointer(tmp_path / "none", read_only=True) as checkpoints:
         assert checkpoints.restore(_abstract(_make_state())) is None
         assert checkpoints.find("latest") is checkpoints.find("best") is None
-        assert checkpoints.all_steps() == []
         with pytest.raises(CheckpointError, match="no checkpoint in"):
             checkpoints.restore_params()
     assert not (tmp_path / "none").exists()
@@ -165,7 +165,7 @@ def test_only_parameters_and_batch_statistics_are_read(directory):
     with Checkpointer(directory, read_only=True) as checkpoints:
         variables, metadata = checkpoints.restore_params()
         assert len(jax.live_arrays()) - before == 4
-        older, _ = checkpoints.restore_params(step=10)
+        older, _ = checkpoints.restore_params(10)
     _assert_same_bits(variables, _variables(20))
     _assert_same_bits(older, _variables(10))
     device = {jax.local_devices()[0]}
@@ -209,15 +209,14 @@ def test_newest_and_best_are_kept_through_a_restart(tmp_path):
         with Checkpointer(tmp_path, keep=2) as checkpoints:
             checkpoints.save(step, state, metadata={}, top1_error=error)
     with Checkpointer(tmp_path, keep=2) as checkpoints:
-        assert checkpoints.all_steps() == [2, 4, 5]
+        assert all_steps(tmp_path) == [2, 4, 5]
         assert checkpoints.find("best") == 2
         assert checkpoints.top1_error(2) == 0.3
         assert checkpoints.top1_error(4) is None
         checkpoints.save(6, state, metadata={}, top1_error=None)
-        assert checkpoints.all_steps() == [2, 5, 6]
+        assert all_steps(tmp_path) == [2, 5, 6]
         checkpoints.save(7, state, metadata={}, top1_error=0.3)  # a tie: the newer
         assert checkpoints.find("best") == 7
-        assert checkpoints.all_steps() == [6, 7]
     assert sorted(os.listdir(tmp_path)) == [".readers", "6", "7"]
 
 
@@ -226,12 +225,12 @@ def test_nothing_is_deleted_while_somebody_reads(directory):
         assert reader.find("best") == 20
         for step in (30, 40):
             run.save(step, _make_state(step), metadata=METADATA, top1_error=0.3)
-        variables, _ = reader.restore_params(step=20)
+        variables, _ = reader.restore_params(20)
         _assert_same_bits(variables, _variables(20))
-        assert run.all_steps() == [10, 20, 30, 40]
+        assert all_steps(directory) == [10, 20, 30, 40]
         reader.close()
         run.save(50, _make_state(50), metadata=METADATA)
-        assert run.all_steps() == [40, 50]  # the best and the newest
+        assert all_steps(directory) == [40, 50]  # the best and the newest
 
 
 def test_a_step_saved_twice_gets_only_a_missing_error(directory):
@@ -241,11 +240,9 @@ def test_a_step_saved_twice_gets_only_a_missing_error(directory):
         assert checkpoints.top1_error(20) == 0.4
         _assert_same_bits(state, _make_state(20))
         assert metadata == METADATA
-        checkpoints.save(30, _make_state(), metadata={})
-        assert checkpoints.is_best(0.39) and not checkpoints.is_best(0.4)
-        for error in (0.2, 0.1):  # only the first one counts
+        for error in (None, 0.2, 0.1):  # only the first one counts
             checkpoints.save(30, _make_state(), metadata={}, top1_error=error)
-        assert checkpoints.is_best(0.19) and not checkpoints.is_best(0.2)
+        assert checkpoints.top1_error(30) == 0.2
         assert checkpoints.find("best") == 30
 
 
@@ -268,10 +265,10 @@ def test_one_flipped_bit_in_any_file_is_found(directory):
             damaged = bytearray(data)
             damaged[place] ^= 1 << int(generator.integers(8))
             (folder / name).write_bytes(damaged)
-            found = step_folders.difference(folder)
+            found = checkpoint.difference(folder)
             assert found.startswith(f"{name} ") and "does not match its" in found
         (folder / name).write_bytes(data)
-    assert step_folders.difference(folder) == ""
+    assert checkpoint.difference(folder) == ""
 
 
 @pytest.mark.parametrize(
@@ -292,7 +289,7 @@ def test_a_damaged_step_is_skipped(directory, warnings, pattern, damaged):
         state, metadata = _restore(checkpoints)
         assert checkpoints.find("latest") == checkpoints.find("best") == 10
         with pytest.raises(CheckpointError, match="can be used .step 20: "):
-            checkpoints.metadata(20)
+            checkpoints.find(20)
     _assert_same_bits(state, _make_state(10))
     assert metadata == METADATA
     (warning,) = warnings()
@@ -304,12 +301,9 @@ def test_all_damaged_is_an_error_and_not_a_new_start(directory):
     os.remove(directory / "10" / MANIFEST)
     os.truncate(directory / "20" / "metadata.json", 1)
     before = _files(directory)
-    assert has_checkpoint(directory)
     with Checkpointer(directory) as checkpoints:
-        assert checkpoints.find("latest") is None
-        with pytest.raises(
-            CheckpointError, match=r"step 20: metadata.*; step 10: .*manifest.*new workdir"
-        ):
+        words = r"step 20: metadata.*; step 10: .*manifest.*new workdir"
+        with pytest.raises(CheckpointError, match=words):
             checkpoints.restore(_abstract(_make_state()))
         with pytest.raises(CheckpointError, match="no checkpoint in .* can be used"):
             checkpoints.restore_params()
@@ -322,9 +316,9 @@ def test_a_damaged_step_is_replaced_when_training_passes_it(directory):
         _restore(checkpoints)
         # Below the damaged step, which must not push the whole ones out.
         checkpoints.save(15, _make_state(15), metadata={})
-        assert checkpoints.all_steps() == [10, 15, 20]  # 10 is the best one
+        assert all_steps(directory) == [10, 15, 20]  # 10 is the best one
         checkpoints.save(20, _make_state(21), metadata={"again": True})
-        assert checkpoints.all_steps() == [10, 20]
+        assert all_steps(directory) == [10, 20]
     with Checkpointer(directory) as checkpoints:
         state, metadata = _restore(checkpoints)
     _assert_same_bits(state, _make_state(21))
@@ -334,49 +328,37 @@ def test_a_damaged_step_is_replaced_when_training_passes_it(directory):
 # Kills and full disks.
 
 
-def _killed(*_, **__):
-    raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize(
-    "where, left",
-    [("os.rename", ["10", "20", "30.tmp"]), ("StepFolders.delete_old", ["10", "20", "30"])],
+    "killed_in, left",
+    [
+        # While step 30 is written, and when step 10 is deleted afterwards.
+        ("os.rename", ["10", "20", "30.tmp"]),
+        ("Checkpointer._delete_old", ["10", "20", "30"]),
+        ("os.unlink", ["10.tmp", "20", "30"]),
+        ("os.rmdir", ["10.tmp", "20", "30"]),
+    ],
 )
-def test_a_killed_save_leaves_a_complete_step_or_a_leftover(directory, monkeypatch, where, left):
+def test_a_kill_leaves_a_complete_step_or_a_leftover(directory, monkeypatch, killed_in, left):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
     with Checkpointer(directory, keep=1) as checkpoints, monkeypatch.context() as patch:
-        patch.setattr(f"alexnet_jax.training.step_folders.{where}", _killed)
+        patch.setattr(f"alexnet_jax.training.checkpoint.{killed_in}", killed)
         with pytest.raises(KeyboardInterrupt):
             checkpoints.save(30, _make_state(30), metadata={})
     assert sorted(path.name for path in directory.glob("[!.]*")) == left
-    newest = 30 if "30" in left else 20
+    whole = [int(name) for name in left if name.isdecimal()]
     with Checkpointer(directory, read_only=True) as reader:
-        assert reader.find("latest") == newest
+        assert [reader.find(step) for step in whole] == whole
+        assert reader.find("latest") == whole[-1]
     assert {*left} <= {*os.listdir(directory)}  # a reader deletes nothing
     with Checkpointer(directory, keep=1) as checkpoints:
-        assert checkpoints.all_steps() == [10, 20, 30][: newest // 10]
+        assert all_steps(directory) == whole
         assert not list(directory.glob("*.tmp"))
         state, _ = _restore(checkpoints)
         checkpoints.save(40, _make_state(40), metadata={}, top1_error=0.1)
-        assert checkpoints.all_steps() == [40]
-    _assert_same_bits(state, _make_state(newest))
-
-
-@pytest.mark.parametrize(
-    "killed_in, left",
-    [("rename", ["10", "20"]), ("unlink", ["10.tmp", "20"]), ("rmdir", ["10.tmp", "20"])],
-)
-def test_a_killed_deletion_leaves_a_complete_step_or_a_leftover(
-    directory, monkeypatch, killed_in, left
-):
-    with Checkpointer(directory, keep=1) as run, monkeypatch.context() as patch:
-        patch.setattr(os, killed_in, _killed)
-        with pytest.raises(KeyboardInterrupt):
-            run._folders.delete(10)
-    assert sorted(path.name for path in directory.glob("[!.]*")) == left
-    with Checkpointer(directory) as checkpoints:
-        assert checkpoints.all_steps() == [int(n) for n in left if n.isdecimal()]
-        assert not list(directory.glob("*.tmp"))
-        assert not any(map(checkpoints._folders.problem, checkpoints.all_steps()))
+        assert all_steps(directory) == [40]
+    _assert_same_bits(state, _make_state(whole[-1]))
 
 
 def test_other_names_are_left_alone(directory):
@@ -385,7 +367,7 @@ def test_other_names_are_left_alone(directory):
     (directory / "99.tmp").mkdir()
     with Checkpointer(directory, keep=1) as checkpoints:
         checkpoints.save(30, _make_state(30), metadata={}, top1_error=0.1)
-        assert checkpoints.all_steps() == [30]
+        assert all_steps(directory) == [30]
     left = sorted(os.listdir(directory))
     assert left == [".readers", "030", "30", "backup", "notes.tmp"]
 
@@ -401,11 +383,11 @@ def test_a_full_disk_ends_a_save_and_keeps_earlier_steps(small_disk, monkeypatch
         if not is_checked:
             monkeypatch.setattr(checkpoint, "check_room", lambda *_: None)
         with pytest.raises(
-            CheckpointError,
-            match=r"no checkpoint of step 2: .* No space .* MB free, about 2\.1 MB more "
-            r"needed.* Earlier ones are as they were",
+            FullDiskError, match=r"checkpoints: No space .* MB free, about 2\.1 MB more needed"
         ):
             checkpoints.save(2, state, metadata={})
+    assert ("2.tmp" in os.listdir(directory)) == (not is_checked)
+    with Checkpointer(directory) as checkpoints:
         assert checkpoints.find("latest") == 1
     assert os.listdir(directory) == ["1"]
 
@@ -430,15 +412,15 @@ OLD_MANIFEST = b"""{
 def test_steps_of_earlier_versions_are_read(directory, warnings):
     """Their metadata is in a folder, and the manifest names format and step."""
     (directory / MANIFEST).write_bytes(OLD_MANIFEST)
-    assert step_folders.read_manifest(directory)["top1_error"] == 0.5
+    assert checkpoint.read_manifest(directory)["top1_error"] == 0.5
     for step, error in ((10, 0.1), (20, None)):
         folder = directory / str(step)
         (folder / MANIFEST).unlink()
         (folder / "metadata").mkdir()
         (folder / "metadata.json").rename(folder / "metadata" / "metadata")
         (folder / "state" / "_CHECKPOINT_METADATA").rename(folder / "_CHECKPOINT_METADATA")
-        body = {"files": step_folders.checksums(folder), "format": 1, "step": step}
-        text = step_folders.manifest_text(body | {"top1_error": error})
+        body = {"files": checkpoint.checksums(folder), "format": 1, "step": step}
+        text = checkpoint.manifest_text(body | {"top1_error": error})
         (folder / MANIFEST).write_bytes(text)
     with Checkpointer(directory) as checkpoints:
         state, metadata = _restore(checkpoints)
@@ -449,7 +431,7 @@ def test_steps_of_earlier_versions_are_read(directory, warnings):
     assert metadata == METADATA
     with Checkpointer(directory, read_only=True) as checkpoints:
         assert checkpoints.find("best") == 20
-        assert checkpoints.all_steps() == [10, 20, 30]
-        variables, _ = checkpoints.restore_params(step=20)
+        assert all_steps(directory) == [10, 20, 30]
+        variables, _ = checkpoints.restore_params(20)
     _assert_same_bits(variables, _variables(20))
     assert warnings() == []

@@ -5,11 +5,9 @@ import inspect
 import itertools
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
-from absl.testing import flagsaver
 
 from alexnet_jax import main
 from alexnet_jax.models.ablations import ABLATIONS
@@ -171,39 +169,38 @@ COSINE = {"schedule__name": "cosine"}
 # Changes to the defaults -> part of the message.
 IDLE = [
     ({"schedule__warmup_epochs": 5.0},
-     ("--config.schedule.warmup_epochs=5.0 has no effect with --config.schedule.name="
-      "'plateau'; it needs cosine or polynomial, or to be left at 0.0.")),
-    (COSINE | {"schedule__factor": 0.5}, "it needs plateau or fixed"),
-    (COSINE | {"schedule__patience": 2}, "it needs plateau, or to be left at 5"),
-    (COSINE | {"schedule__max_drops": 2}, "it needs plateau, or to be left at 3"),
+     ("--config.schedule.warmup_epochs=5.0 has no effect: it needs schedule.name=cosine or "
+      "polynomial, or to be left at 0.0.")),
+    (COSINE | {"schedule__factor": 0.5}, "it needs schedule.name=plateau or fixed"),
+    (COSINE | {"schedule__patience": 2}, "it needs schedule.name=plateau, or to be left at 5"),
+    (COSINE | {"schedule__max_drops": 2}, "it needs schedule.name=plateau, or to be left at 3"),
     (COSINE | {"schedule__drop_epochs": (2.0,)}, "drop_epochs=(2.0,) has no effect"),
-    (COSINE | {"schedule__power": 3.0}, "it needs polynomial"),
-    ({"schedule__layer_factors": (("conv1", 90, 0.1),)}, "effect with --config.num_epochs"),
+    (COSINE | {"schedule__power": 3.0}, "it needs schedule.name=polynomial"),
+    ({"schedule__layer_factors": (("conv1", 90, 0.1),)}, "an epoch before num_epochs=90.0"),
     ({"schedule__name": "fixed", "num_epochs": 25.0},
      "drop_epochs=(25.0, 51.0, 79.0) are all after the end, --config.num_epochs=25.0"),
     ({"data__eval_split": ""},
-     ("'plateau' lowers the learning rate by evaluations, and --config.data.eval_split='' "
-      "with --config.eval_every_epochs=1.0 leaves none. Evaluate, or take another schedule, such as constant or cosine, or "
+     ("'plateau' lowers the learning rate by evaluations; --config.data.eval_split='' with "
+      "--config.eval_every_epochs=1.0 leaves none. Take constant or cosine, or "
       "--config.schedule.max_drops=0.")),
     (COSINE | {"data__eval_split": "", "eval_every_epochs": 2.0},
-     "eval_every_epochs=2.0 has no effect with --config.data.eval_split=''"),
-    ({"augment__min_area": 0.5, "augment__crop": False}, "effect with --config.augment.crop"),
-    ({"augment__lighting": 0.0, "augment__lighting_form": "original"}, "lighting=0.0; it"),
-    ({"augment__lighting_until_epoch": 90.0}, "effect with --config.num_epochs=90.0"),
+     "eval_every_epochs=2.0 has no effect: it needs data.eval_split"),
+    ({"augment__min_area": 0.5, "augment__crop": False}, "it needs augment.crop=True"),
+    ({"augment__lighting": 0.0, "augment__lighting_form": "original"}, "lighting above 0"),
+    ({"augment__lighting_until_epoch": 90.0}, "it needs to be below num_epochs=90.0"),
     ({"optim__momentum": 0.0, "optim__form": "torch"}, "form='torch' has no effect"),
     ({"model__variant": "cifar", "data__image_size": 32, "data__crop_size": 32,
-      "optim__weight_decay": 0.0}, "layers without a weight decay of their own"),
+      "optim__weight_decay": 0.0}, "a layer without a weight decay of its own"),
     ({"schedule__name": "constant", "optim__constant_bias_lr": True}, "another schedule"),
-    ({"eval_every_epochs": 100.0}, "effect with --config.num_epochs=90.0; it needs a"),
-    ({"data__image_size": 224, "eval_views": 10}, "it needs larger pictures"),
-    ({"finetune__new_layers": ("fc7",)}, "it needs weights to start from"),
+    ({"eval_every_epochs": 100.0}, "it needs at most num_epochs=90.0"),
+    ({"data__image_size": 224, "eval_views": 10}, "data.image_size above data.crop_size"),
+    ({"finetune__new_layers": ("fc7",)}, "it needs finetune.source"),
     ({"data__dir": "DATA", "data__source": "folder:PATH"}, "dir='DATA' has no effect"),
     ({"model__variant": "cifar_13", "model__overrides__dropout": 0.5,
       "data__image_size": 32, "data__crop_size": 24},
-     ("dropout=0.5 has no effect with --config.model.variant='cifar_13'; it needs a "
-      "network with dropout, or to be left out.")),
+     "dropout=0.5 has no effect: it needs a network with dropout, or to be left out."),
     ({"model__overrides__norm_place": "before", "model__overrides__lrn": False},
-     "with --config.model.variant='paper', --config.model.overrides.lrn=False; it needs"),
+     "norm_place='before' has no effect: it needs a network with normalisation"),
 ]  # fmt: skip
 
 
@@ -234,46 +231,74 @@ def test_fields_with_an_effect_are_accepted():
 # The command line and config files.
 
 
-def parsed(monkeypatch, *arguments):
-    """Return the config of a command line, as main has it; restore the flags."""
-    argv = ["main", *arguments]
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", argv)
-    with flagsaver.flagsaver():
-        assert main._parse(argv) == ["main"]
-        return main._CONFIG.value
+def parsed(*arguments):
+    """Return the config of a command line, as main has it."""
+    return main.read_config(*main._parser().parse_known_args(arguments))
 
 
-def test_tuples_on_the_command_line(monkeypatch):
-    skip = "--config.model.overrides.skip=('conv3',)"
-    drops = "--config.schedule.drop_epochs=(1.0, 2.0)"
-    config = parsed(monkeypatch, "--config=configs/tiny.py", skip, drops)
+TINY = f"--config={ROOT}/configs/tiny.py"
+
+
+def test_fields_on_the_command_line():
+    config = parsed(
+        *(TINY, "--config.model.overrides.skip=('conv3',)", "--config.parallel.data", "-1"),
+        *(
+            "--config.schedule.drop_epochs=(1.0, 2.0)",
+            "--config.augment.crop",
+            "--noconfig.augment.flip",
+        ),
+        "--config.data.source=folder:a=b c",
+    )
     assert config.model.overrides.skip == ("conv3",)
     assert config.schedule.drop_epochs == (1.0, 2.0)
+    assert config.parallel.data == -1
+    assert (config.augment.crop, config.augment.flip) == (True, False)
+    assert config.data.source == "folder:a=b c"
+
+
+def test_all_mistakes_of_a_command_line_are_reported_at_once():
+    with pytest.raises(ConfigError) as error:
+        parsed(
+            *(TINY, "--config.model.widht=1", "--config.data.batch_sice", "5"),
+            *("--config.seed=x", "--config.optim.momentum=2.0", "stray", "--nosuch=1"),
+        )
+    lines = str(error.value).splitlines()
+    assert lines[0] == "6 mistakes in the config:"
+    for line, words in zip(
+        lines[1:],
+        (
+            "--config.model.widht: there is no such field; did you mean --config.model.width?",
+            "--config.data.batch_sice: there is no such field; did you mean --config.data.batch_size?",
+            "flag --config.seed=x: ",
+            "stray: there is no such field. Fields are --config.FIELD=VALUE.",
+            "--nosuch: there is no such field",
+            "--config.optim.momentum=2.0 must be 0 to below 1.",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(f"  - {words}")
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--config", "--workdir=DIR"], "--config=FILE is missing"),
-        (["--config=configs/none.py"], f"none.py: there is no such file in {ROOT}"),
-        (
-            ["--config=configs/sweeps/ablations.py"],
-            "configs/sweeps/ablations.py defines no get_config()",
-        ),
+        (["--config", "--workdir=DIR"], "argument --config: expected one argument"),
+        (["--config="], "--config=FILE is missing"),
+        (["--config=configs/none.py"], "none.py: there is no such file in "),
+        ([f"--config={ROOT}/configs/sweeps/ablations.py"], "ablations.py defines no get_config()"),
     ],
 )
-def test_wrong_config_file_is_named(arguments, words, monkeypatch):
+def test_wrong_config_file_is_named(arguments, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
-        parsed(monkeypatch, *arguments)
+        parsed(*arguments)
 
 
 @pytest.mark.parametrize("error", ["ValueError", "AttributeError"])
-def test_error_in_a_config_file_keeps_its_traceback(error, monkeypatch, tmp_path):
+def test_error_in_a_config_file_keeps_its_traceback(error, tmp_path):
     path = tmp_path / "own.py"
     path.write_text(f"def get_config():\n    raise {error}('mine')\n")
     with pytest.raises(Exception, match="^mine$") as raised:
-        parsed(monkeypatch, f"--config={path}")
+        parsed(f"--config={path}")
     assert raised.typename == error
     last = raised.traceback[-1]
     assert (Path(last.path), last.lineno + 1) == (path, 2)

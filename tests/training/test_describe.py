@@ -104,17 +104,6 @@ def test_two_layers_of_one_number_are_described_in_every_mode(monkeypatch, capsy
 # The exchanges of a compiled program.
 
 
-def test_groups_of_a_single_device_do_not_count():
-    found = describe.exchanges("""
-      %a = f32[8]{0} all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add
-      %b = (f32[8]{0}, f32[2,2]{1,0}) all-reduce(%x, %y), replica_groups={{0,1}}
-      %c = f32[8]{0} all-gather(%x), replica_groups=[1,2]<=[2], dimensions={0}
-      %d = f32[8]{0} all-gather(%x), replica_groups=[2,1]<=[2], dimensions={0}
-      %e = f32[8]{0} all-reduce(%x), replica_groups=mesh['a'=4,'b'=1] {'b'}
-    """)
-    assert describe.counts(found) == {"all-reduce": 2, "all-gather": 1}
-
-
 @pytest.mark.parametrize(
     "groups, devices",
     [
@@ -128,20 +117,28 @@ def test_groups_of_a_single_device_do_not_count():
         ("replica_groups=mesh[data=4,column=2] {data}", 4),
         ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", 4),
         ("replica_groups=mesh['a'=2,'b'=2], device_ids=(0,2,1,3) {'a','b'}", 4),
+        ("source_target_pairs={{0,1},{1,0}}", 2),
+        # Groups of a single device send nothing.
+        ("replica_groups={{0},{1}}", None),
+        ("replica_groups=[2,1]<=[2]", None),
+        ("replica_groups=mesh['a'=4,'b'=1] {'b'}", None),
+        ("source_target_pairs={{0,0},{1,1}}", None),
     ],
 )
-def test_forms_of_replica_groups(groups, devices):
-    text = f"%a = f32[8]{{0}} all-reduce(%x), channel_id=1, {groups}, to_apply=%add"
-    assert [e.devices for e in describe.exchanges(text)] == [devices]
+def test_forms_of_groups(groups, devices):
+    kind = "collective-permute" if "pairs" in groups else "all-reduce"
+    text = f"%a = f32[8]{{0}} {kind}(%x), channel_id=1, {groups}, to_apply=%add"
+    assert [e.devices for e in describe.exchanges(text)] == ([devices] if devices else [])
 
 
-def test_pairs_of_a_permutation():
-    text = (
-        "%a = f32[8]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}\n"
-        "%b = f32[8]{0} collective-permute(%x), source_target_pairs={{0,0},{1,1}}"
-    )
-    (found,) = describe.exchanges(text)
-    assert (found.devices, found.sent_bytes) == (2, 32)
+def test_every_array_of_an_operation_counts():
+    found = describe.exchanges("""
+      %b = (f32[8]{0}, f32[2,2]{1,0}) all-reduce(%x, %y), replica_groups={{0,1}}
+      %c = f32[8]{0} all-gather(%x), replica_groups=[1,2]<=[2], dimensions={0}
+      %d = f32[8]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+    """)
+    assert describe.counts(found) == {"all-reduce": 2, "all-gather": 1, "collective-permute": 1}
+    assert found[-1].sent_bytes == 32
 
 
 def test_asynchronous_forms_of_a_gpu():

@@ -203,24 +203,19 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize(
-    "index, words",
-    [
-        (0, "not all of 2 processes came within 2 seconds. Are all processes started"),
-        (1, (r"the coordinator 127.0.0.1:\d+ \(process 0\) could not be reached within 2 "
-            r"seconds \(Connection refused\). Are all processes started")),
-    ],
-)  # fmt: skip
-def test_process_that_stays_alone_ends_in_time(index, words, config_file, tmp_path):
+@pytest.mark.parametrize("index", [0, 1])
+def test_process_that_stays_alone_ends_in_time(index, config_file, tmp_path):
+    address = f"127.0.0.1:{free_port()}"
     command = main_command(
-        *(config_file, tmp_path, f"--coordinator_address=127.0.0.1:{free_port()}"),
+        *(config_file, tmp_path, f"--coordinator_address={address}"),
         *("--num_processes=2", f"--process_id={index}", "--connect_seconds=2"),
         "--cpu_devices=1",
     )
     done = run(command)
     assert done.returncode == 1
     message = done.stderr.strip().splitlines()[-1]
-    assert re.match(f"error: process {index}: {words}", message), message
+    words = f"error: process {index}: not all of 2 processes came to {address} within 2 seconds."
+    assert message.startswith(words)
     assert message.endswith("--connect_seconds changes how long they wait.")
     assert "Traceback" not in done.stderr
 
@@ -297,45 +292,44 @@ def test_one_process_is_not_connected(mode, environment, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "gpus, environment, expected",
+    "gpus, environment, count, ids",
     [
         # Bound to its own GPU, which is number 0 of one.
-        ("3", SRUN, {"num_processes": 9, "local_device_ids": [0]}),
-        # jax takes the GPU with the task's number on its node.
-        ("0,1,2,3", SRUN, {"num_processes": 9, "local_device_ids": None}),
-        ("", MPIRUN, {"num_processes": 4, "local_device_ids": None}),
-        ("", SRUN | MPIRUN, {"num_processes": 4}),
-        # One process for all GPUs of its node, which are found in /dev without the variable.
-        (None, SRUN | {"SLURM_STEP_TASKS_PER_NODE": "1(x9)"},
-         {"local_device_ids": [0, 1, 2]}),
-        ("0,1", SRUN | {"SLURM_STEP_TASKS_PER_NODE": "1(x9)"},
-         {"local_device_ids": [0, 1]}),
+        ("3", SRUN, 9, []),
+        # JAX takes the GPU with the task's number on its node.
+        ("0,1,2,3", SRUN, 9, None),
+        ("", MPIRUN, 4, None),
+        ("", SRUN | MPIRUN, 4, None),
+        # One process for all GPUs of its node.
+        (None, SRUN | {"SLURM_STEP_TASKS_PER_NODE": "1(x9)"}, 9, []),
+        ("0,1", MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, 4, []),
     ],
-)  # fmt: skip
-def test_tasks_are_left_to_jax(gpus, environment, expected, monkeypatch):
+)
+def test_tasks_are_left_to_jax(gpus, environment, count, ids, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     variable = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
     use(monkeypatch, environment | variable)
-    monkeypatch.setattr(distributed.glob, "glob", lambda _: ["nvidia0"] * 3)
     given = {}
     monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **kw: given.update(kw))
     assert distributed.start() is True
     assert given["cluster_detection_method"] is None
     assert given["coordinator_address"] is given["process_id"] is None
-    assert {name: given[name] for name in expected} == expected
+    assert (given["num_processes"], given["local_device_ids"]) == (count, ids)
 
 
-# As jax 0.10 and 0.11 have them: for cuda, for gpu, and for tpu.
-NO_PLUGIN = "Backend 'rocm' is not in the list of known backends: ['cpu', 'tpu']."
-NO_LIBRARY = "INTERNAL: Failed to open libtpu.so"
-AUTOMATIC = " (set JAX_PLATFORMS='' to automatically choose an available backend)"
+def test_an_empty_list_of_devices_means_all_of_them():
+    """JAX's detection would choose one; `start` relies on it."""
+    from jax._src.clusters import ClusterEnv
+
+    given = ClusterEnv.auto_detect_unset_distributed_params("host:1", 2, 0, [], "slurm", 1)
+    assert given[3] == []
 
 
 @pytest.mark.parametrize(
     "error, reason",
     [
-        (AssertionError(), ""),
-        (RuntimeError(f"{NO_PLUGIN}{AUTOMATIC}"), ""),
-        (RuntimeError(f"{NO_LIBRARY}{AUTOMATIC}"), f": {NO_LIBRARY}"),
+        (AssertionError(), "no such device"),  # jax 0.10 for cuda without a GPU
+        (RuntimeError("INTERNAL: Failed to open libtpu.so"), "INTERNAL: Failed to open libtpu.so"),
     ],
 )
 def test_devices_that_do_not_start_are_a_user_error(error, reason, monkeypatch):
@@ -345,12 +339,8 @@ def test_devices_that_do_not_start_are_a_user_error(error, reason, monkeypatch):
     monkeypatch.setattr(distributed.jax, "devices", fail)
     with pytest.raises(distributed.DeviceError) as raised:
         distributed.require_devices()
-    words = f"starts no devices with JAX_PLATFORMS='cpu'{reason} (installed: cpu"
+    words = f"starts no devices with JAX_PLATFORMS='cpu' ({reason}; installed: cpu"
     assert words in str(raised.value)
-    # With several processes, one of them may be gone.
-    monkeypatch.setattr(distributed.jax.distributed, "is_initialized", lambda: True)
-    with pytest.raises(RuntimeError if reason else distributed.DeviceError):
-        distributed.require_devices()
 
 
 def test_results_of_votes_come_later(monkeypatch):

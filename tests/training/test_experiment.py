@@ -1,7 +1,10 @@
 """Experiments: meshes, classes, statistics, the pipeline and the optimiser of a config."""
 
+# ruff: noqa: F401, F811  (fixtures of other files)
+
 import contextlib
 import importlib
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,40 +18,22 @@ from alexnet_jax.models import variants
 from alexnet_jax.training import experiment, steps
 from alexnet_jax.training.config import ConfigError
 from tests.training.test_config import config_with
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for name in ("a", "b", "c"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(4):
-                picture = rng.integers(0, 256, (40, 32, 3), np.uint8)
-                Image.fromarray(picture).save(root / split / name / f"{i}.png")
-    return root
+from tests.training.test_loop import CLASSES, PICTURES, folder, small_config
 
 
 def small(folder, **changes):
-    """The CIFAR net on a few pictures: builds and trains in seconds."""
-    return config_with(
-        **{
-            "data__source": f"folder:{folder}",
-            "data__image_size": 32,
-            "data__crop_size": 32,
-            "data__batch_size": 6,
-            "model__variant": "cifar",
-            "model__init": "he",
-        }
-        | changes
-    )
+    """The CIFAR net on raw images of its own size."""
+    config = small_config(folder)
+    config.data.image_size = 32
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return config
 
 
 def test_classes_are_counted_from_the_data(folder):
     built = experiment.build(small(folder), log=lambda line: None)
-    assert built.model.network.layers[-1].features == 3
-    assert (built.steps_per_epoch, built.total_steps) == (2.0, 180)
+    assert built.model.network.layers[-1].features == CLASSES
+    assert built.steps_per_epoch == PICTURES / 6
+    assert built.total_steps == math.ceil(8 * PICTURES / 6)
     more = experiment.build(small(folder, model__num_classes=10), log=lambda _: None)
     assert more.model.network.layers[-1].features == 10
     with pytest.raises(ConfigError, match="fewer than the 3 classes"):
@@ -63,45 +48,38 @@ def test_missing_folder_and_empty_class_are_named(folder, tmp_path):
         experiment.build(small(tmp_path))
 
 
-def test_statistics_are_taken_from_beside_the_data(folder):
-    said = []
-    built = experiment.build(small(folder), log=said.append)
-    assert said == ["mean image: computing it from 12 of 12 images"]
-    assert not (built.statistics.mean_image == 7).any()
-    again, said = _built_beside(folder, Statistics(*SEVENS, 5, 12))
-    assert said == [f"mean image: {folder}/statistics_32.npz, of 5 of 12 images"]
-    assert (again.statistics.mean_image == 7).all()
-
-
-def test_statistics_of_another_number_of_images_are_computed_again(folder):
-    built, (line, hint) = _built_beside(folder, Statistics(*SEVENS, 60))
-    path = folder / "statistics_32.npz"
-    assert line == (f"mean image: computing it from 12 of 12 images, since {path} is of 60 images")
-    assert "prepare statistics stores" in hint
-    pictures = [Image.open(p) for p in sorted(folder.glob("train/*/*.png"))]
-    mean = np.mean([np.asarray(p)[4:36] for p in pictures], axis=0)  # of 40 x 32
-    np.testing.assert_allclose(built.statistics.mean_image, mean, rtol=1e-6)
-    assert built.statistics.split_examples == 12
-
-
 SEVENS = (np.full((32, 32, 3), 7, np.float32), np.ones(3, np.float32), np.eye(3, dtype=np.float32))
 
 
-def _built_beside(folder, stored):
-    """Build with statistics beside the data; return (experiment, lines that were said)."""
+@pytest.mark.parametrize(
+    "stored, words",
+    [
+        (None, "computing it from 25 of 25 images"),
+        (Statistics(*SEVENS, 5, PICTURES), "{path}, of 5 of 25 images"),
+        # Of another number of images: computed again.
+        (
+            Statistics(*SEVENS, 60, 60),
+            "computing it from 25 of 25 images, since {path} is of 60 images",
+        ),
+    ],
+)
+def test_statistics_of_beside_the_data(stored, words, folder):
     said, path = [], folder / "statistics_32.npz"
-    stored.save(path)
-    try:
-        return experiment.build(small(folder), log=said.append), said
-    finally:
-        path.unlink()
+    if stored:
+        stored.save(path)
+    built = experiment.build(small(folder), log=said.append)
+    path.unlink(missing_ok=True)
+    assert said[0] == f"mean image: {words.format(path=path)}"
+    pictures = [np.asarray(Image.open(path)) for path in folder.glob("train/*/*.png")]
+    mean = 7 if " 5 of" in words else np.mean(pictures, axis=0)
+    np.testing.assert_allclose(built.statistics.mean_image, mean, rtol=1e-6)
+    assert built.statistics.split_examples == PICTURES
 
 
 def test_building_warns_about_images_in_both_splits(folder):
     said = []
-    config = small(folder, data__eval_split="train")
-    experiment.build(config, log=said.append)
-    assert said[0].startswith("WARNING: 12 of 12 evaluation images are training images")
+    experiment.build(small(folder, data__eval_split="train"), log=said.append)
+    assert said[0].startswith("WARNING: 25 of 25 evaluation images are training images")
 
 
 def test_pipeline_yields_what_training_sees(folder):
@@ -175,42 +153,3 @@ def test_pipeline_yields_resized_crops(folder):
 def test_meshes_of_eight_devices(mode, data, column, shape):
     config = config_with(parallel__mode=mode, parallel__data=data, parallel__column=column)
     assert experiment.mesh_shape(config, variants.get("paper")) == shape
-
-
-def test_the_originals_recipe_reaches_the_step():
-    config = importlib.import_module("configs.original").get_config()
-    augmentation = experiment.make_augmentation(config, steps_per_epoch=10_009.0)
-    assert augmentation.lighting_form == "original"
-    assert augmentation.lighting_steps == 67 * 10_009
-    model = experiment.make_model(config, 10)
-    tx = experiment.make_optimizer(config, model, steps_per_epoch=2.0)
-    layer = {"kernel": jnp.ones((1, 1)), "bias": jnp.ones(1)}
-    params = {"conv1": layer, "conv2": layer}
-    state = tx.init(params)
-    step = jax.jit(tx.update)
-    seen = {}
-    for count in range(2 * 91):
-        grads = jax.tree.map(jnp.ones_like, params)
-        before = state
-        updates, state = step(grads, state, params)
-        if count in (0, 60, 120, 140, 150, 170):
-            # This step's addition to the velocity, over 1 + weight decay.
-            old, new = (
-                [leaf for leaf in jax.tree.leaves(s) if leaf.shape in ((1, 1), (1,))]
-                for s in (before, state)
-            )
-            seen[count] = [float((n - 0.9 * o).squeeze()) for o, n in zip(old, new, strict=True)]
-            moved = [bool(u.any()) for u in jax.tree.leaves(updates["conv1"])]
-            assert moved == [count < 144] * 2  # frozen at epoch 72, bias and all
-    # bias and kernel of conv1, of conv2; epochs 0, 30, 60, 70, 75 and 85.
-    decayed = 1.0005
-    for count, conv1, conv2, conv1_bias in [
-        (0, 0.01, 0.01, 0.02),
-        (60, 0.001, 0.001, 0.02),
-        (120, 1e-4, 1e-4, 0.02),
-        (140, 1e-5, 1e-4, 0.02),
-        (150, 0.0, 1e-4, 0.02),
-        (170, 0.0, 1e-5, 0.02),
-    ]:
-        want = [-conv1_bias, -conv1 * decayed, -0.02, -conv2 * decayed]
-        np.testing.assert_allclose(seen[count], want, rtol=1e-3, atol=2e-7)

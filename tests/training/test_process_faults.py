@@ -21,7 +21,7 @@ from tests.training.test_loop import folder  # noqa: F401, a fixture
 
 
 def wait_for(process, words, seconds=90):
-    """Reads a process's output until a line holds `words`; returns all of it."""
+    """Read a process's output until a line holds `words`; return all of it."""
     lines, end = [], time.monotonic() + seconds
     while time.monotonic() < end:
         line = process.stdout.readline()
@@ -33,7 +33,7 @@ def wait_for(process, words, seconds=90):
 
 
 def pid_of(workdir, index):
-    """The process number `index` of the run in a workdir."""
+    """Return the process id of process `index` of the run in a workdir."""
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             arguments = entry.read_bytes().decode().split("\0")

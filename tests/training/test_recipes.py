@@ -43,8 +43,7 @@ def test_two_steps_of_every_recipe(name, tmp_path, monkeypatch):
 
 def at_step(state, step):
     """The optimiser's state as it is after so many steps."""
-    counts = jax.tree.map(lambda count: jnp.full_like(count, step), state.hyperparams_states)
-    return state._replace(hyperparams_states=counts)
+    return jax.tree.map(lambda x: jnp.full_like(x, step) if x.dtype == jnp.int32 else x, state)
 
 
 def rates(name, epochs):
@@ -69,6 +68,32 @@ def test_schedules_of_the_recipes():
     np.testing.assert_allclose(found, [0, peak / 2, peak, peak / 4, 0], rtol=1e-5)
     found = rates("owt", (0, 5, 77.5, 150))
     np.testing.assert_allclose(found, [0, 0.06, 0.03, 0], rtol=1e-5, atol=1e-9)
+
+
+def test_the_originals_recipe():
+    """conv1 is slowed down at epoch 67 and frozen at 72; the biases keep their rate."""
+    config = recipe("original")
+    augmentation = experiment.make_augmentation(config, steps_per_epoch=10_009.0)
+    assert augmentation.lighting_form == "original"
+    assert augmentation.lighting_steps == 67 * 10_009
+    network = experiment.make_model(config, 10)
+    tx = experiment.make_optimizer(config, network, steps_per_epoch=STEPS_PER_EPOCH)
+    layer = {"kernel": jnp.ones((1, 1)), "bias": jnp.ones(1)}
+    params = {"conv1": layer, "conv2": layer}
+    for epoch, conv1, conv2, conv1_bias in [
+        (0, 0.01, 0.01, 0.02),
+        (30, 0.001, 0.001, 0.02),
+        (60, 1e-4, 1e-4, 0.02),
+        (70, 1e-5, 1e-4, 0.02),
+        (75, 0.0, 1e-4, 0.0),
+        (85, 0.0, 1e-5, 0.0),
+    ]:
+        state = at_step(tx.init(params), epoch * STEPS_PER_EPOCH)
+        updates, _ = tx.update(params, state, params)  # gradients of 1, weights of 1
+        decayed = 1.0005
+        want = [conv1_bias, conv1 * decayed, 0.02, conv2 * decayed]
+        got = [-float(leaf.squeeze()) for leaf in jax.tree.leaves(updates)]
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-9, err_msg=str(epoch))
 
 
 def test_caffes_two_networks_differ_in_nothing_else():

@@ -9,7 +9,7 @@ from alexnet_jax.data.errors import DataError
 # Images in the official archives (Russakovsky et al. 2015, table 2).
 OFFICIAL_COUNTS = {"train": 1_281_167, "validation": 50_000}
 # The official names, and Hugging Face's, which end in the class.
-_VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})(_n\d{8})?\.jpe?g", re.IGNORECASE)
+_VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
 _WITH_WNID = re.compile(r"(n\d{8})_\d+\.jpe?g|.+_(n\d{8})\.jpe?g", re.IGNORECASE)
 
 
@@ -39,46 +39,30 @@ def words(class_name: str) -> str:
 
 @functools.cache
 def _validation_wnids() -> tuple[str, ...]:
-    """Return the official ground truth by picture; tfds carries it in its package."""
+    """Return the official ground truth by image; tfds carries it in its package."""
     import tensorflow_datasets as tfds
 
     path = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
     return tuple(path.read_text().split())
 
 
-def validation_wnid(file_name: str) -> str:
-    """Return the class of ILSVRC2012_val_00000001.JPEG ... ILSVRC2012_val_00050000.JPEG.
-
-    The number in the name decides, with or without the ending of Hugging Face: archives
-    that were packed again have another order.
-
-    Raises:
-      DataError: for any other name.
-    """
-    match = _VALIDATION_NAME.fullmatch(file_name)
-    number = int(match[1]) if match else 0
-    if not 1 <= number <= OFFICIAL_COUNTS["validation"]:
-        raise DataError(
-            f"{file_name!r} is no validation picture of ILSVRC-2012: expected "
-            "ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_00050000.JPEG, by whose "
-            "number the label is found"
-        )
-    return _validation_wnids()[number - 1]
-
-
 def named_wnid(file_name: str) -> str | None:
     """Return the class in the name of an image of ILSVRC-2012, or None.
 
-    Known are n01440764_10026.JPEG; ILSVRC2012_val_00000001.JPEG, by its number; and the
-    names of Hugging Face, by their ending: ILSVRC2012_val_00000001_n01751748.JPEG.
+    Known are n01440764_10026.JPEG; ILSVRC2012_val_00000001.JPEG, by its number (archives
+    that were packed again have another order); and the names of Hugging Face, by their
+    ending: ILSVRC2012_val_00000001_n01751748.JPEG.
 
     Raises:
       DataError: there is no validation image of that number.
     """
     if match := _WITH_WNID.fullmatch(file_name):
         return match[1] or match[2]
-    if _VALIDATION_NAME.fullmatch(file_name):
-        return validation_wnid(file_name)
+    if match := _VALIDATION_NAME.fullmatch(file_name):
+        number = int(match[1])
+        if not 1 <= number <= OFFICIAL_COUNTS["validation"]:
+            raise DataError(f"{file_name}: ILSVRC-2012 has validation images 1 to 50,000 only")
+        return _validation_wnids()[number - 1]
     return None
 
 

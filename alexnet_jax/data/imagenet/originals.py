@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +18,12 @@ import numpy as np
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.imagenet.classes import check_label, named_wnid, wnids
 from alexnet_jax.data.images import PICTURE_SUFFIXES
-from alexnet_jax.data.sources.folder import class_files
-from alexnet_jax.data.sources.source import some, visible, what_is_in
+from alexnet_jax.data.sources.folder import find_images
+from alexnet_jax.data.sources.source import some, what_is_in
 from alexnet_jax.data.sources.tfds import (
     HOW_TO_GET_IMAGENET,
-    check_files,
     example_message,
+    require_files,
     tfds_builder,
     tfds_directory,
 )
@@ -147,40 +147,41 @@ def find(source: Path) -> dict[str, list[Original]]:
                 f"({what_is_in(source)}). {HOW_TO_GET_IMAGENET}"
             )
         places[split] = found[0]
-    with progress("reading tables of contents", None, "pictures") as done:
-        return {split: _pictures(place, done) for split, place in places.items()}
+    return {split: _pictures(place) for split, place in places.items()}
 
 
-def _pictures(place: Path, done: Callable[[int], object]) -> list[Original]:
+def _pictures(place: Path) -> list[Original]:
     """Read the table of an archive, or list a folder, and label the images."""
     found: dict[str, Original] = {}
-    for path, wnid, name, offset, size in (
-        _in_archive(place) if place.is_file() else _in_folder(place)
-    ):
-        wnid = wnid or named_wnid(name)
-        if wnid not in _LABELS:
-            raise DataError(
-                f"{name} in {place} is of class {wnid or 'unknown'}, none of the 1,000 "
-                f"classes of ILSVRC-2012 ({wnids()[0]} ...). Pictures of other classes "
-                "need no preparation: --config=configs/folder.py "
-                "--config.data.source=folder:PATH"
-            )
-        check_label(name, wnid, str(place))
-        if name in found:
-            raise DataError(f"{place} holds {name} more than once")
-        found[name] = Original(str(path), name, size, _LABELS[wnid], offset)
-        done(1)
+    entries = _in_archive(place) if place.is_file() else _in_folder(place)
+    with progress(f"reading the contents of {place.name}", None, "pictures") as done:
+        for wnid, original in entries:
+            name = original.name
+            wnid = wnid or named_wnid(name)
+            if wnid not in _LABELS:
+                raise DataError(
+                    f"{name} in {place} is of class {wnid or 'unknown'}, none of the 1,000 "
+                    f"classes of ILSVRC-2012 ({wnids()[0]} ...). Pictures of other classes "
+                    "need no preparation: --config=configs/folder.py "
+                    "--config.data.source=folder:PATH"
+                )
+            check_label(name, wnid, str(place))
+            if name in found:
+                raise DataError(f"{place} holds {name} more than once")
+            found[name] = original._replace(label=_LABELS[wnid])
+            done(1)
     if not found:
         raise DataError(f"{place} holds no pictures")
     return list(found.values())
 
 
-# (archive or image file, its class if it lies in that of a class, name, offset, size).
-Picture = tuple[Path, str | None, str, int, int]
+def _in_archive(
+    path: Path, start: int = 0, wnid: str | None = None
+) -> Iterator[tuple[str | None, Original]]:
+    """Yield the images of the archive at byte `start`, and of class archives inside.
 
-
-def _in_archive(path: Path, start: int = 0, wnid: str | None = None) -> Iterator[Picture]:
-    """Yield the images of the archive at byte `start`, and of class archives inside."""
+    Each comes with its class, if it lies in the archive of one.
+    """
     end = start
     try:
         with open(path, "rb") as file:
@@ -195,43 +196,38 @@ def _in_archive(path: Path, start: int = 0, wnid: str | None = None) -> Iterator
                     if suffix == ".tar":
                         yield from _in_archive(path, member.offset_data, stem)
                     else:
-                        yield path, wnid, name, member.offset_data, member.size
+                        yield wnid, Original(str(path), name, member.size, -1, member.offset_data)
             # An archive that is cut off between two files lacks only the end mark.
             file.seek(end)
             if file.read(2 * _BLOCK) != bytes(2 * _BLOCK):
                 raise tarfile.ReadError("there is no end mark")
     except tarfile.TarError as error:
-        [official] = [o.bytes for o in OFFICIAL.values() if o.archive == path.name]
         where = f"{path}, archive {wnid}.tar" if wnid else path
+        official = {official.archive: official.bytes for official in OFFICIAL.values()}
         raise DataError(
             f"{where}: {error}. It has {path.stat().st_size:,} bytes, the official archive "
-            f"{official:,}: was the download cut off, or the file compressed? Go on with "
-            "the download (wget -c, curl -C -) or start it again"
+            f"{official[path.name]:,}: was the download cut off, or the file compressed? "
+            "Go on with the download (wget -c, curl -C -) or start it again"
         ) from error
 
 
-def _in_folder(folder: Path) -> Iterator[Picture]:
-    """Yield the images of class folders, or those that lie side by side.
+def _in_folder(folder: Path) -> Iterator[tuple[str, Original]]:
+    """Yield the images of class folders, or those that lie side by side, by class.
 
     Raises:
       DataError: there is anything else: no image is left out without a word.
     """
-    inside = {entry.name: entry.is_dir() for entry in visible(folder)}
-    classes = sorted(name for name in inside if inside[name])
-    unclear = sorted(inside.keys() - classes) if classes else []
-    for wnid in classes or [None]:
-        place = folder / (wnid or "")
-        names, others = class_files(place)
-        unclear += [os.path.relpath(place / name, folder) for name in others]
-        for name in names:
-            path = place / name
-            yield path, wnid, name, 0, path.stat().st_size
-    if unclear:
+    classes, others = find_images(folder)
+    if others:
         raise DataError(
-            f"in {folder} it is unclear what to do with {some(unclear)}: expected class "
+            f"in {folder} it is unclear what to do with {some(others)}: expected class "
             f"folders, and in them pictures only ({', '.join(PICTURE_SUFFIXES)}). Unpack, "
             "move or remove them"
         )
+    for wnid, (place, names) in classes.items():
+        for name in names:
+            path = place / name
+            yield wnid, Original(str(path), name, path.stat().st_size, -1)
 
 
 def _tfds(directory: Path, split: str) -> list[Original]:
@@ -242,11 +238,10 @@ def _tfds(directory: Path, split: str) -> list[Original]:
             f"{directory} is no tfds data set imagenet2012: its labels are not the 1,000 "
             "WNIDs in order"
         )
-    files = [os.fspath(path) for path in info.splits[split].filepaths]
-    lengths = dict(zip(files, info.splits[split].shard_lengths, strict=True))
-    check_files(lengths, directory)
+    paths = [os.fspath(path) for path in info.splits[split].filepaths]
+    require_files(paths, directory)
     found = []
-    for path, count in lengths.items():
+    for path, count in zip(paths, info.splits[split].shard_lengths, strict=True):
         name, size = os.path.basename(path), os.path.getsize(path)
         if info.file_format.value == "array_record":
             found += [Original(path, f"{name}#{n}", size, -1, 0, n) for n in range(count)]
@@ -274,11 +269,11 @@ def _from_example(record: bytes, name: str, place: str) -> tuple[str, int, bytes
     try:
         features = example_message().FromString(record).features.feature
         label = features["label"].int64_list.value[0]
+        if not 0 <= label < len(_LABELS):
+            raise LookupError(f"its label is {label}, outside 0..{len(_LABELS) - 1}")
         data = features["image"].bytes_list.value[0]
         if "file_name" in features:
             name = features["file_name"].bytes_list.value[0].decode()
-        if not 0 <= label < len(_LABELS):
-            raise LookupError(f"its label is {label}, outside 0..{len(_LABELS) - 1}")
     except (DecodeError, LookupError) as error:
         raise DataError(
             f"record {name} of {place} is damaged: {error}. Prepare that data set again"

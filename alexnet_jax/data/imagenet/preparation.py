@@ -58,8 +58,8 @@ Log = Callable[[str], object]
 
 def prepare(
     source: Path, data_dir: Path, *, workers: int, max_unreadable: int, verify: bool, log: Log
-) -> Path:
-    """Prepare both splits, or resume their preparation, and compute their statistics.
+) -> None:
+    """Prepare both splits in DATA_DIR/imagenet2012_256, or resume their preparation.
 
     List the shards, make the missing ones, describe them, and rename the directory.
 
@@ -71,16 +71,14 @@ def prepare(
       verify: compare the MD5 of the archives with the official ones first.
       log: called with lines about the progress.
 
-    Returns:
-      The directory of the data set, DATA_DIR/imagenet2012_256/1.0.0.
-
     Raises:
       DataError, OSError: something is missing, broken or full. Finished shards stay, in
         a directory whose name ends in .incomplete.
     """
     directory = data_dir / NAME / VERSION
     if (directory / "dataset_info.json").exists():
-        return _found_already(directory, source, log)
+        _describe_finished(directory, source, log)
+        return
     unfinished = directory.with_name(f"{VERSION}.incomplete")
     started = time.monotonic()
     require_writable(data_dir)
@@ -95,9 +93,14 @@ def prepare(
                 path = unfinished / shard_name(split, number, count)
                 shards.append(Shard(path, split, part))
         if verify:
-            _verify(source)
-        check_room(data_dir, _bytes_missing(shards))
-        with explain_full_disk(data_dir, lambda: _bytes_missing(shards)):
+            _verify(source, log)
+
+        def bytes_missing() -> int:
+            pictures = sum(len(shard.originals) for shard in shards if not shard.is_done())
+            return pictures * _BYTES_A_PICTURE + _BYTES_BESIDE
+
+        check_room(data_dir, bytes_missing())
+        with explain_full_disk(data_dir, bytes_missing):
             (unfinished / "parts").mkdir(parents=True, exist_ok=True)
             planned = {shard.path for shard in shards}
             for path in unfinished.glob("*.array_record-*"):
@@ -108,10 +111,9 @@ def prepare(
             os.rename(unfinished, directory)
             shutil.rmtree(directory / "parts")
     log(f"{directory} is ready, after {(time.monotonic() - started) / 60:.1f} minutes")
-    return directory
 
 
-def _found_already(directory: Path, source: Path, log: Log) -> Path:
+def _describe_finished(directory: Path, source: Path, log: Log) -> None:
     """Describe a finished data set; raise DataError if it is of another source."""
     shutil.rmtree(directory / "parts", ignore_errors=True)  # left by a kill at the end
     record = json.loads((directory / _RECORD_FILE).read_text())
@@ -124,7 +126,6 @@ def _found_already(directory: Path, source: Path, log: Log) -> Path:
             "delete it first, or give another --data_dir"
         )
     log("it is there already; to make it anew, delete it first")
-    return directory
 
 
 def _count(split: str, count: int, place: Path) -> str:
@@ -134,28 +135,20 @@ def _count(split: str, count: int, place: Path) -> str:
     return line
 
 
-def _verify(source: Path) -> None:
+def _verify(source: Path, log: Log) -> None:
     """Raise DataError unless both archives have the official MD5."""
     for official in OFFICIAL.values():
-        path, digest = source / official.archive, hashlib.md5(usedforsecurity=False)
+        path = source / official.archive
         if not path.is_file():
             raise DataError(f"--verify needs the archives; {path} is not there")
-        size = path.stat().st_size
-        with open(path, "rb") as file, progress(f"MD5 of {path}", size, "B") as done:
-            while block := file.read(1 << 24):
-                digest.update(block)
-                done(len(block))
-        if digest.hexdigest() != official.md5:
+        log(f"computing the MD5 of {path}")
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "md5").hexdigest()
+        if found != official.md5:
             raise DataError(
-                f"{path} has the MD5 {digest.hexdigest()}, the official archive "
-                f"{official.md5}: it is damaged or was packed again"
+                f"{path} has the MD5 {found}, the official archive {official.md5}: it is "
+                "damaged or was packed again"
             )
-
-
-def _bytes_missing(shards: "list[Shard]") -> int:
-    """Estimate the number of bytes that are still to be written."""
-    missing = sum(len(shard.originals) for shard in shards if not shard.is_done())
-    return missing * _BYTES_A_PICTURE + _BYTES_BESIDE
 
 
 # Shards.
@@ -204,10 +197,7 @@ def _write_shards(shards: list[Shard], workers: int, max_unreadable: int, log: L
         log(f"{len(shards) - len(missing)} of {len(shards)} shards are done already")
     unreadable: list[list[str]] = []
     context = multiprocessing.get_context("spawn")  # no thread of ours is copied
-    stopping = context.Event()
-    pool = futures.ProcessPoolExecutor(
-        min(workers, len(missing) or 1), context, _begin_worker, (stopping,)
-    )
+    pool = futures.ProcessPoolExecutor(min(workers, len(missing) or 1), context, _begin_worker)
     total = sum(len(shard.originals) for shard in shards)
     with progress("preparing", total, "pictures") as done:
         done(total - sum(len(shard.originals) for shard in missing))
@@ -228,8 +218,7 @@ def _write_shards(shards: list[Shard], workers: int, max_unreadable: int, log: L
                 "a worker process was killed (by hand, or for want of memory?); the "
                 "same command goes on, with fewer --workers if need be"
             ) from error
-        finally:
-            stopping.set()
+        finally:  # a shard that is being written is finished first, in some seconds
             pool.shutdown(cancel_futures=True)
 
 
@@ -238,12 +227,7 @@ def _reasons(unreadable: list[list[str]]) -> str:
     return "".join(f"\n  {why}" for _, why in unreadable[:20])
 
 
-_stopping: Any = None  # in a worker: the event that tells it to end
-
-
-def _begin_worker(stopping: Any) -> None:
-    global _stopping
-    _stopping = stopping
+def _begin_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent decides
     warnings.filterwarnings("ignore", module="PIL")  # about images that it can read
     parent = multiprocessing.parent_process()
@@ -265,21 +249,18 @@ def write_shard(shard: Shard) -> dict[str, Any]:
     """
     module: Any = importlib.import_module("array_record.python.array_record_module")
     temporary = shard.path.with_name(f".{shard.path.name}.tmp")
-    records, unreadable = 0, []
+    unreadable = []
     try:
         # One record per block: training reads them in random order. JPEGs do not shrink.
         writer = module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         for original in shard.originals:
-            if _stopping is not None and _stopping.is_set():
-                raise InterruptedError(f"{shard.path} is not finished")
             name, label, data = originals.read(original)
             try:
                 picture = images.decode(data, SIZE, name)
             except DataError as error:
                 unreadable.append([name, str(error)])
-                continue
-            writer.write(_record(name, label, picture))
-            records += 1
+            else:
+                writer.write(_record(name, label, picture))
         writer.close()
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -289,7 +270,7 @@ def write_shard(shard: Shard) -> dict[str, Any]:
     finally:
         temporary.unlink(missing_ok=True)
     result = {
-        "records": records,
+        "records": len(shard.originals) - len(unreadable),
         "bytes": shard.path.stat().st_size,
         "made_of": originals.fingerprint(shard.originals),
         "unreadable": unreadable,
@@ -335,10 +316,7 @@ def _finish(unfinished: Path, source: Path, shards: list[Shard], workers: int, l
     record = {
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "source": str(source),
-        "pictures": {
-            split: sum(result["records"] for result in of_split)
-            for split, of_split in results.items()
-        },
+        "pictures": {split: sum(r["records"] for r in results[split]) for split in results},
         "unreadable": unreadable,
         "preprocessing": f"shorter side {SIZE} (box or bicubic), central {SIZE} x "
         f"{SIZE}, JPEG of quality {_JPEG_QUALITY}, 4:2:0",
@@ -360,16 +338,15 @@ def write_metadata(unfinished: Path, results: dict[str, list[dict[str, Any]]]) -
     template = tfds.core.ShardedFileTemplate(
         data_dir=epath.Path(unfinished), dataset_name=NAME, filetype_suffix="array_record"
     )
-    infos = []
-    for split, of_split in results.items():
-        infos.append(
-            tfds.core.SplitInfo(
-                name=split,
-                shard_lengths=[result["records"] for result in of_split],
-                num_bytes=sum(result["bytes"] for result in of_split),
-                filename_template=template.replace(split=split),
-            )
+    infos = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[result["records"] for result in of_split],
+            num_bytes=sum(result["bytes"] for result in of_split),
+            filename_template=template.replace(split=split),
         )
+        for split, of_split in results.items()
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         tfds.folder_dataset.write_metadata(
             data_dir=unfinished,

@@ -4,16 +4,13 @@ A source knows how many examples there are and fetches any of them by index into
 that the caller owns. Order and state are the loader's.
 """
 
-import contextlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.sources.source import Sample, Source, StoredSource, some
-from alexnet_jax.system.cli import expanded
 
 __all__ = [
     "Sample",
@@ -22,7 +19,6 @@ __all__ = [
     "match_classes",
     "open_source",
     "overlap",
-    "place_of_split",
     "warnings_about",
 ]
 
@@ -49,8 +45,6 @@ def open_source(
       DataError: (a ValueError) the data cannot be used.
       FileNotFoundError: the data is not there.
     """
-    if image_size < 1:
-        raise ValueError(f"image_size must be at least 1, got {image_size}")
     # Each kind is imported when it is opened.
     if source.startswith("folder:"):
         from alexnet_jax.data.sources.folder import FolderSource
@@ -109,26 +103,12 @@ def match_classes(
     return source.with_classes(class_names)
 
 
-def place_of_split(source: str, split: str, data_dir: str) -> Any:
-    """Return the same value for all names of a split: in folders, test may be val."""
-    from alexnet_jax.data.sources.folder import split_folder
-    from alexnet_jax.data.sources.tfds import tfds_data_dir
-
-    if source.startswith("folder:"):
-        with contextlib.suppress(OSError, DataError):  # it may not be there
-            root = expanded(source.removeprefix("folder:"))
-            return split_folder(root, split).resolve()
-    return source, split, tfds_data_dir(data_dir).absolute()
-
-
 def overlap(train: Source, evaluation: Source) -> str:
-    """Return a message about evaluation images that are training images, by place.
+    """Return a message about evaluation images that are training images, or "".
 
-    Slices of a tfds data set may overlap, and two names may stand for one folder. The
-    message is empty if there are no such images.
+    Images are compared by place: slices of a tfds data set may overlap, and two names
+    may stand for one folder.
     """
-    if not isinstance(train, StoredSource) or not isinstance(evaluation, StoredSource):
-        return ""
     shared = sum(
         max(0, min(end, other_end) - max(start, other_start))
         for place, start, end in train.ranges
@@ -146,7 +126,7 @@ def overlap(train: Source, evaluation: Source) -> str:
     )
 
 
-def warnings_about(train: Source, evaluation: Source | None = None) -> list[str]:
+def warnings_about(train: Source | None, evaluation: Source | None = None) -> list[str]:
     """Return lines about skipped files, and mistakes with which the numbers look good."""
     lines = []
     for what, source in (("training", train), ("evaluation", evaluation)):
@@ -163,6 +143,6 @@ def warnings_about(train: Source, evaluation: Source | None = None) -> list[str]
                 f"{source.class_names[labels[0]]}. A low loss and error mean "
                 "nothing then: take a split of several classes"
             )
-    if evaluation is not None and (message := overlap(train, evaluation)):
+    if train and evaluation and (message := overlap(train, evaluation)):
         lines.append(f"WARNING: {message}")
     return lines

@@ -8,28 +8,17 @@ from alexnet_jax.data.sources.source import Source
 class FakeSource(Source):
     """Random but constant images and labels at no cost, for benchmarks and tests.
 
-    Example i is image i modulo 32 of a pool drawn once from the seed, with label i
-    modulo `num_classes`: there is nothing to learn. The number of examples is that of
-    ImageNet unless given.
+    Example i is image i modulo 32 of a pool drawn once, with label i modulo 1,000: there
+    is nothing to learn. There are as many examples as in ImageNet.
     """
 
-    def __init__(
-        self,
-        split: str = "train",
-        image_size: int = 256,
-        *,
-        num_classes: int = 1000,
-        num_examples: int | None = None,
-        seed: int = 0,
-    ):
-        if num_examples is None:
-            num_examples = 1_281_167 if split.startswith("train") else 50_000
-        self.num_examples = num_examples
-        self.class_names = tuple(f"class_{k}" for k in range(num_classes))
+    def __init__(self, split: str, image_size: int):
+        self.num_examples = 1_281_167 if split.startswith("train") else 50_000
+        self.class_names = tuple(f"class_{k}" for k in range(1000))
         self.image_size = image_size
-        self.description = f"fake data, {num_examples} random pictures [{split}]"
+        self.description = f"fake data, {self.num_examples} random pictures [{split}]"
         shape = (32, image_size, image_size, 3)
-        self._pool = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+        self._pool = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
         return indices % self.num_classes

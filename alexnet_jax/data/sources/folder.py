@@ -1,4 +1,4 @@
-"""Class folders: PATH/train/<class>/<picture>."""
+"""Class folders: PATH/train/<class>/<image>."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ _IMAGES, _ANNOTATIONS = "images", "val_annotations.txt"
 
 
 class FolderSource(StoredSource):
-    """PATH/{train, test|val|validation}/<class>/<picture>.
+    """PATH/{train, test|val|validation}/<class>/<image>.
 
     Labels are the positions of the class names in sorted order (by code point, so WNIDs
     of ImageNet get their usual labels); files are sorted too. Images are turned by their
@@ -32,7 +32,7 @@ class FolderSource(StoredSource):
     def __init__(self, path: str | os.PathLike, split: str, image_size: int):
         root = expanded(path)
         folder = split_folder(root, split)
-        classes, ignored = _classes(folder)
+        classes, ignored = find_images(folder)
         self.class_names = tuple(sorted(classes))
         # File names only: the 1.3 million full paths of ImageNet would take 200 MB.
         self._places = [classes[name][0] for name in self.class_names]
@@ -65,8 +65,9 @@ class FolderSource(StoredSource):
 
 def split_folder(root: Path, split: str) -> Path:
     """Return the folder of a split; `test`, `val`, `validation` stand for each other."""
-    aliases = [name for name in _EVAL_FOLDERS if name != split]
-    names = [split, *aliases] if split in _EVAL_FOLDERS else [split]
+    names = [split]
+    if split in _EVAL_FOLDERS:
+        names += [name for name in _EVAL_FOLDERS if name != split]
     found = [root / name for name in names if (root / name).is_dir()]
     if found and (found[0].name == split or len(found) == 1):
         return found[0]
@@ -82,7 +83,7 @@ def split_folder(root: Path, split: str) -> Path:
     )
 
 
-def _classes(folder: Path) -> tuple[dict[str, tuple[Path, list[str]]], list[str]]:
+def find_images(folder: Path) -> tuple[dict[str, tuple[Path, list[str]]], list[str]]:
     """Find the images of a split.
 
     Returns:
@@ -92,31 +93,42 @@ def _classes(folder: Path) -> tuple[dict[str, tuple[Path, list[str]]], list[str]
     Raises:
       DataError: there are no classes, a class has no images, or an image no class.
     """
-    inside = {entry.name: entry.is_dir() for entry in visible(folder)}
-    folders = sorted(name for name in inside if inside[name])
-    ignored = sorted(name for name in inside if not inside[name])
-    found: dict[str, tuple[Path, list[str]]] = {}
-    if folders and folders != [_IMAGES]:
-        for name in folders:
-            place = folder / name
-            if (place / _IMAGES).is_dir():  # tiny-imagenet
-                beside = sorted(entry.name for entry in visible(place))
-                if not any(map(_is_picture, beside)):
-                    place /= _IMAGES
-                    ignored += [f"{name}/{n}" for n in beside if n != _IMAGES]
-            files, others = class_files(place)
-            found[name] = place, files
-            ignored += [f"{place.relative_to(folder)}/{other}" for other in others]
-        return found, ignored
+    inside = visible(folder)
+    folders = [name for name, is_folder in inside.items() if is_folder]
+    if not folders or folders == [_IMAGES]:
+        return _find_side_by_side(folder, folder / _IMAGES if folders else folder)
+    found = {}
+    ignored = [name for name, is_folder in inside.items() if not is_folder]
+    for name in folders:
+        place = folder / name
+        files, others = _list_images(place)
+        if not files and _IMAGES in others:  # tiny-imagenet
+            others.remove(_IMAGES)
+            ignored += [f"{name}/{other}" for other in others]
+            place /= _IMAGES
+            files, others = _list_images(place)
+        if not files:
+            raise DataError(
+                f"class folder {place} holds no pictures ({', '.join(PICTURE_SUFFIXES)}; "
+                f"found there: {some(others)}). Fill it or remove it: an empty class "
+                "would shift the labels unnoticed"
+            )
+        found[name] = place, files
+        ignored += [str((place / other).relative_to(folder)) for other in others]
+    return found, ignored
 
-    # Images of all classes side by side.
-    place = folder / _IMAGES if folders else folder
-    if not folders:
-        class_of = {name: wnid for name in inside if (wnid := named_wnid(name))}
-    elif _ANNOTATIONS in inside:
-        lines = (folder / _ANNOTATIONS).read_text("utf-8").splitlines()
+
+def _find_side_by_side(
+    folder: Path, place: Path
+) -> tuple[dict[str, tuple[Path, list[str]]], list[str]]:
+    """Find the images of a split that lie in one folder, `place`, see `find_images`."""
+    files, others = _list_images(place)
+    if (table := folder / _ANNOTATIONS).exists():
+        lines = table.read_text("utf-8").splitlines()
         class_of = dict(line.split("\t")[:2] for line in lines if line)
     else:
+        class_of = {name: wnid for name in files if (wnid := named_wnid(name))}
+    if not class_of and place != folder:
         raise DataError(
             f"the pictures in {place} have no classes: there is no {_ANNOTATIONS} beside "
             "it, and the split test of tiny-imagenet has none. Set "
@@ -124,44 +136,25 @@ def _classes(folder: Path) -> tuple[dict[str, tuple[Path, list[str]]], list[str]
         )
     if not class_of:
         raise DataError(
-            f"no class folders in {folder} (found there: {some(sorted(inside))}). "
+            f"no class folders in {folder} (found there: {some(files + others)}). "
             f"Expected {folder / '<class>' / '<picture>.jpg'}, one folder per class; "
             "change --config.data.source or move the pictures"
         )
-    files, others = class_files(place)
-    unknown = [name for name in files if name not in class_of]
-    if unknown:
+    if unknown := [name for name in files if name not in class_of]:
         raise DataError(
             f"{len(unknown)} of {len(files)} pictures in {place} have no class: "
             f"{some(unknown)}. Move them into class folders, or out of {folder}"
         )
+    found: dict[str, tuple[Path, list[str]]] = {}
     for name in files:
         found.setdefault(class_of[name], (place, []))[1].append(name)
     return found, [str((place / other).relative_to(folder)) for other in others]
 
 
-def class_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the sorted names of the images in a class folder, and of all else.
-
-    Raises:
-      DataError: there are no images.
-    """
-    names = sorted(entry.name for entry in visible(folder))
-    files = [name for name in names if _is_picture(name)]
-    others = [name for name in names if not _is_picture(name)]
-    if files:
-        return files, others
-    if any((folder / name).is_dir() for name in others):
-        raise DataError(
-            f"class folder {folder} holds no pictures itself, but folders ({some(others)})"
-            f". Move the pictures into {folder} itself"
-        )
-    raise DataError(
-        f"class folder {folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)}; found "
-        f"there: {some(others)}). Fill it or remove it: an empty class would shift the "
-        "labels unnoticed"
-    )
-
-
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith(PICTURE_SUFFIXES)
+def _list_images(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the names of the images in a folder, and of all else."""
+    files, others = [], []
+    for name in visible(folder):
+        is_image = name.lower().endswith(PICTURE_SUFFIXES)
+        (files if is_image else others).append(name)
+    return files, others

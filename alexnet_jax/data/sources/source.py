@@ -21,6 +21,7 @@ class Source:
       image_size: side S of the images that `fetch` writes.
       description: one line that says where the examples are.
       left_out: one line about the files there that are not read; empty if all are.
+      ranges: (place, start, end) of the stored examples, for `overlap`.
       statistics_path: file beside the data for the mean image and the colour PCA of
         this split; None if there is no such place.
     """
@@ -30,6 +31,7 @@ class Source:
     image_size: int
     description: str
     left_out = ""
+    ranges: tuple[tuple[str, int, int], ...] = ()
     statistics_path: Path | None = None
 
     @property
@@ -54,13 +56,8 @@ class Source:
 
 
 class StoredSource(Source):
-    """Image files or records on a disk.
+    """Image files or records on a disk."""
 
-    Attributes, besides those of `Source`:
-      ranges: (place, start, end) of the stored examples, for `overlap`.
-    """
-
-    ranges: tuple[tuple[str, int, int], ...]
     _upright = False  # images are turned by their EXIF orientation
     _label_of: np.ndarray  # stored class -> label, see `with_classes`
 
@@ -76,13 +73,11 @@ class StoredSource(Source):
         upright, size = self._upright, self.image_size
         for i, index in enumerate(indices.tolist()):
             labels[i], data = self.record(index)
-            name = self.name_of(index)
-            images_lib.decode(data, size, name, images[i], upright=upright)
+            images_lib.decode(data, size, self.name_of(index), images[i], upright=upright)
 
     def with_classes(self, class_names: Sequence[str]) -> Self:
         """Return the same images, labelled by the position in `class_names`."""
-        labels = {name: label for label, name in enumerate(class_names)}
-        positions = np.array([labels[name] for name in self.class_names], np.int32)
+        positions = np.array([class_names.index(name) for name in self.class_names], np.int32)
         other = copy.copy(self)
         other._label_of = positions[self._label_of]
         other.class_names = tuple(class_names)
@@ -126,16 +121,15 @@ def some(names: Sequence[str], limit: int = 8) -> str:
     return f"{shown}, ... ({len(names)} in all)" if len(names) > limit else shown
 
 
-def visible(folder: Path) -> list[os.DirEntry]:
-    """List a folder without its hidden files and folders."""
+def visible(folder: Path) -> dict[str, bool]:
+    """Return {name: it is a folder}, sorted, of all in a folder that is not hidden."""
     with os.scandir(folder) as entries:
-        return [entry for entry in entries if not entry.name.startswith(".")]
+        found = {e.name: e.is_dir() for e in entries if not e.name.startswith(".")}
+    return dict(sorted(found.items()))
 
 
 def what_is_in(folder: Path) -> str:
     """Describe a folder that lacks something, for messages."""
-    if not folder.exists():
-        return f"{folder} does not exist"
     if not folder.is_dir():
-        return f"{folder} is not a folder"
-    return f"found in {folder}: {some(sorted(e.name for e in visible(folder)))}"
+        return f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}"
+    return f"found in {folder}: {some(list(visible(folder)))}"

@@ -1,10 +1,10 @@
 """Prepared tfds data sets, read in random order (array_record)."""
 
-import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class TfdsSource(StoredSource):
                 f"image of {dtype}; only uint8 images, 0..255, are read"
             )
         try:
-            parts = _slices(info, split)
+            self.ranges = _ranges(info, split, os.path.realpath(directory))
             # Raw records: parsing the protocol buffer here takes half the time of
             # tfds's own deserialisation, and that time holds the interpreter lock.
             as_data_source: Any = builder.as_data_source  # untyped in tfds
@@ -64,22 +64,16 @@ class TfdsSource(StoredSource):
                 f"{some(sorted(info.splits))}; a slice is written 'train[:90%]')"
             ) from error
         # Checked here, not when the first evaluation comes to it after hours.
-        shards = info.splits[split].file_instructions
-        check_files({s.filename: s.examples_in_shard for s in shards}, directory)
+        files = [shard.filename for shard in info.splits[split].file_instructions]
+        require_files(files, directory)
         # array_record keeps all files open; ImageNet has 1,025, many systems allow 1,024.
-        with contextlib.suppress(ImportError):  # Windows
-            import resource
-
-            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            wanted = min(soft + len(shards), hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + len(files), hard), hard))
         self._parse = example_message().FromString
         self.num_examples = len(self._records)
         self.class_names = tuple(info.features[self._label_key].names)
         self._label_of = np.arange(len(self.class_names), dtype=np.int32)
         self.image_size = image_size
-        root = os.path.realpath(directory)
-        self.ranges = tuple((f"{root}/{name}", *span) for name, span in parts)
         self.description = f"tfds {directory} [{split}]"
         self.statistics_path = directory / statistics_name(split, image_size)
 
@@ -121,17 +115,15 @@ def tfds_directory(name: str, data_dir: Path) -> Path:
       FileNotFoundError: there is none; the message says how to prepare it.
     """
     path, _, version = name.partition(":")
+    folder = data_dir / path
     pattern = re.escape(version).replace(r"\*", r"\d+") or r"\d+\.\d+\.\d+"
-    found = []
     # dataset_info.json is written last: without it the data set is unfinished. The only
     # config of a data set need not be named.
     for place in ("*/dataset_info.json", "*/*/dataset_info.json"):
-        for info in (data_dir / path).glob(place):
-            if re.fullmatch(pattern, info.parent.name):
-                found.append(info.parent)
+        found = [info.parent for info in folder.glob(place)]
+        found = [directory for directory in found if re.fullmatch(pattern, directory.name)]
         if len({directory.parent for directory in found}) == 1:
             return max(found, key=lambda p: [int(part) for part in p.name.split(".")])
-    folder = data_dir / path
     raise FileNotFoundError(
         f"no prepared tfds data set {name} in {data_dir} "
         f"({what_is_in(folder if folder.is_dir() else data_dir)}). "
@@ -169,12 +161,11 @@ def tfds_builder(directory: Path) -> Any:
 
     def check(fields: dict[str, Any]) -> None:
         for key, value in fields.items():
-            text = str(value)
             if key in ("json", "content") and isinstance(value, str):
                 json.loads(value, object_hook=check)  # JSON inside JSON
             is_class = key in ("pythonClassName", "python_class_name", "type")
-            own = text.startswith("tensorflow_datasets.core.features.")
-            if is_class and "." in text and not own:
+            own = str(value).startswith("tensorflow_datasets.core.features.")
+            if is_class and "." in str(value) and not own:
                 raise DataError(
                     f"{path} names the class {value!r}, which would be imported: only "
                     f"classes of tensorflow_datasets are. {_PREPARE_AGAIN}"
@@ -192,22 +183,22 @@ def example_message() -> Any:
     return getattr(tf_example_pb2, "Example")  # noqa: B009
 
 
-def check_files(files: Mapping[str, int], directory: Path) -> None:
-    """Raise DataError unless files (name -> number of records) are there and filled."""
+def require_files(files: Sequence[str], directory: Path) -> None:
+    """Raise DataError unless the files of a data set are there and not empty."""
     missing = [
-        os.path.basename(name)
-        for name, count in sorted(files.items())
-        if not os.path.isfile(name) or os.path.getsize(name) < count
+        os.path.basename(file)
+        for file in files
+        if not os.path.isfile(file) or not os.path.getsize(file)
     ]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(files)} files of {directory} are missing or cut off: "
+            f"{len(missing)} of {len(files)} files of {directory} are missing or empty: "
             f"{some(missing)}. Bring them back, or delete it and prepare it again"
         )
 
 
-def _slices(info: Any, split: str) -> list[tuple[str, tuple[int, int]]]:
-    """Return the parts of a split: (name, (start, end)).
+def _ranges(info: Any, split: str, root: str) -> tuple[tuple[str, int, int], ...]:
+    """Return the parts of a split, see `StoredSource`.
 
     Raises:
       ValueError: a part is empty. tfds takes "train[51:50]" for "train[51:]", and counts
@@ -215,14 +206,14 @@ def _slices(info: Any, split: str) -> list[tuple[str, tuple[int, int]]]:
     """
     import tensorflow_datasets as tfds
 
-    slices = []
+    found = []
     for part in tfds.core.ReadInstruction.from_spec(split).to_absolute(info.splits):
         count = info.splits[part.splitname].num_examples
         start, end = part.from_ or 0, count if part.to is None else part.to
         if start >= end:
             raise ValueError(f"the slice {part.splitname}[{start}:{end}] is empty")
-        slices.append((part.splitname, (start, end)))
-    return slices
+        found.append((f"{root}/{part.splitname}", start, end))
+    return tuple(found)
 
 
 def _only_feature(info: Any, kind: type) -> str:

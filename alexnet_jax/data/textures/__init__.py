@@ -22,10 +22,10 @@ def build(data_dir: Path, *, tiny: bool = False) -> str:
         folder of their own.
 
     Returns:
-      The full tfds name, with the config and version, for `sources.TfdsSource`.
+      The full tfds name, with the config and version.
 
     Raises:
-      OSError: `data_dir` cannot be written (a PathError), or is full.
+      OSError: `data_dir` cannot be written, or is full.
     """
     import tensorflow_datasets as tfds
 
@@ -36,7 +36,8 @@ def build(data_dir: Path, *, tiny: bool = False) -> str:
         config = module.TexturesConfig("tiny", train_examples=200, test_examples=100)
     name = f"textures{'/tiny' if tiny else ''}:{module.Builder.VERSION}"
     directory = data_dir / name.replace(":", "/")
-    if (directory / "dataset_info.json").exists():
+    done = directory / "dataset_info.json"
+    if done.exists():
         return name
     require_writable(data_dir)
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -44,7 +45,7 @@ def build(data_dir: Path, *, tiny: bool = False) -> str:
     # tfds writes to a directory of its own and renames it.
     lock = exclusive_lock(data_dir / ".textures.lock", wait=True)
     with explain_full_disk(data_dir), lock:
-        if (directory / "dataset_info.json").exists():  # another process was faster
+        if done.exists():  # another process was faster
             return name
         print(f"Drawing the textures data set into {directory} ...", file=sys.stderr)
         started = time.perf_counter()

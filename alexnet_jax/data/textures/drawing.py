@@ -9,24 +9,11 @@ Neither colours nor a linear function of pixels can name the class
 because training flips images, and the 224 x 224 crops hold several periods.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 SIZE = 256
-
-# Period in pixels (what one unit of u and v measures), smallest and largest.
-_PERIODS = {
-    "stripes": (22, 32),
-    "checks": (18, 26),
-    "dots": (28, 40),
-    "rings": (38, 52),
-    "bricks": (22, 32),
-    "zigzag": (24, 34),
-    "triangles": (44, 62),
-    "scales": (50, 68),
-    "weave": (38, 52),
-    "blobs": (34, 48),
-}
-CLASS_NAMES = tuple(_PERIODS)
 
 _AXIS = np.arange(SIZE, dtype=np.float32) - (SIZE - 1) / 2
 _MAX_ANGLE = 0.3  # radians either way: about 17 degrees
@@ -38,12 +25,9 @@ def draw(label: int, rng: np.random.Generator) -> np.ndarray:
 
     The image is a function of the label and the state of `rng` only.
     """
-    name = CLASS_NAMES[label]
-    period = rng.uniform(*_PERIODS[name])
-    if name == "blobs":
-        field = _blobs(period, rng)
-    else:
-        field = _FIELDS[name](*_plane(period, rng))
+    smallest, largest, field_of = _CLASSES[CLASS_NAMES[label]]
+    period = rng.uniform(smallest, largest)
+    field = field_of(*_plane(period, rng)) if field_of else _blobs(period, rng)
     return _paint(_cut_in_half(field), rng)
 
 
@@ -72,14 +56,6 @@ def _from_center(t: np.ndarray) -> np.ndarray:
     return t - np.floor(t) - np.float32(0.5)
 
 
-def _stripes(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.cos(_TAU * u)
-
-
-def _checks(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.cos(_TAU / 2 * u) * np.cos(_TAU / 2 * v)
-
-
 def _dots(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Return discs on a hexagonal lattice: two rectangular ones, half a cell apart."""
     height = np.float32(np.sqrt(3))
@@ -100,10 +76,6 @@ def _bricks(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Distance to the joints; a brick is two by one, rows are half a brick apart."""
     u = u / 2 + np.floor(v) / 2
     return np.minimum(1 - 2 * np.abs(_from_center(u)), 0.5 - np.abs(_from_center(v)))
-
-
-def _zigzag(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.cos(_TAU * (v + 2 * np.abs(_from_center(u / 2))))
 
 
 def _triangles(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -143,17 +115,21 @@ def _blobs(wavelength: float, rng: np.random.Generator) -> np.ndarray:
     return np.einsum("yk,xk->yx", y, x)
 
 
-_FIELDS = {
-    "stripes": _stripes,
-    "checks": _checks,
-    "dots": _dots,
-    "rings": _rings,
-    "bricks": _bricks,
-    "zigzag": _zigzag,
-    "triangles": _triangles,
-    "scales": _scales,
-    "weave": _weave,
+# Class: smallest and largest period in pixels (what one unit of u and v measures), and
+# the field over u and v.
+_CLASSES: dict[str, tuple[int, int, Callable[[np.ndarray, np.ndarray], np.ndarray] | None]] = {
+    "stripes": (22, 32, lambda u, v: np.cos(_TAU * u)),
+    "checks": (18, 26, lambda u, v: np.cos(_TAU / 2 * u) * np.cos(_TAU / 2 * v)),
+    "dots": (28, 40, _dots),
+    "rings": (38, 52, _rings),
+    "bricks": (22, 32, _bricks),
+    "zigzag": (24, 34, lambda u, v: np.cos(_TAU * (v + 2 * np.abs(_from_center(u / 2))))),
+    "triangles": (44, 62, _triangles),
+    "scales": (50, 68, _scales),
+    "weave": (38, 52, _weave),
+    "blobs": (34, 48, None),
 }
+CLASS_NAMES = tuple(_CLASSES)
 
 
 def _cut_in_half(field: np.ndarray) -> np.ndarray:

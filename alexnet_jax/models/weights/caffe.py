@@ -1,9 +1,9 @@
 """Caffe's `.caffemodel`: bvlc_alexnet, CaffeNet, and networks fine-tuned from them.
 
-The file is one protocol buffer message. Only the names and blobs of the layers are
-declared here; the parser skips the rest. Names and field numbers are those of
-`src/caffe/proto/caffe.proto` (BVLC/caffe). Files from before 2015 have `layers` instead
-of `layer`, and four numbers instead of a shape.
+The file is one protocol buffer message. Only the names and blobs of the layers are declared here;
+the parser skips the rest. Names and field numbers are those of `src/caffe/proto/caffe.proto`
+(BVLC/caffe). Files from before 2015 have `layers` instead of `layer`, and four numbers instead of
+a shape.
 """
 
 from functools import cache
@@ -19,9 +19,8 @@ from alexnet_jax.models.weights.files import Weights, WeightsError
 VARIANTS = ("caffe", "caffenet")
 # ImageNet's mean colour, RGB, in Caffe's examples (there rounded, in the order BGR).
 MEAN_255 = (122.67891434, 116.66876762, 104.00698793)
-# message -> field -> (number, type[, message]); "*" marks a repeated field. Packed
-# numbers and bytes have the same encoding: declared as bytes, sixty million weights are
-# read as one array instead of Python numbers.
+# message -> field -> (number, type[, message]); "*" marks a repeated field. Packed numbers and
+# bytes have the same encoding: declared as bytes, sixty million weights are read as one array.
 # fmt: off
 _MESSAGES: dict[str, dict[str, tuple[Any, ...]]] = {
     "BlobShape": {"dim": (1, "int64*")},
@@ -88,16 +87,11 @@ def read(path: Path, variant: str | None) -> Weights:
             while blob.ndim > rank and blob.shape[0] == 1:
                 blob = blob[0]
             tensors[f"{layer} blob {i}"] = blob
-    files.check_finite(path, tensors)
-    return files.from_foreign(
-        path,
-        f"the tensors of variant {table.name}",
-        table,
-        tensors,
-        {row.name: (f"{row.name} blob 0", f"{row.name} blob 1") for row in table.layers},
-        first=lambda weight: weight[:, ::-1],  # from BGR, OpenCV's order
-        mean=np.array(MEAN_255, np.float32),
-    )
+    names = {row.name: (f"{row.name} blob 0", f"{row.name} blob 1") for row in table.layers}
+    weights = files.from_foreign(path, table, tensors, names, np.array(MEAN_255, np.float32))
+    first = weights.variables["params"][table.layers[0].name]
+    first["kernel"] = first["kernel"][:, :, ::-1]  # from BGR, OpenCV's order
+    return weights
 
 
 def _read_layers(path: Path) -> list[tuple[str, list[np.ndarray]]]:
@@ -135,9 +129,8 @@ def _variant(path: Path, names: list[str], given: str | None) -> str:
         return found
     if given is None:
         raise WeightsError(
-            f"{path} does not say whether its network is bvlc_alexnet or CaffeNet; "
-            "give variant='caffe' or variant='caffenet' to load; or write a file that "
-            "does: python -m alexnet_jax.export --variant=caffe "
-            f"--workdir={path} --out=FILE.safetensors."
+            f"{path} does not say whether its network is bvlc_alexnet or CaffeNet; give "
+            "variant='caffe' or variant='caffenet' to load, or write a file that does: "
+            f"python -m alexnet_jax.export --variant=caffe --workdir={path} --out=FILE.safetensors."
         )
     return given

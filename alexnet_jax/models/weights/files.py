@@ -1,9 +1,9 @@
 """A trained network, how to read one from a file, and what the file formats share.
 
-Caffe, torch and ONNX keep channels first: a kernel is [out, in, down, across], and a
-fully connected layer reads the maps one after the other. Here a kernel is [down, across,
-in, out], and a fully connected layer reads the places one after the other. The order of
-the channels, and which of them a column sees, is the same everywhere.
+Caffe, torch and ONNX keep channels first: a kernel is [out, in, down, across], and a fully
+connected layer reads the maps one after the other. Here a kernel is [down, across, in, out], and
+a fully connected layer reads the places one after the other. The order of the channels, and which
+of them a column sees, is the same everywhere.
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from flax import traverse_util
+from flax.traverse_util import flatten_dict
 
 from alexnet_jax.data import imagenet
 from alexnet_jax.models import alexnet
@@ -46,9 +46,6 @@ class Weights:
       image_size: side S in pixels of a raw image before the central crop.
       crop_size: side in pixels of the central crop, the input of the network.
       class_names: by label; None if the file does not say.
-
-    Raises:
-      WeightsError: for a mean of another shape.
     """
 
     settings: dict[str, Any]
@@ -57,13 +54,6 @@ class Weights:
     image_size: int
     crop_size: int
     class_names: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        side = self.image_size
-        if self.mean.shape not in ((3,), (side, side, 3)):
-            raise WeightsError(
-                f"the mean has shape {list(self.mean.shape)}, expected [3] or [{side}, {side}, 3]."
-            )
 
     def make_model(self) -> alexnet.AlexNet:
         """Return the network of the settings; ValueError if `create_model` refuses."""
@@ -74,36 +64,32 @@ def read_weights(path: str | os.PathLike[str], *, variant: str | None = None) ->
     """Read a file of weights.
 
     Args:
-      path: a `.caffemodel` (bvlc_alexnet and CaffeNet, any number of classes), a
-        `.pth`, `.pt` or `.pth.tar` of torchvision's AlexNet (needs torch), or a
-        `.safetensors` with torchvision's names or our own.
-      variant: name of the network. Only a `.caffemodel` without normalisation layers
-        needs it ("caffe" or "caffenet"). Any other file names its variant, and another
-        one here is an error. The layers may be narrower than the variant's.
+      path: a `.caffemodel` (bvlc_alexnet and CaffeNet, any number of classes), a `.pth`, `.pt` or
+        `.pth.tar` of torchvision's AlexNet (needs torch), or a `.safetensors` with torchvision's
+        names or our own.
+      variant: name of the network. Only a `.caffemodel` without normalisation layers needs it
+        ("caffe" or "caffenet"). Any other file names its variant, and another one here is an
+        error. The layers may be narrower than the variant's.
 
     Returns:
-      The weights. The 1,000 classes of a foreign file are assumed to be ImageNet's, in
-      the order of their WNIDs.
+      The weights. The 1,000 classes of a foreign file are assumed to be ImageNet's, in the order
+      of their WNIDs.
 
     Raises:
-      WeightsError: (a ValueError) if there is no such file, or if it is damaged or of
-        another format or variant. The message names the wrong tensors.
+      WeightsError: (a ValueError) if there is no such file, or if it is damaged or of another
+        format or variant. The message names the wrong tensors.
     """
     from alexnet_jax.models.weights import caffe, safetensors, torchvision
 
     path = Path(path)
-    name = path.name.lower()
     if not path.is_file():
         raise WeightsError(f"{path}: there is no such file.")
-    if not name.endswith(SUFFIXES):
+    if not path.name.lower().endswith(SUFFIXES):
         raise WeightsError(
             f"{path}: files of weights are {', '.join(SUFFIXES)}; got {path.suffix or 'no suffix'}."
         )
-    if name.endswith(".safetensors"):
-        return safetensors.read(path, variant)
-    if name.endswith(".caffemodel"):
-        return caffe.read(path, variant)
-    return torchvision.read(path, variant)
+    readers = {".safetensors": safetensors.read, ".caffemodel": caffe.read}
+    return readers.get(path.suffix.lower(), torchvision.read)(path, variant)
 
 
 def make_model(settings: Mapping[str, Any]) -> alexnet.AlexNet:
@@ -116,21 +102,12 @@ def make_model(settings: Mapping[str, Any]) -> alexnet.AlexNet:
 def shapes_of(model: alexnet.AlexNet, crop_size: int) -> dict[str, tuple[int, ...]]:
     """Return the shape of every variable by name, for example `params/conv1/kernel`."""
     images = jax.ShapeDtypeStruct((1, crop_size, crop_size, 3), np.float32)
-    # Fast operators, or a key made outside, would start JAX's devices. A file may be
-    # read before `jax.distributed` is set up.
+    # Fast operators, or a key made outside, would start JAX's devices. A file may be read before
+    # `jax.distributed` is set up.
     plain = model.clone(fast=False)
-    variables = jax.eval_shape(lambda x: plain.init(jax.random.key(0), x), images)
-    return {name: leaf.shape for name, leaf in flat(variables).items()}
-
-
-def flat(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {"params": {"conv1": {"kernel": x}}} as {"params/conv1/kernel": x}."""
-    return traverse_util.flatten_dict(variables, sep="/")
-
-
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inverse of `flat`."""
-    return traverse_util.unflatten_dict(dict(leaves), sep="/")
+    variables: Any = jax.eval_shape(lambda x: plain.init(jax.random.key(0), x), images)
+    leaves: dict[str, Any] = flatten_dict(variables, sep="/")
+    return {name: leaf.shape for name, leaf in leaves.items()}
 
 
 def channels_last(weight: np.ndarray, channels: int) -> np.ndarray:
@@ -138,8 +115,8 @@ def channels_last(weight: np.ndarray, channels: int) -> np.ndarray:
 
     Args:
       weight: channels first.
-      channels: features of the layer before. A fully connected weight reads each of
-        them at in / channels places.
+      channels: features of the layer before. A fully connected weight reads each of them at
+        in / channels places.
     """
     if weight.ndim == 4:
         return weight.transpose(2, 3, 1, 0)
@@ -161,12 +138,9 @@ def channels_first(kernel: np.ndarray, channels: int) -> np.ndarray:
 
 def from_foreign(
     path: Path,
-    what: str,
     table: Variant,
     tensors: Mapping[str, np.ndarray],
     names: Mapping[str, tuple[str, str]],
-    *,
-    first: Callable[[np.ndarray], np.ndarray],
     mean: np.ndarray,
 ) -> Weights:
     """Return tensors of another program as weights.
@@ -175,43 +149,33 @@ def from_foreign(
 
     Args:
       path: file of the tensors, for messages.
-      what: expected content of the file, for messages.
       table: layer table at full width.
       tensors: by name, channels first.
       names: layer -> (name of its weight, name of its bias) in `tensors`.
-      first: converts the weight of the first layer, [out, 3, down, across], to one for
-        images in RGB, 0..255.
       mean: [3], RGB, 0..255.
 
     Raises:
-      WeightsError: for missing, unexpected and misshapen tensors.
+      WeightsError: for missing, unexpected and misshapen tensors, and for infinite numbers.
     """
-    features = {
-        layer: len(tensors[name])
-        for layer, pair in names.items()
-        for name in pair
-        if name in tensors
-    }
     classifier = table.layers[-1]
     # Its rounded width is the closest to the exact one.
     widest = max(table.layers[:-1], key=lambda row: row.features)
-    settings = {
-        "variant": table.name,
-        "num_classes": features.get(classifier.name, classifier.features),
-        "width": features.get(widest.name, widest.features) / widest.features,
-    }
+
+    def features(row: Any) -> int:
+        found = [tensors[name] for name in names[row.name] if name in tensors]
+        return len(found[0]) if found else row.features
+
+    width = features(widest) / widest.features
+    settings = {"variant": table.name, "num_classes": features(classifier), "width": width}
     model = make_model(settings)
     shapes, expected = shapes_of(model, table.crop_size), {}
     for layer, (weight, bias) in names.items():
         kernel = shapes[f"params/{layer}/kernel"]
         expected |= {weight: kernel[::-1], bias: kernel[-1:]}  # kernels are square
-    found = {name: np.shape(tensor) for name, tensor in tensors.items()}
-    check_shapes(path, what, found, expected)
+    check_tensors(path, f"the tensors of variant {table.name}", tensors, expected)
     params, channels = {}, 3
     for row in model.network.layers:
         weight, bias = (tensors[name] for name in names[row.name])
-        if row is model.network.layers[0]:
-            weight = first(weight)
         # Copied per layer, so that each transposed copy is freed before the next.
         kernel = np.ascontiguousarray(channels_last(weight, channels))
         params[row.name] = {"kernel": kernel, "bias": np.asarray(bias)}
@@ -230,49 +194,42 @@ def from_foreign(
 def renamed(
     path: Path, named: Iterable[tuple[str, T]], rename: Callable[[str], str]
 ) -> dict[str, T]:
-    """Return the values of a file by their new names.
-
-    Raises:
-      WeightsError: if two of the file's names become one.
-    """
+    """Return the values of a file by their new names; WeightsError if two names become one."""
     before: dict[str, str] = {}
     found: dict[str, T] = {}
     for old, value in named:
         new = rename(old)
         if new in found:
             raise WeightsError(
-                f"{path} holds both {before[new]!r} and {old!r} for {new!r}, and the "
-                "network has one. Write a file that holds only one of the two."
+                f"{path} holds both {before[new]!r} and {old!r} for {new!r}, and the network has "
+                "one. Write a file that holds only one of the two."
             )
         before[new], found[new] = old, value
     return found
 
 
-def check_shapes(path: str | os.PathLike[str], what: str, found: Shapes, expected: Shapes) -> None:
-    """Raise WeightsError unless exactly these tensors were found, of these shapes."""
+def check_tensors(
+    path: Path, what: str, tensors: Mapping[str, np.ndarray], expected: Shapes
+) -> None:
+    """Raise WeightsError unless these are the expected tensors, and finite."""
     wrong = [
-        f"{name} {list(found[name])} instead of {list(shape)}"
+        f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
         for name, shape in expected.items()
-        if name in found and tuple(found[name]) != tuple(shape)
+        if name in tensors and tensors[name].shape != tuple(shape)
     ]
     problems = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [name for name in tensors if name not in expected],
         "of another shape": wrong,
+        "infinite or NaN": [n for n, tensor in tensors.items() if not np.isfinite(tensor).all()],
     }
-    listed = [f"{kind} {some(names)}" for kind, names in problems.items() if names]
+    listed = []
+    for kind, names in problems.items():
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        if names:
+            listed.append(f"{kind} {', '.join(names[:4])}{more}")
     if listed:
         raise WeightsError(f"{path} does not hold {what}: {'; '.join(listed)}.")
-
-
-def check_finite(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raise WeightsError for infinite numbers and NaN."""
-    for name, tensor in tensors.items():
-        if not np.isfinite(tensor).all():
-            raise WeightsError(
-                f"{path}: {name} holds numbers that are infinite or NaN. Was it "
-                "written when training had failed?"
-            )
 
 
 def check_variant(path: Path, given: str | None, expected: tuple[str, ...]) -> None:
@@ -289,12 +246,6 @@ def not_of_format(path: Path, suffix: str, why: object) -> WeightsError:
         start = file.read(16)
     reason = (str(why).strip().splitlines() or ["no reason given"])[0]
     return WeightsError(
-        f"{path} ({os.path.getsize(path):,} bytes, beginning with {start!r}) is no "
-        f"{suffix} that can be read: {reason[:300].rstrip('.')}. Was it downloaded whole?"
+        f"{path} ({os.path.getsize(path):,} bytes, beginning with {start!r}) is no {suffix} that "
+        f"can be read: {reason[:300].rstrip('.')}. Was it downloaded whole?"
     )
-
-
-def some(names: list[str]) -> str:
-    """Return the first four names, and how many more there are."""
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
