@@ -27,6 +27,7 @@ from alexnet_jax.models.layers import (
     WithinMapLrn,
     feature_names,
     stage_name,
+    table_from_json,
 )
 from alexnet_jax.models.summary import check_image_size
 
@@ -319,8 +320,14 @@ def create_model(
 
 
 def from_settings(settings: Mapping[str, Any]) -> AlexNet:
-    """Return `create_model(**settings)` without the settings that are None."""
-    return create_model(**{k: v for k, v in settings.items() if v is not None})
+    """Return `create_model(**settings)` without the settings that are None.
+
+    "table", if it is not empty, is the variant as JSON (`layers.table_to_json`).
+    """
+    given = {k: v for k, v in settings.items() if v is not None}
+    if table := given.pop("table", ""):
+        given["variant"] = table_from_json(table)
+    return create_model(**given)
 
 
 def _initializers(

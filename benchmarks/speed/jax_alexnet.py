@@ -29,7 +29,7 @@ class Step(NamedTuple):
     function: Any
     state: steps.TrainState
     batch: dict[str, jax.Array]
-    statistics: augment.PixelStatistics
+    statistics: augment.Statistics
 
 
 def precision(setting: Setting) -> contextlib.AbstractContextManager[Any]:

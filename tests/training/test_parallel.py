@@ -84,7 +84,7 @@ def on_one_device(mode, rows, columns, **kwargs):
 
 
 def statistics(dtype):
-    return augment.PixelStatistics(
+    return augment.Statistics(
         jnp.full((SIZE, SIZE, 3), 120, dtype),
         jnp.asarray(augment.IMAGENET_PCA_STD_255, dtype),
         jnp.asarray(augment.IMAGENET_PCA_VECTORS, dtype),
