@@ -214,10 +214,12 @@ def make_train_step(spec: StepSpec) -> Callable[..., tuple[TrainState, Arrays]]:
         # Frozen layers have a gradient of 0.
         grads = {**jax.tree.map(jnp.zeros_like, state.params), **result.grads}
         opt_state: Any
-        updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
+        with jax.named_scope("update"):
+            updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         new_state = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             batch_stats=result.batch_stats,
             opt_state=opt_state,
             extra=state.extra,

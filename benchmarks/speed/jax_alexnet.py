@@ -35,7 +35,7 @@ class Step(NamedTuple):
 def precision(setting: Setting) -> contextlib.AbstractContextManager[Any]:
     """How a GPU multiplies float32 numbers in what is traced inside."""
     levels = {"float32": "highest", "tensorfloat32": "tensorfloat32"}
-    if jax.default_backend() == "cpu" or setting.precision not in levels:
+    if ops.backend() == "cpu" or setting.precision not in levels:
         return contextlib.nullcontext()
     return jax.default_matmul_precision(levels[setting.precision])
 
