@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from alexnet_jax.models.alexnet import AlexNet, create_model
     from alexnet_jax.models.ops import jit
+    from alexnet_jax.models.weights.safetensors import save
     from alexnet_jax.training.experiment import pipeline
     from alexnet_jax.training.load import load
 
-__all__ = ["AlexNet", "create_model", "jit", "load", "pipeline"]
+__all__ = ["AlexNet", "create_model", "jit", "load", "pipeline", "save"]
 
 _HOMES = {
     "AlexNet": "models.alexnet",
@@ -21,6 +22,7 @@ _HOMES = {
     "jit": "models.ops",
     "load": "training.load",
     "pipeline": "training.experiment",
+    "save": "models.weights.safetensors",
 }
 
 

@@ -67,6 +67,7 @@ def test_names_on_the_page_about_the_paper_exist():
 
 def test_examples_of_the_page_about_extending_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs/extending.md").read_text().replace('"textures"', '"textures/tiny"')
     scope = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
@@ -74,6 +75,8 @@ def test_examples_of_the_page_about_extending_run(tmp_path, monkeypatch, capsys)
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     # Two steps of a network that guesses: (1 - 1/10)^2 ln(10) = 1.87.
     assert losses == pytest.approx([1.87, 1.87], abs=0.5)
+    assert scope["model"].network.layers[5].name == "conv6"  # read from the file
+    assert [row.name for row in scope["get_sweep"]().rows] == ["paper", "k=1, n=3"]
 
 
 def test_page_of_the_configuration_is_up_to_date(monkeypatch):

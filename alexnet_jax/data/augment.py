@@ -12,11 +12,12 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from alexnet_jax.data.statistics import Statistics
 
 # ImageNet's principal components of RGB pixel values, computed by the original
 # (cuda-convnet2, `make-data/input_meta`): standard deviations (not variances) in
@@ -37,23 +38,17 @@ CROP_RATIOS, CROP_TRIES = (3 / 4, 4 / 3), 10
 IMAGENET_MEAN_255 = np.array([127.305, 119.715, 104.913])
 
 
-@flax.struct.dataclass
-class PixelStatistics:
-    """Statistics of the training data, as arrays on the device.
-
-    Attributes:
-      mean_image: [S, S, 3], RGB, 0..255.
-      pca_std_255, pca_vectors: see `pca_lighting`.
-    """
-
-    mean_image: jax.Array
-    pca_std_255: jax.Array
-    pca_vectors: jax.Array
+# On the device the statistics are a pytree of their three arrays.
+jax.tree_util.register_dataclass(
+    Statistics,
+    data_fields=("mean_image", "pca_std_255", "pca_vectors"),
+    meta_fields=("num_examples", "split_examples"),
+)
 
 
-def imagenet_statistics(side: int) -> PixelStatistics:
+def imagenet_statistics(side: int) -> Statistics:
     """Return ImageNet's statistics, with its mean colour at all side x side pixels."""
-    return PixelStatistics(
+    return Statistics(
         mean_image=jnp.full((side, side, 3), IMAGENET_MEAN_255),
         pca_std_255=jnp.asarray(IMAGENET_PCA_STD_255),
         pca_vectors=jnp.asarray(IMAGENET_PCA_VECTORS),
@@ -303,7 +298,7 @@ def train_images(
     pictures: jax.Array,
     key: jax.Array,
     first_example: Any,
-    statistics: PixelStatistics,
+    statistics: Statistics,
     augmentation: Augmentation,
     dtype: Any = jnp.float32,
     *,

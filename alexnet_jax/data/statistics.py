@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent import futures
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ _REMEDY = (
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Mean image and colour PCA.
+    """Mean image and colour PCA, as arrays of NumPy or of JAX.
 
     Attributes:
       mean_image: float32 [S, S, 3], RGB, 0..255.
@@ -34,15 +35,15 @@ class Statistics:
         deviations, not eigenvalues).
       pca_vectors: float32 [3, 3], its unit eigenvectors in the COLUMNS, in the same
         order; rows are R, G, B. Signs: the largest component is positive.
-      num_examples: images that were used.
+      num_examples: images that were used; 0: unknown.
       split_examples: images that the split had then.
     """
 
-    mean_image: np.ndarray
-    pca_std_255: np.ndarray
-    pca_vectors: np.ndarray
-    num_examples: int
-    split_examples: int
+    mean_image: Any
+    pca_std_255: Any
+    pca_vectors: Any
+    num_examples: int = 0
+    split_examples: int = 0
 
     @property
     def extent(self) -> str:

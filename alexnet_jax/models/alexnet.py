@@ -27,6 +27,7 @@ from alexnet_jax.models.layers import (
     WithinMapLrn,
     feature_names,
     stage_name,
+    table_from_json,
 )
 from alexnet_jax.models.summary import check_image_size
 
@@ -39,7 +40,7 @@ _ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid
 
 
 class _Weights(nn.Module):
-    """The kernel and the bias of one layer, in `dtype`.
+    """The kernel of one layer in `dtype`, and its bias in at least float32.
 
     A locally connected layer has a kernel and a bias per place; `places` is (down, across).
     """
@@ -56,7 +57,7 @@ class _Weights(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (*self.places, *self.shape), dtype)
         constant = nn.initializers.constant(self.bias)
         bias = self.param("bias", constant, (*self.places, self.shape[-1]), dtype)
-        return kernel.astype(self.dtype), bias.astype(self.dtype)
+        return kernel.astype(self.dtype), bias
 
 
 class AlexNet(nn.Module):
@@ -166,7 +167,7 @@ class AlexNet(nn.Module):
         side = row.side(x.shape[1])
         shape = (row.kernel, row.kernel, x.shape[-1], row.features)
         kernel, bias = self._weights(row, shape, places=(side, side))
-        return ops.local_conv(x, kernel, padding=row.padding) + bias
+        return (ops.local_conv(x, kernel, padding=row.padding) + bias).astype(self.dtype)
 
     def _dense(self, row: Dense, x: jax.Array, part: Part) -> jax.Array:
         columns = self.network.columns if row.sees == "own" else 1
@@ -174,9 +175,11 @@ class AlexNet(nn.Module):
         batch, own_columns, inputs = x.shape
         kernel, bias = self._weights(row, (inputs, row.features // part.shards))
         if own_columns == 1:
-            return x.reshape(batch, inputs) @ kernel + bias
-        kernel = kernel.reshape(inputs, own_columns, -1)
-        return jnp.einsum("bgi,igo->bgo", x, kernel).reshape(batch, -1) + bias
+            x = x.reshape(batch, inputs) @ kernel
+        else:
+            kernel = kernel.reshape(inputs, own_columns, -1)
+            x = jnp.einsum("bgi,igo->bgo", x, kernel).reshape(batch, -1)
+        return (x + bias).astype(self.dtype)
 
     def _classifier(self, row: Layer, x: jax.Array) -> jax.Array:
         """Return the logits of this device's own examples.
@@ -186,7 +189,7 @@ class AlexNet(nn.Module):
         """
         x = self.exchange.classifier_inputs(x)
         kernel, bias = self._weights(row, (x.shape[-1], row.features))
-        partial_logits = jnp.matmul(x, kernel, preferred_element_type=_param_dtype(self.dtype))
+        partial_logits = ops.wide_matmul(x, kernel, fast=self.fast)
         return self.exchange.sum_logits(partial_logits) + bias
 
     def _weights(
@@ -246,6 +249,7 @@ class AlexNet(nn.Module):
         )
 
 
+@jax.named_scope("dropout")
 def dropout(x: jax.Array, stage: Dropout, key: jax.Array | None, part: Part) -> jax.Array:
     """Drop units [B, ..., F] at random; without a key only scale them, for the evaluation.
 
@@ -316,8 +320,14 @@ def create_model(
 
 
 def from_settings(settings: Mapping[str, Any]) -> AlexNet:
-    """Return `create_model(**settings)` without the settings that are None."""
-    return create_model(**{k: v for k, v in settings.items() if v is not None})
+    """Return `create_model(**settings)` without the settings that are None.
+
+    "table", if it is not empty, is the variant as JSON (`layers.table_to_json`).
+    """
+    given = {k: v for k, v in settings.items() if v is not None}
+    if table := given.pop("table", ""):
+        given["variant"] = table_from_json(table)
+    return create_model(**given)
 
 
 def _initializers(

@@ -1,8 +1,10 @@
 """The vocabulary of layer tables: rows (layers), and the stages that follow a row."""
 
+import dataclasses
+import json
 import re
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 ActivationKind = Literal["relu", "tanh", "sigmoid"]
 PoolKind = Literal["max", "avg"]
@@ -178,6 +180,37 @@ class Variant:
     def layer_weight_decay(self) -> dict[str, float]:
         """Weight decay by layer, of the layers that have their own."""
         return {row.name: row.weight_decay for row in self.layers if row.weight_decay is not None}
+
+
+_TYPES = {
+    t.__name__: t
+    for t in (Activation, BatchNorm, Conv, Dense, Dropout, Local, Lrn, Pool, Variant, WithinMapLrn)
+}
+
+
+def table_to_json(table: Variant) -> str:
+    """Return a table as JSON text, with which a run stores it."""
+
+    def plain(value: Any) -> Any:
+        if type(value).__name__ in _TYPES:
+            fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            return {"type": type(value).__name__, **fields}
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+    return json.dumps(plain(table))
+
+
+def table_from_json(text: str) -> Variant:
+    """Return the table that `table_to_json` wrote; missing fields take their default."""
+
+    def made(value: dict[str, Any]) -> Any:
+        make = _TYPES[value.pop("type")]
+        return make(**{name: as_tuples(item) for name, item in value.items()})
+
+    def as_tuples(value: Any) -> Any:
+        return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+    return json.loads(text, object_hook=made)
 
 
 def stage_name(kind: str, layer: str) -> str:

@@ -276,7 +276,8 @@ class Checkpointer(contextlib.ExitStack):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Restore the named parts of a state onto the first local device.
 
-        Nothing else is read or allocated.
+        Nothing else is read or allocated. If the state has a moving average of the
+        parameters, "params" is this average.
 
         Args:
           which: as in `find`.
@@ -297,7 +298,13 @@ class Checkpointer(contextlib.ExitStack):
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             {part: saved[part] for part in parts if saved.get(part)},
         )
-        return self._restore_arrays(step, target), self.metadata(step)
+        average = (saved.get("extra") or {}).get("average")
+        if average and "params" in target:
+            target["extra"] = {"average": target.pop("params")}
+        found = self._restore_arrays(step, target)
+        if "extra" in found:
+            found["params"] = found.pop("extra")["average"]
+        return found, self.metadata(step)
 
     def _saved_tree(self, step: int) -> dict[str, Any]:
         return self._handler.metadata(self.directory / str(step) / STATE).tree

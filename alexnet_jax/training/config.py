@@ -16,7 +16,9 @@ import difflib
 import itertools
 import json
 import math
+import runpy
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -66,8 +68,11 @@ def get_config() -> Config:
 
     config.model = model = ConfigDict()
     # Layer table: paper, original, no_communication, six_conv, no_overlap, one_gpu, caffe,
-    # caffenet, one_tower, owt, zfnet, cifar, cifar_13 or cifar_11.
+    # caffenet, one_tower, owt, zfnet, cifar, cifar_13 or cifar_11; or one of your own,
+    # FILE.py:NAME.
     model.variant = "paper"
+    # The table of FILE.py:NAME as JSON, read at the start and stored with the run; leave empty.
+    model.table = ""
     # Units of the classifier; 0: as many as the data set has classes.
     model.num_classes = 0
     # Factor on the features of every layer but the classifier.
@@ -152,6 +157,9 @@ def get_config() -> Config:
     augment.lighting_form = "paper"
     # No colour noise from this epoch on (the original: 67); -1: always.
     augment.lighting_until_epoch = -1.0
+    # Mix each image, and its label, with another one of the batch; the share is drawn from
+    # Beta(mixup, mixup) (Zhang et al. 2018: 0.2); 0: off.
+    augment.mixup = 0.0
 
     config.optim = optim = ConfigDict()
     # Learning rate, not scaled by the batch size (paper, section 5: 0.01 at 128).
@@ -177,6 +185,9 @@ def get_config() -> Config:
     # Share of the training target spread evenly over all classes; 0: none (Szegedy et
     # al. 2016: 0.1).
     optim.label_smoothing = 0.0
+    # Decay of a moving average of the weights, which is evaluated, loaded and exported in
+    # their place, for example 0.999; 0: none.
+    optim.ema_decay = 0.0
     # LARS: norm of a kernel's gradient as a share of the kernel's norm; 0: off (NVCaffe:
     # 0.001). Not for kernels split over columns.
     optim.trust_coefficient = 0.0
@@ -255,6 +266,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "augment.lighting": _AT_LEAST_0,
     "augment.lighting_form": _one_of(*augment_lib.LIGHTING_FORMS),
     "augment.lighting_until_epoch": (lambda v: v == -1 or v >= 0, "-1 or at least 0"),
+    "augment.mixup": (lambda v: 0 <= v < math.inf, "0 (off) or more"),
     "optim.learning_rate": _ABOVE_0,
     "optim.momentum": (lambda v: 0 <= v < 1, "0 to below 1"),
     "optim.weight_decay": _AT_LEAST_0,
@@ -262,6 +274,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.form": _one_of(*optim_lib.FORMS),
     "optim.accumulate_steps": _AT_LEAST_1,
     "optim.label_smoothing": (lambda v: 0 <= v < 1, "0 (none) to below 1"),
+    "optim.ema_decay": (lambda v: 0 <= v < 1, "0 (none) to below 1"),
     "optim.trust_coefficient": (lambda v: v >= 0, "0 (off) or more"),
     "schedule.name": _one_of(*optim_lib.SCHEDULES),
     "schedule.factor": (lambda v: 0 < v < 1, "above 0 and below 1"),
@@ -316,6 +329,8 @@ def validate(
 ) -> None:
     """Check everything that can be checked without the data.
 
+    Fills in `model.table` first, if `model.variant` is FILE.py:NAME.
+
     Args:
       devices: check the mesh against the devices of this machine.
       training: refuse fields that would have no effect on training.
@@ -335,7 +350,7 @@ def validate(
             mistyped = True
         elif name in RANGES and not RANGES[name][0](value):
             wrong[name] = RANGES[name][1]
-    problems = [*found]
+    problems = [*found, *_read_table(config)]
     problems += [f"--config.{name}={fields.get(name)!r} must be {wrong[name]}." for name in wrong]
     if not mistyped:
         problems += _conflicts(config, wrong, devices, training)
@@ -391,11 +406,26 @@ def _conflicts(config: Config, wrong: Collection[str], devices: bool, training: 
     return problems
 
 
+def _read_table(config: Config) -> list[str]:
+    """Fill in `model.table` from FILE.py:NAME, unless a run has stored it; return mistakes."""
+    path, _, name = str(config.model.variant).rpartition(":")
+    if not path.endswith(".py") or config.model.table:
+        return []
+    if not Path(path).is_file():
+        return [f"--config.model.variant: {path}: there is no such file in {Path.cwd()}."]
+    table = runpy.run_path(path).get(name)
+    if not isinstance(table, layers.Variant):
+        return [f"--config.model.variant: {path} defines no table (a Variant) named {name}."]
+    config.model.table = layers.table_to_json(table)
+    return []
+
+
 def _model_problems(config: Config) -> list[str]:
     """Return the mistakes of the model's settings, each taken by itself."""
     problems = []
     known = config.model.variant in variants.VARIANTS
     base = {"variant": config.model.variant if known else "paper", "init": "he"}
+    base |= {"table": config.model.table}
     for name, value in model_settings(config, 2).items():
         try:
             alexnet.from_settings({**base, name: value})
@@ -515,6 +545,12 @@ def _mesh_problems(config: Config, network: layers.Variant) -> list[str]:
         )
     devices = parallel_lib.batch_shards(rows, columns, mode)
     step = devices * parts
+    if config.augment.mixup and batch % step == 0 and batch // step % 2:
+        problems.append(
+            f"--config.augment.mixup={config.augment.mixup} mixes pairs of images on a device; "
+            f"a part of --config.data.batch_size={batch} has {batch // step} there, and needs an "
+            "even number."
+        )
     if batch % step:
         below, above = batch // step * step, -(-batch // step) * step
         nearest = " or ".join(str(size) for size in (below, above) if size > 0)

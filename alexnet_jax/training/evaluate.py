@@ -139,7 +139,7 @@ def predict(experiment: Experiment, variables: dict[str, Any]) -> Predictions:
     """Return the predictions of a network on its experiment's evaluation split."""
     source, views = experiment.eval_source, experiment.config.eval_views
     assert source is not None
-    step, statistics = make_predict_step(experiment.spec, views), experiment.pixel_statistics()
+    step, statistics = make_predict_step(experiment.spec, views), experiment.statistics_on_mesh()
 
     def predict_batch(batch: Any) -> dict[str, jax.Array]:
         put = experiment.put(batch)

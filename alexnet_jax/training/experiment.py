@@ -1,5 +1,6 @@
 """Build everything that a config describes: network, optimiser, mesh, data."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
@@ -63,12 +64,11 @@ class Experiment:
         """Return shapes and shardings of the state, for restoring."""
         return steps.abstract_state(self.spec)
 
-    def pixel_statistics(self) -> augment.PixelStatistics:
+    def statistics_on_mesh(self) -> Statistics:
         """Return the statistics on every device of the mesh."""
         wide = jnp.promote_types(self.model.dtype, jnp.float32)
-        names = ("mean_image", "pca_std_255", "pca_vectors")
-        arrays = {name: np.asarray(getattr(self.statistics, name), wide) for name in names}
-        return augment.PixelStatistics(**parallel.put_everywhere(arrays, self.mesh))
+        arrays = jax.tree.map(lambda a: np.asarray(a, wide), self.statistics)
+        return parallel.put_everywhere(arrays, self.mesh)
 
     def train_batches(self, start_step: int) -> data_lib.Batches:
         """Return this process's host batches from `start_step` on."""
@@ -213,7 +213,22 @@ def make_spec(
         accumulate_steps=config.optim.accumulate_steps,
         label_smoothing=config.optim.label_smoothing,
         frozen=optim.frozen_layers(config.schedule.layer_factors),
+        **(averaging(config.optim.ema_decay) if config.optim.ema_decay else {}),
     )
+
+
+def averaging(decay: float) -> dict[str, Any]:
+    """Return the arguments of `StepSpec` that keep a moving average of the parameters."""
+
+    def after_update(state: steps.TrainState) -> steps.TrainState:
+        average = optim.update_average(state.extra["average"], state.params, state.step, decay)
+        return dataclasses.replace(state, extra=state.extra | {"average": average})
+
+    return {"init_extra": _first_average, "after_update": after_update}
+
+
+def _first_average(params: Any) -> dict[str, Any]:
+    return {"average": params}
 
 
 def make_augmentation(config: Config, steps_per_epoch: float) -> augment.Augmentation:
@@ -228,6 +243,7 @@ def make_augmentation(config: Config, steps_per_epoch: float) -> augment.Augment
         fields.lighting_form,
         None if until == -1 else round(until * steps_per_epoch),
         fields.min_area,
+        fields.mixup,
     )
 
 
@@ -311,7 +327,7 @@ def pipeline(config: Config, *, start_step: int = 0) -> Iterator[dict[str, Any]]
     and lit exactly as in the training step of that number.
     """
     experiment = build(config)
-    statistics = experiment.pixel_statistics()
+    statistics = experiment.statistics_on_mesh()
     key = steps.purpose_key(config.seed, steps.AUGMENT)
 
     @jax.jit

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax.models.layers import stage_name
@@ -40,9 +41,10 @@ def begin(experiment: Experiment) -> tuple[Experiment, TrainState, list[str]]:
     weights = load.read_network(source, variant=config.model.variant if is_caffe else None)
     new = [*config.finetune.new_layers, experiment.model.network.layers[-1].name]
     kept, state = _kept(experiment, weights, new), experiment.init_state()
-    state = dataclasses.replace(
-        state, **{part: getattr(state, part) | layers for part, layers in kept.items()}
-    )
+    changes = {part: getattr(state, part) | layers for part, layers in kept.items()}
+    if init_extra := experiment.spec.init_extra:
+        changes["extra"] = jax.tree.map(jnp.copy, init_extra(changes["params"]))
+    state = dataclasses.replace(state, **changes)
     line = f"starting from the weights and the mean image of {source}, but new: {', '.join(new)}"
     if frozen := optim.frozen_layers(config.schedule.layer_factors):
         line += f"; frozen: {', '.join(sorted(frozen))}"

@@ -29,6 +29,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from alexnet_jax.models import ops
 from alexnet_jax.models.alexnet import AlexNet
 from alexnet_jax.models.exchange import Exchange, Part, by_column
 from alexnet_jax.models.layers import Dense, Layer, Local, Lrn, Variant, stage_name
@@ -260,6 +261,7 @@ def vary(tree: PyTree, specs: PyTree, axes: tuple[str, ...]) -> PyTree:
     return jax.tree.map(mark, tree, specs)
 
 
+@jax.named_scope("sum_gradients")
 def sum_gradients(grads: PyTree, specs: PyTree, axes: tuple[str, ...]) -> PyTree:
     """Sum gradients over those of `axes` that do not split their arrays.
 
@@ -269,9 +271,21 @@ def sum_gradients(grads: PyTree, specs: PyTree, axes: tuple[str, ...]) -> PyTree
     """
     leaves, tree = jax.tree.flatten(grads)
     kinds = [replicated_axes(spec, axes) for spec in tree.flatten_up_to(specs)]
+    total_size = sum(leaf.size for leaf in leaves)
     # One exchange for all leaves of a kind, in the same order in all processes.
     for kind in filter(None, dict.fromkeys(kinds)):
         at = [i for i, other in enumerate(kinds) if other == kind]
+        if ops.exchanges_in_background():
+            # The gradients of fc6 and fc7, nine tenths of all numbers, are known before the
+            # backward pass of the convolutions. The barrier keeps XLA from exchanging the
+            # others first.
+            large = [i for i in at if leaves[i].size > total_size / 10]
+            at = [i for i in at if i not in large]
+            for i in large[::-1]:
+                leaves[i] = lax.psum(leaves[i], kind)
+            tied = lax.optimization_barrier([leaves[i] for i in (*at, *large)])
+            for i, leaf in zip(at, tied, strict=False):
+                leaves[i] = leaf
         for i, total in zip(at, lax.psum([leaves[i] for i in at], kind), strict=True):
             leaves[i] = total
     return tree.unflatten(leaves)

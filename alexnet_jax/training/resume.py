@@ -64,6 +64,8 @@ def compare(config: Config, saved: dict[str, Any], workdir: Path) -> list[str]:
       ConfigError: it describes another network.
     """
     old, new = flat(as_json(from_stored(saved))), flat(as_json(config))
+    if old["model.table"] != new["model.table"]:
+        old["model.table"], new["model.table"] = "one table", "another"
     changed = {
         name: f"  --config.{name}: {old[name]} in the workdir, now {new[name]}"
         for name in sorted(new)
@@ -75,7 +77,16 @@ def compare(config: Config, saved: dict[str, Any], workdir: Path) -> list[str]:
             "\n".join([f"{workdir} holds another network:", *network])
             + "\nTake a new --workdir, or the config that this one was made with."
         )
-    return ["the config differs from this workdir's:", *changed.values()] if changed else []
+    if not changed:
+        return []
+    lines = ["the config differs from this workdir's:", *changed.values()]
+    name = config.schedule.name
+    if "num_epochs" in changed and name in ("cosine", "polynomial"):
+        lines.append(
+            f"the {name} schedule is laid out over {config.num_epochs:g} epochs instead of "
+            f"{old['num_epochs']:g}: from here on the learning rate is another"
+        )
+    return lines
 
 
 def _require_same_classes(experiment: Experiment, workdir: Path) -> None:
@@ -108,7 +119,13 @@ def require_same_epochs(metadata: Mapping[str, Any], experiment: Experiment, wor
     remedy = "Bring the old ones back"
     if old != new:
         change = f"has --config.data.batch_size={old}, not {new}"
-        remedy = f"Keep {old} (--config.optim.accumulate_steps=2 halves its memory)"
+        remedy = f"Keep {old}"
+        if old % new == 0:
+            parts = experiment.config.optim.accumulate_steps * old // new
+            remedy += (
+                f"; --config.optim.accumulate_steps={parts} is the same run in less memory "
+                "(except for batch normalisation)"
+            )
     raise ConfigError(
         f"{workdir} {change}: its steps would mean other epochs, learning rates and "
         f"places in the data. {remedy}. Or take a new --workdir; "

@@ -98,7 +98,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.config = self.experiment.config
-        self.statistics = self.experiment.pixel_statistics()
+        self.statistics = self.experiment.statistics_on_mesh()
         self.log = StepLog(self.experiment, self.writers, self.clock)
         self.saved_at = time.monotonic()
         self._votes = Votes(self.experiment.mesh)
@@ -191,7 +191,7 @@ class Run:
 
     def eval_batch(self, batch: Any, views: int) -> Any:
         """Return the sums of the evaluation metrics over a batch."""
-        args = self.state.params, self.state.batch_stats, batch, self.statistics
+        args = self.state.eval_params, self.state.batch_stats, batch, self.statistics
         return self.compiled("evaluation", steps.make_eval_step, args, views)(*args)
 
     def _until_stopped(self, batches: Iterator[Batch]) -> Iterator[Batch]:

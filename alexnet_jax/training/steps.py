@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alexnet_jax.data import augment
-from alexnet_jax.data.augment import PixelStatistics
+from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.models import ops
 from alexnet_jax.models.alexnet import AlexNet
 from alexnet_jax.models.layers import Activation, feature_names
@@ -207,17 +207,19 @@ def make_train_step(spec: StepSpec) -> Callable[..., tuple[TrainState, Arrays]]:
     specs = state_specs(spec)
 
     def device_step(
-        state: TrainState, batch: Arrays, statistics: PixelStatistics
+        state: TrainState, batch: Arrays, statistics: Statistics
     ) -> tuple[TrainState, Arrays]:
         result = loss_and_grad(spec, specs.params, state, batch, statistics)
         loss, error = lax.pmean((result.loss, result.top1_error), spec.batch_axes)
         # Frozen layers have a gradient of 0.
         grads = {**jax.tree.map(jnp.zeros_like, state.params), **result.grads}
         opt_state: Any
-        updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
+        with jax.named_scope("update"):
+            updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         new_state = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             batch_stats=result.batch_stats,
             opt_state=opt_state,
             extra=state.extra,
@@ -257,7 +259,7 @@ def loss_and_grad(
     param_specs: PyTree,
     state: TrainState,
     batch: Arrays,
-    statistics: PixelStatistics,
+    statistics: Statistics,
     observe: Callable[[Arrays], PyTree] = lambda features: (),
 ) -> PassResult:
     """Run the forward and backward pass over one device's shard of the batch.
@@ -379,7 +381,7 @@ def make_summary_step(spec: StepSpec) -> Callable[..., Arrays]:
             if name
         }
 
-    def device_step(state: TrainState, batch: Arrays, statistics: PixelStatistics) -> Arrays:
+    def device_step(state: TrainState, batch: Arrays, statistics: Statistics) -> Arrays:
         result = loss_and_grad(spec, specs.params, state, batch, statistics, alive_units)
         scalars = {"train/loss": lax.pmean(result.loss, axes)}
         for layer, grads in result.grads.items():
@@ -459,7 +461,7 @@ def _on_views(
     model, crop_size = spec.local_model, spec.crop_size
 
     def device_step(
-        params: PyTree, batch_stats: PyTree, batch: Arrays, statistics: PixelStatistics
+        params: PyTree, batch_stats: PyTree, batch: Arrays, statistics: Statistics
     ) -> Arrays:
         variables = {"params": params, "batch_stats": batch_stats}
 

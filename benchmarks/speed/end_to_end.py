@@ -72,7 +72,7 @@ class _Training:
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
         self.size = experiment.config.data.batch_size
-        self.statistics = experiment.pixel_statistics()
+        self.statistics = experiment.statistics_on_mesh()
         self.state = experiment.init_state()
         with self.batches(1) as batches:
             self.batch = experiment.put(next(batches))

@@ -5,10 +5,13 @@
 Needs JAX for the GPU, and torch for the GPU for the comparisons. Each benchmark runs in
 its own process and leaves its files in DIR; DIR/gpu.json and .md list the outcomes. When
 the time is up, the running one is stopped, with its files kept, and the others are left
-out. `--short` runs a little of each, to see that all work.
+out. `--short` runs a little of each, to see that all work. Beside each measured step stands
+the lower bound of `benchmarks.speed.gpu_plan`, which was compiled for an H200.
 """
 
+import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -17,6 +20,7 @@ from typing import Any
 
 from benchmarks.speed import measure
 
+PLAN_RESULT = Path(__file__).parents[1] / "results/gpu_plan/gpu_plan.json"
 # Time for stopping a process and writing the last files.
 _RESERVE_SECONDS = 10.0
 # Command and most seconds. The important ones come first: the time may run out.
@@ -64,6 +68,22 @@ def run(plan: tuple[tuple[str, float], ...], out: Path, budget: float) -> list[d
     return found
 
 
+def beside_the_plan(out: Path) -> list[list[str]]:
+    """Return rows of setting, measured milliseconds per step, and the plan's lower bound."""
+    programs = json.loads(PLAN_RESULT.read_text())["programs"]
+    found = []
+    for name, kind in (("train_step", "train"), ("inference", "apply")):
+        for file in sorted(out.glob(f"*/{name}.json")):
+            for setting in json.loads(file.read_text())["settings"]:
+                batch = setting["batch"]
+                case = f"{kind}, {setting['precision']}, batch {batch:,}"
+                rate = statistics.median(setting["images_per_second"]["ours"])
+                bound = programs.get(case, {}).get("lower_bound_ms")
+                planned = f"{bound:.2f}" if bound else ""
+                found.append([case, f"{batch / rate * 1e3:.2f}", planned])
+    return found
+
+
 def backend() -> str:
     """Return JAX's default backend."""
     import jax
@@ -86,6 +106,8 @@ def main() -> None:
     found = run(plan, chosen.out, 60 * chosen.minutes)
     rows = [[o["command"], o["result"], f"{o['seconds']:,.0f}"] for o in found]
     table = measure.markdown_table(["benchmark", "result", "seconds"], rows)
+    header = ["step", "measured ms", "lower bound ms, compiled for an H200"]
+    table += f"\n\n{measure.markdown_table(header, beside_the_plan(chosen.out))}"
     measure.write_result(chosen.out, "gpu", {"sections": found}, table=table)
     if any(outcome["result"].startswith("failed") for outcome in found):
         raise SystemExit(1)

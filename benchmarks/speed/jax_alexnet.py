@@ -29,13 +29,13 @@ class Step(NamedTuple):
     function: Any
     state: steps.TrainState
     batch: dict[str, jax.Array]
-    statistics: augment.PixelStatistics
+    statistics: augment.Statistics
 
 
 def precision(setting: Setting) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which a GPU multiplies float32 numbers in that precision."""
     levels = {"float32": "highest", "tensorfloat32": "tensorfloat32"}
-    if jax.default_backend() == "cpu" or setting.precision not in levels:
+    if ops.backend() == "cpu" or setting.precision not in levels:
         return contextlib.nullcontext()
     return jax.default_matmul_precision(levels[setting.precision])
 

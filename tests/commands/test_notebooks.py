@@ -12,7 +12,13 @@ import pytest
 from benchmarks.speed.notebook_figures import RESULTS, images, named_figures
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("01_quickstart", "02_lrn_and_pooling", "03_two_columns", "04_retrieval")
+NAMES = (
+    "01_quickstart",
+    "02_lrn_and_pooling",
+    "03_two_columns",
+    "04_retrieval",
+    "05_your_own_loop",
+)
 MACHINE_PATH = re.compile(r"(?<![\w.])(/(home|root|Users|tmp|mnt|work|opt)/|[A-Z]:\\\\)")
 
 
@@ -108,10 +114,15 @@ def retrieval_holds(said):
     assert min(trained) > 60 and max(*pixels, *new) < 35  # chance is 10
 
 
+def own_loop_holds(said):
+    last, average = map(int, re.findall(r": (\d+)% of 100 unseen", said["evaluate"]))
+    assert 30 < last < average
+
+
 CONCLUSIONS = dict(
     zip(
         NAMES,
-        (quickstart_holds, lrn_and_pooling_hold, two_columns_hold, retrieval_holds),
+        (quickstart_holds, lrn_and_pooling_hold, two_columns_hold, retrieval_holds, own_loop_holds),
         strict=True,
     )
 )

@@ -181,7 +181,7 @@ def test_imagenet_constants_are_an_orthonormal_basis():
 
 def statistics(size=8):
     rng = np.random.default_rng(0)
-    return augment.PixelStatistics(
+    return augment.Statistics(
         jnp.asarray(rng.uniform(90, 130, (size, size, 3)), jnp.float32),
         jnp.array([5.0, 10.0, 60.0]),
         jnp.eye(3),

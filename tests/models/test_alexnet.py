@@ -121,6 +121,15 @@ def test_bfloat16_computes_with_float32_parameters(paper):
     assert jnp.abs(logits - exact).max() < 0.05 * jnp.abs(exact).max()
 
 
+def test_bias_gradients_of_bfloat16_are_summed_in_float32():
+    model, images = narrow(dtype=jnp.bfloat16), images_like(8)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    loss = jax.jit(lambda variables: jnp.sum(jnp.sin(model.apply(variables, images))))
+    for layer, grads in jax.grad(loss)(variables)["params"].items():
+        rounded = grads["bias"].astype(jnp.bfloat16)
+        assert jnp.any(grads["bias"] != rounded.astype(jnp.float32)), layer
+
+
 def test_batch_norm_learns_and_uses_running_statistics():
     model, images = narrow(normalization="batch"), images_like(8)
     variables = jax.jit(model.init)(jax.random.key(0), images)

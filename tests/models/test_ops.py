@@ -4,6 +4,7 @@ The gradient of a loop is its central difference in float64: exact to about 1e-9
 the smooth operations here, and independent of anybody's algebra.
 """
 
+import contextlib
 import functools
 import math
 import re
@@ -18,7 +19,17 @@ from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.models import ops
 
-BOTH = pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+FORMS = ["cpu", "gpu", "plain"]
+ALL_FORMS = pytest.mark.parametrize("fast", FORMS, indirect=True)
+
+
+@pytest.fixture
+def fast(request):
+    """Return `fast` of the operators: True for the forms of a CPU or of a GPU, or False."""
+    with contextlib.ExitStack() as stack:
+        if request.param == "gpu":
+            stack.enter_context(ops.compiling_for("gpu"))
+        yield request.param != "plain"
 
 
 def loop_lrn(x, *, size=5, k=2.0, alpha=1e-4, beta=0.75, groups=1):
@@ -144,7 +155,7 @@ LRN_CASES = [
 ]
 
 
-@BOTH
+@ALL_FORMS
 @pytest.mark.parametrize("shape, size, k, alpha, beta, groups", LRN_CASES)
 def test_lrn_equals_the_loop(shape, size, k, alpha, beta, groups, fast):
     x = normal(*shape, seed=1, scale=2.0)
@@ -153,7 +164,7 @@ def test_lrn_equals_the_loop(shape, size, k, alpha, beta, groups, fast):
     check_by_differences(op, functools.partial(loop_lrn, **case), x)
 
 
-@BOTH
+@ALL_FORMS
 def test_lrn_constants_of_the_paper_and_of_caffe(fast):
     """One channel of 100 alone: 100 / (2 + 1e-4 * 1e4) ** .75, and Caffe's k and n."""
     x = jnp.zeros(96).at[50].set(100.0)
@@ -163,7 +174,7 @@ def test_lrn_constants_of_the_paper_and_of_caffe(fast):
     np.testing.assert_allclose(caffe[50], 100 / 1.2**0.75, rtol=1e-6)
 
 
-@BOTH
+@ALL_FORMS
 def test_lrn_window_is_truncated_and_stays_in_its_group(fast):
     """With k tiny the divisor counts the channels a window really holds."""
     x = jnp.ones(8)
@@ -174,7 +185,7 @@ def test_lrn_window_is_truncated_and_stays_in_its_group(fast):
     np.testing.assert_allclose(counts, [3, 4, 4, 3, 3, 4, 4, 3], rtol=1e-6)
 
 
-@BOTH
+@ALL_FORMS
 def test_lrn_mean_mode_equals_torch(fast):
     torch = pytest.importorskip("torch")
     x = normal(2, 4, 3, 10, scale=30.0).astype(np.float32)
@@ -184,7 +195,7 @@ def test_lrn_mean_mode_equals_torch(fast):
     np.testing.assert_allclose(got, want.numpy(), rtol=2e-5, atol=1e-6)
 
 
-@BOTH
+@ALL_FORMS
 @pytest.mark.parametrize("size, beta", [(1, 0.75), (3, 0.75), (5, 0.6)])
 def test_within_map_norm_equals_the_loop(size, beta, fast):
     x = normal(1, 5, 4, 2, seed=2, scale=2.0)
@@ -227,7 +238,7 @@ CONV_CASES = {
 }  # fmt: skip
 
 
-@BOTH
+@ALL_FORMS
 @pytest.mark.parametrize("name", CONV_CASES)
 def test_conv_equals_the_loop(name, fast):
     x_shape, kernel_shape, stride, padding, groups = CONV_CASES[name]
@@ -251,8 +262,15 @@ def compiled_text(f, *arrays):
     return text
 
 
-@BOTH
-def test_conv_never_uses_feature_group_count(fast):
+@pytest.mark.parametrize(
+    "fast, split, expected",
+    [("cpu", "", 12 * "1"), ("plain", "", 12 * "1"), ("gpu", "1", 12 * "1"), ("gpu", "", "122112")],
+    indirect=["fast"],
+)
+def test_only_a_gpu_convolves_groups_in_one_call(fast, split, expected, monkeypatch):
+    """Both group counts of forward and two gradients; three or six convolutions."""
+    monkeypatch.setenv("ALEXNET_SPLIT_GROUPS", split)
+
     def gradients(x, kernel):
         f = functools.partial(ops.grouped_conv, groups=2, padding=1, fast=fast)
         y, vjp = jax.vjp(f, x, kernel)
@@ -260,8 +278,7 @@ def test_conv_never_uses_feature_group_count(fast):
 
     text = lowered_text(gradients, jnp.ones((2, 6, 6, 4)), jnp.ones((3, 3, 2, 6)))
     counts = re.findall(r"(?:feature|batch)_group_count = (\d+)", text)
-    # Both counts of forward and two gradients, in two groups.
-    assert counts == 12 * ["1"]
+    assert "".join(counts) == expected
 
 
 def test_unused_image_gradient_is_dropped():
@@ -298,25 +315,30 @@ def jax_pool(x, window, stride):
     return lax.reduce_window(x, lowest, lax.max, (1, *window, 1), (1, *stride, 1), "VALID")
 
 
-@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize(
+    "fast, kind", [*((form, "max") for form in FORMS), ("plain", "avg")], indirect=["fast"]
+)
 @pytest.mark.parametrize("side, window, stride, ceil", POOL_CASES)
-def test_pooling_equals_the_loop(side, window, stride, ceil, kind):
+def test_pooling_equals_the_loop(side, window, stride, ceil, fast, kind):
     x = np.random.default_rng(5).permutation(2 * np.prod(side) * 2)
     x = x.reshape(2, *side, 2).astype(np.float64)  # no ties: differences exist
     case = {"window": window, "stride": stride, "ceil": ceil}
-    pool, reduce = {"max": (ops.max_pool, np.max), "avg": (ops.avg_pool, np.mean)}[kind]
+    pool, reduce = ops.avg_pool, np.mean
+    if kind == "max":
+        pool, reduce = functools.partial(ops.max_pool, fast=fast), np.max
     loop = functools.partial(loop_pool, reduce=reduce, **case)
     check_by_differences(functools.partial(pool, **case), loop, x)
 
 
+@ALL_FORMS
 @pytest.mark.parametrize("levels", [1, 2, 4])
 @pytest.mark.parametrize("window, stride", [((3, 3), (2, 2)), ((2, 2), (2, 2))])
-def test_max_pool_breaks_ties_as_lax_does(levels, window, stride):
+def test_max_pool_breaks_ties_as_lax_does(levels, window, stride, fast):
     """Few integer values, so nearly every window is tied; gradients are exact."""
     rng = np.random.default_rng(7)
     x = jnp.asarray(rng.integers(0, levels, (3, 9, 8, 4)), jnp.float32)
     pools = [
-        functools.partial(ops.max_pool, window=window, stride=stride),
+        functools.partial(ops.max_pool, window=window, stride=stride, fast=fast),
         functools.partial(jax_pool, window=window, stride=stride),
     ]
     (ours, our_vjp), (theirs, their_vjp) = (jax.vjp(pool, x) for pool in pools)
@@ -325,37 +347,40 @@ def test_max_pool_breaks_ties_as_lax_does(levels, window, stride):
     np.testing.assert_array_equal(our_vjp(weights)[0], their_vjp(weights)[0])
 
 
-def test_max_pool_of_nan_of_minus_infinity_and_of_integers():
+@ALL_FORMS
+def test_max_pool_of_nan_of_minus_infinity_and_of_integers(fast):
+    max_pool = functools.partial(ops.max_pool, fast=fast)
     x = np.zeros((9, 5, 5, 1), np.float32)
     for i, (down, across) in enumerate(np.ndindex(3, 3)):
         x[i, down, across] = np.nan
-    got = ops.max_pool(jnp.asarray(x))
+    got = max_pool(jnp.asarray(x))
     np.testing.assert_array_equal(got, jax_pool(jnp.asarray(x), (3, 3), (2, 2)))
     assert np.isnan(got[:, 0, 0]).all()
     x = jnp.full((1, 4, 4, 1), -jnp.inf)
-    assert np.all(np.asarray(ops.max_pool(x, ceil=True)) == -np.inf)
+    assert np.all(np.asarray(max_pool(x, ceil=True)) == -np.inf)
     x = jnp.arange(-30, 20, dtype=jnp.int32).reshape(1, 5, 10, 1)
-    got = ops.max_pool(x, ceil=True)
+    got = max_pool(x, ceil=True)
     assert got.dtype == jnp.int32
     want = loop_pool(np.asarray(x), np.max, window=(3, 3), stride=(2, 2), ceil=True)
     np.testing.assert_array_equal(got, want)
 
 
-def test_max_pool_gradient_has_no_select_and_scatter():
-    x = jnp.ones((2, 9, 9, 4))
+@ALL_FORMS
+def test_max_pool_gradient_has_no_select_and_scatter(fast):
+    x, max_pool = jnp.ones((2, 9, 9, 4)), functools.partial(ops.max_pool, fast=fast)
 
     def gradient(pool):
         return jax.grad(lambda x: jnp.sum(pool(x) ** 2))
 
-    assert "select-and-scatter(" not in compiled_text(gradient(ops.max_pool), x)
+    assert "select-and-scatter(" not in compiled_text(gradient(max_pool), x)
     # The CPU compiler takes lax's own apart, so the control looks before it does.
     lax_pool = functools.partial(jax_pool, window=(3, 3), stride=(2, 2))
     name = "stablehlo.select_and_scatter"
     assert name in lowered_text(gradient(lax_pool), x)
-    assert name not in lowered_text(gradient(ops.max_pool), x)
+    assert name not in lowered_text(gradient(max_pool), x)
 
 
-@BOTH
+@ALL_FORMS
 def test_lrn_of_a_layer_is_lrn_of_its_activations(fast):
     """relu(x + bias) first, or in the same loop; gradients of both, in float64."""
     with jax.enable_x64(True):
@@ -374,19 +399,37 @@ def test_lrn_of_a_layer_is_lrn_of_its_activations(fast):
             np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
 
 
-@BOTH
+@ALL_FORMS
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("positions", [(), (3,), (2, 5, 7), (9, 100, 101)])
-def test_bias_gradient_is_the_sum_over_positions(positions, fast):
-    """To two parts in a million of 90,900 numbers that do not cancel."""
-    x = normal(*positions, 5, seed=14) ** 2 + 0.1
-    bias = normal(5, seed=15)
+def test_bias_gradient_is_the_sum_over_positions(positions, dtype, fast):
+    """To two parts in a million of 90,900 numbers that do not cancel, summed in float32."""
+    x = jnp.asarray(normal(*positions, 5, seed=14) ** 2 + 0.1, dtype)
+    bias = jnp.asarray(normal(5, seed=15), jnp.float32)
     add = functools.partial(ops.add_bias, fast=fast)
-    got, vjp = jax.vjp(add, jnp.float32(x), jnp.float32(bias))
-    np.testing.assert_array_equal(got, np.float32(x) + np.float32(bias))
-    of_x, of_bias = vjp(jnp.float32(x))
-    np.testing.assert_array_equal(of_x, np.float32(x))
-    sums = np.float32(x).reshape(-1, 5).sum(0, dtype=np.float64)
+    got, vjp = jax.vjp(add, x, bias)
+    np.testing.assert_array_equal(got, (x.astype(jnp.float32) + bias).astype(dtype))
+    of_x, of_bias = vjp(x)
+    np.testing.assert_array_equal(of_x, x)
+    sums = np.asarray(x, np.float64).reshape(-1, 5).sum(0)
     np.testing.assert_allclose(of_bias, sums, rtol=2e-6)
+
+
+@ALL_FORMS
+def test_wide_matmul_is_not_rounded_to_the_dtype_of_its_inputs(fast):
+    """Gradients are rounded once: the sums of these products have few digits."""
+    rng = np.random.default_rng(20)
+    arrays = [rng.integers(-8, 8, shape).astype(float) for shape in ((6, 70), (70, 5), (6, 5))]
+    x, kernel, g = arrays
+    want = x @ kernel, g @ kernel.T, x.T @ g
+    op = functools.partial(ops.wide_matmul, fast=fast)
+    check_value_and_gradients(op, [x, kernel], want[0], g, want[1:], exact=1e-14)
+    x, kernel = (jnp.asarray(a, jnp.bfloat16) for a in (x, kernel))
+    value, vjp = jax.vjp(op, x, kernel)
+    assert value.dtype == jnp.float32
+    np.testing.assert_array_equal(value, want[0])
+    for got, exact in zip(vjp(jnp.float32(g)), want[1:], strict=True):
+        np.testing.assert_array_equal(got, jnp.asarray(exact, jnp.bfloat16))
 
 
 def test_jit_gives_convolutions_to_eigen():
@@ -441,14 +484,16 @@ def apply(name, x, fast):
     return ops.max_pool(x, fast=fast)
 
 
-TWO_FORMS = ["lrn", "lrn_of_layer", "within_map", *CONVS, "max_pool", "bias"]
-NAMES = [*TWO_FORMS, "avg_pool", "local"]
-NAME_AND_FAST = pytest.mark.parametrize(
-    "name, fast", [(name, False) for name in NAMES] + [(name, True) for name in TWO_FORMS]
+FAST_NAMES = ["lrn", "lrn_of_layer", "within_map", *CONVS, "max_pool", "bias"]
+NAMES = [*FAST_NAMES, "avg_pool", "local"]
+NAME_AND_FORM = pytest.mark.parametrize(
+    "name, fast",
+    [(name, form) for form in FORMS for name in (NAMES if form == "plain" else FAST_NAMES)],
+    indirect=["fast"],
 )
 
 
-@NAME_AND_FAST
+@NAME_AND_FORM
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
 def test_sixteen_bits_are_float32_rounded_once(name, fast, dtype):
     x = jnp.asarray(normal(2, 6, 6, 4, scale=2.0), dtype)
@@ -462,7 +507,7 @@ def test_sixteen_bits_are_float32_rounded_once(name, fast, dtype):
     )
 
 
-@BOTH
+@ALL_FORMS
 def test_mixed_dtypes_follow_x(fast):
     """float32 parameters, bfloat16 activations: each gradient in its own dtype."""
     x = jnp.asarray(normal(1, 5, 5, 2), jnp.bfloat16)
@@ -501,7 +546,29 @@ def test_plain_form_has_forward_mode_and_second_derivatives(name):
         assert relative_error(hessian_times_v, difference) < 1e-6
 
 
-@NAME_AND_FAST
+@pytest.mark.parametrize("name", FAST_NAMES)
+def test_forward_mode_and_second_derivatives_of_fast_forms_name_the_plain_ones(name):
+    x = jnp.asarray(normal(1, 6, 6, 4), jnp.float32)
+
+    def loss(x):
+        return jnp.sum(jnp.sin(apply(name, x, fast=True)))
+
+    def slope(x):
+        return jnp.vdot(jax.grad(loss)(x), x)
+
+    for derivative in (
+        lambda x: jax.jvp(loss, (x,), (x,)),
+        jax.jit(lambda x: jax.jvp(loss, (x,), (x,))),
+        lambda x: jax.jvp(jax.jit(loss), (x,), (x,)),
+        lambda x: jax.linearize(loss, x)[1](x),
+        jax.hessian(loss),
+        jax.grad(slope),
+    ):
+        with pytest.raises(TypeError, match=r"create_model\(\.\.\., fast=False\)"):
+            derivative(x)
+
+
+@NAME_AND_FORM
 def test_gradient_of_each_example_under_vmap(name, fast):
     op = functools.partial(apply, name, fast=fast)
     x = jnp.asarray(normal(3, 6, 6, 4, seed=12), jnp.float32)
@@ -514,7 +581,7 @@ def test_gradient_of_each_example_under_vmap(name, fast):
     np.testing.assert_allclose(each, batch, rtol=1e-4, atol=1e-5)
 
 
-@BOTH
+@ALL_FORMS
 def test_kernel_gradient_of_each_example_under_vmap(fast):
     x = jnp.asarray(normal(3, 7, 7, 4, seed=12), jnp.float32)
     kernel = jnp.asarray(normal(3, 3, 2, 4, seed=13), jnp.float32)
@@ -554,10 +621,13 @@ def small_net(params, x, fast):
     x = ops.max_pool(x, fast=fast)
     x = ops.grouped_conv(x, params["conv2"], padding=1, groups=2, fast=fast)
     x = ops.within_map_response_norm(x, alpha=1.0, fast=fast)
+    shape = x.shape
+    x = ops.wide_matmul(x.reshape(-1, shape[-1]), params["fc"], fast=fast).reshape(shape)
     return jnp.sin(ops.avg_pool(x, window=3, stride=2, ceil=True))
 
 
-@pytest.mark.parametrize("check_vma, fast", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("check_vma", [True, False])
+@ALL_FORMS
 def test_gradients_under_shard_map_equal_one_device(check_vma, fast):
     """Replicated kernels, examples split over two devices, to rounding in float64."""
     mesh = make_mesh(data=2)
@@ -567,6 +637,7 @@ def test_gradients_under_shard_map_equal_one_device(check_vma, fast):
             "bias1": jnp.asarray(normal(8)),
             "bias2": jnp.asarray(normal(8)),
             "conv2": jnp.asarray(normal(3, 3, 4, 6)),
+            "fc": jnp.asarray(normal(6, 6)),
         }
         x = jnp.asarray(normal(4, 17, 17, 3))
 
@@ -600,7 +671,7 @@ def test_gradients_under_shard_map_equal_one_device(check_vma, fast):
             assert relative_error(a, b) < 1e-12
 
 
-@BOTH
+@ALL_FORMS
 def test_column_kernels_under_shard_map(fast):
     """Kernels split over "column", examples over "data": either may lack an axis."""
     mesh = make_mesh(data=2, column=2)

@@ -15,6 +15,7 @@ import optax
 import pytest
 
 from alexnet_jax.data import augment
+from alexnet_jax.models import ops
 from alexnet_jax.models.alexnet import create_model
 from alexnet_jax.models.exchange import Exchange
 from alexnet_jax.training import describe, metrics, optim, parallel, steps
@@ -83,7 +84,7 @@ def on_one_device(mode, rows, columns, **kwargs):
 
 
 def statistics(dtype):
-    return augment.PixelStatistics(
+    return augment.Statistics(
         jnp.full((SIZE, SIZE, 3), 120, dtype),
         jnp.asarray(augment.IMAGENET_PCA_STD_255, dtype),
         jnp.asarray(augment.IMAGENET_PCA_VECTORS, dtype),
@@ -197,6 +198,13 @@ def test_three_steps_equal_those_of_one_device(mode, rows, columns):
 def test_other_variants_equal_those_of_one_device(variant, mode, rows, columns):
     want = on_one_device(mode, rows, columns, variant=variant)
     assert_same_run(three_steps(mode, rows, columns, variant=variant), want)
+
+
+@pytest.mark.parametrize("mode, rows, columns", [("data", 2, 1), slowly("hybrid", 2, 2)])
+def test_operators_and_exchanges_of_a_gpu_give_the_same_run(mode, rows, columns):
+    with ops.compiling_for("gpu"):
+        got = three_steps.__wrapped__(mode, rows, columns)
+    assert_same_run(got, on_one_device(mode, rows, columns))
 
 
 def train_small(model, mode, rows, columns, *, steps_taken):

@@ -142,12 +142,19 @@ def test_unusable_workdir_is_refused(name, words, config, tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_another_batch_size_is_refused(workdir, config):
+@pytest.mark.parametrize(
+    "batch_size, remedy",
+    [
+        (3, "Keep 6; --config.optim.accumulate_steps=2 is the same run in less memory"),
+        (12, "Keep 6. Or take a new --workdir"),
+    ],
+)
+def test_another_batch_size_is_refused(batch_size, remedy, workdir, config):
     """Step 34 of batches of 6 is epoch 8.16; of batches of 3 it would be 4.08."""
-    config.data.batch_size = 3
+    config.data.batch_size = batch_size
     words = (
-        f"{workdir} has --config.data.batch_size=6, not 3: its steps would mean other epochs, "
-        "learning rates and places in the data. Keep 6 (--config.optim.accumulate_steps"
+        f"{workdir} has --config.data.batch_size=6, not {batch_size}: its steps would mean "
+        f"other epochs, learning rates and places in the data. {remedy}"
     )
     before = (workdir / "config.json").read_text()
     with pytest.raises(ConfigError, match=re.escape(words)):
@@ -166,6 +173,18 @@ def test_other_pictures_and_classes_are_refused(begun, workdir, tmp_path):
     words = "label 0 was 'blue'; here are 3, and label 0 is 'a'. Take a new --workdir"
     with pytest.raises(ConfigError, match=words):
         loop.train_and_evaluate(small_config(pictures), workdir)
+
+
+def test_longer_run_says_that_its_schedule_changes(config, tmp_path):
+    config.schedule.name, config.num_epochs = "cosine", 2.0
+    saved = as_json(config)
+    config.num_epochs = 4.0
+    assert resume.compare(config, saved, tmp_path)[-1] == (
+        "the cosine schedule is laid out over 4 epochs instead of 2: from here on the "
+        "learning rate is another"
+    )
+    config.schedule.name = saved["schedule"]["name"] = "plateau"
+    assert len(resume.compare(config, saved, tmp_path)) == 2
 
 
 @pytest.mark.parametrize(

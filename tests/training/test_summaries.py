@@ -106,7 +106,7 @@ def test_only_relu_units_can_be_dead():
     spec = steps.StepSpec(model, tx, augment.Augmentation(32), mesh)
     state, step = steps.init_state(spec), steps.make_summary_step(spec)
     zeros = {"image": np.zeros((2, 32, 32, 3), np.uint8), "label": np.zeros(2, np.int32)}
-    stats = augment.PixelStatistics(jnp.zeros((32, 32, 3)), jnp.ones(3), jnp.eye(3))
+    stats = augment.Statistics(jnp.zeros((32, 32, 3)), jnp.ones(3), jnp.eye(3))
     names = set(jax.eval_shape(step, state, zeros, stats))
     assert not any(name.startswith("dead_relu/") for name in names)
     # Batch normalisation's own scale and bias are a layer too.

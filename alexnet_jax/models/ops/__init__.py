@@ -7,15 +7,19 @@ one. With `fast=False` it runs the plain form, which also supports forward mode 
 derivatives.
 """
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from alexnet_jax.models.ops import cpu, reference
+from alexnet_jax.models.ops import cpu, gpu, reference
 
 __all__ = [
     "add_bias",
@@ -25,13 +29,52 @@ __all__ = [
     "local_conv",
     "local_response_norm",
     "max_pool",
+    "wide_matmul",
     "within_map_response_norm",
 ]
 
+# The backend of `compiling_for`.
+_target: ContextVar[str | None] = ContextVar("target", default=None)
 
-def _implementation(fast: bool):
-    """Return the module whose operators are used."""
-    return cpu if fast and jax.default_backend() == "cpu" else reference
+
+class _Path(NamedTuple):
+    """The module whose operators are used, and how its convolutions take groups."""
+
+    forms: ModuleType
+    groups_in_one_call: bool = False
+
+
+def _path(fast: bool) -> _Path:
+    """Choose the form of every operator. This is the one place that does.
+
+    On a GPU cuDNN convolves all groups in one call. `ALEXNET_SPLIT_GROUPS=1` in the
+    environment convolves group by group there too, if a measurement says otherwise.
+    """
+    if fast and backend() == "cpu":
+        return _Path(cpu)
+    if fast and backend() == "gpu":
+        return _Path(gpu, os.environ.get("ALEXNET_SPLIT_GROUPS") != "1")
+    return _Path(reference)
+
+
+def exchanges_in_background() -> bool:
+    """Return whether devices compute while they exchange, so that an early start helps."""
+    return backend() == "gpu"
+
+
+def backend() -> str:
+    """Return the backend that operators are chosen for, for example "cpu" or "gpu"."""
+    return _target.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def compiling_for(name: str) -> Iterator[None]:
+    """Choose the operators of another backend, for programs that are compiled but not run."""
+    token = _target.set(name)
+    try:
+        yield
+    finally:
+        _target.reset(token)
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:
@@ -47,7 +90,7 @@ def jit(function: Callable[..., Any], **options: Any) -> Any:
       function: a function of arrays, for example `model.apply`.
       options: arguments of `jax.jit`, for example `static_argnames`.
     """
-    compiler_options = _compiler_options(jax.default_backend())
+    compiler_options = _compiler_options(backend())
     return jax.jit(function, compiler_options=compiler_options, **options)
 
 
@@ -66,12 +109,13 @@ def _compiler_options(backend: str) -> dict[str, Any]:
     return options
 
 
+@jax.named_scope("add_bias")
 def add_bias(x: jax.Array, bias: jax.Array, *, fast: bool = True) -> jax.Array:
     """Add a bias to every position: [..., C] + [C].
 
     Args:
       x: [..., C].
-      bias: [C]; used in x's dtype.
+      bias: [C], of any floating-point dtype. Its gradient is summed in float32.
 
     Returns:
       An array of x's shape.
@@ -81,9 +125,10 @@ def add_bias(x: jax.Array, bias: jax.Array, *, fast: bool = True) -> jax.Array:
     """
     _check_floating("add_bias", x)
     _check_bias("add_bias", x, bias)
-    return _implementation(fast).add_bias(x, bias.astype(x.dtype))
+    return _path(fast).forms.add_bias(x, bias)
 
 
+@jax.named_scope("local_response_norm")
 def local_response_norm(
     x: jax.Array,
     bias: jax.Array | None = None,
@@ -133,7 +178,7 @@ def local_response_norm(
             f'local_response_norm: alpha_mode is "{alpha_mode}", expected "sum" '
             '(the paper) or "mean" (cuda-convnet, Caffe, torch)'
         )
-    return _implementation(fast).local_response_norm(
+    return _path(fast).forms.local_response_norm(
         x,
         bias,
         relu=relu,
@@ -145,6 +190,7 @@ def local_response_norm(
     )
 
 
+@jax.named_scope("within_map_response_norm")
 def within_map_response_norm(
     x: jax.Array,
     *,
@@ -176,11 +222,12 @@ def within_map_response_norm(
     _check_rank("within_map_response_norm", "x[B,H,W,C]", x, 4)
     _check_floating("within_map_response_norm", x)
     _check_odd("within_map_response_norm", size)
-    return _implementation(fast).within_map_response_norm(
+    return _path(fast).forms.within_map_response_norm(
         x, size=size, k=k, alpha=alpha / size**2, beta=beta
     )
 
 
+@jax.named_scope("grouped_conv")
 def grouped_conv(
     x: jax.Array,
     kernel: jax.Array,
@@ -195,9 +242,10 @@ def grouped_conv(
     Group g reads the g-th contiguous part of the input channels and writes the g-th
     part of the output channels: with groups=2 the kernels of conv2, conv4 and conv5
     "take as input only those kernel maps which reside on the same GPU"
-    (Krizhevsky et al. 2012, sections 3.2 and 3.5). It runs one convolution per
-    group: XLA's `feature_group_count` has a slow gradient, and under `jit` with
-    sharded examples it gathers the whole batch on every device.
+    (Krizhevsky et al. 2012, sections 3.2 and 3.5). On a GPU it is one convolution, by
+    XLA's `feature_group_count`. Elsewhere it is one per group: `feature_group_count`
+    has a slow gradient on a CPU. Its gradient under `jit` with sharded examples (without
+    `shard_map`) gathers the whole batch on every device.
 
     Args:
       x: inputs [B, H, W, Cin].
@@ -218,11 +266,12 @@ def grouped_conv(
     _check_floating("grouped_conv", x)
     _check_divides("grouped_conv", "input channels", x.shape[-1], groups)
     _check_divides("grouped_conv", "output channels", kernel.shape[-1], groups)
-    steps, pads = _pair(stride), _pads(padding)
-    conv = functools.partial(_implementation(fast).conv, stride=steps, padding=pads)
-    kernel = kernel.astype(x.dtype)
+    path, kernel = _path(fast), kernel.astype(x.dtype)
+    conv = functools.partial(path.forms.conv, stride=_pair(stride), padding=_pads(padding))
     if groups == 1:
         return conv(x, kernel)
+    if path.groups_in_one_call:
+        return conv(x, kernel, groups=groups)
     inputs, kernels = (jnp.split(array, groups, axis=-1) for array in (x, kernel))
     return jnp.concatenate(list(map(conv, inputs, kernels)), axis=-1)
 
@@ -259,6 +308,24 @@ def local_conv(
     return reference.local_conv(x, kernel.astype(x.dtype), padding=pads)
 
 
+def wide_matmul(x: jax.Array, kernel: jax.Array, *, fast: bool = True) -> jax.Array:
+    """Return x @ kernel in at least float32: logits are not rounded to x's dtype.
+
+    On a GPU the gradient's products read x's dtype, as those of other layers do.
+
+    Args:
+      x: [B, Cin].
+      kernel: [Cin, Cout]; used in x's dtype.
+
+    Returns:
+      [B, Cout].
+    """
+    _check_rank("wide_matmul", "x[B,Cin]", x, 2)
+    _check_floating("wide_matmul", x)
+    return _path(fast).forms.wide_matmul(x, kernel.astype(x.dtype))
+
+
+@jax.named_scope("max_pool")
 def max_pool(
     x: jax.Array,
     *,
@@ -289,10 +356,11 @@ def max_pool(
         than the image.
     """
     _check_pool("max_pool", x, _pair(window), ceil)
-    pool = _implementation(fast).max_pool
+    pool = _path(fast).forms.max_pool
     return pool(x, window=_pair(window), stride=_pair(stride), ceil=ceil)
 
 
+@jax.named_scope("avg_pool")
 def avg_pool(
     x: jax.Array, *, window: int | Sequence[int], stride: int | Sequence[int], ceil: bool = False
 ) -> jax.Array:

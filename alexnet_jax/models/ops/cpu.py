@@ -5,7 +5,6 @@ mode (`jax.jvp`, `jax.linearize`, Hessian-vector products) needs the plain form,
 `fast=False`. `alexnet_jax.models.ops` checks the arguments.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from alexnet_jax.models.ops import reference
+from alexnet_jax.models.ops import gradients, reference
 from alexnet_jax.models.ops.reference import Pads
+
+wide_matmul = reference.wide_matmul
 
 # XLA writes a kernel's gradient as a convolution in which the examples are the input
 # channels and the whole image is the window. Without the options below it takes, from
@@ -35,25 +36,8 @@ COMPILER_OPTIONS = {
 def conv(x: jax.Array, kernel: jax.Array, *, stride: tuple[int, int], padding: Pads) -> jax.Array:
     """Convolve without groups, NHWC and HWIO, in at least float32."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    a, kernel = _align_varying(x.astype(dtype), kernel.astype(dtype))
+    a, kernel = gradients.operands(x.astype(dtype), kernel.astype(dtype))
     return _conv(a, kernel, stride, padding).astype(x.dtype)
-
-
-def _align_varying(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Give both operands the same varying mesh axes inside `jax.shard_map`.
-
-    A hand-written gradient has to return the kernel's gradient with the kernel's own
-    varying axes. A kernel that all data rows share is therefore first cast to varying:
-    the transpose of that cast is the sum over the rows, which is the right gradient.
-    Outside `shard_map`, and with `check_vma=False`, nothing varies.
-    """
-    x_axes = jax.typeof(x).manual_axis_type.varying
-    kernel_axes = jax.typeof(kernel).manual_axis_type.varying
-    if missing := kernel_axes - x_axes:
-        x = lax.pcast(x, tuple(sorted(missing)), to="varying")
-    if missing := x_axes - kernel_axes:
-        kernel = lax.pcast(kernel, tuple(sorted(missing)), to="varying")
-    return x, kernel
 
 
 def _conv_value(x, kernel, stride, padding) -> jax.Array:
@@ -133,20 +117,20 @@ _conv.defvjp(_conv_forward, _conv_backward)
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """Return x[..., C] + bias[C]."""
-    return _add_bias(*_align_varying(x, bias))
+    """Return x[..., C] + bias[C], rounded once."""
+    return _add_bias(*gradients.operands(x, bias))
 
 
 def _add_bias_forward(x, bias):
-    return x + bias, None
+    return reference.add_bias(x, bias), bias
 
 
-def _add_bias_backward(_, g):
-    return g, _sum_positions(g)
+def _add_bias_backward(bias, g):
+    return g, _sum_positions(g).astype(bias.dtype)
 
 
 def _sum_positions(g: jax.Array) -> jax.Array:
-    """Return the sum [C] over all positions of g[..., C].
+    """Return the sum [C] over all positions of g[..., C], in at least float32.
 
     XLA sums in a tree of windows, which is exact but slow. So the rows are cut into parts
     that are first added to each other, and XLA sums only as many rows as a part has.
@@ -157,10 +141,10 @@ def _sum_positions(g: jax.Array) -> jax.Array:
     if each:
         parts = [rows[i * each : (i + 1) * each] for i in range(_PARTS_OF_A_SUM)]
         total += jnp.sum(sum(parts[1:], parts[0]), 0)
-    return total.astype(g.dtype)
+    return total
 
 
-_add_bias = jax.custom_vjp(jnp.add)
+_add_bias = jax.custom_vjp(reference.add_bias)
 _add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
@@ -177,40 +161,19 @@ def local_response_norm(
 ) -> jax.Array:
     """Return LRN across channels; `alpha` multiplies the plain sum of squares."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    terms = (x.astype(wide),)
-    if bias is not None:
-        terms = _align_varying(x.astype(wide), bias.astype(wide))
+    terms = (x,) if bias is None else (x, bias)
+    terms = gradients.operands(*(term.astype(wide) for term in terms))
     return _lrn(terms, relu, size, k, alpha, beta, groups).astype(x.dtype)
 
 
-def _activations(terms: Sequence[jax.Array], relu: bool) -> jax.Array:
-    total = sum(terms[1:], terms[0])
-    return jnp.maximum(total, 0) if relu else total
-
-
 def _lrn_value(terms, relu, size, k, alpha, beta, groups) -> jax.Array:
-    """Return LRN in one loop over `terms`, the array and its bias, that XLA vectorises.
+    """Return LRN in one loop over `terms`, the array and its bias, that XLA vectorises."""
 
-    So the neighbours are shifts of the terms: shifted activations would be computed
-    behind a branch. The shape has no axis for the groups, which would need an index
-    computed for every element.
-    """
-    a = _activations(terms, relu)
-    width = a.shape[-1] // groups
-    place = np.arange(a.shape[-1]) % width
-    total = jnp.square(a)
-    for distance in range(1, min(size // 2, width - 1) + 1):
-        for shift in (distance, -distance):
-            shifted = _activations([_shift(term, shift) for term in terms], relu)
-            inside = (place + shift >= 0) & (place + shift < width)
-            total += jnp.where(inside, jnp.square(shifted), 0)
-    return a / _power(k + alpha * total, beta)
+    def squares(terms):
+        return jnp.square(gradients.activation(terms, relu))
 
-
-def _shift(a: jax.Array, channels: int) -> jax.Array:
-    """Return a[..., c + channels] at c, and 0 outside."""
-    pads = [(0, 0, 0)] * (a.ndim - 1) + [(-channels, channels, 0)]
-    return lax.pad(a, a.dtype.type(0), pads)
+    total = gradients.window_sum(squares, terms, size, groups)
+    return gradients.activation(terms, relu) / gradients.power(k + alpha * total, beta)
 
 
 def _lrn_forward(terms, relu, size, k, alpha, beta, groups):
@@ -219,9 +182,9 @@ def _lrn_forward(terms, relu, size, k, alpha, beta, groups):
 
 
 def _lrn_backward(relu, size, k, alpha, beta, groups, terms, g):
-    a = _activations(terms, relu)
+    a = gradients.activation(terms, relu)
     base = k + alpha * _stored_window_sum(jnp.square(a), size, groups)
-    scaled = g / _power(base, beta)
+    scaled = g / gradients.power(base, beta)
     # The window is centred, so "all i whose window holds j" is j's own window.
     shared = _stored_window_sum(scaled * a / base, size, groups)
     da = scaled - 2 * alpha * beta * a * shared
@@ -242,19 +205,6 @@ def _stored_window_sum(a: jax.Array, size: int, groups: int) -> jax.Array:
     return sums.reshape(a.shape)
 
 
-def _power(base: jax.Array, beta: float) -> jax.Array:
-    """Return base ** beta, by two square roots for the usual beta of 0.75.
-
-    Divide by it: XLA takes a division for costly, so it computes and stores the result
-    once. It would compute a product again in every operation that reads it, nine times
-    per element in a pooling layer.
-    """
-    if beta == 0.75:
-        root = jnp.sqrt(base)
-        return root * jnp.sqrt(root)
-    return base**beta
-
-
 _lrn = jax.custom_vjp(_lrn_value, nondiff_argnums=(1, 2, 3, 4, 5, 6))
 _lrn.defvjp(_lrn_forward, _lrn_backward)
 
@@ -264,21 +214,22 @@ def within_map_response_norm(
 ) -> jax.Array:
     """Return LRN over `size` x `size` pixels; `alpha` multiplies the plain sum."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return _within_map(x.astype(wide), size, k, alpha, beta).astype(x.dtype)
+    (a,) = gradients.operands(x.astype(wide))
+    return _within_map(a, size, k, alpha, beta).astype(x.dtype)
 
 
 def _within_map_value(a, size, k, alpha, beta) -> jax.Array:
-    return a / _power(k + alpha * _stored_area_sum(jnp.square(a), size), beta)
+    return a / gradients.power(k + alpha * _stored_area_sum(jnp.square(a), size), beta)
 
 
 def _within_map_forward(a, size, k, alpha, beta):
     base = k + alpha * _stored_area_sum(jnp.square(a), size)
-    return a / _power(base, beta), (a, base)
+    return a / gradients.power(base, beta), (a, base)
 
 
 def _within_map_backward(size, k, alpha, beta, residuals, g):
     a, base = residuals
-    scaled = g / _power(base, beta)
+    scaled = g / gradients.power(base, beta)
     # As across channels: the pixels whose window holds a pixel are its own window.
     shared = _stored_area_sum(scaled * a / base, size)
     return (scaled - 2 * alpha * beta * a * shared,)
@@ -305,6 +256,7 @@ def max_pool(
     """Return the maximum, with a gradient that remembers which element won."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return reference.max_pool(x, window=window, stride=stride, ceil=ceil)
+    (x,) = gradients.operands(x)
     return _max_pool(x, window, stride, ceil, x.shape)
 
 

@@ -15,8 +15,9 @@ Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """Return x[..., C] + bias[C]."""
-    return x + bias
+    """Return x[..., C] + bias[C], rounded once; the bias gradient is a sum in float32."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return (x.astype(wide) + bias.astype(wide)).astype(x.dtype)
 
 
 def local_response_norm(
@@ -62,15 +63,28 @@ def window_sum(x: jax.Array, size: int, *, axis: int) -> jax.Array:
     return total
 
 
-def conv(x: jax.Array, kernel: jax.Array, *, stride: tuple[int, int], padding: Pads) -> jax.Array:
-    """Convolve without groups, NHWC and HWIO.
+def conv(
+    x: jax.Array, kernel: jax.Array, *, stride: tuple[int, int], padding: Pads, groups: int = 1
+) -> jax.Array:
+    """Convolve, NHWC and HWIO.
 
     XLA accumulates 16-bit inputs in float32 and rounds the result once. Without a cast
     a GPU can use its tensor cores.
     """
     return lax.conv_general_dilated(
-        x, kernel, stride, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        kernel,
+        stride,
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
     )
+
+
+def wide_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return x @ kernel in at least float32."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.matmul(x, kernel, preferred_element_type=wide)
 
 
 def local_conv(x: jax.Array, kernel: jax.Array, *, padding: Pads) -> jax.Array:
@@ -116,8 +130,14 @@ def max_along(
     The dtype of places can also count to the end of the stride after the window.
     """
     lowest = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else _smallest(x.dtype)
-    x, *others = _window_slices(x, window, stride, axis=axis, ceil=ceil, fill=lowest)
-    place = jnp.zeros(x.shape, np.min_scalar_type(window + stride))
+    slices = window_slices(x, window, stride, axis=axis, ceil=ceil, fill=lowest)
+    return first_maximum(slices, np.min_scalar_type(window + stride))
+
+
+def first_maximum(arrays: Sequence[jax.Array], dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+    """Return the maximum of arrays and, in `dtype`, the index of the first that has it."""
+    x, *others = arrays
+    place = jnp.zeros(x.shape, dtype)
     for i, other in enumerate(others, start=1):
         place = jnp.where(_stays(x, other), place, jnp.asarray(i, place.dtype))
         x = larger(x, other)
@@ -142,7 +162,7 @@ def avg_pool(
     for axis in (2, 1):
         size, step = window[axis - 1], stride[axis - 1]
         length = x.shape[axis]
-        slices = _window_slices(total, size, step, axis=axis, ceil=ceil, fill=0)
+        slices = window_slices(total, size, step, axis=axis, ceil=ceil, fill=0)
         starts = np.arange(slices[0].shape[axis]) * step
         inside = np.minimum(starts + size, length) - starts
         shape = [1] * x.ndim
@@ -161,7 +181,7 @@ def pooled_length(length: int, window: int, stride: int, *, ceil: bool) -> int:
     return min(count, -(-length // stride))
 
 
-def _window_slices(
+def window_slices(
     x: jax.Array, window: int, stride: int, *, axis: int, ceil: bool, fill
 ) -> Sequence[jax.Array]:
     """Return slices along `axis`; slice i holds the i-th element of every window."""

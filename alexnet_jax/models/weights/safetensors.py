@@ -7,14 +7,18 @@ metadata.
 import dataclasses
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from alexnet_jax.models.alexnet import AlexNet
+from alexnet_jax.models.layers import table_to_json
 from alexnet_jax.models.weights import files, torchvision
 from alexnet_jax.models.weights.files import Weights, WeightsError
 from alexnet_jax.system.files import atomic_write
@@ -22,6 +26,36 @@ from alexnet_jax.system.files import atomic_write
 # Metadata entry with everything but the tensors, as JSON.
 RECORD = "alexnet_jax"
 VERSION = 1
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: AlexNet,
+    variables: Mapping[str, Any],
+    *,
+    mean: Any,
+    image_size: int,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Write a network of your own as a file that `alexnet_jax.load` reads.
+
+    Args:
+      path: a `.safetensors`.
+      model, variables: as for `model.apply`; the table of layers is stored with them.
+      mean: [3] or [image_size, image_size, 3], RGB, 0..255: what was subtracted from images.
+      image_size: side in pixels of a raw image, from which the centre is cut.
+      class_names: by label.
+    """
+    settings = {
+        "variant": model.network.name,
+        "table": table_to_json(model.network),
+        "num_classes": model.network.layers[-1].features,
+        "dtype": jnp.dtype(model.dtype).name,
+    }
+    arrays = jax.tree.map(np.asarray, dict(variables))
+    names = None if class_names is None else tuple(class_names)
+    mean, crop_size = np.asarray(mean, np.float32), model.network.crop_size
+    save_safetensors(path, Weights(settings, arrays, mean, image_size, crop_size, names))
 
 
 def save_safetensors(
