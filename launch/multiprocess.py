@@ -1,19 +1,18 @@
-"""Several processes on one machine: a rehearsal of a cluster, or a process a GPU.
+"""Start several processes on one machine, to rehearse for a cluster.
 
     python launch/multiprocess.py -n 2 -- --config=configs/paper.py --workdir=DIR ...
 
 starts `python -m alexnet_jax.main ...` twice and connects the two over this machine's
-own network. On the CPU (the default) a process has one device, or as many as
---cpu_devices among the arguments says; `--gpus=K` gives each process K of the GPUs
+own network. On the CPU (the default) a process has one device, or the number of
+--cpu_devices among the arguments; `--gpus=K` gives each process K of the GPUs
 instead. Every line of output begins with the number of its process.
 
 When one process fails or is killed, the others are ended within seconds and the exit
-status is its own; the same command goes on from the last checkpoint. Ctrl-C, SIGTERM
-and SIGUSR1 are handed on: all processes write a checkpoint together and end.
+status is its own; the same command resumes from the last checkpoint. Ctrl-C, SIGTERM
+and SIGUSR1 are passed on: all processes write a checkpoint together and end.
 """
 
 import argparse
-import contextlib
 import os
 import signal
 import socket
@@ -26,9 +25,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.1
-# What the others get to end by themselves, once one has failed.
+# Time for the others to end by themselves after one has failed.
 GRACE_SECONDS = 10.0
-HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+Processes = Sequence[subprocess.Popen[str]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,12 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     for reader in readers:
         reader.start()
-    for number in HANDED_ON:
-        signal.signal(number, lambda number, _: hand_on(processes, number))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: send(processes, number))
     status = wait(processes)
     for reader in readers:
         reader.join()
-    return status
+    return 128 - status if status < 0 else status
 
 
 def start(
@@ -65,13 +65,8 @@ def start(
 ) -> subprocess.Popen[str]:
     """Start process `index` of `count`, in a process group of its own."""
     command = [
-        sys.executable,
-        "-m",
-        "alexnet_jax.main",
-        *arguments,
-        "--distributed=on",
-        f"--coordinator_address=127.0.0.1:{port}",
-        f"--num_processes={count}",
+        *(sys.executable, "-m", "alexnet_jax.main", *arguments, "--distributed=on"),
+        *(f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}"),
         f"--process_id={index}",
     ]
     if gpus:
@@ -88,7 +83,7 @@ def start(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        # A Ctrl-C at the terminal comes here only, and is handed on once.
+        # A Ctrl-C at the terminal reaches this process only, which passes it on once.
         start_new_session=True,
     )
 
@@ -99,52 +94,41 @@ def relay(process: subprocess.Popen[str], index: int) -> None:
     for line in process.stdout:
         try:
             print(f"[{index}] {line}", end="", flush=True)
-        except OSError:  # nobody reads them: a full pipe would stop the process
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, sys.stdout.fileno())
-            os.close(nothing)
+        except OSError:  # nobody reads the output; a full pipe would stop the process
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def hand_on(processes: Sequence[subprocess.Popen[str]], number: int) -> None:
-    """Send a signal to those that still run."""
+def send(processes: Processes, number: int) -> None:
+    """Send a signal to the processes that still run."""
     for process in processes:
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(number)
+        process.send_signal(number)
 
 
-def wait(processes: Sequence[subprocess.Popen[str]]) -> int:
-    """Wait for all; when one fails, end the others. Return the first bad status."""
-    failed = None
+def wait(processes: Processes) -> int:
+    """Wait for all and return the first bad status; when one fails, end the others."""
+    deadline, first = float("inf"), 0
     while any(process.poll() is None for process in processes):
         time.sleep(POLL_SECONDS)
-        ended = [(i, p.returncode) for i, p in enumerate(processes) if p.poll()]
-        if ended and failed is None:
-            failed = ended[0]
-            end_others(processes, *failed)
+        failed = [(i, p.returncode) for i, p in enumerate(processes) if p.poll()]
+        if failed and not first:
+            first, deadline = failed[0][1], time.monotonic() + GRACE_SECONDS
+            report(*failed[0])
+        if time.monotonic() > deadline:
+            send(processes, signal.SIGKILL)
     # All may have failed between two looks.
-    bad = [process.returncode for process in processes if process.returncode]
-    status = failed[1] if failed else next(iter(bad), 0)
-    return 128 - status if status < 0 else status
+    return first or next((p.returncode for p in processes if p.returncode), 0)
 
 
-def end_others(processes: Sequence[subprocess.Popen[str]], index: int, status: int) -> None:
-    """Wait a little for processes that lost one, then kill them."""
-    end = time.monotonic() + GRACE_SECONDS
-    while any(p.poll() is None for p in processes) and time.monotonic() < end:
-        time.sleep(POLL_SECONDS)
-    left = [i for i, p in enumerate(processes) if p.poll() is None]
+def report(index: int, status: int) -> None:
+    """Print how a process has ended."""
     how = f"ended with status {status}"
     if status < 0:
         how = f"was killed by {signal.Signals(-status).name}"
-    if left:
-        how += f"; ended process {', '.join(map(str, left))} too"
     # 128 and more: by a signal, after which nothing has to be mended.
-    hint = "The same command goes on, from the last checkpoint if there is one."
+    hint = "The same command resumes from the last checkpoint, if there is one."
     if 0 < status < 128:
         hint = "Its own lines above say why."
     print(f"multiprocess.py: process {index} {how}. {hint}", file=sys.stderr, flush=True)
-    hand_on(processes, signal.SIGKILL)
 
 
 def free_port() -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from alexnet_jax.sweeps.run import main
+from alexnet_jax.system import signals
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signals.run(main)

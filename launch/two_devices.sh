@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The paper's network on two devices, a column on each (section 3.2):
+# Train the paper's network on two devices, one column on each (section 3.2):
 #
 #     launch/two_devices.sh --workdir=runs/paper --config.data.dir=DATA
 #
-# on two GPUs, where there are two; with fewer, or with CPU=1 in the environment, on two
-# virtual devices of the CPU: the same program, exchanges and numbers, for a rehearsal.
+# on two GPUs. With fewer, or with CPU=1 in the environment, it runs on two virtual devices
+# of the CPU: the same program, exchanges and numbers, for a rehearsal.
 # Arguments are those of alexnet_jax.main; --config defaults to configs/paper.py. One
-# process drives both devices; for a process each see launch/multiprocess.py.
+# process drives both devices; launch/multiprocess.py starts one process per device.
 set -euo pipefail
 
 root=$(cd "$(dirname "$(readlink -f "$0")")/.." && pwd)

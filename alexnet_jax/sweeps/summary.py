@@ -6,11 +6,11 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from alexnet_jax.sweeps.plan import EpochsTo, Measurement, Paper, Plan, Row, Sweep, as_text, best
+from alexnet_jax.sweeps.plan import EpochsTo, Measurement, Paper, Plan, Row, Sweep, as_text
 from alexnet_jax.system import machine
 from alexnet_jax.system.files import atomic_write
 from alexnet_jax.training.writers import METRICS_FILE, read_metrics
@@ -57,69 +57,68 @@ class Estimate:
         return f"{self.bound}{self.mean:{form}}{spread}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Line:
     """One row of the summary.
 
     Attributes:
-      name: the row's name.
-      candidate: the winner of the row's search; None without a search.
+      candidate: the winner of the row's search; None without a search or a result.
       values: seed -> measurement, of the finished runs.
       value: their mean and sample standard deviation.
       effect: against the baseline, see `compare`.
-      tried: candidate -> result with the first seed (None: broken or missing).
+      tried: candidate of the search -> its value.
     """
 
-    name: str
+    row: Row
     candidate: Any
     values: Mapping[int, Measurement]
     value: Estimate
-    effect: Estimate
-    paper: Paper | None
-    verdict: str
-    tried: Mapping[str, Measurement | None] = field(default_factory=dict)
+    tried: Mapping[str, Estimate]
+    effect: Estimate = Estimate()
+    verdict: str = ""
 
     @property
     def title(self) -> str:
         """The row's name, with the winner of its search in parentheses."""
-        chosen = "" if self.candidate is None else f" ({as_text(self.candidate)})"
-        return self.name + chosen
+        name = self.row.name
+        return name if self.candidate is None else f"{name} ({as_text(self.candidate)})"
 
 
 def summarize(plan: Plan, results: Mapping[str, Measurement | None]) -> list[Line]:
     """Return one line per row, from the results of the runs by name."""
-    lines = {row.name: _line(plan, row, results) for row in plan.sweep.rows}
-    compared = []
-    for row in plan.sweep.rows:
-        line, base = lines[row.name], lines[row.baseline or plan.sweep.baseline]
-        if line is not base:
-            effect = compare(line.values, base.values, plan.sweep.compare)
-            words = verdict(effect, line.paper, plan.sweep.compare)
-            line = dataclasses.replace(line, effect=effect, verdict=words)
-        compared.append(line)
-    return compared
+    sweep = plan.sweep
+    lines = {row.name: _line(plan, row, results) for row in sweep.rows}
+    for line in lines.values():
+        baseline = lines[line.row.baseline or sweep.baseline]
+        if line is not baseline:
+            line.effect = compare(line.values, baseline.values, sweep.compare)
+            line.verdict = verdict(line.effect, line.row.paper, sweep.compare)
+    return list(lines.values())
 
 
 def _line(plan: Plan, row: Row, results: Mapping[str, Measurement | None]) -> Line:
-    runs = [plan.run(row, plan.seeds[0], c) for c in row.candidates()]
-    chosen = best(runs, results)
-    values = {}
-    if chosen is not None:
-        for seed in plan.seeds:
-            result = results.get(plan.run(row, seed, chosen.candidate).name)
-            if result is not None:
-                values[seed] = result
-    tried = {as_text(run.candidate): results.get(run.name) for run in runs}
-    return Line(
-        name=row.name,
-        candidate=None if chosen is None else chosen.candidate,
-        values=values,
-        value=mean_of_values(list(values.values())),
-        effect=Estimate(),
-        paper=row.paper,
-        verdict="",
-        tried={} if row.search is None else tried,
-    )
+    """Return a row's line, without an effect, of the best candidate of its search."""
+    found: dict[Any, dict[int, Measurement]] = {c: {} for c in row.candidates()}
+    for run in plan.of_row(row):
+        result = results.get(run.name)
+        if result is not None:
+            found[run.candidate][run.seed] = result
+    best = min(found, key=lambda candidate: _rank(list(found[candidate].values())))
+    tried = {as_text(c): mean_of_values(list(values.values())) for c, values in found.items()}
+    winner = best if found[best] else None
+    value = tried[as_text(best)]
+    return Line(row, winner, found[best], value, {} if row.search is None else tried)
+
+
+def _rank(values: Sequence[Measurement]) -> tuple[int, bool, float]:
+    """Return the sort key of a candidate; the best has the lowest.
+
+    A candidate with fewer finished runs comes after one with more, and one with a
+    censored run after one without.
+    """
+    censored = any(value.censored for value in values)
+    numbers = [value.last_error if censored else value.value for value in values]
+    return -len(values), censored, statistics.fmean(numbers) if numbers else 0.0
 
 
 def mean_of_values(values: Sequence[Measurement]) -> Estimate:
@@ -127,14 +126,10 @@ def mean_of_values(values: Sequence[Measurement]) -> Estimate:
     if not values:
         return Estimate()
     numbers = [value.value for value in values]
-    censored = any(value.censored for value in values)
-    several = len(numbers) > 1 and not censored
-    return Estimate(
-        mean=statistics.fmean(numbers),
-        spread=statistics.stdev(numbers) if several else None,
-        bound=">" if censored else "",
-        count=len(numbers),
-    )
+    if any(value.censored for value in values):
+        return Estimate(statistics.fmean(numbers), None, ">", len(numbers))
+    spread = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return Estimate(statistics.fmean(numbers), spread, "", len(numbers))
 
 
 def compare(
@@ -156,10 +151,10 @@ def compare(
         effects = [ours / base if base else math.nan for ours, base in pairs]
     else:
         effects = [ours - base for ours, base in pairs]
-    error = None
-    if len(effects) > 1 and not above and not below:
-        error = statistics.stdev(effects) / math.sqrt(len(effects))
     bound = ">" if above else "<" if below else ""
+    error = None
+    if len(effects) > 1 and not bound:
+        error = statistics.stdev(effects) / math.sqrt(len(effects))
     return Estimate(statistics.fmean(effects), error, bound, len(effects))
 
 
@@ -172,54 +167,48 @@ def verdict(effect: Estimate, paper: Paper | None, by: Comparison) -> str:
       effect is as near; "differs"; "one seed: no noise known"; or "" if nothing was
       published, or our effect is unknown or a bound.
     """
-    unknown = effect.mean is None or effect.bound
-    if paper is None or paper.effect is None or unknown:
+    if paper is None or paper.effect is None or effect.mean is None or effect.bound:
         return ""
-    if effect.spread is None or effect.mean is None:
+    if effect.spread is None:
         return "one seed: no noise known"
     short = paper.effect - effect.mean
-    distance = short if paper.at_least else abs(short)
     noise = STANDARD_ERRORS * effect.spread
-    if distance > noise:
+    if (short if paper.at_least else abs(short)) > noise:
         return "differs"
-    no_effect = 1.0 if by == "ratio" else 0.0
-    is_clear = abs(effect.mean - no_effect) > noise
+    is_clear = abs(effect.mean - (1.0 if by == "ratio" else 0.0)) > noise
     return "agrees within the noise" + ("" if is_clear else "; so would no effect")
 
 
-def summary_table(plan: Plan, lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
-    """Return the header and one list of cells per row."""
-    sweep = plan.sweep
-    form = ".2f" if sweep.compare == "ratio" else "+.2f"
-    word = "over" if sweep.compare == "ratio" else "minus"
+def summary_table(sweep: Sweep, lines: Sequence[Line]) -> str:
+    """Return the table of the rows, in Markdown."""
+    form, word = (".2f", "over") if sweep.compare == "ratio" else ("+.2f", "minus")
     header = ["row", "seeds", str(sweep.metric), f"{word} {sweep.baseline}"]
     header += ["published", f"{word} its baseline", "verdict"]
     rows = []
-    for row, line in zip(sweep.rows, lines, strict=True):
-        value = effect = ""
-        if line.paper is not None and line.paper.value is not None:
-            value = f"{line.paper.value:g}"
-        if line.paper is not None and line.paper.effect is not None:
-            over = "over " if line.paper.at_least else ""
-            effect = f"{over}{line.paper.effect:{form}}"
-        own = line.effect.words(form)
-        if row.baseline and own:
-            own += f" ({word} {row.baseline})"
-        ours = [line.value.words(".2f"), own]
-        rows.append([line.title, str(line.value.count), *ours, value, effect, line.verdict])
-    return header, rows
+    for line in lines:
+        paper = line.row.paper or Paper()
+        published = "" if paper.value is None else f"{paper.value:g}"
+        published_effect = "" if paper.effect is None else f"{paper.effect:{form}}"
+        if paper.at_least:
+            published_effect = f"over {published_effect}"
+        effect = line.effect.words(form)
+        if line.row.baseline and effect:
+            effect += f" ({word} {line.row.baseline})"
+        ours = [line.title, str(line.value.count), line.value.words(".2f"), effect]
+        rows.append([*ours, published, published_effect, line.verdict])
+    return machine.markdown_table(header, rows)
 
 
-def search_table(plan: Plan, lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
-    """Return the header, and each candidate's result with the first seed."""
+def search_table(sweep: Sweep, lines: Sequence[Line]) -> str:
+    """Return the table of the candidates' results, in Markdown; the best is in bold."""
     rows = []
     for line in lines:
-        for candidate, result in line.tried.items():
-            words = "none" if result is None else str(result)
-            chosen = line.candidate is not None and candidate == as_text(line.candidate)
-            rows.append([line.name, candidate, f"**{words}**" if chosen else words])
-    names = sorted({name for row in plan.sweep.rows for name in row.search or ()})
-    return ["row", ", ".join(names), str(plan.sweep.metric)], rows
+        for candidate, estimate in line.tried.items():
+            words = estimate.words(".2f") or "none"
+            chosen = candidate == as_text(line.candidate)
+            rows.append([line.row.name, candidate, f"**{words}**" if chosen else words])
+    names = sorted({name for row in sweep.rows for name in row.search or ()})
+    return machine.markdown_table(["row", ", ".join(names), str(sweep.metric)], rows)
 
 
 def published(sweep: Sweep) -> list[str]:
@@ -227,32 +216,24 @@ def published(sweep: Sweep) -> list[str]:
     found: dict[str, list[str]] = {}
     for row in sweep.rows:
         if row.paper is not None:
-            about = (row.paper.measured_on, row.paper.source)
-            source = f"{about[0]} ({about[1]})" if all(about) else "".join(about)
-            found.setdefault(source, []).append(row.name)
+            where = f"{row.paper.measured_on} ({row.paper.source})"
+            found.setdefault(where, []).append(row.name)
     return [f"Published on {where}: {', '.join(r)}." for where, r in found.items()]
 
 
-def write(
-    plan: Plan,
-    jobs: "Mapping[str, Job]",
-    results: Mapping[str, Measurement | None],
-    out: Path,
-    command: str,
-) -> str:
+def write(plan: Plan, jobs: "Sequence[Job]", out: Path, command: str) -> str:
     """Write summary.{md,csv,png} and sweep.json; return the Markdown page.
 
     Args:
-      jobs, results: by run name.
       command: the command line, which the summary shows.
     """
-    lines = summarize(plan, results)
+    lines = summarize(plan, {job.run.name: job.result for job in jobs})
     about = machine.machine(command)
-    page = _page(plan, lines, about, list(jobs.values()))
+    page = _page(plan, lines, about, jobs)
     with atomic_write(out / "summary.md") as file:
         file.write(page.encode())
     _write_csv(out / "summary.csv", lines)
-    _draw(plan, lines, jobs, out / "summary.png")
+    _draw(plan.sweep, lines, jobs, out / "summary.png")
     record = {
         "sweep": plan.name,
         "about": plan.sweep.about,
@@ -267,48 +248,45 @@ def write(
             for name, value in plan.settings.items()
         },
         "rows": [dataclasses.asdict(line) for line in lines],
-        "runs": {name: _run_record(plan, job, results.get(name)) for name, job in jobs.items()},
+        "runs": {
+            job.run.name: {
+                "overrides": {k: v for k, v in job.run.overrides.items() if k not in plan.settings},
+                "result": job.result and dataclasses.asdict(job.result),
+                **job.read_status(),
+                "state": job.state,
+                "error": job.error,
+            }
+            for job in jobs
+        },
     }
     with atomic_write(out / "sweep.json") as file:
         file.write(json.dumps(record).encode() + b"\n")
     return page
 
 
-def _run_record(plan: Plan, job: "Job", result: Measurement | None) -> dict[str, Any]:
-    overrides = job.run.overrides.items()
-    record = {
-        "overrides": {k: v for k, v in overrides if k not in plan.settings},
-        "result": result and dataclasses.asdict(result),
-        **job.read_status(),
-        "state": job.state,
-    }
-    return record | ({"error": job.error} if job.error else {})
-
-
 def _page(plan: Plan, lines: Sequence[Line], about: dict[str, Any], jobs: "Sequence[Job]") -> str:
-    """Return the summary as Markdown."""
     sweep = plan.sweep
-    source = plan.settings.get("data.source")
-    data = sweep.measured_on if source is None else "what `data.source` names"
+    data = "what `data.source` names" if "data.source" in plan.settings else sweep.measured_on
     parts = [
         f"# {plan.name} ({about['date']})",
         sweep.about,
         f"    {about['command']}",
         f"{machine.in_words(about)}. Measured on {data}.",
-        machine.markdown_table(*summary_table(plan, lines)),
+        summary_table(sweep, lines),
         _NOISE,
         *published(sweep),
     ]
     if any(line.tried for line in lines):
-        parts += ["## Search", f"With seed {plan.seeds[0]}; the best is in bold."]
-        parts.append(machine.markdown_table(*search_table(plan, lines)))
-    if beaten := [job.run.name for job in jobs if job.beaten]:
-        parts.append(f"Ended when another candidate had won: {', '.join(beaten)}.")
-    missing = []
-    for job in jobs:
-        if job.state != "finished":
-            reason = f" ({job.error.splitlines()[0]})" if job.error else ""
-            missing.append(f"- {job.run.name}: {job.state}{reason}")
+        parts += [
+            "## Search",
+            "Each candidate with every seed; the best is in bold.",
+            search_table(sweep, lines),
+        ]
+    missing = [
+        f"- {job.run.name}: {job.state}" + (f" ({job.error.splitlines()[0]})" if job.error else "")
+        for job in jobs
+        if job.state != "finished"
+    ]
     if missing:
         parts += ["## Not in these numbers", "\n".join(missing)]
     return "\n\n".join(parts) + "\n"
@@ -319,30 +297,26 @@ def _write_csv(path: Path, lines: Sequence[Line]) -> None:
         writer = csv.writer(file)
         writer.writerow(_CSV_COLUMNS)
         for line in lines:
-            value, effect, paper = line.value, line.effect, line.paper
-            writer.writerow(
-                [line.name, line.candidate, value.count, value.bound, value.mean]
-                + [value.spread, effect.bound, effect.mean, effect.spread]
-                + [paper and paper.value, paper and paper.effect, line.verdict]
-            )
+            value, effect, paper = line.value, line.effect, line.row.paper or Paper()
+            ours = [value.count, value.bound, value.mean, value.spread]
+            effects = [effect.bound, effect.mean, effect.spread, paper.value, paper.effect]
+            writer.writerow([line.row.name, line.candidate, *ours, *effects, line.verdict])
 
 
-def _draw(plan: Plan, lines: Sequence[Line], jobs: "Mapping[str, Job]", path: Path) -> None:
+def _draw(sweep: Sweep, lines: Sequence[Line], jobs: "Sequence[Job]", path: Path) -> None:
     from alexnet_jax.sweeps import figures
 
-    metric = plan.sweep.metric
-    if isinstance(metric, EpochsTo):
-        rows = {}
-        for line in lines:
-            found = [
+    if isinstance(sweep.metric, EpochsTo):
+        curves = {
+            line.title: [
                 read_metrics(job.folder / METRICS_FILE)
-                for job in jobs.values()
-                if (job.run.row, job.run.candidate) == (line.name, line.candidate)
+                for job in jobs
+                if (job.run.row, job.run.candidate) == (line.row.name, line.candidate)
                 and job.state == "finished"
             ]
-            if found:
-                rows[line.title] = found
-        figure = figures.error_curves(rows, metric.target)
+            for line in lines
+        }
+        figure = figures.error_curves(curves, sweep.metric.target)
     else:
-        figure = figures.sweep_results(plan.sweep, lines)
+        figure = figures.sweep_results(sweep, lines)
     figure.savefig(path, dpi=150)

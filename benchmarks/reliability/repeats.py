@@ -17,8 +17,6 @@ from benchmarks.speed import measure
 from benchmarks.speed.gpu import backend
 from benchmarks.speed.measure import Setting
 
-PROCESSES = {"short": 2, "long": 3}
-STEPS = {"short": 2, "long": 20}
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
@@ -44,7 +42,7 @@ def compare(runs: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
     """Compare the runs after the first with the first.
 
     Returns:
-      "equal": whether all have the same bits; "difference": the largest
+      "equal": True if all have the same bits; "difference": the largest
       |a - b| / |b| (norms) of any parameter of any run.
     """
     first, *others = runs
@@ -59,29 +57,12 @@ def compare(runs: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
 
 def plan(on_gpu: bool, short: bool) -> list[tuple[Setting, str]]:
     """Return the settings to repeat, each with XLA flags."""
-    steps = STEPS["short" if short else "long"]
     width = 1.0 if on_gpu and not short else 0.25
-    batch = 128 if on_gpu else 16
+    batch, steps = 128 if on_gpu else 16, 2 if short else 20
     kinds = ["float32"] if short and not on_gpu else ["float32", "bfloat16"]
     kinds += ["tensorfloat32"] if on_gpu else []
     flags = ("", DETERMINISTIC) if on_gpu else ("",)
     return [(Setting(batch, kind, width, steps), flag) for kind in kinds for flag in flags]
-
-
-def table(found: Sequence[dict[str, Any]]) -> str:
-    """Return a table with one row per setting."""
-    header = ["setting", "steps", "processes", "same bits", "largest difference"]
-    rows = [
-        [
-            f"{record['setting']}{', ' if record['flags'] else ''}{record['flags']}",
-            str(record["steps"]),
-            str(record["processes"]),
-            "yes" if record["equal"] else "no",
-            f"{record['difference']:.1e}" if record["difference"] else "0",
-        ]
-        for record in found
-    ]
-    return measure.markdown_table(header, rows)
 
 
 def main() -> None:
@@ -89,21 +70,20 @@ def main() -> None:
     options = measure.command_line(__doc__).parse_args()
     # In a process of its own: this one must not take the GPU's memory.
     on_gpu = measure.in_fresh_process(backend) == "gpu"
-    count = PROCESSES["short" if options.short else "long"]
-    found = []
+    count = 2 if options.short else 3
+    found, rows = [], []
     for setting, flags in plan(on_gpu, options.short):
-        print(f"{setting} {flags} ...", file=sys.stderr, flush=True)
+        name = f"{setting} {flags}".strip()
+        print(f"{name} ...", file=sys.stderr, flush=True)
         runs = [measure.in_fresh_process(parameters, setting, flags) for _ in range(count)]
-        found.append(
-            {
-                "setting": str(setting),
-                "flags": flags,
-                "steps": setting.steps,
-                "processes": count,
-                **compare(runs),
-            }
-        )
-    measure.write_result(options.out, "repeats", {"found": found}, table=table(found))
+        same = compare(runs)
+        about = {"setting": str(setting), "flags": flags, "steps": setting.steps}
+        found.append({**about, "processes": count, **same})
+        bits, difference = "yes" if same["equal"] else "no", f"{same['difference']:.1e}"
+        rows.append([name, str(setting.steps), str(count), bits, difference])
+    header = ["setting", "steps", "processes", "same bits", "largest difference"]
+    table = measure.markdown_table(header, rows)
+    measure.write_result(options.out, "repeats", {"found": found}, table=table)
 
 
 if __name__ == "__main__":

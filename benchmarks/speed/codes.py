@@ -20,10 +20,10 @@ the queries included, in turns.
 """
 
 import argparse
-import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +46,18 @@ from benchmarks.speed import measure
 BITS = (28, 64, 128, 256)
 NEAREST, AMONG = 10, 100
 QUERIES = 1000
-# Rows, numbers a row, bits and queries of the measurement of speed.
+# Rows, numbers per row, bits and queries of the measurement of speed.
 SPEED_ROWS, SPEED_WIDTH, SPEED_BITS, SPEED_QUERIES = 50_000, 4096, 256, (1, 256)
 OURS = "autoencoder"
 PEER = "exact, NumPy"
-PARTS = ("quality", "speed")
 
 
 def main() -> None:
     parser = measure.command_line(__doc__)
     for name, about in (("index", "of the rows"), ("queries", "of the queries")):
         parser.add_argument(f"--{name}", type=Path, nargs="+", default=[], help=about)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parts = ("quality", "speed")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     options = parser.parse_args()
     if len(options.index) != len(options.queries):
         parser.error("--index and --queries need as many files each.")
@@ -90,7 +90,7 @@ def _qualities(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def drawn(seed: int, count: int = 2000) -> tuple[np.ndarray, np.ndarray]:
-    """Features [count, 256] around ten centres, and labels."""
+    """Return features [count, 256] around ten centres, and labels."""
     centres = np.random.default_rng(0).normal(size=(10, 256))
     rng = np.random.default_rng([1, seed])
     labels = rng.integers(0, 10, count)
@@ -99,7 +99,7 @@ def drawn(seed: int, count: int = 2000) -> tuple[np.ndarray, np.ndarray]:
 
 
 def random_planes(features: np.ndarray, bits: int, seed: int = 0) -> Coder:
-    """Random hyperplanes through the mean (Charikar 2002)."""
+    """Return random hyperplanes through the mean (Charikar 2002)."""
     width = features.shape[1]
     rng = np.random.default_rng(seed)
     return Coder(
@@ -110,14 +110,12 @@ def random_planes(features: np.ndarray, bits: int, seed: int = 0) -> Coder:
 
 
 def principal_signs(features: np.ndarray, bits: int) -> Coder:
-    """The signs of the first principal components; of 10,000 rows, evenly spread."""
+    """Return the signs of the first principal components of 10,000 rows, evenly spread."""
     rows = np.linspace(0, len(features) - 1, min(10_000, len(features)), dtype=int)
     mean = features.mean(axis=0)
     centred = features[rows] - mean
-    few = len(rows) < features.shape[1]  # the smaller of two matrices is quicker
-    _, vectors = np.linalg.eigh(centred @ centred.T if few else centred.T @ centred)
-    kernel = vectors[:, ::-1][:, :bits]  # the largest comes last
-    kernel = np.ascontiguousarray(centred.T @ kernel if few else kernel)
+    _, vectors = np.linalg.eigh(centred.T @ centred)
+    kernel = np.ascontiguousarray(vectors[:, ::-1][:, :bits])  # the largest comes last
     return Coder(mean=mean, kernel=kernel, bias=np.zeros(kernel.shape[1], np.float32))
 
 
@@ -128,7 +126,7 @@ def quality(
     bits: tuple[int, ...],
     steps: int,
 ) -> dict[str, Any]:
-    """Recall and precision of each kind of code.
+    """Return recall and precision of each kind of code.
 
     Args:
       index, queries: features [N, D] and labels [N].
@@ -171,24 +169,31 @@ def quality(
 
 
 def precision(labels: np.ndarray, rows: np.ndarray, wanted: np.ndarray) -> float:
-    """The share of the rows found [Q, n] whose label is the query's [Q]."""
+    """Return the share of the rows found [Q, n] whose label is the query's [Q]."""
     return float((labels[rows] == wanted[:, None]).mean())
 
 
 def speed(rows: int, width: int, *, rounds: int) -> dict[str, Any]:
-    """Seconds, and seconds of all processors, of searches for one query and for many."""
+    """Return seconds, and seconds of all processors, of searches for one query and many."""
     rng = np.random.default_rng(0)
     features = rng.standard_normal((rows, width), np.float32)
-    coder = random_planes(features, SPEED_BITS)
-    codes = Codes.of(coder, features)
+    codes = Codes.of(random_planes(features, SPEED_BITS), features)
+    squares = np.einsum("nd,nd->n", features, features)
     seconds, cpu_seconds = {}, {}
     for count in SPEED_QUERIES:
         queries = rng.standard_normal((count, width), np.float32)
-        spent: dict[str, list[float]] = {}
-        calls = {
-            name: functools.partial(_timed, call, spent.setdefault(name, []))
-            for name, call in searches(features, codes, queries).items()
+        searches: dict[str, Callable[[], Any]] = {
+            PEER: partial(plain_search, features, squares, queries, NEAREST),
+            "exact": partial(nearest, features, queries, NEAREST),
+            "ours, codes": lambda queries=queries: nearest_codes(
+                codes.packed, codes.coder.encode(queries), NEAREST
+            ),
+            "ours, shortlist of 100": partial(
+                shortlist, features, codes, queries, NEAREST, size=AMONG
+            ),
         }
+        spent: dict[str, list[float]] = {name: [] for name in searches}
+        calls = {name: partial(_timed, call, spent[name]) for name, call in searches.items()}
         seconds[str(count)] = measure.alternate(calls, rounds=rounds)
         cpu_seconds[str(count)] = {name: found[1:] for name, found in spent.items()}
     about = {"rows": rows, "width": width, "bits": SPEED_BITS}
@@ -196,31 +201,16 @@ def speed(rows: int, width: int, *, rounds: int) -> dict[str, Any]:
 
 
 def _timed(call: Callable[[], Any], spent: list[float]) -> None:
-    """Calls and notes the seconds of all processors: others' work is not in them."""
+    """Call and append the processors' seconds, which have no other process's work in them."""
     started = time.process_time()
     call()
     spent.append(time.process_time() - started)
 
 
-def searches(
-    features: np.ndarray, codes: Codes, queries: np.ndarray
-) -> Mapping[str, Callable[[], Any]]:
-    """What is timed, by name."""
-    squares = np.einsum("nd,nd->n", features, features)
-    return {
-        PEER: lambda: plain_search(features, squares, queries, NEAREST),
-        "exact": functools.partial(nearest, features, queries, NEAREST),
-        "ours, codes": lambda: nearest_codes(codes.packed, codes.coder.encode(queries), NEAREST),
-        "ours, shortlist of 100": functools.partial(
-            shortlist, features, codes, queries, NEAREST, size=AMONG
-        ),
-    }
-
-
 def plain_search(
     features: np.ndarray, squares: np.ndarray, queries: np.ndarray, count: int
 ) -> np.ndarray:
-    """The nearest rows in NumPy, in float32, the rows' squared lengths known."""
+    """Return the nearest rows in NumPy, in float32, from the rows' squared lengths."""
     distances = squares - 2 * queries @ features.T  # but for the queries' own lengths
     rows = np.argpartition(distances, count, axis=1)[:, :count]
     order = np.take_along_axis(distances, rows, axis=1).argsort(axis=1)
@@ -228,49 +218,42 @@ def plain_search(
 
 
 def table(record: dict[str, Any]) -> str:
-    """The page's tables."""
-    parts = [_quality_table(*item) for item in record["quality"].items()]
-    if record["speed"]:
-        parts.append(_speed_table(record["speed"]))
+    parts = []
+    for name, found in record["quality"].items():
+        header = ["codes", "bits", "bytes", "of 10 among 10", "among 100", "same class"]
+        exact = f"{found['exact_precision_10']:.1%}"
+        cells = [["exact", "", f"{4 * found['width']:,}", "100%", "100%", exact]]
+        for row in found["codes"]:
+            shares = ("recall_among_10", "recall_among_100", "precision_10")
+            cells.append(
+                [row["method"], str(row["bits"]), str(row["bytes"])]
+                + [f"{row[share]:.1%}" for share in shares]
+            )
+        parts.append(
+            f"{name}: {found['rows']:,} rows of {found['width']:,} numbers, "
+            f"{found['queries']:,} queries\n\n{measure.markdown_table(header, cells)}"
+        )
+    if timed := record["speed"]:
+        header = ["queries at once", "search", "queries/s", "CPU ms per query"]
+        header += [f"times {PEER}", "in CPU seconds"]
+        cells = []
+        for count, seconds in timed["seconds"].items():
+            cpu = timed["cpu_seconds"][count]
+            for name, calls in seconds.items():
+                rates = measure.spread((int(count) / s for s in calls), ",.2f")
+                each = 1000 * statistics.median(cpu[name]) / int(count)
+                ratios = [measure.ratio(found, name, PEER) for found in (seconds, cpu)]
+                times = [measure.spread(found.values(), ".2f") for found in ratios]
+                cells.append([count, name, rates, f"{each:,.2f}", *times])
+        parts.append(
+            f"{timed['rows']:,} rows of {timed['width']:,} numbers, codes of "
+            f"{timed['bits']} bits\n\n{measure.markdown_table(header, cells)}"
+        )
     return "\n\n".join(parts)
 
 
-def _quality_table(name: str, found: dict[str, Any]) -> str:
-    header = ["codes", "bits", "bytes", "of 10 among 10", "among 100", "same class"]
-    exact = f"{found['exact_precision_10']:.1%}"
-    cells = [["exact", "", f"{4 * found['width']:,}", "100%", "100%", exact]]
-    for row in found["codes"]:
-        shares = ("recall_among_10", "recall_among_100", "precision_10")
-        cells.append(
-            [row["method"], str(row["bits"]), str(row["bytes"])]
-            + [f"{row[share]:.1%}" for share in shares]
-        )
-    return (
-        f"{name}: {found['rows']:,} rows of {found['width']:,} numbers, "
-        f"{found['queries']:,} queries\n\n{measure.markdown_table(header, cells)}"
-    )
-
-
-def _speed_table(timed: dict[str, Any]) -> str:
-    header = ["queries at once", "search", "queries/s", "CPU ms a query"]
-    header += [f"times {PEER}", "in CPU seconds"]
-    cells = []
-    for count, seconds in timed["seconds"].items():
-        cpu = timed["cpu_seconds"][count]
-        for name, calls in seconds.items():
-            rates = measure.spread((int(count) / s for s in calls), ",.2f")
-            each = 1000 * statistics.median(cpu[name]) / int(count)
-            ratios = [measure.ratio(found, name, PEER) for found in (seconds, cpu)]
-            times = [f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})" for r in ratios]
-            cells.append([count, name, rates, f"{each:,.2f}", *times])
-    return (
-        f"{timed['rows']:,} rows of {timed['width']:,} numbers, codes of "
-        f"{timed['bits']} bits\n\n{measure.markdown_table(header, cells)}"
-    )
-
-
 def chart(record: dict[str, Any]) -> Figure:
-    """Recall over the bits, a panel a data set; speed at the right."""
+    """Draw recall over the bits, a panel per data set, and the speed on the right."""
     qualities, timed = record["quality"], record["speed"]
     count = len(qualities) + bool(timed)
     figure = Figure(figsize=(0.6 + 4.4 * count, 3.4), layout="constrained")
@@ -278,7 +261,10 @@ def chart(record: dict[str, Any]) -> Figure:
     for axes, (name, found) in zip(panels, qualities.items(), strict=False):
         _draw_quality(axes, name, found["codes"])
     if timed:
-        _draw_speed(panels[-1], timed)
+        most = max(timed["seconds"], key=int)
+        rates = {n: [int(most) / s for s in calls] for n, calls in timed["seconds"][most].items()}
+        title = f"{timed['rows']:,} rows, {most} queries at once"
+        measure.Bars(title, "queries per second", rates).draw(panels[-1])
     return figure
 
 
@@ -297,15 +283,6 @@ def _draw_quality(axes: Axes, name: str, codes: list[dict[str, Any]]) -> None:
     axes.set_ylabel("% of the exact 10 nearest\namong 100 (dashed: 10) by code")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
-
-
-def _draw_speed(axes: Axes, timed: dict[str, Any]) -> None:
-    count = max(timed["seconds"], key=int)
-    rates = {
-        name: [int(count) / s for s in calls] for name, calls in timed["seconds"][count].items()
-    }
-    title = f"{timed['rows']:,} rows, {count} queries at once"
-    measure.bar_chart(rates, title=title, unit="queries a second", axes=axes)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""Training with real pictures, beside the step alone and the loader alone.
+"""Training with real images, beside the step alone and the loader alone.
 
     python -m benchmarks.speed.end_to_end --out=DIR [--short] [--pictures=FOLDER]
-        [--width W ...] [--batch N] [--workers N]
+        [--workers N]
 
-The network of `configs/paper.py`, at several widths; records of 256 x 256 JPEGs as in
-`input_pipeline`, and the loop of `alexnet_jax.training.loop`: decode ahead, put on the device,
-step. No more than the slower of step and loader can be had. On a CPU both compute on
-the same cores, and without waste the times of an image add up: 1/(1/step + 1/loader).
-The step alone is given the same batch again and again.
+The network of `configs/paper.py` at several widths, records of 256 x 256 JPEGs as in
+`input_pipeline`, and the loop of `alexnet_jax.training.loop`: decode ahead, put on the
+device, step. The limit is the slower of step and loader. On a CPU both compute on the same
+cores, and without waste the times per image add up: 1/(1/step + 1/loader). The step alone
+gets the same batch again and again.
 """
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from matplotlib.figure import Figure
 
 from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.loader import Batches, train_order
@@ -38,47 +36,38 @@ SECONDS_A_CALL = 2.5
 
 def main() -> None:
     parser = measure.command_line(__doc__)
-    on_gpu = jax.default_backend() == "gpu"
-    add = parser.add_argument
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    add("--pictures", type=Path, help=pictures.PICTURES_HELP)
-    widths = [1.0] if on_gpu else [1.0, 0.125, 0.03125]
-    add("--width", type=float, nargs="+", default=widths, help="of the network")
-    add("--batch", type=int, default=512 if on_gpu else 64)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--pictures", type=Path, help=pictures.PICTURES_HELP)
     options = parser.parse_args()
+    on_gpu = jax.default_backend() == "gpu"
+    batch, dtype = (512, "bfloat16") if on_gpu else (64, "float32")
+    widths = [1.0] if on_gpu else [1.0, 0.125, 0.03125]
     with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        source = pictures.records(options.pictures, scratch)
+        source = pictures.records(options.pictures, Path(name))
         few = statistics_lib.compute(source, max_examples=500, workers=options.workers)
         runs = []
-        for width in options.width[-1:] if options.short else options.width:
-            config = _config(scratch, width, options, on_gpu)
+        for width in widths[-1:] if options.short else widths:
+            config = paper.get_config()
+            config.data.source, config.data.dir = "imagenet2012_256", name
+            config.data.eval_split = ""
+            config.data.batch_size, config.data.workers = batch, options.workers
+            config.model.width, config.model.init, config.model.dtype = width, "he", dtype
+            config.parallel.data = 1
             experiment = experiment_lib.build(config, statistics=few)
             runs.append({"width": width, **_measured(experiment, options.short)})
     record = {
-        "batch": options.batch,
+        "batch": batch,
         "workers": options.workers,
         "same_cores": not on_gpu,
-        "dtype": "bfloat16" if on_gpu else "float32",
+        "dtype": dtype,
         "runs": runs,
     }
-    table, figure = _table(record), _figure(record)
-    measure.write_result(options.out, "end_to_end", record, table=table, figure=figure)
-
-
-def _config(data_dir: Path, width: float, options: argparse.Namespace, on_gpu: bool) -> Any:
-    config = paper.get_config()
-    config.data.source, config.data.dir = "imagenet2012_256", str(data_dir)
-    config.data.eval_split = ""
-    config.data.batch_size, config.data.workers = options.batch, options.workers
-    config.model.width, config.model.init = width, "he"
-    config.model.dtype = "bfloat16" if on_gpu else "float32"
-    config.parallel.data = 1
-    return config
+    figure = measure.bar_charts([_bars(run, same_cores=not on_gpu) for run in runs])
+    measure.write_result(options.out, "end_to_end", record, table=_table(record), figure=figure)
 
 
 class _Training:
-    """A network and its state, to be called for a number of steps."""
+    """A network and its state; each method works for a number of steps."""
 
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
@@ -92,7 +81,7 @@ class _Training:
         self.waited = self.seconds = 0.0
 
     def batches(self, count: int) -> Batches:
-        """`count` shuffled batches, from the start of the threads to their end."""
+        """Return `count` shuffled batches; their threads start and end with them."""
         source = self.experiment.train_source
         return Batches(
             source,
@@ -103,14 +92,14 @@ class _Training:
         )
 
     def alone(self, count: int) -> None:
-        """Steps with one batch that lies on the device."""
+        """Step with one batch that lies on the device."""
         pending: deque[Any] = deque()
         for _ in range(count):
             self._submit(pending, self.batch)
         jax.block_until_ready(list(pending))
 
     def load(self, count: int) -> None:
-        """Batches to the device, nothing computed."""
+        """Put batches on the device."""
         with self.batches(count) as batches:
             for batch in batches:
                 jax.block_until_ready(self.experiment.put(batch))
@@ -164,7 +153,7 @@ def _measured(experiment: Experiment, short: bool) -> dict[str, Any]:
 
 
 def _count(call: Callable[[int], None], seconds: float) -> int:
-    """About so many steps take `seconds`, from two that are timed."""
+    """Return how many steps take about `seconds`, from two that are timed."""
     started = time.perf_counter()
     call(2)
     return max(2, round(2 * seconds / (time.perf_counter() - started)))
@@ -184,34 +173,22 @@ def _table(record: dict[str, Any]) -> str:
         rows.append([*row, f"{run['data_wait_frac']:.1%}"])
     table = measure.markdown_table(header, rows)
     return (
-        f"{table}\n\nImages a second, batch {record['batch']}, {record['dtype']}, "
+        f"{table}\n\nImages per second, batch {record['batch']}, {record['dtype']}, "
         f"{record['workers']} decoding threads; ratios are medians over the rounds "
         "(least to most)."
     )
 
 
-def _figure(record: dict[str, Any]) -> Figure:
-    runs = record["runs"]
-    figure = Figure(figsize=(8, 1.5 + 1.6 * len(runs)), layout="constrained")
-    grid = figure.subplots(len(runs), squeeze=False)
-    for axes, run in zip(grid[:, 0], runs, strict=True):
-        rates = run["images_a_second"]
-        step, loader = (statistics.median(rates[name]) for name in (STEP, LOADER))
-        same = record["same_cores"]
-        limit = 1 / (1 / step + 1 / loader) if same else min(step, loader)
-        title = f"Width {run['width']:g}"
-        if loader > 3 * step:  # its bar would dwarf the others
-            rates = {name: v for name, v in rates.items() if name != LOADER}
-            title += f" (loader alone: {loader:,.0f})"
-        measure.bar_chart(
-            rates,
-            title=title,
-            unit="images a second",
-            ceiling=limit,
-            ceiling_name="both on the same cores" if same else "the slower of the two",
-            axes=axes,
-        )
-    return figure
+def _bars(run: dict[str, Any], *, same_cores: bool) -> measure.Bars:
+    rates = run["images_a_second"]
+    step, loader = (statistics.median(rates[name]) for name in (STEP, LOADER))
+    title = f"Width {run['width']:g}"
+    if loader > 3 * step:  # its bar would dwarf the others
+        rates = {name: v for name, v in rates.items() if name != LOADER}
+        title += f" (loader alone: {loader:,.0f})"
+    limit = 1 / (1 / step + 1 / loader) if same_cores else min(step, loader)
+    words = "both on the same cores" if same_cores else "the slower of the two"
+    return measure.Bars(title, "images per second", rates, ceiling=limit, ceiling_name=words)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The loader, beside the bare JPEG decoder and a PyTorch DataLoader with Pillow.
 
     python -m benchmarks.speed.input_pipeline --out=DIR [--short] [--workers N]
-        [--pictures=FOLDER] [--memory_records N]
+        [--pictures=FOLDER]
 
 Records of 256 x 256 JPEGs in array_record, as `prepare imagenet` writes them: one file
 of 1,250 under 1,025 names, so that everything depends on ImageNet's number of records
@@ -14,6 +14,7 @@ time from the start of a process to its first batch.
 import argparse
 import concurrent.futures
 import importlib.metadata
+import importlib.util
 import io
 import os
 import statistics
@@ -27,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from matplotlib.figure import Figure
 from PIL import Image
 
 from alexnet_jax.data import sources
@@ -38,14 +38,13 @@ from benchmarks.speed import measure, memory, pictures
 
 BATCH_SIZE = 128
 SHUFFLED, IN_ORDER = "ours, shuffled", "ours, in order"
-BARE = "decoder alone, 1 thread"
+BARE, THREADS = "decoder alone, 1 thread", "decoder alone, a thread per worker"
 UNDECODED = "ours, records not decoded, 1 thread"
 TORCH = "torch DataLoader, Pillow"
+# The versions in the result.
 PACKAGES = ("simplejpeg", "array_record", "tensorflow-datasets", "grain", "pillow")
 
-Examples = Callable[[int, int], np.ndarray]
-
-# What a script of a user's does first.
+# A user's first script.
 _FIRST_BATCH = """
 import sys
 from alexnet_jax.data import open_source, train_batches
@@ -61,33 +60,33 @@ def main() -> None:
     add = parser.add_argument
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="of each")
     add("--pictures", type=Path, help=pictures.PICTURES_HELP)
-    add("--memory_records", type=int, help="to read, watching the memory")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        source = pictures.records(options.pictures, scratch)
-        record = _measured(source, scratch, options)
-    measure.write_result(
-        options.out, "input_pipeline", record, table=_table(record), figure=_figure(record)
+        record = _measured(Path(name), options)
+    rates = record["pictures_a_second"]
+    bars = measure.Bars(
+        f"Records of 256 x 256 JPEGs, {options.workers} workers",
+        "images per second",
+        {name: found for name, found in rates.items() if name != UNDECODED},
+        ceiling=statistics.median(rates[BARE]) * options.workers,
+        ceiling_name=f"{options.workers} times the decoder alone",
     )
+    figure = measure.bar_charts([bars])
+    measure.write_result(options.out, "input_pipeline", record, table=_table(record), figure=figure)
 
 
-def _measured(source: TfdsSource, data_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
+def _measured(data_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
     workers, short = options.workers, options.short
-    watched = options.memory_records or (10_000 if short else 100_000)
+    source = pictures.records(options.pictures, data_dir)
     jpegs = [source.record(index)[1] for index in range(preparation.PICTURES_A_SHARD)]
     candidates = _candidates(source, jpegs, workers, short)
-    seconds = measure.alternate(
-        {name: call for name, (_, call) in candidates.items()}, rounds=2 if short else 5
-    )
+    calls = {name: call for name, (_, call) in candidates.items()}
+    seconds = measure.alternate(calls, rounds=2 if short else 5)
     each = {name: [s / candidates[name][0] for s in found] for name, found in seconds.items()}
+    of_cores = measure.ratio(each, SHUFFLED, BARE)
     ratios = {
-        "of the decoder's rate times the cores": {
-            k: v / workers for k, v in measure.ratio(each, SHUFFLED, BARE).items()
-        },
-        "of the decoder's rate in as many threads": measure.ratio(
-            each, SHUFFLED, _bare_in_threads(workers)
-        ),
+        "of the decoder's rate times the cores": {k: v / workers for k, v in of_cores.items()},
+        "of the decoder's rate in as many threads": measure.ratio(each, SHUFFLED, THREADS),
         "shuffled against in order": measure.ratio(each, SHUFFLED, IN_ORDER),
     }
     if TORCH in each:
@@ -103,59 +102,50 @@ def _measured(source: TfdsSource, data_dir: Path, options: argparse.Namespace) -
         "first_batch_seconds": [
             _first_batch_seconds(data_dir, workers) for _ in range(1 if short else 5)
         ],
-        "memory": measure.in_fresh_process(_memory, data_dir, watched, workers),
+        "memory": measure.in_fresh_process(
+            _memory, data_dir, 10_000 if short else 100_000, workers
+        ),
     }
-
-
-def _bare_in_threads(workers: int) -> str:
-    return f"decoder alone, {workers} threads"
 
 
 def _candidates(
     source: TfdsSource, jpegs: Sequence[bytes], workers: int, short: bool
 ) -> dict[str, tuple[int, Callable[[], object]]]:
-    """By name: how many pictures a call makes, and the call."""
+    """Return by name how many pictures a call makes, and the call."""
     count = BATCH_SIZE * (4 if short else 40) * workers
     part = count // workers // 2
-    order = train_order(source.num_examples, 0)
     threads = concurrent.futures.ThreadPoolExecutor(workers)
+    shuffled = train_order(source.num_examples, 0)
+
+    def decode(count: int) -> None:
+        out = np.empty((preparation.SIZE, preparation.SIZE, 3), np.uint8)
+        for i in range(count):
+            simplejpeg.decode_jpeg(jpegs[i % len(jpegs)], buffer=out)
+
+    def read(examples: Callable[[int, int], np.ndarray]) -> None:
+        """Read batches, from the start of the threads to their end."""
+        for _ in _batches(source, examples, count, workers):
+            pass
+
     found: dict[str, tuple[int, Callable[[], object]]] = {
-        BARE: (part, lambda: _decode(jpegs, part)),
-        _bare_in_threads(workers): (
-            part * workers,
-            lambda: list(threads.map(lambda _: _decode(jpegs, part), range(workers))),
-        ),
-        SHUFFLED: (count, lambda: _read(source, order, count, workers)),
-        IN_ORDER: (count, lambda: _read(source, np.arange, count, workers)),
-        UNDECODED: (count, lambda: [len(source.record(i)) for i in order(0, count).tolist()]),
+        BARE: (part, lambda: decode(part)),
+        THREADS: (part * workers, lambda: list(threads.map(decode, [part] * workers))),
+        SHUFFLED: (count, lambda: read(shuffled)),
+        IN_ORDER: (count, lambda: read(np.arange)),
+        UNDECODED: (count, lambda: [source.record(i) for i in shuffled(0, count).tolist()]),
     }
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        return found
-    loader = _torch_loader(jpegs, count // 2, workers)
-    found[TORCH] = (count // 2, lambda: [None for _ in loader])
+    if importlib.util.find_spec("torch"):
+        loader = _torch_loader(jpegs, count // 2, workers)
+        found[TORCH] = (count // 2, lambda: [None for _ in loader])
     return found
 
 
-def _decode(jpegs: Sequence[bytes], count: int) -> None:
-    out = np.empty((preparation.SIZE, preparation.SIZE, 3), np.uint8)
-    for i in range(count):
-        simplejpeg.decode_jpeg(jpegs[i % len(jpegs)], buffer=out)
-
-
-def _read(source: sources.Source, examples: Examples, count: int, workers: int) -> None:
-    """`count` pictures in batches, from the start of the threads to their end."""
-    for _ in _batches(source, examples, count, workers):
-        pass
-
-
-def _batches(source: sources.Source, examples: Examples, count: int, workers: int) -> Batches:
+def _batches(source: sources.Source, examples: Any, count: int, workers: int) -> Batches:
     return Batches(source, examples, batch_size=BATCH_SIZE, num_examples=count, workers=workers)
 
 
 def _torch_loader(jpegs: Sequence[bytes], count: int, workers: int) -> Any:
-    """The peer's batches; its processes start once and stay."""
+    """Return the peer's batches; its processes start once and stay."""
     import torch
 
     class InMemory(torch.utils.data.Dataset):
@@ -186,66 +176,38 @@ def _first_batch_seconds(data_dir: Path, workers: int) -> float:
 
 
 def _memory(data_dir: Path, count: int, workers: int) -> dict[str, Any]:
-    """Resident memory while `count` shuffled records are read, a hundred samples."""
+    """Return resident memory while `count` shuffled records are read, a hundred samples."""
     source = sources.open_source("imagenet2012_256", "train", data_dir=str(data_dir))
     order = train_order(source.num_examples, 0)
     steps = count // BATCH_SIZE
     records, mib = [], []
-    started = time.perf_counter()
     with _batches(source, order, steps * BATCH_SIZE, workers) as batches:
         for step, _ in enumerate(batches, 1):
             if step % max(1, steps // 100) == 0:
                 records.append(step * BATCH_SIZE)
                 mib.append(memory.status_bytes("VmRSS") / 2**20)
-    seconds = time.perf_counter() - started
-    return {"records": records, "mib": mib, "seconds": seconds}
+    return {"records": records, "mib": mib}
 
 
 def _table(record: dict[str, Any]) -> str:
-    rows = []
-    for name, rates in record["pictures_a_second"].items():
-        spread = f"{min(rates):,.0f} to {max(rates):,.0f}"
-        rows.append([name, f"{statistics.median(rates):,.0f}", spread])
-    found = [measure.markdown_table(["", "pictures/s", "spread"], rows)]
-    rows = [
-        [name, f"{r['median']:.2f}", f"{r['min']:.2f} to {r['max']:.2f}"]
-        for name, r in record["ratios"].items()
+    rates = [
+        [name, measure.spread(found, ",.0f")] for name, found in record["pictures_a_second"].items()
     ]
-    found.append(measure.markdown_table(["ours, shuffled", "ratio", "spread"], rows))
-    watched, first = record["memory"], record["first_batch_seconds"]
+    ratios = [
+        [name, measure.spread(found.values(), ".2f")] for name, found in record["ratios"].items()
+    ]
+    watched = record["memory"]
     late = watched["mib"][len(watched["mib"]) // 10 :]
-    found.append(
+    sentence = (
         f"{record['workers']} workers each; {record['records']:,} records of "
         f"{record['bytes_a_picture']:,.0f} bytes ({record['pictures']} pictures), from "
-        f"the page cache. First batch {statistics.median(first):.2f} s after the start "
-        f"of the process ({min(first):.2f} to {max(first):.2f}). Memory while "
-        f"{watched['records'][-1]:,} records are read, after the first tenth of them: "
-        f"{min(late):,.0f} to {max(late):,.0f} MiB."
+        f"the page cache. First batch {measure.spread(record['first_batch_seconds'], '.2f')} "
+        f"s after the start of the process. Memory while {watched['records'][-1]:,} records "
+        f"are read, after the first tenth of them: {min(late):,.0f} to {max(late):,.0f} MiB."
     )
-    return "\n\n".join(found)
-
-
-def _figure(record: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    above, below = figure.subplots(2, height_ratios=(3, 2))
-    rates = {k: v for k, v in record["pictures_a_second"].items() if k != UNDECODED}
-    workers = record["workers"]
-    measure.bar_chart(
-        rates,
-        title=f"Records of 256 x 256 JPEGs, {workers} workers",
-        unit="pictures a second",
-        ceiling=statistics.median(rates[BARE]) * workers,
-        ceiling_name=f"{workers} times the decoder alone",
-        axes=above,
-    )
-    watched = record["memory"]
-    below.plot(watched["records"], watched["mib"])
-    below.set_ylim(0, 1.3 * max(watched["mib"]))
-    below.set_title("Memory of the process that reads", loc="left")
-    below.set_xlabel("records read")
-    below.set_ylabel("MiB")
-    below.xaxis.set_major_formatter("{x:,.0f}")
-    return figure
+    rate_table = measure.markdown_table(["", "images/s (spread)"], rates)
+    ratio_table = measure.markdown_table(["ours, shuffled", "ratio (spread)"], ratios)
+    return f"{rate_table}\n\n{ratio_table}\n\n{sentence}"
 
 
 if __name__ == "__main__":

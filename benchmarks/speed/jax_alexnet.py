@@ -1,4 +1,4 @@
-"""Ours, as the benchmarks call it: the training step and the classifier of a run."""
+"""The training step and the classifier of a run, as the benchmarks call them."""
 
 import contextlib
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class Step(NamedTuple):
 
 
 def precision(setting: Setting) -> contextlib.AbstractContextManager[Any]:
-    """How a GPU multiplies float32 numbers in what is traced inside."""
+    """Return a context in which a GPU multiplies float32 numbers in that precision."""
     levels = {"float32": "highest", "tensorfloat32": "tensorfloat32"}
     if ops.backend() == "cpu" or setting.precision not in levels:
         return contextlib.nullcontext()
@@ -41,7 +41,7 @@ def precision(setting: Setting) -> contextlib.AbstractContextManager[Any]:
 
 
 def network(setting: Setting) -> AlexNet:
-    """The paper's network."""
+    """Return the paper's network."""
     wide = "bfloat16" if setting.precision == "bfloat16" else "float32"
     # The start does not matter here, but the model warns of a narrow "paper" one.
     init = "paper" if setting.width >= 1 else "he"
@@ -49,18 +49,17 @@ def network(setting: Setting) -> AlexNet:
 
 
 def pictures(batch: int, side: int) -> jax.Array:
-    """uint8 [batch, side, side, 3], random."""
+    """Return random raw images, uint8 [batch, side, side, 3]."""
     rng = np.random.default_rng(0)
     return jnp.asarray(rng.integers(0, 256, (batch, side, side, 3), dtype=np.uint8))
 
 
 def training_step(setting: Setting, augmentation: augment.Augmentation | None = None) -> Step:
-    """The step of `alexnet_jax.training.loop` on one device, with a batch to put through it.
+    """Return the step of `alexnet_jax.training.loop` on one device, with a batch.
 
     Args:
-      setting: batch, precision, width.
-      augmentation: of 256 x 256 pictures; None takes 224 x 224 ones as they are, less
-        their mean, which is all that the peer does.
+      augmentation: of 256 x 256 images; None: 224 x 224 images minus their mean, which is
+        all that the peer does.
     """
     model, mesh = network(setting), parallel.make_mesh(1, 1)
     side = CROP if augmentation is None else 256
@@ -78,10 +77,10 @@ def training_step(setting: Setting, augmentation: augment.Augmentation | None = 
 
 
 class Trainer:
-    """A call makes `setting.steps` updates and returns the last loss, as the peer's.
+    """A call that makes `setting.steps` updates and returns the last loss, as the peer's.
 
     Attributes:
-      memory_bytes: what the step needs at its fullest, as the compiler has planned.
+      memory_bytes: peak memory of the step in the compiler's plan.
     """
 
     def __init__(self, setting: Setting, augmentation: augment.Augmentation | None = None):
@@ -101,7 +100,7 @@ class Trainer:
 
 
 def classifier(setting: Setting) -> Callable[[], jax.Array]:
-    """Returns a call that classifies the batch `setting.steps` times: the logits."""
+    """Return a call that classifies the batch `setting.steps` times, to logits."""
     model = network(setting)
     images = pictures(setting.batch, CROP)
     mean = augment.imagenet_statistics(CROP).mean_image

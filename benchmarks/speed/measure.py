@@ -1,10 +1,9 @@
-"""How every benchmark measures: candidates side by side in one run, beside ceilings.
+"""Time candidates side by side in one run, beside the machine's limits.
 
-Each benchmark is `python -m benchmarks.speed.NAME --out=DIR [--short]` and leaves
-DIR/NAME.{json,md,png}. What is compared is called in turn, so that whatever else the
-machine does falls on all candidates alike, and the machine's own limits are measured
-in the same run. Needs no torch; where it is installed, the ceilings are the better of
-JAX's and torch's.
+Each benchmark is `python -m benchmarks.speed.NAME --out=DIR [--short]` and writes
+DIR/NAME.{json,md,png}. The candidates are called in turn, so that other work on the
+machine slows all of them alike. torch is optional; if it is installed, the limits are
+the better of JAX's and torch's.
 """
 
 import argparse
@@ -35,10 +34,10 @@ _COPY_BYTES = {"cpu": 2**28, "gpu": 2**31}
 
 @dataclass(frozen=True)
 class Setting:
-    """What a network is measured at.
+    """Batch, precision and width that a network is measured at.
 
     Attributes:
-      batch: images in a step.
+      batch: images per step.
       precision: "float32", "tensorfloat32" or "bfloat16", as in `gemm_rate`; with
         bfloat16 the parameters stay float32.
       width: factor on the features of every layer but the classifier.
@@ -56,16 +55,13 @@ class Setting:
         return f"{self.precision}, batch {self.batch:,}{width}"
 
     def images_per_second(self, seconds: Sequence[float]) -> list[float]:
-        """The rates of timed calls."""
+        """Return the rates of timed calls."""
         return [self.batch * self.steps / s for s in seconds]
 
 
 def command_line(doc: str | None) -> argparse.ArgumentParser:
-    """A parser with the two options of every benchmark.
-
-    To be called before JAX starts: on a GPU JAX would reserve three quarters of the
-    memory, and torch has to fit beside it.
-    """
+    """Return a parser with the two options of every benchmark; call it before JAX starts."""
+    # On a GPU JAX would reserve three quarters of the memory, and torch has to fit beside it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
@@ -76,17 +72,13 @@ def command_line(doc: str | None) -> argparse.ArgumentParser:
 def alternate(
     candidates: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Calls the candidates in turn and times every call.
+    """Call the candidates in turn and return the seconds of each call, by name.
 
     Args:
-      candidates: by name; a call returns only when its work is done (asynchronous
-        devices waited for).
+      candidates: a call returns only when its work is done (it waits for the devices).
       rounds: each calls every candidate once, in the opposite order of the round
         before, so that none always comes after the same other one.
       warmup: untimed calls of each candidate before the first round.
-
-    Returns:
-      Seconds of each call, by name, in the order of the rounds.
     """
     for _ in range(warmup):
         for call in candidates.values():
@@ -102,24 +94,25 @@ def alternate(
 
 
 def ratio(seconds: Mapping[str, Sequence[float]], ours: str, peer: str) -> dict[str, float]:
-    """How many times as fast `ours` is as `peer`: of each round, then over rounds.
-
-    Returns:
-      "median", "min" and "max" of the rounds' peer / ours; above 1, ours is faster.
-    """
+    """Return median, min and max over the rounds of peer / ours; above 1, ours is faster."""
     found = [p / o for o, p in zip(seconds[ours], seconds[peer], strict=True)]
     return {"median": statistics.median(found), "min": min(found), "max": max(found)}
 
 
 def spread(values: Iterable[float], form: str) -> str:
-    """The text "median (least to most)", each number in the format `form`."""
+    """Return "median (least to most)", each number in the format `form`."""
     found = list(values)
     middle, least, most = statistics.median(found), min(found), max(found)
     return f"{middle:{form}} ({least:{form}} to {most:{form}})"
 
 
+def milliseconds(seconds: Sequence[float]) -> str:
+    """Return the median in milliseconds."""
+    return f"{statistics.median(seconds) * 1e3:,.2f}"
+
+
 def gemm_rate(dtype: str = "float32", *, repeats: int = 5) -> float:
-    """The rate of a large square matrix product, the better of JAX's and torch's.
+    """Return the rate of a large square matrix product, the better of JAX's and torch's.
 
     Args:
       dtype: "float32", "bfloat16", or "tensorfloat32", which on a GPU is float32
@@ -127,28 +120,27 @@ def gemm_rate(dtype: str = "float32", *, repeats: int = 5) -> float:
       repeats: timed calls; the fastest counts.
 
     Returns:
-      Floating-point operations a second, 2 for each multiply-add.
+      Floating-point operations per second, 2 for each multiply-add.
     """
     import jax
     import jax.numpy as jnp
 
-    platform_name = jax.default_backend()
-    side = _GEMM_SIDE[platform_name]
+    side = _GEMM_SIDE[jax.default_backend()]
     stored = "float32" if dtype == "tensorfloat32" else dtype
     precision = {"float32": "highest", "tensorfloat32": "tensorfloat32"}.get(dtype)
     a = jax.random.normal(jax.random.key(0), (side, side), jnp.dtype(stored))
     product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision))
     calls = [lambda: product(a, a).block_until_ready()]
-    if torch := _torch_on(platform_name):
+    torch, device = _torch()
+    if torch:
         torch.backends.cuda.matmul.allow_tf32 = dtype == "tensorfloat32"
-        b = torch.randn(side, side, device=_device(platform_name))
-        b = b.to(getattr(torch, stored))
+        b = torch.randn(side, side, device=device).to(getattr(torch, stored))
         calls.append(lambda: _finished(torch, b @ b))
-    return 2 * side**3 / min(_fastest(call, repeats) for call in calls)
+    return 2 * side**3 / _fastest(calls, repeats)
 
 
 def copy_bandwidth(*, repeats: int = 5) -> float:
-    """Bytes a second, read and written, of copying a large array.
+    """Return the bytes per second, read and written, of copying a large array.
 
     The best of JAX, torch and NumPy; one that writes over an array of its own needs
     no new memory, which on a CPU counts.
@@ -157,36 +149,35 @@ def copy_bandwidth(*, repeats: int = 5) -> float:
     import jax.numpy as jnp
     import numpy as np
 
-    platform_name = jax.default_backend()
-    count = _COPY_BYTES[platform_name] // 4
+    count = _COPY_BYTES[jax.default_backend()] // 4
     x = jnp.ones(count, jnp.float32)
     scale = jax.jit(lambda x: 2.0 * x)
     calls = [lambda: scale(x).block_until_ready()]
-    if platform_name == "cpu":
+    if jax.default_backend() == "cpu":
         source, target = np.ones(count, np.float32), np.empty(count, np.float32)
         calls.append(lambda: np.copyto(target, source))
-    if torch := _torch_on(platform_name):
-        a = torch.ones(count, device=_device(platform_name))
+    torch, device = _torch()
+    if torch:
+        a = torch.ones(count, device=device)
         b = torch.empty_like(a)
         calls.append(lambda: _finished(torch, b.copy_(a)))
-    return 2 * 4 * count / min(_fastest(call, repeats) for call in calls)
+    return 2 * 4 * count / _fastest(calls, repeats)
 
 
-def _fastest(call: Callable[[], Any], repeats: int) -> float:
-    return min(alternate({"": call}, rounds=repeats)[""])
+def _fastest(calls: Sequence[Callable[[], Any]], repeats: int) -> float:
+    return min(min(alternate({"": call}, rounds=repeats)[""]) for call in calls)
 
 
-def _torch_on(platform_name: str) -> Any:
-    """torch if it is installed and has that kind of device, else None."""
+def _torch() -> tuple[Any, str]:
+    """Return torch, or None without it, and its name of JAX's device."""
+    import jax
+
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
     try:
         import torch
     except ImportError:
-        return None
-    return torch if platform_name == "cpu" or torch.cuda.is_available() else None
-
-
-def _device(platform_name: str) -> str:
-    return "cuda" if platform_name == "gpu" else platform_name
+        return None, device
+    return (torch if device == "cpu" or torch.cuda.is_available() else None), device
 
 
 def _finished(torch: Any, value: Any) -> Any:
@@ -196,7 +187,7 @@ def _finished(torch: Any, value: Any) -> Any:
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    """A module-level function's result, from a process that has done nothing yet.
+    """Return a module-level function's result from a process that has done nothing yet.
 
     The process imports the function's module, and the one that runs as `__main__`.
     """
@@ -206,7 +197,7 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def machine() -> dict[str, Any]:
-    """What a result has to say about where it was measured, and by which command."""
+    """Return where a result was measured, and by which command."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name if spec else 'benchmarks'}"
     found = machine_lib.machine(f"{program} {machine_lib.without_paths(sys.argv[1:])}")
@@ -218,7 +209,7 @@ def machine() -> dict[str, Any]:
 def write_result(
     out: Path, name: str, record: dict[str, Any], *, table: str, figure: Figure | None = None
 ) -> None:
-    """Writes out/name.json (with `machine`), .md and .png, and prints the table."""
+    """Write out/name.json (with `machine`), .md and .png, and print the table."""
     out.mkdir(parents=True, exist_ok=True)
     about = machine()
     text = json.dumps({"machine": about, **record}, indent=1)
@@ -233,40 +224,42 @@ def write_result(
     print(page)
 
 
-def bar_chart(
-    rates: Mapping[str, Sequence[float]],
-    *,
-    title: str,
-    unit: str,
-    ceiling: float | None = None,
-    ceiling_name: str = "ceiling",
-    axes: Axes | None = None,
-) -> Figure:
-    """Horizontal bars, the first candidate on top, with the spread over the rounds.
+@dataclass(frozen=True)
+class Bars:
+    """A chart of horizontal bars, the first candidate on top.
 
-    Args:
+    Attributes:
       rates: samples by name; a bar is their median, its whiskers least and most.
-      title, unit: of the chart and of the rates.
-      ceiling: a dashed line at this rate.
-      ceiling_name: what the line is.
-      axes: to draw into; without, a figure of its own.
+      ceiling: a dashed line at this rate, named `ceiling_name`.
     """
-    if axes is None:
-        size = (8, 1.2 + 0.4 * len(rates))
-        axes = Figure(figsize=size, layout="constrained").subplots()
-    medians = [statistics.median(samples) for samples in rates.values()]
-    below = [m - min(s) for m, s in zip(medians, rates.values(), strict=True)]
-    above = [max(s) - m for m, s in zip(medians, rates.values(), strict=True)]
-    colours = ["C0" if name.startswith("ours") else "0.6" for name in rates]
-    axes.barh(list(rates), medians, xerr=[below, above], color=colours, capsize=3)
-    for i, median in enumerate(medians):
-        axes.text(0, i, f" {median:,.4g}", va="center")
-    if ceiling is not None:
-        axes.axvline(ceiling, color="C3", linestyle="--", label=ceiling_name)
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1))
-    axes.invert_yaxis()
-    axes.set_xlabel(unit)
-    axes.set_title(title, loc="left")  # the legend is on the right
-    figure = axes.get_figure(root=True)
-    assert figure is not None
+
+    title: str
+    unit: str
+    rates: Mapping[str, Sequence[float]]
+    ceiling: float | None = None
+    ceiling_name: str = "ceiling"
+
+    def draw(self, axes: Axes) -> None:
+        medians = [statistics.median(samples) for samples in self.rates.values()]
+        below = [m - min(s) for m, s in zip(medians, self.rates.values(), strict=True)]
+        above = [max(s) - m for m, s in zip(medians, self.rates.values(), strict=True)]
+        colours = ["C0" if name.startswith("ours") else "0.6" for name in self.rates]
+        axes.barh(list(self.rates), medians, xerr=[below, above], color=colours, capsize=3)
+        for i, median in enumerate(medians):
+            axes.text(0, i, f" {median:,.4g}", va="center")
+        if self.ceiling is not None:
+            axes.axvline(self.ceiling, color="C3", linestyle="--", label=self.ceiling_name)
+            axes.legend(loc="lower right", bbox_to_anchor=(1, 1))
+        axes.invert_yaxis()
+        axes.set_xlabel(self.unit)
+        axes.set_title(self.title, loc="left")  # the legend is on the right
+
+
+def bar_charts(charts: Sequence[Bars]) -> Figure:
+    """Return a figure of charts, one below the other."""
+    heights = [1.2 + 0.35 * len(chart.rates) for chart in charts]
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(charts), squeeze=False, gridspec_kw={"height_ratios": heights})
+    for chart, axes in zip(charts, panels[:, 0], strict=True):
+        chart.draw(axes)
     return figure

@@ -1,12 +1,12 @@
-"""The peak memory of a training step, ours and the peer's, measured the same way.
+"""Peak memory of a training step, ours and the peer's, measured the same way.
 
 On a CPU each side runs in a fresh process: the peak of the resident memory during a
-step, after one that compiled it, less what the process had before the network was
-made. On a GPU the peer's is `torch.cuda.max_memory_allocated` of a step. Ours also has
+step, after one that compiled it, minus the memory before the network was made. On a GPU the peer's is `torch.cuda.max_memory_allocated` of a step. Ours also has
 the compiler's plan, which on a GPU is the number to put beside it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,9 @@ ALLOCATED = "torch.cuda.max_memory_allocated"
 def of_training(
     setting: Setting, ours: Any, form: Any, peer: Callable[[], Any] | None
 ) -> dict[str, float]:
-    """Bytes at the fullest of a step, by how they were got.
+    """Return the bytes at the fullest of a step, by how they were measured.
 
     Args:
-      setting: of the step.
       ours: the `jax_alexnet.Trainer`.
       form, peer: the peer's form, for a process of its own, and its call; None
         without torch.
@@ -42,49 +41,32 @@ def of_training(
         torch.cuda.reset_peak_memory_stats()
         peer()
         found[f"{form.name}, {ALLOCATED}"] = float(torch.cuda.max_memory_allocated())
-    return {name: size for name, size in found.items() if size}
-
-
-def rows(found: dict[str, float], setting: str) -> tuple[Sequence[str], list[Sequence[str]]]:
-    """Header and cells of a table."""
-    header = [f"peak memory of a training step, {setting}", "GB"]
-    return header, [[name, f"{size / 1e9:.2f}"] for name, size in found.items()]
+    return found
 
 
 def _growth(setting: Setting, form: Any) -> float:
-    """Of ours without a form; 0 where the system does not tell."""
+    """Return the growth of this process in a step of the peer's form; None: of ours."""
     if form is None:
         import jax.numpy as jnp
 
         from benchmarks.speed import jax_alexnet
 
         jnp.zeros(()).block_until_ready()  # the runtime itself is not counted
-
-        def build() -> Callable[[], float]:
-            return jax_alexnet.Trainer(setting)
-
+        make: Callable[[], Any] = partial(jax_alexnet.Trainer, setting)
     else:
         from benchmarks.speed import torch_alexnet
 
-        def build() -> Callable[[], float]:
-            return torch_alexnet.trainer(setting, form)
-
+        make = partial(torch_alexnet.trainer, setting, form)
     before = status_bytes("VmRSS")
-    call = build()
+    call = make()
     call()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
-    except OSError:
-        return 0.0
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
     call()
-    return max(0.0, status_bytes("VmHWM") - before)
+    return status_bytes("VmHWM") - before
 
 
 def status_bytes(field: str) -> float:
-    """A size of this process from /proc, such as "VmRSS"; 0 where there is none."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0.0
+    """Return a size of this process from /proc, such as "VmRSS"."""
+    lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith(f"{field}:"))
     return 1024.0 * int(line.split()[1])

@@ -1,9 +1,9 @@
-"""Runs the notebooks and keeps the figures that the README shows.
+"""Run the notebooks and keep the figures that the README shows.
 
     python -m benchmarks.speed.notebook_figures --out=benchmarks/results/notebooks
 
 A code cell whose metadata has {"figure": "lrn.png"} makes that file. Notebooks that name
-none are not run. A name that ends in .jpg is for a figure full of pictures.
+none are not run. A name that ends in .jpg is for a figure of photographs.
 """
 
 import argparse
@@ -21,19 +21,19 @@ RESULTS = ROOT / "benchmarks" / "results" / "notebooks"
 
 
 def named_figures(notebook: Any) -> dict[str, Any]:
-    """File name -> the cell that makes it."""
+    """Return the cells that make a figure, by file name."""
     cells = [cell for cell in notebook.cells if "figure" in cell.metadata]
     return {cell.metadata["figure"]: cell for cell in cells}
 
 
 def images(cell: Any) -> list[bytes]:
-    """PNG files among the outputs of a cell that was run."""
+    """Return the PNG files among the outputs of a cell that was run."""
     found = [out["data"] for out in cell.outputs if "data" in out]
     return [base64.b64decode(data["image/png"]) for data in found if "image/png" in data]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of figures")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

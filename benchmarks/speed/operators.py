@@ -2,28 +2,27 @@
 
     python -m benchmarks.speed.operators --out=DIR [--short] [--batch N] [--precision NAME]
 
-Convolutions, normalisation, pooling and fully connected layers, forwards and backwards,
-and the update, at batch 128: ours as the network runs them, ours plain (`fast=False`)
-and torch's, eager, the best of its memory formats and forms. A gradient is timed by
-itself, with what the forward pass has kept. The update, in place, can go beyond the
-limit: a copy also fetches the memory that it is about to overwrite. Two tables follow:
-grouped convolution as a loop over the groups against XLA's `feature_group_count`, and
-the on-device augmentation as a share of a whole training step.
+Convolutions, normalisation, pooling and fully connected layers, forward and backward, and
+the update, at batch 128: ours as the network runs them, ours plain (`fast=False`), grouped
+convolutions by XLA's `feature_group_count`, and torch's, eager, the best of its memory
+formats and forms. A gradient is timed by itself, with what the forward pass has kept. The
+update, in place, can go beyond the limit: a copy also fetches the memory that it is about
+to overwrite. The last line has the share of the augmentation in a training step.
 """
 
-import argparse
 import importlib.util
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
-from matplotlib.figure import Figure
 
 from alexnet_jax.data import augment
 from alexnet_jax.models import ops
@@ -33,10 +32,11 @@ from alexnet_jax.training import optim
 from benchmarks.speed import jax_alexnet, measure, roofline
 from benchmarks.speed.measure import Setting
 
-ROUNDS = {"short": 2, "long": 5}
 COLUMNS = 2
+GROUPS = "feature_group_count"
 
-Calls = dict[str, Callable[[], Any]]
+# Builds arrays and returns the call that is timed.
+Builder = Callable[[], Callable[[], Any]]
 
 
 class Layer(NamedTuple):
@@ -51,7 +51,7 @@ class Layer(NamedTuple):
 
 
 def convolutions(model: AlexNet) -> list[Layer]:
-    """The network's, read from its layer table."""
+    """Return the network's convolutions, from its layer table."""
     before: tuple[int, ...] = (model.network.crop_size, model.network.crop_size, 3)
     found = []
     shapes = {row.name: row.shape for row in summary(model)}
@@ -66,18 +66,19 @@ def convolutions(model: AlexNet) -> list[Layer]:
 
 
 def random(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Return an array of N(0, 1)."""
     rng = np.random.default_rng(sum(shape))
     return jnp.asarray(rng.standard_normal(shape, dtype=np.float32), dtype)
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    """A compiled call that waits for its result."""
+    """Return a compiled call that waits for its result."""
     compiled = ops.jit(function).lower(*args).compile()
     return lambda: jax.block_until_ready(compiled(*args))
 
 
 def _gradient(function: Callable[..., Any], *args: Any, wrt: int = 0) -> Callable[[], Any]:
-    """The backward pass only: what it needs of the forward pass is kept beforehand."""
+    """Return a call of the backward pass; what it needs of the forward pass is kept."""
 
     def forward(*args: Any) -> Any:
         def of_one(arg: Any) -> Any:
@@ -89,56 +90,69 @@ def _gradient(function: Callable[..., Any], *args: Any, wrt: int = 0) -> Callabl
     return _call(lambda backward, g: backward(g), backward, y)
 
 
-def ours(model: AlexNet, batch: int, fast: bool) -> Iterator[tuple[str, Callable]]:
-    """(operator's name, builder of its call), named as in `roofline`."""
+def _products(
+    name: str, function: Callable[..., Any], args: Callable[[], tuple[Any, Any]]
+) -> Iterator[tuple[str, Builder]]:
+    """Yield forward pass and both gradients of a function of (input, kernel)."""
+    yield f"{name} forward", lambda: _call(function, *args())
+    if name != "conv1":
+        yield f"{name} input gradient", lambda: _gradient(function, *args())
+    yield f"{name} kernel gradient", lambda: _gradient(function, *args(), wrt=1)
+
+
+def _convolutions(model: AlexNet, batch: int, form: str) -> Iterator[tuple[str, Builder]]:
     for layer in convolutions(model):
-        conv = partial(
-            ops.grouped_conv,
-            stride=layer.stride,
-            padding=layer.padding,
-            groups=layer.groups,
-            fast=fast,
-        )
-        yield from _convolution(layer, conv, batch, model.dtype)
+        if form != GROUPS:
+            conv = partial(
+                ops.grouped_conv,
+                stride=layer.stride,
+                padding=layer.padding,
+                groups=layer.groups,
+                fast=form == "ours",
+            )
+        elif layer.groups > 1:
+            conv = partial(
+                lax.conv_general_dilated,
+                window_strides=(layer.stride, layer.stride),
+                padding=layer.padding,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                feature_group_count=layer.groups,
+            )
+        else:
+            continue
+
+        def args(layer: Layer = layer) -> tuple[jax.Array, jax.Array]:
+            return random((batch, *layer.shape), model.dtype), random(layer.kernel, model.dtype)
+
+        yield from _products(layer.name, conv, args)
+
+
+def _others(model: AlexNet, batch: int, form: str) -> Iterator[tuple[str, Builder]]:
+    """Yield normalisation and pooling, and of "ours" the fully connected layers."""
+    fast = form == "ours"
+    functions = {
+        "norm": partial(ops.local_response_norm, groups=COLUMNS, fast=fast),
+        "pool": partial(ops.max_pool, fast=fast),
+    }
     before: tuple[int, ...] = ()
-    lrn = partial(ops.local_response_norm, groups=COLUMNS, fast=fast)
-    pool = partial(ops.max_pool, fast=fast)
     for row in summary(model):
-        function = {"norm": lrn, "pool": pool}.get(row.name[:4])
+        function = functions.get(row.name[:4])
         if function is not None:
             x = partial(random, (batch, *before), model.dtype)
             yield f"{row.name} forward", lambda f=function, x=x: _call(f, x())
             yield f"{row.name} backward", lambda f=function, x=x: _gradient(f, x())
-        if row.name.startswith("fc"):
-            n = int(np.prod(before))
-            yield from _dense(row.name, batch, n, row.shape[0], model.dtype)
+        if row.name.startswith("fc") and fast:
+            shapes = (batch, int(np.prod(before))), (int(np.prod(before)), row.shape[0])
+
+            def args(shapes: Any = shapes) -> tuple[jax.Array, jax.Array]:
+                return random(shapes[0], model.dtype), random(shapes[1], model.dtype)
+
+            yield from _products(row.name, jnp.matmul, args)
         before = row.shape
-    yield "update", lambda: _update(model)
-
-
-def _convolution(layer: Layer, conv: Callable, batch: int, dtype: Any) -> Iterator:
-    def args() -> tuple[jax.Array, jax.Array]:
-        return random((batch, *layer.shape), dtype), random(layer.kernel, dtype)
-
-    yield f"{layer.name} forward", lambda: _call(conv, *args())
-    if layer.name != "conv1":
-        yield f"{layer.name} input gradient", lambda: _gradient(conv, *args())
-    yield f"{layer.name} kernel gradient", lambda: _gradient(conv, *args(), wrt=1)
-
-
-def _dense(name: str, batch: int, n: int, m: int, dtype: Any) -> Iterator:
-    def args() -> tuple[jax.Array, jax.Array]:
-        return random((batch, n), dtype), random((n, m), dtype)
-
-    yield f"{name} forward", lambda: _call(jnp.matmul, *args())
-    yield f"{name} input gradient", lambda: _gradient(jnp.matmul, *args())
-    yield f"{name} kernel gradient", lambda: _gradient(jnp.matmul, *args(), wrt=1)
 
 
 def _update(model: AlexNet) -> Callable[[], Any]:
-    """The optimiser's and `apply_updates`, in place, as in a training step."""
-    import optax
-
+    """Return the optimiser's update and `apply_updates`, in place, as in a training step."""
     size = model.network.crop_size
     images = jnp.zeros((1, size, size, 3), jnp.float32)
     params: Any = jax.jit(model.init)(jax.random.key(0), images)["params"]
@@ -159,55 +173,47 @@ def _update(model: AlexNet) -> Callable[[], Any]:
     return call
 
 
-def measured(
-    builders: dict[str, dict[str, Callable]], rounds: int
-) -> dict[str, dict[str, list[float]]]:
-    """Of each operator the candidates' seconds, in turn; one operator at a time."""
-    found = {}
-    for name, candidates in builders.items():
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        calls = {who: build() for who, build in candidates.items()}
-        found[name] = measure.alternate(calls, rounds=rounds)
-    return found
+def candidates(model: AlexNet, setting: Setting, device: str) -> dict[str, dict[str, Builder]]:
+    """Return by operator, named as in `roofline`, the builders by candidate."""
+    found: dict[str, dict[str, Builder]] = defaultdict(dict)
 
+    def add(who: str, builders: Iterable[tuple[str, Builder]]) -> None:
+        for name, build in builders:
+            found[name][who] = build
 
-def candidates(model: AlexNet, setting: Setting, device: str) -> dict[str, dict[str, Callable]]:
-    """By operator: builders of ours, ours plain where it differs, and torch's."""
-    found: dict[str, dict[str, Callable]] = {}
-    for name, build in ours(model, setting.batch, fast=True):
-        found[name] = {"ours": build}
-    for name, build in ours(model, setting.batch, fast=False):
-        # There is one form only of matrix products and the update.
-        if name.startswith(("conv", "norm", "pool")):
-            found[name]["plain"] = build
+    for form in ("ours", "plain", GROUPS):
+        add(form, _convolutions(model, setting.batch, form))
+    for form in ("ours", "plain"):
+        add(form, _others(model, setting.batch, form))
+    add("ours", [("update", lambda: _update(model))])
     if importlib.util.find_spec("torch"):
         from benchmarks.speed import torch_operators
 
         for name, who, build in torch_operators.operators(model, setting, device):
-            found[name][who] = build
+            add(who, [(name, build)])
     return found
 
 
 def rows(
-    costs: list[roofline.Cost],
+    costs: Sequence[roofline.Cost],
     seconds: dict[str, dict[str, list[float]]],
     flop_rate: float,
     bandwidth: float,
 ) -> list[dict[str, Any]]:
-    """A row an operator: its work, medians, and the share of its own limit."""
+    """Return per operator its work, all seconds, its limit, and torch's fastest form."""
     found = []
     for cost in costs:
         times = seconds[cost.name]
-        middle = {who: statistics.median(s) for who, s in times.items()}
-        theirs = [who for who in middle if who.startswith("torch")]
-        best = min(theirs, key=lambda who: middle[who], default="")
+        theirs = [who for who in times if who.startswith("torch")]
+        best = min(theirs, key=lambda who: statistics.median(times[who]), default="")
+        limit = cost.seconds(flop_rate, bandwidth)
         row = {
             "operator": cost.name,
             "flops": cost.flops,
             "bytes": cost.bytes,
-            "limit_seconds": cost.seconds(flop_rate, bandwidth),
+            "limit_seconds": limit,
             "seconds": times,
-            "share_of_limit": cost.seconds(flop_rate, bandwidth) / middle["ours"],
+            "share_of_limit": limit / statistics.median(times["ours"]),
             "peer": best,
         }
         if best:
@@ -216,13 +222,13 @@ def rows(
     return found
 
 
-def table(found: list[dict[str, Any]], flop_rate: float, bandwidth: float) -> str:
-    """The rows, with the sum of the medians below."""
+def table(found: Sequence[dict[str, Any]], flop_rate: float, bandwidth: float) -> str:
+    """Return the rows with the sum of the medians, and the forms of grouped convolution."""
     header = ["operator", "work", "limit ms", "ours ms", "ours", "of the limit"]
     header += ["plain ms", "torch ms", "torch's format", "ours / torch (spread)"]
-    cells = []
+    cells, grouped = [], []
     for row in found:
-        times = {who: statistics.median(s) for who, s in row["seconds"].items()}
+        times, peer = row["seconds"], row["peer"]
         by_flops = row["flops"] / flop_rate >= row["bytes"] / bandwidth
         amount, unit = (row["flops"], "GFLOP") if by_flops else (row["bytes"], "GB")
         cells.append(
@@ -230,93 +236,42 @@ def table(found: list[dict[str, Any]], flop_rate: float, bandwidth: float) -> st
                 row["operator"],
                 f"{amount / 1e9:,.2f} {unit}",
                 f"{row['limit_seconds'] * 1e3:,.2f}",
-                f"{times['ours'] * 1e3:,.2f}",
-                f"{amount / 1e9 / times['ours']:,.1f} {unit}/s",
+                measure.milliseconds(times["ours"]),
+                f"{amount / 1e9 / statistics.median(times['ours']):,.1f} {unit}/s",
                 f"{row['share_of_limit']:.0%}",
-                f"{times['plain'] * 1e3:,.2f}" if "plain" in times else "",
-                f"{times[row['peer']] * 1e3:,.2f}" if row["peer"] else "",
-                row["peer"].removeprefix("torch "),
-                measure.spread(row["ratio"].values(), ".2f") if row["peer"] else "",
+                measure.milliseconds(times["plain"]) if "plain" in times else "",
+                measure.milliseconds(times[peer]) if peer else "",
+                peer.removeprefix("torch "),
+                measure.spread(row["ratio"].values(), ".2f") if peer else "",
             ]
         )
-    total = {who: _total(found, who) * 1e3 for who in ("ours", "plain", "torch")}
-    at_best = sum(row["limit_seconds"] for row in found) * 1e3
+        if GROUPS in times:
+            forms = (times["plain"], times[GROUPS])
+            grouped.append([row["operator"], *map(measure.milliseconds, forms)])
+    totals = {}
+    for who in ("ours", "plain", "torch"):
+        # There is one form only of matrix products and the update: ours.
+        medians = [
+            statistics.median(times.get(peer if who == "torch" else who, times["ours"]))
+            for times, peer in ((row["seconds"], row["peer"]) for row in found)
+        ]
+        totals[who] = 1e3 * sum(medians)
+    limit = 1e3 * sum(row["limit_seconds"] for row in found)
     cells.append(
         [
-            *("sum", "", f"{at_best:,.1f}", f"{total['ours']:,.1f}"),
-            *("", f"{at_best / total['ours']:.0%}", f"{total['plain']:,.1f}"),
-            *(f"{total['torch']:,.1f}" if found[0]["peer"] else "", "", ""),
+            *("sum", "", f"{limit:,.1f}", f"{totals['ours']:,.1f}"),
+            *("", f"{limit / totals['ours']:.0%}", f"{totals['plain']:,.1f}"),
+            *(f"{totals['torch']:,.1f}" if found[0]["peer"] else "", "", ""),
         ]
     )
-    return measure.markdown_table(header, cells)
-
-
-def _total(found: list[dict[str, Any]], who: str) -> float:
-    """Seconds of all operators; where there is no plain form, ours is it."""
-    total = 0.0
-    for row in found:
-        name = row["peer"] if who == "torch" else who
-        times = row["seconds"]
-        total += statistics.median(times.get(name, times["ours"]))
-    return total
-
-
-def chart(found: list[dict[str, Any]], title: str) -> Figure:
-    """A group of bars an operator, milliseconds, and its limit as a mark."""
-    figure = Figure(figsize=(9, 1 + 0.42 * len(found)), layout="constrained")
-    axes = figure.subplots()
-    who = ["ours", "plain", "torch"]
-    for i, name in enumerate(who):
-        at, width = [], []
-        for j, row in enumerate(found):
-            key = row["peer"] if name == "torch" else name
-            if key in row["seconds"]:
-                at.append(j + 0.27 * (i - 1))
-                width.append(statistics.median(row["seconds"][key]) * 1e3)
-        colour = {"ours": "C0", "plain": "C9", "torch": "0.6"}[name]
-        axes.barh(at, width, height=0.27, color=colour, label=name)
-    limits = [row["limit_seconds"] * 1e3 for row in found]
-    axes.plot(limits, range(len(found)), "|", color="C3", markersize=12, label="limit")
-    axes.set_yticks(range(len(found)), [row["operator"] for row in found])
-    axes.set_ylim(len(found) - 0.4, -0.6)
-    axes.set_xlabel("milliseconds")
-    axes.set_title(title)
-    axes.legend(loc="lower right")
-    return figure
-
-
-def grouped(model: AlexNet, batch: int, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of the grouped convolutions written in two ways.
-
-    "split" is the plain form of ours, a convolution a group; "feature_group_count"
-    leaves the groups to XLA.
-    """
-    builders: dict[str, dict[str, Callable]] = {}
-    for layer in [layer for layer in convolutions(model) if layer.groups > 1]:
-        forms = {
-            "split": partial(
-                ops.grouped_conv,
-                stride=layer.stride,
-                padding=layer.padding,
-                groups=layer.groups,
-                fast=False,
-            ),
-            "feature_group_count": partial(
-                lax.conv_general_dilated,
-                window_strides=(layer.stride, layer.stride),
-                padding=layer.padding,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                feature_group_count=layer.groups,
-            ),
-        }
-        for who, conv in forms.items():
-            for name, build in _convolution(layer, conv, batch, model.dtype):
-                builders.setdefault(name, {})[who] = build
-    return measured(builders, rounds)
+    forms_header = ["grouped convolution", "split ms", f"{GROUPS} ms"]
+    return "\n\n".join(
+        [measure.markdown_table(header, cells), measure.markdown_table(forms_header, grouped)]
+    )
 
 
 def augmentation(setting: Setting, rounds: int) -> dict[str, list[float]]:
-    """Seconds of random crop, flip and lighting of a batch, and of a whole step."""
+    """Return seconds of crop, flip and lighting of a batch, and of a whole step."""
     how = augment.Augmentation(crop_size=jax_alexnet.CROP)
     dtype = jnp.float32  # the network rounds them if it must
     augmented = _call(
@@ -331,66 +286,62 @@ def augmentation(setting: Setting, rounds: int) -> dict[str, list[float]]:
     return measure.alternate({"augmentation": augmented, "training step": step}, rounds=rounds)
 
 
-def more_tables(
-    by_form: dict[str, dict[str, list[float]]], augmented: dict[str, list[float]]
-) -> str:
-    """Grouped convolution's forms, and the augmentation's share."""
-    forms = [
-        [name, *(f"{statistics.median(s) * 1e3:,.2f}" for s in times.values())]
-        for name, times in by_form.items()
-    ]
-    share = measure.ratio(augmented, "training step", "augmentation")
-    header = ["grouped convolution", "split ms", "feature_group_count ms"]
-    alone, step = (statistics.median(s) * 1e3 for s in augmented.values())
-    sentence = (
-        f"Augmentation by itself takes {alone:,.2f} ms, a training step with it "
-        f"{step:,.2f} ms: {share['median']:.1%} ({share['min']:.1%} to "
-        f"{share['max']:.1%})."
-    )
-    return f"{measure.markdown_table(header, forms)}\n\n{sentence}"
-
-
-def options() -> argparse.Namespace:
+def main() -> None:
     parser = measure.command_line(__doc__)
     parser.add_argument("--batch", type=int, help="128; with --short 16")
     parser.add_argument("--precision", help="float32; on a GPU bfloat16")
-    return parser.parse_args()
-
-
-def main() -> None:
-    chosen = options()
+    chosen = parser.parse_args()
     on_gpu = jax.default_backend() != "cpu"
     setting = Setting(
         chosen.batch or (16 if chosen.short else 128),
         chosen.precision or ("bfloat16" if on_gpu else "float32"),
     )
-    rounds = ROUNDS["short" if chosen.short else "long"]
+    rounds = 2 if chosen.short else 5
     model = jax_alexnet.network(setting)
-    flop_rate = measure.gemm_rate(setting.precision)
-    bandwidth = measure.copy_bandwidth()
+    limits = measure.gemm_rate(setting.precision), measure.copy_bandwidth()
+    seconds = {}
     with jax_alexnet.precision(setting):
-        builders = candidates(model, setting, "cuda" if on_gpu else "cpu")
-        seconds = measured(builders, rounds)
-        by_form = grouped(model, setting.batch, rounds)
+        for name, builders in candidates(model, setting, "cuda" if on_gpu else "cpu").items():
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            calls = {who: build() for who, build in builders.items()}
+            seconds[name] = measure.alternate(calls, rounds=rounds)
+            del calls  # frees the arrays before the next operator's are made
     augmented = augmentation(setting, rounds)
+    share = measure.ratio(augmented, "training step", "augmentation")
     costs = roofline.training(model, setting.batch, kernel_itemsize=model.dtype.itemsize)
-    found = rows(costs, seconds, flop_rate, bandwidth)
+    found = rows(costs, seconds, *limits)
     measure.write_result(
         chosen.out,
         "operators",
         {
             "batch": setting.batch,
             "precision": setting.precision,
-            "gemm_flops_per_second": flop_rate,
-            "copy_bytes_per_second": bandwidth,
+            "gemm_flops_per_second": limits[0],
+            "copy_bytes_per_second": limits[1],
             "operators": found,
-            "grouped": by_form,
             "augmentation": augmented,
         },
-        table=f"{setting}: GEMM {flop_rate / 1e9:,.0f} GFLOP/s, copying "
-        f"{bandwidth / 1e9:,.1f} GB/s.\n\n{table(found, flop_rate, bandwidth)}\n\n"
-        + more_tables(by_form, augmented),
-        figure=chart(found, f"Operators, {setting}"),
+        table=f"{setting}: GEMM {limits[0] / 1e9:,.0f} GFLOP/s, copying "
+        f"{limits[1] / 1e9:,.1f} GB/s.\n\n{table(found, *limits)}\n\n"
+        f"Augmentation by itself takes {measure.milliseconds(augmented['augmentation'])} ms, "
+        f"a training step with it {measure.milliseconds(augmented['training step'])} ms: "
+        f"{measure.spread(share.values(), '.1%')}.",
+        figure=measure.bar_charts(
+            [
+                measure.Bars(
+                    f"Operators, {setting}: share of the machine's limit",
+                    "limit / time",
+                    {
+                        f"ours, {row['operator']}": [
+                            row["limit_seconds"] / s for s in row["seconds"]["ours"]
+                        ]
+                        for row in found
+                    },
+                    ceiling=1.0,
+                    ceiling_name="limit",
+                )
+            ]
+        ),
     )
 
 

@@ -1,12 +1,11 @@
-"""What each parallel mode sends, compiled for 2 to 1,024 devices, and what it costs.
+"""Bytes that each parallel mode sends on 2 to 1,024 devices, and the time they take.
 
     python -m benchmarks.speed.parallel_modes --out=benchmarks/results/parallel_modes
 
-compiles the full-width paper network's training step on that many virtual devices of the
-CPU (nothing is computed; some minutes), reads bytes and memory from the programs into
-DIR/modes.json, and prints the tables of docs/parallelism.md: those bytes, and what they
-take at stated bandwidths. With `--tables_only` nothing is compiled and DIR/modes.json
-is read.
+compiles the full-width paper network's training step for virtual devices of the CPU
+(some minutes; it computes nothing), writes bytes and memory into DIR/modes.json, and prints
+the tables of docs/parallelism.md: those bytes, and their time at stated bandwidths. With
+`--tables_only` it compiles nothing and reads DIR/modes.json.
 
 The times in the tables are arithmetic, not measurements: bytes over the bandwidth of
 the slowest link that a group of devices has to use, exchanges not hidden behind
@@ -22,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Of one device; a step of 2 devices then has 256 images, of 1,024 131,072.
+from alexnet_jax.system.machine import versions
+
+# Images of one device per step: 256 in all on 2 devices, 131,072 on 1,024.
 IMAGES = 128
 SIZES = [2**n for n in range(1, 11)]
 FLOPS_AN_IMAGE = 6 * 724_406_816  # forward once, backward twice; 2 for each MAC
@@ -58,7 +59,7 @@ ONE_WEIRD_TRICK = {2: (50.24, 1.95), 4: (26.20, 3.74), 8: (15.68, 6.25)}
 
 
 def shapes(devices: int) -> list[tuple[str, int, int]]:
-    """The meshes that are compared: (mode, data, column)."""
+    """Return the meshes to compare: (mode, data, column)."""
     found = [("data", devices, 1), ("columns", devices // 2, 2), ("hybrid", 1, devices)]
     if devices > 8:
         found.append(("hybrid", devices // 8, 8))
@@ -66,7 +67,7 @@ def shapes(devices: int) -> list[tuple[str, int, int]]:
 
 
 def measure() -> list[dict[str, Any]]:
-    """Compiles every mode on every number of devices."""
+    """Compile every mode on every number of devices."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -98,7 +99,7 @@ def measure() -> list[dict[str, Any]]:
 
 
 def seconds(row: dict[str, Any], machine: Machine) -> float:
-    """What a step's exchanges take: features within a row, gradients over all rows."""
+    """Return the time of a step's exchanges: features within a row, gradients over all."""
 
     def bandwidth(devices: int) -> float:
         return machine.inside if devices <= machine.node else machine.across
@@ -108,79 +109,75 @@ def seconds(row: dict[str, Any], machine: Machine) -> float:
 
 
 def efficiency(row: dict[str, Any], machine: Machine) -> float:
-    """Computing's share of a step."""
+    """Return computing's share of a step."""
     compute = IMAGES / machine.images_per_second
     return compute / (compute + seconds(row, machine))
 
 
-def table_of_bytes(rows: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        "| devices | mode | data x column | features MB | gradients MB | memory MB |",
-        "|---|---|---|---|---|---|",
-    ]
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def table_of_bytes(rows: list[dict[str, Any]]) -> str:
+    cells = []
     for row in rows:
         features = (row["forward_bytes"] + row["backward_bytes"]) / 1e6
-        lines.append(
-            f"| {row['devices']:,} | {row['mode']} | {row['data']} x {row['column']} | "
-            f"{features:,.1f} | {row['gradients_bytes'] / 1e6:,.1f} | "
-            f"{row['memory_bytes'] / 1e6:,.0f} |"
-        )
-    return lines
+        mesh = [f"{row['devices']:,}", row["mode"], f"{row['data']} x {row['column']}"]
+        sizes = [f"{features:,.1f}", f"{row['gradients_bytes'] / 1e6:,.1f}"]
+        cells.append([*mesh, *sizes, f"{row['memory_bytes'] / 1e6:,.0f}"])
+    header = ["devices", "mode", "data x column", "features MB", "gradients MB", "memory MB"]
+    return _table(header, cells)
 
 
-def table_of_winners(rows: list[dict[str, Any]], machine: Machine) -> list[str]:
-    """Share of the step that is computing, a column a mode; the best in bold."""
+def table_of_winners(rows: list[dict[str, Any]], machine: Machine) -> str:
+    """Return computing's share of a step, a column per mode; the best in bold."""
     kinds = ["data", "columns", "hybrid 1 x n", "hybrid n/8 x 8"]
-    lines = [f"| devices | {' | '.join(kinds)} |", "|---" * 5 + "|"]
+    cells = []
     for devices in SIZES:
-        shares = {}
-        for row in rows:
-            if row["devices"] == devices:
-                kind = row["mode"]
-                if kind == "hybrid":
-                    kind += " 1 x n" if row["data"] == 1 else " n/8 x 8"
-                shares[kind] = efficiency(row, machine), seconds(row, machine)
-        best = max(share for share, _ in shares.values())
-        cells = []
+        found = {}
+        for row in (row for row in rows if row["devices"] == devices):
+            kind = row["mode"]
+            if kind == "hybrid":
+                kind += " 1 x n" if row["data"] == 1 else " n/8 x 8"
+            found[kind] = row
+        best = max(efficiency(row, machine) for row in found.values())
+        line = [f"{devices:,}"]
         for kind in kinds:
-            if kind not in shares:
-                cells.append("")
-                continue
-            share, took = shares[kind]
-            text = f"{share:.0%} ({_time(took)})"
-            cells.append(f"**{text}**" if share == best else text)
-        lines.append(f"| {devices:,} | {' | '.join(cells)} |")
-    return lines
+            text = ""
+            if kind in found:
+                share, took = efficiency(found[kind], machine), seconds(found[kind], machine)
+                text = f"{share:.0%} ({took * 1e3:.1f} ms)"
+                if took >= 1:
+                    text = f"{share:.0%} ({took:.1f} s)"
+                if share == best:
+                    text = f"**{text}**"
+            line.append(text)
+        cells.append(line)
+    return _table(["devices", *kinds], cells)
 
 
-def table_beside_one_weird_trick(rows: list[dict[str, Any]]) -> list[str]:
-    heads = ["K20s", "data", "columns", "hybrid", "published: hours", "speed-up"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+def table_beside_one_weird_trick(rows: list[dict[str, Any]]) -> str:
+    cells = []
     for devices, (hours, published) in ONE_WEIRD_TRICK.items():
-        cells = []
-        for mode in ("data", "columns", "hybrid"):
-            (row,) = (r for r in rows if r["devices"] == devices and r["mode"] == mode)
-            cells.append(f"{devices * efficiency(row, K20):.2f}")
-        lines.append(f"| {devices} | {' | '.join(cells)} | {hours} | {published} |")
-    return lines
-
-
-def _time(value: float) -> str:
-    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.1f} s"
+        own = {row["mode"]: efficiency(row, K20) for row in rows if row["devices"] == devices}
+        speed_ups = [f"{devices * own[mode]:.2f}" for mode in ("data", "columns", "hybrid")]
+        cells.append([str(devices), *speed_ups, str(hours), str(published)])
+    return _table(["K20s", "data", "columns", "hybrid", "published: hours", "speed-up"], cells)
 
 
 def tables(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Every table in Markdown, by name."""
+    """Return every table in Markdown, by name."""
     return {
-        "bytes": "\n".join(table_of_bytes(rows)),
-        "h100": "\n".join(table_of_winners(rows, H100)),
-        "ethernet": "\n".join(table_of_winners(rows, ETHERNET)),
-        "one weird trick": "\n".join(table_beside_one_weird_trick(rows)),
+        "bytes": table_of_bytes(rows),
+        "h100": table_of_winners(rows, H100),
+        "ethernet": table_of_winners(rows, ETHERNET),
+        "one weird trick": table_beside_one_weird_trick(rows),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--tables_only", action="store_true", help="compile nothing")
     options = parser.parse_args()
@@ -188,13 +185,11 @@ def main() -> None:
     file = options.out / "modes.json"
     if not options.tables_only:
         rows = measure()
-        import jax
-
         found = {
             "date": time.strftime("%Y-%m-%d"),
             "command": "python -m benchmarks.speed.parallel_modes --out=DIR",
             "machine": f"{platform.machine()}, virtual CPU devices",
-            "versions": {"python": platform.python_version(), "jax": jax.__version__},
+            "versions": versions(),
             "images_a_device": IMAGES,
             "rows": rows,
         }

@@ -1,9 +1,8 @@
-"""Pictures for the benchmarks of the input side: ImageNet's where they are, else drawn.
+"""Images for the benchmarks of the input side: given ones, or drawn ones.
 
-A source is what `prepare imagenet` takes. Records are made of it by the same code as
-ImageNet's, and may stand under as many names as ImageNet has files: then everything
-that depends on the number of records (opening, shuffling, memory) is as with
-ImageNet, but the bytes come from the page cache.
+The same code as for ImageNet makes records of them. One file of records stands under as
+many names as ImageNet has files, so everything that depends on the number of records
+(opening, shuffling, memory) is as with ImageNet, but the bytes come from the page cache.
 """
 
 import os
@@ -26,7 +25,7 @@ _FILES = 1025  # of ImageNet's training split
 
 
 def source(folder: Path | None, scratch: Path) -> Path:
-    """`folder`, or a folder in `scratch` with drawn pictures in class folders."""
+    """Return `folder`, or a folder in `scratch` with drawn images in class folders."""
     if folder is not None:
         return folder
     made = scratch / "drawn"
@@ -44,10 +43,10 @@ def source(folder: Path | None, scratch: Path) -> Path:
 
 
 def records(folder: Path | None, data_dir: Path) -> TfdsSource:
-    """A tfds data set of 256 x 256 JPEG records: one file, under 1,025 names.
+    """Return a tfds data set of 256 x 256 JPEG records: one file, under 1,025 names.
 
-    The file holds 1,250 pictures of `source(folder, data_dir)`, as ImageNet's do; fewer
-    come again. The names make 1,281,250 records.
+    The file holds 1,250 images of `source(folder, data_dir)`, as ImageNet's do; fewer are
+    repeated. The names make 1,281,250 records.
     """
     found = originals.find(source(folder, data_dir))["train"]
     part = [found[i % len(found)] for i in range(preparation.PICTURES_A_SHARD)]
@@ -68,7 +67,7 @@ def records(folder: Path | None, data_dir: Path) -> TfdsSource:
 
 
 def repeated(folder: Path, scratch: Path, *, train: int, validation: int) -> Path:
-    """Class folders of so many pictures: those of `folder`, under several names."""
+    """Return class folders of so many images: those of `folder`, under several names."""
     made = scratch / "repeated"
     counts = {"train": (train, "train"), "validation": (validation, "val")}
     for split, found in originals.find(folder).items():

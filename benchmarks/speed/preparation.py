@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from matplotlib.figure import Figure
-
 from alexnet_jax.data import images
 from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, originals, preparation
 from benchmarks.speed import measure, pictures
@@ -42,9 +40,16 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         record = _measured(Path(name), options)
-    measure.write_result(
-        options.out, "preparation", record, table=_table(record), figure=_figure(record)
+    rates, most = record["pictures_a_second"], record["most_workers"]
+    bars = measure.Bars(
+        "prepare imagenet",
+        "images per second",
+        rates,
+        ceiling=most * statistics.median(rates[ALONE]),
+        ceiling_name=f"{most} times the first",
     )
+    figure = measure.bar_charts([bars])
+    measure.write_result(options.out, "preparation", record, table=_table(record), figure=figure)
 
 
 def _measured(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -56,8 +61,7 @@ def _measured(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
         )
         for size in sizes
     )
-    table = originals.find(many)["train"]
-    in_memory = [originals.read(original) for original in table[:400]]
+    in_memory = [originals.read(original) for original in originals.find(many)["train"][:400]]
     stages: dict[str, list[float]] = {}
     candidates: dict[str, Callable[[], object]] = {
         ALONE: lambda: [_make(*picture) for picture in in_memory],
@@ -70,39 +74,29 @@ def _measured(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
             candidates[name] = functools.partial(_prepare, source, workers, stages[name])
     seconds = measure.alternate(candidates, rounds=1 if options.short else 3, warmup=0)
     rates = {n: [len(in_memory) / s for s in seconds[n]] for n in (ALONE, AGAIN)}
+    shares = {}
     for workers in options.workers:
         for part, spent in ((RECORDS, stages), (WHOLE, seconds)):
-            names = (f"{workers} {few}", f"{workers} {many}")
-            rates[_name(workers, part)] = [
-                (sizes[1] - sizes[0]) / (large - small)
-                for small, large in zip(*(spent[n] for n in names), strict=True)
-            ]
+            name = f"ours, {workers} process{'es' if workers > 1 else ''}, {part}"
+            rounds = zip(spent[f"{workers} {few}"], spent[f"{workers} {many}"], strict=True)
+            rates[name] = [(sizes[1] - sizes[0]) / (large - small) for small, large in rounds]
+            shares[name] = {
+                base: [r / workers / b for r, b in zip(rates[name], rates[base], strict=True)]
+                for base in (ALONE, AGAIN)
+            }
     most = max(options.workers)
-    a_core = statistics.median(rates[_name(most, WHOLE)]) / most
+    whole = rates[f"ours, {most} process{'es' if most > 1 else ''}, {WHOLE}"]
+    a_core = statistics.median(whole) / most
     size = statistics.mean(len(data) for _, _, data in in_memory)
     return {
         "pictures": sizes,
         "bytes_a_picture": size,
         "pictures_a_second": rates,
-        "a_process_of": {
-            _name(workers, part): {
-                base: [
-                    rate / workers / alone
-                    for rate, alone in zip(rates[_name(workers, part)], rates[base], strict=True)
-                ]
-                for base in (ALONE, AGAIN)
-            }
-            for workers in options.workers
-            for part in (RECORDS, WHOLE)
-        },
+        "a_process_of": shares,
         "most_workers": most,
         "computed_hours": sum(OFFICIAL_COUNTS.values()) / a_core / CORES / 3600,
         "computed_megabytes_a_second": CORES * a_core * size / 1e6,
     }
-
-
-def _name(workers: int, part: str) -> str:
-    return f"ours, {workers} process{'es' if workers > 1 else ''}, {part}"
 
 
 def _make(name: str, label: int, data: bytes) -> bytes:
@@ -114,7 +108,7 @@ def _make_and_decode(name: str, label: int, data: bytes) -> None:
 
 
 def _prepare(source: Path, workers: int, records_seconds: list[float]) -> None:
-    """The command; how long it makes records is added to a list."""
+    """Run the command; append to a list how long it makes records."""
 
     @contextlib.contextmanager
     def bar(what: str, total: int | None, unit: str) -> Iterator[Any]:
@@ -141,31 +135,15 @@ def _table(record: dict[str, Any]) -> str:
     rows = []
     for name, rates in record["pictures_a_second"].items():
         shares = record["a_process_of"].get(name, {})
-        spread = f"{min(rates):,.0f} to {max(rates):,.0f}"
-        row = [name, f"{statistics.median(rates):,.0f}", spread]
-        rows.append(
-            row + [measure.spread(shares[k], ".2f") if shares else "" for k in (ALONE, AGAIN)]
-        )
-    header = ["", "pictures/s", "spread", "a process, of row 1", "of row 2"]
+        cells = [measure.spread(shares[base], ".2f") for base in shares] or ["", ""]
+        rows.append([name, measure.spread(rates, ",.0f"), *cells])
+    header = ["", "images/s (spread)", "a process, of row 1", "of row 2"]
     return (
         f"{measure.markdown_table(header, rows)}\n\nPictures of "
         f"{record['bytes_a_picture'] / 1000:,.0f} kB. Computed, not measured: all of "
         f"ImageNet on {CORES} cores at this rate takes "
-        f"{60 * record['computed_hours']:.1f} minutes "
-        f"({record['computed_hours']:.2f} hours), if the disk delivers "
+        f"{60 * record['computed_hours']:.1f} minutes, if the disk delivers "
         f"{record['computed_megabytes_a_second']:,.0f} MB/s."
-    )
-
-
-def _figure(record: dict[str, Any]) -> Figure:
-    rates = record["pictures_a_second"]
-    most = record["most_workers"]
-    return measure.bar_chart(
-        rates,
-        title="prepare imagenet",
-        unit="pictures a second",
-        ceiling=most * statistics.median(rates[ALONE]),
-        ceiling_name=f"{most} times the first",
     )
 
 

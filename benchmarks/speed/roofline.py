@@ -1,4 +1,4 @@
-"""Operations and bytes of the network's parts: what the machine's limits would allow.
+"""Operations and bytes of the network's parts, and the least time that they need.
 
 A part takes at least operations / (rate of matrix products) and at least bytes /
 (bandwidth of copying), whichever is more; the sum over the parts is the roofline. The
@@ -27,27 +27,27 @@ class Cost:
     bytes: float
 
     def seconds(self, flop_rate: float, bandwidth: float) -> float:
-        """What the machine allows at best."""
+        """Return the least time that the machine's limits allow."""
         return max(self.flops / flop_rate, self.bytes / bandwidth)
 
 
 def seconds(costs: Sequence[Cost], flop_rate: float, bandwidth: float) -> float:
-    """The roofline of parts that run one after the other."""
+    """Return the roofline of parts that run one after the other."""
     return sum(cost.seconds(flop_rate, bandwidth) for cost in costs)
 
 
 def flops(costs: Sequence[Cost]) -> float:
-    """Operations of all parts together."""
+    """Return the operations of all parts together."""
     return sum(cost.flops for cost in costs)
 
 
 def inference(model: AlexNet, batch: int) -> list[Cost]:
-    """The parts of classifying `batch` images, named "conv1 forward" and so on."""
+    """Return the parts of classifying `batch` images, named "conv1 forward" and so on."""
     return [part for parts in _layers(model, batch, _FLOAT32) for part in parts[:1]]
 
 
 def training(model: AlexNet, batch: int, *, kernel_itemsize: int = _FLOAT32) -> list[Cost]:
-    """The parts of a training step; conv1 needs no gradient of its pictures.
+    """Return the parts of a training step; conv1 needs no gradient of its images.
 
     `kernel_itemsize`: bytes of a weight where a layer reads it, and of its gradient;
     the network's are float32 whatever it computes in.
@@ -59,7 +59,7 @@ def training(model: AlexNet, batch: int, *, kernel_itemsize: int = _FLOAT32) -> 
 
 
 def _layers(model: AlexNet, batch: int, kernel_itemsize: int) -> list[list[Cost]]:
-    """Of each layer: the forward pass first, then its gradients."""
+    """Return the parts of each layer: the forward pass first, then its gradients."""
     size = model.network.crop_size
     before = (size, size, 3)
     found = []

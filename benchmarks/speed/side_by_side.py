@@ -1,10 +1,9 @@
-"""Ours against the peer's best form: what `train_step` and `inference` share.
+"""Ours against the peer's best form, for `train_step` and `inference`.
 
 A quick pass over the peer's forms (`torch_alexnet.Form`) picks its fastest, which then
 takes turns with ours. Without torch only ours is measured.
 """
 
-import argparse
 import gc
 import importlib.util
 import statistics
@@ -14,13 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from matplotlib.figure import Figure
 
 from benchmarks.speed import jax_alexnet, measure, memory, roofline
 from benchmarks.speed.measure import Setting
 
-ROUNDS = {"short": 2, "long": 7}
-SELECTION_CALLS = 2
 PRECISIONS = ("bfloat16", "float32", "tensorfloat32")
 # A timed call on a GPU is about so many images, some tens of milliseconds.
 _IMAGES_A_CALL = 4096
@@ -29,9 +25,9 @@ Call = Callable[[], Any]
 
 
 def settings(
-    on_gpu: bool, short: bool, batches: Sequence[int] = (), precisions: Sequence[str] = ()
+    on_gpu: bool, short: bool, batches: Sequence[int], precisions: Sequence[str]
 ) -> list[Setting]:
-    """What is measured where nothing, or only a part, is asked for."""
+    """Return the settings to measure, by default the published ones."""
     batches = batches or ((128, 1024) if on_gpu else (32 if short else 128,))
     precisions = precisions or (PRECISIONS if on_gpu else ("float32",))
     found = [
@@ -43,7 +39,7 @@ def settings(
 
 
 def forms(on_gpu: bool, short: bool) -> list[Any]:
-    """The peer's forms; `short` leaves one of eager and one of torch.compile."""
+    """Return the peer's forms; `short` leaves one of eager and one of torch.compile."""
     from benchmarks.speed.torch_alexnet import LRNS, Form
 
     if short:
@@ -66,9 +62,9 @@ def forms(on_gpu: bool, short: bool) -> list[Any]:
 
 
 def select(
-    builders: dict[str, Callable[[], Call]], calls: int = SELECTION_CALLS
+    builders: dict[str, Callable[[], Call]],
 ) -> tuple[str, Call | None, dict[str, list[float] | str]]:
-    """Builds the candidates one after the other and keeps the fastest.
+    """Build the candidates one after the other and keep the fastest.
 
     One that fails is left out with its error: not every form runs everywhere.
 
@@ -82,7 +78,7 @@ def select(
         print(f"trying {name} ...", file=sys.stderr, flush=True)
         try:
             call = build()
-            seconds = measure.alternate({name: call}, rounds=calls, warmup=2)[name]
+            seconds = measure.alternate({name: call}, rounds=2, warmup=2)[name]
         except (RuntimeError, ValueError, TypeError, ImportError) as error:
             tried[name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
             continue
@@ -94,26 +90,10 @@ def select(
     return best_name, best, tried
 
 
-def fastest(forms: list[Any], tried: dict[str, list[float] | str]) -> list[Any]:
-    """The two fastest forms: those to try at the next setting, where compiling is most
-    of the time."""
-
-    def least(form: Any) -> float:
-        seconds = tried[form.name]
-        return float("inf") if isinstance(seconds, str) else min(seconds)
-
-    return sorted(forms, key=least)[:2]
-
-
 def compare(
     ours: Call, peers: dict[str, Callable[[], Call]], setting: Setting, rounds: int
 ) -> tuple[dict[str, Any], Call | None]:
-    """Picks the peer's best, then alternates it with ours.
-
-    Returns:
-      The record: every form's selection, the best one's name, seconds and rates of
-      both, and the ratio; and the best peer's call.
-    """
+    """Pick the peer's best form and alternate it with ours; return the record and its call."""
     name, peer, tried = select(peers)
     candidates = {"ours": ours} | ({"torch": peer} if peer else {})
     seconds = measure.alternate(candidates, rounds=rounds)
@@ -134,7 +114,7 @@ def compare(
 def add_limits(
     record: dict[str, Any], costs: Sequence[roofline.Cost], flop_rate: float, bandwidth: float
 ) -> None:
-    """Adds what the machine's limits allow, and each side's share of it."""
+    """Add what the machine's limits allow, and each side's share of it."""
     at_best = roofline.seconds(costs, flop_rate, bandwidth)
     record |= {
         "flops": roofline.flops(costs),
@@ -151,66 +131,40 @@ def add_limits(
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Every setting's rates and shares, then the forms the peer was chosen from."""
-    header = ["setting", "", "images/s (least to most)", "GEMM rate", "roofline"]
-    header += ["ours / torch"]
+    """Return every setting's rates and shares, then its limits, forms and memory."""
+    header = ["setting", "", "images/s (least to most)", "GEMM rate", "roofline", "ours / torch"]
     rows, notes = [], []
     for record in records:
         setting = f"{record['precision']}, batch {record['batch']:,}"
         for who, rates in record["images_per_second"].items():
             name = who if who == "ours" else record["peer"]
-            shares = [f"{record[f'{limit}_share'][who]:.0%}" for limit in LIMITS]
-            rate = measure.spread(rates, ",.1f")
-            rows.append([setting, name, rate, *shares, ""])
+            shares = [f"{record[f'{limit}_share'][who]:.0%}" for limit in ("gemm", "roofline")]
+            rows.append([setting, name, measure.spread(rates, ",.1f"), *shares, ""])
         if found := record.get("ratio"):
             spread = f"({found['min']:.2f} to {found['max']:.2f})"
             rows[-2][-1] = f"**{found['median']:.2f}** {spread}"
-        notes += _notes(record, setting)
+        notes.append(
+            f"{setting}: GEMM {record['gemm_flops_per_second'] / 1e9:,.0f} GFLOP/s and "
+            f"copying {record['copy_bytes_per_second'] / 1e9:,.1f} GB/s allow "
+            f"{record['gemm_images_per_second']:,.1f} images/s by operations alone, "
+            f"{record['roofline_images_per_second']:,.1f} by the roofline of every layer."
+        )
+        if tried := record["selection_seconds"]:
+            images = record["batch"] * record["steps_a_call"]
+            cells = [
+                [name, s if isinstance(s, str) else f"{images / min(s):,.1f}"]
+                for name, s in tried.items()
+            ]
+            forms_header = [f"candidates, {setting}", "best images/s"]
+            notes.append(measure.markdown_table(forms_header, cells))
+        if sizes := record.get("memory"):
+            cells = [[name, f"{size / 1e9:.2f}"] for name, size in sizes.items()]
+            memory_header = [f"peak memory of a training step, {setting}", "GB"]
+            notes.append(measure.markdown_table(memory_header, cells))
     return "\n\n".join([measure.markdown_table(header, rows), *notes])
 
 
-LIMITS = ("gemm", "roofline")
-
-
-def _notes(record: dict[str, Any], setting: str) -> list[str]:
-    limits = (
-        f"{setting}: GEMM {record['gemm_flops_per_second'] / 1e9:,.0f} GFLOP/s and "
-        f"copying {record['copy_bytes_per_second'] / 1e9:,.1f} GB/s allow "
-        f"{record['gemm_images_per_second']:,.1f} images/s by operations alone, "
-        f"{record['roofline_images_per_second']:,.1f} by the roofline of every layer."
-    )
-    notes = [limits]
-    if tried := record["selection_seconds"]:
-        images = record["batch"] * record["steps_a_call"]
-        rows = [
-            [name, s if isinstance(s, str) else f"{images / min(s):,.1f}"]
-            for name, s in tried.items()
-        ]
-        notes.append(measure.markdown_table([f"candidates, {setting}", "best images/s"], rows))
-    if found := record.get("memory"):
-        notes.append(measure.markdown_table(*memory.rows(found, setting)))
-    return notes
-
-
-def chart(records: Sequence[dict[str, Any]], title: str) -> Figure:
-    """A panel of bars for each setting, the roofline as a line."""
-    bars = [_bars(record) for record in records]
-    heights = [1.2 + 0.35 * len(rates) for rates in bars]
-    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
-    panels = figure.subplots(len(bars), squeeze=False, gridspec_kw={"height_ratios": heights})
-    for record, rates, axes in zip(records, bars, panels[:, 0], strict=True):
-        measure.bar_chart(
-            rates,
-            title=f"{title}, {record['precision']}, batch {record['batch']:,}",
-            unit="images/s",
-            ceiling=record["roofline_images_per_second"],
-            ceiling_name="roofline",
-            axes=axes,
-        )
-    return figure
-
-
-def _bars(record: dict[str, Any]) -> dict[str, list[float]]:
+def _bars(record: dict[str, Any], title: str) -> measure.Bars:
     images = record["batch"] * record["steps_a_call"]
     rates = {
         who if who == "ours" else f"best: {record['peer']}": values
@@ -219,56 +173,53 @@ def _bars(record: dict[str, Any]) -> dict[str, list[float]]:
     for name, seconds in record["selection_seconds"].items():
         if not isinstance(seconds, str) and name != record["peer"]:
             rates[name] = [images / s for s in seconds]
-    return rates
+    title = f"{title}, {record['precision']}, batch {record['batch']:,}"
+    limit = record["roofline_images_per_second"]
+    return measure.Bars(title, "images/s", rates, ceiling=limit, ceiling_name="roofline")
 
 
-def options(doc: str | None) -> argparse.Namespace:
-    """The command line of `train_step` and `inference`."""
-    parser = measure.command_line(doc)
-    parser.add_argument("--batch", type=int, nargs="+", default=[], help="images")
-    parser.add_argument(
-        "--precision", nargs="+", default=[], choices=PRECISIONS, help="on a GPU: all"
-    )
-    return parser.parse_args()
+def write(out: Path, name: str, records: Sequence[dict[str, Any]]) -> None:
+    """Write the records of "train_step" or "inference"."""
+    title = "Training" if name == "train_step" else "Classifying"
+    figure = measure.bar_charts([_bars(record, title) for record in records])
+    measure.write_result(out, name, {"settings": records}, table=table(records), figure=figure)
 
 
 def run(name: str, doc: str | None) -> None:
-    """The benchmark `name`, "train_step" or "inference"."""
-    chosen, training = options(doc), name == "train_step"
+    """Run the benchmark `name`, "train_step" or "inference"."""
+    parser = measure.command_line(doc)
+    parser.add_argument("--batch", type=int, nargs="+", default=[], help="images")
+    about = "on a GPU: all"
+    parser.add_argument("--precision", nargs="+", default=[], choices=PRECISIONS, help=about)
+    chosen, training = parser.parse_args(), name == "train_step"
     on_gpu = jax.default_backend() != "cpu"
-    device = "cuda" if on_gpu else "cpu"
     peers: list[Any] = []
     if importlib.util.find_spec("torch"):
         peers = forms(on_gpu, chosen.short)
-    rounds = ROUNDS["short" if chosen.short else "long"]
     records: list[dict[str, Any]] = []
     bandwidth = measure.copy_bandwidth()
     for setting in settings(on_gpu, chosen.short, chosen.batch, chosen.precision):
-        ours = jax_alexnet.Trainer(setting) if training else None
-        builders = {form.name: _builder(training, setting, form, device) for form in peers}
-        record, peer = compare(ours or jax_alexnet.classifier(setting), builders, setting, rounds)
+        ours = jax_alexnet.Trainer(setting) if training else jax_alexnet.classifier(setting)
+        builders = {form.name: _builder(training, setting, form, on_gpu) for form in peers}
+        record, peer = compare(ours, builders, setting, rounds=2 if chosen.short else 7)
         model = jax_alexnet.network(setting)
         costs = (roofline.training if training else roofline.inference)(model, setting.batch)
         add_limits(record, costs, measure.gemm_rate(setting.precision), bandwidth)
-        if ours:
+        if isinstance(ours, jax_alexnet.Trainer):
             form = next((f for f in peers if f.name == record["peer"]), None)
             record["memory"] = memory.of_training(setting, ours, form, peer)
         records.append(record)
         if on_gpu:
-            peers = fastest(peers, record["selection_seconds"])
+            # Compiling is most of the time: the next setting tries the two fastest forms.
+            tried = {n: s for n, s in record["selection_seconds"].items() if not isinstance(s, str)}
+            names = sorted(tried, key=lambda name: min(tried[name]))[:2]
+            peers = [form for form in peers if form.name in names]
         # After every setting: what is measured stays if the time runs out.
-        _write(chosen.out, name, records)
+        write(chosen.out, name, records)
 
 
-def _builder(training: bool, setting: Setting, form: Any, device: str) -> Callable[[], Call]:
+def _builder(training: bool, setting: Setting, form: Any, on_gpu: bool) -> Callable[[], Call]:
     from benchmarks.speed import torch_alexnet
 
     make = torch_alexnet.trainer if training else torch_alexnet.classifier
-    return lambda: make(setting, form, device)
-
-
-def _write(out: Path, name: str, records: list[dict[str, Any]]) -> None:
-    title = {"train_step": "Training", "inference": "Classifying"}[name]
-    measure.write_result(
-        out, name, {"settings": records}, table=table(records), figure=chart(records, title)
-    )
+    return lambda: make(setting, form, "cuda" if on_gpu else "cpu")

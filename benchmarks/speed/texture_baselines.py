@@ -91,7 +91,7 @@ def color_error(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data_dir", help="as of `alexnet_jax.prepare`")
     options = parser.parse_args()
     splits = []

@@ -49,7 +49,7 @@ class Form:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, by torch.compile if the form has it."""
+        """Return the function, compiled if the form says so."""
         if not self.compile:
             return function
         # All forms and settings share a function's code, which torch compiles at most
@@ -61,10 +61,10 @@ class Form:
 
 
 def local_response_norm(x: torch.Tensor, form: str) -> torch.Tensor:
-    """The paper's section 3.3 inside each column of x [B, C, H, W].
+    """Return the paper's section 3.3 inside each column of x [B, C, H, W].
 
-    torch divides alpha by the window (its 5e-4 is the paper's 1e-4) and has no
-    columns: they are taken for examples, which needs them one after the other.
+    torch divides alpha by the window, so its 5e-4 is the paper's 1e-4. It has no
+    columns, so they become examples, which needs them one after the other.
     """
     b, c, h, w = x.shape
     if form == "library":
@@ -100,21 +100,17 @@ class LocalResponseNorm(nn.Module):
         return local_response_norm(x, self.form)
 
 
-class PaperDropout(nn.Module):
-    """The paper's section 4.2: nothing is scaled in training, but all in testing."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
+class PaperDropout(nn.Dropout):
+    """Dropout of the paper's section 4.2: scales in testing, not in training."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(x, self.rate, self.training) * (1 - self.rate)
+        return super().forward(x) * (1 - self.p)
 
 
 def paper_network(
     lrn: str = "library", *, width: float = 1.0, num_classes: int = 1000, dropout: float = 0.5
 ) -> nn.Sequential:
-    """The paper's section 3.5: images [B, 3, 224, 224] -> logits [B, num_classes].
+    """Return the network of section 3.5: images [B, 3, 224, 224] -> logits [B, num_classes].
 
     Weights start as in section 5: N(0, 0.01), biases 1 in conv2, conv4, conv5, fc6
     and fc7. `width` scales as `alexnet_jax.create_model`'s.
@@ -148,7 +144,7 @@ def paper_network(
 
 
 def trainer(setting: Setting, form: Form, device: str = "cpu") -> Callable[[], float]:
-    """Returns a call that makes `setting.steps` updates and gives the last loss.
+    """Return a call that makes `setting.steps` updates and returns the last loss.
 
     SGD with momentum 0.9 and weight decay 0.0005, fused; the batch stays the same.
     """
@@ -177,7 +173,7 @@ def trainer(setting: Setting, form: Form, device: str = "cpu") -> Callable[[], f
 
 
 def classifier(setting: Setting, form: Form, device: str = "cpu") -> Callable[[], torch.Tensor]:
-    """Returns a call that classifies the batch `setting.steps` times: the logits."""
+    """Return a call that classifies the batch `setting.steps` times, to logits."""
     network, pictures, mean = _prepared(setting, form, device)
     network.eval()
 
@@ -202,7 +198,7 @@ def classifier(setting: Setting, form: Form, device: str = "cpu") -> Callable[[]
 def _prepared(
     setting: Setting, form: Form, device: str
 ) -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
-    """The network in training mode, uint8 pictures and their mean picture."""
+    """Return the network in training mode, uint8 images and their mean image."""
     use_precision(setting.precision)
     torch.manual_seed(0)
     network = paper_network(form.lrn, width=setting.width).to(device)
@@ -218,7 +214,7 @@ def _prepared(
 
 
 def use_precision(precision: str) -> None:
-    """Sets, for the whole process, how a GPU multiplies float32 numbers."""
+    """Set for the whole process how a GPU multiplies float32 numbers."""
     torch.backends.cuda.matmul.allow_tf32 = precision == "tensorfloat32"
     torch.backends.cudnn.allow_tf32 = precision == "tensorfloat32"
     torch.backends.cudnn.benchmark = True  # XLA tries its algorithms too

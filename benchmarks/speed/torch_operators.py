@@ -1,6 +1,8 @@
 """The operators of `operators` in torch, eager, in both memory formats."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,16 +11,14 @@ import torch.nn.functional as F
 from alexnet_jax.models.alexnet import AlexNet
 from alexnet_jax.models.summary import summary
 from benchmarks.speed.measure import Setting
-from benchmarks.speed.operators import Layer, convolutions
+from benchmarks.speed.operators import Builder, Layer, convolutions
 from benchmarks.speed.torch_alexnet import LRNS, local_response_norm, paper_network, use_precision
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
-Builder = Callable[[], Callable[[], Any]]
-
 
 def operators(model: AlexNet, setting: Setting, device: str) -> Iterator[tuple[str, str, Builder]]:
-    """(operator, "torch FORMAT", builder of its call), named as in `roofline`."""
+    """Yield (operator, "torch FORMAT", builder of its call), named as in `roofline`."""
     use_precision(setting.precision)
     dtype = torch.bfloat16 if setting.precision == "bfloat16" else torch.float32
     for format_name, form in FORMATS.items():
@@ -29,12 +29,14 @@ def operators(model: AlexNet, setting: Setting, device: str) -> Iterator[tuple[s
         before: tuple[int, ...] = ()
         for row in summary(model):
             if row.name.startswith("pool"):
-                for name, build in make.through(row.name, before, _pool):
+                pool = partial(F.max_pool2d, kernel_size=3, stride=2)
+                for name, build in make.through(row.name, before, pool):
                     yield name, who, build
             if row.name.startswith("norm"):
                 for lrn in LRNS:
-                    found = make.through(row.name, before, _lrn(lrn))
-                    yield from ((n, f"{who} LRN {lrn}", build) for n, build in found)
+                    norm = partial(local_response_norm, form=lrn)
+                    for name, build in make.through(row.name, before, norm):
+                        yield name, f"{who} LRN {lrn}", build
             if row.name.startswith("fc") and format_name == "contiguous":
                 for name, build in make.dense(row.name, before, row.shape[0]):
                     yield name, who, build
@@ -42,18 +44,20 @@ def operators(model: AlexNet, setting: Setting, device: str) -> Iterator[tuple[s
     yield "update", "torch fused", lambda: _update(device)
 
 
+@dataclass(frozen=True)
 class _Maker:
-    """Builders of the calls of one memory format."""
+    """Makes the builders of one memory format."""
 
-    def __init__(self, batch: int, dtype: torch.dtype, device: str, form: torch.memory_format):
-        self.batch, self.dtype, self.device, self.form = batch, dtype, device, form
+    batch: int
+    dtype: torch.dtype
+    device: str
+    form: torch.memory_format
 
     def random(self, *shape: int) -> torch.Tensor:
         x = torch.randn(*shape, device=self.device).to(self.dtype)
         return x.contiguous(memory_format=self.form) if len(shape) == 4 else x
 
     def images(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """[B, C, H, W] of a shape H, W, C."""
         height, width, channels = shape
         return self.random(self.batch, channels, height, width)
 
@@ -83,11 +87,11 @@ class _Maker:
 
         yield f"{layer.name} forward", forward
         if layer.name != "conv1":
-            yield (f"{layer.name} input gradient", lambda: backward([True, False, False]))
+            yield f"{layer.name} input gradient", lambda: backward([True, False, False])
         yield f"{layer.name} kernel gradient", lambda: backward([False, True, False])
 
     def through(
-        self, name: str, shape: tuple[int, ...], function: Callable[..., Any]
+        self, name: str, shape: tuple[int, ...], function: Callable[[torch.Tensor], torch.Tensor]
     ) -> Iterator[tuple[str, Builder]]:
         def run(x: torch.Tensor) -> torch.Tensor:
             # As in the network; a part of torch's own LRN has no bfloat16 on a CPU.
@@ -95,15 +99,15 @@ class _Maker:
             with torch.autocast(self.device, torch.bfloat16, enabled=bfloat16):
                 return function(x)
 
+        def forward() -> Callable[[], Any]:
+            x = self.images(shape)
+            return self.call(lambda: run(x))
+
         def backward() -> Callable[[], Any]:
             x = self.images(shape).requires_grad_()
             y = run(x)
             g = torch.randn_like(y)
             return self.call(lambda: torch.autograd.grad(y, x, g, retain_graph=True), grad=True)
-
-        def forward() -> Callable[[], Any]:
-            x = self.images(shape)
-            return self.call(lambda: run(x))
 
         yield f"{name} forward", forward
         yield f"{name} backward", backward
@@ -113,22 +117,17 @@ class _Maker:
     ) -> Iterator[tuple[str, Builder]]:
         n = torch.Size(shape).numel()
 
-        def product(a: tuple[int, int], b: tuple[int, int], order: str) -> Builder:
-            def build() -> Callable[[], Any]:
-                left, right = self.random(*a), self.random(*b)
-                left = left.T if order[0] == "T" else left
-                right = right.T if order[1] == "T" else right
-                return self.call(lambda: left @ right)
+        def build(product: Callable[..., torch.Tensor]) -> Callable[[], Any]:
+            x, kernel = self.random(self.batch, n), self.random(features, n)
+            g = self.random(self.batch, features)
+            return self.call(lambda: product(x, kernel, g))
 
-            return build
+        yield f"{name} forward", lambda: build(lambda x, kernel, g: x @ kernel.T)
+        yield f"{name} input gradient", lambda: build(lambda x, kernel, g: g @ kernel)
+        yield f"{name} kernel gradient", lambda: build(lambda x, kernel, g: g.T @ x)
 
-        x, kernel, g = (self.batch, n), (features, n), (self.batch, features)
-        yield f"{name} forward", product(x, kernel, "NT")
-        yield f"{name} input gradient", product(g, kernel, "NN")
-        yield f"{name} kernel gradient", product(g, x, "TN")
-
-    def call(self, function: Callable[[], Any], grad: bool = False) -> Callable:
-        """A call that waits for the device."""
+    def call(self, function: Callable[[], Any], grad: bool = False) -> Callable[[], None]:
+        """Return a call that waits for the device."""
 
         def finished() -> None:
             with torch.set_grad_enabled(grad):
@@ -137,14 +136,6 @@ class _Maker:
                 torch.cuda.synchronize()
 
         return finished
-
-
-def _pool(x: torch.Tensor) -> torch.Tensor:
-    return F.max_pool2d(x, 3, 2)
-
-
-def _lrn(form: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: local_response_norm(x, form)
 
 
 def _update(device: str) -> Callable[[], None]:

@@ -1,27 +1,27 @@
-"""The ablations of the paper and of the original's experiments, a row each.
+"""The ablations of the paper and of the original program's experiments, one row each.
 
     python launch/sweep.py configs/sweeps/ablations.py --out=DIR --seeds=0,1,2 \
         --set data.dir=DATA
 
-on a prepared `imagenet2012_256`, or on any folder of pictures (`--set
+on a prepared `imagenet2012_256`, or on any folder of images (`--set
 data.source=folder:PATH --set data.eval_split=val`). 25 networks of 90 epochs are weeks
 on one GPU: `paper_table.py`, `layers.py`, `lrn.py` and `overlap.py` are parts of it. Rows
 combine by putting their overrides together.
 
-Figures are top-1 errors in per cent over ten views on ILSVRC-2012's validation pictures,
-where nothing else is said; those of "experiment N" are in the logs of the original program
+Figures are top-1 errors in per cent over ten views on ILSVRC-2012's validation images,
+unless a row says otherwise; those of "experiment N" are in the logs of the original program
 (github.com/computerhistory/AlexNet-Source-Code). Its baseline is experiment 145 with
 40.66%, the run behind the paper's 40.7%; a figure's effect is its difference from the run
 that its source compares it with, or None if that run differs in something else as well.
 All rows have the schedule of configs/paper.py, not the experiments' own (that is
 configs/original.py). Rows whose baseline is "original" train the experiments' networks. The
-others train the network as the paper describes it: it differs from experiment 145's, and
-from those made from it, in its response normalisation and in the start of conv3 to conv5.
+others train the network as the paper describes it. It differs from experiment 145's, and
+from those made from it, in its response normalisation and in the initial conv3 to conv5.
 
-Not here are the experiments on something else than the network of one training: other
+Left out are the experiments on anything but the network of one training: other
 learning rates over time (155 to 158, 169, 170, and 145 raised again), a low-resolution copy
-of the picture (137), the cross-map LRN moved from behind pool1 to right over conv1 (131),
-other pictures faded in and exchanges in 16 bits (170), four GPUs (130).
+of the image (137), the cross-map LRN moved from behind pool1 to right over conv1 (131),
+other images faded in and exchanges in 16 bits (170), four GPUs (130).
 """
 
 from alexnet_jax.sweeps import FinalError, Paper, Row, Sweep
@@ -48,7 +48,7 @@ def _experiment(number, value, effect, measured_on=VALIDATION):
 
 
 def _columns(overrides):
-    """Networks of one column cannot be split into columns."""
+    """Add mode data: a network of one column cannot be split into columns."""
     return overrides | {"parallel.mode": "data"}
 
 
@@ -84,7 +84,7 @@ ROWS = {
         Row(
             "original, LRN before ReLU",
             {"model.variant": "original", "model.overrides.norm_place": "before"},
-            # No effect: 166 has other learning rates than 145 as well.
+            # No effect: 166 also has other learning rates than 145.
             _experiment(166, 41.10, None),
             baseline="original",
         ),
@@ -136,7 +136,7 @@ ROWS = {
 
 
 def rows(*names):
-    """The baseline and those rows."""
+    """Return the baseline and those rows."""
     return tuple(ROWS[name] for name in (BASELINE, *names))
 
 

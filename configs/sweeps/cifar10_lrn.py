@@ -1,4 +1,4 @@
-"""What response normalisation gives on CIFAR-10 (the paper, section 3.3).
+"""With and without response normalisation on CIFAR-10 (the paper, section 3.3).
 
     python launch/sweep.py configs/sweeps/cifar10_lrn.py --out=runs/cifar10_lrn \
         --seeds=0,1,2 --set data.source=folder:PATH
@@ -9,8 +9,8 @@ own was 160).
 
 The paper: a four-layer network has a test error of 13% without and 11% with it. These are
 cuda-convnet's networks of those names, which differ in more than the normalisation: the
-second row is the 11% network with nothing but its normalisation taken out, a fair
-ablation, the third the 13% network as it was published.
+second row is the 11% network without its normalisation, a fair ablation; the third is the
+13% network as it was published.
 """
 
 import dataclasses

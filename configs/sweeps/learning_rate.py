@@ -1,10 +1,10 @@
-"""Which learning rate to take for your own pictures.
+"""Which learning rate to take for your own images.
 
     python launch/sweep.py configs/sweeps/learning_rate.py --out=runs/learning_rate \
         --set data.source=folder:PATH num_epochs=10.0
 
-A row a rate, of configs/quickstart.py's narrowed network; without --set on its embedded
-pictures, a run in some minutes on two CPU cores. A rate at which the loss is no longer
+One row per rate, with configs/quickstart.py's narrowed network; without --set on its
+embedded images, some minutes per run on two CPU cores. A rate at which the loss is no longer
 finite is reported as diverged, and the others go on.
 
 The paper takes 0.01 at full width and batches of 128 (section 5).
@@ -23,5 +23,5 @@ def get_sweep():
         overrides=ablations.FROM_QUICKSTART,
         rows=tuple(Row(f"{rate:g}", {"optim.learning_rate": rate}) for rate in RATES),
         baseline="0.001",
-        measured_on="the pictures of configs/quickstart.py, centre view",
+        measured_on="the images of configs/quickstart.py, centre view",
     )

@@ -7,7 +7,7 @@ no error of other values. The original program multiplies the mean of the square
 not their sum: a fifth of the paper's alpha. Caffe has k = 1, and its window crosses the
 columns.
 
-Runs anywhere, a run in some minutes on two CPU cores, on the embedded pictures; see
+Runs anywhere, some minutes per run on two CPU cores, on the embedded images; see
 configs/sweeps/lrn.py for what that does and does not say. On other data:
 `--set data.source=folder:PATH`.
 """
@@ -37,6 +37,6 @@ def get_sweep():
         overrides=ablations.FROM_QUICKSTART,
         rows=(Row("paper"), *rows),
         baseline="paper",
-        measured_on="the pictures of configs/quickstart.py, centre view",
+        measured_on="the images of configs/quickstart.py, centre view",
         seeds=(0, 1, 2),
     )

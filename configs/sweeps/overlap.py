@@ -1,4 +1,4 @@
-"""What overlapping pooling gives (the paper, section 3.4).
+"""With and without overlapping pooling (the paper, section 3.4).
 
     python launch/sweep.py configs/sweeps/overlap.py --out=runs/overlap --seeds=0,1,2
 
@@ -7,7 +7,7 @@ error by 0.4 points and the top-5 error by 0.3. The original's logs: 41.06% agai
 on ILSVRC-2012 (experiments 147 and 145; 147, variant `no_overlap`, also pads conv2 and
 conv5 less, which "no overlap" here does not).
 
-Runs anywhere, a run in some minutes on two CPU cores, on the embedded pictures; see
+Runs anywhere, some minutes per run on two CPU cores, on the embedded images; see
 configs/sweeps/lrn.py for what that does and does not say.
 """
 
@@ -22,6 +22,6 @@ def get_sweep():
         overrides=ablations.FROM_QUICKSTART,
         rows=ablations.rows("no overlap"),
         baseline=ablations.BASELINE,
-        measured_on="the pictures of configs/quickstart.py, centre view",
+        measured_on="the images of configs/quickstart.py, centre view",
         seeds=(0, 1, 2),
     )

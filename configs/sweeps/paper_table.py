@@ -1,13 +1,12 @@
-"""What the paper takes out of its network and its training, a row each.
+"""The parts of network and training that the paper removes, one row each.
 
     python launch/sweep.py configs/sweeps/paper_table.py --out=runs/paper_table --slurm \
         --set data.dir=DATA
     python launch/sweep.py configs/sweeps/paper_table.py --out=runs/paper_table \
         --set data.source=folder:PATH data.eval_split=val num_epochs=30.0
 
-Seven runs of configs/paper.py: each as long as one of the paper's trainings, 90 epochs of
-what the data has. With all of ImageNet that is work for several GPUs (--slurm); a part of
-it trains in less, and says less.
+Seven runs of configs/paper.py, each of 90 epochs as in the paper. All of ImageNet needs
+several GPUs (--slurm); a part of it trains in less time and says less.
 
 The paper, in points of top-1 error: no response normalisation 1.4 (section 3.3), no
 overlap 0.4 (3.4), one GPU with half the kernels 1.7 (3.2), no colour noise "over 1" (4.1).

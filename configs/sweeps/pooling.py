@@ -6,7 +6,7 @@ The paper: windows of 3 pixels with a stride of 2, against windows of 2, reduce 
 error by 0.4 points and the top-5 error by 0.3. It publishes no other pair. A stride of 3
 shrinks the maps faster, so fc6 has fewer inputs: 2 x 2 x 256 instead of 6 x 6 x 256.
 
-Runs anywhere, a run in some minutes on two CPU cores, on the embedded pictures; see
+Runs anywhere, some minutes per run on two CPU cores, on the embedded images; see
 configs/sweeps/lrn.py for what that does and does not say.
 """
 
@@ -31,6 +31,6 @@ def get_sweep():
         overrides=ablations.FROM_QUICKSTART,
         rows=rows,
         baseline="3/2",
-        measured_on="the pictures of configs/quickstart.py, centre view",
+        measured_on="the images of configs/quickstart.py, centre view",
         seeds=(0, 1, 2),
     )

@@ -1,4 +1,4 @@
-"""How wide the network has to be.
+"""A narrower network.
 
     python launch/sweep.py configs/sweeps/width.py --out=runs/width --seeds=0,1,2
     python launch/sweep.py configs/sweeps/width.py --out=runs/width \
@@ -6,7 +6,7 @@
 
 The paper's network with a quarter and a half of its features in every layer but the
 classifier, all from He's start, which trains at any width. Runs anywhere on the embedded
-pictures of configs/quickstart.py: a quarter takes some minutes on two CPU cores, the whole
+images of configs/quickstart.py: a quarter takes some minutes on two CPU cores, the whole
 some ten times as long. The paper has no such experiment.
 """
 
@@ -23,5 +23,5 @@ def get_sweep():
         overrides={"model.init": "he", **ablations.FROM_QUICKSTART},
         rows=tuple(Row(f"width {w:g}", {"model.width": w}) for w in WIDTHS),
         baseline="width 1",
-        measured_on="the pictures of configs/quickstart.py, centre view",
+        measured_on="the images of configs/quickstart.py, centre view",
     )

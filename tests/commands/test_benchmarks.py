@@ -15,7 +15,8 @@ from alexnet_jax.training import metrics
 from benchmarks.reliability import repeats, soak
 from benchmarks.speed import gpu, jax_alexnet, measure, operators, roofline, side_by_side
 from benchmarks.speed.measure import Setting
-from tests.models.test_torch import random_variables, torch_network
+from tests.models.networks import random_variables
+from tests.models.test_torch import torch_network
 
 PAPER_MULTIPLY_ADDS = 724_406_816
 CONV1_MULTIPLY_ADDS = 55 * 55 * 96 * 11 * 11 * 3
@@ -35,7 +36,7 @@ def test_candidates_take_turns():
 def test_a_result_is_three_files_without_paths(tmp_path, capsys, monkeypatch):
     words = ["x", f"--out={tmp_path}", "--data=c/d", "--batch", "2"]
     monkeypatch.setattr("sys.argv", words)
-    figure = measure.bar_chart({"ours": [3.0, 4.0]}, title="t", unit="u", ceiling=5.0)
+    figure = measure.bar_charts([measure.Bars("t", "u", {"ours": [3.0, 4.0]}, ceiling=5.0)])
     table = measure.markdown_table(["a", "b"], [["1", "2"]])
     measure.write_result(tmp_path, "name", {"x": 1}, table=table, figure=figure)
     record = json.loads((tmp_path / "name.json").read_text())
@@ -78,7 +79,7 @@ def small():
     """Our narrowed network without dropout: variables, images, labels, gradients."""
     kwargs = {"num_classes": 10, "width": NARROW.width, "init": "he"}
     model = create_model("paper", dropout=0.0, **kwargs)
-    variables = random_variables(model, 224)
+    variables = random_variables(model)
     rng = np.random.default_rng(1)
     images = rng.normal(0, 60, (2, 224, 224, 3)).astype(np.float32)
     labels = np.array([3, 7])
@@ -147,7 +148,7 @@ def test_the_fastest_form_is_the_peer(monkeypatch, tmp_path):
     side_by_side.add_limits(record, costs, flop_rate=20.0, bandwidth=10.0)
     assert record["gemm_share"] == {"ours": 2.0, "torch": 1.0}
     assert record["roofline_images_per_second"] == 2.0
-    side_by_side._write(tmp_path, "train_step", [record])
+    side_by_side.write(tmp_path, "train_step", [record])
     page = (tmp_path / "train_step.md").read_text()
     assert "| float32, batch 8 | ours | 8.0 (8.0 to 8.0) | 200% | 400% |" in page
 
@@ -161,7 +162,7 @@ def test_a_training_call_trains():
 def test_the_gpu_plan_names_benchmarks_and_keeps_to_its_time(tmp_path):
     for words, _ in (*gpu.PLAN, *gpu.SHORT_PLAN):
         assert importlib.util.find_spec(f"benchmarks.{words.split()[0]}")
-    late = gpu.run((("speed.no_such", 60.0), ("x", 1.0)), tmp_path, budget=10.01)
+    late = gpu.run((("speed.train_step", 60.0), ("x", 1.0)), tmp_path, budget=11.0)
     assert [outcome["result"] for outcome in late] == ["stopped", "left out"]
     (outcome,) = gpu.run((("speed.no_such", 60.0),), tmp_path, budget=90.0)
     assert outcome["result"] == "failed (1)"

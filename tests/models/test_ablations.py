@@ -54,11 +54,10 @@ CONSTANTS = {
 def config_of(name, **more):
     if name in CONSTANTS:
         module, row = CONSTANTS[name]
-        run = plan_lib.Plan(name, module.get_sweep(), seeds=(0,)).run(row, seed=0)
+        (run,) = plan_lib.Plan(name, module.get_sweep(), seeds=(0,)).of_row(row)
     else:
-        run = PLAN.run(ablations.ROWS[name], seed=0)
-    config = plan_lib.load_config(run.config)
-    return plan_lib.set_fields(config, {**run.overrides, **more}, f"{name}: ")
+        (run,) = PLAN.of_row(ablations.ROWS[name])
+    return plan_lib.make_config(run.config, {**run.overrides, **more}, name)
 
 
 @pytest.mark.parametrize("name", ablations.ROWS)
