@@ -189,7 +189,7 @@ def get_config() -> Config:
     # their place, for example 0.999; 0: none.
     optim.ema_decay = 0.0
     # LARS: norm of a kernel's gradient as a share of the kernel's norm; 0: off (NVCaffe:
-    # 0.001). Not for kernels split over columns.
+    # 0.001).
     optim.trust_coefficient = 0.0
 
     config.schedule = schedule = ConfigDict()
@@ -531,13 +531,6 @@ def _mesh_problems(config: Config, network: layers.Variant) -> list[str]:
     except ValueError as error:
         return [str(error)]
     problems = []
-    if config.optim.trust_coefficient > 0 and columns > 1:
-        problems.append(
-            f"--config.optim.trust_coefficient={config.optim.trust_coefficient} is of "
-            f"the norms of whole layers, which --config.parallel.mode={mode} splits over "
-            f"{columns} columns; set --config.parallel.mode=data or "
-            "--config.parallel.column=1."
-        )
     if transform == "pmap" and (mode != "data" or jax.process_count() > 1):
         problems.append(
             "--config.parallel.transform=pmap splits nothing but the batch of one "

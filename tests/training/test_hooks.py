@@ -109,7 +109,7 @@ def test_extra_arrays_of_parameters_are_split_like_them():
 
 
 OPTIMISERS = {
-    "layer norms": optax.lars(0.1),
+    "layer norms": optim.make_optimizer(0.1, trust_coefficient=0.02),
     "global norm": optax.chain(optax.clip_by_global_norm(0.05), optax.sgd(0.1, momentum=0.9)),
     "by layer": optax.partition(
         {"frozen": optax.set_to_zero(), "fast": optax.adam(0.01)},
