@@ -145,8 +145,9 @@ def three_updates(name, mode, columns):
 @pytest.mark.parametrize("mode", ["columns", pytest.param("hybrid", marks=pytest.mark.slow)])
 def test_any_optimiser_sees_whole_arrays(name, mode):
     want, got = three_updates(name, "data", 1), three_updates(name, mode, 2)
-    # Adafactor divides tiny gradients by their size, and with them their rounding errors.
-    tolerance = 1e-7 if name == "factored" else 1e-10
+    # Compiled as in these tests (tests/conftest.py), norms are exact to 1e-7; compiled with
+    # ALEXNET_TEST_OPTIMIZED=1, to 1e-10. Norms of shards were off by 1e-4.
+    tolerance = 1e-7 if name in ("layer norms", "factored") else 1e-10
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=10 * tolerance, atol=tolerance)
 
