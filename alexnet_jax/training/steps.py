@@ -162,7 +162,9 @@ def state_specs(spec: StepSpec) -> TrainState:
         jax.tree_util.tree_map_with_path(like_params, tree)
         for tree in (shapes.opt_state, shapes.extra)
     )
-    return TrainState(P(), params, batch_stats, opt_state, extra)
+    return shapes.replace(
+        step=P(), params=params, batch_stats=batch_stats, opt_state=opt_state, extra=extra
+    )
 
 
 # Jitted so that JAX caches the trace: a run asks for the shapes half a dozen times.
