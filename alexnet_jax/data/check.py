@@ -253,7 +253,7 @@ def _statistics(train: Source, is_imagenet: bool, workers: int) -> Iterator[Find
         return
     again = statistics.compute(train, max_examples=_SAMPLE, workers=workers)
     mean, new_mean = (s.mean_image.mean((0, 1)) for s in (stored, again))
-    # Of all images again the same numbers must come; else four standard errors.
+    # All images again must give the same numbers; a sample, within four standard errors.
     count = again.num_examples
     same = count == total == stored.num_examples
     tolerance = 0.01 if same else 4 * _SPREAD_OF_MEANS / np.sqrt(count)

@@ -84,7 +84,7 @@ NORMS = (Lrn, WithinMapLrn, BatchNorm)
 
 @dataclass(frozen=True)
 class Layer:
-    """What the rows of a table have in common.
+    """Fields that all rows of a table share.
 
     `weight_std`, `bias`: weights start as N(0, weight_std^2), biases at `bias`.
     `weight_decay`: of this layer, instead of the optimiser's.

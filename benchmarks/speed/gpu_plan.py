@@ -1,4 +1,4 @@
-"""What training and inference do on an H200, compiled for it on a machine without a GPU.
+"""Compile training and inference for an H200, on a machine without a GPU, and count bytes.
 
     pip install -e '.[gpu-plan]'        # Python 3.12 or newer; no driver and no GPU needed
     python -m benchmarks.speed.gpu_plan --out=DIR [--short] [--only=WORD]

@@ -56,7 +56,7 @@ SEVENS = (np.full((32, 32, 3), 7, np.float32), np.ones(3, np.float32), np.eye(3,
     [
         (None, "computing it from 25 of 25 images"),
         (Statistics(*SEVENS, 5, PICTURES), "{path}, of 5 of 25 images"),
-        # Of another number of images: computed again.
+        # Stored for another number of images: computed again.
         (
             Statistics(*SEVENS, 60, 60),
             "computing it from 25 of 25 images, since {path} is of 60 images",
