@@ -1,5 +1,6 @@
 """The network: features, dropout, dtypes, derivatives, errors, the original's layers."""
 
+import functools
 import re
 
 import jax
@@ -173,6 +174,7 @@ def test_wrong_images_are_refused(paper):
             model.apply(variables, wrong)
 
 
+@functools.cache
 def original_features(variant):
     model = create_model(variant, num_classes=20, width=1 / 8, init="he")
     variables = random_variables(model)

@@ -494,7 +494,13 @@ NAME_AND_FORM = pytest.mark.parametrize(
 
 
 @NAME_AND_FORM
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(jnp.bfloat16, id="bf16"),
+        pytest.param(jnp.float16, id="f16", marks=pytest.mark.slow),
+    ],
+)
 def test_sixteen_bits_are_float32_rounded_once(name, fast, dtype):
     x = jnp.asarray(normal(2, 6, 6, 4, scale=2.0), dtype)
     got = apply(name, x, fast)
@@ -626,7 +632,7 @@ def small_net(params, x, fast):
     return jnp.sin(ops.avg_pool(x, window=3, stride=2, ceil=True))
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 @ALL_FORMS
 def test_gradients_under_shard_map_equal_one_device(check_vma, fast):
     """Replicated kernels, examples split over two devices, to rounding in float64."""

@@ -17,6 +17,7 @@ import pytest
 from alexnet_jax.training import distributed, parallel
 from alexnet_jax.training.distributed import DistributedError
 from alexnet_jax.training.writers import read_metrics
+from tests.training.small import NETWORK_OF_FILE
 from tests.training.test_loop import folder  # noqa: F401, a fixture
 
 ROOT = Path(__file__).parents[2]
@@ -35,9 +36,9 @@ from configs import common
 def get_config():
     config = common.get_config()
     config.data.source = "folder:{folder}"
-    config.data.image_size, config.data.crop_size = 226, 224
+    config.data.image_size, config.data.crop_size = 50, 48
     config.data.batch_size = 6
-    config.model.width, config.model.init = 1 / 32, "he"
+    config.model.variant, config.model.init = "{network}", "he"
     config.model.dtype = "float64"
     config.optim.learning_rate = 1e-3
     config.log_every_steps = 1
@@ -52,7 +53,7 @@ def get_config():
 @pytest.fixture(scope="module")
 def config_file(folder, tmp_path_factory):  # noqa: F811
     path = tmp_path_factory.mktemp("config") / "tiny.py"
-    path.write_text(CONFIG.format(folder=folder))
+    path.write_text(CONFIG.format(folder=folder, network=NETWORK_OF_FILE))
     return path
 
 
