@@ -102,8 +102,14 @@ def test_every_row_is_another_training():
         assert seen.setdefault(said, name) == name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*ablations.ROWS, *CONSTANTS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ablations.ROWS),
+        # Other constants of the same stages.
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in CONSTANTS),
+    ],
+)
 def test_each_trains_a_step(name):
     narrow = {"model.width": 1 / 32, "model.init": "he", "parallel.mode": "data"}
     config = config_of(name, **narrow)

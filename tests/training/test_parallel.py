@@ -219,7 +219,7 @@ def test_a_classifier_of_feature_maps_trades_examples_for_features():
     assert kinds == [{"all-to-all": 1, "reduce-scatter": 1}, {"all-to-all": 1, "all-gather": 1}]
 
 
-@pytest.mark.parametrize("mode, rows", [slowly("hybrid", 1), ("hybrid", 2), ("columns", 2)])
+@pytest.mark.parametrize("mode, rows", [slowly("hybrid", 1), ("hybrid", 2), slowly("columns", 2)])
 def test_batch_norms_of_one_number_are_split_with_their_own_layers(mode, rows):
     model = create_model(TWO_SIXES, dtype="float64", init="he")
     with jax.enable_x64(True):
@@ -282,7 +282,8 @@ def test_missing_reduction_is_noticed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "variant, mode, rows, columns", [("small", "hybrid", 2, 2), slowly("paper", "columns", 2, 2)]
+    "variant, mode, rows, columns",
+    [slowly("small", "hybrid", 2, 2), slowly("paper", "columns", 2, 2)],
 )
 def test_batch_norm_sees_the_whole_batch(variant, mode, rows, columns):
     norm = {"variant": variant, "normalization": "batch"}
@@ -444,7 +445,7 @@ FROZEN = {
 @pytest.mark.parametrize(
     "variant, mode, rows, columns, parts",
     [
-        ("small", "columns", 1, 2, 1),
+        slowly("small", "columns", 1, 2, 1),
         slowly("paper", "data", 2, 1, 2),
         slowly("paper", "hybrid", 2, 2, 1),
     ],
