@@ -150,6 +150,7 @@ def together(config_file, tmp_path_factory):
     return workdir, run_together(config_file, workdir, 2)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(alone, together):
     workdir, out = together
     got, want = scalars(workdir), of_training(alone, 8)
@@ -180,8 +181,13 @@ def test_checkpoints_move_between_one_and_two_processes(config_file, alone, toge
     assert_same_scalars(of_training(scalars(workdir), 12), of_training(alone, 12))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["data", "hybrid"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("hybrid", marks=pytest.mark.slow),
+        pytest.param("data", marks=pytest.mark.nightly),
+    ],
+)
 def test_two_processes_equal_one_in_the_other_modes(mode, config_file, alone, tmp_path):
     out = run_together(config_file, tmp_path, 2, f"--config.parallel.mode={mode}")
     assert_same_scalars(of_training(scalars(tmp_path), 8), of_training(alone, 8))

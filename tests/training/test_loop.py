@@ -200,7 +200,7 @@ def ten_steps_on_two_devices(folder, tmp_path_factory):
         ("columns", 1, 2),
         ("data", 1, 1),
         pytest.param("columns", 2, 2, marks=pytest.mark.slow),
-        pytest.param("hybrid", 1, 8, marks=pytest.mark.slow),
+        pytest.param("hybrid", 1, 8, marks=pytest.mark.nightly),
     ],
 )
 def test_run_resumes_on_the_same_and_on_other_devices(
