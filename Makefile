@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Python compiles what is imported, when it is: a fraction of what is installed.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE  # or each process would compile it again
 # Two processes, a test file at a time: compiling, most of the work, uses one core.
 PARALLEL := --numprocesses=2 --dist=loadfile
 # Many slow tests wait for processes of their own: the third works meanwhile.

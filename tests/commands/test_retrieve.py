@@ -126,9 +126,9 @@ OTHERS = "has other pictures now than the index. Make it again"
 @pytest.mark.parametrize(
     "change, words",
     [
-        (_lose_one, OTHERS),
+        pytest.param(_lose_one, OTHERS, marks=pytest.mark.slow),
         (_exchange_two, OTHERS),
-        (_exchange_labels, OTHERS),
+        pytest.param(_exchange_labels, OTHERS, marks=pytest.mark.slow),
         (shutil.rmtree, "Expected "),
     ],
 )

@@ -27,6 +27,7 @@ def data_dir():
     return Path(name)
 
 
+@pytest.mark.slow
 def test_imagenet_archives_prepare_with_the_official_labels(data_dir, tmp_path):
     """The sample's validation pictures are its training pictures, made smaller."""
     source = data_dir / "imagenet_sample"

@@ -102,12 +102,18 @@ def test_every_row_is_another_training():
         assert seen.setdefault(said, name) == name
 
 
+# Each has stages or connections of its own; the other rows repeat them.
+SLOW = {
+    *("no column communication", "LRN before ReLU", "original", "batch norm", "average pooling"),
+    *("tanh units", "six convolutions", "ZFNet", "without conv2"),
+}
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ablations.ROWS),
-        # Other constants of the same stages.
-        *(pytest.param(name, marks=pytest.mark.nightly) for name in CONSTANTS),
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else pytest.mark.nightly)
+        for name in [*ablations.ROWS, *CONSTANTS]
     ],
 )
 def test_each_trains_a_step(name):

@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 from alexnet_jax.models import ops
 
 FORMS = ["cpu", "gpu", "plain"]
-ALL_FORMS = pytest.mark.parametrize("fast", FORMS, indirect=True)
+PLAIN = pytest.param("plain", marks=pytest.mark.slow)  # lax's own, written out
+ALL_FORMS = pytest.mark.parametrize("fast", [*FORMS[:2], PLAIN], indirect=True)
 
 
 @pytest.fixture
@@ -316,7 +317,13 @@ def jax_pool(x, window, stride):
 
 
 @pytest.mark.parametrize(
-    "fast, kind", [*((form, "max") for form in FORMS), ("plain", "avg")], indirect=["fast"]
+    "fast, kind",
+    [
+        *((form, "max") for form in FORMS[:2]),
+        ("plain", "avg"),
+        pytest.param("plain", "max", marks=pytest.mark.slow),
+    ],
+    indirect=["fast"],
 )
 @pytest.mark.parametrize("side, window, stride, ceil", POOL_CASES)
 def test_pooling_equals_the_loop(side, window, stride, ceil, fast, kind):
@@ -488,7 +495,11 @@ FAST_NAMES = ["lrn", "lrn_of_layer", "within_map", *CONVS, "max_pool", "bias"]
 NAMES = [*FAST_NAMES, "avg_pool", "local"]
 NAME_AND_FORM = pytest.mark.parametrize(
     "name, fast",
-    [(name, form) for form in FORMS for name in (NAMES if form == "plain" else FAST_NAMES)],
+    [
+        *((name, form) for form in FORMS[:2] for name in FAST_NAMES),
+        *(pytest.param(name, "plain", marks=pytest.mark.slow) for name in FAST_NAMES),
+        *((name, "plain") for name in NAMES if name not in FAST_NAMES),
+    ],
     indirect=["fast"],
 )
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import scipy.stats
 
 from alexnet_jax.data import augment
 from alexnet_jax.models.alexnet import create_model
@@ -31,7 +30,7 @@ TABLE = Variant(
 )
 MESHES = [
     ("data", 2, 1, 1),
-    ("columns", 1, 2, 1),
+    pytest.param("columns", 1, 2, 1, marks=pytest.mark.slow),
     pytest.param("hybrid", 1, 2, 1, marks=pytest.mark.slow),
     pytest.param("data", 1, 1, 2, marks=pytest.mark.slow),
 ]
@@ -129,6 +128,8 @@ def test_mixup_equals_a_loop():
 
 
 def test_shares_of_mixup_are_of_the_beta_distribution():
+    import scipy.stats
+
     count, alpha = 4000, 0.3
     zeros = jnp.zeros((count, 1, 1, 3))
     share = augment.mixup(zeros, jnp.zeros(count, int), jax.random.key(3), 0, alpha).share

@@ -321,6 +321,7 @@ def test_interrupted_evaluation_is_repeated(folder, tmp_path, monkeypatch, capsy
     assert float(rate) == pytest.approx(1e-11)
 
 
+@pytest.mark.slow
 def test_interrupted_last_evaluation_is_repeated(folder, tmp_path, monkeypatch, capsys):
     config = small_config(folder, max_steps=3, eval_every_epochs=0.0, eval_views=10)
     with monkeypatch.context() as patch:
@@ -336,14 +337,12 @@ def test_interrupted_last_evaluation_is_repeated(folder, tmp_path, monkeypatch, 
     assert "eval/views_loss" in row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("left", "words"),
     [
         (100_000, r"^cannot write in .*/checkpoints: No space .* more needed\)"),
-        pytest.param(
-            *(0, r"^cannot write in .*/run: No space left on device \(0.0 MB free\)\. Make room"),
-            marks=pytest.mark.slow,
-        ),
+        (0, r"^cannot write in .*/run: No space left on device \(0.0 MB free\)\. Make room"),
     ],
 )
 def test_full_disk_ends_the_run_which_resumes_when_there_is_room(

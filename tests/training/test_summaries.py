@@ -85,8 +85,8 @@ def by_hand():
 @pytest.mark.parametrize(
     "mode, rows, columns, parts",
     [
-        ("data", 2, 1, 2),
         ("hybrid", 1, 2, 2),
+        pytest.param("data", 2, 1, 2, marks=pytest.mark.slow),
         pytest.param("data", 1, 1, 1, marks=pytest.mark.slow),
         pytest.param("columns", 1, 2, 1, marks=pytest.mark.slow),
     ],
