@@ -214,13 +214,13 @@ def train_small(model, mode, rows, columns, *, steps_taken):
     return jax.device_get(state), describe.exchanges(compiled.as_text())
 
 
-@pytest.mark.slow
-def test_a_classifier_of_feature_maps_trades_examples_for_features():
+@pytest.mark.parametrize("rows, columns, width", [slowly(1, 2, 1 / 8), nightly(2, 4, 1.0)])
+def test_a_classifier_of_feature_maps_trades_examples_for_features(rows, columns, width):
     """CIFAR-10's nets have no other fully connected layer: one all-to-all before it."""
-    model = create_model("cifar_11", dtype="float64", init="he")
+    model = create_model("cifar_11", dtype="float64", init="he", width=width)
     with jax.enable_x64(True):
         want, _ = train_small(model, "data", 1, 1, steps_taken=1)
-        got, found = train_small(model, "hybrid", 2, 4, steps_taken=1)
+        got, found = train_small(model, "hybrid", rows, columns, steps_taken=1)
     assert_same_leaves(got.params, want.params)
     kinds = [dict(describe.counts(by_phase(found, p))) for p in PHASES[:2]]
     assert kinds == [{"all-to-all": 1, "reduce-scatter": 1}, {"all-to-all": 1, "all-gather": 1}]
