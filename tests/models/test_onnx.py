@@ -95,7 +95,7 @@ def test_onnx_subtracts_the_centre_of_a_mean_image(tmp_path):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_papers_network_at_full_size(tmp_path):
     weights = networks.random_weights(variant="paper", image_size=256)
     tensors, graph = tmp_path / "paper.safetensors", tmp_path / "paper.onnx"

@@ -195,7 +195,7 @@ def test_two_processes_equal_one_in_the_other_modes(mode, config_file, alone, tm
         assert re.search(rf"\[{index}\] process {index} .*examples {part} of each", out)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_four_processes_in_rows_of_columns(config_file, alone, tmp_path):
     out = run_together(config_file, tmp_path, 4)
     assert_same_scalars(of_training(scalars(tmp_path), 8), of_training(alone, 8))

@@ -199,7 +199,7 @@ def ten_steps_on_two_devices(folder, tmp_path_factory):
     [
         ("columns", 1, 2),
         ("data", 1, 1),
-        pytest.param("columns", 2, 2, marks=pytest.mark.slow),
+        pytest.param("columns", 2, 2, marks=pytest.mark.nightly),
         pytest.param("hybrid", 1, 8, marks=pytest.mark.nightly),
     ],
 )

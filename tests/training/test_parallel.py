@@ -226,7 +226,7 @@ def test_a_classifier_of_feature_maps_trades_examples_for_features(rows, columns
     assert kinds == [{"all-to-all": 1, "reduce-scatter": 1}, {"all-to-all": 1, "all-gather": 1}]
 
 
-@pytest.mark.parametrize("mode, rows", [slowly("hybrid", 1), ("hybrid", 2), slowly("columns", 2)])
+@pytest.mark.parametrize("mode, rows", [nightly("hybrid", 1), ("hybrid", 2), slowly("columns", 2)])
 def test_batch_norms_of_one_number_are_split_with_their_own_layers(mode, rows):
     model = create_model(TWO_SIXES, dtype="float64", init="he")
     with jax.enable_x64(True):
@@ -268,7 +268,7 @@ def test_several_views_are_averaged(mode, rows, columns):
     np.testing.assert_allclose(sums["loss"], centre["loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("variant, rows", [("small", 2), slowly("paper", 2), nightly("paper", 8)])
+@pytest.mark.parametrize("variant, rows", [("small", 2), nightly("paper", 2), nightly("paper", 8)])
 def test_pmap_is_the_same_step(variant, rows):
     got = three_steps("data", rows, 1, variant=variant, transform="pmap")
     assert_same_run(got, on_one_device("data", rows, 1, variant=variant))
@@ -290,7 +290,7 @@ def test_missing_reduction_is_noticed(monkeypatch):
 
 @pytest.mark.parametrize(
     "variant, mode, rows, columns",
-    [slowly("small", "hybrid", 2, 2), slowly("paper", "columns", 2, 2)],
+    [slowly("small", "hybrid", 2, 2), nightly("paper", "columns", 2, 2)],
 )
 def test_batch_norm_sees_the_whole_batch(variant, mode, rows, columns):
     norm = {"variant": variant, "normalization": "batch"}
@@ -304,8 +304,8 @@ def test_batch_norm_sees_the_whole_batch(variant, mode, rows, columns):
     [
         ("small", "data", 2, 1, 2),
         ("small", "hybrid", 1, 2, 2),
-        slowly("paper", "data", 1, 1, 4),
-        slowly("paper", "columns", 1, 2, 4),
+        nightly("paper", "data", 1, 1, 4),
+        nightly("paper", "columns", 1, 2, 4),
         slowly("paper", "hybrid", 2, 2, 2),
     ],
 )
