@@ -59,7 +59,8 @@ BASELINES = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param("linear", marks=pytest.mark.slow), "color"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BASELINES)
 def test_colours_and_linear_pixels_fail(name, drawn):
     """Chance is an error of 0.9. The baselines may choose on the test images."""
     error, features_of = BASELINES[name]

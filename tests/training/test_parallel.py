@@ -166,7 +166,7 @@ def test_three_steps_equal_those_of_one_device(variant, mode, rows, columns):
 @pytest.mark.parametrize(
     "variant, mode, rows, columns",
     [
-        ("apart", "columns", 2, 2),
+        slowly("apart", "columns", 2, 2),
         slowly("original", "columns", 2, 2),
         slowly("no_communication", "columns", 2, 2),
         nightly("six_conv", "columns", 1, 2),
