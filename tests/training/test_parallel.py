@@ -168,7 +168,7 @@ def test_three_steps_equal_those_of_one_device(variant, mode, rows, columns):
     [
         slowly("apart", "columns", 2, 2),
         slowly("original", "columns", 2, 2),
-        slowly("no_communication", "columns", 2, 2),
+        nightly("no_communication", "columns", 2, 2),
         nightly("six_conv", "columns", 1, 2),
         nightly("no_overlap", "columns", 1, 2),
         nightly("original", "hybrid", 2, 2),
@@ -180,7 +180,7 @@ def test_three_steps_equal_those_of_one_device(variant, mode, rows, columns):
         nightly("no_communication", "hybrid", 2, 2),
         # One column: dropout before fc6, on a device's own examples.
         slowly("owt", "hybrid", 1, 4),
-        slowly("one_tower", "hybrid", 1, 2),
+        nightly("one_tower", "hybrid", 1, 2),
     ],
 )
 def test_other_variants_equal_those_of_one_device(variant, mode, rows, columns):
@@ -476,7 +476,7 @@ def test_frozen_layers_stay_and_their_gradients_are_left_out(variant, mode, rows
     assert tuple(got) == FROZEN[mode, rows, columns]
 
 
-@pytest.mark.parametrize("variant", ["apart", slowly("no_communication")])
+@pytest.mark.parametrize("variant", ["apart", nightly("no_communication")])
 def test_columns_without_communication_exchange_only_logits(variant):
     *_, hlo = three_steps("columns", 2, 2, variant=variant)
     found = describe.exchanges(hlo)
