@@ -135,7 +135,10 @@ def read_config(options: argparse.Namespace, fields: Sequence[str]) -> Config:
     if name is None and options.mode == "eval":
         name = ensemble.config_file(ensemble.parse_members(options.workdir))
     if not name:
-        raise ConfigError("--config=FILE is missing, for example --config=configs/paper.py.")
+        raise ConfigError(
+            "--config=FILE is missing, for example --config=configs/paper.py, or the "
+            "config.json of a run."
+        )
     config = load.load_config(name)
     if found := set_fields(config, fields):
         validate(config, devices=False, training=options.mode == "train", found=found)

@@ -164,6 +164,18 @@ class Variant:
     crop_size: int
     layers: tuple[Layer, ...]
 
+    def __post_init__(self) -> None:
+        names = [row.name for row in self.layers]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"Table {self.name!r} has two rows named {twice!r}; rename one.")
+        dense = [isinstance(row, Dense) for row in self.layers]
+        if sorted(dense) != dense:
+            after = names[dense.index(False, dense.index(True))]
+            raise ValueError(
+                f"Table {self.name!r}: {after} needs feature maps, and comes after a Dense row."
+            )
+
     @property
     def convs(self) -> tuple[Conv, ...]:
         return tuple(row for row in self.layers if isinstance(row, Conv))

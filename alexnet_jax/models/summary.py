@@ -66,11 +66,12 @@ def check_image_size(network: Variant, size: int) -> None:
     first = network.layers[0]
     if isinstance(first, Conv) and first.side(size) != network.grid:
         fits = [n for n in range(1, 2048) if first.side(n) == network.grid]
+        best = min(fits, key=lambda n: (n != network.crop_size, abs(n - size)))
         raise ValueError(
             f"Variant {network.name!r} needs a {network.grid}x{network.grid} grid after "
             f"{first.name}, from images of {fits[0]} to {fits[-1]} pixels; images of "
             f"{size} pixels give {first.side(size)}x{first.side(size)}. Set "
-            f"--config.data.crop_size={network.crop_size}."
+            f"--config.data.crop_size={best}, or grid={first.side(size)} in a table of your own."
         )
     # Ablations of the pooling can leave a later layer no input.
     side = size

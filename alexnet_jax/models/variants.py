@@ -251,5 +251,8 @@ def get(name: str) -> Variant:
       ValueError: for an unknown name; the message lists the known ones.
     """
     if name not in VARIANTS:
-        raise ValueError(f"There is no variant {name!r}; the variants are {', '.join(VARIANTS)}.")
+        raise ValueError(
+            f"There is no variant {name!r}; the variants are {', '.join(VARIANTS)}. A table of "
+            "your own is --config.model.variant=FILE.py:NAME, or create_model(TABLE)."
+        )
     return VARIANTS[name]

@@ -283,7 +283,8 @@ def _page(plan: Plan, lines: Sequence[Line], about: dict[str, Any], jobs: "Seque
             search_table(sweep, lines),
         ]
     missing = [
-        f"- {job.run.name}: {job.state}" + (f" ({job.error.splitlines()[0]})" if job.error else "")
+        f"- {job.run.name}: {job.state}"
+        + (f" ({' '.join(job.error.split())})" if job.error else "")
         for job in jobs
         if job.state != "finished"
     ]

@@ -55,8 +55,10 @@ def without_paths(arguments: Sequence[str]) -> str:
         name, equals, value = word.rpartition("=")
         if out_is_next or name == "--out":
             word = f"{name}{equals}DIR"
-        elif os.sep in value and (
-            os.path.isabs(value) or not (root / value.partition(":")[0]).is_file()
+        elif (
+            os.sep in value
+            and not value.startswith("textures/")
+            and (os.path.isabs(value) or not (root / value.partition(":")[0]).is_file())
         ):
             kind, colon, _ = value.partition(":")  # such as folder:PATH
             kind = kind + colon if colon and os.sep not in kind else ""

@@ -265,7 +265,7 @@ class Checkpointer(contextlib.ExitStack):
             if here.get(name) != there.get(name):
                 raise CheckpointError(
                     f"the checkpoint of step {step} in {self.directory} holds another "
-                    f"network: {name} is {here.get(name, 'missing')} here and "
+                    f"network or optimiser: {name} is {here.get(name, 'missing')} here and "
                     f"{there.get(name, 'missing')} in the checkpoint. Use the model.* and "
                     "optim.* settings it was saved with, or a new workdir."
                 )

@@ -189,7 +189,7 @@ def get_config() -> Config:
     # their place, for example 0.999; 0: none.
     optim.ema_decay = 0.0
     # LARS: norm of a kernel's gradient as a share of the kernel's norm; 0: off (NVCaffe:
-    # 0.001). Not for kernels split over columns.
+    # 0.001).
     optim.trust_coefficient = 0.0
 
     config.schedule = schedule = ConfigDict()
@@ -350,8 +350,14 @@ def validate(
             mistyped = True
         elif name in RANGES and not RANGES[name][0](value):
             wrong[name] = RANGES[name][1]
-    problems = [*found, *_read_table(config)]
-    problems += [f"--config.{name}={fields.get(name)!r} must be {wrong[name]}." for name in wrong]
+    if no_table := _read_table(config):
+        wrong["model.variant"] = ""  # and nothing more about it
+    problems = [*found, *no_table]
+    problems += [
+        f"--config.{name}={fields.get(name)!r} must be {words}."
+        for name, words in wrong.items()
+        if words
+    ]
     if not mistyped:
         problems += _conflicts(config, wrong, devices, training)
     if problems:
@@ -375,7 +381,7 @@ def _conflicts(config: Config, wrong: Collection[str], devices: bool, training: 
         )
     if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         problems.append("--config.model.dtype=float64 needs JAX_ENABLE_X64=1 in the environment.")
-    if {"model.num_classes", "model.dtype"} & set(wrong):
+    if {"model.num_classes", "model.dtype", "model.variant"} & set(wrong):
         return problems
     try:
         network = make_model(config, config.model.num_classes or 2).network
@@ -413,10 +419,12 @@ def _read_table(config: Config) -> list[str]:
         return []
     if not Path(path).is_file():
         return [f"--config.model.variant: {path}: there is no such file in {Path.cwd()}."]
-    table = runpy.run_path(path).get(name)
-    if not isinstance(table, layers.Variant):
-        return [f"--config.model.variant: {path} defines no table (a Variant) named {name}."]
-    config.model.table = layers.table_to_json(table)
+    found = runpy.run_path(path)
+    tables = {key: value for key, value in found.items() if isinstance(value, layers.Variant)}
+    if name not in tables:
+        there = ", ".join(tables) or "none"
+        return [f"--config.model.variant: {path} has no table {name!r}; its tables: {there}."]
+    config.model.table = layers.table_to_json(tables[name])
     return []
 
 
@@ -531,13 +539,6 @@ def _mesh_problems(config: Config, network: layers.Variant) -> list[str]:
     except ValueError as error:
         return [str(error)]
     problems = []
-    if config.optim.trust_coefficient > 0 and columns > 1:
-        problems.append(
-            f"--config.optim.trust_coefficient={config.optim.trust_coefficient} is of "
-            f"the norms of whole layers, which --config.parallel.mode={mode} splits over "
-            f"{columns} columns; set --config.parallel.mode=data or "
-            "--config.parallel.column=1."
-        )
     if transform == "pmap" and (mode != "data" or jax.process_count() > 1):
         problems.append(
             "--config.parallel.transform=pmap splits nothing but the batch of one "

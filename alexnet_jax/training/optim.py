@@ -53,8 +53,7 @@ def make_optimizer(
         velocity. `bias_learning_rate` ignores all other factors.
       trust_coefficient: for LARS, which scales each kernel's gradient (weight decay
         included) to this fraction of the kernel's own norm; 0.001 in `optax.lars` and
-        NVCaffe. Biases and batch normalisation take the plain rate. The norms are of
-        whole kernels, so parameters must not be split over devices. None: no LARS.
+        NVCaffe. Biases and batch normalisation take the plain rate. None: no LARS.
 
     Returns:
       A transformation whose state has `hyperparams["learning_rate"]`: the rate of the

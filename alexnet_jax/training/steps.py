@@ -5,6 +5,7 @@ number is a function of (seed, purpose, step, position in the global batch). A s
 therefore gives the same numbers on any mesh and after a resume.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -47,12 +48,13 @@ class StepSpec:
         network one after the other and make one update, in less memory. Only batch
         normalisation tells the difference: it takes its statistics per micro-batch.
       label_smoothing: in the training loss, see `metrics.cross_entropy`.
-      loss: another training loss: (logits [B, K], labels [B]) -> [B], in float32.
+      loss: another training loss: (logits [B, K], labels [B]) -> [B], in float32; without
+        `label_smoothing`.
       frozen: layers whose gradients are not computed; the optimiser gets zeros. `tx`
         must keep these layers as they are, despite weight decay.
       init_extra: parameters -> the first `TrainState.extra`.
       after_update: new state -> state, at the end of each training step, for a moving
-        average of the weights or for constraints on them. It sees one device's shards.
+        average of the weights or for constraints on them.
     """
 
     model: AlexNet
@@ -93,9 +95,8 @@ class TrainState:
       batch_stats: running statistics of batch normalisation; empty without it.
       opt_state: the state of the optax optimiser.
       extra: arrays of a researcher's own, by name: `StepSpec.init_extra` makes them and
-        `after_update` changes them. A tree like that of the parameters is split like
-        them; all other arrays are whole on every device. Parameters under the name
-        "average" are evaluated, and loaded, in place of `params`.
+        `after_update` changes them. Parameters under the name "average" are evaluated,
+        and loaded, in place of `params`.
     """
 
     step: jax.Array
@@ -139,8 +140,8 @@ def _origin(spec: StepSpec) -> tuple[Any, ...]:
 def state_specs(spec: StepSpec) -> TrainState:
     """Return the PartitionSpec of every leaf of a TrainState.
 
-    The velocities are split like their parameters. `jit` alone would put all of them
-    on one device.
+    Arrays of the optimiser, or of `extra`, that are named and shaped like a parameter are
+    split like it. All others are whole on every device.
     """
     shapes: Any = _first_state.eval_shape(*_origin(spec))
     network = spec.model.network
@@ -148,26 +149,21 @@ def state_specs(spec: StepSpec) -> TrainState:
         parallel.param_specs(network, tree, spec.mesh, spec.mode)
         for tree in (shapes.params, shapes.batch_stats)
     )
+    leaves = jax.tree_util.tree_leaves_with_path(shapes.params)
+    names = [path for path, _ in leaves]  # (layer, "kernel" or "bias")
+    found = zip([leaf.shape for _, leaf in leaves], jax.tree.leaves(params), strict=True)
+    known = dict(zip(names, found, strict=True))
 
-    def is_like_params(tree: PyTree) -> bool:
-        return jax.tree.structure(tree) == jax.tree.structure(shapes.params)
+    def like_params(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        shape, split = known.get(path[-2:], (None, P()))
+        return split if leaf.shape == shape else P()
 
+    opt_state, extra = (
+        jax.tree_util.tree_map_with_path(like_params, tree)
+        for tree in (shapes.opt_state, shapes.extra)
+    )
     return shapes.replace(
-        step=P(),
-        params=params,
-        batch_stats=batch_stats,
-        opt_state=optax.tree.map_params(
-            spec.tx,
-            lambda _, param_spec: param_spec,
-            shapes.opt_state,
-            params,
-            transform_non_params=lambda _: P(),
-        ),
-        extra=jax.tree.map(
-            lambda tree: params if is_like_params(tree) else P(),
-            shapes.extra,
-            is_leaf=is_like_params,
-        ),
+        step=P(), params=params, batch_stats=batch_stats, opt_state=opt_state, extra=extra
     )
 
 
@@ -201,39 +197,53 @@ def make_train_step(spec: StepSpec) -> Callable[..., tuple[TrainState, Arrays]]:
     in [0, 1], and the learning rate "lr" of the update, if the optimiser's state tells
     it (`optax.inject_hyperparams`).
 
+    Each device computes its gradients. The optimiser and `after_update` see whole arrays,
+    which XLA keeps split: a norm is that of the whole kernel on any mesh.
+
     On a CPU the step has compiler options (`ops.jit`), which JAX accepts only at the
     top: use `step.__wrapped__` inside another jit, scan or grad.
     """
     specs = state_specs(spec)
 
+    trained = {layer: specs.params[layer] for layer in specs.params if layer not in spec.frozen}
+
     def device_step(
         state: TrainState, batch: Arrays, statistics: Statistics
-    ) -> tuple[TrainState, Arrays]:
+    ) -> tuple[PyTree, PyTree, Arrays]:
         result = loss_and_grad(spec, specs.params, state, batch, statistics)
         loss, error = lax.pmean((result.loss, result.top1_error), spec.batch_axes)
+        return result.grads, result.batch_stats, {"loss": loss, "top1_error": error}
+
+    def network_of(state: TrainState) -> TrainState:
+        return dataclasses.replace(state, opt_state=(), extra={})
+
+    gradients = parallel.on_devices(
+        device_step,
+        spec.mesh,
+        (network_of(specs), P(spec.batch_axes), P()),
+        (trained, specs.batch_stats, P()),
+        spec.transform,
+    )
+
+    def train_step(
+        state: TrainState, batch: Arrays, statistics: Statistics
+    ) -> tuple[TrainState, Arrays]:
+        grads, batch_stats, scalars = gradients(network_of(state), batch, statistics)
         # Frozen layers have a gradient of 0.
-        grads = {**jax.tree.map(jnp.zeros_like, state.params), **result.grads}
+        grads = {**jax.tree.map(jnp.zeros_like, state.params), **grads}
         opt_state: Any
         with jax.named_scope("update"):
             updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        new_state = TrainState(
-            step=state.step + 1,
-            params=params,
-            batch_stats=result.batch_stats,
-            opt_state=opt_state,
-            extra=state.extra,
-        )
+        new_state = TrainState(state.step + 1, params, batch_stats, opt_state, state.extra)
         if spec.after_update:
             new_state = spec.after_update(new_state)
-        scalars = {"loss": loss, "top1_error": error}
         if hyperparams := getattr(opt_state, "hyperparams", None):
-            scalars["lr"] = hyperparams["learning_rate"]
-        return new_state, scalars
+            scalars = scalars | {"lr": hyperparams["learning_rate"]}
+        shardings = parallel.shardings(spec.mesh, (specs, P()))
+        return lax.with_sharding_constraint((new_state, scalars), shardings)
 
-    in_specs = (specs, P(spec.batch_axes), P())
-    step = parallel.on_devices(device_step, spec.mesh, in_specs, (specs, P()), spec.transform)
-    return ops.jit(step, donate_argnums=0)
+    return ops.jit(train_step, donate_argnums=0)
 
 
 class PassResult(NamedTuple):
@@ -320,6 +330,11 @@ def loss_and_grad(
             )
             labels, logits = batch["label"], features["logits"]
             losses = example_losses(logits, labels)
+            if losses.shape != labels.shape:
+                raise ValueError(
+                    f"StepSpec.loss must return one number per example, {list(labels.shape)}; "
+                    f"got shape {list(losses.shape)}."
+                )
             if mixed is not None:
                 others = example_losses(logits, mixed.other_labels)
                 losses = mixed.share * losses + (1 - mixed.share) * others

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -105,10 +106,66 @@ def test_average_equals_a_loop():
     assert states[-1].eval_params is states[-1].extra["average"]
 
 
-def test_extra_trees_like_the_parameters_are_split_like_them():
+def test_extra_arrays_of_parameters_are_split_like_them():
     specs = steps.state_specs(spec_on("columns", 1, 2, 1, "float32"))
     assert specs.extra["average"] == specs.params
     assert specs.extra["largest"] == specs.extra["by_layer"]["fc3"] == parallel.P()
+
+
+OPTIMISERS = {
+    "layer norms": optim.make_optimizer(0.1, trust_coefficient=0.02),
+    "global norm": optax.chain(optax.clip_by_global_norm(0.05), optax.sgd(0.1, momentum=0.9)),
+    "by layer": optax.partition(
+        {"frozen": optax.set_to_zero(), "fast": optax.adam(0.01)},
+        lambda params: {layer: "frozen" if layer == "conv1" else "fast" for layer in params},
+    ),
+    "factored": optax.adafactor(0.01, min_dim_size_to_factor=4),
+}
+
+
+def shrink(state):
+    """Keep the norm of all parameters at 3 or below."""
+    return state.replace(params=optax.projections.projection_l2_ball(state.params, 3.0))
+
+
+@functools.cache
+def three_updates(name, mode, columns):
+    with jax.enable_x64(True):
+        spec = dataclasses.replace(
+            spec_on(mode, 1, columns, 1),
+            tx=OPTIMISERS[name],
+            init_extra=None,
+            after_update=shrink if name == "global norm" else None,
+        )
+        state, step = steps.init_state(spec), steps.make_train_step(spec)
+        statistics = jax.tree.map(jnp.float64, augment.imagenet_statistics(SIZE))
+        on_mesh = parallel.put_batch(raw_batch(), spec.mesh, mode, BATCH)
+        for _ in range(3):
+            state, _ = step(state, on_mesh, statistics)
+        return jax.device_get(state)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("mode", ["columns", pytest.param("hybrid", marks=pytest.mark.slow)])
+def test_any_optimiser_sees_whole_arrays(name, mode):
+    want, got = three_updates(name, "data", 1), three_updates(name, mode, 2)
+    # Compiled as in these tests (tests/conftest.py), norms are exact to 1e-7; compiled with
+    # ALEXNET_TEST_OPTIMIZED=1, to 1e-10. Norms of shards were off by 1e-4.
+    tolerance = 1e-7 if name in ("layer norms", "factored") else 1e-10
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=10 * tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("loss, shape", [(jnp.mean, "[]"), (lambda x: x[:, None], "[8, 1]")])
+def test_a_loss_must_be_one_number_per_example(loss, shape):
+    cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+    spec = dataclasses.replace(
+        spec_on("data", 1, 1, 1, "float32"), loss=lambda x, y: loss(cross_entropy(x, y))
+    )
+    args = steps.init_state(spec), raw_batch(), augment.imagenet_statistics(SIZE)
+    words = f"must return one number per example, [8]; got shape {shape}"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        steps.make_train_step(spec).lower(*args)
 
 
 def test_mixup_equals_a_loop():

@@ -8,6 +8,7 @@ import pytest
 
 import alexnet_jax
 from alexnet_jax import export
+from alexnet_jax.models.layers import Conv, Dense, Variant
 from alexnet_jax.training import describe, loop
 from alexnet_jax.training.config import ConfigError, get_config, validate
 from alexnet_jax.training.load import load_config
@@ -83,7 +84,7 @@ def test_wrong_names_of_a_table(tmp_path):
     with pytest.raises(ConfigError, match=r"my_networks.py: there is no such file in /"):
         validate(own_config(path, "data"))
     path.write_text(FILE.replace("MINE", "YOURS"))
-    with pytest.raises(ConfigError, match=r"my_networks.py defines no table .* named MINE"):
+    with pytest.raises(ConfigError, match=r"my_networks.py has no table .MINE.; its tables: YOURS"):
         validate(own_config(path, "data"))
 
 
@@ -100,3 +101,15 @@ def test_a_network_of_ones_own_is_saved_and_loaded(tmp_path):
     assert_same(found, variables)
     images = preprocess(np.full((36, 36, 3), 5, np.uint8))
     np.testing.assert_array_equal(images[0, 0, 0], [4, 3, 2])
+
+
+def test_wrong_tables_are_refused(tmp_path):
+    row = Conv("conv1", 8, 3)
+    with pytest.raises(ValueError, match="has two rows named 'conv1'"):
+        Variant("twice", columns=1, grid=30, crop_size=32, layers=(row, row))
+    with pytest.raises(ValueError, match="conv1 needs feature maps, and comes after a Dense row"):
+        Variant("late", columns=1, grid=30, crop_size=32, layers=(Dense("fc", 8), row))
+    path = tmp_path / "my_networks.py"
+    path.write_text(FILE.replace("grid=16", "grid=17"))
+    with pytest.raises(ConfigError, match=r"crop_size=33, or grid=16 in a table of your own"):
+        validate(own_config(path, "data"))

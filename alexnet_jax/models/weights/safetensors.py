@@ -53,6 +53,11 @@ def save(
         "dtype": jnp.dtype(model.dtype).name,
     }
     arrays = jax.tree.map(np.asarray, dict(variables))
+    given = {**flatten_dict(arrays, sep="/"), "mean": np.asarray(mean)}
+    expected = files.shapes_of(model, model.network.crop_size)
+    is_image = np.ndim(mean) == 3
+    expected["mean"] = (image_size, image_size, 3) if is_image else (3,)
+    files.check_tensors(Path(path), f"network {model.network.name!r}", given, expected)
     names = None if class_names is None else tuple(class_names)
     mean, crop_size = np.asarray(mean, np.float32), model.network.crop_size
     save_safetensors(path, Weights(settings, arrays, mean, image_size, crop_size, names))
