@@ -238,7 +238,7 @@ def test_batch_norms_of_one_number_are_split_with_their_own_layers(mode, rows):
 
 
 @pytest.mark.parametrize(
-    "mode, rows, columns", [("data", 1, 1), slowly("data", 4, 1), slowly("hybrid", 2, 2)]
+    "mode, rows, columns", [slowly("data", 1, 1), slowly("data", 4, 1), slowly("hybrid", 2, 2)]
 )
 def test_several_views_are_averaged(mode, rows, columns):
     """Sums for the centre view, and for the mean probabilities over ten views."""
@@ -329,6 +329,7 @@ def test_gradients_are_exchanged_once_for_any_number_of_micro_batches():
     assert parts.count(" convolution(") == whole.count(" convolution(") > 0
 
 
+@pytest.mark.slow
 def test_batch_norm_averages_over_micro_batches_in_turn():
     """Two parts of two: the running mean moves twice, each time by a tenth."""
     model, crop = small.make_model(normalization="batch"), small.CROP
@@ -385,7 +386,7 @@ def eval_logits_and_sums(variant, mode, rows, columns, examples):
 @pytest.mark.parametrize(
     "variant, mode, rows, columns",
     [
-        ("small", "hybrid", 2, 2),
+        slowly("small", "hybrid", 2, 2),
         slowly("paper", "columns", 2, 2),
         slowly("paper", "data", 4, 1),
         slowly("paper", "hybrid", 1, 4),

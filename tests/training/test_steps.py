@@ -48,6 +48,7 @@ def brier(logits, labels):
     return jnp.sum((jax.nn.softmax(logits) - wanted) ** 2, axis=-1)
 
 
+@pytest.mark.slow
 def test_any_optimiser_and_loss_train_the_same_on_any_mesh():
     model, plain = make_model("float32"), augment.Augmentation(CROP, crop=False, flip=False)
     found = []
