@@ -5,9 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Python compiles what is imported, when it is: a fraction of what is installed.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE  # or each process would compile it again
 # Two processes, a test file at a time: compiling, most of the work, uses one core.
 PARALLEL := --numprocesses=2 --dist=loadfile
-# The slow tests often wait for processes of their own: the third works meanwhile.
+# Many slow tests wait for processes of their own: the third works meanwhile.
 WAITING := --numprocesses=3
 
 # Each is `python -m benchmarks.speed.NAME`; without --short they are what is published.
@@ -21,16 +22,18 @@ quickstart: $(VENV)/.installed  ## train a narrowed AlexNet in two columns, no d
 		--workdir=runs/quickstart --cpu_devices=2
 	$(BIN)/python -m alexnet_jax.report --workdir=runs/quickstart
 
-test: $(VENV)/.dev  ## the tests; some minutes on two cores
+# The tiers of the tests; tests/README.md says what belongs in which.
+test: $(VENV)/.dev  ## for every change; three minutes on two cores
 	$(BIN)/python -m pytest $(PARALLEL)
 
-test-slow: $(VENV)/.dev  ## the others: eight devices, killed processes
+test-slow: $(VENV)/.dev  ## for CI: real processes, notebooks, the paper's network on more meshes
 	$(BIN)/python -m pytest $(PARALLEL) $(WAITING) -m slow
 
-test-nightly: $(VENV)/.dev  ## by hand: SLURM (Debian's slurm-wlm and munge, as root)
+test-nightly: $(VENV)/.bench  ## by hand: SLURM, 60 kills, eight devices, benchmarks
 	$(BIN)/python -m pytest -m nightly
+	$(MAKE) bench
 
-test-all: $(VENV)/.dev  ## all of them, with the programs compiled as users run them
+test-all: $(VENV)/.dev  ## quick and slow, with the programs compiled as users run them
 	ALEXNET_TEST_OPTIMIZED=1 $(BIN)/python -m pytest $(PARALLEL) -m "not nightly"
 
 lint: $(VENV)/.dev

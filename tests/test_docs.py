@@ -65,6 +65,7 @@ def test_names_on_the_page_about_the_paper_exist():
         assert (ROOT / path).exists(), path
 
 
+@pytest.mark.slow
 def test_examples_of_the_page_about_extending_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)

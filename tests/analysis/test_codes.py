@@ -146,6 +146,7 @@ def test_saved_codes_come_back_and_know_their_features(features, codes, tmp_path
         assert not again.are_of(other)
 
 
+@pytest.mark.nightly
 def test_the_benchmark_runs(features, tmp_path):
     labels = np.arange(len(features)) % 3
     asked = (features[5:9], labels[5:9])

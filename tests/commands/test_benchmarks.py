@@ -153,6 +153,7 @@ def test_the_fastest_form_is_the_peer(monkeypatch, tmp_path):
     assert "| float32, batch 8 | ours | 8.0 (8.0 to 8.0) | 200% | 400% |" in page
 
 
+@pytest.mark.nightly
 def test_a_training_call_trains():
     call = jax_alexnet.Trainer(NARROW)
     losses = [call() for _ in range(3)]

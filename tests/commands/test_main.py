@@ -51,6 +51,7 @@ def start_main(*args, **env):
     )
 
 
+@pytest.mark.slow
 def test_training_on_two_virtual_devices_never_imports_tensorflow(tmp_path):
     """Nor torch: both are replaced by modules that tell."""
     marker = tmp_path / "imported"

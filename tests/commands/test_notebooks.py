@@ -5,8 +5,6 @@ import re
 import shutil
 from pathlib import Path
 
-import nbclient
-import nbformat
 import pytest
 
 from benchmarks.speed.notebook_figures import RESULTS, images, named_figures
@@ -23,6 +21,8 @@ MACHINE_PATH = re.compile(r"(?<![\w.])(/(home|root|Users|tmp|mnt|work|opt)/|[A-Z
 
 
 def read(name):
+    import nbformat
+
     return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
 
 
@@ -32,6 +32,8 @@ def test_every_notebook_is_tested():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook_is_committed_clean(name):
+    import nbformat
+
     notebook = read(name)
     nbformat.validate(notebook)
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
@@ -66,6 +68,8 @@ def clone(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook_runs(name, clone):
+    import nbclient
+
     notebook = read(name)
     env = os.environ | {
         "PYTHONPATH": str(clone / "installed"),  # the package alone, as pip does

@@ -45,6 +45,7 @@ def workdir(tmp_path_factory):
     return root / "run"
 
 
+@pytest.mark.slow
 def test_python_examples_run(workdir):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 3

@@ -250,6 +250,7 @@ def test_neighbours_are_counted(parsed, looked):
     assert float(found[4]) == pytest.approx(100 * share, abs=0.06)
 
 
+@pytest.mark.slow
 def test_large_splits_are_sampled_evenly(made, monkeypatch):
     monkeypatch.setattr(findings, "MOST_HELD_OUT", 9)
     monkeypatch.setattr(report_page, "MOST_INDEXED", 12)
@@ -308,6 +309,7 @@ def test_other_classes_and_no_held_out_images(copied):
         findings.classify_held_out(run)
 
 
+@pytest.mark.slow
 def test_run_without_evaluations_or_records(copied):
     metrics = copied / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)

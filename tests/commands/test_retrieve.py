@@ -12,7 +12,7 @@ from PIL import Image
 
 from alexnet_jax import load, retrieve
 from alexnet_jax.analysis import retrieval
-from alexnet_jax.analysis.codes import load_codes
+from alexnet_jax.analysis.codes import load_codes, train_coder
 from alexnet_jax.analysis.features import Extractor
 from alexnet_jax.analysis.retrieval import RetrievalError, nearest
 from alexnet_jax.training import loop
@@ -126,9 +126,9 @@ OTHERS = "has other pictures now than the index. Make it again"
 @pytest.mark.parametrize(
     "change, words",
     [
-        (_lose_one, OTHERS),
+        pytest.param(_lose_one, OTHERS, marks=pytest.mark.slow),
         (_exchange_two, OTHERS),
-        (_exchange_labels, OTHERS),
+        pytest.param(_exchange_labels, OTHERS, marks=pytest.mark.slow),
         (shutil.rmtree, "Expected "),
     ],
 )
@@ -157,7 +157,10 @@ def test_changed_pictures_are_neither_named_nor_drawn(
     assert not figure.exists()
 
 
-def test_pictures_are_looked_up_by_codes(index_file, workdir, folder, tmp_path, capsys):
+def test_pictures_are_looked_up_by_codes(
+    index_file, workdir, folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(train_coder.__kwdefaults__, "steps", 20)
     paths = [str(path) for path in sorted(folder.glob("train/*/*.png"))]
     there, figure = tmp_path / "pool3.npz", tmp_path / "figure.png"
     shutil.copy(index_file, there)

@@ -205,6 +205,7 @@ def test_second_start_has_nothing_to_do(archives, data_dir, tmp_path, capsys):
     assert f"made of {archives}, not of {tmp_path}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_makes_only_what_is_missing(tmp_path):
     rng = np.random.default_rng(0)
     large = simplejpeg.encode_jpeg(rng.integers(0, 256, (600, 800, 3), np.uint8))

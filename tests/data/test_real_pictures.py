@@ -27,6 +27,7 @@ def data_dir():
     return Path(name)
 
 
+@pytest.mark.slow
 def test_imagenet_archives_prepare_with_the_official_labels(data_dir, tmp_path):
     """The sample's validation pictures are its training pictures, made smaller."""
     source = data_dir / "imagenet_sample"
@@ -51,12 +52,13 @@ def test_imagenet_archives_prepare_with_the_official_labels(data_dir, tmp_path):
     np.testing.assert_allclose(found.pca_std_255, IMAGENET_PCA_STD_255, rtol=0.2)
 
 
+@pytest.mark.slow
 def test_cifar10_pictures_train(data_dir, tmp_path):
     """Thirty steps on 2,000 pictures leave chance behind."""
     from alexnet_jax.training.loop import train_and_evaluate
     from alexnet_jax.training.writers import read_metrics
     from configs import cifar10
-    from tests.training.test_parallel import fast_loops
+    from tests.training.small import fast_loops
 
     archive = data_dir / "cifar10_images.tar"
     if not archive.exists():

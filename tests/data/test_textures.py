@@ -59,6 +59,7 @@ BASELINES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BASELINES)
 def test_colours_and_linear_pixels_fail(name, drawn):
     """Chance is an error of 0.9. The baselines may choose on the test images."""

@@ -102,8 +102,20 @@ def test_every_row_is_another_training():
         assert seen.setdefault(said, name) == name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*ablations.ROWS, *CONSTANTS])
+# Each has stages or connections of its own; the other rows repeat them.
+SLOW = {
+    *("no column communication", "LRN before ReLU", "original", "batch norm", "average pooling"),
+    *("tanh units", "six convolutions", "ZFNet", "without conv2"),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else pytest.mark.nightly)
+        for name in [*ablations.ROWS, *CONSTANTS]
+    ],
+)
 def test_each_trains_a_step(name):
     narrow = {"model.width": 1 / 32, "model.init": "he", "parallel.mode": "data"}
     config = config_of(name, **narrow)

@@ -1,5 +1,6 @@
 """The network: features, dropout, dtypes, derivatives, errors, the original's layers."""
 
+import functools
 import re
 
 import jax
@@ -122,7 +123,7 @@ def test_bfloat16_computes_with_float32_parameters(paper):
 
 
 def test_bias_gradients_of_bfloat16_are_summed_in_float32():
-    model, images = narrow(dtype=jnp.bfloat16), images_like(8)
+    model, images = narrow(dtype=jnp.bfloat16), images_like()
     variables = jax.jit(model.init)(jax.random.key(0), images)
     loss = jax.jit(lambda variables: jnp.sum(jnp.sin(model.apply(variables, images))))
     for layer, grads in jax.grad(loss)(variables)["params"].items():
@@ -173,6 +174,7 @@ def test_wrong_images_are_refused(paper):
             model.apply(variables, wrong)
 
 
+@functools.cache
 def original_features(variant):
     model = create_model(variant, num_classes=20, width=1 / 8, init="he")
     variables = random_variables(model)

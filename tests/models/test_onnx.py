@@ -26,6 +26,8 @@ ABLATIONS = {
     "two_sixes": {"variant": TWO_SIXES, "width": 1.0},
 }
 NETWORKS = {name: {"variant": name} for name in COUNTS} | ABLATIONS
+# The other networks have the same layers and stages in other numbers.
+QUICK = {"original", "caffenet", "cifar_11", "batch_norm", "averages", "four_columns", "two_sixes"}
 
 
 @functools.cache
@@ -39,7 +41,9 @@ def network(name: str):
 
 
 @pytest.mark.parametrize("kind", ["random", "real"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS]
+)
 def test_onnx_gives_our_logits(name, kind, tmp_path):
     weights, features = network(name)
     export_onnx(tmp_path / "x.onnx", weights)
@@ -91,7 +95,7 @@ def test_onnx_subtracts_the_centre_of_a_mean_image(tmp_path):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_papers_network_at_full_size(tmp_path):
     weights = networks.random_weights(variant="paper", image_size=256)
     tensors, graph = tmp_path / "paper.safetensors", tmp_path / "paper.onnx"

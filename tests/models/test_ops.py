@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 from alexnet_jax.models import ops
 
 FORMS = ["cpu", "gpu", "plain"]
-ALL_FORMS = pytest.mark.parametrize("fast", FORMS, indirect=True)
+PLAIN = pytest.param("plain", marks=pytest.mark.slow)  # lax's own, written out
+ALL_FORMS = pytest.mark.parametrize("fast", [*FORMS[:2], PLAIN], indirect=True)
 
 
 @pytest.fixture
@@ -316,7 +317,13 @@ def jax_pool(x, window, stride):
 
 
 @pytest.mark.parametrize(
-    "fast, kind", [*((form, "max") for form in FORMS), ("plain", "avg")], indirect=["fast"]
+    "fast, kind",
+    [
+        *((form, "max") for form in FORMS[:2]),
+        ("plain", "avg"),
+        pytest.param("plain", "max", marks=pytest.mark.slow),
+    ],
+    indirect=["fast"],
 )
 @pytest.mark.parametrize("side, window, stride, ceil", POOL_CASES)
 def test_pooling_equals_the_loop(side, window, stride, ceil, fast, kind):
@@ -488,13 +495,23 @@ FAST_NAMES = ["lrn", "lrn_of_layer", "within_map", *CONVS, "max_pool", "bias"]
 NAMES = [*FAST_NAMES, "avg_pool", "local"]
 NAME_AND_FORM = pytest.mark.parametrize(
     "name, fast",
-    [(name, form) for form in FORMS for name in (NAMES if form == "plain" else FAST_NAMES)],
+    [
+        *((name, form) for form in FORMS[:2] for name in FAST_NAMES),
+        *(pytest.param(name, "plain", marks=pytest.mark.slow) for name in FAST_NAMES),
+        *((name, "plain") for name in NAMES if name not in FAST_NAMES),
+    ],
     indirect=["fast"],
 )
 
 
 @NAME_AND_FORM
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(jnp.bfloat16, id="bf16"),
+        pytest.param(jnp.float16, id="f16", marks=pytest.mark.slow),
+    ],
+)
 def test_sixteen_bits_are_float32_rounded_once(name, fast, dtype):
     x = jnp.asarray(normal(2, 6, 6, 4, scale=2.0), dtype)
     got = apply(name, x, fast)
@@ -626,7 +643,7 @@ def small_net(params, x, fast):
     return jnp.sin(ops.avg_pool(x, window=3, stride=2, ceil=True))
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 @ALL_FORMS
 def test_gradients_under_shard_map_equal_one_device(check_vma, fast):
     """Replicated kernels, examples split over two devices, to rounding in float64."""

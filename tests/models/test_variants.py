@@ -304,7 +304,7 @@ def test_inits():
 
     def params(**kwargs):
         # The classifier's and fc6's statistics need only a narrow network.
-        model = create_model("paper", width=0.25, **kwargs)
+        model = create_model("paper", width=0.125, **kwargs)
         return jax.jit(model.init)(key, images)["params"]
 
     with pytest.warns(UserWarning, match="init='he'"):

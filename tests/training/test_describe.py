@@ -59,6 +59,7 @@ def test_modes_that_do_not_fit_have_a_reason(monkeypatch):
     assert "4096 units of fc6 do not divide by 3" in left_out[1]
 
 
+@pytest.mark.slow
 def test_paper_in_two_columns_at_full_width():
     """Volumes of section 3.2 and the 3 GB of its cards, from the compiled program."""
     config = config_on("columns", 1, 2)
@@ -88,6 +89,7 @@ def test_table_has_a_line_per_phase():
     )
 
 
+@pytest.mark.slow
 def test_two_layers_of_one_number_are_described_in_every_mode(monkeypatch, capsys):
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     monkeypatch.setitem(variants.VARIANTS, TWO_SIXES.name, TWO_SIXES)

@@ -17,6 +17,7 @@ import pytest
 from alexnet_jax.training import distributed, parallel
 from alexnet_jax.training.distributed import DistributedError
 from alexnet_jax.training.writers import read_metrics
+from tests.training.small import NETWORK_OF_FILE
 from tests.training.test_loop import folder  # noqa: F401, a fixture
 
 ROOT = Path(__file__).parents[2]
@@ -35,9 +36,9 @@ from configs import common
 def get_config():
     config = common.get_config()
     config.data.source = "folder:{folder}"
-    config.data.image_size, config.data.crop_size = 226, 224
+    config.data.image_size, config.data.crop_size = 50, 48
     config.data.batch_size = 6
-    config.model.width, config.model.init = 1 / 32, "he"
+    config.model.variant, config.model.init = "{network}", "he"
     config.model.dtype = "float64"
     config.optim.learning_rate = 1e-3
     config.log_every_steps = 1
@@ -52,7 +53,7 @@ def get_config():
 @pytest.fixture(scope="module")
 def config_file(folder, tmp_path_factory):  # noqa: F811
     path = tmp_path_factory.mktemp("config") / "tiny.py"
-    path.write_text(CONFIG.format(folder=folder))
+    path.write_text(CONFIG.format(folder=folder, network=NETWORK_OF_FILE))
     return path
 
 
@@ -149,6 +150,7 @@ def together(config_file, tmp_path_factory):
     return workdir, run_together(config_file, workdir, 2)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(alone, together):
     workdir, out = together
     got, want = scalars(workdir), of_training(alone, 8)
@@ -179,8 +181,13 @@ def test_checkpoints_move_between_one_and_two_processes(config_file, alone, toge
     assert_same_scalars(of_training(scalars(workdir), 12), of_training(alone, 12))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["data", "hybrid"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("hybrid", marks=pytest.mark.slow),
+        pytest.param("data", marks=pytest.mark.nightly),
+    ],
+)
 def test_two_processes_equal_one_in_the_other_modes(mode, config_file, alone, tmp_path):
     out = run_together(config_file, tmp_path, 2, f"--config.parallel.mode={mode}")
     assert_same_scalars(of_training(scalars(tmp_path), 8), of_training(alone, 8))
@@ -188,7 +195,7 @@ def test_two_processes_equal_one_in_the_other_modes(mode, config_file, alone, tm
         assert re.search(rf"\[{index}\] process {index} .*examples {part} of each", out)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_four_processes_in_rows_of_columns(config_file, alone, tmp_path):
     out = run_together(config_file, tmp_path, 4)
     assert_same_scalars(of_training(scalars(tmp_path), 8), of_training(alone, 8))

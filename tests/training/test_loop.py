@@ -19,7 +19,8 @@ from alexnet_jax.system.files import FullDiskError
 from alexnet_jax.training import checkpoint, loop, run, step_log, timing
 from alexnet_jax.training.writers import read_metrics
 from configs import common
-from tests.training.test_parallel import fast_loops
+from tests.training import small
+from tests.training.small import fast_loops
 
 PICTURES, CLASSES = 25, 3  # 25 does not divide by 6: the last batch is padded
 
@@ -73,12 +74,10 @@ def small_config(folder, *, eval_split="test", **changes):
 
 
 def columns_config(folder, **changes):
-    """The paper's net, very narrow, in two columns."""
+    """The paper's layers for small images, in two columns."""
     config = small_config(folder, **{"eval_every_epochs": 2.0} | changes)
-    config.data.image_size = 226
-    config.data.crop_size = 224
-    config.model.variant = "paper"
-    config.model.width = 1 / 32
+    config.data.image_size, config.data.crop_size = small.SIZE, small.CROP
+    config.model.variant = small.NETWORK_OF_FILE
     config.parallel.mode = "columns"
     config.parallel.column = 2
     config.optim.learning_rate = 1e-3
@@ -200,8 +199,8 @@ def ten_steps_on_two_devices(folder, tmp_path_factory):
     [
         ("columns", 1, 2),
         ("data", 1, 1),
-        pytest.param("columns", 2, 2, marks=pytest.mark.slow),
-        pytest.param("hybrid", 1, 8, marks=pytest.mark.slow),
+        pytest.param("columns", 2, 2, marks=pytest.mark.nightly),
+        pytest.param("hybrid", 1, 8, marks=pytest.mark.nightly),
     ],
 )
 def test_run_resumes_on_the_same_and_on_other_devices(
@@ -322,6 +321,7 @@ def test_interrupted_evaluation_is_repeated(folder, tmp_path, monkeypatch, capsy
     assert float(rate) == pytest.approx(1e-11)
 
 
+@pytest.mark.slow
 def test_interrupted_last_evaluation_is_repeated(folder, tmp_path, monkeypatch, capsys):
     config = small_config(folder, max_steps=3, eval_every_epochs=0.0, eval_views=10)
     with monkeypatch.context() as patch:
@@ -337,6 +337,7 @@ def test_interrupted_last_evaluation_is_repeated(folder, tmp_path, monkeypatch, 
     assert "eval/views_loss" in row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("left", "words"),
     [

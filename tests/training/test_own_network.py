@@ -44,7 +44,7 @@ def assert_same(tree, other):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("mode", ["columns", "hybrid"])
+@pytest.mark.parametrize("mode", ["columns", pytest.param("hybrid", marks=pytest.mark.slow)])
 def test_a_table_from_a_file_is_stored_with_its_run(mode, tmp_path, capsys):
     path, workdir = tmp_path / "my_networks.py", tmp_path / "run"
     path.write_text(FILE)

@@ -1,12 +1,12 @@
 """Every mode on every mesh gives the numbers of one device, with pinned collectives.
 
 Three steps with dropout and augmentation, in float64: in float32 another order of
-summation flips the odd max-pool winner, and a gradient moves by a hundredth.
+summation flips the odd max-pool winner, and a gradient moves by a hundredth. The
+network of the paper, narrow, takes them on one mesh per mode; `small` on the others.
 """
 
 import contextlib
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,15 @@ from alexnet_jax.training import describe, metrics, optim, parallel, steps
 from alexnet_jax.training.describe import PHASES
 from alexnet_jax.training.steps import StepSpec
 from tests.models.test_variants import TWO_SIXES
+from tests.training import small
+from tests.training.small import BATCH, CLASSES, batch, fast_loops, statistics
 
-ROOT = Path(__file__).parents[2]
-SIZE, CROP, BATCH, CLASSES = 226, 224, 4, 10
 SGD = optim.make_optimizer(0.01)
-QUICK = [("data", 2, 1), ("columns", 1, 2), ("hybrid", 1, 2), ("columns", 2, 2), ("hybrid", 2, 2)]
-SLOW = [
+REAL = [("data", 2, 1), ("columns", 1, 2), ("hybrid", 2, 2)]
+QUICK = [*(("paper", *mesh) for mesh in REAL), ("small", "hybrid", 1, 2)]
+SLOW = [("hybrid", 1, 2), ("columns", 2, 2), ("data", 4, 1), ("hybrid", 1, 4)]
+NIGHTLY = [
     ("columns", 1, 1),
-    ("data", 4, 1),
-    ("hybrid", 1, 4),
     ("data", 8, 1),
     ("columns", 4, 2),
     ("hybrid", 1, 8),
@@ -43,33 +43,25 @@ def slowly(*arguments):
     return pytest.param(*arguments, marks=pytest.mark.slow)
 
 
-MESHES = [*QUICK, *(slowly(*mesh) for mesh in SLOW)]
+def nightly(*arguments):
+    return pytest.param(*arguments, marks=pytest.mark.nightly)
 
 
-@contextlib.contextmanager
-def fast_loops():
-    """Compile with optimisation: float64 convolutions run ten times faster."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.read(name)
-    jax.config.update(name, False)
-    try:
-        yield
-    finally:
-        jax.config.update(name, before)
+MESHES = [
+    *QUICK,
+    *(slowly("paper", *mesh) for mesh in SLOW),
+    *(nightly("paper", *mesh) for mesh in NIGHTLY),
+]
 
 
-def narrow(dtype, *, variant="paper", **kwargs):
+def network(dtype, variant, **ablations):
+    """Return a small table's network, or a named one at 1/32 of its width."""
+    if variant in ("small", "apart"):
+        table = {"small": small.SMALL, "apart": small.APART}[variant]
+        return small.make_model(dtype, table=table, **ablations)
     return create_model(
-        variant, num_classes=CLASSES, width=1 / 32, dtype=dtype, init="he", **kwargs
+        variant, num_classes=CLASSES, width=1 / 32, dtype=dtype, init="he", **ablations
     )
-
-
-def batch(examples=BATCH):
-    rng = np.random.default_rng(0)
-    return {
-        "image": rng.integers(0, 256, (examples, SIZE, SIZE, 3), np.uint8),
-        "label": rng.integers(0, CLASSES, examples).astype(np.int32),
-    }
 
 
 def examples_for(mode, rows, columns):
@@ -83,19 +75,11 @@ def on_one_device(mode, rows, columns, **kwargs):
     return three_steps("data", 1, 1, examples=examples, **kwargs)
 
 
-def statistics(dtype):
-    return augment.Statistics(
-        jnp.full((SIZE, SIZE, 3), 120, dtype),
-        jnp.asarray(augment.IMAGENET_PCA_STD_255, dtype),
-        jnp.asarray(augment.IMAGENET_PCA_VECTORS, dtype),
-    )
-
-
 @functools.cache
 def first_state(model, tx):
     """Return host arrays, compiled once for all meshes."""
-    mesh = parallel.make_mesh(1, 1)
-    return jax.device_get(steps.init_state(StepSpec(model, tx, augment.Augmentation(CROP), mesh)))
+    crop = augment.Augmentation(model.network.crop_size)
+    return jax.device_get(steps.init_state(StepSpec(model, tx, crop, parallel.make_mesh(1, 1))))
 
 
 def make(
@@ -104,6 +88,7 @@ def make(
     columns,
     dtype,
     *,
+    variant="small",
     parts=1,
     examples=None,
     transform="shard_map",
@@ -113,12 +98,12 @@ def make(
 ):
     """Return the compiled training step on a mesh, and its arguments."""
     examples = examples or examples_for(mode, rows, columns)
-    model, tx = narrow(dtype, **kwargs), tx or SGD
-    mesh = parallel.make_mesh(rows, columns)
+    model, tx = network(dtype, variant, **kwargs), tx or SGD
+    mesh, crop = parallel.make_mesh(rows, columns), model.network.crop_size
     spec = StepSpec(
         model,
         tx,
-        augment.Augmentation(CROP),
+        augment.Augmentation(crop),
         mesh,
         mode,
         transform,
@@ -128,8 +113,8 @@ def make(
     specs = steps.state_specs(spec)
     state = jax.device_put(first_state(model, tx), parallel.shardings(mesh, specs))
     step = steps.make_train_step(spec)
-    on_device = parallel.put_batch(batch(examples), mesh, mode, examples)
-    args = (state, on_device, statistics(dtype))
+    on_device = parallel.put_batch(batch(examples, crop + 2), mesh, mode, examples)
+    args = (state, on_device, statistics(dtype, crop + 2))
     slow = dtype == jnp.float64 and examples > BATCH
     with fast_loops() if slow else contextlib.nullcontext():
         return step.lower(*args).compile(), *args
@@ -171,28 +156,31 @@ def assert_same_run(got, want):
     assert_same_leaves(got[1], want[1])
 
 
-@pytest.mark.parametrize("mode, rows, columns", MESHES)
-def test_three_steps_equal_those_of_one_device(mode, rows, columns):
-    got = three_steps(mode, rows, columns)
-    assert_same_run(got, on_one_device(mode, rows, columns))
+@pytest.mark.parametrize("variant, mode, rows, columns", MESHES)
+def test_three_steps_equal_those_of_one_device(variant, mode, rows, columns):
+    got = three_steps(mode, rows, columns, variant=variant)
+    assert_same_run(got, on_one_device(mode, rows, columns, variant=variant))
     assert got[2][0] != got[2][2]
 
 
 @pytest.mark.parametrize(
     "variant, mode, rows, columns",
     [
-        ("original", "columns", 2, 2),
-        slowly("no_communication", "columns", 2, 2),
-        slowly("six_conv", "columns", 1, 2),
-        slowly("no_overlap", "columns", 1, 2),
+        slowly("apart", "columns", 2, 2),
+        slowly("original", "columns", 2, 2),
+        nightly("no_communication", "columns", 2, 2),
+        nightly("six_conv", "columns", 1, 2),
+        nightly("no_overlap", "columns", 1, 2),
+        nightly("original", "hybrid", 2, 2),
         *(
-            slowly(name, *mesh)
+            nightly(name, *mesh)
             for name in ("original", "no_communication")
-            for mesh in (("data", 2, 1), ("hybrid", 1, 4), ("hybrid", 2, 2))
+            for mesh in (("data", 2, 1), ("hybrid", 1, 4))
         ),
+        nightly("no_communication", "hybrid", 2, 2),
         # One column: dropout before fc6, on a device's own examples.
         slowly("owt", "hybrid", 1, 4),
-        slowly("one_tower", "hybrid", 1, 2),
+        nightly("one_tower", "hybrid", 1, 2),
     ],
 )
 def test_other_variants_equal_those_of_one_device(variant, mode, rows, columns):
@@ -200,18 +188,20 @@ def test_other_variants_equal_those_of_one_device(variant, mode, rows, columns):
     assert_same_run(three_steps(mode, rows, columns, variant=variant), want)
 
 
-@pytest.mark.parametrize("mode, rows, columns", [("data", 2, 1), slowly("hybrid", 2, 2)])
-def test_operators_and_exchanges_of_a_gpu_give_the_same_run(mode, rows, columns):
+@pytest.mark.parametrize(
+    "variant, mode, rows, columns", [("small", "data", 2, 1), slowly("paper", "hybrid", 2, 2)]
+)
+def test_operators_and_exchanges_of_a_gpu_give_the_same_run(variant, mode, rows, columns):
     with ops.compiling_for("gpu"):
-        got = three_steps.__wrapped__(mode, rows, columns)
-    assert_same_run(got, on_one_device(mode, rows, columns))
+        got = three_steps.__wrapped__(mode, rows, columns, variant=variant)
+    assert_same_run(got, on_one_device(mode, rows, columns, variant=variant))
 
 
+@functools.cache
 def train_small(model, mode, rows, columns, *, steps_taken):
     """Return the state on the host and the collectives of a small network's step."""
     side, mesh = model.network.crop_size, parallel.make_mesh(rows, columns)
-    examples = batch(8)
-    examples["image"] = examples["image"][:, :side, :side]
+    examples = batch(8, side)
     examples["label"] %= model.network.layers[-1].features
     stats = jax.tree.map(np.asarray, augment.imagenet_statistics(side))
     tx = optim.make_optimizer(1e-3)
@@ -224,19 +214,19 @@ def train_small(model, mode, rows, columns, *, steps_taken):
     return jax.device_get(state), describe.exchanges(compiled.as_text())
 
 
-@pytest.mark.slow
-def test_a_classifier_of_feature_maps_trades_examples_for_features():
+@pytest.mark.parametrize("rows, columns, width", [slowly(1, 2, 1 / 8), nightly(2, 4, 1.0)])
+def test_a_classifier_of_feature_maps_trades_examples_for_features(rows, columns, width):
     """CIFAR-10's nets have no other fully connected layer: one all-to-all before it."""
-    model = create_model("cifar_11", dtype="float64", init="he")
+    model = create_model("cifar_11", dtype="float64", init="he", width=width)
     with jax.enable_x64(True):
         want, _ = train_small(model, "data", 1, 1, steps_taken=1)
-        got, found = train_small(model, "hybrid", 2, 4, steps_taken=1)
+        got, found = train_small(model, "hybrid", rows, columns, steps_taken=1)
     assert_same_leaves(got.params, want.params)
     kinds = [dict(describe.counts(by_phase(found, p))) for p in PHASES[:2]]
     assert kinds == [{"all-to-all": 1, "reduce-scatter": 1}, {"all-to-all": 1, "all-gather": 1}]
 
 
-@pytest.mark.parametrize("mode, rows", [("hybrid", 1), ("hybrid", 2), ("columns", 2)])
+@pytest.mark.parametrize("mode, rows", [nightly("hybrid", 1), ("hybrid", 2), slowly("columns", 2)])
 def test_batch_norms_of_one_number_are_split_with_their_own_layers(mode, rows):
     model = create_model(TWO_SIXES, dtype="float64", init="he")
     with jax.enable_x64(True):
@@ -248,7 +238,7 @@ def test_batch_norms_of_one_number_are_split_with_their_own_layers(mode, rows):
 
 
 @pytest.mark.parametrize(
-    "mode, rows, columns", [("data", 1, 1), slowly("data", 4, 1), slowly("hybrid", 2, 2)]
+    "mode, rows, columns", [slowly("data", 1, 1), slowly("data", 4, 1), slowly("hybrid", 2, 2)]
 )
 def test_several_views_are_averaged(mode, rows, columns):
     """Sums for the centre view, and for the mean probabilities over ten views."""
@@ -257,8 +247,7 @@ def test_several_views_are_averaged(mode, rows, columns):
     mesh = parallel.make_mesh(rows, columns)
     spec = StepSpec(model, SGD, augment.Augmentation(crop), mesh, mode)
     state, step = steps.init_state(spec), steps.make_eval_step(spec, views=10)
-    padded = batch(examples) | {"mask": np.array([1, 1, 1, 0], np.float32)}
-    padded["image"] = padded["image"][:, :size, :size]
+    padded = batch(examples, size) | {"mask": np.array([1, 1, 1, 0], np.float32)}
     stats = augment.imagenet_statistics(size)
     on_device = parallel.put_batch(padded, mesh, mode, examples)
     sums = step(state.params, state.batch_stats, on_device, stats)
@@ -267,7 +256,8 @@ def test_several_views_are_averaged(mode, rows, columns):
         for view in augment.several_views(padded["image"], 10, crop)
     ]
     params = jax.device_get(state.params)
-    logits = [np.asarray(model.apply({"params": params}, view)) for view in views]
+    apply = jax.jit(model.apply)
+    logits = [np.asarray(apply({"params": params}, view)) for view in views]
     mean = np.mean([jax.nn.softmax(z) for z in logits], axis=0)
     labels, mask = padded["label"], padded["mask"]
     own = np.log(mean[np.arange(examples), labels])
@@ -278,10 +268,10 @@ def test_several_views_are_averaged(mode, rows, columns):
     np.testing.assert_allclose(sums["loss"], centre["loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [2, slowly(8)])
-def test_pmap_is_the_same_step(rows):
-    got = three_steps("data", rows, 1, transform="pmap")
-    assert_same_run(got, on_one_device("data", rows, 1))
+@pytest.mark.parametrize("variant, rows", [("small", 2), nightly("paper", 2), nightly("paper", 8)])
+def test_pmap_is_the_same_step(variant, rows):
+    got = three_steps("data", rows, 1, variant=variant, transform="pmap")
+    assert_same_run(got, on_one_device("data", rows, 1, variant=variant))
     assert collectives(got[3]) == {"all-reduce": 18}
 
 
@@ -298,30 +288,34 @@ def test_missing_reduction_is_noticed(monkeypatch):
         make("data", 2, 1, jnp.float32)
 
 
-@pytest.mark.parametrize("mode, rows, columns", [slowly("columns", 2, 2), ("hybrid", 2, 2)])
-def test_batch_norm_sees_the_whole_batch(mode, rows, columns):
-    want = on_one_device(mode, rows, columns, normalization="batch")
-    got = three_steps(mode, rows, columns, normalization="batch")
+@pytest.mark.parametrize(
+    "variant, mode, rows, columns",
+    [slowly("small", "hybrid", 2, 2), nightly("paper", "columns", 2, 2)],
+)
+def test_batch_norm_sees_the_whole_batch(variant, mode, rows, columns):
+    norm = {"variant": variant, "normalization": "batch"}
+    want = on_one_device(mode, rows, columns, **norm)
+    got = three_steps(mode, rows, columns, **norm)
     assert_same_leaves(got[0][-1], want[0][-1])
 
 
 @pytest.mark.parametrize(
-    "mode, rows, columns, count",
+    "variant, mode, rows, columns, count",
     [
-        ("data", 1, 1, 4),
-        ("data", 2, 1, 2),
-        ("columns", 1, 2, 4),
-        ("hybrid", 1, 2, 2),
-        slowly("hybrid", 2, 2, 2),
+        ("small", "data", 2, 1, 2),
+        ("small", "hybrid", 1, 2, 2),
+        nightly("paper", "data", 1, 1, 4),
+        nightly("paper", "columns", 1, 2, 4),
+        slowly("paper", "hybrid", 2, 2, 2),
     ],
 )
-def test_micro_batches_equal_one_batch(mode, rows, columns, count):
+def test_micro_batches_equal_one_batch(variant, mode, rows, columns, count):
     """Other masks, crops or lighting would change every parameter."""
     # A micro-batch has at least one example on every device.
     shards = parallel.batch_shards(rows, columns, mode)
     more = {} if BATCH % (shards * count) == 0 else {"examples": shards * count}
-    whole = three_steps(mode, rows, columns, **more)
-    parts = three_steps(mode, rows, columns, parts=count, **more)
+    whole = three_steps(mode, rows, columns, variant=variant, **more)
+    parts = three_steps(mode, rows, columns, variant=variant, parts=count, **more)
     assert_same_run(parts, whole)
 
 
@@ -335,15 +329,16 @@ def test_gradients_are_exchanged_once_for_any_number_of_micro_batches():
     assert parts.count(" convolution(") == whole.count(" convolution(") > 0
 
 
+@pytest.mark.slow
 def test_batch_norm_averages_over_micro_batches_in_turn():
     """Two parts of two: the running mean moves twice, each time by a tenth."""
-    model = narrow(jnp.float32, normalization="batch")
+    model, crop = small.make_model(normalization="batch"), small.CROP
     tx, mesh = optim.make_optimizer(0.01), parallel.make_mesh(2, 1)
-    plain = augment.Augmentation(CROP, crop=False, flip=False, lighting=0.0)
+    plain = augment.Augmentation(crop, crop=False, flip=False, lighting=0.0)
     spec = StepSpec(model, tx, plain, mesh, accumulate_steps=2)
     state, step = steps.init_state(spec), steps.make_train_step(spec)
     stats, examples = statistics(jnp.float32), batch(4)
-    images = augment.eval_images(examples["image"], mean_image=stats.mean_image, crop_size=CROP)
+    images = augment.eval_images(examples["image"], mean_image=stats.mean_image, crop_size=crop)
     conv1 = jax.jit(lambda *args: model.apply(*args, method="features")["conv1"])(
         {"params": state.params, "batch_stats": state.batch_stats}, images
     )
@@ -358,7 +353,7 @@ def test_batch_norm_averages_over_micro_batches_in_turn():
 @pytest.mark.slow
 def test_micro_batches_take_less_memory():
     def bytes_needed(parts):
-        step, *_ = make("data", 1, 1, jnp.float32, parts=parts, examples=8)
+        step, *_ = make("data", 1, 1, jnp.float32, variant="paper", parts=parts, examples=8)
         return step.memory_analysis().temp_size_in_bytes
 
     # A quarter of the activations, and once more the gradients.
@@ -366,16 +361,16 @@ def test_micro_batches_take_less_memory():
 
 
 @functools.cache
-def eval_logits_and_sums(mode, rows, columns, examples):
-    model = narrow(jnp.float32)
-    mesh = parallel.make_mesh(rows, columns)
-    spec = StepSpec(model, SGD, augment.Augmentation(CROP), mesh, mode, seed=3)
+def eval_logits_and_sums(variant, mode, rows, columns, examples):
+    model = network(jnp.float32, variant)
+    mesh, crop = parallel.make_mesh(rows, columns), model.network.crop_size
+    spec = StepSpec(model, SGD, augment.Augmentation(crop), mesh, mode, seed=3)
     state, step = steps.init_state(spec), steps.make_eval_step(spec)
-    padded = batch(examples) | {"mask": (np.arange(examples) < 3).astype(np.float32)}
-    stats = statistics(jnp.float32)
+    padded = batch(examples, crop + 2) | {"mask": (np.arange(examples) < 3).astype(np.float32)}
+    stats = statistics(jnp.float32, crop + 2)
     device_batch = parallel.put_batch(padded, mesh, mode, examples)
     sums = step(state.params, state.batch_stats, device_batch, stats)
-    images = augment.eval_images(padded["image"], mean_image=stats.mean_image, crop_size=CROP)
+    images = augment.eval_images(padded["image"], mean_image=stats.mean_image, crop_size=crop)
     local, specs = spec.local_model, steps.state_specs(spec).params
     examples = parallel.P(spec.batch_axes)
     apply = parallel.on_devices(
@@ -389,18 +384,19 @@ def eval_logits_and_sums(mode, rows, columns, examples):
 
 
 @pytest.mark.parametrize(
-    "mode, rows, columns",
+    "variant, mode, rows, columns",
     [
-        ("columns", 2, 2),
-        ("hybrid", 2, 2),
-        *(slowly(*mesh) for mesh in QUICK if mesh[1:] != (2, 2)),
-        *(slowly(*mesh) for mesh in SLOW),
+        slowly("small", "hybrid", 2, 2),
+        slowly("paper", "columns", 2, 2),
+        slowly("paper", "data", 4, 1),
+        slowly("paper", "hybrid", 1, 4),
+        *(nightly("paper", *mesh) for mesh in NIGHTLY),
     ],
 )
-def test_float32_logits_and_masked_sums(mode, rows, columns):
+def test_float32_logits_and_masked_sums(variant, mode, rows, columns):
     examples = examples_for(mode, rows, columns)
-    expected, _, padded = eval_logits_and_sums("data", 1, 1, examples)
-    logits, sums, _ = eval_logits_and_sums(mode, rows, columns, examples)
+    expected, _, padded = eval_logits_and_sums(variant, "data", 1, 1, examples)
+    logits, sums, _ = eval_logits_and_sums(variant, mode, rows, columns, examples)
     scale = np.abs(expected).max()
     np.testing.assert_allclose(logits / scale, expected / scale, atol=1e-5)
     by_hand = metrics.sums(expected, padded["label"], padded["mask"])
@@ -438,9 +434,9 @@ EXCHANGES = {
 }
 
 
-@pytest.mark.parametrize("mode, rows, columns", MESHES)
-def test_collectives_are_pinned(mode, rows, columns):
-    *_, hlo = three_steps(mode, rows, columns)
+@pytest.mark.parametrize("variant, mode, rows, columns", MESHES)
+def test_collectives_are_pinned(variant, mode, rows, columns):
+    *_, hlo = three_steps(mode, rows, columns, variant=variant)
     found = describe.exchanges(hlo)
     got = [dict(describe.counts(by_phase(found, p))) for p in PHASES]
     assert tuple(got) == EXCHANGES[mode, rows, columns]
@@ -455,17 +451,21 @@ FROZEN = {
 
 
 @pytest.mark.parametrize(
-    "mode, rows, columns, parts",
-    [("columns", 1, 2, 1), slowly("data", 2, 1, 2), slowly("hybrid", 2, 2, 1)],
+    "variant, mode, rows, columns, parts",
+    [
+        slowly("small", "columns", 1, 2, 1),
+        slowly("paper", "data", 2, 1, 2),
+        slowly("paper", "hybrid", 2, 2, 1),
+    ],
 )
-def test_frozen_layers_stay_and_their_gradients_are_left_out(mode, rows, columns, parts):
+def test_frozen_layers_stay_and_their_gradients_are_left_out(variant, mode, rows, columns, parts):
     frozen = tuple(f"conv{number}" for number in range(1, 6))
     changes = [(name, 0, 0.0) for name in frozen]
     assert optim.frozen_layers(changes) == set(frozen)
     factors = optim.make_layer_factors(changes, steps_per_epoch=1)
     tx = optim.make_optimizer(0.01, layer_factors=factors)
-    whole, *_ = on_one_device(mode, rows, columns, tx=tx)
-    kwargs = {"tx": tx, "frozen": frozen, "parts": parts}
+    whole, *_ = on_one_device(mode, rows, columns, variant=variant, tx=tx)
+    kwargs = {"variant": variant, "tx": tx, "frozen": frozen, "parts": parts}
     params, *_, hlo = three_steps(mode, rows, columns, **kwargs)
     for before, after in zip(params, whole, strict=True):
         assert_same_leaves(before, after)
@@ -477,51 +477,58 @@ def test_frozen_layers_stay_and_their_gradients_are_left_out(mode, rows, columns
     assert tuple(got) == FROZEN[mode, rows, columns]
 
 
-def test_columns_without_communication_exchange_only_logits():
-    *_, hlo = three_steps("columns", 2, 2, variant="no_communication")
+@pytest.mark.parametrize("variant", ["apart", nightly("no_communication")])
+def test_columns_without_communication_exchange_only_logits(variant):
+    *_, hlo = three_steps("columns", 2, 2, variant=variant)
     found = describe.exchanges(hlo)
     assert [e.shape for e in by_phase(found, "forward")] == [(BATCH // 2, CLASSES)]
     assert not by_phase(found, "backward")
 
 
-@pytest.mark.parametrize("mode, rows, columns", MESHES)
-def test_nothing_gathers_images_kernels_or_optimiser_state(mode, rows, columns):
-    *_, hlo = three_steps(mode, rows, columns)
+@pytest.mark.parametrize("variant, mode, rows, columns", MESHES)
+def test_nothing_gathers_images_kernels_or_optimiser_state(variant, mode, rows, columns):
+    params, *_, hlo = three_steps(mode, rows, columns, variant=variant)
     examples = examples_for(mode, rows, columns)
-    kernels = {leaf.shape for leaf in jax.tree.leaves(three_steps("data", 1, 1)[0][0])}
+    kernels = {leaf.shape for leaf in jax.tree.leaves(params[0])}
+    grids = ((13, 13), (6, 6)) if variant == "paper" else ((5, 5), (2, 2))
     for exchange in describe.exchanges(hlo):
         if exchange.kind == "all-gather":
             assert exchange.shape not in kernels
             # [examples, ..., features]: of a device's or a row's examples, after conv2.
             assert exchange.shape[0] in (examples // rows, examples // rows // columns)
-            assert exchange.shape[1:-1] in ((13, 13), (6, 6), ())
+            assert exchange.shape[1:-1] in (*grids, ())
 
 
 def test_columns_exchange_as_much_as_in_the_paper():
-    step, *_ = make("columns", 1, 2, jnp.float32)
-    found = describe.exchanges(step.as_text())
+    *_, hlo = three_steps("columns", 1, 2, variant="paper")
+    found = describe.exchanges(hlo)
     # Full width: 13 x 13 x 128, 6 x 6 x 128 and 2,048 values an image and direction;
     # at a width of 1/32 4 maps, 4 maps and 64 units a column.
-    sent = [e.sent_bytes / 4 / BATCH for e in found if e.kind == "all-gather"]
+    sent = [e.sent_bytes / 8 / BATCH for e in found if e.kind == "all-gather"]
     assert sorted(sent) == [64, 6 * 6 * 4, 13 * 13 * 4]
     assert [e.shape for e in found if e.kind == "all-reduce"] == [(BATCH, CLASSES)]
-    back = [e.sent_bytes / 4 / BATCH for e in by_phase(found, "backward")]
+    back = [e.sent_bytes / 8 / BATCH for e in by_phase(found, "backward")]
     assert sorted(back) == [64, 6 * 6 * 4, 13 * 13 * 4]
 
 
 @pytest.mark.parametrize(
-    "mode, rows, columns, split",
-    [("columns", 2, 2, 16), ("hybrid", 2, 2, 6), slowly("hybrid", 1, 4, 6)],
+    "variant, mode, rows, columns, split",
+    [
+        ("small", "hybrid", 2, 2, 6),
+        slowly("paper", "columns", 2, 2, 16),
+        slowly("paper", "hybrid", 1, 4, 6),
+    ],
 )
-def test_velocities_are_split_like_the_parameters(mode, rows, columns, split):
+def test_velocities_are_split_like_the_parameters(variant, mode, rows, columns, split):
     """`split` counts split kernels and velocities, of eight each."""
     factors = optim.make_layer_factors([("conv1", 1, 0.0)], steps_per_epoch=1)
     original = optim.make_optimizer(
         optax.constant_schedule(0.01), bias_learning_rate=0.02, layer_factors=factors
     )
-    step, put, *args = make(mode, rows, columns, jnp.float32, tx=original)
-    mesh, model = parallel.make_mesh(rows, columns), narrow(jnp.float32)
-    spec = StepSpec(model, original, augment.Augmentation(CROP), mesh, mode)
+    step, put, *args = make(mode, rows, columns, jnp.float32, variant=variant, tx=original)
+    mesh, model = parallel.make_mesh(rows, columns), network(jnp.float32, variant)
+    crop = augment.Augmentation(model.network.crop_size)
+    spec = StepSpec(model, original, crop, mesh, mode)
     state = steps.init_state(spec)
     for made, wanted in zip(*map(jax.tree.leaves, (state, put)), strict=True):
         np.testing.assert_allclose(made, wanted, rtol=1e-6)
@@ -579,7 +586,7 @@ def test_impossible_meshes_and_modes_are_named():
 
 def test_every_device_has_its_part_of_the_batch():
     """For one process; tests/training/test_distributed.py has several."""
-    for mode, rows, columns in QUICK:
+    for _, mode, rows, columns in QUICK:
         mesh = parallel.make_mesh(rows, columns)
         assert parallel.positions(mesh, mode, BATCH) == (0, BATCH)
         shards = parallel.batch_shards(rows, columns, mode)

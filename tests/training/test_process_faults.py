@@ -52,8 +52,9 @@ LOST = re.compile(
 LONG = ("--config.max_steps=600", "--config.checkpoint.every_steps=10")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize(
+    "killed", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.nightly)]
+)
 def test_killed_process_ends_the_run_and_the_same_command_resumes(killed, config_file, tmp_path):
     process = launch(config_file, tmp_path, 2, *LONG)
     wait_for(process, "checkpoint of step 10")

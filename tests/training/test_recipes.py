@@ -19,8 +19,14 @@ def recipe(name):
     return importlib.import_module(f"configs.{name}").get_config()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        # caffenet has the layers of caffe, and no other field.
+        pytest.param(name, marks=pytest.mark.nightly if name == "caffenet" else pytest.mark.slow)
+        for name in NAMES
+    ],
+)
 def test_two_steps_of_every_recipe(name, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "STATISTICS_SAMPLE", 8)
     config = recipe(name)

@@ -10,15 +10,16 @@ import pytest
 
 from alexnet_jax.data import augment
 from alexnet_jax.training import metrics, optim, parallel, steps
-from tests.training.test_parallel import CROP, batch, narrow, statistics
+from tests.training.small import CROP, batch, make_model, statistics
 
-EXAMPLES, STEPS = 8, 15
+EXAMPLES, STEPS = 8, 25
+COLUMNS = [pytest.param(1, marks=pytest.mark.slow), 2]
 
 
 @functools.cache
 def memorise(dtype, columns):
     """Train on one batch without noise; return the losses and the last state."""
-    model, tx = narrow(dtype, dropout=0.0), optim.make_optimizer(0.003)
+    model, tx = make_model(dtype, dropout=0.0), optim.make_optimizer(0.003)
     mesh = parallel.make_mesh(1, columns)
     plain = augment.Augmentation(CROP, crop=False, flip=False, lighting=0.0)
     spec = steps.StepSpec(model, tx, plain, mesh, "columns")
@@ -32,7 +33,7 @@ def memorise(dtype, columns):
     return losses, state
 
 
-@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("columns", COLUMNS)
 def test_bfloat16_step_keeps_its_state_in_float32(columns):
     _, state = memorise("bfloat16", columns)
     floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
@@ -47,8 +48,9 @@ def brier(logits, labels):
     return jnp.sum((jax.nn.softmax(logits) - wanted) ** 2, axis=-1)
 
 
+@pytest.mark.slow
 def test_any_optimiser_and_loss_train_the_same_on_any_mesh():
-    model, plain = narrow("float32"), augment.Augmentation(CROP, crop=False, flip=False)
+    model, plain = make_model("float32"), augment.Augmentation(CROP, crop=False, flip=False)
     found = []
     for columns in (1, 2):
         mesh = parallel.make_mesh(1, columns)
@@ -68,7 +70,7 @@ def test_any_optimiser_and_loss_train_the_same_on_any_mesh():
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("columns", COLUMNS)
 def test_bfloat16_learns_like_float32(columns):
     exact, _ = memorise("float32", 1)
     losses, _ = memorise("bfloat16", columns)
@@ -78,7 +80,7 @@ def test_bfloat16_learns_like_float32(columns):
     assert losses != exact
 
 
-@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("columns", COLUMNS)
 def test_bfloat16_logits_equal_float32_up_to_rounding(columns):
     _, state = memorise("float32", 1)
     params = jax.device_get(state.params)
@@ -89,7 +91,7 @@ def test_bfloat16_logits_equal_float32_up_to_rounding(columns):
     )
 
     def logits(dtype):
-        model = narrow(dtype, dropout=0.0)
+        model = make_model(dtype, dropout=0.0)
         local = parallel.local_model(model, mesh, "columns")
         specs = parallel.param_specs(model.network, params, mesh, "columns")
         apply = parallel.on_devices(
@@ -110,7 +112,7 @@ def test_bfloat16_logits_equal_float32_up_to_rounding(columns):
 
 
 def test_labels_are_smoothed_in_training_only():
-    model, tx = narrow("float32", dropout=0.0), optim.make_optimizer(0.003)
+    model, tx = make_model("float32", dropout=0.0), optim.make_optimizer(0.003)
     mesh = parallel.make_mesh(1, 1)
     plain = augment.Augmentation(CROP, crop=False, flip=False, lighting=0.0)
     spec = steps.StepSpec(model, tx, plain, mesh, label_smoothing=0.3)

@@ -10,7 +10,7 @@ import pytest
 from alexnet_jax.data import augment
 from alexnet_jax.models.alexnet import create_model
 from alexnet_jax.training import metrics, optim, parallel, steps
-from tests.training.test_parallel import BATCH, CROP, batch, narrow, statistics
+from tests.training.small import BATCH, CROP, batch, make_model, statistics
 
 SEED = 5
 # Units whose bias is so low that nothing gets through: in both columns, or in one.
@@ -18,7 +18,7 @@ DEAD = {"conv2": [0, 3, 7], "conv5": [1], "fc6": [*range(100)]}
 
 
 def make_spec(rows, columns, mode, parts=1):
-    model, tx = narrow(jnp.float64), optim.make_optimizer(0.01)
+    model, tx = make_model(jnp.float64), optim.make_optimizer(0.01)
     mesh, augmentation = parallel.make_mesh(rows, columns), augment.Augmentation(CROP)
     return steps.StepSpec(model, tx, augmentation, mesh, mode, seed=SEED, accumulate_steps=parts)
 
@@ -84,7 +84,12 @@ def by_hand():
 
 @pytest.mark.parametrize(
     "mode, rows, columns, parts",
-    [("data", 1, 1, 1), ("data", 2, 1, 2), ("columns", 1, 2, 1), ("hybrid", 1, 2, 2)],
+    [
+        ("hybrid", 1, 2, 2),
+        pytest.param("data", 2, 1, 2, marks=pytest.mark.slow),
+        pytest.param("data", 1, 1, 1, marks=pytest.mark.slow),
+        pytest.param("columns", 1, 2, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_summaries_are_those_of_plain_jax_on_the_whole_batch(mode, rows, columns, parts):
     with jax.enable_x64(True):
