@@ -68,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--feature_maps",
         type=figure_file,
         metavar="FILE.png",
-        help="also draw what each layer makes of the first picture",
+        help="also draw what each layer makes of the first image",
     )
-    made.add_argument("pictures", nargs="+", metavar="PICTURE")
+    made.add_argument("images", nargs="+", metavar="IMAGE")
     options = made.parse_args(argv)
     if options.top < 1:
         made.error(f"--top={options.top} must be at least 1.")
@@ -81,11 +81,11 @@ def _predict(options: argparse.Namespace) -> bool:
     """Print the labels of each image; return True if all could be read."""
     for path in filter(None, (options.figure, options.feature_maps)):
         require_writable_file(path)
-    size = min(BATCH, len(options.pictures))
+    size = min(BATCH, len(options.images))
     logits_of = Extractor(options.workdir, "logits", step=options.step, batch=size)
     drawn: list[Prediction] = []
     all_read = True
-    for found in predict(logits_of, options.pictures):
+    for found in predict(logits_of, options.images):
         if isinstance(found, Exception):
             print(f"error: {found}", file=sys.stderr)
             all_read = False

@@ -71,14 +71,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("command", choices=COMMANDS)
-    add("--source", help="folder of pictures, or name of a data set; see the command")
+    add("--source", help="folder of images, or name of a data set; see the command")
     add("--data_dir", help="tfds directory; else TFDS_DATA_DIR, ~/tensorflow_datasets")
     add("--split", default="train", help="split to check or to compute statistics of")
     add("--eval_split", default="validation", help="second split to check; empty: none")
     add("--out", type=Path, default="contact_sheet.png", help="figure that check draws")
-    add("--image_size", type=_count, default=256, help="side of the pictures")
-    add("--max_examples", type=_count, help="use so many pictures, evenly spread")
-    add("--max_unreadable", type=int, default=10, help="broken pictures to leave out")
+    add("--image_size", type=_count, default=256, help="side of the images")
+    add("--max_examples", type=_count, help="use so many images, evenly spread")
+    add("--max_unreadable", type=int, default=10, help="broken images to leave out")
     add("--workers", type=_count, default=os.cpu_count() or 1, help="processes or threads")
     add("--verify", action="store_true", help="compare the MD5 of the archives first")
     add("--partial", action="store_true", help="accept less than all of ImageNet")
@@ -146,7 +146,7 @@ def _check(options: argparse.Namespace) -> bool:
 def _textures(options: argparse.Namespace) -> bool:
     for split in ("train", "test"):
         source = _open(options, "textures", split)
-        _say(f"{source.description}: {source.num_examples:,} pictures")
+        _say(f"{source.description}: {source.num_examples:,} images")
     return True
 
 
@@ -159,11 +159,11 @@ def _statistics(options: argparse.Namespace) -> bool:
         raise DataError(f"{source.description}: has no place to keep statistics in")
     require_writable(path.parent)  # before the long pass
     count = min(source.num_examples, options.max_examples or source.num_examples)
-    _say(f"{source.description}: {count:,} of {source.num_examples:,} pictures")
+    _say(f"{source.description}: {count:,} of {source.num_examples:,} images")
     for line in warnings_about(source):
         _say(line)
     started = time.perf_counter()
-    with progress("mean image and colour PCA", count, "pictures") as bar:
+    with progress("mean image and colour PCA", count, "images") as bar:
         result = statistics.compute(
             source, max_examples=count, workers=options.workers, progress=bar
         )

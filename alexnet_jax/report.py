@@ -43,7 +43,7 @@ REPORT_FILE = "report.html"
 FIGURES = ("filters.png", "filter_statistics.png", "curves.png")
 
 _NEXT = """what next
-  your own pictures   {python} -m alexnet_jax.main --config=configs/folder.py \\
+  your own images   {python} -m alexnet_jax.main --config=configs/folder.py \\
                         --workdir=runs/mine --config.data.source=folder:PATH
   the paper           {python} -m alexnet_jax.main --config=configs/paper.py \\
                         --workdir=runs/paper --config.data.source=folder:PATH
@@ -119,7 +119,7 @@ def _held_out_errors(records: Sequence[dict[str, Any]], top5: bool) -> list[str]
         rates = ((k, 100 * last[f"{prefix}top{k}_error"]) for k in ks)
         return ", ".join(f"top-{k} {rate:.2f}%" for k, rate in rates)
 
-    images = f"{last['eval/count']:.0f} pictures, step {last['step']}"
+    images = f"{last['eval/count']:.0f} images, step {last['step']}"
     lines = [f"held-out errors: {errors('eval/')} ({images})"]
     if "eval/views_loss" in last:
         lines.append(f"over several views: {errors('eval/views_')}")

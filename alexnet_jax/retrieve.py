@@ -2,7 +2,7 @@
 
 python -m alexnet_jax.retrieve --workdir=DIR --index=FILE.npz
     [--source=folder:PATH] [--split=train] [--data_dir=DIR] [--layer=fc7]
-python -m alexnet_jax.retrieve --workdir=DIR --index=FILE.npz PICTURE ...
+python -m alexnet_jax.retrieve --workdir=DIR --index=FILE.npz IMAGE ...
     [--top=6] [--format=json] [--figure=FILE.png] [--bits=256 [--shortlist=100]]
 
 The first makes the index, the features of every image of a split (by default the run's
@@ -32,7 +32,7 @@ from alexnet_jax.analysis.features import Extractor, save_figure
 from alexnet_jax.analysis.retrieval import Index, RetrievalError
 from alexnet_jax.data import DataError, warnings_about
 from alexnet_jax.data.imagenet import words
-from alexnet_jax.data.images import load_picture, short_names
+from alexnet_jax.data.images import load_image, short_names
 from alexnet_jax.data.sources import Source
 from alexnet_jax.data.sources.folder import FolderSource
 from alexnet_jax.system import signals
@@ -45,10 +45,10 @@ HELD_OUT = 200
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made = parser("alexnet_jax.retrieve", __doc__, top=6)
-    made.add_argument("pictures", nargs="*", metavar="PICTURE")
+    made.add_argument("images", nargs="*", metavar="IMAGE")
     made.add_argument("--index", type=path_argument, required=True, metavar="FILE.npz")
     for name, about in (
-        ("source", "pictures of a new index; else the run's own"),
+        ("source", "images of a new index; else the run's own"),
         ("split", "of these; else the run's training split"),
         ("data_dir", "tfds directory; else the run's own"),
         ("layer", "whose features; else fc7"),
@@ -62,8 +62,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             made.error(f"--{name}={value} must be at least 1.")
     if options.shortlist is not None and options.bits is None:
         made.error("--shortlist is of codes; say of how many bits: --bits=256.")
-    if options.figure is not None and not options.pictures:
-        made.error("--figure draws pictures; name some.")
+    if options.figure is not None and not options.images:
+        made.error("--figure draws images; name some.")
     return options
 
 
@@ -85,7 +85,7 @@ def _make_index(options: argparse.Namespace, features_of: Extractor) -> Index:
     split = options.split or features_of.data.get("train_split")
     if not source or not split:
         raise ValueError(
-            "a file of weights does not say which pictures: give --source, such as "
+            "a file of weights does not say which images: give --source, such as "
             "--source=folder:PATH, and --split."
         )
     images = _open(features_of, source, split, options.data_dir)
@@ -95,7 +95,7 @@ def _make_index(options: argparse.Namespace, features_of: Extractor) -> Index:
     index.save(options.index)
     count, width = index.features.shape
     print(
-        f"{options.index}: {index.layer} of {count:,} pictures, {width:,} numbers each "
+        f"{options.index}: {index.layer} of {count:,} images, {width:,} numbers each "
         f"({source}, {split})",
         file=sys.stderr,
     )
@@ -127,9 +127,9 @@ def _codes(path: Path, features: np.ndarray, bits: int) -> Codes:
     _, found = codes_lib.nearest_codes(codes.packed[others], codes.packed[held_out], 100)
     few, many = (codes_lib.recall(found[:, :n], exact) for n in (10, 100))
     print(
-        f"{path}: {bits} bits a picture, {codes.packed.shape[1]:,} bytes instead of "
+        f"{path}: {bits} bits an image, {codes.packed.shape[1]:,} bytes instead of "
         f"{4 * width:,}. Of the 10 nearest by {width:,} numbers, of {len(held_out)} "
-        f"pictures that training left out, {few:.0%} are among the 10 nearest by code "
+        f"images that training left out, {few:.0%} are among the 10 nearest by code "
         f"and {many:.0%} among 100.",
         file=sys.stderr,
     )
@@ -156,9 +156,9 @@ def _look_up(
 ) -> bool:
     """Print the neighbours of each image; return True if all could be read."""
     images, paths = [], []
-    for path in options.pictures:
+    for path in options.images:
         try:
-            images.append(load_picture(path, features_of.image_size))
+            images.append(load_image(path, features_of.image_size))
             paths.append(path)
         except (OSError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
@@ -197,7 +197,7 @@ def _look_up(
         shown = np.stack(images)
         figure = retrieval.draw(index, source, shown, rows, query_titles=titles, layer=layer)
         save_figure(figure, options.figure)
-    return len(images) == len(options.pictures)
+    return len(images) == len(options.images)
 
 
 def _retrieve(options: argparse.Namespace) -> bool:
@@ -214,7 +214,7 @@ def _retrieve(options: argparse.Namespace) -> bool:
     if options.bits is not None:
         path = options.index.with_suffix(f".{options.bits}bits.npz")
         codes = _codes(path, index.features, options.bits)
-    return not options.pictures or _look_up(options, index, codes, features_of)
+    return not options.images or _look_up(options, index, codes, features_of)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

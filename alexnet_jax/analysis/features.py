@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from alexnet_jax import data as data_lib
-from alexnet_jax.data.images import load_picture
+from alexnet_jax.data.images import load_image
 from alexnet_jax.data.sources import Source
 from alexnet_jax.models import ops
 from alexnet_jax.system.cli import progress
@@ -96,7 +96,7 @@ class Extractor:
         """
         with (
             data_lib.eval_batches(source, batch_size=self._batch) as batches,
-            progress(what, source.num_examples, "pictures") as advance,
+            progress(what, source.num_examples, "images") as advance,
         ):
             for batch in batches:
                 images = batch["image"][: int(batch["mask"].sum())]
@@ -119,7 +119,7 @@ def read(paths: Sequence[str], size: int) -> list[np.ndarray | Exception]:
     found: list[np.ndarray | Exception] = []
     for path in paths:
         try:
-            found.append(load_picture(path, size))
+            found.append(load_image(path, size))
         except (OSError, ValueError) as error:
             found.append(error)
     return found

@@ -235,8 +235,7 @@ def fetch_rows(index: Index, source: Source, rows: np.ndarray) -> np.ndarray:
         if (apart < SAME_IMAGE).all() and (labels == index.labels[rows]).all():
             return images
     raise RetrievalError(
-        f"{source.description} has other pictures now than the index. Make it again: "
-        "remove its file."
+        f"{source.description} has other images now than the index. Make it again: remove its file."
     )
 
 
@@ -246,7 +245,7 @@ def check_index(index: Index, features_of: Extractor) -> None:
     tolerance = PROBE_TOLERANCE * np.abs(known).max() + 1e-6
     if probe.shape != known.shape or np.abs(probe - known).max() > tolerance:
         raise RetrievalError(
-            "the index is of another network than the workdir's (the same picture has "
+            "the index is of another network than the workdir's (the same image has "
             "other features there). Make it again: remove its file."
         )
 

@@ -83,24 +83,24 @@ def example_keys(key: jax.Array, first_example: Any, count: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, first_example + jnp.arange(count))
 
 
-def random_crop(pictures: jax.Array, keys: jax.Array, size: int) -> jax.Array:
+def random_crop(raw: jax.Array, keys: jax.Array, size: int) -> jax.Array:
     """Cut size x size at a random place out of each image.
 
     Every offset from 0 to S - size, both included, is equally likely: at 224 of 256,
     33 x 33 places (the paper's "factor of 2048" counts 32 x 32, twice for the flip).
 
     Args:
-      pictures: [B, S, S, 3] of any dtype; the result is [B, size, size, 3].
+      raw: [B, S, S, 3] of any dtype; the result is [B, size, size, 3].
       keys: [B] random keys, one per image.
     """
-    offsets = jnp.int32(pictures.shape[1] - size)
+    offsets = jnp.int32(raw.shape[1] - size)
 
-    def crop(picture: jax.Array, key: jax.Array) -> jax.Array:
+    def crop(image: jax.Array, key: jax.Array) -> jax.Array:
         top, left = jax.random.randint(key, (2,), 0, offsets + 1, dtype=jnp.int32)
         corner = (top, left, jnp.int32(0))
-        return lax.dynamic_slice(picture, corner, (size, size, picture.shape[-1]))
+        return lax.dynamic_slice(image, corner, (size, size, image.shape[-1]))
 
-    return jax.vmap(crop)(pictures, keys)
+    return jax.vmap(crop)(raw, keys)
 
 
 def random_boxes(keys: jax.Array, side: int, min_area: float) -> jax.Array:
@@ -133,7 +133,7 @@ def random_boxes(keys: jax.Array, side: int, min_area: float) -> jax.Array:
 
 
 def resize_boxes(
-    pictures: jax.Array, boxes: jax.Array, size: int, dtype: Any = jnp.float32
+    raw: jax.Array, boxes: jax.Array, size: int, dtype: Any = jnp.float32
 ) -> jax.Array:
     """Resize a box of each image to size x size, bilinearly and antialiased.
 
@@ -141,7 +141,7 @@ def resize_boxes(
     reduced the triangle is widened to the pixels that it stands for.
 
     Args:
-      pictures: [B, S, S, C].
+      raw: [B, S, S, C].
       boxes: int [B, 4]: top, left, height, width, in pixels, within the image.
       size, dtype: of the result; a float dtype.
 
@@ -149,18 +149,18 @@ def resize_boxes(
       [B, size, size, C], within the range of the raw images and not rounded.
     """
 
-    def resize(picture: jax.Array, box: jax.Array) -> jax.Array:
+    def resize(image: jax.Array, box: jax.Array) -> jax.Array:
         corner, sides = box[:2].astype(dtype), box[2:].astype(dtype)
-        scale, shape = size / sides, (size, size, picture.shape[-1])
+        scale, shape = size / sides, (size, size, image.shape[-1])
         return jax.image.scale_and_translate(
-            picture.astype(dtype), shape, (0, 1), scale, -corner * scale, "linear"
+            image.astype(dtype), shape, (0, 1), scale, -corner * scale, "linear"
         )
 
-    return jax.vmap(resize)(pictures, boxes)
+    return jax.vmap(resize)(raw, boxes)
 
 
 def random_resized_crop(
-    pictures: jax.Array, keys: jax.Array, size: int, *, min_area: float, dtype: Any = jnp.float32
+    raw: jax.Array, keys: jax.Array, size: int, *, min_area: float, dtype: Any = jnp.float32
 ) -> jax.Array:
     """Cut a box of random area, shape and place out of each, resized to size x size.
 
@@ -169,24 +169,24 @@ def random_resized_crop(
     first), and the result is not rounded to grey levels.
 
     Args:
-      pictures: [B, S, S, 3] of any dtype; S need not be as large as `size`.
+      raw: [B, S, S, 3] of any dtype; S need not be as large as `size`.
       keys: [B] random keys, one per image.
       min_area: smallest share of an image's area, above 0, at most 1; 0.08 in Szegedy
         et al. 2015, "Going deeper with convolutions", section 6.
       size, dtype: of the result, [B, size, size, 3]; a float dtype.
     """
-    boxes = random_boxes(keys, pictures.shape[1], min_area)
-    return resize_boxes(pictures, boxes, size, dtype)
+    boxes = random_boxes(keys, raw.shape[1], min_area)
+    return resize_boxes(raw, boxes, size, dtype)
 
 
-def random_flip(pictures: jax.Array, keys: jax.Array) -> jax.Array:
+def random_flip(raw: jax.Array, keys: jax.Array) -> jax.Array:
     """Mirror each image [H, W, 3] left to right with probability 1/2."""
 
-    def flip(picture: jax.Array, key: jax.Array) -> jax.Array:
+    def flip(image: jax.Array, key: jax.Array) -> jax.Array:
         coin = jax.random.bits(key, dtype=jnp.uint32) & 1
-        return jnp.where(coin == 1, picture[:, ::-1], picture)
+        return jnp.where(coin == 1, image[:, ::-1], image)
 
-    return jax.vmap(flip)(pictures, keys)
+    return jax.vmap(flip)(raw, keys)
 
 
 def pca_lighting(
@@ -285,17 +285,17 @@ def mixup(
     return Mixed(mixed, partners(labels), share)
 
 
-def centre_crop(pictures: jax.Array, size: int) -> jax.Array:
+def centre_crop(raw: jax.Array, size: int) -> jax.Array:
     """Return the central size x size of [..., S, S, 3].
 
     The larger half of an odd margin is cut at the right and the bottom.
     """
-    start = (pictures.shape[-3] - size) // 2
-    return pictures[..., start : start + size, start : start + size, :]
+    start = (raw.shape[-3] - size) // 2
+    return raw[..., start : start + size, start : start + size, :]
 
 
 def train_images(
-    pictures: jax.Array,
+    raw: jax.Array,
     key: jax.Array,
     first_example: Any,
     statistics: Statistics,
@@ -307,9 +307,9 @@ def train_images(
     """Augment raw images for training.
 
     Args:
-      pictures: uint8 [B, S, S, 3].
+      raw: uint8 [B, S, S, 3].
       key: of the step; each example folds in its position in the global batch.
-      first_example: the position of pictures[0] in the global batch.
+      first_example: the position of the first image in the global batch.
       statistics: of the training data. The centre of the mean image is subtracted
         from every crop, wherever it was cut, as the original did.
       augmentation: the draws to make.
@@ -320,20 +320,20 @@ def train_images(
       [B, crop_size, crop_size, 3], RGB, 0..255 minus the mean.
     """
     size = augmentation.crop_size
-    keys = example_keys(key, first_example, pictures.shape[0])
+    keys = example_keys(key, first_example, raw.shape[0])
     crop_keys, flip_keys, light_keys = jnp.moveaxis(
         jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0
     )
     if augmentation.crop and augmentation.min_area < 1:
         wide, min_area = jnp.promote_types(dtype, jnp.float32), augmentation.min_area
-        pictures = random_resized_crop(pictures, crop_keys, size, min_area=min_area, dtype=wide)
-    elif augmentation.crop and size < pictures.shape[1]:
-        pictures = random_crop(pictures, crop_keys, size)
+        raw = random_resized_crop(raw, crop_keys, size, min_area=min_area, dtype=wide)
+    elif augmentation.crop and size < raw.shape[1]:
+        raw = random_crop(raw, crop_keys, size)
     else:
-        pictures = centre_crop(pictures, size)
+        raw = centre_crop(raw, size)
     if augmentation.flip:
-        pictures = random_flip(pictures, flip_keys)
-    images = _minus_mean(pictures, statistics.mean_image, dtype)
+        raw = random_flip(raw, flip_keys)
+    images = _minus_mean(raw, statistics.mean_image, dtype)
     lit = pca_lighting(
         images,
         light_keys,
@@ -348,13 +348,13 @@ def train_images(
 
 
 def eval_images(
-    pictures: jax.Array, *, mean_image: jax.Array, crop_size: int, dtype: Any = jnp.float32
+    raw: jax.Array, *, mean_image: jax.Array, crop_size: int, dtype: Any = jnp.float32
 ) -> jax.Array:
     """Return the centre crops of uint8 [B, S, S, 3] minus the mean's centre."""
-    return _minus_mean(centre_crop(pictures, crop_size), mean_image, dtype)
+    return _minus_mean(centre_crop(raw, crop_size), mean_image, dtype)
 
 
-def several_views(pictures: jax.Array, count: int, size: int) -> jax.Array:
+def several_views(raw: jax.Array, count: int, size: int) -> jax.Array:
     """Cut several views out of each image: [B, S, S, 3] -> [V, B, size, size, 3].
 
     Args:
@@ -367,19 +367,19 @@ def several_views(pictures: jax.Array, count: int, size: int) -> jax.Array:
     """
     if count not in VIEW_COUNTS:
         raise ValueError(f"count={count} must be one of {VIEW_COUNTS}.")
-    margin = pictures.shape[1] - size
+    margin = raw.shape[1] - size
     middle = margin // 2
     sides = {1: (), 9: (0, middle, margin), 10: (0, margin)}[count]
     places = [(y, x) for y in sides for x in sides]
     if count == 9:
         places.pop(4)
     places.insert(0, (middle, middle))
-    views = [pictures[:, y : y + size, x : x + size] for y, x in places]
+    views = [raw[:, y : y + size, x : x + size] for y, x in places]
     if count == 10:
         views += [view[:, :, ::-1] for view in views]
     return jnp.stack(views)
 
 
-def _minus_mean(pictures: jax.Array, mean_image: jax.Array, dtype: Any) -> jax.Array:
+def _minus_mean(raw: jax.Array, mean_image: jax.Array, dtype: Any) -> jax.Array:
     wide = jnp.promote_types(dtype, jnp.float32)
-    return pictures.astype(wide) - centre_crop(mean_image, pictures.shape[-2]).astype(wide)
+    return raw.astype(wide) - centre_crop(mean_image, raw.shape[-2]).astype(wide)

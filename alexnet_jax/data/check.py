@@ -111,7 +111,7 @@ def examine(
     for name, split in splits.items():
         if is_imagenet:
             count, official = len(split.labels), OFFICIAL_COUNTS[name]
-            text = f"{name}: {count:,} pictures, ILSVRC-2012 has {official:,}"
+            text = f"{name}: {count:,} images, ILSVRC-2012 has {official:,}"
             if count == official:
                 yield Finding("ok", text)
             elif partial:
@@ -168,16 +168,16 @@ def _counts(name: str, split: Split) -> Finding:
     present, absent = np.flatnonzero(counts), np.flatnonzero(counts == 0)
     if len(present) == 1:
         label = class_names[present[0]]
-        return Finding("WRONG", f"{name}: every picture has the same label, {label}")
+        return Finding("WRONG", f"{name}: every image has the same label, {label}")
     text = (
-        f"{name}: {len(split.labels):,} pictures, a class has {counts[present].min():,} to "
+        f"{name}: {len(split.labels):,} images, a class has {counts[present].min():,} to "
         f"{counts.max():,}, median {np.median(counts[present]):,.0f}"
     )
     if not len(absent):
         return Finding("ok", text)
     # A small evaluation split may lack classes; a training split must not.
     level = "WRONG" if name == "train" else "note"
-    return Finding(level, f"{text}; no pictures of {some([class_names[k] for k in absent])}")
+    return Finding(level, f"{text}; no images of {some([class_names[k] for k in absent])}")
 
 
 def _pixel_values(name: str, source: Source) -> Finding:
@@ -210,7 +210,7 @@ def _order(labels: np.ndarray) -> Iterator[Finding]:
     # Several batches: one batch of all examples would look well mixed.
     size = min(_BATCH_SIZE, max(1, len(labels) // 8))
     if size < _FEWEST:
-        yield Finding("note", "shuffling and order of storage: too few pictures to tell")
+        yield Finding("note", "shuffling and order of storage: too few images to tell")
         return
     count = min(_NUM_BATCHES, len(labels) // size)
 
@@ -239,7 +239,7 @@ def _statistics(train: Source, is_imagenet: bool, workers: int) -> Iterator[Find
         yield Finding(
             "note",
             "statistics: none beside the data; training computes them from at most "
-            "10,000 pictures (python -m alexnet_jax.prepare statistics --source=... stores "
+            "10,000 images (python -m alexnet_jax.prepare statistics --source=... stores "
             "those of all)",
         )
         return
@@ -263,7 +263,7 @@ def _statistics(train: Source, is_imagenet: bool, workers: int) -> Iterator[Find
     yield Finding(
         "ok" if near else "WRONG",
         f"statistics: stored (of {stored.extent}) mean "
-        f"{_numbers(mean, stored.pca_std_255)}; of {count:,} pictures again "
+        f"{_numbers(mean, stored.pca_std_255)}; of {count:,} images again "
         f"{_numbers(new_mean, again.pca_std_255)}",
     )
     if is_imagenet:

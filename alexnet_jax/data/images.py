@@ -74,8 +74,8 @@ def decode(
         out = np.empty((size, size, 3), np.uint8)
     try:
         if not _decode_plain_jpeg(data, size, out, upright=upright):
-            with _open(data) as picture:
-                out[...] = _square(picture, size, upright=upright)
+            with _open(data) as image:
+                out[...] = _square(image, size, upright=upright)
     except MemoryError:  # not the image's fault: `prepare` must not leave it out
         raise
     except Exception as error:  # Pillow also lets errors of zlib, struct ... through
@@ -87,11 +87,11 @@ def decode(
     return out
 
 
-def load_picture(picture: str | os.PathLike | Image.Image | np.ndarray, size: int) -> np.ndarray:
+def load_image(image: str | os.PathLike | Image.Image | np.ndarray, size: int) -> np.ndarray:
     """Read one image from a path, Pillow or an array, as training sees it.
 
     Args:
-      picture: a path, a Pillow image, or uint8 [H, W], [H, W, 3] or [H, W, 4]. Files
+      image: a path, a Pillow image, or uint8 [H, W], [H, W, 3] or [H, W, 4]. Files
         and Pillow images are turned by their EXIF orientation.
       size: side S of the result in pixels.
 
@@ -102,17 +102,17 @@ def load_picture(picture: str | os.PathLike | Image.Image | np.ndarray, size: in
       ValueError: a broken file (a DataError, see `decode`), or an unusable array.
       OSError: the file cannot be read.
     """
-    if isinstance(picture, (str, os.PathLike)):
-        data = Path(picture).read_bytes()
-        return decode(data, size, os.fspath(picture), upright=True)
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.shape[2:] not in ((), (3,), (4,)):
+    if isinstance(image, (str, os.PathLike)):
+        data = Path(image).read_bytes()
+        return decode(data, size, os.fspath(image), upright=True)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,), (4,)):
             raise ValueError(
-                "a picture array must be uint8 (0..255) of shape [H, W], [H, W, 3] "
-                f"or [H, W, 4]; got {picture.dtype} {list(picture.shape)}"
+                "an image array must be uint8 (0..255) of shape [H, W], [H, W, 3] "
+                f"or [H, W, 4]; got {image.dtype} {list(image.shape)}"
             )
-        picture = Image.fromarray(picture)
-    return np.array(_square(picture, size, upright=True))
+        image = Image.fromarray(image)
+    return np.array(_square(image, size, upright=True))
 
 
 def resize_to_square(image: np.ndarray | Image.Image, size: int) -> np.ndarray:
@@ -162,9 +162,7 @@ def _open(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError:  # Pillow names a buffer at an address
         known, begin = ", ".join(_formats()), data[:8]
-        raise ValueError(
-            f"it is damaged or no picture ({known}); it begins with {begin!r}"
-        ) from None
+        raise ValueError(f"it is damaged or no image ({known}); it begins with {begin!r}") from None
 
 
 def _decode_plain_jpeg(data: bytes, size: int, out: np.ndarray, *, upright: bool) -> bool:
@@ -191,54 +189,54 @@ def _decode_plain_jpeg(data: bytes, size: int, out: np.ndarray, *, upright: bool
     return True
 
 
-def _orientation(picture: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     try:
-        return picture.getexif().get(ExifTags.Base.Orientation, 1)
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
     except (SyntaxError, ValueError, LookupError, TypeError, OSError, struct.error):
         return 1  # a damaged tag makes no image unreadable
 
 
-def _square(picture: Image.Image, size: int, *, upright: bool) -> np.ndarray:
+def _square(image: Image.Image, size: int, *, upright: bool) -> np.ndarray:
     """Check, load, turn and resize an image that may not be decoded yet."""
-    width, height = picture.size
+    width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(
             f"it has {width:,} x {height:,}, more than {MAX_PIXELS:,} pixels; make it smaller"
         )
-    tiles = str(getattr(picture, "tile", ""))
-    if isinstance(picture, TiffImagePlugin.TiffImageFile):
+    tiles = str(getattr(image, "tile", ""))
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
         # Pillow reads 16-bit channels that are stored apart as bytes, and does not
         # invert 16-bit images whose white is 0.
-        bits = max(picture.tag_v2.get(ExifTags.Base.BitsPerSample, (1,)))
-        inverted = picture.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0
-        if bits > 8 and (inverted or (picture.tile and ";" not in tiles)):
+        bits = max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,)))
+        inverted = image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0
+        if bits > 8 and (inverted or (image.tile and ";" not in tiles)):
             raise ValueError(
                 "it is a TIFF of more than 8 bits with channels stored apart or white "
                 "stored as 0, which is not read; save it as PNG"
             )
-    picture.load()
+    image.load()
     if _REDUCED.search(tiles):
-        _check_range(256 * np.asarray(picture.convert("RGB")).max().item() + 255)
-    turn = _TURNS.get(_orientation(picture)) if upright else None
-    picture = _to_rgb(picture)
-    return resize_to_square(picture if turn is None else picture.transpose(turn), size)
+        _check_range(256 * np.asarray(image.convert("RGB")).max().item() + 255)
+    turn = _TURNS.get(_orientation(image)) if upright else None
+    image = _to_rgb(image)
+    return resize_to_square(image if turn is None else image.transpose(turn), size)
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     """Convert any Pillow mode to RGB, composited on white; 16 bits keep the upper 8."""
-    if picture.mode.startswith("I"):  # 16-bit grey; convert("RGB") would clip it
-        values = np.asarray(picture)
+    if image.mode.startswith("I"):  # 16-bit grey; convert("RGB") would clip it
+        values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError("more than 16 bits per channel")
         _check_range(values.max().item())
-        picture = Image.fromarray((values >> 8).astype(np.uint8))
-    elif picture.mode == "F":
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    elif image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
-    elif picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _check_range(largest: int) -> None:

@@ -82,7 +82,7 @@ def load(path: str | os.PathLike, image_size: int | None = None) -> Statistics:
     if image_size not in (None, len(mean)):
         raise DataError(
             f"{os.fspath(path)}: the mean image is {len(mean)} x {len(mean)} pixels, the "
-            f"pictures here are {image_size} x {image_size}: it is of other data, or of "
+            f"images here are {image_size} x {image_size}: it is of other data, or of "
             f"another run. {_REMEDY}"
         )
     return Statistics(mean, std, vectors, int(count), int(total))

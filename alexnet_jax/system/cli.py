@@ -25,7 +25,7 @@ class PathError(OSError):
 
 
 def parser(module: str, about: str | None, *, top: int) -> argparse.ArgumentParser:
-    """Return the arguments that `predict` and `retrieve` share, without the pictures."""
+    """Return the arguments that `predict` and `retrieve` share, without the images."""
     made = argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=about,
@@ -35,7 +35,7 @@ def parser(module: str, about: str | None, *, top: int) -> argparse.ArgumentPars
         "--workdir", type=path_argument, required=True, help="folder of a run, or a file of weights"
     )
     made.add_argument("--step", type=int, help="which checkpoint; else the best")
-    made.add_argument("--top", type=int, default=top, help="answers per picture")
+    made.add_argument("--top", type=int, default=top, help="answers per image")
     made.add_argument("--format", choices=["text", "json"], default="text")
     made.add_argument("--figure", type=figure_file, metavar="FILE.png", help="also draw them")
     return made

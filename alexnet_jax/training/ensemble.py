@@ -89,7 +89,7 @@ def config_file(members: Sequence[Member]) -> str:
             require_run(member.path)
             return str(member.path / CONFIG_FILE)
     raise ConfigError(
-        "--config=FILE is missing. Files do not say which pictures they are to be tested on."
+        "--config=FILE is missing. Files do not say which images they are to be tested on."
     )
 
 
@@ -216,7 +216,7 @@ def describe_mistakes(predictions: Predictions) -> list[str]:
     """Return lines with the worst classes and the most frequent confusions."""
     worst = [c for c in class_errors(predictions)[:WORST] if c.top1_error > 0]
     if not worst:
-        return ["no picture is classified wrongly"]
+        return ["no image is classified wrongly"]
     confusions = worst_confusions(predictions, WORST)
     shown = [c.name for c in worst] + [name for c in confusions for name in c[:2]]
     width = max(len(words(name)) for name in shown)
@@ -225,12 +225,12 @@ def describe_mistakes(predictions: Predictions) -> list[str]:
         rates = f"top-1 {100 * top1:5.1f}%"
         if metrics.shows_top5(len(predictions.class_names)):
             rates += f"  top-5 {100 * top5:5.1f}%"
-        lines.append(f"  {words(name):<{width}}  {rates}  of {count} pictures")
+        lines.append(f"  {words(name):<{width}}  {rates}  of {count} images")
     lines.append("most frequent confusions:")
     for label, predicted, count, share in confusions:
         pair = f"{words(label):<{width}}  taken for {words(predicted):<{width}}"
         times = "once" if count == 1 else f"{count} times"
-        lines.append(f"  {pair}  {times}, {100 * share:.1f}% of its pictures")
+        lines.append(f"  {pair}  {times}, {100 * share:.1f}% of its images")
     return lines
 
 
@@ -247,7 +247,7 @@ def _in_words(record: dict[str, Any], predictions: Predictions) -> str:
             rates = (f"top-{k} error {100 * record[f'{prefix}top{k}_error']:.2f}%" for k in ks)
             parts.append(f"{', '.join(rates)} ({_num_views(count)})")
     step = f"step {record['step']}: " if "step" in record else ""
-    return f"{step}{'; '.join(parts)}; {record['eval/count']} pictures"
+    return f"{step}{'; '.join(parts)}; {record['eval/count']} images"
 
 
 def _num_views(count: int) -> str:

@@ -66,9 +66,9 @@ def make_preprocess(weights: Weights) -> Callable[[Any], jax.Array]:
     size, crop_size = weights.image_size, weights.crop_size
     mean_image = jnp.broadcast_to(jnp.asarray(weights.mean), (size, size, 3))
 
-    def preprocess(pictures: Any) -> jax.Array:
-        many = pictures if isinstance(pictures, (list, tuple)) else [pictures]
-        stack = np.stack([images_lib.load_picture(p, size) for p in many])
+    def preprocess(images: Any) -> jax.Array:
+        many = images if isinstance(images, (list, tuple)) else [images]
+        stack = np.stack([images_lib.load_image(p, size) for p in many])
         return augment.eval_images(jnp.asarray(stack), mean_image=mean_image, crop_size=crop_size)
 
     return preprocess

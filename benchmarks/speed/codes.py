@@ -9,7 +9,7 @@
 For each index, by codes of several lengths: how many of the exact 10 nearest are among
 the 10 and the 100 nearest by code (the second is also what a shortlist of 100, put into
 exact order, finds), and how many of the 10 nearest by code are of the query's class.
-Coders learn from the rows of the index; 1,000 pictures of TEST.npz, evenly spread, are
+Coders learn from the rows of the index; 1,000 images of TEST.npz, evenly spread, are
 the queries. The autoencoder's codes stand beside those of as many random hyperplanes
 (locality-sensitive hashing) and of the signs of the first principal components. Without
 files the features are drawn around random centres.

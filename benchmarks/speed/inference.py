@@ -3,7 +3,7 @@
     python -m benchmarks.speed.inference --out=DIR [--short] [--batch N ...]
         [--precision NAME ...]
 
-The "paper" network with response normalisation, from uint8 pictures of 224 x 224 less
+The "paper" network with response normalisation, from uint8 images of 224 x 224 less
 their mean to logits. On a CPU float32 at batch 128; on a GPU bfloat16, float32 and
 tensorfloat32 at 128 and 1,024.
 """

@@ -111,7 +111,7 @@ def _measured(data_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
 def _candidates(
     source: TfdsSource, jpegs: Sequence[bytes], workers: int, short: bool
 ) -> dict[str, tuple[int, Callable[[], object]]]:
-    """Return by name how many pictures a call makes, and the call."""
+    """Return by name how many images a call makes, and the call."""
     count = BATCH_SIZE * (4 if short else 40) * workers
     part = count // workers // 2
     threads = concurrent.futures.ThreadPoolExecutor(workers)
@@ -200,7 +200,7 @@ def _table(record: dict[str, Any]) -> str:
     late = watched["mib"][len(watched["mib"]) // 10 :]
     sentence = (
         f"{record['workers']} workers each; {record['records']:,} records of "
-        f"{record['bytes_a_picture']:,.0f} bytes ({record['pictures']} pictures), from "
+        f"{record['bytes_a_picture']:,.0f} bytes ({record['pictures']} images), from "
         f"the page cache. First batch {measure.spread(record['first_batch_seconds'], '.2f')} "
         f"s after the start of the process. Memory while {watched['records'][-1]:,} records "
         f"are read, after the first tenth of them: {min(late):,.0f} to {max(late):,.0f} MiB."

@@ -3,9 +3,9 @@
     python -m benchmarks.speed.preparation --out=DIR [--short] [--pictures=FOLDER]
         [--workers N ...]
 
-The command by 1 and by 2 processes, on 400 and on 4,000 pictures in class folders (those
-of FOLDER under several names): the difference is 3,600 pictures without the start of
-processes. Against the same library calls on pictures in memory, in one process. The
+The command by 1 and by 2 processes, on 400 and on 4,000 images in class folders (those
+of FOLDER under several names): the difference is 3,600 images without the start of
+processes. Against the same library calls on images in memory, in one process. The
 records are the command's first part; the mean image and the colour PCA, for which every
 record is decoded again, its second. From the whole follows how long ImageNet takes on
 more cores; that is arithmetic, and the disk has to keep up.

@@ -66,7 +66,7 @@ def _layers(model: AlexNet, batch: int, kernel_itemsize: int) -> list[list[Cost]
     for row in summary(model):
         found.append(_parts(row, before, batch, model.dtype.itemsize, kernel_itemsize))
         before = row.shape
-    del found[0][1]  # the input gradient of the pictures
+    del found[0][1]  # the input gradient of the images
     return found
 
 

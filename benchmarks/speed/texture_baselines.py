@@ -3,7 +3,7 @@
     python -m benchmarks.speed.texture_baselines [--data_dir=DIR]
 
 They show that a network which learns this data set has learned local structure. Both are
-given every advantage: their one free number is chosen on the test pictures.
+given every advantage: their one free number is chosen on the test images.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def main() -> None:
     options = parser.parse_args()
     splits = []
     for split in ("train", "test"):
-        # In parts: all pictures would take 1 GB.
+        # In parts: all images would take 1 GB.
         source = open_source("textures", split, data_dir=options.data_dir)
         parts = []
         with eval_batches(source, batch_size=100) as batches:

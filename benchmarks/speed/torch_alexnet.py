@@ -1,7 +1,7 @@
 """The peer: the paper's network in PyTorch, in the forms a user would try.
 
 The same two columns, response normalisation, dropout, loss and update as
-`alexnet_jax.create_model("paper")`, the same precision, from the same uint8 pictures.
+`alexnet_jax.create_model("paper")`, the same precision, from the same uint8 images.
 torch has no normalisation inside a column of its own and its
 `torch.nn.functional.local_response_norm` is slow on some backends, so `Form` has
 several ways of writing it. Which form is the fastest is measured, not assumed.

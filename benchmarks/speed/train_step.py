@@ -4,9 +4,9 @@
         [--precision NAME ...]
 
 The "paper" network with response normalisation and dropout: forward pass, gradients,
-SGD with momentum and weight decay, from uint8 pictures of 224 x 224 less their mean. On
+SGD with momentum and weight decay, from uint8 images of 224 x 224 less their mean. On
 a CPU float32 at batch 128; on a GPU bfloat16, float32 and tensorfloat32 at 128 and
-1,024. Operations are counted without conv1's gradient of the pictures, which nobody
+1,024. Operations are counted without conv1's gradient of the images, which nobody
 needs.
 """
 

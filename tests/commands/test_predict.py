@@ -1,4 +1,4 @@
-"""What is in a picture, from the command line and as a figure."""
+"""What is in an image, from the command line and as a figure."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def test_an_unreadable_picture_does_not_stop_the_others(workdir, pictures, tmp_p
     first, second = err.splitlines()
     assert f"cannot decode {broken}" in first and str(missing) in second
     assert Image.open(figure).size[0] > 100
-    # The picture and its three convolutions, before and after pooling and norm.
+    # The image and its three convolutions, before and after pooling and norm.
     width, height = Image.open(maps).size
     assert height > width / 2
     maps.unlink()

@@ -141,15 +141,15 @@ def test_headline_errors_are_those_of_the_records(made, parsed):
     error, views = (f"{100 * last[f'eval/{prefix}top1_error']:.2f}%" for prefix in ("", "views_"))
     parameters = sum(row.parameters for row in findings.read_run(workdir).layers)
     assert tiles(parsed) == [  # no top-5 error of three classes
-        (error, f"top-1 error of {TEST} held-out pictures, centre view"),
-        (views, f"top-1 error of {TEST} held-out pictures, 10 views"),
+        (error, f"top-1 error of {TEST} held-out images, centre view"),
+        (views, f"top-1 error of {TEST} held-out images, 10 views"),
         ("66.7%", "error of guessing: 3 classes"),
         (f"{parameters:,}", "parameters"),
-        ("4", f"of 4 epochs of {TRAIN} training pictures"),
+        ("4", f"of 4 epochs of {TRAIN} training images"),
         ("16", "steps of 6 images"),
     ]
     assert lines == [
-        f"held-out errors: top-1 {error} ({TEST} pictures, step 16)",
+        f"held-out errors: top-1 {error} ({TEST} images, step 16)",
         f"over several views: top-1 {views}",
         f"first-layer filters: {workdir / 'filters.png'}, filter_statistics.png",
         f"training curves:     {workdir / 'curves.png'}",
@@ -161,7 +161,7 @@ def test_headline_errors_are_those_of_the_records(made, parsed):
 
 @pytest.fixture(scope="module")
 def looked(made, pictures):
-    """(probabilities, features, labels) of test and of training pictures, by `load`."""
+    """(probabilities, features, labels) of test and of training images, by `load`."""
     model, variables, preprocess = load(made[0])
     folders = [pictures / split / name for split in ("test", "train") for name in NAMES]
     paths = [path for folder in folders for path in sorted(folder.iterdir())]
@@ -178,7 +178,7 @@ def looked(made, pictures):
 def test_errors_and_confusions_are_those_of_each_picture(parsed, looked):
     chances, _, labels = looked[0]
     predicted = chances.argmax(1)
-    rows = table(parsed, "class", "", "top-1", "pictures")
+    rows = table(parsed, "class", "", "top-1", "images")
     assert sorted(row[0] for row in rows) == sorted(NAMES)
     for name, _, top1, count in rows:
         own = predicted[labels == NAMES.index(name)]
@@ -186,7 +186,7 @@ def test_errors_and_confusions_are_those_of_each_picture(parsed, looked):
         assert (top1, count) == (f"{wrong:.1f}%", str(len(own)))
     errors = [float(row[2][:-1]) for row in rows]
     assert errors == sorted(errors, reverse=True) and errors[0] > 0
-    pairs = table(parsed, "class", "taken for", "times", "of its pictures")
+    pairs = table(parsed, "class", "taken for", "times", "of its images")
     assert sum(int(row[2]) for row in pairs) == (labels != predicted).sum()
     for label, taken, times, _ in pairs:
         there = (labels == NAMES.index(label)) & (predicted == NAMES.index(taken))
@@ -211,13 +211,13 @@ def test_many_classes_show_top5_errors_and_the_worst_classes(made, monkeypatch):
     records = [r | {"eval/top5_error": 0.25} for r in run.records]
     run = dataclasses.replace(run, names=names, records=records)
     page = parse(report_page.build_page(run).decode())
-    assert table(page, "class", "", "top-1", "top-5", "pictures") == [
+    assert table(page, "class", "", "top-1", "top-5", "images") == [
         ["c4", "", "100.0%", "0.0%", "1"],
         ["c7", "", "100.0%", "0.0%", "1"],
         ["c0", "", "0.0%", "0.0%", "1"],
     ]
     assert "Error of each class, the 3 worst" in text(page)
-    assert "18 (spread evenly) of 99 held-out pictures" in text(page)
+    assert "18 (spread evenly) of 99 held-out images" in text(page)
     assert "top-1 error 11.11%, top-5 0.00%." in text(page)
     assert ("25.00%", "top-5 error of the same") in tiles(page)
     assert ("94.4%", "error of guessing: 18 classes, top-5 72.2%") in tiles(page)
@@ -242,8 +242,8 @@ def test_neighbours_are_counted(parsed, looked):
     nearest = np.argsort(distances, axis=1, kind="stable")[:, :5]
     share = np.mean(train_labels[nearest] == labels[:, None])
     found = re.search(
-        r"features in (\w+), .* All (\d+) training pictures were searched\. Of the 5 "
-        r"nearest to each of (\d+) held-out pictures ([\d.]+)% are of its class",
+        r"features in (\w+), .* All (\d+) training images were searched\. Of the 5 "
+        r"nearest to each of (\d+) held-out images ([\d.]+)% are of its class",
         text(parsed),
     )
     assert found.groups()[:3] == ("pool3", str(TRAIN), str(TEST))
@@ -259,9 +259,9 @@ def test_large_splits_are_sampled_evenly(made, monkeypatch):
     assert held_out.total == TEST
     assert np.bincount(held_out.predictions.labels).tolist() == [3, 3, 3]
     page = text(parse(report_page.build_page(run).decode()))
-    assert f"9 (spread evenly) of {TEST} held-out pictures" in page
+    assert f"9 (spread evenly) of {TEST} held-out images" in page
     # The images that are drawn are compared with those of the index.
-    assert f"12 (spread evenly) of {TRAIN} training pictures were searched" in page
+    assert f"12 (spread evenly) of {TRAIN} training images were searched" in page
 
 
 def test_names_are_escaped(made, parsed):
@@ -305,7 +305,7 @@ def test_other_classes_and_no_held_out_images(copied):
     with pytest.raises(DataError, match=r"classes that were never trained: \$\^\$"):
         findings.classify_held_out(run)
     run.config["data"]["eval_split"] = ""
-    with pytest.raises(DataError, match="this run has no held-out pictures"):
+    with pytest.raises(DataError, match="this run has no held-out images"):
         findings.classify_held_out(run)
 
 

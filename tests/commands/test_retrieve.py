@@ -83,7 +83,7 @@ def test_pictures_are_looked_up(index_file, workdir, folder, tmp_path, capsys):
     paths = [str(path) for path in sorted(folder.glob("train/*/*.png"))]
     figure = tmp_path / "figure.png"
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     base = [f"--workdir={workdir}", f"--index={index_file}", "--top=3"]
     arguments = [paths[3], str(broken), paths[20], f"--figure={figure}"]
     assert retrieve.main([*base, "--format=json", *arguments]) == 1
@@ -120,7 +120,7 @@ def _exchange_labels(train):
         (train / name).rename(train / new)
 
 
-OTHERS = "has other pictures now than the index. Make it again"
+OTHERS = "has other images now than the index. Make it again"
 
 
 @pytest.mark.parametrize(
@@ -171,15 +171,13 @@ def test_pictures_are_looked_up_by_codes(
     assert codes.packed.shape == (PICTURES, 5)
     different = np.unpackbits(codes.packed[:, None] ^ codes.packed, axis=2).sum(axis=2)
     said = capsys.readouterr().err
-    assert f": 40 bits a picture, 5 bytes instead of {4 * features.shape[1]:,}. Of the" in said
+    assert f": 40 bits an image, 5 bytes instead of {4 * features.shape[1]:,}. Of the" in said
     others, hits = np.setdiff1d(np.arange(PICTURES), [0, 12, 24]), []
     for row in (0, 12, 24):
         _, (exact,) = brute_force(features[others], features[[row]], 10)
         near = np.argsort(different[row, others], kind="stable")[:10]
         hits.append(len({*exact} & {*near}) / 10)
-    told = re.search(
-        r"of 3 pictures that training left out, (\d+)% are .* and 100% among 100", said
-    )
+    told = re.search(r"of 3 images that training left out, (\d+)% are .* and 100% among 100", said)
     assert told[1] == f"{100 * np.mean(hits):.0f}"
 
     assert retrieve.main([*base, "--format=json", paths[3], f"--figure={figure}"]) == 0

@@ -18,7 +18,7 @@ def keys():
 
 
 def test_every_offset_is_drawn_and_as_often(keys):
-    # A 4 x 4 picture whose values tell the place; 2 x 2 cut out: 3 x 3 places.
+    # A 4 x 4 image whose values tell the place; 2 x 2 cut out: 3 x 3 places.
     picture = jnp.arange(16, dtype=jnp.uint8).reshape(1, 4, 4, 1).repeat(3, -1)
     crops = jax.jit(augment.random_crop, static_argnums=2)(
         jnp.broadcast_to(picture, (COUNT, 4, 4, 3)), keys, 2
@@ -27,7 +27,7 @@ def test_every_offset_is_drawn_and_as_often(keys):
     corners, counts = np.unique(crops[:, 0, 0, 0], return_counts=True)
     np.testing.assert_array_equal(corners, [0, 1, 2, 4, 5, 6, 8, 9, 10])
     assert np.abs(counts / COUNT - 1 / 9).max() < 0.01  # 4.5 sigma
-    # Each crop is a piece of the picture.
+    # Each crop is a piece of the image.
     np.testing.assert_array_equal(crops[:, 1, 1, 0], crops[:, 0, 0, 0] + 5)
 
 
@@ -70,7 +70,7 @@ def test_boxes_are_those_of_torchvision(keys, min_area):
 
 
 def torchvision_boxes(rng, side, min_area, count):
-    """`RandomResizedCrop.get_params` of a square picture, a box at a time."""
+    """`RandomResizedCrop.get_params` of a square image, a box at a time."""
     boxes = []
     for _ in range(count):
         for _ in range(10):
@@ -224,7 +224,7 @@ def test_views_of_an_image(places, mirrored):
 
 
 def train(augmentation, raw=None, first=0, *, key=0, step=0):
-    """Return training images of all of `pictures`, or of a part."""
+    """Return training images of all of `images`, or of a part."""
     raw = pictures() if raw is None else raw
     key, stats = jax.random.key(key), statistics(raw.shape[1])
     return augment.train_images(raw, key, first, stats, augmentation, step=step)

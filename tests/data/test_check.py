@@ -62,14 +62,14 @@ def test_sorted_and_few_examples_are_noted():
     assert any("sorted by class" in text for text in found["note"])
     assert "WRONG" not in found  # training shuffles
     few = findings(Labelled(np.sort(RANDOM[:12])))
-    assert "too few pictures to tell" in few["note"][0]
+    assert "too few images to tell" in few["note"][0]
 
 
 @pytest.mark.parametrize(
     "splits, words",
     [
-        ([Labelled(np.full(100, 1))], "every picture has the same label, b"),
-        ([Labelled(RANDOM[RANDOM < 3])], "no pictures of d"),
+        ([Labelled(np.full(100, 1))], "every image has the same label, b"),
+        ([Labelled(RANDOM[RANDOM < 3])], "no images of d"),
         ([Labelled(RANDOM), Labelled(RANDOM, (*"abde",))], "never trained: e"),
     ],
 )
@@ -132,7 +132,7 @@ def test_imagenet_is_counted_and_its_order_checked():
     shuffled = np.random.default_rng(0).permutation(labels)
     whole = Labelled(shuffled, wnids())
     [text] = findings(whole)["WRONG"]
-    assert "train: 2,000 pictures, ILSVRC-2012 has 1,281,167" in text
+    assert "train: 2,000 images, ILSVRC-2012 has 1,281,167" in text
     found = findings(whole, partial=True)
     assert "WRONG" not in found
     assert "0 is n01440764 (tench)" in found["ok"][0]
@@ -169,8 +169,8 @@ def test_command_draws_a_contact_sheet_and_has_status_1(data_dir, tmp_path, caps
     arguments = ["prepare", "check", f"--data_dir={data_dir}"]
     assert prepare.main([*arguments, f"--out={out}"]) == 1
     output = capsys.readouterr().out
-    assert "WRONG  train: 18 pictures, ILSVRC-2012 has 1,281,167" in output
-    assert "no pictures of" in output  # 997 of the classes
+    assert "WRONG  train: 18 images, ILSVRC-2012 has 1,281,167" in output
+    assert "no images of" in output  # 997 of the classes
     with Image.open(out) as picture:
         assert picture.format == "PNG" and picture.width > 1000
 

@@ -183,7 +183,7 @@ def test_hugging_faces_names_say_the_class(tmp_path):
     rows = [originals.read(original) for split in found.values() for original in split]
     assert {data.decode(): label for _, label, data in rows} == labels
     (tmp_path / "train" / "cat.JPEG").touch()
-    words = "1 of 19 pictures in .* have no class: cat.JPEG"
+    words = "1 of 19 images in .* have no class: cat.JPEG"
     with pytest.raises(DataError, match=words):
         originals.find(tmp_path)
 
@@ -196,7 +196,7 @@ def test_second_start_has_nothing_to_do(archives, data_dir, tmp_path, capsys):
     (data_dir / "imagenet2012_256" / "1.0.0" / "parts").mkdir()  # killed at the end
     assert imagenet(archives, data_dir) == 0
     output = capsys.readouterr().out
-    assert "is there already" in output and "train: 18 pictures" in output
+    assert "is there already" in output and "train: 18 images" in output
     assert "WARNING: ILSVRC-2012 has 1,281,167" in output
     assert before == {p: p.stat().st_mtime_ns for p in data_dir.rglob("*record*")}
     assert not list(data_dir.rglob("parts"))
@@ -246,7 +246,7 @@ def test_mended_or_removed_image_costs_one_shard(tmp_path, monkeypatch, capsys):
     whole = broken.read_bytes()
     broken.write_bytes(bytes(len(whole)))
     assert imagenet(source, tmp_path, "--max_unreadable=0") == 1
-    assert "pictures that cannot be read: 1, " in capsys.readouterr().err
+    assert "images that cannot be read: 1, " in capsys.readouterr().err
     assert len(made) == 6
     broken.write_bytes(whole)
     (source / "train" / WNIDS[0] / second).unlink()
@@ -262,7 +262,7 @@ def test_broken_images_are_named_counted_and_limited(tmp_path, monkeypatch, caps
     write_shards_here(monkeypatch)
     assert imagenet(source, tmp_path, "--max_unreadable=1") == 1
     error = capsys.readouterr().err
-    words = "pictures that cannot be read: 2, --max_unreadable=1 allows no more. Put"
+    words = "images that cannot be read: 2, --max_unreadable=1 allows no more. Put"
     assert words in error
     assert f"cannot decode {name} (500 bytes)" in error
     assert f"cannot decode {empty} (0 bytes)" in error
@@ -270,7 +270,7 @@ def test_broken_images_are_named_counted_and_limited(tmp_path, monkeypatch, caps
         open_source("imagenet2012_256", "train", data_dir=str(tmp_path))
     assert imagenet(source, tmp_path, "--max_unreadable=2") == 0
     output = capsys.readouterr().out
-    assert "pictures left out: 2\n" in output and f"cannot decode {name}" in output
+    assert "images left out: 2\n" in output and f"cannot decode {name}" in output
     directory = tmp_path / "imagenet2012_256" / "1.0.0"
     record = json.loads((directory / "preparation.json").read_text())
     counts = {"train": len(TRAIN) - 1, "validation": NUM_VALIDATION - 1}

@@ -15,7 +15,7 @@ GREY_RGB = np.repeat(GREY[..., None], 3, axis=2)
 
 
 @pytest.mark.parametrize(
-    "picture, expected",
+    "image, expected",
     [
         (Image.fromarray(RGB), RGB),
         (Image.fromarray(GREY), GREY_RGB),
@@ -114,9 +114,9 @@ def test_exif_orientation_is_applied(kind, orientation, tmp_path):
     path = tmp_path / "train" / "a" / f"1.{kind.lower()}"
     path.parent.mkdir(parents=True)
     picture.save(path, kind, exif=with_orientation(orientation), **options)
-    found = {"file": images.load_picture(path, SIZE)}
+    found = {"file": images.load_image(path, SIZE)}
     with Image.open(path) as opened:
-        found["Pillow"] = images.load_picture(opened, SIZE)
+        found["Pillow"] = images.load_image(opened, SIZE)
     source = open_source(f"folder:{tmp_path}", "train", image_size=SIZE)
     found["folder"] = next(eval_batches(source, batch_size=1))["image"][0]
     for way, result in found.items():
@@ -197,12 +197,12 @@ def test_load_picture_takes_paths_pillow_and_arrays(tmp_path):
     path, expected = tmp_path / "a.png", picture[:, 2:-2]
     Image.fromarray(picture).save(path)
     for given in (path, str(path), Image.fromarray(picture), picture):
-        np.testing.assert_array_equal(images.load_picture(given, SIZE), expected)
-    grey = images.load_picture(picture[..., 0], SIZE)
+        np.testing.assert_array_equal(images.load_image(given, SIZE), expected)
+    grey = images.load_image(picture[..., 0], SIZE)
     np.testing.assert_array_equal(grey[..., 2], expected[..., 0])
-    assert not np.shares_memory(images.load_picture(expected, SIZE), picture)
+    assert not np.shares_memory(images.load_image(expected, SIZE), picture)
     with pytest.raises(ValueError, match=r"uint8 .* got float64 \[16, 20, 3\]"):
-        images.load_picture(picture / 255.0, SIZE)
+        images.load_image(picture / 255.0, SIZE)
 
 
 # Files of every kind, and broken ones.
@@ -233,7 +233,7 @@ FILES = {
     "much text": (with_much_text(), (200, 100, 50)),
     "truncated JPEG": (cut("JPEG"), "truncated"),
     "truncated PNG": (cut("PNG"), "truncated"),
-    "zero bytes": (b"", "it is damaged or no picture"),
+    "zero bytes": (b"", "it is damaged or no image"),
     "HTML": (b"<!DOCTYPE html>", "begins with b'<!DOCTYP'"),
     "a program for Ghostscript": (b"%!PS-Adobe-3.0 EPSF", "begins with b'%!PS-Ado'"),
     "90 megapixels": (

@@ -23,13 +23,13 @@ from tests.data.pictures import fetched
 def data_dir():
     name = os.environ.get("ALEXNET_TEST_DATA")
     if not name:
-        pytest.skip("ALEXNET_TEST_DATA names no folder of real pictures")
+        pytest.skip("ALEXNET_TEST_DATA names no folder of real images")
     return Path(name)
 
 
 @pytest.mark.slow
 def test_imagenet_archives_prepare_with_the_official_labels(data_dir, tmp_path):
-    """The sample's validation pictures are its training pictures, made smaller."""
+    """The sample's validation images are its training images, made smaller."""
     source = data_dir / "imagenet_sample"
     if not (source / "ILSVRC2012_img_val.tar").exists():
         pytest.skip(f"there are no archives in {source}")
@@ -54,7 +54,7 @@ def test_imagenet_archives_prepare_with_the_official_labels(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_cifar10_pictures_train(data_dir, tmp_path):
-    """Thirty steps on 2,000 pictures leave chance behind."""
+    """Thirty steps on 2,000 images leave chance behind."""
     from alexnet_jax.training.loop import train_and_evaluate
     from alexnet_jax.training.writers import read_metrics
     from configs import cifar10

@@ -89,8 +89,8 @@ def test_eval_folder_names_stand_for_each_other(pictures, tmp_path):
         ("", r"data does not exist.*train/<class>.*config\.data\.source"),
         ("n01/", r"no folder train in .*found in .*: n01"),
         ("train/1.jpg", r"no class folders in .*train \(found there: 1\.jpg\)"),
-        ("train/b/a.svg", r"train/b holds no pictures \(\.jpg, .*found there: a\.svg\)"),
-        ("train/a/deep/", r"a holds no pictures \(\.jpg, .*found there: deep\)\. Fill it"),
+        ("train/b/a.svg", r"train/b holds no images \(\.jpg, .*found there: a\.svg\)"),
+        ("train/a/deep/", r"a holds no images \(\.jpg, .*found there: deep\)\. Fill it"),
     ],
 )
 def test_unusable_folder_is_one_message(made, message, tmp_path):
@@ -139,7 +139,7 @@ def test_tiny_imagenet_is_read_as_it_is_unpacked(tmp_path):
     with pytest.raises(DataError, match=r"images have no classes: .*eval_split=val"):
         open_source(f"folder:{tmp_path}", "test")
     annotations.write_text("val_0.JPEG\tn02\t0\t0\t3\t3\n")
-    with pytest.raises(DataError, match=r"1 of 2 pictures in .*images have no class: "):
+    with pytest.raises(DataError, match=r"1 of 2 images in .*images have no class: "):
         open_source(f"folder:{tmp_path}", "val")
 
 
@@ -161,7 +161,7 @@ def test_names_of_imagenet_say_the_class(tmp_path):
     assert fetched(val, 0, 1)[:, 0, 0, 0].tolist() == [20, 10]
     assert official.class_names == ("n01751748",)
     place_pictures(tmp_path, "val/cat.png")
-    with pytest.raises(DataError, match=r"1 of 3 pictures in .*val have no class: cat"):
+    with pytest.raises(DataError, match=r"1 of 3 images in .*val have no class: cat"):
         open_source(f"folder:{tmp_path}", "val")
 
 

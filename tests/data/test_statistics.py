@@ -89,7 +89,7 @@ def test_unusable_file_is_an_error(tmp_path):
     mean, vectors = np.zeros((8, 8, 3), np.float32), np.eye(3, dtype=np.float32)
     statistics.Statistics(mean, vectors[0], vectors, 7, 7).save(path)
     assert statistics.load(path, 8).num_examples == 7
-    with pytest.raises(DataError, match="is 8 x 8 pixels, the pictures here are 9 x 9"):
+    with pytest.raises(DataError, match="is 8 x 8 pixels, the images here are 9 x 9"):
         statistics.load(path, 9)
 
 

@@ -23,10 +23,10 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def drawn() -> tuple[np.ndarray, np.ndarray]:
-    """1,200 pictures, classes by turns, and their labels."""
+    """1,200 images, classes by turns, and their labels."""
     labels = np.arange(1200) % 10
     pictures = [draw(i % 10, np.random.default_rng((5, i))) for i in range(1200)]
-    # Every second pixel: colours stay exact, and 1,200 pictures take 59 MB.
+    # Every second pixel: colours stay exact, and 1,200 images take 59 MB.
     return np.stack([p[::2, ::2] for p in pictures]), labels
 
 
@@ -80,7 +80,7 @@ def test_no_class_is_another_ones_mirror_image(drawn):
 
     The power spectrum around the grid's axes and its orientation are blind to
     phase; the nearest neighbour in it must mostly have the same class, for the
-    mirrored test pictures too.
+    mirrored test images too.
     """
     pictures, labels = drawn
     grey = pictures.mean(axis=3, dtype=np.float32)[:, :128, :128]

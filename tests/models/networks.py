@@ -48,7 +48,7 @@ def pictures(kind: str, size: int) -> np.ndarray:
     name = os.environ.get("ALEXNET_TEST_DATA")
     archive = Path(name or "") / "imagenet_sample" / "ILSVRC2012_img_val.tar"
     if not name or not archive.exists():
-        pytest.skip("ALEXNET_TEST_DATA names no folder of real pictures")
+        pytest.skip("ALEXNET_TEST_DATA names no folder of real images")
     with tarfile.open(archive) as tar:
         members = [member for member in tar if member.isfile()][:3]
         return np.stack([images.decode(tar.extractfile(m).read(), size, m.name) for m in members])

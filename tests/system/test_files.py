@@ -70,16 +70,16 @@ def test_refused_process_is_told_who_holds_the_lock(tmp_path):
 def test_log_file_gets_lines_instead_of_a_bar(monkeypatch, capsys):
     now = 0.0
     monkeypatch.setattr("tqdm.std.time", lambda: now)
-    with cli.progress("preparing", 1000, "pictures") as update:
+    with cli.progress("preparing", 1000, "images") as update:
         update(400)  # made by an earlier start
         for now in (30.0, 64.0, 100.0, 128.0):
             update(100)
-    with cli.progress("checking", 5, "pictures") as update:
+    with cli.progress("checking", 5, "images") as update:
         update(5)  # within the minute
     out, err = capsys.readouterr()
     assert not out
     assert err.split("\n")[:2] == [
-        "\rpreparing: 600/1000 pictures,  9.38 pictures/s, 00:42 left",
-        "\rpreparing: 800/1000 pictures,  3.12 pictures/s, 01:04 left",
+        "\rpreparing: 600/1000 images,  9.38 images/s, 00:42 left",
+        "\rpreparing: 800/1000 images,  3.12 images/s, 01:04 left",
     ]
     assert "checking" not in err

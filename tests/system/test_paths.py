@@ -36,10 +36,10 @@ def started(module, arguments, monkeypatch):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Make a run, a picture and a file; return their paths and one that is free."""
+    """Make a run, an image and a file; return their paths and one that is free."""
     folder = tmp_path_factory.mktemp("places")
     (folder / "file").touch()
-    Image.new("RGB", (40, 40)).save(folder / "picture.png")
+    Image.new("RGB", (40, 40)).save(folder / "image.png")
     config = common.get_config()
     config.data.source = "fake"
     config.data.image_size, config.data.crop_size = 34, 32
@@ -60,7 +60,7 @@ def places(tmp_path_factory):
     statistics = Statistics(mean, np.ones(3, "f4"), np.eye(3, dtype="f4"), 7, 7)
     statistics.save(folder / "run" / "statistics.npz")
     found = {name: str(folder / name) for name in ("file", "run", "new")}
-    return found | {"picture": str(folder / "picture.png")}
+    return found | {"picture": str(folder / "image.png")}
 
 
 NO_HOME = "there is no home ~nobodyx here. Write the whole path"
@@ -73,7 +73,7 @@ MISTAKES = [
     (prepare, "textures --data_dir={file}", FILE),
     (export, "--workdir={run} --out={file}/x.onnx", FILE),
     (report, "--workdir={run},{run} --out={file}/x.png", FILE),
-    (predict, "--workdir={run} --figure={file}/x.png {picture}", FILE),
+    (predict, "--workdir={run} --figure={file}/x.png {image}", FILE),
     (retrieve, "--workdir={run} --index={file}/x.npz --layer=pool3", FILE),
     (main, "--mode=eval --workdir={run},,{run}", COMMA),
 ]

@@ -162,7 +162,7 @@ def test_two_processes_equal_one(alone, together):
     host = socket.gethostname()
     for index in range(2):
         banner = f"[{index}] process {index} of 2 on {host}: 1 of 2 devices; mode "
-        # The columns of a row read the same pictures.
+        # The columns of a row read the same images.
         what = "columns, 1 data x 2 column, examples 0 to 5 of each batch"
         assert banner + what in out
     # Process 0 alone writes and speaks.

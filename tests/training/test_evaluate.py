@@ -27,7 +27,7 @@ from tests.training.test_loop import PICTURES, columns_config, folder, records, 
 # Predictions, by hand.
 
 LABELS = np.array([0, 0, 1, 2, 2, 2], np.int32)
-# The last four have no pictures.
+# The last four have no images.
 NAMES = ("ant", "bee", "cat", "dog", "elk", "fly", "gnu")
 
 
@@ -82,10 +82,10 @@ def test_errors_classes_and_confusions_by_hand():
     ]
     assert len(evaluate.worst_confusions(predictions, 1)) == 1
     lines = describe_mistakes(predictions)
-    assert lines[1] == "  cat  top-1  66.7%  top-5  33.3%  of 3 pictures"
-    assert lines[-1] == "  ant  taken for bee  once, 50.0% of its pictures"
+    assert lines[1] == "  cat  top-1  66.7%  top-5  33.3%  of 3 images"
+    assert lines[-1] == "  ant  taken for bee  once, 50.0% of its images"
     right = make(MISTAKEN, RIGHT)  # several views count
-    assert describe_mistakes(right) == ["no picture is classified wrongly"]
+    assert describe_mistakes(right) == ["no image is classified wrongly"]
     more_units = make(np.concatenate([0.1 * MISTAKEN, np.full((6, 1), 0.9)], axis=1))
     assert evaluate.worst_confusions(more_units, 10)[0][:3] == ("cat", "class 7", 3)
     assert "taken for class 7" in describe_mistakes(more_units)[-1]
@@ -183,9 +183,9 @@ def test_evaluation_of_a_workdir_on_more_devices(runs, tmp_path, capsys):
     ]
     wrong = f"{100 * record['eval/top1_error']:.2f}%"
     assert lines[6].startswith(f"step {record['step']}: top-1 error ")
-    assert f"; top-1 error {wrong} (centre view); {PICTURES} pictures of" in lines[6]
+    assert f"; top-1 error {wrong} (centre view); {PICTURES} images of" in lines[6]
     assert "top-5" not in "".join(lines[:-1])  # of three classes
-    assert any(line.endswith(f" of {PICTURES // 3} pictures") for line in lines), lines
+    assert any(line.endswith(f" of {PICTURES // 3} images") for line in lines), lines
     with pytest.raises(CheckpointError, match="There is no checkpoint in"):
         evaluate_runs(config, [Member(tmp_path)])
     assert not list(tmp_path.iterdir())
@@ -264,7 +264,7 @@ def test_evaluation_takes_the_config_of_the_run(runs, tmp_path, monkeypatch, cap
     assert started(monkeypatch, "--mode=eval", f"--workdir={file},{name}") == 0
     capsys.readouterr()
     for workdir, words in (
-        (file, "Files do not say which pictures"),
+        (file, "Files do not say which images"),
         (tmp_path, "has no config.json"),
     ):
         assert started(monkeypatch, "--mode=eval", f"--workdir={workdir}") == 1

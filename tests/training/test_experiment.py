@@ -44,7 +44,7 @@ def test_missing_folder_and_empty_class_are_named(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}/nowhere does not exist"):
         experiment.build(small(tmp_path / "nowhere"))
     (tmp_path / "train" / "empty").mkdir(parents=True)
-    with pytest.raises(DataError, match="empty holds no pictures"):
+    with pytest.raises(DataError, match="empty holds no images"):
         experiment.build(small(tmp_path))
 
 

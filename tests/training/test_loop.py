@@ -119,7 +119,7 @@ def assert_same_state(got, want):
 
 def test_run_learns_and_writes_its_records(finished):
     state, workdir = finished
-    steps = -(-8 * PICTURES // 6)  # 8 epochs of 25 pictures in batches of 6
+    steps = -(-8 * PICTURES // 6)  # 8 epochs of 25 images in batches of 6
     assert int(state.step) == steps
     rows = records(workdir, "train/")
     assert [row["step"] for row in rows] == [*range(5, steps, 5), steps]

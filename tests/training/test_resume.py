@@ -24,7 +24,7 @@ from tests.training.test_loop import PICTURES, folder, small_config  # noqa: F40
 
 @pytest.fixture(scope="module")
 def begun(folder, tmp_path_factory):
-    """The pictures and the workdir of a run of two steps."""
+    """The images and the workdir of a run of two steps."""
     root = tmp_path_factory.mktemp("begun")
     shutil.copytree(folder, root / "pictures")
     config = small_config(root / "pictures", max_steps=2)

@@ -14,7 +14,7 @@ def feature_maps(picture: Any, features: Mapping[str, Any], *, most: int = 16) -
     """Draw an image and the maps of every layer that has any.
 
     Args:
-      picture: uint8 [S, S, 3], the network's input.
+      image: uint8 [S, S, 3], the network's input.
       features: of `model.apply(variables, image, method="features")`, name ->
         [1, H, W, C] or [H, W, C], drawn in this order (`jax.jit` sorts it by name);
         layers without H and W (fc6 and on) are left out.

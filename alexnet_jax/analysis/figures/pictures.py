@@ -27,7 +27,7 @@ def best_labels(
     """Draw each image above bars of its most probable labels (paper, figure 4, left).
 
     Args:
-      pictures: uint8 [N, S, S, 3].
+      images: uint8 [N, S, S, 3].
       probabilities: [N, K].
       class_names: K names.
       titles: one per image; None: the names of `labels`, if they are given.

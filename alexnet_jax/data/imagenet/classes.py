@@ -72,5 +72,5 @@ def check_label(file_name: str, wnid: str, where: str) -> None:
     if told != wnid:
         raise DataError(
             f"{file_name} in {where} is labelled {wnid} ({words(wnid)}), but it is of "
-            f"class {told} ({words(told)}): the pictures were sorted wrongly"
+            f"class {told} ({words(told)}): the images were sorted wrongly"
         )

@@ -154,14 +154,14 @@ def _pictures(place: Path) -> list[Original]:
     """Read the table of an archive, or list a folder, and label the images."""
     found: dict[str, Original] = {}
     entries = _in_archive(place) if place.is_file() else _in_folder(place)
-    with progress(f"reading the contents of {place.name}", None, "pictures") as done:
+    with progress(f"reading the contents of {place.name}", None, "images") as done:
         for wnid, original in entries:
             name = original.name
             wnid = wnid or named_wnid(name)
             if wnid not in _LABELS:
                 raise DataError(
                     f"{name} in {place} is of class {wnid or 'unknown'}, none of the 1,000 "
-                    f"classes of ILSVRC-2012 ({wnids()[0]} ...). Pictures of other classes "
+                    f"classes of ILSVRC-2012 ({wnids()[0]} ...). Images of other classes "
                     "need no preparation: --config=configs/folder.py "
                     "--config.data.source=folder:PATH"
                 )
@@ -171,7 +171,7 @@ def _pictures(place: Path) -> list[Original]:
             found[name] = original._replace(label=_LABELS[wnid])
             done(1)
     if not found:
-        raise DataError(f"{place} holds no pictures")
+        raise DataError(f"{place} holds no images")
     return list(found.values())
 
 
@@ -221,7 +221,7 @@ def _in_folder(folder: Path) -> Iterator[tuple[str, Original]]:
     if others:
         raise DataError(
             f"in {folder} it is unclear what to do with {some(others)}: expected class "
-            f"folders, and in them pictures only ({', '.join(PICTURE_SUFFIXES)}). Unpack, "
+            f"folders, and in them images only ({', '.join(PICTURE_SUFFIXES)}). Unpack, "
             "move or remove them"
         )
     for wnid, (place, names) in classes.items():

@@ -104,7 +104,7 @@ def prepare(
             (unfinished / "parts").mkdir(parents=True, exist_ok=True)
             planned = {shard.path for shard in shards}
             for path in unfinished.glob("*.array_record-*"):
-                if path not in planned:  # a half one, or of other pictures
+                if path not in planned:  # a half one, or of other images
                     path.unlink()
             _write_shards(shards, workers, max_unreadable, log)
             _finish(unfinished, source, shards, workers, log)
@@ -119,7 +119,7 @@ def _describe_finished(directory: Path, source: Path, log: Log) -> None:
     record = json.loads((directory / _RECORD_FILE).read_text())
     for split, count in record["pictures"].items():
         log(_count(split, count, directory))
-    log(f"pictures left out when it was made: {len(record['unreadable']):,}")
+    log(f"images left out when it was made: {len(record['unreadable']):,}")
     if record["source"] != str(source):
         raise DataError(
             f"{directory} is there already, made of {record['source']}, not of {source}; "
@@ -129,7 +129,7 @@ def _describe_finished(directory: Path, source: Path, log: Log) -> None:
 
 
 def _count(split: str, count: int, place: Path) -> str:
-    line, official = f"{split}: {count:,} pictures in {place}", OFFICIAL_COUNTS[split]
+    line, official = f"{split}: {count:,} images in {place}", OFFICIAL_COUNTS[split]
     if count != official:
         line += f"\n  WARNING: ILSVRC-2012 has {official:,}; these are not all of it"
     return line
@@ -199,7 +199,7 @@ def _write_shards(shards: list[Shard], workers: int, max_unreadable: int, log: L
     context = multiprocessing.get_context("spawn")  # no thread of ours is copied
     pool = futures.ProcessPoolExecutor(min(workers, len(missing) or 1), context, _begin_worker)
     total = sum(len(shard.originals) for shard in shards)
-    with progress("preparing", total, "pictures") as done:
+    with progress("preparing", total, "images") as done:
         done(total - sum(len(shard.originals) for shard in missing))
         try:
             pending = {pool.submit(write_shard, s): len(s.originals) for s in missing}
@@ -207,7 +207,7 @@ def _write_shards(shards: list[Shard], workers: int, max_unreadable: int, log: L
                 unreadable += future.result()["unreadable"]
                 if len(unreadable) > max_unreadable:
                     raise DataError(
-                        f"pictures that cannot be read: {len(unreadable):,}, "
+                        f"images that cannot be read: {len(unreadable):,}, "
                         f"--max_unreadable={max_unreadable} allows no more. Put intact "
                         "copies in their place, or leave out as many with a larger one:"
                         f"{_reasons(unreadable)}"
@@ -307,10 +307,10 @@ def _finish(unfinished: Path, source: Path, shards: list[Shard], workers: int, l
         result = shard.result()
         results[shard.split].append(result)
         unreadable += result["unreadable"]
-    log(f"pictures left out: {len(unreadable):,}{_reasons(unreadable)}")
+    log(f"images left out: {len(unreadable):,}{_reasons(unreadable)}")
     write_metadata(unfinished, results)
     train = TfdsSource(unfinished, "train", SIZE)
-    with progress("mean image and colour PCA", train.num_examples, "pictures") as done:
+    with progress("mean image and colour PCA", train.num_examples, "images") as done:
         found = statistics.compute(train, workers=workers, progress=done)
     found.save(unfinished / statistics_name("train", SIZE))
     record = {

@@ -16,7 +16,7 @@ class FakeSource(Source):
         self.num_examples = 1_281_167 if split.startswith("train") else 50_000
         self.class_names = tuple(f"class_{k}" for k in range(1000))
         self.image_size = image_size
-        self.description = f"fake data, {self.num_examples} random pictures [{split}]"
+        self.description = f"fake data, {self.num_examples} random images [{split}]"
         shape = (32, image_size, image_size, 3)
         self._pool = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 

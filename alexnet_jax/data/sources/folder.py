@@ -78,7 +78,7 @@ def split_folder(root: Path, split: str) -> Path:
         )
     raise FileNotFoundError(
         f"no folder {' or '.join(names)} in {root.absolute()} ({what_is_in(root)}). "
-        f"Expected {root}/train/<class>/<picture>.jpg and {root}/test/<class>/... (or "
+        f"Expected {root}/train/<class>/<image>.jpg and {root}/test/<class>/... (or "
         "val); set --config.data.source=folder:PATH to the folder that holds them"
     )
 
@@ -109,7 +109,7 @@ def find_images(folder: Path) -> tuple[dict[str, tuple[Path, list[str]]], list[s
             files, others = _list_images(place)
         if not files:
             raise DataError(
-                f"class folder {place} holds no pictures ({', '.join(PICTURE_SUFFIXES)}; "
+                f"class folder {place} holds no images ({', '.join(PICTURE_SUFFIXES)}; "
                 f"found there: {some(others)}). Fill it or remove it: an empty class "
                 "would shift the labels unnoticed"
             )
@@ -130,19 +130,19 @@ def _find_side_by_side(
         class_of = {name: wnid for name in files if (wnid := named_wnid(name))}
     if not class_of and place != folder:
         raise DataError(
-            f"the pictures in {place} have no classes: there is no {_ANNOTATIONS} beside "
+            f"the images in {place} have no classes: there is no {_ANNOTATIONS} beside "
             "it, and the split test of tiny-imagenet has none. Set "
-            "--config.data.eval_split=val, or move the pictures into class folders"
+            "--config.data.eval_split=val, or move the images into class folders"
         )
     if not class_of:
         raise DataError(
             f"no class folders in {folder} (found there: {some(files + others)}). "
             f"Expected {folder / '<class>' / '<picture>.jpg'}, one folder per class; "
-            "change --config.data.source or move the pictures"
+            "change --config.data.source or move the images"
         )
     if unknown := [name for name in files if name not in class_of]:
         raise DataError(
-            f"{len(unknown)} of {len(files)} pictures in {place} have no class: "
+            f"{len(unknown)} of {len(files)} images in {place} have no class: "
             f"{some(unknown)}. Move them into class folders, or out of {folder}"
         )
     found: dict[str, tuple[Path, list[str]]] = {}

@@ -38,7 +38,7 @@ def _plane(period: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
     bend = rng.uniform(0, 0.1 * period, 2)
     waves = rng.uniform(90, 180, 2)
     phases = rng.uniform(0, 2 * np.pi, 2)
-    # x is displaced along y and y along x: two vectors instead of two pictures.
+    # x is displaced along y and y along x: two vectors instead of two images.
     dx, dy = (
         (bend[i] * np.sin(2 * np.pi * _AXIS / waves[i] + phases[i])).astype(np.float32)
         for i in range(2)
@@ -154,9 +154,9 @@ def _paint(share: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     along_y = strength * np.sin(direction) * _AXIS / (SIZE / 2)
     light = (1 + along_x[None, :] + along_y[:, None]).astype(np.float32)
     noise = 10 * rng.random((SIZE, SIZE), np.float32) - 5
-    picture = np.empty((SIZE, SIZE, 3), np.uint8)
+    image = np.empty((SIZE, SIZE, 3), np.uint8)
     for channel in range(3):
         low, high = colors[:, channel]
         values = (low + (high - low) * share) * light + noise
-        picture[..., channel] = np.clip(values, 0, 255)
-    return picture
+        image[..., channel] = np.clip(values, 0, 255)
+    return image

@@ -69,5 +69,5 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 def example(part: int, index: int) -> bytes:
     """Return the JPEG file of image `index` of split `part` (0: train, 1: test)."""
     rng = np.random.default_rng((_SEED, part, index))
-    picture = drawing.draw(index % len(drawing.CLASS_NAMES), rng)
-    return simplejpeg.encode_jpeg(picture, quality=_JPEG_QUALITY, colorsubsampling="420")
+    image = drawing.draw(index % len(drawing.CLASS_NAMES), rng)
+    return simplejpeg.encode_jpeg(image, quality=_JPEG_QUALITY, colorsubsampling="420")
