@@ -137,7 +137,7 @@ def _find_side_by_side(
     if not class_of:
         raise DataError(
             f"no class folders in {folder} (found there: {some(files + others)}). "
-            f"Expected {folder / '<class>' / '<picture>.jpg'}, one folder per class; "
+            f"Expected {folder / '<class>' / '<image>.jpg'}, one folder per class; "
             "change --config.data.source or move the images"
         )
     if unknown := [name for name in files if name not in class_of]:
