@@ -26,8 +26,8 @@ GREY_RGB = np.repeat(GREY[..., None], 3, axis=2)
     ],
     ids=["rgb", "grey", "16 bits", "palette", "dark", "one bit"],
 )
-def test_lossless_modes(picture, expected):
-    result = images.decode(encoded(picture), SIZE, "x")
+def test_lossless_modes(image, expected):
+    result = images.decode(encoded(image), SIZE, "x")
     assert result.dtype == np.uint8
     np.testing.assert_array_equal(result, expected)
 

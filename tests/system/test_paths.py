@@ -60,7 +60,7 @@ def places(tmp_path_factory):
     statistics = Statistics(mean, np.ones(3, "f4"), np.eye(3, dtype="f4"), 7, 7)
     statistics.save(folder / "run" / "statistics.npz")
     found = {name: str(folder / name) for name in ("file", "run", "new")}
-    return found | {"picture": str(folder / "image.png")}
+    return found | {"image": str(folder / "image.png")}
 
 
 NO_HOME = "there is no home ~nobodyx here. Write the whole path"
@@ -99,4 +99,4 @@ def test_wrong_path_is_one_message(module, arguments, words, places, monkeypatch
 def test_home_is_expanded_in_every_command(places, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(Path(places["run"]).parent))
     assert export.main(["--workdir=~/run", f"--out={tmp_path / 'x.safetensors'}"]) == 0
-    assert predict.main(["--workdir=~/run", places["picture"]]) == 0
+    assert predict.main(["--workdir=~/run", places["image"]]) == 0

@@ -193,7 +193,7 @@ def test_only_parameters_and_batch_statistics_are_read(directory):
 def test_another_network_is_named(two_steps, change, message):
     with (
         Checkpointer(two_steps, read_only=True) as checkpoints,
-        pytest.raises(CheckpointError, match="another network: " + message),
+        pytest.raises(CheckpointError, match="another network or optimiser: " + message),
     ):
         checkpoints.restore(_abstract(change(_make_state())))
 

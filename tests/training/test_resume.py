@@ -92,7 +92,7 @@ def test_another_network_is_refused(workdir, config, capsys):
     assert path.read_text() == before
     config.model.overrides.activation = None
     config.schedule.name, config.schedule.patience = "cosine", 5  # another optimiser state
-    with pytest.raises(CheckpointError, match="holds another network: opt_state/"):
+    with pytest.raises(CheckpointError, match="holds another network or optimiser: opt_state/"):
         loop.train_and_evaluate(config, workdir)
     assert "schedule.name: plateau in the workdir, now cosine" in capsys.readouterr().out
     path.unlink()
