@@ -35,6 +35,10 @@ class Lrn:
     alpha_mode: AlphaMode = "sum"
     per_column: bool = True
 
+    def __post_init__(self) -> None:
+        if self.k <= 0:
+            raise ValueError(f"Lrn.k={self.k} must be above 0: 0 / 0 is NaN where all is zero.")
+
 
 @dataclass(frozen=True)
 class WithinMapLrn:

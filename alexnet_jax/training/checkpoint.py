@@ -266,8 +266,8 @@ class Checkpointer(contextlib.ExitStack):
                 raise CheckpointError(
                     f"the checkpoint of step {step} in {self.directory} holds another "
                     f"network or optimiser: {name} is {here.get(name, 'missing')} here and "
-                    f"{there.get(name, 'missing')} in the checkpoint. Use the model.* and "
-                    "optim.* settings it was saved with, or a new workdir."
+                    f"{there.get(name, 'missing')} in the checkpoint. Use the model.*, "
+                    "optim.* and schedule.* settings it was saved with, or a new workdir."
                 )
         return self._restore_arrays(step, abstract_state), self.metadata(step)
 
@@ -277,7 +277,7 @@ class Checkpointer(contextlib.ExitStack):
         """Restore the named parts of a state onto the first local device.
 
         Nothing else is read or allocated. If the state has a moving average of the
-        parameters, "params" is this average.
+        parameters, "params" is this average, unless "extra" is asked for as well.
 
         Args:
           which: as in `find`.
@@ -299,10 +299,10 @@ class Checkpointer(contextlib.ExitStack):
             {part: saved[part] for part in parts if saved.get(part)},
         )
         average = (saved.get("extra") or {}).get("average")
-        if average and "params" in target:
+        if average and "params" in target and "extra" not in target:
             target["extra"] = {"average": target.pop("params")}
         found = self._restore_arrays(step, target)
-        if "extra" in found:
+        if "params" in parts and "params" not in found:
             found["params"] = found.pop("extra")["average"]
         return found, self.metadata(step)
 

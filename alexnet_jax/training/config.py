@@ -382,11 +382,11 @@ def _conflicts(config: Config, wrong: Collection[str], devices: bool, training: 
     if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         problems.append("--config.model.dtype=float64 needs JAX_ENABLE_X64=1 in the environment.")
     if {"model.num_classes", "model.dtype", "model.variant"} & set(wrong):
-        return problems
+        return problems + _model_problems(config, wrong)
     try:
         network = make_model(config, config.model.num_classes or 2).network
     except ValueError as error:
-        return problems + (_model_problems(config) or [str(error)])
+        return problems + (_model_problems(config, wrong) or [str(error)])
     names = [row.name for row in network.layers]
     problems += [
         f"--config.finetune.new_layers: {layer!r} must be one of {', '.join(names)}."
@@ -428,13 +428,15 @@ def _read_table(config: Config) -> list[str]:
     return []
 
 
-def _model_problems(config: Config) -> list[str]:
-    """Return the mistakes of the model's settings, each taken by itself."""
+def _model_problems(config: Config, known_wrong: Collection[str]) -> list[str]:
+    """Return the other mistakes of the model's settings, each taken by itself."""
     problems = []
     known = config.model.variant in variants.VARIANTS
     base = {"variant": config.model.variant if known else "paper", "init": "he"}
     base |= {"table": config.model.table}
     for name, value in model_settings(config, 2).items():
+        if f"model.{name}" in known_wrong:
+            continue
         try:
             alexnet.from_settings({**base, name: value})
         except ValueError as error:

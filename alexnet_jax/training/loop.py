@@ -11,7 +11,7 @@ import jax
 from alexnet_jax.system.signals import stop_requests
 from alexnet_jax.training.banner import describe_run, say_place
 from alexnet_jax.training.checkpoint import Checkpointer
-from alexnet_jax.training.config import Config, validate
+from alexnet_jax.training.config import Config, as_json, validate
 from alexnet_jax.training.metrics import shows_top5
 from alexnet_jax.training.resume import prepare, require_same_epochs
 from alexnet_jax.training.run import Progress, Run, Stopped
@@ -22,6 +22,7 @@ from alexnet_jax.training.workdir import (
     STATISTICS_FILE,
     alone_in,
     checked_folder,
+    from_stored,
     write_class_names,
     write_config,
 )
@@ -65,6 +66,8 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
     with alone_in(path), Checkpointer(checkpoints, keep=config.checkpoint.keep) as checkpointer:
         if restored := checkpointer.restore(experiment.abstract_state()):
             state, metadata = restored
+            # Fields that the version of the checkpoint did not know take their default.
+            metadata["config"] = as_json(from_stored(metadata["config"]))
             require_same_epochs(metadata, experiment, path)
             origin = [f"resuming from step {int(state.step)} ({checkpoints})"]
         else:
@@ -173,8 +176,8 @@ def _loop(run: Run, profile: Path) -> None:
             run.log.add(run.step, metrics)
 
             decision = run.vote()
-            is_last = run.step >= experiment.total_steps or decision.stop_signal != 0
-            if not is_last:  # decode and transfer while the devices compute
+            is_last = run.step >= experiment.total_steps
+            if not (is_last or decision.stop_signal):  # decode while the devices compute
                 batch = experiment.put(next_batch(batches, metrics["loss"]))
             if is_last or is_due(run.step, config.log_every_steps):
                 run.progress.target_reached = run.log.write(run.step, batches.wait_seconds)

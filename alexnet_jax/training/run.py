@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -44,6 +44,7 @@ class Progress:
       error: the top-1 error of that evaluation, in [0, 1].
       best_error: the lowest of all evaluations.
       target_reached: the training error reached `config.stop_at_train_error`.
+      log_window: loss and top-1 error of each step since the last log line.
     """
 
     step: int
@@ -52,13 +53,14 @@ class Progress:
     error: float | None = None
     best_error: float = 1.0
     target_reached: bool = False
+    log_window: Sequence[Sequence[float]] = ()
 
     @classmethod
     def resume(cls, step: int, metadata: Mapping[str, Any], config: Any) -> Self:
         """Return the progress that a checkpoint's metadata holds; {}: of a new run."""
         schedule = config.schedule
         rule = schedule.patience, schedule.factor, schedule.max_drops
-        names = ("evaluated_step", "error", "best_error", "target_reached")
+        names = ("evaluated_step", "error", "best_error", "target_reached", "log_window")
         stored = {name: metadata[name] for name in names if name in metadata}
         progress = cls(step, Plateau(*rule, **metadata.get("plateau", {})), **stored)
         if metadata:
@@ -99,7 +101,8 @@ class Run:
     def __post_init__(self) -> None:
         self.config = self.experiment.config
         self.statistics = self.experiment.statistics_on_mesh()
-        self.log = StepLog(self.experiment, self.writers, self.clock)
+        window = self.progress.log_window
+        self.log = StepLog(self.experiment, self.writers, self.clock, window)
         self.saved_at = time.monotonic()
         self._votes = Votes(self.experiment.mesh)
         self._compiled: dict[Any, Any] = {}
@@ -223,9 +226,10 @@ class Run:
         """Write a checkpoint, or add the error to the one that this step has.
 
         Raises:
-          FloatingPointError: a parameter is not finite.
+          FloatingPointError: a loss since the last log line, or a parameter, is not finite.
         """
         with self.paused(CHECKPOINTS):
+            self.progress.log_window = self.log.window(self.step)
             if not _all_finite(self.state.params):
                 raise FloatingPointError(
                     f"The parameters of step {self.step} are not finite; no checkpoint was written."

@@ -1,6 +1,7 @@
 """Training log: means of the metrics, and a warning of a stalled loss."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,11 +19,21 @@ STALL_AFTER_STEPS = 5000
 
 
 class StepLog:
-    """Keep each step's metrics on the devices until a log line is due."""
+    """Keep each step's metrics on the devices until a log line is due.
 
-    def __init__(self, experiment: Experiment, writers: MultiWriter, clock: StepClock):
+    `before`: loss and top-1 error of the steps since the last line of an earlier process.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        writers: MultiWriter,
+        clock: StepClock,
+        before: Sequence[Sequence[float]] = (),
+    ):
         self._experiment, self._config = experiment, experiment.config
         self._writers, self._clock = writers, clock
+        self._before = [tuple(pair) for pair in before]
         self._recent: list[dict[str, jax.Array]] = []
         self._has_warned = False
 
@@ -39,6 +50,24 @@ class StepLog:
             self._recent[-1 - STEPS_IN_FLIGHT]["loss"].block_until_ready()
         self._writers.progress(step)
 
+    def window(self, step: int) -> list[tuple[float, ...]]:
+        """Return (loss, top-1 error) of each step since the last line, up to `step`.
+
+        Raises:
+          FloatingPointError: a loss is not finite.
+        """
+        recent: list[dict[str, Any]] = jax.device_get(self._recent)
+        pairs = [(float(metrics["loss"]), float(metrics["top1_error"])) for metrics in recent]
+        window = [*self._before, *pairs]
+        first = step - len(window) + 1
+        for number, (loss, _) in enumerate(window, first):
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"The loss of step {number} is {loss} (checked together: steps {first} to "
+                    f"{step})."
+                )
+        return window
+
     def write(self, step: int, waited: float) -> bool:
         """Write the means since the last log line; `waited` is `Batches.wait_seconds`.
 
@@ -48,31 +77,22 @@ class StepLog:
         Raises:
           FloatingPointError: a loss is not finite.
         """
-        recent: list[dict[str, Any]] = jax.device_get(self._recent)
-        self._recent.clear()
-        losses = np.array([metrics["loss"] for metrics in recent])
-        first, finite = step - len(losses) + 1, np.isfinite(losses)
-        if not finite.all():
-            index = int(np.argmin(finite))
-            raise FloatingPointError(
-                f"The loss of step {first + index} is {losses[index]} (checked together: "
-                f"steps {first} to {step})."
-            )
-        loss = float(losses.mean())
-        error = float(np.mean([metrics["top1_error"] for metrics in recent]))
+        window, learning_rate = self.window(step), float(self._recent[-1]["lr"])
+        self._before, self._recent = [], []
+        loss, error = map(float, np.mean(window, axis=0))
         steps_per_second, wait_share = self._clock.lap(step, waited)
         means = {
             "train/loss": loss,
             "train/top1_error": error,
-            "lr": float(recent[-1]["lr"]),
+            "lr": learning_rate,
             "images_per_sec": steps_per_second * self._config.data.batch_size,
             "data_wait_frac": wait_share,
             "eta_seconds": (self._experiment.total_steps - step) / steps_per_second,
         }
         self._writers.write(step, means)
         self._warn_of_stall(step, loss)
-        # A line before a stop or after a resume may cover fewer steps.
-        is_whole = len(recent) == self._config.log_every_steps
+        # The last line of a run may cover fewer steps.
+        is_whole = len(window) >= self._config.log_every_steps
         return is_whole and error <= self._config.stop_at_train_error > 0
 
     def _warn_of_stall(self, step: int, loss: float) -> None:

@@ -71,6 +71,10 @@ class StepSpec:
     init_extra: Callable[[PyTree], dict[str, PyTree]] | None = None
     after_update: Callable[["TrainState"], "TrainState"] | None = None
 
+    def __post_init__(self) -> None:
+        if self.loss is not None and self.label_smoothing:
+            raise ValueError("label_smoothing is part of the built-in loss; smooth in `loss`.")
+
     @property
     def crop_size(self) -> int:
         return self.augmentation.crop_size
@@ -112,7 +116,7 @@ class TrainState:
 
 
 def purpose_key(seed: int, purpose: int) -> jax.Array:
-    """Return the random key of a purpose: INIT, DROPOUT or AUGMENT."""
+    """Return the random key of a purpose: INIT, DROPOUT, AUGMENT or MIXUP."""
     return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
@@ -233,13 +237,17 @@ def make_train_step(spec: StepSpec) -> Callable[..., tuple[TrainState, Arrays]]:
         grads = {**jax.tree.map(jnp.zeros_like, state.params), **grads}
         opt_state: Any
         with jax.named_scope("update"):
-            updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
+            tx = optax.with_extra_args_support(spec.tx)
+            updates, opt_state = tx.update(
+                grads, state.opt_state, state.params, value=scalars["loss"], grad=grads
+            )
             params = optax.apply_updates(state.params, updates)
         new_state = TrainState(state.step + 1, params, batch_stats, opt_state, state.extra)
         if spec.after_update:
             new_state = spec.after_update(new_state)
-        if hyperparams := getattr(opt_state, "hyperparams", None):
-            scalars = scalars | {"lr": hyperparams["learning_rate"]}
+        found = optax.tree.get_all_with_path(opt_state, "learning_rate")
+        if rates := [value for _, value in found if isinstance(value, jax.Array)]:
+            scalars = scalars | {"lr": rates[0]}
         shardings = parallel.shardings(spec.mesh, (specs, P()))
         return lax.with_sharding_constraint((new_state, scalars), shardings)
 

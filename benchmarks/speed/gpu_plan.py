@@ -57,17 +57,23 @@ IMAGE_SIZE = 256
 
 @dataclass(frozen=True)
 class Case:
-    """A program: "train" on one device or on two in a mode, or "apply" (inference)."""
+    """A program: "train" on one device or on two in a mode, or "apply" (inference).
+
+    `plain`: with the plain operators (`fast=False`) instead of those for a GPU.
+    """
 
     kind: str
     setting: Setting
     mode: str = ""
+    plain: bool = False
 
     def __str__(self) -> str:
-        return f"{self.kind}, {self.setting}{self.mode and f', {self.mode} on 2 devices'}"
+        where = self.mode and f", {self.mode} on 2 devices"
+        return f"{self.kind}, {self.setting}{where}{', plain operators' if self.plain else ''}"
 
 
 CASES = (
+    *(Case("train", Setting(batch, "bfloat16"), plain=True) for batch in (128, 1024)),
     *(
         Case("train", Setting(batch, precision))
         for precision in ("bfloat16", "float32", "tensorfloat32")
@@ -126,7 +132,8 @@ def _lower_train(case: Case) -> Any:
         axis_types=(AxisType.Auto, AxisType.Auto),
     )
     augmentation = augment.Augmentation(crop_size=jax_alexnet.CROP)
-    model, tx = jax_alexnet.network(setting), optim.make_optimizer(0.01)
+    model = jax_alexnet.network(setting).clone(fast=not case.plain)
+    tx = optim.make_optimizer(0.01)
     spec = steps.StepSpec(model, tx, augmentation, mesh, mode)
     split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ([spec.batch_axes], []))
     images = (setting.batch, IMAGE_SIZE, IMAGE_SIZE, 3)

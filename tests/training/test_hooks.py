@@ -166,6 +166,23 @@ def test_any_optimiser_sees_whole_arrays(name, mode):
         np.testing.assert_allclose(a, b, rtol=10 * tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    "tx, rate",
+    [
+        (optax.inject_hyperparams(optax.clip_by_global_norm)(max_norm=1.0), None),
+        (optax.chain(optax.clip(1.0), optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)), 0.1),
+        (optax.polyak_sgd(), None),  # needs the loss
+        (optim.make_optimizer(optax.constant_schedule(0.2)), 0.2),
+    ],
+)
+def test_the_learning_rate_is_logged_if_there_is_one(tx, rate):
+    spec = dataclasses.replace(spec_on("data", 1, 1, 1, "float32"), tx=tx, init_extra=None)
+    spec = dataclasses.replace(spec, after_update=None)
+    args = steps.init_state(spec), raw_batch(), augment.imagenet_statistics(SIZE)
+    _, scalars = steps.make_train_step(spec)(*args)
+    assert scalars.get("lr") == (None if rate is None else pytest.approx(rate))
+
+
 @pytest.mark.parametrize("loss, shape", [(jnp.mean, "[]"), (lambda x: x[:, None], "[8, 1]")])
 def test_a_loss_must_be_one_number_per_example(loss, shape):
     cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels

@@ -13,12 +13,13 @@ import pytest
 from alexnet_jax import load
 from alexnet_jax.data import DataError, statistics
 from alexnet_jax.system.files import exclusive_lock
+from alexnet_jax.training import checkpoint, loop, resume
 from alexnet_jax.training import load as load_lib
-from alexnet_jax.training import loop, resume
 from alexnet_jax.training import workdir as workdir_lib
 from alexnet_jax.training.checkpoint import CheckpointError
 from alexnet_jax.training.config import ConfigError, as_json
-from alexnet_jax.training.run import Progress
+from alexnet_jax.training.run import Progress, Run
+from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 from tests.training.test_loop import PICTURES, folder, small_config  # noqa: F401
 
 
@@ -204,3 +205,41 @@ def test_progress_of_old_and_new_checkpoints(metadata, evaluated_step, config):
     again = Progress.resume(9, stored | found.to_json(), config)
     assert again.evaluated_step == evaluated_step
     assert again.error == (metadata or {}).get("error")
+
+
+def test_a_log_line_is_whole_after_a_kill(begun, tmp_path, monkeypatch):
+    """The means, and so the end by `stop_at_train_error`, do not depend on a kill."""
+    config = small_config(begun / "pictures", max_steps=8)
+    config.log_every_steps, config.checkpoint.every_steps = 4, 3
+    config.stop_at_train_error = 0.99  # reached by the first whole line
+    loop.train_and_evaluate(config, tmp_path / "whole")
+    save = Run.save
+
+    def save_and_die(run):
+        save(run)
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Run, "save", save_and_die)
+        loop.train_and_evaluate(config, tmp_path / "killed")
+    loop.train_and_evaluate(config, tmp_path / "killed")
+    lines = [
+        [r["step"], r["train/loss"], r["train/top1_error"]]
+        for name in ("whole", "killed")
+        for r in read_metrics(tmp_path / name / METRICS_FILE)
+        if "train/loss" in r
+    ]
+    assert lines[0][0] == 4 and lines == [lines[0]] * 2
+
+
+def test_a_config_without_a_newer_field_is_resumed(workdir, config):
+    """Checkpoints of earlier versions lack fields of the config."""
+    (folder,) = [f for f in (workdir / "checkpoints").iterdir() if f.name.isdecimal()]
+    metadata = json.loads((folder / "metadata.json").read_text())
+    for name in ("stop_at_train_error", "finetune"):
+        del metadata["config"][name]
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    body = checkpoint.read_manifest(folder) | {"files": checkpoint.checksums(folder)}
+    body["files"].pop("manifest.json", None)
+    (folder / "manifest.json").write_bytes(checkpoint.manifest_text(body))
+    assert int(loop.train_and_evaluate(config, workdir).step) == 3

@@ -88,9 +88,9 @@ def window_sum(
     place = np.arange(channels) % width
     total = function(terms)
     for distance in range(1, min(size // 2, width - 1) + 1):
-        for channels in (distance, -distance):
-            shifted = function([_shift(term, channels) for term in terms])
-            inside = (place + channels >= 0) & (place + channels < width)
+        for shift in (distance, -distance):
+            shifted = function([_shift(term, shift) for term in terms])
+            inside = (place + shift >= 0) & (place + shift < width)
             total += jnp.where(inside, shifted, 0)
     return total
 
