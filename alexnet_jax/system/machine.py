@@ -57,7 +57,7 @@ def without_paths(arguments: Sequence[str]) -> str:
             word = f"{name}{equals}DIR"
         elif (
             os.sep in value
-            and not value.startswith("textures/")
+            and not value.startswith("textures/")  # a data set's name
             and (os.path.isabs(value) or not (root / value.partition(":")[0]).is_file())
         ):
             kind, colon, _ = value.partition(":")  # such as folder:PATH

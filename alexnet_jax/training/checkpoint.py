@@ -332,7 +332,7 @@ def _agreed(decide: Callable[[], int]) -> int:
     decision = np.array([number, error is not None], np.int32)
     number, failed = multihost_utils.broadcast_one_to_all(decision)
     if failed:
-        raise error or CheckpointError("process 0 cannot use a checkpoint, and says why.")
+        raise error or CheckpointError("process 0 failed at a checkpoint, and says why.")
     return int(number)
 
 

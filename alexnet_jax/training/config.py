@@ -350,14 +350,11 @@ def validate(
             mistyped = True
         elif name in RANGES and not RANGES[name][0](value):
             wrong[name] = RANGES[name][1]
-    if no_table := _read_table(config):
-        wrong["model.variant"] = ""  # and nothing more about it
+    no_table = _read_table(config)
     problems = [*found, *no_table]
-    problems += [
-        f"--config.{name}={fields.get(name)!r} must be {words}."
-        for name, words in wrong.items()
-        if words
-    ]
+    problems += [f"--config.{name}={fields.get(name)!r} must be {wrong[name]}." for name in wrong]
+    if no_table:
+        wrong["model.variant"] = no_table[0]  # what depends on it is not checked
     if not mistyped:
         problems += _conflicts(config, wrong, devices, training)
     if problems:

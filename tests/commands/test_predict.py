@@ -1,4 +1,4 @@
-"""What is in an image, from the command line and as a figure."""
+"""`predict` names what is in an image, on the command line and as a figure."""
 
 import json
 import re

@@ -356,7 +356,8 @@ def max_pool(
         than the image.
     """
     _check_pool("max_pool", x, _pair(window), ceil)
-    pool = _path(fast).forms.max_pool
+    # Only floats have a gradient, which is what the fast forms are for.
+    pool = _path(fast and jnp.issubdtype(x.dtype, jnp.floating)).forms.max_pool
     return pool(x, window=_pair(window), stride=_pair(stride), ceil=ceil)
 
 

@@ -254,8 +254,6 @@ def max_pool(
     x: jax.Array, *, window: tuple[int, int], stride: tuple[int, int], ceil: bool
 ) -> jax.Array:
     """Return the maximum, with a gradient that remembers which element won."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return reference.max_pool(x, window=window, stride=stride, ceil=ceil)
     (x,) = gradients.operands(x)
     return _max_pool(x, window, stride, ceil, x.shape)
 

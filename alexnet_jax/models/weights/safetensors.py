@@ -52,15 +52,23 @@ def save(
         "num_classes": model.network.layers[-1].features,
         "dtype": jnp.dtype(model.dtype).name,
     }
-    arrays = jax.tree.map(np.asarray, dict(variables))
-    given = {**flatten_dict(arrays, sep="/"), "mean": np.asarray(mean)}
-    expected = files.shapes_of(model, model.network.crop_size)
-    is_image = np.ndim(mean) == 3
-    expected["mean"] = (image_size, image_size, 3) if is_image else (3,)
-    files.check_tensors(Path(path), f"network {model.network.name!r}", given, expected)
+    arrays, crop_size = jax.tree.map(np.asarray, dict(variables)), model.network.crop_size
+    mean = np.asarray(mean, np.float32)
+    _check(
+        Path(path), model, {**flatten_dict(arrays, sep="/"), "mean": mean}, image_size, crop_size
+    )
     names = None if class_names is None else tuple(class_names)
-    mean, crop_size = np.asarray(mean, np.float32), model.network.crop_size
     save_safetensors(path, Weights(settings, arrays, mean, image_size, crop_size, names))
+
+
+def _check(
+    path: Path, model: AlexNet, tensors: Mapping[str, Any], image_size: int, crop_size: int
+) -> None:
+    """Raise WeightsError unless the tensors are a network's variables and its mean."""
+    expected = files.shapes_of(model, crop_size)
+    is_image = "mean" in tensors and tensors["mean"].ndim == 3
+    expected["mean"] = (image_size, image_size, 3) if is_image else (3,)
+    files.check_tensors(path, f"the weights of variant {model.network.name}", tensors, expected)
 
 
 def save_safetensors(
@@ -131,13 +139,9 @@ def read(path: Path, variant: str | None) -> Weights:
             f"{path} was written neither by alexnet_jax nor from torchvision's AlexNet "
             "(params/conv1/kernel ... or features.0.weight ...)."
         )
-    model, side = files.make_model(record["settings"]), record["image_size"]
-    name = model.network.name
-    files.check_variant(path, variant, (name,))
-    expected = files.shapes_of(model, record["crop_size"])
-    is_image = "mean" in tensors and tensors["mean"].ndim == 3
-    expected["mean"] = (side, side, 3) if is_image else (3,)
-    files.check_tensors(path, f"the weights of variant {name}", tensors, expected)
+    model = files.make_model(record["settings"])
+    files.check_variant(path, variant, (model.network.name,))
+    _check(path, model, tensors, record["image_size"], record["crop_size"])
     mean = tensors.pop("mean").astype(np.float32)
     return Weights(variables=unflatten_dict(tensors, sep="/"), mean=mean, **record)
 
