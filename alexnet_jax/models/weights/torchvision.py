@@ -54,8 +54,9 @@ def read(path: Path, variant: str | None) -> Weights:
         )
         raise files.not_of_format(path, ".pth", why) from error
     # Training programs keep the state_dict beside an optimiser's, under a key of their own.
+    tensors: dict[Any, Any] = dict(flatten_dict(found)) if isinstance(found, dict) else {}
     arrays = {}
-    for keys, value in (flatten_dict(found) if isinstance(found, dict) else {}).items():
+    for keys, value in tensors.items():
         name = ".".join(map(str, keys))
         if is_own(name) and isinstance(value, torch.Tensor) and value.is_floating_point():
             arrays[name] = value.detach().float().numpy()
