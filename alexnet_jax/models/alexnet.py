@@ -135,13 +135,15 @@ class AlexNet(nn.Module):
                 features[f"{row.name}_pre"] = x
             features[row.name] = x
             for i, (stage, name) in enumerate(zip(row.then, feature_names(row), strict=True)):
-                after_relu = row.then[:i] == (Activation("relu"),)
-                if isinstance(stage, Lrn) and conv_and_bias and after_relu:
-                    # LRN adds the bias and applies ReLU again, in its own loop, which is
-                    # faster. jit drops the results above that nobody reads.
-                    x = self._lrn(stage, part, *conv_and_bias, relu=True)
-                else:
-                    x = self._stage(stage, row.name, x, train, part)
+                # LRN adds the bias and applies ReLU again, in its own loop, and max pooling
+                # normalises again, which is faster. jit drops the results that nobody reads.
+                match row.then[:i], stage:
+                    case (Activation("relu"),), Lrn() if conv_and_bias:
+                        x = self._lrn(stage, part, *conv_and_bias, relu=True)
+                    case (Activation("relu"), Lrn() as lrn), Pool(kind="max") if conv_and_bias:
+                        x = self._lrn(lrn, part, *conv_and_bias, relu=True, pool=stage)
+                    case _:
+                        x = self._stage(stage, row.name, x, train, part)
                 if name:
                     features[name] = x
         features["logits"] = self._classifier(classifier, x)
@@ -234,7 +236,9 @@ class AlexNet(nn.Module):
         x: jax.Array,
         bias: jax.Array | None = None,
         relu: bool = False,
+        pool: Pool | None = None,
     ) -> jax.Array:
+        windows = pool and {"window": pool.window, "stride": pool.stride, "ceil": pool.ceil}
         return ops.local_response_norm(
             x,
             bias,
@@ -245,6 +249,7 @@ class AlexNet(nn.Module):
             beta=stage.beta,
             groups=self.network.columns // part.shards if stage.per_column else 1,
             alpha_mode=stage.alpha_mode,
+            pool=windows,
             fast=self.fast,
         )
 

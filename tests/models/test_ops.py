@@ -166,6 +166,22 @@ def test_lrn_equals_the_loop(shape, size, k, alpha, beta, groups, fast):
 
 
 @ALL_FORMS
+@pytest.mark.parametrize("batch", [1, 4, 7])
+@pytest.mark.parametrize("window, stride, ceil", [(3, 2, True), ((2, 3), (2, 1), False)])
+def test_lrn_with_a_pool_equals_the_loops(batch, window, stride, ceil, fast, monkeypatch):
+    """Also with parts of the batch of two examples, and of one."""
+    monkeypatch.setattr(ops.cpu, "_CACHED", 2 * 4 * 5 * 4 * 6)
+    lrn = {"size": 3, "alpha": 0.3, "groups": 2}
+    pool = {"window": window, "stride": stride, "ceil": ceil}
+    pairs = {"window": ops._pair(window), "stride": ops._pair(stride), "ceil": ceil}
+    check_by_differences(
+        functools.partial(ops.local_response_norm, **lrn, pool=pool, fast=fast),
+        lambda x: loop_pool(loop_lrn(x, **lrn), np.max, **pairs),
+        normal(batch, 5, 4, 6, seed=21),
+    )
+
+
+@ALL_FORMS
 def test_lrn_constants_of_the_paper_and_of_caffe(fast):
     """One channel of 100 alone: 100 / (2 + 1e-4 * 1e4) ** .75, and Caffe's k and n."""
     x = jnp.zeros(96).at[50].set(100.0)
@@ -388,18 +404,20 @@ def test_max_pool_gradient_has_no_select_and_scatter(fast):
 
 
 @ALL_FORMS
-def test_lrn_of_a_layer_is_lrn_of_its_activations(fast):
-    """relu(x + bias) first, or in the same loop; gradients of both, in float64."""
+@pytest.mark.parametrize("pool", [None, {"window": 3, "stride": 2, "ceil": True}])
+def test_lrn_of_a_layer_is_lrn_of_its_activations(pool, fast):
+    """relu(x + bias) and the pooling apart, or in the same loop; gradients in float64."""
     with jax.enable_x64(True):
-        x, bias = jnp.asarray(normal(2, 5, 4, 12, seed=16)), jnp.asarray(normal(12))
-        weights = jnp.asarray(normal(*x.shape, seed=17))
+        x, bias = jnp.asarray(normal(2, 6, 4, 12, seed=16)), jnp.asarray(normal(12))
+        weights = jnp.asarray(normal(12, seed=17))
         lrn = functools.partial(ops.local_response_norm, alpha=0.3, groups=3)
 
         def before(x, bias):
-            return jnp.sum(weights * lrn(jax.nn.relu(x + bias), fast=False))
+            y = lrn(jax.nn.relu(x + bias), fast=False)
+            return jnp.sum(weights * jnp.sin(ops.max_pool(y, **pool, fast=False) if pool else y))
 
         def inside(x, bias):
-            return jnp.sum(weights * lrn(x, bias, relu=True, fast=fast))
+            return jnp.sum(weights * jnp.sin(lrn(x, bias, relu=True, pool=pool, fast=fast)))
 
         wants, gots = (jax.jit(jax.value_and_grad(f, (0, 1)))(x, bias) for f in (before, inside))
         for got, want in zip(*map(jax.tree.leaves, (gots, wants)), strict=True):
@@ -439,7 +457,7 @@ def test_wide_matmul_is_not_rounded_to_the_dtype_of_its_inputs(fast):
         np.testing.assert_array_equal(got, jnp.asarray(exact, jnp.bfloat16))
 
 
-def test_jit_gives_convolutions_to_eigen():
+def test_jit_takes_convolutions_from_ynnpack():
     def conv(x, kernel, groups=1):
         return ops.grouped_conv(x, kernel, padding=1, groups=groups)
 
@@ -478,6 +496,9 @@ def apply(name, x, fast):
     if name == "lrn_of_layer":
         constants = {"alpha": 0.3, "groups": 2}
         return ops.local_response_norm(x, bias, relu=True, **constants, fast=fast)
+    if name == "lrn_and_pool":
+        pool = {"window": 3, "stride": 2, "ceil": True}
+        return ops.local_response_norm(x, bias, relu=True, alpha=0.3, pool=pool, fast=fast)
     if name == "local":
         rows, columns = x.shape[1:3]
         kernel = jnp.asarray(normal(rows - 1, columns, 2, 3, 4, 2), jnp.bfloat16)
@@ -491,7 +512,7 @@ def apply(name, x, fast):
     return ops.max_pool(x, fast=fast)
 
 
-FAST_NAMES = ["lrn", "lrn_of_layer", "within_map", *CONVS, "max_pool", "bias"]
+FAST_NAMES = ["lrn", "lrn_of_layer", "lrn_and_pool", "within_map", *CONVS, "max_pool", "bias"]
 NAMES = [*FAST_NAMES, "avg_pool", "local"]
 NAME_AND_FORM = pytest.mark.parametrize(
     "name, fast",
@@ -630,13 +651,14 @@ def make_mesh(**axes):
 
 
 def small_net(params, x, fast):
-    """Every op once, conv1 strided and conv2 in groups."""
+    """Every op at least once, conv1 strided and conv2 in groups."""
     x = ops.grouped_conv(x, params["conv1"], stride=2, padding=1, fast=fast)
     lrn = functools.partial(ops.local_response_norm, relu=True, alpha=0.1, groups=2)
     x = lrn(x, params["bias1"], fast=fast)
     x = ops.add_bias(x, params["bias2"], fast=fast)
-    x = ops.max_pool(x, fast=fast)
+    x = ops.local_response_norm(x, alpha=0.1, pool={"window": 3, "stride": 2}, fast=fast)
     x = ops.grouped_conv(x, params["conv2"], padding=1, groups=2, fast=fast)
+    x = ops.max_pool(x, window=2, stride=1, fast=fast)
     x = ops.within_map_response_norm(x, alpha=1.0, fast=fast)
     shape = x.shape
     x = ops.wide_matmul(x.reshape(-1, shape[-1]), params["fc"], fast=fast).reshape(shape)

@@ -5,7 +5,9 @@ mode (`jax.jvp`, `jax.linearize`, Hessian-vector products) needs the plain form,
 `fast=False`. `alexnet_jax.models.ops` checks the arguments.
 """
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +25,20 @@ wide_matmul = reference.wide_matmul
 # in conv1. 8, 16 and 32 at a time are equally fast.
 _EXAMPLES_AT_A_TIME = 16
 _PARTS_OF_A_SUM = 32
+# Bytes of an array of which a loop takes a part at a time: with the arrays that it makes of
+# them, a part fits in a core's share of a server's cache. 2 to 8 of conv1's images are
+# equally fast.
+_CACHED = 4_000_000
 
-# Eigen computes convolutions instead of YNNPACK, which in jaxlib 0.10 gives less than 128
-# output channels to one thread. Matrix products stay with YNNPACK. LRN and pooling profit
-# from the wider vectors.
+# Who computes what, as docs/performance.md measures it:
+# - Convolutions: oneDNN with jaxlib 0.11, which 0.10 ignores; then Eigen. YNNPACK, their
+#   default, gives less than 128 output channels to one thread.
+# - Matrix products: YNNPACK.
+# - LRN and pooling profit from wider vectors.
+# - The region analysis saves a copy of all parameters per training step.
 COMPILER_OPTIONS = {
+    "xla_cpu_copy_insertion_use_region_analysis": True,
+    "xla_cpu_experimental_onednn_custom_call": True,
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     "xla_cpu_prefer_vector_width": 512,
 }
@@ -148,65 +159,170 @@ _add_bias = jax.custom_vjp(reference.add_bias)
 _add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
-def local_response_norm(
-    x: jax.Array,
-    bias: jax.Array | None,
-    *,
-    relu: bool,
-    size: int,
-    k: float,
-    alpha: float,
-    beta: float,
-    groups: int,
-) -> jax.Array:
+class _Norm(NamedTuple):
+    """The constants of `local_response_norm`."""
+
+    relu: bool
+    size: int
+    k: float
+    alpha: float
+    beta: float
+    groups: int
+
+
+class _Pooling(NamedTuple):
+    """The windows of `max_pool`."""
+
+    window: tuple[int, int]
+    stride: tuple[int, int]
+    ceil: bool
+
+
+def local_response_norm(x: jax.Array, bias: jax.Array | None, **constants: Any) -> jax.Array:
     """Return LRN across channels; `alpha` multiplies the plain sum of squares."""
+    terms = _wide_terms(jnp.atleast_2d(x), bias)
+    return _lrn(terms, _Norm(**constants)).reshape(x.shape).astype(x.dtype)
+
+
+def _wide_terms(x: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, ...]:
     wide = jnp.promote_types(x.dtype, jnp.float32)
     terms = (x,) if bias is None else (x, bias)
-    terms = gradients.operands(*(term.astype(wide) for term in terms))
-    return _lrn(terms, relu, size, k, alpha, beta, groups).astype(x.dtype)
+    return gradients.operands(*(term.astype(wide) for term in terms))
 
 
-def _lrn_value(terms, relu, size, k, alpha, beta, groups) -> jax.Array:
+def _lrn_value(terms, norm) -> jax.Array:
     """Return LRN in one loop over `terms`, the array and its bias, that XLA vectorises."""
 
     def squares(terms):
-        return jnp.square(gradients.activation(terms, relu))
+        return jnp.square(gradients.activation(terms, norm.relu))
 
-    total = gradients.window_sum(squares, terms, size, groups)
-    return gradients.activation(terms, relu) / gradients.power(k + alpha * total, beta)
+    total = gradients.window_sum(squares, terms, norm.size, norm.groups)
+    base = norm.k + norm.alpha * total
+    return gradients.activation(terms, norm.relu) / gradients.power(base, norm.beta)
 
 
-def _lrn_forward(terms, relu, size, k, alpha, beta, groups):
+def _lrn_forward(terms, norm):
     # To compute the base again is as fast as to load it.
-    return _lrn_value(terms, relu, size, k, alpha, beta, groups), terms
+    return _lrn_value(terms, norm), terms
 
 
-def _lrn_backward(relu, size, k, alpha, beta, groups, terms, g):
-    a = gradients.activation(terms, relu)
-    base = k + alpha * _stored_window_sum(jnp.square(a), size, groups)
-    scaled = g / gradients.power(base, beta)
+def _lrn_backward(norm, terms, g):
+    x, *bias = terms
+    dx = _in_place(lambda x, g: _lrn_input_gradient((x, *bias), norm, g), x, g)
+    return ((dx, *(_sum_positions(dx) for _ in bias)),)
+
+
+def _lrn_input_gradient(terms, norm, g):
+    a = gradients.activation(terms, norm.relu)
+    base = _stored_base(a, norm)
+    scaled = g / gradients.power(base, norm.beta)
     # The window is centred, so "all i whose window holds j" is j's own window.
-    shared = _stored_window_sum(scaled * a / base, size, groups)
-    da = scaled - 2 * alpha * beta * a * shared
-    if relu:
-        da = jnp.where(a > 0, da, 0)
-    return ((da, *(_sum_positions(da) for _ in terms[1:])),)
+    shared = _stored_window_sum(scaled * a / base, norm)
+    da = scaled - 2 * norm.alpha * norm.beta * a * shared
+    return jnp.where(a > 0, da, 0) if norm.relu else da
 
 
-def _stored_window_sum(a: jax.Array, size: int, groups: int) -> jax.Array:
+def _stored_base(a: jax.Array, norm: _Norm) -> jax.Array:
+    return norm.k + norm.alpha * _stored_window_sum(jnp.square(a), norm)
+
+
+def _stored_window_sum(a: jax.Array, norm: _Norm) -> jax.Array:
     """Return the sums of `size` neighbouring channels inside their group.
 
-    The backward pass reads them several times. XLA stores the input and the output of
-    this operation, instead of every shifted array.
+    Several operations read them. XLA stores the input and the output of this one, instead
+    of computing every shifted array again in each reader.
     """
-    rows = a.reshape(-1, a.shape[-1] // groups)
-    sides = ((0, 0), (size // 2, size // 2))
-    sums = lax.reduce_window(rows, rows.dtype.type(0), lax.add, (1, size), (1, 1), sides)
+    rows = a.reshape(-1, a.shape[-1] // norm.groups)
+    sides = ((0, 0), (norm.size // 2, norm.size // 2))
+    sums = lax.reduce_window(rows, rows.dtype.type(0), lax.add, (1, norm.size), (1, 1), sides)
     return sums.reshape(a.shape)
 
 
-_lrn = jax.custom_vjp(_lrn_value, nondiff_argnums=(1, 2, 3, 4, 5, 6))
+_lrn = jax.custom_vjp(_lrn_value, nondiff_argnums=(1,))
 _lrn.defvjp(_lrn_forward, _lrn_backward)
+
+
+def lrn_and_max_pool(
+    x: jax.Array, bias: jax.Array | None, pooling: dict[str, Any], **constants: Any
+) -> jax.Array:
+    """Return `max_pool` of `local_response_norm`, without storing the normalised images.
+
+    Both passes go through a few examples at a time, whose arrays stay in the cache.
+    """
+    terms = _wide_terms(x, bias)
+    return _lrn_and_pool(terms, _Norm(**constants), _Pooling(**pooling), x.dtype)
+
+
+def _lrn_and_pool_value(terms, norm, pooling, dtype) -> jax.Array:
+    def pooled(y):
+        return reference.max_pool(y, **pooling._asdict())
+
+    return _of_normalised(pooled, terms, norm, dtype)
+
+
+def _lrn_and_pool_forward(terms, norm, pooling, dtype):
+    def pooled(y):
+        return _max_and_places(y, pooling)
+
+    y, places = _of_normalised(pooled, terms, norm, dtype)
+    return y, (terms, places)
+
+
+def _of_normalised(function, terms, norm, dtype) -> Any:
+    """Return function(LRN of the terms), a few examples at a time."""
+    x, *bias = terms
+
+    def part(x):
+        a = gradients.activation((x, *bias), norm.relu)
+        return function((a / gradients.power(_stored_base(a, norm), norm.beta)).astype(dtype))
+
+    return _in_parts(part, x.shape, x)
+
+
+def _lrn_and_pool_backward(norm, pooling, dtype, residuals, g):
+    (x, *bias), places = residuals
+
+    def part(x, places, g):
+        g = _to_winners(g, places, pooling, x.shape).astype(x.dtype)
+        return _lrn_input_gradient((x, *bias), norm, g)
+
+    dx = _in_place(part, x, places, g)
+    return ((dx, *(_sum_positions(dx) for _ in bias)),)
+
+
+_lrn_and_pool = jax.custom_vjp(_lrn_and_pool_value, nondiff_argnums=(1, 2, 3))
+_lrn_and_pool.defvjp(_lrn_and_pool_forward, _lrn_and_pool_backward)
+
+
+# A loop over parts of the batch: the arrays that a part needs on its way stay in the
+# processor's cache. XLA stores what goes into a loop, so nothing before it is computed
+# again inside.
+
+
+def _in_parts(function: Callable[..., Any], shape: tuple[int, ...], *arrays: Any) -> Any:
+    """Return function(*arrays), computed for a few examples of `shape` after the other."""
+    found = lax.map(lambda arrays: function(*arrays), _parts(arrays, shape))
+    return jax.tree.map(lambda a: a.reshape(shape[0], *a.shape[2:]), found)
+
+
+def _in_place(function: Callable[..., jax.Array], x: jax.Array, *arrays: Any) -> jax.Array:
+    """Return function(x, *arrays) as `_in_parts`, in the memory of x if x is not used again."""
+
+    def step(i, parts):
+        part = function(*jax.tree.map(lambda a: a[i], (parts, *others)))
+        return lax.dynamic_update_index_in_dim(parts, part, i, 0)
+
+    parts, *others = _parts((x, *arrays), x.shape)
+    return lax.fori_loop(0, parts.shape[0], step, parts).reshape(x.shape)
+
+
+def _parts(arrays: Any, shape: tuple[int, ...]) -> Any:
+    """Return arrays[batch, ...] as [parts, examples, ...]."""
+    batch, *rest = shape
+    most = max(1, min(batch // 2, _CACHED // (4 * math.prod(rest))))
+    # A part of another size at the end would cost a copy of the whole result.
+    size = max(size for size in range(1, most + 1) if batch % size == 0)
+    return jax.tree.map(lambda a: a.reshape(batch // size, size, *a.shape[1:]), arrays)
 
 
 def within_map_response_norm(
@@ -250,50 +366,60 @@ _within_map = jax.custom_vjp(_within_map_value, nondiff_argnums=(1, 2, 3, 4))
 _within_map.defvjp(_within_map_forward, _within_map_backward)
 
 
-def max_pool(
-    x: jax.Array, *, window: tuple[int, int], stride: tuple[int, int], ceil: bool
-) -> jax.Array:
+def max_pool(x: jax.Array, **pooling: Any) -> jax.Array:
     """Return the maximum, with a gradient that remembers which element won."""
     (x,) = gradients.operands(x)
-    return _max_pool(x, window, stride, ceil, x.shape)
+    return _max_pool(x, _Pooling(**pooling), x.shape)
 
 
-def _max_pool_value(x, window, stride, ceil, shape) -> jax.Array:
-    return reference.max_pool(x, window=window, stride=stride, ceil=ceil)
+def _max_pool_value(x, pooling, shape) -> jax.Array:
+    return reference.max_pool(x, **pooling._asdict())
 
 
-def _max_pool_forward(x, window, stride, ceil, shape):
-    # Keep the place of each window's winner, one byte per axis, instead of the image.
-    x, columns = reference.max_along(x, window[1], stride[1], axis=2, ceil=ceil)
-    _, rows = reference.max_along(x, window[0], stride[0], axis=1, ceil=ceil)
+def _max_pool_forward(x, pooling, shape):
+    return _max_and_places(x, pooling)
+
+
+def _max_and_places(x: jax.Array, pooling: _Pooling) -> tuple[jax.Array, list[jax.Array]]:
+    """Return each window's maximum, and the winner's row and column in the window.
+
+    The two places take one byte each; the image itself is not kept.
+    """
+    (height, width), (down, across), ceil = pooling
+    side = x.shape[1]
+    x, columns = reference.max_along(x, width, across, axis=2, ceil=ceil)
+    _, rows = reference.max_along(x, height, down, axis=1, ceil=ceil)
     # The same maximum again: XLA stores the output of this operation. It would repeat
     # another one in each reader, for example each part of the next kernel gradient.
-    overhang = max((rows.shape[1] - 1) * stride[0] + window[0] - shape[1], 0)
+    overhang = max((rows.shape[1] - 1) * down + height - side, 0)
     x = lax.reduce_window(
         x,
         x.dtype.type(-np.inf),
         reference.larger,
-        (1, window[0], 1, 1),
-        (1, stride[0], 1, 1),
+        (1, height, 1, 1),
+        (1, down, 1, 1),
         ((0, 0), (0, overhang), (0, 0), (0, 0)),
     )
-    return x, (rows, columns)
+    return x, [rows, columns]
 
 
-def _max_pool_backward(window, stride, ceil, shape, places, g):
-    def of_example(arrays):
-        g, *places = arrays
-        for axis, place in enumerate(places):
-            g = _to_winners(g, place, window[axis], stride[axis], axis, shape[1 + axis])
-        return g
+def _max_pool_backward(pooling, shape, places, g):
+    def part(places, g):
+        return _to_winners(g, places, pooling, shape)
 
-    # One example after the other: XLA stores what goes into a loop. Outside one it would
-    # compute the places again, for every element that may be the winner.
-    return (lax.map(of_example, (g, *places)),)
+    return (_in_parts(part, shape, places, g),)
 
 
-def _to_winners(g, place, window: int, stride: int, axis: int, length: int):
-    """Return the gradient of each window along `axis`, at the element that won.
+def _to_winners(g, places, pooling: _Pooling, shape: tuple[int, ...]) -> jax.Array:
+    """Return the gradient of each window at the element that won, in images of `shape`."""
+    for axis, place in enumerate(places, start=1):
+        window, stride = pooling.window[axis - 1], pooling.stride[axis - 1]
+        g = _to_winners_along(g, place, window, stride, axis, shape[axis])
+    return g
+
+
+def _to_winners_along(g, place, window: int, stride: int, axis: int, length: int):
+    """Return the gradient along one axis.
 
     Element q * stride + t is at place t + j * stride of window q - j, for every j
     that the window has room for.
@@ -315,5 +441,5 @@ def _to_winners(g, place, window: int, stride: int, axis: int, length: int):
     return total
 
 
-_max_pool = jax.custom_vjp(_max_pool_value, nondiff_argnums=(1, 2, 3, 4))
+_max_pool = jax.custom_vjp(_max_pool_value, nondiff_argnums=(1, 2))
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
