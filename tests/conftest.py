@@ -4,12 +4,14 @@ import atexit
 import contextlib
 import gc
 import importlib.metadata
+import io
 import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 OPTIMIZED = bool(os.environ.get("ALEXNET_TEST_OPTIMIZED"))
 
@@ -48,6 +50,35 @@ if not OPTIMIZED:
 def pytest_collection_finish():
     """What is imported by now stays: no collection has to go through it again."""
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of three colours, which no test may change."""
+    from tests.training import runs
+
+    root = tmp_path_factory.mktemp("pictures")
+    runs.draw_colours(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """(last state, workdir) of `small_config`'s run; tests that change it take a copy."""
+    from alexnet_jax.training import loop, step_log
+    from tests.training import runs
+
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_log, "STALL_AFTER_STEPS", 10)
+        state = loop.train_and_evaluate(runs.small_config(folder), workdir)
+    assert "WARNING" not in out.getvalue()  # it learns
+    return state, workdir
+
+
+@pytest.fixture(scope="session")
+def workdir(finished: tuple[Any, Path]) -> Path:
+    return finished[1]
 
 
 @pytest.fixture

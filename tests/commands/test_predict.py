@@ -13,7 +13,7 @@ from alexnet_jax import export, load, predict, report, retrieve
 from alexnet_jax.analysis.figures import best_labels
 from alexnet_jax.training import loop
 from alexnet_jax.training.config import ConfigError
-from tests.training.test_loop import small_config
+from tests.training.runs import small_config
 
 NAMES = ["blue", "green", "red"]
 

@@ -40,7 +40,7 @@ def workdir(tmp_path_factory):
     config.data.dir = str(root / "data")
     config.data.batch_size = 4
     config.model.width = 1 / 16
-    config.max_steps = 1
+    config.max_steps, config.eval_every_epochs, config.data.eval_split = 0, 0.0, ""
     train_and_evaluate(config, root / "run")
     return root / "run"
 

@@ -23,7 +23,7 @@ from alexnet_jax.training import load as load_lib
 from alexnet_jax.training import loop, timing
 from alexnet_jax.training.config import as_json
 from alexnet_jax.training.writers import read_metrics
-from tests.training.test_loop import small_config
+from tests.training.runs import small_config
 
 # Sorted as folders are. The first is mathematics to matplotlib; the second holds markup,
 # a quote and an entity.

@@ -16,7 +16,7 @@ from alexnet_jax.analysis.codes import load_codes, train_coder
 from alexnet_jax.analysis.features import Extractor
 from alexnet_jax.analysis.retrieval import RetrievalError, nearest
 from alexnet_jax.training import loop
-from tests.training.test_loop import PICTURES, small_config
+from tests.training.runs import PICTURES, small_config
 
 
 @pytest.fixture(scope="module")

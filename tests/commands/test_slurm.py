@@ -1,6 +1,6 @@
 """launch/slurm.sbatch under a real SLURM of one node, started for these tests."""
 
-# ruff: noqa: F401, F811  (fixtures of other files)
+# ruff: noqa: F401, F811  (the fixture of another file)
 
 import os
 import re
@@ -16,7 +16,6 @@ import pytest
 from alexnet_jax.training.distributed import count_tasks
 from alexnet_jax.training.writers import read_metrics
 from tests.training.test_distributed import config_file
-from tests.training.test_loop import folder
 
 pytestmark = pytest.mark.nightly
 

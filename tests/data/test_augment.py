@@ -227,7 +227,8 @@ def train(augmentation, raw=None, first=0, *, key=0, step=0):
     """Return training images of all of `images`, or of a part."""
     raw = pictures() if raw is None else raw
     key, stats = jax.random.key(key), statistics(raw.shape[1])
-    return augment.train_images(raw, key, first, stats, augmentation, step=step)
+    train_images = jax.jit(augment.train_images, static_argnums=4)
+    return train_images(raw, key, first, stats, augmentation, step=step)
 
 
 def test_without_augmentation_training_sees_the_same():

@@ -59,9 +59,8 @@ def test_features_are_the_stages_of_the_network(paper):
     np.testing.assert_allclose(features["logits"], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", ["paper", "original"])
-def test_pre_activations_are_the_sums_before_any_stage(variant):
-    model, images = narrow(variant), images_like()
+def test_pre_activations_are_the_sums_before_any_stage():
+    model, images = narrow("original"), images_like()
     variables = random_variables(model)
     found, names = features_of(model, variables, images, pre_activations=True)
     weighted = [row.name for row in model.network.layers[:-1]]
@@ -71,8 +70,8 @@ def test_pre_activations_are_the_sums_before_any_stage(variant):
     for name in weighted:
         before, after = np.asarray(found[f"{name}_pre"]), np.asarray(features[name])
         assert (before < 0).any()
-        # Experiment 145 normalises conv1 and pools conv5 before their activations.
-        late = variant == "original" and name in ("conv1", "conv5")
+        # This network normalises conv1 and pools conv5 before their activations.
+        late = name in ("conv1", "conv5")
         np.testing.assert_allclose(before if late else np.maximum(before, 0), after, rtol=1e-5)
 
 

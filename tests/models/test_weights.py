@@ -15,9 +15,7 @@ from safetensors.numpy import load_file, save_file
 from alexnet_jax import export, load
 from alexnet_jax.models.weights import SUFFIXES, Weights, WeightsError, read_weights
 from alexnet_jax.models.weights.safetensors import save_safetensors
-from alexnet_jax.training import loop
 from tests.models import networks
-from tests.training.test_loop import folder, small_config  # noqa: F401
 
 
 def test_torchvision_has_no_lrn(tmp_path):
@@ -69,15 +67,6 @@ def test_safetensors_keeps_arrays_of_any_order_and_precision(tmp_path):
         np.testing.assert_array_equal(bias, params[layer]["bias"])
 
 
-@pytest.fixture(scope="module")
-def workdir(folder, tmp_path_factory):  # noqa: F811
-    """The workdir of a run of one step."""
-    workdir = tmp_path_factory.mktemp("run")
-    config = small_config(folder, max_steps=1, eval_every_epochs=0.0)
-    loop.train_and_evaluate(config, workdir)
-    return workdir
-
-
 def test_a_run_becomes_a_file_and_the_file_onnx(workdir, tmp_path, capsys):
     pytest.importorskip("onnx")
     model, variables, preprocess = load(workdir)
@@ -100,8 +89,9 @@ def test_a_run_becomes_a_file_and_the_file_onnx(workdir, tmp_path, capsys):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=networks.TOLERANCE)
 
 
-def test_mistakes_are_one_line(workdir, tmp_path, capsys):
-    names, narrow = "--names=torchvision", workdir / "narrow.safetensors"
+def test_mistakes_are_one_line(workdir, tmp_path, tmp_path_factory, capsys):
+    names = "--names=torchvision"
+    narrow = tmp_path_factory.mktemp("narrow") / "narrow.safetensors"
     save_safetensors(narrow, own_weights())
     for arguments, message in (
         (["--out={tmp}/x.h5"], "must end in .safetensors or .onnx"),

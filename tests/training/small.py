@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from alexnet_jax.data import augment
 from alexnet_jax.models.alexnet import AlexNet, create_model
 from alexnet_jax.models.layers import Conv, Dense, Variant
 from alexnet_jax.models.variants import DROPPED, NORM_POOL, POOLED
+from alexnet_jax.training import parallel, steps
 
 SIZE, CROP, BATCH, CLASSES = 50, 48, 4, 10
 # fmt: off
@@ -51,6 +53,19 @@ def statistics(dtype, size=SIZE):
         jnp.asarray(augment.IMAGENET_PCA_STD_255, dtype),
         jnp.asarray(augment.IMAGENET_PCA_VECTORS, dtype),
     )
+
+
+def first_state(spec):
+    """Return the first state on the spec's mesh, made by a program for one device."""
+    arrays = _first_arrays(spec.model, spec.tx)
+    return jax.device_put(arrays, parallel.shardings(spec.mesh, steps.state_specs(spec)))
+
+
+@functools.cache
+def _first_arrays(model, tx):
+    crop = augment.Augmentation(model.network.crop_size)
+    spec = steps.StepSpec(model, tx, crop, parallel.make_mesh(1, 1))
+    return jax.device_get(steps.init_state(spec))
 
 
 @contextlib.contextmanager

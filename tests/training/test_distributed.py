@@ -11,14 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from alexnet_jax.training import distributed, parallel
+from alexnet_jax.sweeps import plan
+from alexnet_jax.training import distributed, loop, parallel
 from alexnet_jax.training.distributed import DistributedError
 from alexnet_jax.training.writers import read_metrics
-from tests.training.small import NETWORK_OF_FILE
-from tests.training.test_loop import folder  # noqa: F401, a fixture
+from tests.training.small import NETWORK_OF_FILE, fast_loops
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = ROOT / "launch" / "multiprocess.py"
@@ -51,7 +52,7 @@ def get_config():
 
 
 @pytest.fixture(scope="module")
-def config_file(folder, tmp_path_factory):  # noqa: F811
+def config_file(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "tiny.py"
     path.write_text(CONFIG.format(folder=folder, network=NETWORK_OF_FILE))
     return path
@@ -70,11 +71,12 @@ def run(command):
     )
 
 
-def run_alone(config_file, workdir, devices, *more):
-    """One process on so many devices."""
-    done = run(main_command(config_file, workdir, f"--cpu_devices={devices}", *more))
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run_alone(config_file, workdir, columns, max_steps):
+    """Train in this process, on so many of its devices."""
+    changes = {"max_steps": max_steps, "parallel.data": 1, "parallel.column": columns}
+    config = plan.make_config(str(config_file), changes, "")
+    with jax.enable_x64(True), fast_loops():
+        loop.train_and_evaluate(config, workdir)
 
 
 def launch(config_file, workdir, count, *more):
@@ -139,7 +141,7 @@ def of_training(rows, last_step):
 def alone(config_file, tmp_path_factory):
     """Twelve steps of one process on two devices."""
     workdir = tmp_path_factory.mktemp("alone")
-    run_alone(config_file, workdir, 2, "--config.max_steps=12")
+    run_alone(config_file, workdir, 2, 12)
     return scalars(workdir)
 
 
@@ -171,11 +173,13 @@ def test_two_processes_equal_one(alone, together):
 
 
 @pytest.mark.slow
-def test_checkpoints_move_between_one_and_two_processes(config_file, alone, together, tmp_path):
+def test_checkpoints_move_between_one_and_two_processes(
+    config_file, alone, together, tmp_path, capsys
+):
     workdir = tmp_path / "moved"
     shutil.copytree(together[0], workdir)
-    out = run_alone(config_file, workdir, 1, "--config.max_steps=10")
-    assert "resuming from step 8" in out
+    run_alone(config_file, workdir, 1, 10)
+    assert "resuming from step 8" in capsys.readouterr().out
     out = run_together(config_file, workdir, 2, "--config.max_steps=12")
     assert "resuming from step 10" in out
     assert_same_scalars(of_training(scalars(workdir), 12), of_training(alone, 12))

@@ -1,7 +1,5 @@
 """Evaluation: errors by hand, checkpoints, views, weights and ensembles of small runs."""
 
-# ruff: noqa: F401, F811  (fixtures of other files)
-
 import dataclasses
 import json
 import shutil
@@ -22,7 +20,7 @@ from alexnet_jax.training.ensemble import Member, describe_mistakes, evaluate_ru
 from alexnet_jax.training.evaluate import Predictions, PredictionsError
 from alexnet_jax.training.load import read_network
 from alexnet_jax.training.workdir import write_config
-from tests.training.test_loop import PICTURES, columns_config, folder, records, small_config
+from tests.training.runs import PICTURES, columns_config, records, small_config
 
 # Predictions, by hand.
 

@@ -1,7 +1,5 @@
 """Experiments: meshes, classes, statistics, the pipeline and the optimiser of a config."""
 
-# ruff: noqa: F401, F811  (fixtures of other files)
-
 import contextlib
 import importlib
 import math
@@ -17,8 +15,8 @@ from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.models import variants
 from alexnet_jax.training import experiment, steps
 from alexnet_jax.training.config import ConfigError
+from tests.training.runs import CLASSES, EPOCHS, PICTURES, small_config
 from tests.training.test_config import config_with
-from tests.training.test_loop import CLASSES, PICTURES, folder, small_config
 
 
 def small(folder, **changes):
@@ -33,7 +31,7 @@ def test_classes_are_counted_from_the_data(folder):
     built = experiment.build(small(folder), log=lambda line: None)
     assert built.model.network.layers[-1].features == CLASSES
     assert built.steps_per_epoch == PICTURES / 6
-    assert built.total_steps == math.ceil(8 * PICTURES / 6)
+    assert built.total_steps == math.ceil(EPOCHS * PICTURES / 6)
     more = experiment.build(small(folder, model__num_classes=10), log=lambda _: None)
     assert more.model.network.layers[-1].features == 10
     with pytest.raises(ConfigError, match="fewer than the 3 classes"):

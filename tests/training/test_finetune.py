@@ -18,18 +18,16 @@ from alexnet_jax.training import load as load_lib
 from alexnet_jax.training.config import ConfigError
 from alexnet_jax.training.writers import read_metrics
 from tests.models.test_variants import TWO_SIXES
+from tests.training.runs import columns_config, small_config
 from tests.training.test_distributed import run_together
-from tests.training.test_loop import columns_config, folder, small_config  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 KEPT = ("conv1", "conv2", "conv3")
 
 
-@pytest.fixture(scope="module")
-def source(folder, tmp_path_factory):  # noqa: F811
-    """Return the workdir of a network of three classes, with its own mean image."""
-    workdir = tmp_path_factory.mktemp("source")
-    loop.train_and_evaluate(small_config(folder, num_epochs=2.0), workdir)
+@pytest.fixture
+def source(workdir):
+    """The workdir of a network of three classes, with its own mean image."""
     return workdir
 
 
@@ -118,7 +116,7 @@ def test_a_run_keeps_frozen_layers_and_resumes_without_its_source(source, shapes
     assert read_metrics(tmp_path / "twice" / "metrics.jsonl")[-1]["step"] == 3
 
 
-def test_columns_share_the_weights_of_one_device(folder, tmp_path):  # noqa: F811
+def test_columns_share_the_weights_of_one_device(folder, tmp_path):
     config = columns_config(folder, eval_split="", eval_every_epochs=0.0, max_steps=0)
     loop.train_and_evaluate(config, tmp_path / "source")
     config.seed, config.finetune.source = 1, str(tmp_path / "source@latest")

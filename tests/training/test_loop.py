@@ -1,9 +1,7 @@
 """Whole runs: they learn, stop, resume exactly, and are loaded."""
 
 import collections
-import contextlib
 import gzip
-import io
 import json
 import os
 import re
@@ -17,113 +15,23 @@ import pytest
 from alexnet_jax import load
 from alexnet_jax.system.files import FullDiskError
 from alexnet_jax.training import checkpoint, loop, run, step_log, timing
-from alexnet_jax.training.writers import read_metrics
-from configs import common
-from tests.training import small
+from tests.training.runs import (
+    PICTURES,
+    STEPS,
+    assert_same_state,
+    columns_config,
+    records,
+    small_config,
+)
 from tests.training.small import fast_loops
-
-PICTURES, CLASSES = 25, 3  # 25 does not divide by 6: the last batch is padded
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast_loops():
-    """These runs take more steps than their compilation is worth saving at."""
-    with fast_loops():
-        yield
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """Three classes of blurred colours: easy, but not for nothing."""
-    from PIL import Image
-
-    root = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for index in range(PICTURES):
-            label = index % CLASSES
-            picture = rng.integers(0, 120, (32, 32, 3))
-            picture[..., label] += 100
-            target = root / split / ["red", "green", "blue"][label]
-            target.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture.astype(np.uint8)).save(target / f"{index:03d}.png")
-    return root
-
-
-def small_config(folder, *, eval_split="test", **changes):
-    config = common.get_config()
-    config.data.source = f"folder:{folder}"
-    config.data.image_size = 34
-    config.data.crop_size = 32
-    config.data.batch_size = 6
-    config.model.variant = "cifar"
-    config.model.init = "he"
-    config.optim.learning_rate = 1e-3
-    config.num_epochs = 8.0
-    config.log_every_steps = 5
-    config.eval_every_epochs = 1.0
-    config.parallel.data = 1
-    config.data.eval_split = eval_split
-    for name, value in changes.items():
-        setattr(config, name, value)
-    if eval_split and config.eval_every_epochs:
-        config.schedule.patience = 1
-    else:  # nothing that the plateau rule could go by
-        config.schedule.name = "constant"
-    return config
-
-
-def columns_config(folder, **changes):
-    """The paper's layers for small images, in two columns."""
-    config = small_config(folder, **{"eval_every_epochs": 2.0} | changes)
-    config.data.image_size, config.data.crop_size = small.SIZE, small.CROP
-    config.model.variant = small.NETWORK_OF_FILE
-    config.parallel.mode = "columns"
-    config.parallel.column = 2
-    config.optim.learning_rate = 1e-3
-    config.num_epochs = 5.0
-    return config
-
-
-def leaves(state):
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-
-
-def records(workdir, prefix):
-    """Records without what depends on the clock."""
-    clock = {"images_per_sec", "data_wait_frac"}
-    rows = read_metrics(workdir / "metrics.jsonl")
-    return [
-        {k: v for k, v in row.items() if k not in clock}
-        for row in rows
-        if any(key.startswith(prefix) for key in row)
-    ]
-
-
-@pytest.fixture(scope="module")
-def finished(folder, tmp_path_factory):
-    """A run of 34 steps; tests that change it take a copy."""
-    workdir = tmp_path_factory.mktemp("run")
-    config = small_config(folder)
-    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_log, "STALL_AFTER_STEPS", 20)
-        state = loop.train_and_evaluate(config, workdir)
-    assert "WARNING" not in out.getvalue()  # it learns
-    return state, workdir
-
-
-def assert_same_state(got, want):
-    for a, b in zip(leaves(got), leaves(want), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_run_learns_and_writes_its_records(finished):
     state, workdir = finished
-    steps = -(-8 * PICTURES // 6)  # 8 epochs of 25 images in batches of 6
-    assert int(state.step) == steps
+    assert int(state.step) == STEPS == -(-4 * PICTURES // 6)  # 4 epochs in batches of 6
     rows = records(workdir, "train/")
-    assert [row["step"] for row in rows] == [*range(5, steps, 5), steps]
-    assert rows[-1]["epoch"] == pytest.approx(steps * 6 / PICTURES)
+    assert [row["step"] for row in rows] == [*range(5, STEPS, 5), STEPS]
+    assert rows[-1]["epoch"] == pytest.approx(STEPS * 6 / PICTURES)
     evaluations = records(workdir, "eval/")
     assert {row["eval/count"] for row in evaluations} == {PICTURES}
     assert evaluations[-1]["eval/top1_error"] < 0.2
@@ -143,7 +51,7 @@ def test_loader_threads_and_summaries_change_nothing(finished, folder, tmp_path,
     for kind in ("lr", "eval/"):
         assert records(tmp_path, kind) == records(plain, kind)
     summaries = records(tmp_path, "grad_norm/")
-    assert [row["step"] for row in summaries] == [0, 5, 10, 15, 20, 25, 30]
+    assert [row["step"] for row in summaries] == [0, 5, 10, 15]
     for row in summaries:
         norms = {name for name in row if name.startswith("grad_norm/")}
         assert norms == {f"grad_norm/{layer}" for layer in state.params}
@@ -153,14 +61,14 @@ def test_loader_threads_and_summaries_change_nothing(finished, folder, tmp_path,
     assert [row["step"] for row in summaries if "train/loss" in row] == [0]
     first, out = summaries[0]["train/loss"], capsys.readouterr().out
     assert f"loss at step 0: {first:.4f}" in out
-    assert "step  0/34  epoch 0.00  dead relu: conv1 " in out
+    assert "step  0/17  epoch 0.00  dead relu: conv1 " in out
     (events,) = tmp_path.glob("events.out.tfevents.*")
     assert b"grad_norm/conv1" in events.read_bytes()
 
 
 def test_run_ends_at_its_training_error_and_evaluates_several_views(folder, tmp_path, capsys):
     config = small_config(folder, stop_at_train_error=0.02, eval_views=10, eval_every_epochs=0.0)
-    config.log_every_steps = 2
+    config.num_epochs, config.log_every_steps = 8.0, 2
     state = loop.train_and_evaluate(config, tmp_path)
     rows = records(tmp_path, "train/")
     errors = [row["train/top1_error"] for row in rows]
@@ -180,16 +88,16 @@ def float64_run(folder, workdir, mode, data, column):
     config.model.dtype = "float64"
     config.data.batch_size = 8
     config.log_every_steps = 1
-    config.max_steps = 10
-    config.checkpoint.every_steps = 5
+    config.max_steps = 6
+    config.checkpoint.every_steps = 3
     config.parallel.mode = mode
     config.parallel.data, config.parallel.column = data, column
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), fast_loops():
         return loop.train_and_evaluate(config, workdir)
 
 
 @pytest.fixture(scope="module")
-def ten_steps_on_two_devices(folder, tmp_path_factory):
+def six_steps_on_two_devices(folder, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("two") / "columns"
     return float64_run(folder, workdir, "columns", 1, 2), workdir
 
@@ -204,16 +112,16 @@ def ten_steps_on_two_devices(folder, tmp_path_factory):
     ],
 )
 def test_run_resumes_on_the_same_and_on_other_devices(
-    mode, data, column, folder, tmp_path, ten_steps_on_two_devices, capsys
+    mode, data, column, folder, tmp_path, six_steps_on_two_devices, capsys
 ):
-    """Stopped on two after five steps: the next five losses are the same."""
-    expected, workdir = ten_steps_on_two_devices
+    """Stopped on two after three steps: the next three losses are the same."""
+    expected, workdir = six_steps_on_two_devices
     moved = shutil.copytree(workdir, tmp_path / "moved")
-    shutil.rmtree(moved / "checkpoints" / "10")
+    shutil.rmtree(moved / "checkpoints" / "6")
     state = float64_run(folder, moved, mode, data, column)
-    assert f"resuming from step 5 ({moved / 'checkpoints'})" in capsys.readouterr().out
+    assert f"resuming from step 3 ({moved / 'checkpoints'})" in capsys.readouterr().out
     got, want = records(moved, "train/loss"), records(workdir, "train/loss")
-    assert [row["step"] for row in got] == list(range(1, 11))
+    assert [row["step"] for row in got] == list(range(1, 7))
     np.testing.assert_allclose(
         [row["train/loss"] for row in got], [row["train/loss"] for row in want], rtol=1e-8
     )
@@ -251,7 +159,7 @@ def test_stopped_run_resumes_exactly(
     state = loop.train_and_evaluate(small_config(folder), tmp_path)
     assert_same_state(state, expected)
     starts = timing.read_times(tmp_path / "times.jsonl")
-    assert [(s.first_step, s.last_step) for s in starts] == [(0, 13), (13, 34)]
+    assert [(s.first_step, s.last_step) for s in starts] == [(0, 13), (13, STEPS)]
 
 
 def test_signal_in_last_save_changes_nothing(folder, tmp_path, monkeypatch, capsys):
@@ -416,7 +324,7 @@ def test_divergence_ends_the_run(every_steps, words, folder, tmp_path):
 
 def test_stalled_loss_warns_once(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(step_log, "STALL_AFTER_STEPS", 9)
-    config = small_config(folder, max_steps=20, eval_split="")
+    config = small_config(folder, max_steps=15, eval_split="")
     config.model.init = "caffe"
     config.optim.learning_rate = 1e-12
     loop.train_and_evaluate(config, tmp_path)

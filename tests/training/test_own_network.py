@@ -73,7 +73,9 @@ def test_a_table_from_a_file_is_stored_with_its_run(mode, tmp_path, capsys):
 def test_another_table_in_the_file_is_another_network(tmp_path):
     path, workdir = tmp_path / "my_networks.py", tmp_path / "run"
     path.write_text(FILE)
-    loop.train_and_evaluate(own_config(path, "columns"), workdir)
+    config = own_config(path, "columns")
+    config.max_steps = 0
+    loop.train_and_evaluate(config, workdir)
     path.write_text(FILE.replace('"fc4", 16', '"fc4", 32'))
     with pytest.raises(ConfigError, match=r"model.table: one table in the workdir, now another"):
         loop.train_and_evaluate(own_config(path, "columns"), workdir)

@@ -1,6 +1,6 @@
 """One of several real processes is killed, frozen, stopped or started differently."""
 
-# ruff: noqa: F811, for the fixtures of other files
+# ruff: noqa: F811, for the fixture of another file
 import os
 import re
 import signal
@@ -17,7 +17,6 @@ from tests.training.test_distributed import (
     scalars,
     start_by_hand,
 )
-from tests.training.test_loop import folder  # noqa: F401, a fixture
 
 
 def wait_for(process, words, seconds=90):

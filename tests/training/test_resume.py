@@ -1,6 +1,5 @@
 """Resuming in a workdir: configs and data that it refuses, and its lock."""
 
-# ruff: noqa: F811, for the fixture of another file
 import dataclasses
 import json
 import os
@@ -20,28 +19,19 @@ from alexnet_jax.training.checkpoint import CheckpointError
 from alexnet_jax.training.config import ConfigError, as_json
 from alexnet_jax.training.run import Progress, Run
 from alexnet_jax.training.writers import METRICS_FILE, read_metrics
-from tests.training.test_loop import PICTURES, folder, small_config  # noqa: F401
-
-
-@pytest.fixture(scope="module")
-def begun(folder, tmp_path_factory):
-    """The images and the workdir of a run of two steps."""
-    root = tmp_path_factory.mktemp("begun")
-    shutil.copytree(folder, root / "pictures")
-    config = small_config(root / "pictures", max_steps=2)
-    loop.train_and_evaluate(config, root / "run")
-    return root
+from tests.training.runs import EPOCHS, PICTURES, STEPS, small_config
 
 
 @pytest.fixture
-def config(begun):
-    return small_config(begun / "pictures", max_steps=3)
+def config(folder):
+    """The config of the finished run, for one more step."""
+    return small_config(folder, num_epochs=EPOCHS + 1, max_steps=STEPS + 1)
 
 
 @pytest.fixture
-def workdir(begun, tmp_path):
-    """A copy: a test that fails must not spoil it for the others."""
-    return shutil.copytree(begun / "run", tmp_path / "run")
+def workdir(workdir, tmp_path):
+    """A copy of the finished run."""
+    return shutil.copytree(workdir, tmp_path / "run")
 
 
 def printed(config, workdir, capsys):
@@ -49,8 +39,8 @@ def printed(config, workdir, capsys):
     return capsys.readouterr().out.splitlines()
 
 
-def test_changed_fields_and_the_mean_image_are_printed(workdir, config, capsys):
-    config.max_steps = 2
+def test_changed_fields_and_the_mean_image_are_printed(workdir, folder, capsys):
+    config = small_config(folder)
     mean = f"mean image: {workdir / 'statistics.npz'}, of {PICTURES} images"
     assert printed(config, workdir, capsys) == [mean]
     config.optim.learning_rate, config.data.workers = 0.5, 3
@@ -62,14 +52,14 @@ def test_changed_fields_and_the_mean_image_are_printed(workdir, config, capsys):
     ]
 
 
-def test_workdir_of_an_older_version_is_resumed(workdir, config, capsys):
+def test_workdir_of_an_older_version_is_resumed(workdir, folder, capsys):
     path = workdir / "config.json"
     tree = json.loads(path.read_text())
     del tree["summaries_every_steps"], tree["model"]["overrides"]["skip"]
     del tree["finetune"]
     tree["optim"]["nesterov"] = True  # a field that was removed
     path.write_text(json.dumps(tree))
-    config.max_steps, config.summaries_every_steps = 2, 7
+    config = small_config(folder, summaries_every_steps=7)
     assert printed(config, workdir, capsys)[2:] == [
         "  --config.summaries_every_steps: 0 in the workdir, now 7"
     ]
@@ -111,7 +101,7 @@ def test_second_run_in_a_workdir_is_refused(workdir, config):
     assert re.search(words, str(raised.value)), raised.value
     added = {path.name for path in workdir.rglob("*") if path not in before}
     assert added <= {workdir_lib.LOCK_FILE, ".readers"}
-    assert int(loop.train_and_evaluate(config, workdir).step) == 3
+    assert int(loop.train_and_evaluate(config, workdir).step) == STEPS + 1
 
 
 def test_damaged_statistics_are_replaced_as_advised(workdir, config):
@@ -163,17 +153,17 @@ def test_another_batch_size_is_refused(batch_size, remedy, workdir, config):
     assert (workdir / "config.json").read_text() == before
 
 
-def test_other_pictures_and_classes_are_refused(begun, workdir, tmp_path):
-    pictures = shutil.copytree(begun / "pictures", tmp_path / "pictures")
+def test_other_pictures_and_classes_are_refused(folder, workdir, tmp_path):
+    pictures = shutil.copytree(folder, tmp_path / "pictures")
     next((pictures / "train" / "red").iterdir()).unlink()
     words = f"was trained on {PICTURES} images, and there are {PICTURES - 1} now: its"
     with pytest.raises(ConfigError, match=words):
-        loop.train_and_evaluate(small_config(pictures), workdir)
+        loop.train_and_evaluate(small_config(pictures, num_epochs=5.0), workdir)
     for split in ("train", "test"):
         (pictures / split / "red").rename(pictures / split / "a")
     words = "label 0 was 'blue'; here are 3, and label 0 is 'a'. Take a new --workdir"
     with pytest.raises(ConfigError, match=words):
-        loop.train_and_evaluate(small_config(pictures), workdir)
+        loop.train_and_evaluate(small_config(pictures, num_epochs=5.0), workdir)
 
 
 def test_longer_run_says_that_its_schedule_changes(config, tmp_path):
@@ -207,9 +197,9 @@ def test_progress_of_old_and_new_checkpoints(metadata, evaluated_step, config):
     assert again.error == (metadata or {}).get("error")
 
 
-def test_a_log_line_is_whole_after_a_kill(begun, tmp_path, monkeypatch):
+def test_a_log_line_is_whole_after_a_kill(folder, tmp_path, monkeypatch):
     """The means, and so the end by `stop_at_train_error`, do not depend on a kill."""
-    config = small_config(begun / "pictures", max_steps=8)
+    config = small_config(folder, max_steps=8)
     config.log_every_steps, config.checkpoint.every_steps = 4, 3
     config.stop_at_train_error = 0.99  # reached by the first whole line
     loop.train_and_evaluate(config, tmp_path / "whole")
@@ -234,7 +224,7 @@ def test_a_log_line_is_whole_after_a_kill(begun, tmp_path, monkeypatch):
 
 def test_a_config_without_a_newer_field_is_resumed(workdir, config):
     """Checkpoints of earlier versions lack fields of the config."""
-    (folder,) = [f for f in (workdir / "checkpoints").iterdir() if f.name.isdecimal()]
+    folder = workdir / "checkpoints" / str(STEPS)
     metadata = json.loads((folder / "metadata.json").read_text())
     for name in ("stop_at_train_error", "finetune"):
         del metadata["config"][name]
@@ -242,4 +232,4 @@ def test_a_config_without_a_newer_field_is_resumed(workdir, config):
     body = checkpoint.read_manifest(folder) | {"files": checkpoint.checksums(folder)}
     body["files"].pop("manifest.json", None)
     (folder / "manifest.json").write_bytes(checkpoint.manifest_text(body))
-    assert int(loop.train_and_evaluate(config, workdir).step) == 3
+    assert int(loop.train_and_evaluate(config, workdir).step) == STEPS + 1

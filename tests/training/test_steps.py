@@ -10,7 +10,7 @@ import pytest
 
 from alexnet_jax.data import augment
 from alexnet_jax.training import metrics, optim, parallel, steps
-from tests.training.small import CROP, batch, make_model, statistics
+from tests.training.small import CROP, batch, first_state, make_model, statistics
 
 EXAMPLES, STEPS = 8, 25
 COLUMNS = [pytest.param(1, marks=pytest.mark.slow), 2]
@@ -23,7 +23,7 @@ def memorise(dtype, columns):
     mesh = parallel.make_mesh(1, columns)
     plain = augment.Augmentation(CROP, crop=False, flip=False, lighting=0.0)
     spec = steps.StepSpec(model, tx, plain, mesh, "columns")
-    state, step = steps.init_state(spec), steps.make_train_step(spec)
+    state, step = first_state(spec), steps.make_train_step(spec)
     on_device = parallel.put_batch(batch(EXAMPLES), mesh, "columns", EXAMPLES)
     losses = []
     for _ in range(STEPS):
@@ -117,7 +117,7 @@ def test_labels_are_smoothed_in_training_only():
     plain = augment.Augmentation(CROP, crop=False, flip=False, lighting=0.0)
     spec = steps.StepSpec(model, tx, plain, mesh, label_smoothing=0.3)
     stats, raw = statistics(jnp.float32), batch(EXAMPLES)
-    state = steps.init_state(spec)
+    state = first_state(spec)
     params = jax.device_get(state.params)
     images = augment.eval_images(
         jnp.asarray(raw["image"]), mean_image=stats.mean_image, crop_size=CROP

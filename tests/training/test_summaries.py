@@ -10,7 +10,7 @@ import pytest
 from alexnet_jax.data import augment
 from alexnet_jax.models.alexnet import create_model
 from alexnet_jax.training import metrics, optim, parallel, steps
-from tests.training.small import BATCH, CROP, batch, make_model, statistics
+from tests.training.small import BATCH, CROP, batch, first_state, make_model, statistics
 
 SEED = 5
 # Units whose bias is so low that nothing gets through: in both columns, or in one.
@@ -24,7 +24,7 @@ def make_spec(rows, columns, mode, parts=1):
 
 
 def state_with_dead_units(spec):
-    state = steps.init_state(spec)
+    state = first_state(spec)
     params = jax.device_get(state.params)
     for layer, units in DEAD.items():
         bias = params[layer]["bias"].copy()
