@@ -33,11 +33,10 @@ def test_table_of_variants():
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
+def workdir(folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("readme")
     config = quickstart.get_config()
-    config.data.source = "textures/tiny"
-    config.data.dir = str(root / "data")
+    config.data.source = f"folder:{folder}"
     config.data.batch_size = 4
     config.model.width = 1 / 16
     config.max_steps, config.eval_every_epochs, config.data.eval_split = 0, 0.0, ""
@@ -54,7 +53,7 @@ def test_python_examples_run(workdir):
         exec(block.replace("runs/quickstart", str(workdir)), scope)  # noqa: S102
     assert scope["features"]["fc7"].shape == (1, 4096)
     assert scope["state"].params["fc2"]["bias"].shape == (10,)
-    assert scope["probabilities"].shape == (1, 10)
+    assert scope["probabilities"].shape == (1, 3)
 
 
 FOLDER = "--config=configs/folder.py"

@@ -8,6 +8,8 @@ import contextlib
 import functools
 import math
 import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,30 +123,59 @@ def relative_error(got, want):
     return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
-def check_value_and_gradients(op, arrays, y, g, gradients, exact):
-    """op's value, and its gradients for the cotangent g, in float32 and float64."""
+class Case(NamedTuple):
+    """An operator, its arguments, and what it has to give for the cotangent g."""
 
-    def value_and_gradients(g, *arrays):
-        value, vjp = jax.vjp(op, *arrays)
-        return value, *vjp(g)
+    op: Callable[..., Any]
+    arrays: Sequence[Any]
+    y: Any
+    g: Any
+    gradients: Sequence[Any]
 
+
+def check_cases(cases: Sequence[Case], exact):
+    """Values and gradients in float32 and float64, by one program: compiling takes the time."""
     tolerances = {"float32": 2e-5, "float64": exact}
+
+    @jax.jit
+    def values_and_gradients(given):
+        found = []
+        for case, by_dtype in zip(cases, given, strict=True):
+            pairs = {dtype: jax.vjp(case.op, *arrays) for dtype, (_, arrays) in by_dtype.items()}
+            found.append({d: (value, *vjp(by_dtype[d][0])) for d, (value, vjp) in pairs.items()})
+        return found
+
+    def as_dtype(case, dtype):
+        return np.asarray(case.g, dtype), [np.asarray(array, dtype) for array in case.arrays]
+
     with jax.enable_x64(True):
-        given = {dtype: [np.asarray(a, dtype) for a in (g, *arrays)] for dtype in tolerances}
-        # One program for both: compiling is what takes time.
-        found = jax.jit(lambda given: {d: value_and_gradients(*a) for d, a in given.items()})(given)
-    for dtype, tolerance in tolerances.items():
-        for array, want in zip(found[dtype], (y, *gradients), strict=True):
-            assert array.dtype == dtype
-            assert relative_error(array, want) < tolerance
+        given = [{dtype: as_dtype(case, dtype) for dtype in tolerances} for case in cases]
+        found = values_and_gradients(given)
+    for number, (case, by_dtype) in enumerate(zip(cases, found, strict=True)):
+        for dtype, arrays in by_dtype.items():
+            for array, want in zip(arrays, (case.y, *case.gradients), strict=True):
+                assert array.dtype == dtype
+                assert relative_error(array, want) < tolerances[dtype], (number, dtype)
 
 
-def check_by_differences(op, loop, x):
-    """op against the loop and its central differences."""
+def with_differences(loop, x):
+    """Return x, the loop's value, a cotangent g, and central differences."""
     y = loop(x)
     g = normal(*y.shape, seed=9)
-    difference = central_difference(loop, x, g)
-    check_value_and_gradients(op, [x], y, g, [difference], exact=1e-8)
+    return x, y, g, central_difference(loop, x, g)
+
+
+@functools.cache
+def differences_of_normal(loop, shape, seed, **constants):
+    """Return the same for a random x, once for all forms."""
+    x = normal(*shape, seed=seed, scale=2.0)
+    return with_differences(functools.partial(loop, **constants), x)
+
+
+def check_by_differences(pairs):
+    """Operators against (x, a loop's value, a cotangent, its central differences)."""
+    cases = [Case(op, [x], y, g, [slope]) for op, (x, y, g, slope) in pairs]
+    check_cases(cases, exact=1e-8)
 
 
 # alpha is large so that the sum matters; the real constants have their own test.
@@ -159,28 +190,36 @@ LRN_CASES = [
 
 
 @ALL_FORMS
-@pytest.mark.parametrize("shape, size, k, alpha, beta, groups", LRN_CASES)
-def test_lrn_equals_the_loop(shape, size, k, alpha, beta, groups, fast):
-    x = normal(*shape, seed=1, scale=2.0)
-    case = {"size": size, "k": k, "alpha": alpha, "beta": beta, "groups": groups}
-    op = functools.partial(ops.local_response_norm, **case, fast=fast)
-    check_by_differences(op, functools.partial(loop_lrn, **case), x)
+def test_lrn_equals_the_loop(fast):
+    pairs = []
+    for shape, *values in LRN_CASES:
+        constants = dict(zip(("size", "k", "alpha", "beta", "groups"), values, strict=True))
+        op = functools.partial(ops.local_response_norm, **constants, fast=fast)
+        pairs.append((op, differences_of_normal(loop_lrn, shape, 1, **constants)))
+    check_by_differences(pairs)
+
+
+def loop_lrn_and_pool(x, *, size, alpha, groups, **pool):
+    return loop_pool(loop_lrn(x, size=size, alpha=alpha, groups=groups), np.max, **pool)
 
 
 @ALL_FORMS
-@pytest.mark.parametrize("batch", [1, 4, 7])
-@pytest.mark.parametrize("window, stride, ceil", [(3, 2, True), ((2, 3), (2, 1), False)])
-def test_lrn_with_a_pool_equals_the_loops(batch, window, stride, ceil, fast, monkeypatch):
+def test_lrn_with_a_pool_equals_the_loops(fast, monkeypatch):
     """Also with parts of the batch of two examples, and of one."""
     monkeypatch.setattr(ops.cpu, "_CACHED", 2 * 4 * 5 * 4 * 6)
-    lrn = {"size": 3, "alpha": 0.3, "groups": 2}
-    pool = {"window": window, "stride": stride, "ceil": ceil}
-    pairs = {"window": ops._pair(window), "stride": ops._pair(stride), "ceil": ceil}
-    check_by_differences(
-        functools.partial(ops.local_response_norm, **lrn, pool=pool, fast=fast),
-        lambda x: loop_pool(loop_lrn(x, **lrn), np.max, **pairs),
-        normal(batch, 5, 4, 6, seed=21),
-    )
+    lrn, pairs = {"size": 3, "alpha": 0.3, "groups": 2}, []
+    for window, stride, ceil in ((3, 2, True), ((2, 3), (2, 1), False)):
+        pool = {"window": window, "stride": stride, "ceil": ceil}
+        op = functools.partial(ops.local_response_norm, **lrn, pool=pool, fast=fast)
+        pool |= {"window": ops._pair(window), "stride": ops._pair(stride)}
+        # No example depends on the others, so each has its own differences.
+        shape, constants = (1, 5, 4, 6), {**lrn, **pool}
+        examples = [
+            differences_of_normal(loop_lrn_and_pool, shape, seed, **constants) for seed in range(7)
+        ]
+        whole = [np.concatenate(arrays) for arrays in zip(*examples, strict=True)]
+        pairs += [(op, [array[:batch] for array in whole]) for batch in (1, 4, 7)]
+    check_by_differences(pairs)
 
 
 @ALL_FORMS
@@ -215,12 +254,14 @@ def test_lrn_mean_mode_equals_torch(fast):
 
 
 @ALL_FORMS
-@pytest.mark.parametrize("size, beta", [(1, 0.75), (3, 0.75), (5, 0.6)])
-def test_within_map_norm_equals_the_loop(size, beta, fast):
-    x = normal(1, 5, 4, 2, seed=2, scale=2.0)
-    case = {"size": size, "k": 1.0, "alpha": 3.0, "beta": beta}
-    op = functools.partial(ops.within_map_response_norm, **case, fast=fast)
-    check_by_differences(op, functools.partial(loop_within_map, **case), x)
+def test_within_map_norm_equals_the_loop(fast):
+    pairs = []
+    for size, beta in ((1, 0.75), (3, 0.75), (5, 0.6)):
+        constants = {"size": size, "k": 1.0, "alpha": 3.0, "beta": beta}
+        op = functools.partial(ops.within_map_response_norm, **constants, fast=fast)
+        found = differences_of_normal(loop_within_map, (1, 5, 4, 2), 2, **constants)
+        pairs.append((op, found))
+    check_by_differences(pairs)
 
 
 def loop_local_conv(x, kernel, padding):
@@ -235,11 +276,12 @@ def loop_local_conv(x, kernel, padding):
 def test_local_conv_equals_the_loop():
     x, kernel = normal(2, 5, 4, 3, seed=3), normal(4, 5, 3, 2, 3, 4, seed=4)
     padding = ((1, 0), (1, 1))
-    check_by_differences(
-        lambda x: ops.local_conv(x, jnp.asarray(kernel, x.dtype), padding=padding),
-        lambda x: loop_local_conv(x, kernel, padding),
-        x,
-    )
+
+    def op(x):
+        return ops.local_conv(x, jnp.asarray(kernel, x.dtype), padding=padding)
+
+    found = with_differences(lambda x: loop_local_conv(x, kernel, padding), x)
+    check_by_differences([(op, found)])
 
 
 ONE = ((1, 1), (1, 1))
@@ -258,15 +300,16 @@ CONV_CASES = {
 
 
 @ALL_FORMS
-@pytest.mark.parametrize("name", CONV_CASES)
-def test_conv_equals_the_loop(name, fast):
-    x_shape, kernel_shape, stride, padding, groups = CONV_CASES[name]
-    arrays = [normal(*x_shape, seed=3), normal(*kernel_shape, seed=4)]
-    case = {"stride": stride, "padding": padding, "groups": groups}
-    op = functools.partial(ops.grouped_conv, **case, fast=fast)
-    g = normal(*jax.eval_shape(op, *arrays).shape, seed=9)
-    y, dx, dkernel = loop_conv(*arrays, **case, g=g)
-    check_value_and_gradients(op, arrays, y, g, [dx, dkernel], exact=1e-12)
+def test_conv_equals_the_loop(fast):
+    cases = []
+    for x_shape, kernel_shape, stride, padding, groups in CONV_CASES.values():
+        arrays = [normal(*x_shape, seed=3), normal(*kernel_shape, seed=4)]
+        constants = {"stride": stride, "padding": padding, "groups": groups}
+        op = functools.partial(ops.grouped_conv, **constants, fast=fast)
+        g = normal(*jax.eval_shape(op, *arrays).shape, seed=9)
+        y, dx, dkernel = loop_conv(*arrays, **constants, g=g)
+        cases.append(Case(op, arrays, y, g, [dx, dkernel]))
+    check_cases(cases, exact=1e-12)
 
 
 def lowered_text(f, *arrays):
@@ -343,33 +386,41 @@ def jax_pool(x, window, stride):
     ],
     indirect=["fast"],
 )
-@pytest.mark.parametrize("side, window, stride, ceil", POOL_CASES)
-def test_pooling_equals_the_loop(side, window, stride, ceil, fast, kind):
-    x = np.random.default_rng(5).permutation(2 * np.prod(side) * 2)
-    x = x.reshape(2, *side, 2).astype(np.float64)  # no ties: differences exist
-    case = {"window": window, "stride": stride, "ceil": ceil}
+def test_pooling_equals_the_loop(fast, kind):
     pool, reduce = ops.avg_pool, np.mean
     if kind == "max":
         pool, reduce = functools.partial(ops.max_pool, fast=fast), np.max
-    loop = functools.partial(loop_pool, reduce=reduce, **case)
-    check_by_differences(functools.partial(pool, **case), loop, x)
+    pairs = []
+    for side, window, stride, ceil in POOL_CASES:
+        x = np.random.default_rng(5).permutation(2 * np.prod(side) * 2)
+        x = x.reshape(2, *side, 2).astype(np.float64)  # no ties: differences exist
+        constants = {"window": window, "stride": stride, "ceil": ceil}
+        loop = functools.partial(loop_pool, reduce=reduce, **constants)
+        pairs.append((functools.partial(pool, **constants), with_differences(loop, x)))
+    check_by_differences(pairs)
 
 
 @ALL_FORMS
-@pytest.mark.parametrize("levels", [1, 2, 4])
 @pytest.mark.parametrize("window, stride", [((3, 3), (2, 2)), ((2, 2), (2, 2))])
-def test_max_pool_breaks_ties_as_lax_does(levels, window, stride, fast):
+def test_max_pool_breaks_ties_as_lax_does(window, stride, fast):
     """Few integer values, so nearly every window is tied; gradients are exact."""
-    rng = np.random.default_rng(7)
-    x = jnp.asarray(rng.integers(0, levels, (3, 9, 8, 4)), jnp.float32)
-    pools = [
-        functools.partial(ops.max_pool, window=window, stride=stride, fast=fast),
-        functools.partial(jax_pool, window=window, stride=stride),
-    ]
-    (ours, our_vjp), (theirs, their_vjp) = (jax.vjp(pool, x) for pool in pools)
-    np.testing.assert_array_equal(ours, theirs)
-    weights = jnp.asarray(rng.integers(1, 100, ours.shape), jnp.float32)
-    np.testing.assert_array_equal(our_vjp(weights)[0], their_vjp(weights)[0])
+
+    @jax.jit
+    def values_and_gradients(x, weights):
+        found = []
+        for pool in (functools.partial(ops.max_pool, fast=fast), jax_pool):
+            y, vjp = jax.vjp(functools.partial(pool, window=window, stride=stride), x)
+            found.append((y, *vjp(weights)))
+        return found
+
+    for levels in (1, 2, 4):
+        rng = np.random.default_rng(7)
+        x = jnp.asarray(rng.integers(0, levels, (3, 9, 8, 4)), jnp.float32)
+        weights = jnp.asarray(
+            rng.integers(1, 100, (3, 4, (8 - window[1]) // 2 + 1, 4)), jnp.float32
+        )
+        ours, theirs = values_and_gradients(x, weights)
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 @ALL_FORMS
@@ -428,18 +479,18 @@ def test_lrn_of_a_layer_is_lrn_of_its_activations(pool, fast):
 
 @ALL_FORMS
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("positions", [(), (3,), (2, 5, 7), (9, 100, 101)])
-def test_bias_gradient_is_the_sum_over_positions(positions, dtype, fast):
+def test_bias_gradient_is_the_sum_over_positions(dtype, fast):
     """To two parts in a million of 90,900 numbers that do not cancel, summed in float32."""
-    x = jnp.asarray(normal(*positions, 5, seed=14) ** 2 + 0.1, dtype)
     bias = jnp.asarray(normal(5, seed=15), jnp.float32)
     add = functools.partial(ops.add_bias, fast=fast)
-    got, vjp = jax.vjp(add, x, bias)
-    np.testing.assert_array_equal(got, (x.astype(jnp.float32) + bias).astype(dtype))
-    of_x, of_bias = vjp(x)
-    np.testing.assert_array_equal(of_x, x)
-    sums = np.asarray(x, np.float64).reshape(-1, 5).sum(0)
-    np.testing.assert_allclose(of_bias, sums, rtol=2e-6)
+    for positions in ((), (3,), (2, 5, 7), (9, 100, 101)):
+        x = jnp.asarray(normal(*positions, 5, seed=14) ** 2 + 0.1, dtype)
+        got, vjp = jax.vjp(add, x, bias)
+        np.testing.assert_array_equal(got, (x.astype(jnp.float32) + bias).astype(dtype))
+        of_x, of_bias = vjp(x)
+        np.testing.assert_array_equal(of_x, x)
+        sums = np.asarray(x, np.float64).reshape(-1, 5).sum(0)
+        np.testing.assert_allclose(of_bias, sums, rtol=2e-6)
 
 
 @ALL_FORMS
@@ -450,7 +501,7 @@ def test_wide_matmul_is_not_rounded_to_the_dtype_of_its_inputs(fast):
     x, kernel, g = arrays
     want = x @ kernel, g @ kernel.T, x.T @ g
     op = functools.partial(ops.wide_matmul, fast=fast)
-    check_value_and_gradients(op, [x, kernel], want[0], g, want[1:], exact=1e-14)
+    check_cases([Case(op, [x, kernel], want[0], g, want[1:])], exact=1e-14)
     x, kernel = (jnp.asarray(a, jnp.bfloat16) for a in (x, kernel))
     value, vjp = jax.vjp(op, x, kernel)
     assert value.dtype == jnp.float32
