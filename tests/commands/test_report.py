@@ -145,7 +145,7 @@ def test_headline_errors_are_those_of_the_records(made, parsed):
         (views, f"top-1 error of {TEST} held-out images, 10 views"),
         ("66.7%", "error of guessing: 3 classes"),
         (f"{parameters:,}", "parameters"),
-        ("4", f"of 4 epochs of {TRAIN} training images"),
+        ("4", f"epochs of {TRAIN} training images"),
         ("16", "steps of 6 images"),
     ]
     assert lines == [
