@@ -49,7 +49,7 @@ def workdir(tmp_path_factory):
 @pytest.mark.slow
 def test_python_examples_run(workdir):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 7
     scope = {}
     for block in blocks:
         exec(block.replace("runs/quickstart", str(workdir)), scope)  # noqa: S102
