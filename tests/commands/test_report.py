@@ -428,7 +428,7 @@ def test_wrong_comparisons_are_refused(made, tmp_path, capsys):
         link.symlink_to(run)
     for workdirs, error in (
         ([run, tmp_path], f"error: {tmp_path} is not the workdir of a run"),
-        ([run, run], "--workdir names a run twice"),
+        ([run, run], f"--workdir names {run} twice"),
         (seven, "at most 6 runs"),
     ):
         workdir = f"--workdir={','.join(map(str, workdirs))}"
