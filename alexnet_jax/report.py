@@ -94,7 +94,8 @@ def compare(workdirs: Sequence[Path], out: Path) -> list[str]:
     if len(set(names)) < len(names):
         names = [str(workdir) for workdir in workdirs]
     if len(set(names)) < len(names):
-        raise ValueError("--workdir names a run twice.")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"--workdir names {twice} twice; name each run once.")
     runs, lines = {}, []
     for name, workdir in zip(names, workdirs, strict=True):
         require_run(workdir)

@@ -85,7 +85,7 @@ def _make_index(options: argparse.Namespace, features_of: Extractor) -> Index:
     split = options.split or features_of.data.get("train_split")
     if not source or not split:
         raise ValueError(
-            "a file of weights does not say which images: give --source, such as "
+            "a file of weights does not say which images: give --source, for example "
             "--source=folder:PATH, and --split."
         )
     images = _open(features_of, source, split, options.data_dir)

@@ -11,7 +11,8 @@ Two things are not as they were then: the images are shuffled anew every epoch, 
 image has its own crop (there 32 neighbours shared one).
 
 Its own figures on the 50,000 validation images, not run here: top-1 error 40.66% and
-top-5 18.21% over ten views (README, "What to expect").
+top-5 18.21% over ten views (docs/imagenet.md, "What to
+expect").
 
 Without communication between the columns (experiment 150: 41.83% and 19.33%):
 

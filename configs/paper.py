@@ -12,8 +12,8 @@ one it is computed whole, and gives the same numbers.
 Expected on ILSVRC-2012 after about 90 epochs, not run here: top-1 error 40.7% and top-5
 18.2% over ten views, the paper's protocol, which the evaluation at the end reports beside
 the centre view. On the centre view about 42.5% and 19.7%: nobody published these, they are
-interpolated between the original's experiment 170 and Caffe. README, "What to expect", has
-the sources.
+interpolated between the original's experiment 170 and Caffe. docs/imagenet.md, "What to
+expect", has the sources.
 """
 
 from alexnet_jax.training.config import get_config as defaults

@@ -147,7 +147,10 @@ def train_coder(
     squares = np.einsum("nd,nd->", features, features, dtype=np.float64)
     variance = squares / features.size - np.mean(wide_mean**2)
     if not variance > 1e-9 * np.mean(wide_mean**2):  # NaN included
-        raise RetrievalError("features are all the same, or not finite.")
+        raise RetrievalError(
+            "the features are all the same, or not finite: codes need features that differ. Check the "
+            "network with --mode=eval."
+        )
     mean, scale = wide_mean.astype(np.float32), np.sqrt(variance).astype(np.float32)
     network = _Autoencoder(bits)
     params = network.init(jax.random.key(seed), jnp.zeros((1, len(mean))))

@@ -270,7 +270,7 @@ def draw(
     Raises:
       RetrievalError, DataError: as `fetch_rows`.
     """
-    from alexnet_jax.analysis.figures import nearest_pictures
+    from alexnet_jax.analysis.figures import nearest_images
 
     _, by_pixels = nearest(index.pixels, shrink(images), rows.shape[1])
     groups = []
@@ -278,4 +278,4 @@ def draw(
         shown = fetch_rows(index, source, found.ravel())
         titles = [words(index.class_names[k]) for k in index.labels[found.ravel()]]
         groups.append((f"nearest in {what}", shown, titles))
-    return nearest_pictures(images, query_titles, groups)
+    return nearest_images(images, query_titles, groups)

@@ -229,7 +229,9 @@ def _order(labels: np.ndarray) -> Iterator[Finding]:
     if stored > 0.9 * chance:
         yield Finding("ok", text)
     else:
-        slices = "training shuffles by itself, but a slice such as train[:10%] is a few classes"
+        slices = (
+            "training shuffles by itself, but a slice, for example train[:10%], is a few classes"
+        )
         yield Finding("note", f"{text}; sorted by class: {slices}")
 
 

@@ -124,7 +124,7 @@ def resize_to_square(image: np.ndarray | Image.Image, size: int) -> np.ndarray:
 
     Returns:
       uint8 [size, size, 3]. Shrinking is Pillow's BOX, enlarging BICUBIC; an image of
-      this size is not resampled. Of an odd margin the larger part is cut at the right
+      this size is not resampled. The larger part of an odd margin is cut at the right
       and the bottom.
     """
     if not isinstance(image, Image.Image):

@@ -258,9 +258,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("sweep", help="a file such as configs/sweeps/lrn.py")
+    add("sweep", help="a file, for example configs/sweeps/lrn.py")
     add("--out", type=path_argument, required=True, help="folder of the sweep")
-    add("--seeds", help="such as 0,1,2; default: the sweep's own")
+    add("--seeds", help="for example 0,1,2; default: the sweep's own")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--jobs", type=int, default=1, help="runs at a time on this machine")
     where.add_argument("--slurm", nargs="?", const="", metavar="OPTIONS", help="submit to SLURM")
@@ -310,7 +310,9 @@ def _plan(options: argparse.Namespace) -> Plan:
         try:
             seeds = [int(seed) for seed in options.seeds.split(",")]
         except ValueError as error:
-            raise SweepError(f"--seeds={options.seeds} must be numbers, such as 0,1,2.") from error
+            raise SweepError(
+                f"--seeds={options.seeds} must be numbers, for example 0,1,2."
+            ) from error
     settings = {}
     for word in options.set:
         name, equals, value = word.partition("=")

@@ -50,7 +50,7 @@ class Estimate:
     count: int = 0
 
     def words(self, form: str) -> str:
-        """Return for example "40.66 ± 0.12"; `form` is a format such as "+.2f"."""
+        """Return for example "40.66 ± 0.12"; `form` is a format, for example "+.2f"."""
         if self.mean is None:
             return ""
         spread = "" if self.spread is None else f" ± {self.spread:.2f}"

@@ -150,7 +150,7 @@ def exit_status(command: Callable[[], bool], *user_errors: type[Exception]) -> i
     warnings.filterwarnings("ignore", module="PIL")  # an error says all that matters
     try:
         return 0 if command() else 1
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, for example `head`, has seen enough
         raise
     except (OSError, ValueError, *user_errors) as error:
         print(f"error: {error}", file=sys.stderr)

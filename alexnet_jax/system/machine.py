@@ -60,7 +60,7 @@ def without_paths(arguments: Sequence[str]) -> str:
             and not value.startswith("textures/")  # a data set's name
             and (os.path.isabs(value) or not (root / value.partition(":")[0]).is_file())
         ):
-            kind, colon, _ = value.partition(":")  # such as folder:PATH
+            kind, colon, _ = value.partition(":")  # for example folder:PATH
             kind = kind + colon if colon and os.sep not in kind else ""
             word = f"{name}{equals}{kind}PATH"
         words.append(word)

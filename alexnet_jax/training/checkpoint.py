@@ -291,7 +291,9 @@ class Checkpointer(contextlib.ExitStack):
         """
         step = self.find(which)
         if step is None:
-            raise CheckpointError(f"there is no checkpoint in {self.directory}.")
+            raise CheckpointError(
+                f"there is no checkpoint in {self.directory}. Train first, or name another --workdir."
+            )
         saved = self._saved_tree(step)
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(

@@ -8,7 +8,7 @@ from alexnet_jax.analysis.figures import (
     filter_statistics,
     filter_statistics_by_column,
     first_layer_filters,
-    nearest_pictures,
+    nearest_images,
     training_curves,
 )
 
@@ -146,7 +146,7 @@ def test_neighbours_stand_beside_their_query():
     found = rng.integers(0, 255, (2, 3, 8, 8, 3), np.uint8)
     flat = found.reshape(6, 8, 8, 3)
     groups = [("nearest in fc7", flat, [*"abcdef"]), ("nearest in pixels", flat[::-1], [*"ghijkl"])]
-    figure = nearest_pictures(queries, ["q", "r"], groups)
+    figure = nearest_images(queries, ["q", "r"], groups)
     shown = [np.asarray(axes.images[0].get_array()) for axes in figure.axes]
     np.testing.assert_array_equal(shown, [*queries, *flat, *flat[::-1]])
     assert [axes.get_title() for axes in figure.axes] == [*"qrabcdefghijkl"]

@@ -1,5 +1,6 @@
 """The examples and tables of README and docs are true, and the messages are the real ones."""
 
+import collections
 import json
 import re
 import subprocess
@@ -47,7 +48,7 @@ def workdir(folder, tmp_path_factory):
 @pytest.mark.slow
 def test_python_examples_run(workdir):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 7
     scope = {}
     for block in blocks:
         exec(block.replace("runs/quickstart", str(workdir)), scope)  # noqa: S102
@@ -136,8 +137,25 @@ def test_tables_of_parallelism_are_those_of_the_results():
         assert table in text, name
     described = (results / "describe.txt").read_text()
     assert re.search(r"```\n(\$ .*?)\n```", text, re.DOTALL)[1] in described
-    # The README's is the one of two devices.
-    assert README[README.index("mode     mesh") :].partition("```")[0] in described
+
+
+def test_modes_of_the_readme_are_those_described_for_two_devices():
+    """The README adds what the phases of a mode send."""
+    described = (ROOT / "benchmarks/results/parallel_modes/describe.txt").read_text()
+    two_devices = described.partition("--cpu_devices=4")[0]
+    lines = re.findall(
+        r"^(data|columns|hybrid|) .*?([\d.]+)( +[\d,]+|)$", two_devices, re.MULTILINE
+    )
+    sent, memory, mode = collections.Counter(), {}, ""
+    for name, megabytes, whole in lines:
+        mode = name or mode
+        sent[mode] += float(megabytes)
+        memory |= {name: whole.strip()} if name else {}
+    assert list(sent) == ["data", "columns", "hybrid"]
+    for mode, total in sent.items():
+        assert re.search(
+            rf"^\| `{mode}` .* \| {total:.2f} \| {memory[mode]} \|$", README, re.MULTILINE
+        )
 
 
 def test_bytes_of_the_results_follow_from_the_formulas():

@@ -145,7 +145,7 @@ def test_headline_errors_are_those_of_the_records(made, parsed):
         (views, f"top-1 error of {TEST} held-out images, 10 views"),
         ("66.7%", "error of guessing: 3 classes"),
         (f"{parameters:,}", "parameters"),
-        ("4", f"of 4 epochs of {TRAIN} training images"),
+        ("4", f"epochs of {TRAIN} training images"),
         ("16", "steps of 6 images"),
     ]
     assert lines == [
@@ -428,7 +428,7 @@ def test_wrong_comparisons_are_refused(made, tmp_path, capsys):
         link.symlink_to(run)
     for workdirs, error in (
         ([run, tmp_path], f"error: {tmp_path} is not the workdir of a run"),
-        ([run, run], "--workdir names a run twice"),
+        ([run, run], f"--workdir names {run} twice"),
         (seven, "at most 6 runs"),
     ):
         workdir = f"--workdir={','.join(map(str, workdirs))}"

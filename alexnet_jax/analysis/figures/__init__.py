@@ -7,7 +7,7 @@ from alexnet_jax.analysis.figures.filters import (
     filter_statistics_by_column,
     first_layer_filters,
 )
-from alexnet_jax.analysis.figures.pictures import best_labels, contact_sheet, nearest_pictures
+from alexnet_jax.analysis.figures.images import best_labels, contact_sheet, nearest_images
 
 __all__ = [
     "best_labels",
@@ -16,6 +16,6 @@ __all__ = [
     "filter_statistics",
     "filter_statistics_by_column",
     "first_layer_filters",
-    "nearest_pictures",
+    "nearest_images",
     "training_curves",
 ]

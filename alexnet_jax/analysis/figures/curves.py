@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 _TRAIN, _EVAL = "#4477aa", "#cc3311"  # told apart by colour-blind readers as well
-# Of several runs; markers tell them apart without any colour.
+# Colours of several runs; markers tell them apart without any colour.
 RUN_COLORS = (_TRAIN, "#ee7733", "#228833", "#aa3377", "#33aadd", "#555555")
 _MARKERS = "osD^vP"
 _FAINT = 0.55  # training, next to held-out values

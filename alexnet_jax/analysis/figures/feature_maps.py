@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-_INCHES_A_MAP = 0.62
+_INCHES_PER_MAP = 0.62
 _PIXELS = 52
 
 
-def feature_maps(picture: Any, features: Mapping[str, Any], *, most: int = 16) -> Figure:
+def feature_maps(image: Any, features: Mapping[str, Any], *, most: int = 16) -> Figure:
     """Draw an image and the maps of every layer that has any.
 
     Args:
@@ -31,11 +31,12 @@ def feature_maps(picture: Any, features: Mapping[str, Any], *, most: int = 16) -
         if values.ndim > 2
     }
     figure = Figure(
-        figsize=(1.5 + most * _INCHES_A_MAP, 1.1 + len(maps) * (_INCHES_A_MAP + 0.06)),
+        figsize=(1.5 + most * _INCHES_PER_MAP, 1.1 + len(maps) * (_INCHES_PER_MAP + 0.06)),
         layout="constrained",
     )
-    axes = figure.subplots(1 + len(maps), 1, height_ratios=[1.1, *[_INCHES_A_MAP] * len(maps)])
-    axes[0].imshow(np.asarray(picture))
+    axes = figure.subplots(1 + len(maps), 1, height_ratios=[1.1, *[_INCHES_PER_MAP] * len(maps)])
+    figure.suptitle(f"The image, and the {most} strongest maps of each layer", fontsize=9)
+    axes[0].imshow(np.asarray(image))
     axes[0].set_anchor("W")
     axes[0].axis("off")
     for panel, (name, values) in zip(axes[1:], maps.items(), strict=True):

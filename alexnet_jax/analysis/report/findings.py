@@ -18,7 +18,7 @@ from alexnet_jax.training.timing import TIMES_FILE, TRAINING, WAITING, Times, re
 from alexnet_jax.training.workdir import CHECKPOINTS, read_class_names, read_config
 from alexnet_jax.training.writers import METRICS_FILE, read_metrics
 
-# Held-out images that are classified. Of a larger split, an even sample is taken.
+# Held-out images that are classified: an even sample of a larger split.
 MOST_HELD_OUT = 10_000
 
 

@@ -147,10 +147,10 @@ def find(source: Path) -> dict[str, list[Original]]:
                 f"({what_is_in(source)}). {HOW_TO_GET_IMAGENET}"
             )
         places[split] = found[0]
-    return {split: _pictures(place) for split, place in places.items()}
+    return {split: _images_of(place) for split, place in places.items()}
 
 
-def _pictures(place: Path) -> list[Original]:
+def _images_of(place: Path) -> list[Original]:
     """Read the table of an archive, or list a folder, and label the images."""
     found: dict[str, Original] = {}
     entries = _in_archive(place) if place.is_file() else _in_folder(place)
@@ -171,7 +171,7 @@ def _pictures(place: Path) -> list[Original]:
             found[name] = original._replace(label=_LABELS[wnid])
             done(1)
     if not found:
-        raise DataError(f"{place} holds no images")
+        raise DataError(f"{place} holds no images; give the folder or archive of the split")
     return list(found.values())
 
 
@@ -215,7 +215,7 @@ def _in_folder(folder: Path) -> Iterator[tuple[str, Original]]:
     """Yield the images of class folders, or those that lie side by side, by class.
 
     Raises:
-      DataError: there is anything else: no image is left out without a word.
+      DataError: there is anything else, so that no image is skipped silently.
     """
     classes, others = find_images(folder)
     if others:

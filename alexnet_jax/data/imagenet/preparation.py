@@ -50,7 +50,7 @@ _JPEG_QUALITY = 95
 PICTURES_A_SHARD = 1250  # about 43 MB, and some ten seconds of work
 # A small set is spread over the cores as well, but no shard may be empty.
 _FEWEST_SHARDS, _FEWEST_PICTURES = 8, 64
-_BYTES_A_PICTURE = 36_000  # 34,400 on average over 1,000 ImageNet images
+_BYTES_PER_IMAGE = 36_000  # 34,400 on average over 1,000 ImageNet images
 _BYTES_BESIDE = 2_000_000  # for the mean image and the descriptions
 
 Log = Callable[[str], object]
@@ -96,8 +96,8 @@ def prepare(
             _verify(source, log)
 
         def bytes_missing() -> int:
-            pictures = sum(len(shard.originals) for shard in shards if not shard.is_done())
-            return pictures * _BYTES_A_PICTURE + _BYTES_BESIDE
+            images_left = sum(len(shard.originals) for shard in shards if not shard.is_done())
+            return images_left * _BYTES_PER_IMAGE + _BYTES_BESIDE
 
         check_room(data_dir, bytes_missing())
         with explain_full_disk(data_dir, bytes_missing):
@@ -256,11 +256,11 @@ def write_shard(shard: Shard) -> dict[str, Any]:
         for original in shard.originals:
             name, label, data = originals.read(original)
             try:
-                picture = images.decode(data, SIZE, name)
+                image = images.decode(data, SIZE, name)
             except DataError as error:
                 unreadable.append([name, str(error)])
             else:
-                writer.write(_record(name, label, picture))
+                writer.write(_record(name, label, image))
         writer.close()
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -280,16 +280,16 @@ def write_shard(shard: Shard) -> dict[str, Any]:
     return result
 
 
-def encode(picture: np.ndarray) -> bytes:
+def encode(image: np.ndarray) -> bytes:
     """Return uint8 [S, S, 3] as the JPEG that is stored."""
-    return simplejpeg.encode_jpeg(picture, _JPEG_QUALITY, colorsubsampling="420")
+    return simplejpeg.encode_jpeg(image, _JPEG_QUALITY, colorsubsampling="420")
 
 
-def _record(name: str, label: int, picture: np.ndarray) -> bytes:
+def _record(name: str, label: int, image: np.ndarray) -> bytes:
     """Return one image as a tfds record."""
     example = example_message()()
     feature = example.features.feature
-    feature["image"].bytes_list.value.append(encode(picture))
+    feature["image"].bytes_list.value.append(encode(image))
     feature["label"].int64_list.value.append(label)
     feature["file_name"].bytes_list.value.append(name.encode())
     # The same bytes for the same image: a map has no order of its own.

@@ -57,7 +57,7 @@ def open_source(
     if not re.fullmatch(r"\w+(/[\w.\-]+)?(:[\d.*]+)?", source):
         raise DataError(
             f"unknown data source {source!r}: --config.data.source takes folder:PATH, "
-            "textures, fake, or the name of a tfds data set such as imagenet2012_256"
+            "textures, fake, or the name of a tfds data set, for example imagenet2012_256"
         )
     from alexnet_jax.data.sources.tfds import TfdsSource, tfds_data_dir, tfds_directory
 

@@ -15,7 +15,7 @@ from alexnet_jax.data.sources.source import StoredSource, some, statistics_name,
 from alexnet_jax.system.cli import expanded
 
 HOW_TO_GET_IMAGENET = (
-    "The archives are had from https://image-net.org/download-images after signing up "
+    "Download the archives from https://image-net.org/download-images after signing up "
     'there: ILSVRC2012, "Training images (Task 1 & 2)", 138 GB, and "Validation images '
     '(all tasks)", 6.3 GB; put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, '
     "packed as they are, into one folder"

@@ -162,8 +162,9 @@ def local_response_norm(
       alpha_mode: "sum": alpha' = alpha, as the paper writes it; "mean": alpha' =
         alpha / size, as cuda-convnet, Caffe and torch compute it.
       pool: arguments of a `max_pool` that follows, for example `{"window": 3, "stride":
-        2}`. On a CPU both run in one loop, which is twice as fast and never stores the
-        normalised images. x has to be [B, H, W, C].
+        2}`; x is then [B, H, W, C]. On a CPU both run in one loop over parts of the
+        batch, which is twice as fast and stores no normalised image. A batch that `jit`
+        has sharded (without `shard_map`) is gathered for it.
 
     Returns:
       An array of x's shape; with `pool` that of `max_pool`.

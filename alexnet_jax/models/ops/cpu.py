@@ -25,15 +25,14 @@ wide_matmul = reference.wide_matmul
 # in conv1. 8, 16 and 32 at a time are equally fast.
 _EXAMPLES_AT_A_TIME = 16
 _PARTS_OF_A_SUM = 32
-# Bytes of an array of which a loop takes a part at a time: with the arrays that it makes of
-# them, a part fits in a core's share of a server's cache. 2 to 8 of conv1's images are
-# equally fast.
+# Bytes of the part of the batch that a loop takes at a time. With the arrays that are made
+# of it, it fits in a server's cache. 2 to 8 of conv1's images are equally fast.
 _CACHED = 4_000_000
 
-# Who computes what, as docs/performance.md measures it:
-# - Convolutions: oneDNN with jaxlib 0.11, which 0.10 ignores; then Eigen. YNNPACK, their
-#   default, gives less than 128 output channels to one thread.
-# - Matrix products: YNNPACK.
+# docs/performance.md has the effect of each.
+# - oneDNN computes convolutions with jaxlib 0.11. With 0.10, which ignores its option, Eigen
+#   does. Without these options YNNPACK would, which gives less than 128 output channels to
+#   one thread. It keeps the matrix products.
 # - LRN and pooling profit from wider vectors.
 # - The region analysis saves a copy of all parameters per training step.
 COMPILER_OPTIONS = {

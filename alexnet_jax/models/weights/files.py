@@ -83,7 +83,7 @@ def read_weights(path: str | os.PathLike[str], *, variant: str | None = None) ->
 
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"{path}: there is no such file.")
+        raise WeightsError(f"{path}: there is no such file of weights.")
     if not path.name.lower().endswith(SUFFIXES):
         raise WeightsError(
             f"{path}: files of weights are {', '.join(SUFFIXES)}; got {path.suffix or 'no suffix'}."

@@ -16,7 +16,7 @@ _LONGEST = 19  # letters of a title that are as wide as a neighbour
 
 
 def best_labels(
-    pictures: Any,
+    images: Any,
     probabilities: Any,
     class_names: Sequence[str],
     *,
@@ -34,7 +34,7 @@ def best_labels(
       labels: the correct ones, whose bar is red if it is among the best.
       top: bars per image, from 0 to 1.
     """
-    shown, chances = np.asarray(pictures), np.asarray(probabilities, np.float64)
+    shown, chances = np.asarray(images), np.asarray(probabilities, np.float64)
     count, top = len(shown), min(top, chances.shape[1])
     if titles is None and labels is not None:
         titles = [class_names[label] for label in labels]
@@ -113,7 +113,7 @@ def contact_sheet(
     return figure
 
 
-def nearest_pictures(
+def nearest_images(
     queries: np.ndarray,
     query_titles: Sequence[str],
     groups: Sequence[tuple[str, np.ndarray, Sequence[str]]],
