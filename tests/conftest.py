@@ -64,7 +64,8 @@ def _share_steps_of_equal_runs():
     def of_shared_specs(make):
         made = {}
 
-        def make_once(spec, *options):
+        def make_once(spec, views=None):
+            options = () if views is None else (views,)
             # Others are made anew: what they contain may be replaced for a test.
             if not any(spec is shared for shared in specs.values()):
                 return make(spec, *options)

@@ -75,6 +75,7 @@ def test_colours_and_linear_pixels_fail(name, drawn):
     assert error(features[:200], labels[:200], features[200:], labels[200:]) < 0.1
 
 
+@pytest.mark.slow
 def test_no_class_is_another_ones_mirror_image(drawn):
     """Local structure tells the classes apart, flipped or not.
 

@@ -143,7 +143,7 @@ def runs(folder, tmp_path_factory):
     """
     root = tmp_path_factory.mktemp("runs")
     config = small_config(folder)
-    config.optim.learning_rate = 1e-6
+    config.model.width, config.optim.learning_rate = 0.25, 1e-6
     config.num_epochs = 2.0
     config.eval_views = 10
     for seed in (0, 1):
@@ -161,12 +161,14 @@ def copy_of(config, **data):
 def test_evaluation_of_a_workdir_on_more_devices(runs, tmp_path, capsys):
     root, config = runs
     workdir = root / "seed_1"
-    best = min(records(workdir, "eval/"), key=lambda r: r["eval/top1_error"])
     config = copy_of(config, batch_size=7)
     config.parallel.data = 7
     config.eval_every_epochs = 0.0  # a training by the plateau rule would be refused
     record = evaluate_runs(config, [Member(workdir)])
     assert record["eval/count"] == PICTURES
+    evaluations = records(workdir, "eval/")
+    (best,) = [found for found in evaluations if found["step"] == record["step"]]
+    assert best["eval/top1_error"] == min(found["eval/top1_error"] for found in evaluations)
     for name in ("eval/top1_error", "eval/top5_error"):
         assert record[name] == pytest.approx(best[name])
     assert record["eval/loss"] == pytest.approx(best["eval/loss"], rel=1e-5)

@@ -106,7 +106,7 @@ def six_steps_on_two_devices(folder, tmp_path_factory):
     "mode, data, column",
     [
         ("columns", 1, 2),
-        ("data", 1, 1),
+        pytest.param("data", 1, 1, marks=pytest.mark.slow),
         pytest.param("columns", 2, 2, marks=pytest.mark.nightly),
         pytest.param("hybrid", 1, 8, marks=pytest.mark.nightly),
     ],

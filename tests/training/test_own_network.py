@@ -27,10 +27,10 @@ MINE = Variant("mine", columns=2, grid=16, crop_size=32, layers=(
 """
 
 
-def own_config(path, mode):
+def own_config(path, mode, source="fake"):
     config = get_config()
     config.model.variant, config.model.init = f"{path}:MINE", "he"
-    config.data.source, config.data.batch_size = "textures/tiny", 8
+    config.data.source, config.data.batch_size = source, 8
     config.data.image_size, config.data.crop_size = 36, 32
     config.parallel.mode, config.parallel.data, config.parallel.column = mode, 1, 2
     config.schedule.name, config.eval_every_epochs = "constant", 0.0
@@ -45,10 +45,10 @@ def assert_same(tree, other):
 
 
 @pytest.mark.parametrize("mode", ["columns", pytest.param("hybrid", marks=pytest.mark.slow)])
-def test_a_table_from_a_file_is_stored_with_its_run(mode, tmp_path, capsys):
+def test_a_table_from_a_file_is_stored_with_its_run(mode, folder, tmp_path, capsys):
     path, workdir = tmp_path / "my_networks.py", tmp_path / "run"
     path.write_text(FILE)
-    state = loop.train_and_evaluate(own_config(path, mode), workdir)
+    state = loop.train_and_evaluate(own_config(path, mode, f"folder:{folder}"), workdir)
     path.unlink()  # the run has all that it needs
 
     model, variables, _ = alexnet_jax.load(workdir)
@@ -70,15 +70,15 @@ def test_a_table_from_a_file_is_stored_with_its_run(mode, tmp_path, capsys):
     assert_same(exported["params"], resumed.extra["average"])
 
 
-def test_another_table_in_the_file_is_another_network(tmp_path):
+def test_another_table_in_the_file_is_another_network(folder, tmp_path):
     path, workdir = tmp_path / "my_networks.py", tmp_path / "run"
     path.write_text(FILE)
-    config = own_config(path, "columns")
+    config = own_config(path, "columns", f"folder:{folder}")
     config.max_steps = 0
     loop.train_and_evaluate(config, workdir)
     path.write_text(FILE.replace('"fc4", 16', '"fc4", 32'))
     with pytest.raises(ConfigError, match=r"model.table: one table in the workdir, now another"):
-        loop.train_and_evaluate(own_config(path, "columns"), workdir)
+        loop.train_and_evaluate(own_config(path, "columns", f"folder:{folder}"), workdir)
 
 
 def test_wrong_names_of_a_table(tmp_path):

@@ -263,13 +263,16 @@ def test_several_views_are_averaged(mode, rows, columns):
     np.testing.assert_allclose(sums["loss"], centre["loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("variant, rows", [("small", 2), nightly("paper", 2), nightly("paper", 8)])
+@pytest.mark.parametrize(
+    "variant, rows", [slowly("small", 2), nightly("paper", 2), nightly("paper", 8)]
+)
 def test_pmap_is_the_same_step(variant, rows):
     got = three_steps("data", rows, 1, variant=variant, transform="pmap")
     assert_same_run(got, on_one_device("data", rows, 1, variant=variant))
     assert collectives(got[3]) == {"all-reduce": 18}
 
 
+@pytest.mark.slow
 def test_missing_reduction_is_noticed(monkeypatch):
     """Under pmap only the comparison above notices it."""
     want = on_one_device("data", 2, 1)
