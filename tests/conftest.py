@@ -15,7 +15,7 @@ from typing import Any
 
 OPTIMIZED = bool(os.environ.get("ALEXNET_TEST_OPTIMIZED"))
 
-# Many tests train the same small networks. What one of them has compiled, the others
+# Many tests train the same small networks. What one of them compiles, the others
 # read, in both of pytest's processes and in those that the tests start: xdist's and
 # they inherit the environment. It lives as long as the tests do, so on one processor.
 if not OPTIMIZED and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -54,9 +54,7 @@ def _share_steps_of_equal_runs():
     specs, make_spec = {}, experiment.make_spec
 
     def shared_spec(config, network, mesh, steps_per_epoch):
-        parts = config.model, config.optim, config.schedule, config.augment, config.finetune
-        fields = *(part.to_json() for part in parts), config.parallel.to_json()
-        key = fields, config.seed, config.num_epochs, network, mesh, steps_per_epoch
+        key = config.to_json(), network, mesh, steps_per_epoch
         if key not in specs:
             specs[key] = make_spec(config, network, mesh, steps_per_epoch)
         return specs[key]
@@ -87,7 +85,7 @@ if not OPTIMIZED:  # before other modules import these functions by name
 
 
 def pytest_collection_finish():
-    """What is imported by now stays: no collection has to go through it again."""
+    """Freeze what is imported, so that no garbage collection goes through it again."""
     gc.freeze()
 
 

@@ -1,4 +1,4 @@
-"""The rooms of the package, and the one direction in which they import."""
+"""The packages, and the one direction in which they import."""
 
 import ast
 from pathlib import Path

@@ -53,7 +53,7 @@ def start_main(*args, **env):
 
 @pytest.mark.slow
 def test_training_on_two_virtual_devices_never_imports_tensorflow(tmp_path):
-    """Nor torch: both are replaced by modules that tell."""
+    """Replace both by modules that leave a mark; torch is not imported either."""
     marker = tmp_path / "imported"
     for name in ("tensorflow", "torch"):
         (tmp_path / f"{name}.py").write_text(

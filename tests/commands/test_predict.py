@@ -108,7 +108,7 @@ def test_a_file_of_weights_says_the_same_as_its_run(workdir, pictures, tmp_path,
 
 
 def test_pictures_of_other_classes_are_refused(workdir, folder, tmp_path):
-    """The same number of them: shapes alone would not tell."""
+    """Use as many classes as the run has, so that the shapes agree."""
     other = tmp_path / "pictures"
     for split in ("train", "test"):
         for name in ("blue", "gold", "red"):

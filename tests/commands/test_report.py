@@ -287,7 +287,7 @@ def test_configuration_and_commands(made, parsed):
     assert name == "--config" and as_json(load_lib.load_config(path)) == config
 
 
-def test_missing_pictures_are_told_and_the_rest_is_shown(copied):
+def test_report_names_missing_images(copied):
     config = json.loads((copied / "config.json").read_text())
     config["data"]["source"] = "folder:/gone/<i>"
     (copied / "config.json").write_text(json.dumps(config))

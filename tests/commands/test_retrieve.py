@@ -203,7 +203,7 @@ def test_pictures_are_looked_up_by_codes(
     assert load_codes(tmp_path / "pool3.48bits.npz").coder.bits == 48
 
 
-def test_what_does_not_fit_is_refused(index_file, workdir, folder, tmp_path, capsys):
+def test_mismatched_index_is_refused(index_file, workdir, folder, tmp_path, capsys):
     picture = str(next(folder.glob("train/*/*.png")))
 
     def said(*arguments):

@@ -84,18 +84,18 @@ class Slurm:
         return done.stdout.strip()
 
     def submit(self, output, *command, **environment):
-        """Gives the job's id; its output goes to the file `output`."""
+        """Submit a job that writes to the file `output`; return its id."""
         sbatch = ("sbatch", "--parsable", f"--output={output}")
         return self.run(*sbatch, *command, **environment)
 
     def job(self, job):
-        """What `scontrol show job` says of it."""
+        """Return the fields that `scontrol show job` prints."""
         text = self.run("scontrol", "--oneliner", "show", "job", job)
         names = "JobState|Reason|Restarts|ExitCode|PreemptTime"
         return dict(re.findall(rf" ({names})=(\S+)", text))
 
     def wait(self, job, condition, output, *, seconds=60):
-        """Until condition(fields of the job); fails with what the job has said."""
+        """Wait until condition(fields of the job); fail with the job's output."""
         deadline = time.monotonic() + seconds
         while True:
             fields = self.job(job)
@@ -110,7 +110,7 @@ class Slurm:
             time.sleep(0.2)
 
     def wait_for_requeue(self, job, output):
-        """And has it start again soon; by itself SLURM would wait for two minutes."""
+        """Wait until the job is requeued, and start it without SLURM's two minutes of delay."""
 
         def requeued(fields):
             return fields["Restarts"] == "1" and fields["JobState"] == "PENDING"
@@ -215,7 +215,7 @@ def test_a_step_of_one_task_in_a_job_of_two_is_one_process(slurm):
     assert found("--interactive", "--preserve-env") == 1
 
 
-def test_a_missing_interpreter_is_said(slurm, tmp_path):
+def test_missing_interpreter_is_reported(slurm, tmp_path):
     output = tmp_path / "out"
     job = slurm.submit(output, *REHEARSAL, LAUNCH, PYTHON="no/python")
     fields = slurm.wait_for_state(job, "FAILED", output)

@@ -156,7 +156,7 @@ def test_lighting_has_the_covariance_of_the_paper(keys):
     assert np.sqrt(np.trace(expected) / 3) == pytest.approx(7.44, abs=0.01)
 
 
-def test_lighting_is_one_draw_a_picture():
+def test_lighting_is_one_draw_per_image():
     images = jnp.zeros((4, 5, 6, 3))
     keys = augment.example_keys(jax.random.key(1), 0, 4)
     lit = np.asarray(augment.pca_lighting(images, keys))
