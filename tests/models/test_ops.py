@@ -838,3 +838,18 @@ def test_integers_are_refused():
     ):
         with pytest.raises(TypeError, match=words):
             call(x)
+
+
+@ALL_FORMS
+def test_empty_batches_have_a_gradient(fast):
+    def total(x):
+        y = ops.local_response_norm(x, pool={}, fast=fast)
+        return jnp.sum(y) + jnp.sum(ops.local_response_norm(x, fast=fast))
+
+    assert jax.grad(total)(jnp.ones((0, 5, 5, 4))).shape == (0, 5, 5, 4)
+
+
+def test_local_conv_of_bfloat16_runs_under_jit():
+    x, kernel = (jnp.ones(shape, jnp.bfloat16) for shape in ((2, 4, 4, 3), (4, 4, 3, 3, 3, 5)))
+    y = jax.jit(functools.partial(ops.local_conv, padding=1))(x, kernel)
+    assert y.dtype == jnp.bfloat16 and y[0, 1, 1, 0] == 27

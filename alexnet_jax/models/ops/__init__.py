@@ -163,15 +163,18 @@ def local_response_norm(
         alpha / size, as cuda-convnet, Caffe and torch compute it.
       pool: arguments of a `max_pool` that follows, for example `{"window": 3, "stride":
         2}`; x is then [B, H, W, C]. On a CPU both run in one loop over parts of the
-        batch, which is twice as fast and stores no normalised image. A batch that `jit`
-        has sharded (without `shard_map`) is gathered for it.
+        batch, which is twice as fast and stores no normalised image.
+
+    On a CPU the gradient, and with `pool` also the value, gathers a batch that `jit` has
+    sharded (without `shard_map`).
 
     Returns:
       An array of x's shape; with `pool` that of `max_pool`.
 
     Raises:
       ValueError: for an even or non-positive `size`, channels that `groups` does not
-        divide, a bias of another shape, or an unknown `alpha_mode`.
+        divide, a bias of another shape, or an unknown `alpha_mode`; with `pool` as
+        `max_pool`.
     """
     _check_floating("local_response_norm", x)
     _check_odd("local_response_norm", size)

@@ -307,6 +307,9 @@ def _in_parts(function: Callable[..., Any], shape: tuple[int, ...], *arrays: Any
 def _in_place(function: Callable[..., jax.Array], x: jax.Array, *arrays: Any) -> jax.Array:
     """Return function(x, *arrays) as `_in_parts`, in the memory of x if x is not used again."""
 
+    if not x.size:
+        return x
+
     def step(i, parts):
         part = function(*jax.tree.map(lambda a: a[i], (parts, *others)))
         return lax.dynamic_update_index_in_dim(parts, part, i, 0)
@@ -318,9 +321,11 @@ def _in_place(function: Callable[..., jax.Array], x: jax.Array, *arrays: Any) ->
 def _parts(arrays: Any, shape: tuple[int, ...]) -> Any:
     """Return arrays[batch, ...] as [parts, examples, ...]."""
     batch, *rest = shape
-    most = max(1, min(batch // 2, _CACHED // (4 * math.prod(rest))))
+    most = max(1, min(batch // 2, _CACHED // max(1, 4 * math.prod(rest))))
     # A part of another size at the end would cost a copy of the whole result.
     size = max(size for size in range(1, most + 1) if batch % size == 0)
+    if 4 * size < most:  # no useful divisor: many tiny parts are slower than one
+        size = batch
     return jax.tree.map(lambda a: a.reshape(batch // size, size, *a.shape[1:]), arrays)
 
 

@@ -90,6 +90,7 @@ def wide_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def local_conv(x: jax.Array, kernel: jax.Array, *, padding: Pads) -> jax.Array:
     """Convolve with unshared weights: one matrix product per place."""
     rows, columns, height, width, inputs, features = kernel.shape
+    wide = jnp.promote_types(x.dtype, jnp.float32)  # XLA lacks this product of bfloat16 on a CPU
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     windows = jnp.concatenate(
         [
@@ -99,12 +100,9 @@ def local_conv(x: jax.Array, kernel: jax.Array, *, padding: Pads) -> jax.Array:
         ],
         axis=-1,
     )
-    return jnp.einsum(
-        "bhwi,hwio->bhwo",
-        windows,
-        kernel.reshape(rows, columns, height * width * inputs, features),
-        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
-    ).astype(x.dtype)
+    kernel = kernel.reshape(rows, columns, height * width * inputs, features)
+    product = jnp.einsum("bhwi,hwio->bhwo", windows.astype(wide), kernel.astype(wide))
+    return product.astype(x.dtype)
 
 
 def max_pool(
