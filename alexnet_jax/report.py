@@ -43,7 +43,7 @@ REPORT_FILE = "report.html"
 FIGURES = ("filters.png", "filter_statistics.png", "curves.png")
 
 _NEXT = """what next
-  your own images   {python} -m alexnet_jax.main --config=configs/folder.py \\
+  your own images     {python} -m alexnet_jax.main --config=configs/folder.py \\
                         --workdir=runs/mine --config.data.source=folder:PATH
   the paper           {python} -m alexnet_jax.main --config=configs/paper.py \\
                         --workdir=runs/paper --config.data.source=folder:PATH

@@ -47,43 +47,6 @@ if not OPTIMIZED:
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-def _share_steps_of_equal_runs():
-    """Let runs of equal configs use the same traced steps: tracing takes longer than compiling."""
-    from alexnet_jax.training import experiment, steps
-
-    specs, make_spec = {}, experiment.make_spec
-
-    def shared_spec(config, network, mesh, steps_per_epoch):
-        key = config.to_json(), network, mesh, steps_per_epoch
-        if key not in specs:
-            specs[key] = make_spec(config, network, mesh, steps_per_epoch)
-        return specs[key]
-
-    def of_shared_specs(make):
-        made = {}
-
-        def make_once(spec, views=None):
-            options = () if views is None else (views,)
-            # Others are made anew: what they contain may be replaced for a test.
-            if not any(spec is shared for shared in specs.values()):
-                return make(spec, *options)
-            key = id(spec), options
-            if key not in made:
-                made[key] = make(spec, *options)
-            return made[key]
-
-        return make_once
-
-    experiment.make_spec = shared_spec
-    for name in dir(steps):
-        if name == "_init" or name.startswith("make_"):
-            setattr(steps, name, of_shared_specs(getattr(steps, name)))
-
-
-if not OPTIMIZED:  # before other modules import these functions by name
-    _share_steps_of_equal_runs()
-
-
 def pytest_collection_finish():
     """Freeze what is imported, so that no garbage collection goes through it again."""
     gc.freeze()

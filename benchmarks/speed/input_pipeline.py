@@ -79,7 +79,7 @@ def main() -> None:
 def _measured(data_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
     workers, short = options.workers, options.short
     source = pictures.records(options.pictures, data_dir)
-    jpegs = [source.record(index)[1] for index in range(preparation.PICTURES_A_SHARD)]
+    jpegs = [source.record(index)[1] for index in range(preparation.IMAGES_PER_SHARD)]
     candidates = _candidates(source, jpegs, workers, short)
     calls = {name: call for name, (_, call) in candidates.items()}
     seconds = measure.alternate(calls, rounds=2 if short else 5)

@@ -23,7 +23,6 @@ from benchmarks.speed import measure
 PROCESSORS = {"as it is": "", "AVX2": "--xla_cpu_max_isa=AVX2"}
 # Grid and channels of conv1, conv2 and conv5.
 SHAPES = {"1": (55, 96), "2": (27, 256), "5": (13, 256)}
-NORM, POOL, BOTH = "norm", "pool", "norm and pool"
 # The worker: compiles every call, then makes all of them for each line that it reads.
 _WORKER = """
 import inspect, json, sys, time

@@ -49,7 +49,7 @@ def records(folder: Path | None, data_dir: Path) -> TfdsSource:
     repeated. The names make 1,281,250 records.
     """
     found = originals.find(source(folder, data_dir))["train"]
-    part = [found[i % len(found)] for i in range(preparation.PICTURES_A_SHARD)]
+    part = [found[i % len(found)] for i in range(preparation.IMAGES_PER_SHARD)]
     directory = data_dir / preparation.NAME / preparation.VERSION
     (directory / "parts").mkdir(parents=True)
     counts = {"train": _FILES, "validation": 1}

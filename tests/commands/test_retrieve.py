@@ -16,7 +16,7 @@ from alexnet_jax.analysis.codes import load_codes, train_coder
 from alexnet_jax.analysis.features import Extractor
 from alexnet_jax.analysis.retrieval import RetrievalError, nearest
 from alexnet_jax.training import loop
-from tests.training.runs import PICTURES, small_config
+from tests.training.runs import IMAGES, small_config
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +71,11 @@ def test_an_index_holds_the_features_of_the_training_pictures(index_file, workdi
     features_of = jax.jit(model.apply, static_argnames="method")
     features = features_of(variables, preprocess(paths), method="features")["pool3"]
     np.testing.assert_allclose(
-        index.features, np.reshape(features, (PICTURES, -1)), rtol=1e-4, atol=1e-5
+        index.features, np.reshape(features, (IMAGES, -1)), rtol=1e-4, atol=1e-5
     )
     names = [index.class_names[label] for label in index.labels]
     assert names == [path.parent.name for path in paths]
-    assert index.pixels.shape == (PICTURES, 32 * 32 * 3)
+    assert index.pixels.shape == (IMAGES, 32 * 32 * 3)
     assert [p.name for p in index_file.parent.iterdir()] == ["pool3.npz"]
 
 
@@ -168,11 +168,11 @@ def test_pictures_are_looked_up_by_codes(
     assert retrieve.main(base) == 0  # makes them and asks nothing
     features = retrieval.load_index(there).features
     codes = load_codes(tmp_path / "pool3.40bits.npz")
-    assert codes.packed.shape == (PICTURES, 5)
+    assert codes.packed.shape == (IMAGES, 5)
     different = np.unpackbits(codes.packed[:, None] ^ codes.packed, axis=2).sum(axis=2)
     said = capsys.readouterr().err
     assert f": 40 bits an image, 5 bytes instead of {4 * features.shape[1]:,}. Of the" in said
-    others, hits = np.setdiff1d(np.arange(PICTURES), [0, 12, 24]), []
+    others, hits = np.setdiff1d(np.arange(IMAGES), [0, 12, 24]), []
     for row in (0, 12, 24):
         _, (exact,) = brute_force(features[others], features[[row]], 10)
         near = np.argsort(different[row, others], kind="stable")[:10]
@@ -193,7 +193,7 @@ def test_pictures_are_looked_up_by_codes(
 
     exact = [*base[:3], "--format=json", paths[3]]
     assert retrieve.main(exact) == 0
-    assert retrieve.main([*exact, "--bits=40", f"--shortlist={PICTURES}"]) == 0
+    assert retrieve.main([*exact, "--bits=40", f"--shortlist={IMAGES}"]) == 0
     plain, listed = capsys.readouterr().out.splitlines()
     assert plain == listed
 

@@ -239,7 +239,7 @@ def test_killed_and_started_again_it_makes_only_what_is_missing(tmp_path):
 
 def test_mended_or_removed_image_costs_one_shard(tmp_path, monkeypatch, capsys):
     made = write_shards_here(monkeypatch)
-    monkeypatch.setattr(preparation, "_FEWEST_PICTURES", 4)  # 18 make four shards
+    monkeypatch.setattr(preparation, "_FEWEST_IMAGES", 4)  # 18 make four shards
     source = write_folders(tmp_path / "source", flat=True)
     first, second = sorted(TRAIN)[:2]
     broken = source / "train" / WNIDS[0] / first

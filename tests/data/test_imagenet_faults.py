@@ -129,7 +129,7 @@ def test_full_disk_is_one_message_and_keeps_finished_shards(
     assert f"{target}: No space left on device (1.0 MB free, about 3.0" in error
     made = write_shards_here(monkeypatch)
     monkeypatch.setattr(preparation, "check_room", lambda *_: None)
-    monkeypatch.setattr(preparation, "_FEWEST_PICTURES", 9)  # train: two shards
+    monkeypatch.setattr(preparation, "_FEWEST_IMAGES", 9)  # train: two shards
     others.write_bytes(bytes(shutil.disk_usage(disk).total - (500 << 10)))
     assert imagenet(source, target) == 1
     error = capsys.readouterr().err

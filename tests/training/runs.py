@@ -8,7 +8,7 @@ from alexnet_jax.training.writers import read_metrics
 from configs import common
 from tests.training import small
 
-PICTURES, CLASSES = 25, 3  # 25 does not divide by 6: the last batch is padded
+IMAGES, CLASSES = 25, 3  # 25 does not divide by 6: the last batch is padded
 EPOCHS, STEPS = 4.0, 17  # of `small_config`
 
 
@@ -16,7 +16,7 @@ def draw_colours(root):
     """Draw three classes of blurred colours into root: easy, but not for nothing."""
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
-        for index in range(PICTURES):
+        for index in range(IMAGES):
             label = index % CLASSES
             picture = rng.integers(0, 120, (32, 32, 3))
             picture[..., label] += 100

@@ -20,7 +20,7 @@ from alexnet_jax.training.ensemble import Member, describe_mistakes, evaluate_ru
 from alexnet_jax.training.evaluate import Predictions, PredictionsError
 from alexnet_jax.training.load import read_network
 from alexnet_jax.training.workdir import write_config
-from tests.training.runs import PICTURES, columns_config, records, small_config
+from tests.training.runs import IMAGES, columns_config, records, small_config
 
 # Predictions, by hand.
 
@@ -165,7 +165,7 @@ def test_evaluation_of_a_workdir_on_more_devices(runs, tmp_path, capsys):
     config.parallel.data = 7
     config.eval_every_epochs = 0.0  # a training by the plateau rule would be refused
     record = evaluate_runs(config, [Member(workdir)])
-    assert record["eval/count"] == PICTURES
+    assert record["eval/count"] == IMAGES
     evaluations = records(workdir, "eval/")
     (best,) = [found for found in evaluations if found["step"] == record["step"]]
     assert best["eval/top1_error"] == min(found["eval/top1_error"] for found in evaluations)
@@ -175,7 +175,7 @@ def test_evaluation_of_a_workdir_on_more_devices(runs, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1]) == record
     assert lines[:5] == [
-        f"mean image: {workdir}/statistics.npz, of {PICTURES} images",
+        f"mean image: {workdir}/statistics.npz, of {IMAGES} images",
         f"{workdir}: the config differs from this workdir's:",
         "  --config.data.batch_size: 6 in the workdir, now 7",
         "  --config.eval_every_epochs: 1.0 in the workdir, now 0.0",
@@ -183,9 +183,9 @@ def test_evaluation_of_a_workdir_on_more_devices(runs, tmp_path, capsys):
     ]
     wrong = f"{100 * record['eval/top1_error']:.2f}%"
     assert lines[6].startswith(f"step {record['step']}: top-1 error ")
-    assert f"; top-1 error {wrong} (centre view); {PICTURES} images of" in lines[6]
+    assert f"; top-1 error {wrong} (centre view); {IMAGES} images of" in lines[6]
     assert "top-5" not in "".join(lines[:-1])  # of three classes
-    assert any(line.endswith(f" of {PICTURES // 3} images") for line in lines), lines
+    assert any(line.endswith(f" of {IMAGES // 3} images") for line in lines), lines
     with pytest.raises(CheckpointError, match="There is no checkpoint in"):
         evaluate_runs(config, [Member(tmp_path)])
     assert not list(tmp_path.iterdir())

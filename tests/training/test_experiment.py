@@ -15,7 +15,7 @@ from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.models import variants
 from alexnet_jax.training import experiment, steps
 from alexnet_jax.training.config import ConfigError
-from tests.training.runs import CLASSES, EPOCHS, PICTURES, small_config
+from tests.training.runs import CLASSES, EPOCHS, IMAGES, small_config
 from tests.training.test_config import config_with
 
 
@@ -30,8 +30,8 @@ def small(folder, **changes):
 def test_classes_are_counted_from_the_data(folder):
     built = experiment.build(small(folder), log=lambda line: None)
     assert built.model.network.layers[-1].features == CLASSES
-    assert built.steps_per_epoch == PICTURES / 6
-    assert built.total_steps == math.ceil(EPOCHS * PICTURES / 6)
+    assert built.steps_per_epoch == IMAGES / 6
+    assert built.total_steps == math.ceil(EPOCHS * IMAGES / 6)
     more = experiment.build(small(folder, model__num_classes=10), log=lambda _: None)
     assert more.model.network.layers[-1].features == 10
     with pytest.raises(ConfigError, match="fewer than the 3 classes"):
@@ -53,7 +53,7 @@ SEVENS = (np.full((32, 32, 3), 7, np.float32), np.ones(3, np.float32), np.eye(3,
     "stored, words",
     [
         (None, "computing it from 25 of 25 images"),
-        (Statistics(*SEVENS, 5, PICTURES), "{path}, of 5 of 25 images"),
+        (Statistics(*SEVENS, 5, IMAGES), "{path}, of 5 of 25 images"),
         # Stored for another number of images: computed again.
         (
             Statistics(*SEVENS, 60, 60),
@@ -71,7 +71,7 @@ def test_statistics_of_beside_the_data(stored, words, folder):
     pictures = [np.asarray(Image.open(path)) for path in folder.glob("train/*/*.png")]
     mean = 7 if " 5 of" in words else np.mean(pictures, axis=0)
     np.testing.assert_allclose(built.statistics.mean_image, mean, rtol=1e-6)
-    assert built.statistics.split_examples == PICTURES
+    assert built.statistics.split_examples == IMAGES
 
 
 def test_building_warns_about_images_in_both_splits(folder):

@@ -16,7 +16,7 @@ from alexnet_jax import load
 from alexnet_jax.system.files import FullDiskError
 from alexnet_jax.training import checkpoint, loop, run, step_log, timing
 from tests.training.runs import (
-    PICTURES,
+    IMAGES,
     STEPS,
     assert_same_state,
     columns_config,
@@ -28,12 +28,12 @@ from tests.training.small import fast_loops
 
 def test_run_learns_and_writes_its_records(finished):
     state, workdir = finished
-    assert int(state.step) == STEPS == -(-4 * PICTURES // 6)  # 4 epochs in batches of 6
+    assert int(state.step) == STEPS == -(-4 * IMAGES // 6)  # 4 epochs in batches of 6
     rows = records(workdir, "train/")
     assert [row["step"] for row in rows] == [*range(5, STEPS, 5), STEPS]
-    assert rows[-1]["epoch"] == pytest.approx(STEPS * 6 / PICTURES)
+    assert rows[-1]["epoch"] == pytest.approx(STEPS * 6 / IMAGES)
     evaluations = records(workdir, "eval/")
-    assert {row["eval/count"] for row in evaluations} == {PICTURES}
+    assert {row["eval/count"] for row in evaluations} == {IMAGES}
     assert evaluations[-1]["eval/top1_error"] < 0.2
     assert evaluations[-1]["eval/top5_error"] == 0
     saved = json.loads((workdir / "config.json").read_text())
@@ -73,7 +73,7 @@ def test_run_ends_at_its_training_error_and_evaluates_several_views(folder, tmp_
     rows = records(tmp_path, "train/")
     errors = [row["train/top1_error"] for row in rows]
     assert errors[-1] <= 0.02 < min(errors[:-1])
-    assert int(state.step) == rows[-1]["step"] < 8 * PICTURES // 6
+    assert int(state.step) == rows[-1]["step"] < 8 * IMAGES // 6
     (evaluation,) = records(tmp_path, "eval/")
     assert {"eval/views_top1_error", "eval/top1_error"} <= set(evaluation)
     capsys.readouterr()

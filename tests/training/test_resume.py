@@ -19,7 +19,7 @@ from alexnet_jax.training.checkpoint import CheckpointError
 from alexnet_jax.training.config import ConfigError, as_json
 from alexnet_jax.training.run import Progress, Run
 from alexnet_jax.training.writers import METRICS_FILE, read_metrics
-from tests.training.runs import EPOCHS, PICTURES, STEPS, small_config
+from tests.training.runs import EPOCHS, IMAGES, STEPS, small_config
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def printed(config, workdir, capsys):
 
 def test_changed_fields_and_the_mean_image_are_printed(workdir, folder, capsys):
     config = small_config(folder)
-    mean = f"mean image: {workdir / 'statistics.npz'}, of {PICTURES} images"
+    mean = f"mean image: {workdir / 'statistics.npz'}, of {IMAGES} images"
     assert printed(config, workdir, capsys) == [mean]
     config.optim.learning_rate, config.data.workers = 0.5, 3
     assert printed(config, workdir, capsys) == [
@@ -156,7 +156,7 @@ def test_another_batch_size_is_refused(batch_size, remedy, workdir, config):
 def test_other_pictures_and_classes_are_refused(folder, workdir, tmp_path):
     pictures = shutil.copytree(folder, tmp_path / "pictures")
     next((pictures / "train" / "red").iterdir()).unlink()
-    words = f"was trained on {PICTURES} images, and there are {PICTURES - 1} now: its"
+    words = f"was trained on {IMAGES} images, and there are {IMAGES - 1} now: its"
     with pytest.raises(ConfigError, match=words):
         loop.train_and_evaluate(small_config(pictures, num_epochs=5.0), workdir)
     for split in ("train", "test"):

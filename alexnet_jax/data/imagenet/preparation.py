@@ -47,9 +47,9 @@ VERSION = "1.0.0"
 SIZE = 256
 _RECORD_FILE = "preparation.json"
 _JPEG_QUALITY = 95
-PICTURES_A_SHARD = 1250  # about 43 MB, and some ten seconds of work
+IMAGES_PER_SHARD = 1250  # about 43 MB, and some ten seconds of work
 # A small set is spread over the cores as well, but no shard may be empty.
-_FEWEST_SHARDS, _FEWEST_PICTURES = 8, 64
+_FEWEST_SHARDS, _FEWEST_IMAGES = 8, 64
 _BYTES_PER_IMAGE = 36_000  # 34,400 on average over 1,000 ImageNet images
 _BYTES_BESIDE = 2_000_000  # for the mean image and the descriptions
 
@@ -87,8 +87,8 @@ def prepare(
         shards = []
         for split, found in originals.find(source).items():
             log(_count(split, len(found), source))
-            count = min(_FEWEST_SHARDS, len(found) // _FEWEST_PICTURES)
-            count = max(count, -(-len(found) // PICTURES_A_SHARD))
+            count = min(_FEWEST_SHARDS, len(found) // _FEWEST_IMAGES)
+            count = max(count, -(-len(found) // IMAGES_PER_SHARD))
             for number, part in enumerate(originals.divided(found, count)):
                 path = unfinished / shard_name(split, number, count)
                 shards.append(Shard(path, split, part))
