@@ -7,7 +7,7 @@ from PIL import Image, PngImagePlugin
 
 from alexnet_jax.data import DataError, eval_batches, images, open_source
 from alexnet_jax.data.sources.folder import FolderSource
-from tests.data.pictures import SIZE, deep_png, deep_tiff, encoded, fetched, random_picture
+from tests.data.images import SIZE, deep_png, deep_tiff, encoded, fetched, random_picture
 
 RGB = random_picture(SIZE, SIZE)
 GREY = RGB[..., 0]

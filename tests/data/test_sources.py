@@ -36,7 +36,7 @@ from tests.data.imagenet_files import (
     write_shards_here,
     write_tfds,
 )
-from tests.data.pictures import SIZE, fetched, place_pictures, random_picture
+from tests.data.images import SIZE, fetched, place_pictures, random_picture
 
 # Class folders.
 

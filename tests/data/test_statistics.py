@@ -8,7 +8,7 @@ from PIL import Image
 
 from alexnet_jax import prepare
 from alexnet_jax.data import DataError, open_source, sources, statistics
-from tests.data.pictures import SIZE, random_picture
+from tests.data.images import SIZE, random_picture
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from alexnet_jax.data import eval_batches, open_source
 from alexnet_jax.data.textures import CLASS_NAMES, build, draw
 from alexnet_jax.data.textures import textures_dataset_builder as module
 from benchmarks.speed import texture_baselines as baselines
-from tests.data.pictures import fetched
+from tests.data.images import fetched
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -16,7 +16,7 @@ import pytest
 from alexnet_jax import prepare
 from alexnet_jax.data import open_source, statistics
 from alexnet_jax.data.augment import IMAGENET_MEAN_255, IMAGENET_PCA_STD_255
-from tests.data.pictures import fetched
+from tests.data.images import fetched
 
 
 @pytest.fixture(scope="module")
