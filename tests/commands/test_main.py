@@ -124,7 +124,7 @@ FOLDER = f"--config={ROOT}/configs/folder.py"
         ([], "--config=FILE is missing"),
     ],
 )  # fmt: skip
-def test_mistakes_on_the_command_line_are_one_message(args, words, tmp_path, monkeypatch, capsys):
+def test_mistakes_on_the_command_line_give_one_message(args, words, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     assert run_in_process(monkeypatch, f"--workdir={run}", *args) == 1
     error = capsys.readouterr().err

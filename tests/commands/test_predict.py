@@ -67,7 +67,7 @@ def test_an_unreadable_picture_does_not_stop_the_others(workdir, pictures, tmp_p
     assert not maps.exists()
 
 
-def test_wrong_arguments_are_one_message(workdir, pictures, tmp_path, capsys):
+def test_wrong_arguments_give_one_message(workdir, pictures, tmp_path, capsys):
     assert predict.main([f"--workdir={tmp_path}", pictures[0]]) == 1
     assert "is not the workdir of a run" in capsys.readouterr().err
     assert predict.main([f"--workdir={workdir}", "--step=3", pictures[0]]) == 1

@@ -15,7 +15,7 @@ def archives(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def data_dir(archives, tmp_path_factory) -> Path:
-    """The data set, prepared from the archives by two processes."""
+    """Prepare the data set from the archives with two processes."""
     target = tmp_path_factory.mktemp("tfds")
     assert imagenet(archives, target, "--workers=2") == 0
     return target
@@ -23,7 +23,7 @@ def data_dir(archives, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """A directory of tfds data sets with `textures/tiny`."""
+    """Build `textures/tiny` in a new directory of tfds data sets."""
     data_dir = tmp_path_factory.mktemp("textures")
     textures.build(data_dir, tiny=True)
     return data_dir

@@ -23,20 +23,17 @@ PER_CLASS, NUM_VALIDATION = 6, 9
 
 
 def file_of(number: int) -> bytes:
-    """Return image files of many shapes, and of every kind that ImageNet holds.
-
-    The pixels are random, but soft enough that JPEG keeps them.
-    """
+    """Return an image file; shape and kind depend on `number`, pixels are smooth noise."""
     rng = np.random.default_rng(number)
     small = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
     size = (256 + 31 * number % 300, 200 + 17 * number % 400)
-    picture = small.resize(size, Image.Resampling.BICUBIC)
+    image = small.resize(size, Image.Resampling.BICUBIC)
     kind = {1: "CMYK", 2: "L"}.get(number % 6, "RGB")
     file = io.BytesIO()
     if number % 6 == 3:  # n02105855_2933.JPEG is a PNG
-        picture.save(file, "PNG")
+        image.save(file, "PNG")
     else:
-        picture.convert(kind).save(file, "JPEG", quality=95)
+        image.convert(kind).save(file, "JPEG", quality=95)
     return file.getvalue()
 
 
@@ -61,7 +58,7 @@ def tar_of(files: dict[str, bytes]) -> bytes:
 
 
 def write_archives(folder: Path, train=TRAIN, validation=VALIDATION) -> Path:
-    """Write archives like the official ones; classes and images in some order."""
+    """Write archives like the official ones, classes and images in reverse order."""
     inner = {
         f"{wnid}.tar": tar_of(
             {n: data for n, (_, data) in reversed(train.items()) if n.startswith(wnid)}
@@ -76,7 +73,7 @@ def write_archives(folder: Path, train=TRAIN, validation=VALIDATION) -> Path:
 
 
 def write_folders(folder: Path, flat: bool) -> Path:
-    """Write class folders; with `flat` the validation images lie side by side."""
+    """Write class folders; if `flat`, all validation images into one folder."""
     files = {f"train/{n.split('_')[0]}/{n}": data for n, (_, data) in TRAIN.items()}
     for name, data in VALIDATION.items():
         wnid = "." if flat else named_wnid(name)
@@ -149,7 +146,7 @@ def write_tfds(
 
 
 def write_records(path: Path, records: Sequence[bytes]) -> None:
-    if ".tfrecord" in path.name:  # checksums are nobody's concern here
+    if ".tfrecord" in path.name:  # nobody reads these checksums
         spans = [struct.pack("<QI", len(r), 0) + r + b"0000" for r in records]
         path.write_bytes(b"".join(spans))
         return
@@ -174,7 +171,7 @@ def records(data_dir: Path, split: str) -> dict[str, tuple[int, bytes]]:
 
 
 def write_shards_here(monkeypatch) -> list[str]:
-    """Let `prepare` write in this process; return the shards that will be written."""
+    """Make `prepare` write in this process; return the list of shards, filled later."""
     made = []
 
     class Here(futures.Executor):

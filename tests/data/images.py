@@ -11,18 +11,18 @@ from PIL import Image
 SIZE = 16
 
 
-def random_picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return rng.integers(0, 256, (height, width, 3), np.uint8)
 
 
-def encoded(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
-def place_pictures(root: Path, *names: str) -> Path:
+def write_images(root: Path, *names: str) -> Path:
     """Write images of one colour each, the n-th of grey level 10 n."""
     for level, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def place_pictures(root: Path, *names: str) -> Path:
 
 
 def fetched(source, *indices: int) -> np.ndarray:
-    """Return the images of some examples, or the only one."""
+    """Return the images of these examples; of one example without the batch axis."""
     images = np.zeros((len(indices), *2 * [source.image_size], 3), np.uint8)
     source.fetch(np.array(indices), images, np.zeros(len(indices), np.int32))
     return images[0] if len(indices) == 1 else images

@@ -1,4 +1,4 @@
-"""Crop, flip and lighting: every place as likely, exact statistics, exact no-ops."""
+"""Crop, flip and lighting: uniform offsets, exact statistics, exact no-ops."""
 
 import functools
 
@@ -17,11 +17,11 @@ def keys():
     return augment.example_keys(jax.random.key(0), 0, COUNT)
 
 
-def test_every_offset_is_drawn_and_as_often(keys):
+def test_crop_offsets_are_uniform(keys):
     # A 4 x 4 image whose values tell the place; 2 x 2 cut out: 3 x 3 places.
-    picture = jnp.arange(16, dtype=jnp.uint8).reshape(1, 4, 4, 1).repeat(3, -1)
+    image = jnp.arange(16, dtype=jnp.uint8).reshape(1, 4, 4, 1).repeat(3, -1)
     crops = jax.jit(augment.random_crop, static_argnums=2)(
-        jnp.broadcast_to(picture, (COUNT, 4, 4, 3)), keys, 2
+        jnp.broadcast_to(image, (COUNT, 4, 4, 3)), keys, 2
     )
     assert crops.dtype == jnp.uint8
     corners, counts = np.unique(crops[:, 0, 0, 0], return_counts=True)
@@ -31,19 +31,19 @@ def test_every_offset_is_drawn_and_as_often(keys):
     np.testing.assert_array_equal(crops[:, 1, 1, 0], crops[:, 0, 0, 0] + 5)
 
 
-def test_the_paper_has_33_by_33_places(keys):
+def test_crops_of_224_from_256_have_33_offsets(keys):
     rows = jnp.arange(256, dtype=jnp.uint8)[:, None, None]
-    picture = jnp.broadcast_to(rows, (256, 256, 3))
+    image = jnp.broadcast_to(rows, (256, 256, 3))
     crop = jax.jit(
-        jax.vmap(lambda key: augment.random_crop(picture[None], key[None], 224)[0, 0, 0, 0])
+        jax.vmap(lambda key: augment.random_crop(image[None], key[None], 224)[0, 0, 0, 0])
     )
     tops = np.unique(crop(keys[:3000]))
     np.testing.assert_array_equal(tops, np.arange(33))
 
 
 @pytest.mark.parametrize("min_area", [0.08, 0.9])
-def test_boxes_are_those_of_torchvision(keys, min_area):
-    """Areas, shapes and places against torchvision's loop of ten tries."""
+def test_boxes_are_distributed_as_in_torchvision(keys, min_area):
+    """Compare areas, shapes and places with torchvision's loop of ten tries."""
     side = 256
     boxes = np.asarray(jax.jit(augment.random_boxes, static_argnums=(1, 2))(keys, side, min_area))
     assert boxes.dtype == np.int32
@@ -70,7 +70,7 @@ def test_boxes_are_those_of_torchvision(keys, min_area):
 
 
 def torchvision_boxes(rng, side, min_area, count):
-    """`RandomResizedCrop.get_params` of a square image, a box at a time."""
+    """Return boxes [count, 4] as `RandomResizedCrop.get_params` draws them."""
     boxes = []
     for _ in range(count):
         for _ in range(10):
@@ -88,19 +88,19 @@ def torchvision_boxes(rng, side, min_area, count):
     return np.array(boxes)
 
 
-def test_at_area_one_the_whole_image_is_taken(keys):
+def test_min_area_of_one_takes_the_whole_image(keys):
     boxes = augment.random_boxes(keys[:50], 32, 1.0)
     assert (np.asarray(boxes) == [0, 0, 32, 32]).mean() > 0.95
 
 
 @pytest.mark.parametrize("box", [(2, 3, 4, 5), (0, 0, 12, 12), (1, 2, 11, 7), (3, 6, 6, 6)])
 def test_resizing_equals_a_numpy_loop(box):
-    """Bilinear where it enlarges (4 x 5 to 6), a wider triangle where it reduces."""
-    raw, size = pictures(1, 12), 6
+    """Check bilinear weights if the image grows (4 x 5 to 6), a wider triangle if it shrinks."""
+    raw, size = raw_images(1, 12), 6
     top, left, height, width = box
 
     def weights(corner, side):
-        """[size, 12]: what each pixel of a row gives to each pixel of the result."""
+        """Return [size, 12]: the weight of each input pixel in each output pixel."""
         table = np.zeros((size, 12))
         reach = max(1.0, side / size)
         for i in range(size):
@@ -118,13 +118,13 @@ def test_resizing_equals_a_numpy_loop(box):
     np.testing.assert_allclose(found[0], expected, atol=2e-3)
 
 
-def test_resized_crops_keep_the_width_that_is_asked_for():
+def test_resized_crops_have_the_requested_dtype():
     keys = augment.example_keys(jax.random.key(0), 0, 2)
 
     def crop(dtype):  # larger than the raw images: they are enlarged
         options = {"size": 12, "min_area": 0.3, "dtype": dtype}
         compiled = jax.jit(functools.partial(augment.random_resized_crop, **options))
-        return compiled(pictures(2, 8), keys)
+        return compiled(raw_images(2, 8), keys)
 
     narrow = crop(jnp.float32)
     assert narrow.shape == (2, 12, 12, 3)
@@ -134,9 +134,9 @@ def test_resized_crops_keep_the_width_that_is_asked_for():
     np.testing.assert_allclose(wide, narrow, atol=1e-3)
 
 
-def test_half_are_mirrored_left_to_right(keys):
-    picture = jnp.array([[1, 2, 3]], jnp.uint8)[None, :, :, None].repeat(3, -1)
-    flipped = jax.jit(augment.random_flip)(jnp.broadcast_to(picture, (COUNT, 1, 3, 3)), keys)
+def test_half_of_the_images_are_flipped(keys):
+    image = jnp.array([[1, 2, 3]], jnp.uint8)[None, :, :, None].repeat(3, -1)
+    flipped = jax.jit(augment.random_flip)(jnp.broadcast_to(image, (COUNT, 1, 3, 3)), keys)
     first, counts = np.unique(flipped[:, 0, 0, 0], return_counts=True)
     np.testing.assert_array_equal(first, [1, 3])
     assert abs(counts[0] / COUNT - 0.5) < 0.015
@@ -164,7 +164,7 @@ def test_lighting_is_one_draw_per_image():
     assert len(np.unique(lit[:, 0, 0, 0])) == 4
 
 
-def test_sigma_zero_is_exactly_nothing():
+def test_lighting_of_sigma_zero_returns_its_input():
     images = jax.random.normal(jax.random.key(0), (2, 3, 3, 3))
     keys = augment.example_keys(jax.random.key(1), 0, 2)
     assert augment.pca_lighting(images, keys, sigma=0.0) is images
@@ -188,13 +188,13 @@ def statistics(size=8):
     )
 
 
-def pictures(count=6, size=8):
+def raw_images(count=6, size=8):
     rng = np.random.default_rng(1)
     return jnp.asarray(rng.integers(0, 256, (count, size, size, 3)), jnp.uint8)
 
 
 def test_eval_images_are_the_centre_minus_the_centre_of_the_mean():
-    stats, raw = statistics(), pictures()
+    stats, raw = statistics(), raw_images()
     images = augment.eval_images(raw, mean_image=stats.mean_image, crop_size=4)
     expected = np.asarray(raw, np.float32)[:, 2:6, 2:6] - stats.mean_image[2:6, 2:6]
     np.testing.assert_array_equal(images, expected)
@@ -203,43 +203,42 @@ def test_eval_images_are_the_centre_minus_the_centre_of_the_mean():
     np.testing.assert_array_equal(whole, raw[:, 1:6, 1:6])
 
 
-CENTRE, CORNERS = (2, 2), [(0, 0), (0, 4), (4, 0), (4, 4)]
-NINE = [(2 * top, 2 * left) for top, left in np.ndindex(3, 3)]
+CENTRE, CORNERS = (2, 2), [(0, 0), (0, 4), (4, 0), (4, 4)]  # of the paper, and their mirrors
+NINE = [(2 * top, 2 * left) for top, left in np.ndindex(3, 3)]  # of cuda-convnet2
 
 
 @pytest.mark.parametrize(
     "places, mirrored", [([CENTRE], False), (NINE, False), ([CENTRE, *CORNERS], True)]
 )
-def test_views_of_an_image(places, mirrored):
-    """3 x 3 places of cuda-convnet2's test, five places and their mirrors of the paper."""
-    raw = np.asarray(pictures())
+def test_eval_views_have_the_published_places(places, mirrored):
+    raw = np.asarray(raw_images())
     expected = [raw[:, top : top + 4, left : left + 4] for top, left in places]
     if mirrored:
         expected += [view[:, :, ::-1] for view in expected]
-    views = augment.several_views(pictures(), len(expected), 4)
+    views = augment.several_views(raw_images(), len(expected), 4)
     assert len(views) == len(expected)
-    for one in expected:  # each of them once, in whatever order
+    for one in expected:  # each once, in any order
         assert sum(np.array_equal(one, v) for v in views) == 1
     np.testing.assert_array_equal(views[0], raw[:, 2:6, 2:6])
 
 
 def train(augmentation, raw=None, first=0, *, key=0, step=0):
-    """Return training images of all of `images`, or of a part."""
-    raw = pictures() if raw is None else raw
+    """Return the training images of `raw`, by default of all raw images."""
+    raw = raw_images() if raw is None else raw
     key, stats = jax.random.key(key), statistics(raw.shape[1])
     train_images = jax.jit(augment.train_images, static_argnums=4)
     return train_images(raw, key, first, stats, augmentation, step=step)
 
 
-def test_without_augmentation_training_sees_the_same():
+def test_training_images_without_augmentation_are_eval_images():
     plain = augment.Augmentation(4, crop=False, flip=False, lighting=0.0)
     mean = statistics().mean_image
-    expected = augment.eval_images(pictures(), mean_image=mean, crop_size=4)
+    expected = augment.eval_images(raw_images(), mean_image=mean, crop_size=4)
     np.testing.assert_array_equal(train(plain), expected)
 
 
 def test_training_images_do_not_depend_on_how_the_batch_is_split():
-    settings, raw = augment.Augmentation(4), pictures()
+    settings, raw = augment.Augmentation(4), raw_images()
     whole = train(settings)
     parts = [train(settings, raw[:2]), train(settings, raw[2:], 2)]
     np.testing.assert_array_equal(whole, jnp.concatenate(parts))
@@ -247,7 +246,7 @@ def test_training_images_do_not_depend_on_how_the_batch_is_split():
 
 
 def test_resized_crops_do_not_depend_on_how_the_batch_is_split():
-    raw = pictures(4, 16)
+    raw = raw_images(4, 16)
     settings = augment.Augmentation(8, flip=False, lighting=0.0, min_area=0.1)
     resized = jax.jit(lambda raw, first: train(settings, raw, first))
     whole = resized(raw, 0)
@@ -259,8 +258,8 @@ def test_resized_crops_do_not_depend_on_how_the_batch_is_split():
     assert -0.01 < images.min() < 60 and 195 < images.max() < 255.01
 
 
-def test_lighting_of_the_original_is_divided_and_ends():
-    """(x - mean + noise) / 1.1 in training, until it is switched off."""
+def test_original_lighting_is_divided_and_ends():
+    """Check (x - mean + noise) / 1.1 in training, until `lighting_steps`."""
 
     def lit(step, **fields):
         settings = augment.Augmentation(4, crop=False, flip=False, **fields)

@@ -17,7 +17,7 @@ from tests.data.imagenet_files import TRAIN, file_of
 
 
 class Labelled(Source):
-    """Known labels; an image is filled with its label, but for a white row."""
+    """Yield known labels; an image holds its label, except for a white row."""
 
     image_size, description = 8, "labels"
 
@@ -46,7 +46,7 @@ def findings(train, evaluation=None, **options) -> dict[str, list[str]]:
 RANDOM = np.random.default_rng(0).integers(0, 4, 1000)
 
 
-def test_label_entropy_is_shannons():
+def test_label_entropy_is_shannon_entropy():
     assert check.label_entropy(np.array([[0, 0, 1, 1], [0, 0, 0, 0]])) == 0.5
     assert check.label_entropy(np.arange(128)[None]) == pytest.approx(7.0)
 
@@ -92,9 +92,7 @@ def test_unshuffled_batches_are_found(monkeypatch):
     ],
 )
 def test_images_that_hardly_vary_are_found(bits, level, words):
-    """Values of `bits` in 16, of which a reader has taken the upper 8."""
-
-    class Deep(Labelled):
+    class Deep(Labelled):  # values of `bits` in 16, of which a reader kept the upper 8
         image_size = 16
 
         def fetch(self, indices, images, labels):
@@ -108,7 +106,6 @@ def test_images_that_hardly_vary_are_found(bits, level, words):
 
 @pytest.mark.parametrize("copies, level", [(0, "ok"), (1, "note"), (2, "WRONG")])
 def test_copies_of_training_images_are_found_by_content(tmp_path, copies, level):
-    """Under other names, in another class; one in more than a hundred is a note."""
     files = {f"train/{'ab'[i % 2]}/{i}.jpg": file_of(i) for i in range(4)}
     files |= {f"val/{'ab'[i % 2]}/{i}.jpg": b"%d" % i for i in range(150)}
     files |= {f"val/a/copy{i}.jpg": files["train/b/1.jpg"] for i in range(copies)}
@@ -164,15 +161,15 @@ def test_statistics_of_other_data_are_found(data_dir, tmp_path):
     assert finding().level == "note"
 
 
-def test_command_draws_a_contact_sheet_and_has_status_1(data_dir, tmp_path, capsys):
+def test_command_draws_a_contact_sheet_and_exits_with_1(data_dir, tmp_path, capsys):
     out = tmp_path / "sheet.png"
     arguments = ["prepare", "check", f"--data_dir={data_dir}"]
     assert prepare.main([*arguments, f"--out={out}"]) == 1
     output = capsys.readouterr().out
     assert "WRONG  train: 18 images, ILSVRC-2012 has 1,281,167" in output
     assert "no images of" in output  # 997 of the classes
-    with Image.open(out) as picture:
-        assert picture.format == "PNG" and picture.width > 1000
+    with Image.open(out) as sheet:
+        assert sheet.format == "PNG" and sheet.width > 1000
 
 
 def test_contact_sheet_pairs_the_splits():

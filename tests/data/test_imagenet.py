@@ -38,7 +38,7 @@ from tests.data.imagenet_files import (
     write_shards_here,
 )
 
-# The first of the official ground truth, by their words.
+# Class words of the first validation images in the official ground truth.
 FIRST_VALIDATION = (
     *("sea snake", "alp", "Shetland sheepdog", "soup bowl", "cradle"),
     *("garter snake", "porcupine", "bakery", "mousetrap"),
@@ -48,7 +48,7 @@ FIRST_VALIDATION = (
 # Classes.
 
 
-def test_thousand_classes_are_in_the_order_of_their_wnids():
+def test_classes_are_sorted_by_wnid():
     words = class_words()
     assert len(words) == 1000 and list(words) == sorted(words)
     assert next(iter(words.values())) == "tench, Tinca tinca"
@@ -71,7 +71,7 @@ def test_validation_labels_are_the_official_ones():
 # The data set.
 
 
-def test_tfds_opens_it_and_every_image_has_its_label(data_dir):
+def test_tfds_reads_every_image_with_its_label(data_dir):
     builder = tfds.builder_from_directory(data_dir / "imagenet2012_256" / "1.0.0")
     assert builder.info.features["label"].names == list(wnids())
     assert builder.info.splits["train"].num_examples == len(TRAIN)
@@ -86,8 +86,8 @@ def test_tfds_opens_it_and_every_image_has_its_label(data_dir):
     assert decoded["image"].shape == (256, 256, 3)
 
 
-def test_images_went_through_the_papers_preprocessing(data_dir):
-    """Shorter side to 256, the central square, by Pillow alone; JPEG of quality 95."""
+def test_stored_images_have_the_papers_preprocessing(data_dir):
+    """Compare with Pillow: shorter side to 256, central square, JPEG of quality 95."""
     for name, (_, jpeg) in records(data_dir, "train").items():
         original = Image.open(io.BytesIO(TRAIN[name][1])).convert("RGB")
         width, height = original.size
@@ -104,7 +104,7 @@ def test_images_went_through_the_papers_preprocessing(data_dir):
         assert np.abs(np.asarray(stored, int) - wanted).mean() < 2.5, name
 
 
-def test_storage_is_shuffled_and_statistics_lie_beside(data_dir):
+def test_records_are_shuffled_and_statistics_stored(data_dir):
     train = open_source("imagenet2012_256", "train", data_dir=str(data_dir))
     labels = train.labels_of(np.arange(train.num_examples)).tolist()
     assert sorted(labels) == sorted(label for label, _ in TRAIN.values()) != labels
@@ -116,7 +116,7 @@ def test_storage_is_shuffled_and_statistics_lie_beside(data_dir):
     assert left == {"1.0.0", ".lock"}
 
 
-def test_papers_config_takes_it_as_it_stands(data_dir, monkeypatch):
+def test_paper_config_uses_the_prepared_data_set(data_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
     config = paper.get_config()
     config.model.width, config.model.init = 1 / 16, "he"
@@ -128,11 +128,11 @@ def test_papers_config_takes_it_as_it_stands(data_dir, monkeypatch):
     assert line == f"mean image: {built.train_source.statistics_path}, of {len(TRAIN)} images"
 
 
-# Other places of the originals.
+# Other forms of the originals.
 
 
 def written(found: list[originals.Original]) -> list[tuple[str, tuple[int, bytes]]]:
-    """Return what a worker writes, without the processes: name, label, JPEG."""
+    """Return (name, (label, JPEG)) of what a worker writes, made in this process."""
     rows = []
     for original in found:
         name, label, data = originals.read(original)
@@ -145,7 +145,7 @@ def written(found: list[originals.Original]) -> list[tuple[str, tuple[int, bytes
 
 
 @pytest.mark.parametrize("flat", [True, False])
-def test_class_folders_give_the_same_as_archives(data_dir, tmp_path, flat):
+def test_class_folders_equal_archives(data_dir, tmp_path, flat):
     root = tmp_path
     if flat:  # as Kaggle packs it
         root = tmp_path / "ILSVRC" / "Data" / "CLS-LOC"
@@ -157,7 +157,7 @@ def test_class_folders_give_the_same_as_archives(data_dir, tmp_path, flat):
 
 
 @pytest.mark.parametrize("kind", ["array_record", "tfrecord"])
-def test_prepared_tfds_imagenet2012_gives_the_same(data_dir, tmp_path, kind):
+def test_tfds_imagenet2012_equals_archives(data_dir, tmp_path, kind):
     folder = write_imagenet2012(tmp_path, kind)
     for source in (tmp_path, folder):
         found = originals.find(source)
@@ -171,7 +171,7 @@ def test_prepared_tfds_imagenet2012_gives_the_same(data_dir, tmp_path, kind):
         originals.read(originals.find(tmp_path)["train"][0])
 
 
-def test_hugging_faces_names_say_the_class(tmp_path):
+def test_hugging_face_file_names_give_the_class(tmp_path):
     labels = {f"train/{n[:-5]}_{WNIDS[k]}.JPEG": k for n, (k, _) in TRAIN.items()}
     for name in VALIDATION:
         wnid = named_wnid(name)
@@ -188,10 +188,10 @@ def test_hugging_faces_names_say_the_class(tmp_path):
         originals.find(tmp_path)
 
 
-# Started again.
+# A second start.
 
 
-def test_second_start_has_nothing_to_do(archives, data_dir, tmp_path, capsys):
+def test_finished_preparation_is_not_repeated(archives, data_dir, tmp_path, capsys):
     before = {p: p.stat().st_mtime_ns for p in data_dir.rglob("*record*")}
     (data_dir / "imagenet2012_256" / "1.0.0" / "parts").mkdir()  # killed at the end
     assert imagenet(archives, data_dir) == 0
@@ -200,13 +200,13 @@ def test_second_start_has_nothing_to_do(archives, data_dir, tmp_path, capsys):
     assert "WARNING: ILSVRC-2012 has 1,281,167" in output
     assert before == {p: p.stat().st_mtime_ns for p in data_dir.rglob("*record*")}
     assert not list(data_dir.rglob("parts"))
-    # Tried with a few images, then given the real ones: that is not "there".
+    # Prepared from a few images, then started with another source.
     assert imagenet(tmp_path, data_dir) == 1
     assert f"made of {archives}, not of {tmp_path}" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_makes_only_what_is_missing(tmp_path):
+def test_killed_preparation_resumes_with_the_missing_shards(tmp_path):
     rng = np.random.default_rng(0)
     large = simplejpeg.encode_jpeg(rng.integers(0, 256, (600, 800, 3), np.uint8))
     train = {
@@ -237,7 +237,7 @@ def test_killed_and_started_again_it_makes_only_what_is_missing(tmp_path):
     assert not unfinished.exists() and not list(directory.glob(".*"))
 
 
-def test_mended_or_removed_image_costs_one_shard(tmp_path, monkeypatch, capsys):
+def test_repaired_or_removed_image_rewrites_one_shard(tmp_path, monkeypatch, capsys):
     made = write_shards_here(monkeypatch)
     monkeypatch.setattr(preparation, "_FEWEST_IMAGES", 4)  # 18 make four shards
     source = write_folders(tmp_path / "source", flat=True)

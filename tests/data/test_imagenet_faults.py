@@ -26,7 +26,7 @@ from tests.data.imagenet_files import (
 TRAIN_TAR, VALIDATION_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 
 
-def test_missing_originals_are_one_message(tmp_path, capsys):
+def test_missing_originals_give_one_message(tmp_path, capsys):
     assert prepare.main(["prepare", "imagenet", f"--data_dir={tmp_path}"]) == 1
     assert "--source is missing" in capsys.readouterr().err
     for source, found in ((tmp_path / "no", "does not exist"), (tmp_path, "found in")):
@@ -81,7 +81,7 @@ FOLDER_FAULTS = [
 
 
 @pytest.mark.parametrize("damage, words", ARCHIVE_FAULTS + FOLDER_FAULTS)
-def test_wrong_source_is_one_message(damage, words, tmp_path, capsys):
+def test_wrong_source_gives_one_message(damage, words, tmp_path, capsys):
     source = tmp_path / "source"
     if (damage, words) in FOLDER_FAULTS:
         write_folders(source, flat=False)
@@ -102,7 +102,7 @@ def test_verify_compares_the_md5(tmp_path, capsys):
     assert f"{TRAIN_TAR} has the MD5 {found}, the official archive 1d675b47d9" in error
 
 
-def test_source_that_fails_for_a_moment_spoils_nothing(tmp_path, monkeypatch, capsys):
+def test_temporary_read_error_damages_nothing(tmp_path, monkeypatch, capsys):
     write_shards_here(monkeypatch)
     source = write_archives(tmp_path / "source")
 
@@ -118,7 +118,7 @@ def test_source_that_fails_for_a_moment_spoils_nothing(tmp_path, monkeypatch, ca
     assert set(records(tmp_path, "train")) == set(TRAIN)
 
 
-def test_full_disk_is_one_message_and_keeps_finished_shards(
+def test_full_disk_gives_one_message_and_keeps_finished_shards(
     small_disk, tmp_path, monkeypatch, capsys
 ):
     disk, source = small_disk(8), write_archives(tmp_path / "source")

@@ -7,9 +7,9 @@ from PIL import Image, PngImagePlugin
 
 from alexnet_jax.data import DataError, eval_batches, images, open_source
 from alexnet_jax.data.sources.folder import FolderSource
-from tests.data.images import SIZE, deep_png, deep_tiff, encoded, fetched, random_picture
+from tests.data.images import SIZE, deep_png, deep_tiff, encoded, fetched, random_image
 
-RGB = random_picture(SIZE, SIZE)
+RGB = random_image(SIZE, SIZE)
 GREY = RGB[..., 0]
 GREY_RGB = np.repeat(GREY[..., None], 3, axis=2)
 
@@ -33,7 +33,7 @@ def test_lossless_modes(image, expected):
 
 
 def on_white(rgba: np.ndarray) -> np.ndarray:
-    """Composite uint8 [H, W, 4] in exact arithmetic; uint8 [H, W, 3]."""
+    """Composite uint8 [H, W, 4] on white in exact arithmetic; return uint8 [H, W, 3]."""
     color, alpha = rgba[..., :3].astype(int), rgba[..., 3:].astype(int)
     return ((color * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
@@ -109,11 +109,11 @@ def test_exif_orientation_is_applied(kind, orientation, tmp_path):
     smooth = np.zeros((SIZE, SIZE + 8, 3), np.uint8)  # JPEG keeps it but for rounding
     smooth[..., 0] = 10 * np.arange(SIZE + 8)
     smooth[..., 1] = 12 * np.arange(SIZE)[:, None]
-    picture = Image.fromarray(np.ascontiguousarray(STORED[orientation](smooth)))
+    image = Image.fromarray(np.ascontiguousarray(STORED[orientation](smooth)))
     options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95}}.get(kind, {})
     path = tmp_path / "train" / "a" / f"1.{kind.lower()}"
     path.parent.mkdir(parents=True)
-    picture.save(path, kind, exif=with_orientation(orientation), **options)
+    image.save(path, kind, exif=with_orientation(orientation), **options)
     found = {"file": images.load_image(path, SIZE)}
     with Image.open(path) as opened:
         found["Pillow"] = images.load_image(opened, SIZE)
@@ -126,13 +126,13 @@ def test_exif_orientation_is_applied(kind, orientation, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_exif_is_ignored_unless_asked_for_or_if_damaged(kind):
-    """ImageNet's published numbers were obtained without it."""
-    picture = Image.fromarray(RGB)
-    expected = images.decode(encoded(picture, kind), SIZE, "x")
-    turned = encoded(picture, kind, exif=with_orientation(6))
+def test_exif_is_ignored_by_default_and_if_damaged(kind):
+    # The published ImageNet results ignore EXIF.
+    image = Image.fromarray(RGB)
+    expected = images.decode(encoded(image, kind), SIZE, "x")
+    turned = encoded(image, kind, exif=with_orientation(6))
     np.testing.assert_array_equal(images.decode(turned, SIZE, "x"), expected)
-    damaged = encoded(picture, kind, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01")
+    damaged = encoded(image, kind, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01")
     found = images.decode(damaged, SIZE, "x", upright=True)
     np.testing.assert_array_equal(found, expected)
 
@@ -143,7 +143,7 @@ DEEP = {"PNG": deep_png, "TIFF": deep_tiff}
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", DEEP)
 @pytest.mark.parametrize("bits, factor", [(8, 256), (9, 64), (12, 16), (14, 4)])
-def test_few_bits_stored_in_16_are_an_error(bits, factor, kind, channels):
+def test_few_bits_stored_in_16_are_refused(bits, factor, kind, channels):
     values = np.zeros((SIZE, SIZE, channels), np.uint16)
     values[3, 4] = largest = 2**bits - 1
     with pytest.raises(DataError, match=r"cannot decode dark\.png") as error:
@@ -167,7 +167,7 @@ def test_16_bits_keep_the_upper_8(kind, channels):
         assert not images.decode(DEEP[kind](0 * dark), SIZE, "x").any()
 
 
-def test_16_bit_tiffs_that_pillow_misreads_are_an_error():
+def test_16_bit_tiffs_that_pillow_misreads_are_refused():
     for channels, layout in ((3, {"apart": True}), (1, {"white_is_zero": True})):
         data = deep_tiff(np.full((SIZE, SIZE, channels), 50_000, np.uint16), **layout)
         with pytest.raises(DataError, match=r"more than 8 bits .*; save it as PNG"):
@@ -177,51 +177,49 @@ def test_16_bit_tiffs_that_pillow_misreads_are_an_error():
 def test_resize_shrinks_by_area_and_cuts_the_centre():
     # 4 x 6 to 2: scaled to 2 x 3 by averaging 2 x 2 blocks, columns 0 and 1 kept
     # (one pixel too many: it goes on the right).
-    blocks = random_picture(2, 3).astype(int) // 4 * 4
-    picture = np.repeat(np.repeat(blocks, 2, axis=0), 2, axis=1)
-    picture[:, ::2] += 2  # even, as Pillow rounds after each of its two passes
-    result = images.resize_to_square(picture.astype(np.uint8), 2)
+    blocks = random_image(2, 3).astype(int) // 4 * 4
+    image = np.repeat(np.repeat(blocks, 2, axis=0), 2, axis=1)
+    image[:, ::2] += 2  # even, as Pillow rounds after each of its two passes
+    result = images.resize_to_square(image.astype(np.uint8), 2)
     np.testing.assert_array_equal(result, blocks[:, :2] + 1)
 
 
 def test_resize_enlarges_bicubically():
-    picture = random_picture(8, 12)
-    expected = Image.fromarray(picture).resize((24, 16), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(
-        images.resize_to_square(picture, 16), np.asarray(expected)[:, 4:20]
-    )
+    image = random_image(8, 12)
+    expected = Image.fromarray(image).resize((24, 16), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(images.resize_to_square(image, 16), np.asarray(expected)[:, 4:20])
 
 
-def test_load_picture_takes_paths_pillow_and_arrays(tmp_path):
-    picture = random_picture(SIZE, SIZE + 4)
-    path, expected = tmp_path / "a.png", picture[:, 2:-2]
-    Image.fromarray(picture).save(path)
-    for given in (path, str(path), Image.fromarray(picture), picture):
+def test_load_image_takes_paths_pillow_and_arrays(tmp_path):
+    image = random_image(SIZE, SIZE + 4)
+    path, expected = tmp_path / "a.png", image[:, 2:-2]
+    Image.fromarray(image).save(path)
+    for given in (path, str(path), Image.fromarray(image), image):
         np.testing.assert_array_equal(images.load_image(given, SIZE), expected)
-    grey = images.load_image(picture[..., 0], SIZE)
+    grey = images.load_image(image[..., 0], SIZE)
     np.testing.assert_array_equal(grey[..., 2], expected[..., 0])
-    assert not np.shares_memory(images.load_image(expected, SIZE), picture)
+    assert not np.shares_memory(images.load_image(expected, SIZE), image)
     with pytest.raises(ValueError, match=r"uint8 .* got float64 \[16, 20, 3\]"):
-        images.load_image(picture / 255.0, SIZE)
+        images.load_image(image / 255.0, SIZE)
 
 
 # Files of every kind, and broken ones.
 
 
 def cut(kind: str) -> bytes:
-    whole = encoded(Image.fromarray(random_picture(40, 40)), kind)
+    whole = encoded(Image.fromarray(random_image(40, 40)), kind)
     return whole[: len(whole) // 2]
 
 
 def with_much_text() -> bytes:
-    """More than Pillow's 1 MB, and a colour profile of as much."""
+    """Return a PNG whose text and colour profile exceed Pillow's limit of 1 MB."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt("comment", "x" * 3_000_000, zip=True)
     return encoded(PLAIN, "PNG", pnginfo=info, icc_profile=bytes(3_000_000))
 
 
 PLAIN = Image.new("RGB", (30, 20), (200, 100, 50))
-# An image file, and its one colour or words of its error.
+# An image file, and either its one colour or words of its error.
 FILES = {
     # (255 - ink) (255 - black) / 255
     "CMYK": (
@@ -245,15 +243,15 @@ FILES = {
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("data, expected", FILES.values(), ids=FILES)
-def test_file_is_read_right_or_refused(data, expected, tmp_path):
+def test_file_is_read_correctly_or_refused(data, expected, tmp_path):
     path = tmp_path / "train" / "a" / "1.jpg"
     path.parent.mkdir(parents=True)
     path.write_bytes(data)
     source = FolderSource(tmp_path, "train", 8)
     if not isinstance(expected, str):
-        picture = fetched(source, 0)
-        np.testing.assert_allclose(picture.mean((0, 1)), expected, atol=3)
-        assert picture.std((0, 1)).max() < 3
+        image = fetched(source, 0)
+        np.testing.assert_allclose(image.mean((0, 1)), expected, atol=3)
+        assert image.std((0, 1)).max() < 3
         return
     with pytest.raises(DataError) as error:
         fetched(source, 0)
@@ -272,7 +270,7 @@ def test_every_readable_format_is_read_from_folders(suffix, tmp_path):
     assert (fetched(FolderSource(tmp_path, "train", 8), 0) > 250).all()
 
 
-def test_files_of_the_same_name_are_told_apart():
+def test_short_names_tell_files_apart():
     assert images.short_names(["a/1.png", "b/2.png"]) == ["1.png", "2.png"]
     assert images.short_names(["x/a/1.png", "b/1.png"]) == ["a/1.png", "b/1.png"]
     assert images.short_names([]) == []

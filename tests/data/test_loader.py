@@ -16,7 +16,7 @@ from alexnet_jax.data.loader import train_order
 
 
 class NumberedSource(sources.Source):
-    """Image i is filled with i, its label is i; one may be broken."""
+    """Yield image i filled with i and label i; raise for `broken`."""
 
     image_size = 2
     class_names = ("a",)
@@ -28,7 +28,7 @@ class NumberedSource(sources.Source):
 
     def fetch(self, indices, images, labels):
         if self.broken in indices:
-            raise ValueError(f"cannot decode picture_{self.broken}.jpg")
+            raise ValueError(f"cannot decode image_{self.broken}.jpg")
         time.sleep(0.001 * (int(indices[0]) % 3))  # threads end out of order
         images[...] = (indices % 256)[:, None, None, None]
         labels[:] = indices
@@ -53,7 +53,7 @@ def test_order_is_a_function_of_seed_and_step():
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1])
 @pytest.mark.parametrize("count", [1, 10, 1_281_167])
-def test_order_is_grains(count, seed):
+def test_order_equals_grain(count, seed):
     order = train_order(count, seed)
     whole = grain.MapDataset.range(count).seed(seed).shuffle().repeat().batch(7)
     last = count // 7  # its batch goes over the end of the epoch
@@ -68,7 +68,7 @@ def test_batch_larger_than_the_data_set(count):
     assert np.bincount(labels).tolist() == [12 // count] * count
 
 
-def test_memory_is_used_again_but_never_while_something_looks_at_it():
+def test_batch_memory_is_reused_only_when_unreferenced():
     with train_batches(NumberedSource(50), batch_size=8, seed=0, prefetch=2) as batches:
         # A view of a view, JAX's arrays (which share the memory on CPU), whole batches.
         views = [next(batches)["image"][2:][:1] for _ in range(4)]
@@ -119,7 +119,7 @@ def test_eval_positions_of_two_processes_cover_the_split():
 def test_error_reaches_the_consumer_and_threads_end():
     before = threading.active_count()
     batches = train_batches(NumberedSource(10, broken=6), batch_size=4, seed=0)
-    with pytest.raises(ValueError, match=r"picture_6\.jpg"):
+    with pytest.raises(ValueError, match=r"image_6\.jpg"):
         for _ in range(10):
             next(batches)
     with pytest.raises(RuntimeError, match="shutdown"):

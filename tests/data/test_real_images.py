@@ -29,7 +29,6 @@ def data_dir():
 
 @pytest.mark.slow
 def test_imagenet_archives_prepare_with_the_official_labels(data_dir, tmp_path):
-    """The sample's validation images are its training images, made smaller."""
     source = data_dir / "imagenet_sample"
     if not (source / "ILSVRC2012_img_val.tar").exists():
         pytest.skip(f"there are no archives in {source}")
@@ -42,6 +41,7 @@ def test_imagenet_archives_prepare_with_the_official_labels(data_dir, tmp_path):
         everything = np.arange(count)
         images[split] = fetched(small, *everything).reshape(count, -1).astype("f4")
         labels[split] = small.labels_of(everything)
+    # The sample's validation images are its training images, made smaller.
     products = images["validation"] @ images["train"].T
     nearest = ((images["train"] ** 2).sum(1) - 2 * products).argmin(1)
     assert np.mean(labels["train"][nearest] == labels["validation"]) > 0.98
@@ -53,8 +53,7 @@ def test_imagenet_archives_prepare_with_the_official_labels(data_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_cifar10_pictures_train(data_dir, tmp_path):
-    """Thirty steps on 2,000 images leave chance behind."""
+def test_thirty_steps_on_cifar10_beat_chance(data_dir, tmp_path):
     from alexnet_jax.training.loop import train_and_evaluate
     from alexnet_jax.training.writers import read_metrics
     from configs import cifar10

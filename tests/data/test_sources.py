@@ -36,48 +36,48 @@ from tests.data.imagenet_files import (
     write_shards_here,
     write_tfds,
 )
-from tests.data.images import SIZE, fetched, place_pictures, random_picture
+from tests.data.images import SIZE, fetched, random_image, write_images
 
 # Class folders.
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """Two classes, 5 + 4 training and 3 + 2 evaluation images, PNG (lossless)."""
-    root = tmp_path_factory.mktemp("pictures")
+def image_folder(tmp_path_factory) -> Path:
+    """Write two classes: 5 + 4 training and 3 + 2 evaluation images, lossless PNG."""
+    root = tmp_path_factory.mktemp("images")
     number = 0
     for split, counts in (("train", (5, 4)), ("val", (3, 2))):
         for name, count in zip(("école", "犬"), counts, strict=True):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
-                picture = Image.fromarray(random_picture(SIZE, SIZE, number))
-                picture.save(root / split / name / f"{i}.PNG")
+                image = Image.fromarray(random_image(SIZE, SIZE, number))
+                image.save(root / split / name / f"{i}.PNG")
                 number += 1
     return root
 
 
-def test_folder_values_and_order(pictures):
-    source = open_source(f"folder:{pictures}", "train", image_size=SIZE)
+def test_folder_values_and_order(image_folder):
+    source = open_source(f"folder:{image_folder}", "train", image_size=SIZE)
     assert source.class_names == ("école", "犬") and source.num_classes == 2
     assert source.num_examples == 9
     assert source.labels_of(np.array([8, 0, 4, 5])).tolist() == [1, 0, 0, 1]
     found = fetched(source, 8, 0, 4, 5)
-    for picture, number in zip(found, (8, 0, 4, 5), strict=True):
-        np.testing.assert_array_equal(picture, random_picture(SIZE, SIZE, number))
-    evaluation = open_source(f"folder:{pictures}", "val", image_size=8)
+    for image, number in zip(found, (8, 0, 4, 5), strict=True):
+        np.testing.assert_array_equal(image, random_image(SIZE, SIZE, number))
+    evaluation = open_source(f"folder:{image_folder}", "val", image_size=8)
     assert warnings_about(source, evaluation) == []
     paths = [split.statistics_path for split in (source, evaluation)]
-    assert paths == [pictures / "statistics_16.npz", pictures / "statistics_8_val.npz"]
+    assert paths == [image_folder / "statistics_16.npz", image_folder / "statistics_8_val.npz"]
     batch = next(eval_batches(evaluation, batch_size=5))
-    expected = images.resize_to_square(random_picture(SIZE, SIZE, 12), 8)
+    expected = images.resize_to_square(random_image(SIZE, SIZE, 12), 8)
     np.testing.assert_array_equal(batch["image"][3], expected)
 
 
-def test_eval_folder_names_stand_for_each_other(pictures, tmp_path):
+def test_eval_split_names_are_interchangeable(image_folder, tmp_path):
     for split in ("test", "val", "validation"):
-        source = open_source(f"folder:{pictures}", split, image_size=SIZE)
+        source = open_source(f"folder:{image_folder}", split, image_size=SIZE)
         assert source.num_examples == 5 and "/val" in source.description
-    place_pictures(tmp_path, "val/a/1.jpg", "validation/a/1.jpg")
+    write_images(tmp_path, "val/a/1.jpg", "validation/a/1.jpg")
     assert open_source(f"folder:{tmp_path}", "val").description.endswith("val")
     with pytest.raises(ValueError, match=r"no folder 'test' but val, validation"):
         open_source(f"folder:{tmp_path}", "test")
@@ -93,7 +93,7 @@ def test_eval_folder_names_stand_for_each_other(pictures, tmp_path):
         ("train/a/deep/", r"a holds no images \(\.jpg, .*found there: deep\)\. Fill it"),
     ],
 )
-def test_unusable_folder_is_one_message(made, message, tmp_path):
+def test_unusable_folder_gives_one_message(made, message, tmp_path):
     if made:
         path = tmp_path / "data" / made
         path.parent.mkdir(parents=True)
@@ -103,7 +103,7 @@ def test_unusable_folder_is_one_message(made, message, tmp_path):
 
 
 def test_labels_are_matched_by_class_name(tmp_path):
-    place_pictures(tmp_path, "test/b/1.png", "test/d/2.png")
+    write_images(tmp_path, "test/b/1.png", "test/d/2.png")
     source = open_source(f"folder:{tmp_path}", "test", image_size=SIZE)
     assert match_classes(source, ["b", "d"]) is source
     lines = []
@@ -121,10 +121,10 @@ def test_labels_are_matched_by_class_name(tmp_path):
         match_classes(source, ["a", "b", "c"])
 
 
-def test_tiny_imagenet_is_read_as_it_is_unpacked(tmp_path):
+def test_tiny_imagenet_is_read_as_unpacked(tmp_path):
     train_files = [f"train/{n}/images/{n}_0.JPEG" for n in ("n01", "n02")]
     val_files = ["val/images/val_0.JPEG", "val/images/val_1.JPEG"]
-    place_pictures(tmp_path, *train_files, *val_files, "test/images/test_0.JPEG")
+    write_images(tmp_path, *train_files, *val_files, "test/images/test_0.JPEG")
     (tmp_path / "train" / "n01" / "n01_boxes.txt").write_text("n01_0.JPEG\t0")
     annotations = tmp_path / "val" / "val_annotations.txt"
     annotations.write_text("val_0.JPEG\tn02\t0\t0\t3\t3\nval_1.JPEG\tn01\t0\t0\t3\t3\n")
@@ -143,14 +143,13 @@ def test_tiny_imagenet_is_read_as_it_is_unpacked(tmp_path):
         open_source(f"folder:{tmp_path}", "val")
 
 
-def test_names_of_imagenet_say_the_class(tmp_path):
-    """Hugging Face's, and the official ones: image 1 is a sea snake, n01751748."""
-    place_pictures(
+def test_imagenet_file_names_give_the_class(tmp_path):
+    write_images(
         tmp_path,
-        "train/n01440764_10026_n01440764.JPEG",
+        "train/n01440764_10026_n01440764.JPEG",  # as Hugging Face names it
         "val/ILSVRC2012_val_00000001_n01751748.JPEG",
         "val/ILSVRC2012_val_00000999_n01440764.JPEG",
-        "validation/ILSVRC2012_val_00000001.JPEG",
+        "validation/ILSVRC2012_val_00000001.JPEG",  # the official name
     )
     train, val, official = (
         open_source(f"folder:{tmp_path}", split, image_size=SIZE)
@@ -160,7 +159,7 @@ def test_names_of_imagenet_say_the_class(tmp_path):
     assert val.class_names == ("n01440764", "n01751748")
     assert fetched(val, 0, 1)[:, 0, 0, 0].tolist() == [20, 10]
     assert official.class_names == ("n01751748",)
-    place_pictures(tmp_path, "val/cat.png")
+    write_images(tmp_path, "val/cat.png")
     with pytest.raises(DataError, match=r"1 of 3 images in .*val have no class: cat"):
         open_source(f"folder:{tmp_path}", "val")
 
@@ -170,7 +169,7 @@ def test_left_out_files_are_counted_in_a_warning(tmp_path, capsys):
     hidden = "a/.hidden.png", "a/.git/1.png", ".git/1.png"
     others = "3.jpg", "a/deep/1.gif", "a/notes.txt", "b/1.heic", "b/x/y/1.png"
     for split in ("train", "test"):
-        place_pictures(tmp_path / split, *read, *hidden, *others)
+        write_images(tmp_path / split, *read, *hidden, *others)
     source = FolderSource(tmp_path, "train", 8)
     assert source.class_names == ("a", "b")
     assert source.labels_of(np.arange(3)).tolist() == [0, 0, 1]
@@ -186,8 +185,8 @@ def test_left_out_files_are_counted_in_a_warning(tmp_path, capsys):
     assert "ok     labels mean the same classes in both splits" in said
 
 
-def test_two_names_of_a_folder_share_its_images(tmp_path):
-    place_pictures(tmp_path, *(f"train/a/{i}.jpg" for i in range(3)))
+def test_splits_that_share_images_are_reported(tmp_path):
+    write_images(tmp_path, *(f"train/a/{i}.jpg" for i in range(3)))
     (tmp_path / "val").symlink_to("train")
     train, evaluation = (open_source(f"folder:{tmp_path}", s) for s in ("train", "val"))
     one_class, of_evaluation, shared = warnings_about(train, evaluation)
@@ -212,9 +211,9 @@ def test_fake_source():
     assert 120 < one["image"].mean() < 135 and len(np.unique(one["label"])) > 50
 
 
-def test_missing_data_set_says_where_and_how(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"unknown data source '\./pictures'.*folder:"):
-        open_source("./pictures", "train")
+def test_missing_data_set_error_names_folder_and_command(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"unknown data source '\./images'.*folder:"):
+        open_source("./images", "train")
     (tmp_path / "mnist").mkdir()
     with pytest.raises(FileNotFoundError) as info:
         open_source("cifar10", "train", data_dir=str(tmp_path))
@@ -232,7 +231,7 @@ def test_missing_data_set_says_where_and_how(tmp_path, monkeypatch):
 # Data sets of tfds.
 
 
-def test_data_set_of_more_files_than_may_be_open(tiny, monkeypatch):
+def test_limit_of_open_files_is_raised(tiny, monkeypatch):
     raised = []
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 4096))
@@ -257,7 +256,7 @@ LABEL = tfds.features.ClassLabel(names=["x", "y"])
 
 
 def open_own(data_dir: Path, features: dict, kind="array_record", **options) -> sources.Source:
-    """Open a data set of an image, a label and more; its one record holds nothing."""
+    """Open a tfds data set with an image, a label, `features` and one empty record."""
     features = {"image": IMAGE, "label": LABEL, **features}
     write_tfds(data_dir / "own" / "1.0.0", features, {"train": [b"1"]}, kind, **options)
     return open_source("own", "train", data_dir=str(data_dir))
@@ -309,7 +308,7 @@ def _flip_a_bit(root: Path) -> None:
 
 
 def _name_a_class(root: Path) -> None:
-    """Name a module, in JSON inside JSON, that stops the tests if it is imported."""
+    """Write nested JSON that names a module; importing it would stop the tests."""
     (root / "evil_module.py").write_text("raise SystemExit('imported')\n")
     path = root / "features.json"
     features = json.loads(path.read_text())
@@ -337,7 +336,7 @@ TFDS_FAULTS = [
 
 
 @pytest.mark.parametrize("damage, command, words", TFDS_FAULTS)
-def test_damaged_data_set_is_one_message(damage, command, words, tmp_path, monkeypatch, capsys):
+def test_damaged_data_set_gives_one_message(damage, command, words, tmp_path, monkeypatch, capsys):
     root, new = write_imagenet2012(tmp_path, "array_record"), tmp_path / "new"
     damage(root)
     monkeypatch.syspath_prepend(root)  # `python -m` does so with the current folder
@@ -354,7 +353,7 @@ def test_damaged_data_set_is_one_message(damage, command, words, tmp_path, monke
     assert not (new / "imagenet2012_256" / "1.0.0").exists()
 
 
-# All of them without TensorFlow.
+# No source needs TensorFlow.
 
 _WITHOUT_TENSORFLOW = """
 import importlib.machinery
@@ -386,9 +385,9 @@ print("fine")
 """
 
 
-def test_nothing_imports_tensorflow(pictures, tmp_path):
+def test_nothing_imports_tensorflow(image_folder, tmp_path):
     result = subprocess.run(
-        [sys.executable, "-c", _WITHOUT_TENSORFLOW, str(pictures), str(tmp_path)],
+        [sys.executable, "-c", _WITHOUT_TENSORFLOW, str(image_folder), str(tmp_path)],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],

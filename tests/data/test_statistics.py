@@ -8,23 +8,23 @@ from PIL import Image
 
 from alexnet_jax import prepare
 from alexnet_jax.data import DataError, open_source, sources, statistics
-from tests.data.images import SIZE, random_picture
+from tests.data.images import SIZE, random_image
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Nine training images in two classes."""
-    root = tmp_path_factory.mktemp("pictures")
+    """Write nine training images in two classes."""
+    root = tmp_path_factory.mktemp("images")
     for i in range(9):
         path = root / "train" / "ab"[i // 5] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random_picture(SIZE, SIZE, i)).save(path)
+        Image.fromarray(random_image(SIZE, SIZE, i)).save(path)
     return root
 
 
-def test_statistics_are_numpys(folder, tmp_path):
+def test_statistics_equal_numpy(folder, tmp_path):
     source = open_source(f"folder:{folder}", "train", image_size=SIZE)
-    raw = np.stack([random_picture(SIZE, SIZE, i) for i in range(9)])
+    raw = np.stack([random_image(SIZE, SIZE, i) for i in range(9)])
     seen = []
     result = statistics.compute(source, progress=seen.append)
     assert result.num_examples == sum(seen) == 9
@@ -52,7 +52,7 @@ def test_statistics_are_numpys(folder, tmp_path):
 def test_subset_is_spread_over_the_split(folder):
     source = open_source(f"folder:{folder}", "train", image_size=SIZE)
     result = statistics.compute(source, max_examples=3)
-    expected = np.mean([random_picture(SIZE, SIZE, i) for i in (0, 3, 6)], axis=0)
+    expected = np.mean([random_image(SIZE, SIZE, i) for i in (0, 3, 6)], axis=0)
     assert result.extent == "3 of 9 images"
     np.testing.assert_allclose(result.mean_image, expected, rtol=1e-6)
 
@@ -76,7 +76,7 @@ def test_grey_images_have_one_component():
     np.testing.assert_allclose(result.pca_vectors[:, 2], np.full(3, 3**-0.5), rtol=1e-6)
 
 
-def test_unusable_file_is_an_error(tmp_path):
+def test_unusable_file_is_refused(tmp_path):
     path = tmp_path / "s.npz"
     with pytest.raises(FileNotFoundError):
         statistics.load(path)
@@ -93,7 +93,7 @@ def test_unusable_file_is_an_error(tmp_path):
         statistics.load(path, 9)
 
 
-def test_command_stores_them_beside_the_data(folder, capsys):
+def test_command_stores_statistics_beside_the_data(folder, capsys):
     (folder / "val").symlink_to("train")
     arguments = ["--image_size=16", "--split=val", f"--source=folder:{folder}"]
     assert prepare.main(["prepare", "statistics", *arguments]) == 0
@@ -115,7 +115,7 @@ def test_command_stores_them_beside_the_data(folder, capsys):
         (["check", "--out=x"], "must be a .png, .jpg or .pdf file"),
     ],
 )
-def test_mistakes_on_the_command_line_are_one_message(arguments, message, capsys):
+def test_mistakes_on_the_command_line_give_one_message(arguments, message, capsys):
     assert prepare.main(["prepare", *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error

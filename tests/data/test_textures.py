@@ -1,7 +1,4 @@
-"""The embedded data set: what it contains, that it repeats, and what it must not be.
-
-Its promise: colours alone and linear functions of the pixels do not give the class.
-"""
+"""The textures data set: contents, equal builds, and baselines that must fail on it."""
 
 import hashlib
 import os
@@ -23,14 +20,14 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def drawn() -> tuple[np.ndarray, np.ndarray]:
-    """1,200 images, classes by turns, and their labels."""
+    """Return 1,200 images, classes in turn, and their labels."""
     labels = np.arange(1200) % 10
-    pictures = [draw(i % 10, np.random.default_rng((5, i))) for i in range(1200)]
+    images = [draw(i % 10, np.random.default_rng((5, i))) for i in range(1200)]
     # Every second pixel: colours stay exact, and 1,200 images take 59 MB.
-    return np.stack([p[::2, ::2] for p in pictures]), labels
+    return np.stack([image[::2, ::2] for image in images]), labels
 
 
-def test_picture_is_a_function_of_class_and_generator():
+def test_image_is_a_function_of_class_and_generator():
     one = draw(3, np.random.default_rng(1))
     assert one.shape == (256, 256, 3) and one.dtype == np.uint8
     np.testing.assert_array_equal(one, draw(3, np.random.default_rng(1)))
@@ -40,12 +37,12 @@ def test_picture_is_a_function_of_class_and_generator():
 @pytest.mark.parametrize("label", range(10), ids=CLASS_NAMES)
 def test_two_colours_share_the_area_equally(label):
     for i in range(4):
-        picture = draw(label, np.random.default_rng((7, i))).astype(float)
+        image = draw(label, np.random.default_rng((7, i))).astype(float)
         # Along the line from one colour to the other, brightness has two heaps.
         axis = np.linalg.svd(
-            picture.reshape(-1, 3)[::64] - picture.mean(axis=(0, 1)), full_matrices=False
+            image.reshape(-1, 3)[::64] - image.mean(axis=(0, 1)), full_matrices=False
         )[2][0]
-        values = picture @ axis
+        values = image @ axis
         low, high = np.quantile(values, [0.1, 0.9])
         share = np.mean(values > (low + high) / 2)
         assert abs(share - 0.5) < 0.05
@@ -54,20 +51,20 @@ def test_two_colours_share_the_area_equally(label):
 
 
 BASELINES = {
-    "linear": (baselines.linear_error, lambda pictures: baselines.pixel_features(pictures, 16)),
+    "linear": (baselines.linear_error, lambda images: baselines.pixel_features(images, 16)),
     "color": (baselines.color_error, baselines.color_features),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BASELINES)
-def test_colours_and_linear_pixels_fail(name, drawn):
-    """Chance is an error of 0.9. The baselines may choose on the test images."""
+def test_colour_and_linear_baselines_fail(name, drawn):
     error, features_of = BASELINES[name]
-    pictures, labels = drawn
-    features = features_of(pictures)
+    images, labels = drawn
+    features = features_of(images)
+    # Chance is 0.9. The baselines may choose their settings on the test images.
     assert error(features[:900], labels[:900], features[900:], labels[900:]) >= 0.75
-    # They do find classes that differ in colour.
+    # The baselines do find classes that differ in colour.
     rng, labels = np.random.default_rng(0), np.arange(300) % 3
     coloured = rng.integers(0, 200, (300, 16, 16, 3), np.uint8)
     coloured[np.arange(300), ..., labels] += 55  # class 0 is reddish, and so on
@@ -76,15 +73,10 @@ def test_colours_and_linear_pixels_fail(name, drawn):
 
 
 @pytest.mark.slow
-def test_no_class_is_another_ones_mirror_image(drawn):
-    """Local structure tells the classes apart, flipped or not.
-
-    The power spectrum around the grid's axes and its orientation are blind to
-    phase; the nearest neighbour in it must mostly have the same class, for the
-    mirrored test images too.
-    """
-    pictures, labels = drawn
-    grey = pictures.mean(axis=3, dtype=np.float32)[:, :128, :128]
+def test_no_class_mirrors_another(drawn):
+    """Check that the nearest power spectrum, which ignores phase, mostly has the same class."""
+    images, labels = drawn
+    grey = images.mean(axis=3, dtype=np.float32)[:, :128, :128]
     grey -= grey.mean(axis=(1, 2), keepdims=True)
 
     def spectrum(grey):
@@ -144,7 +136,7 @@ def test_slices_sizes_and_names(tiny):
         ("train+test[3:2]", r"the slice test\[3:2\] is empty"),
     ],
 )
-def test_wrong_split_is_one_message(split, words, tiny):
+def test_wrong_split_gives_one_message(split, words, tiny):
     match = rf"cannot read split .*{words}.*its splits: test, train"
     with pytest.raises(ValueError, match=match):
         open_source("textures/tiny", split, data_dir=str(tiny))
@@ -155,7 +147,7 @@ def digest(data_dir: Path) -> dict[str, str]:
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-def test_two_builds_are_the_same_bytes(tiny, tmp_path, monkeypatch, capfd):
+def test_two_builds_write_the_same_bytes(tiny, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(os, "cpu_count", lambda: 5)  # another number of threads
     build(tmp_path, tiny=True)
     out, err = capfd.readouterr()

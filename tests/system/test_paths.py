@@ -83,7 +83,7 @@ MISTAKES = [
     "module, arguments, words",
     [pytest.param(*m, id=f"{m[0].__name__.rpartition('.')[2]} {m[1]}") for m in MISTAKES],
 )
-def test_wrong_path_is_one_message(module, arguments, words, places, monkeypatch, capsys):
+def test_wrong_path_gives_one_message(module, arguments, words, places, monkeypatch, capsys):
     folder = Path(places["run"]).parent
     before = sorted(folder.rglob("*"))
     given = [word.format(**places) for word in arguments.split()]
