@@ -15,19 +15,18 @@ from typing import Any
 
 OPTIMIZED = bool(os.environ.get("ALEXNET_TEST_OPTIMIZED"))
 
-# Many tests train the same small networks. What one of them compiles, the others
-# read, in both of pytest's processes and in those that the tests start: xdist's and
-# they inherit the environment. It lives as long as the tests do, so on one processor.
+# Many tests train the same small networks. pytest's processes and those that the tests
+# start inherit this cache of compiled programs. It is deleted at the end, because programs
+# belong to one processor.
 if not OPTIMIZED and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.mkdtemp(prefix="alexnet_test_programs_")
     atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-# LLVM's cheap passes only, for what is compiled without the setting below: programs
-# that run long enough for it (`test_parallel.fast_loops`). And the older of XLA's ways
-# to make loops of fused operations: slower loops, from a third less of compiling.
-# jaxlib 0.11 has only the newer one, and aborts at a flag that it does not know.
+# Programs that run long are compiled without the setting below (`small.fast_loops`); they
+# get LLVM's cheap passes only. XLA's older emitter of fused loops compiles in a third less
+# time, to slower loops. jaxlib 0.11 has only the newer one, and aborts at an unknown flag.
 if not OPTIMIZED:
     flags = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
     if importlib.metadata.version("jaxlib").startswith("0.10."):
@@ -37,7 +36,7 @@ if not OPTIMIZED:
 import jax
 import pytest
 
-# Asked for before jax starts; afterwards it has no effect.
+# These have no effect after JAX has started its devices.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # The tests compile hundreds of programs and run most of them once. With LLVM's
@@ -54,17 +53,17 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Class folders of three colours, which no test may change."""
+    """Return class folders of three colours, which no test may change."""
     from tests.training import runs
 
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     runs.draw_colours(root)
     return root
 
 
 @pytest.fixture(scope="session")
 def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """(last state, workdir) of `small_config`'s run; tests that change it take a copy."""
+    """Return (last state, workdir) of a finished run; tests that change it take a copy."""
     from alexnet_jax.training import loop, step_log
     from tests.training import runs
 
@@ -83,10 +82,9 @@ def workdir(finished: tuple[Any, Path]) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """`small_disk(mebibytes)`: a new empty folder on a disk that holds only so much.
+    """Return a function that makes an empty folder on a tmpfs of so many mebibytes.
 
-    A tmpfs, which is full when it says so; it is gone after the test. Where nothing may
-    be mounted the test is skipped.
+    Skip the test if nothing can be mounted.
     """
     with contextlib.ExitStack() as mounts:
 
@@ -108,10 +106,10 @@ def _mounted(folder: Path, mebibytes: int) -> Iterator[Path]:
         try:
             yield folder
         finally:
-            # Lazily: a process that the test has killed may not be gone yet.
+            # Lazily, because a killed process may still be there.
             subprocess.run(["umount", "--lazy", str(folder)], check=True)
         return
-    # Not as root: in a namespace of its own, which a process holds open.
+    # Without root, mount in a namespace of its own, which a process holds open.
     holder = subprocess.Popen(
         ["unshare", "-rm", "sh", "-c", '"$@" && echo mounted && exec cat', "-", *command],
         stdin=subprocess.PIPE,

@@ -41,7 +41,7 @@ def test_curves_hold_the_records():
     assert loss.lines[0].get_xydata().tolist() == [[1.0, 2.0], [2.0, 1.0]]
 
 
-def test_guessing_and_falling_learning_rates_are_drawn():
+def test_chance_and_learning_rates_are_drawn():
     rates = [0.01] * 5 + [0.001] * 5 + [1e-4] * 5
     records = [{"epoch": k, "train/loss": 2.0, "lr": rate} for k, rate in enumerate(rates)]
     quantities = ["loss", "lr", "top1_error"]
@@ -85,14 +85,14 @@ def test_six_runs_are_told_apart_and_seven_refused():
 
 
 def gratings(*angles):
-    """Grey gratings [11, 11, 3, n] whose edges run at these angles, in degrees."""
+    """Return grey gratings [11, 11, 3, n] whose edges have these angles in degrees."""
     x, y = np.meshgrid(np.arange(11.0), -np.arange(11.0))  # y grows upwards
     across = [np.radians(angle + 90) for angle in angles]
     waves = [np.sin(0.9 * (np.cos(a) * x + np.sin(a) * y)) for a in across]
     return np.stack([np.stack([wave] * 3, -1) for wave in waves], -1)
 
 
-def test_orientations_are_those_of_gratings():
+def test_orientations_of_gratings_are_found():
     found = filter_statistics(gratings(0, 30, 45, 90, 135, 170))
     want = np.radians([0, 30, 45, 90, 135, 170])
     apart = np.abs(found.orientation - want)
@@ -100,7 +100,7 @@ def test_orientations_are_those_of_gratings():
     assert (found.coherence > 0.9).all() and (found.colour < 1e-12).all()
 
 
-def test_colour_is_the_share_of_what_grey_does_not_explain():
+def test_colour_is_the_share_that_grey_does_not_explain():
     grey = np.ones((3, 3))
     kernels = [
         np.stack([grey, -grey, 0 * grey], -1),  # red against green: all colour
@@ -127,11 +127,11 @@ def test_statistics_are_drawn_by_column():
 
 
 def test_feature_maps_are_the_strongest_of_each_layer():
-    picture = np.zeros((32, 32, 3), np.uint8)
+    image = np.zeros((32, 32, 3), np.uint8)
     conv = np.zeros((1, 4, 4, 3))
     conv[0, ..., 1], conv[0, ..., 2] = 2.0, np.arange(16).reshape(4, 4)
     features = {"conv1": conv, "fc6": np.ones((1, 10))}
-    shown, maps = feature_maps(picture, features, most=2).axes
+    shown, maps = feature_maps(image, features, most=2).axes
     assert shown.images[0].get_array().shape == (32, 32, 3)
     assert maps.get_ylabel() == "conv1\n4×4×3\n35% zero"  # 17 of 48
     strip = np.asarray(maps.images[0].get_array())

@@ -1,4 +1,4 @@
-"""Binary codes: packing, exact Hamming search, what training gains, files."""
+"""Binary codes: packing, exact Hamming search, gain by training, files."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ BITS = 20  # fills neither its last byte nor its word
 
 
 def clusters(count, seed):
-    """Points around 60 centres in 12 of 48 directions, far from zero."""
+    """Return points around 60 centres in a 12-dimensional subspace of 48, far from zero."""
     rng = np.random.default_rng(0)
     directions = rng.normal(size=(12, 48))
     centres = rng.normal(size=(60, 12)) * 3
@@ -53,7 +53,7 @@ def plain_search(codes, queries, count):
 
 
 @pytest.mark.parametrize(("width", "block"), [(1, 1), (3, 7), (8, 64), (3, 1000)])
-def test_codes_are_found_as_by_a_plain_search(width, block, monkeypatch):
+def test_hamming_search_equals_a_plain_search(width, block, monkeypatch):
     rng = np.random.default_rng(width)
     codes = rng.integers(0, 256, (150, width), np.uint8)
     codes[[17, 149]] = codes[90]  # more ties than bytes alone give
@@ -68,7 +68,7 @@ def test_codes_are_found_as_by_a_plain_search(width, block, monkeypatch):
     np.testing.assert_array_equal(order, plain_search(codes[:3], queries, 3)[1])
 
 
-def test_bits_are_the_sides_of_planes_and_packed_in_their_order():
+def test_bits_are_packed_signs_of_hyperplanes():
     rng = np.random.default_rng(0)
     planes = Coder(
         mean=rng.normal(size=5).astype(np.float32),
@@ -107,13 +107,13 @@ def test_trained_codes_find_more_than_random_planes(features, codes):
     assert ((on > 0.2) & (on < 0.8)).mean() > 0.8
 
 
-def test_features_without_differences_are_refused(features):
+def test_constant_or_non_finite_features_are_refused(features):
     for wrong in (np.where(features > 40, np.nan, features), np.ones_like(features)):
         with pytest.raises(RetrievalError, match="all the same, or not finite"):
             train_coder(wrong, bits=8)
 
 
-def test_a_shortlist_is_in_the_order_of_exact_distances(features, codes):
+def test_shortlist_is_sorted_by_exact_distance(features, codes):
     queries = clusters(20, seed=4)
     distances, rows = shortlist(features, codes, queries, 5, size=40)
     asked = codes.coder.encode(queries)
@@ -132,7 +132,7 @@ def test_recall():
     assert recall(np.array([[4, 2, 9], [1, 2, 3]]), np.array([[2, 3], [3, 1]])) == 0.75
 
 
-def test_saved_codes_come_back_and_know_their_features(features, codes, tmp_path):
+def test_saved_codes_load_and_recognise_their_features(features, codes, tmp_path):
     path = tmp_path / "new" / "codes.npz"
     codes.save(path)
     again = load_codes(path)

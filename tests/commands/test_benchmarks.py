@@ -63,7 +63,7 @@ def test_operations_and_bytes_of_the_paper():
 
 
 def peer_with(table, params, lrn, dropout):
-    """The peer holding our parameters; `table` is the network's with no padding."""
+    """Return torch, and the peer with our parameters; `table` has no padding in conv1."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     from benchmarks.speed import torch_alexnet
 
@@ -76,7 +76,7 @@ def peer_with(table, params, lrn, dropout):
 
 @pytest.fixture(scope="module")
 def small():
-    """Our narrowed network without dropout: variables, images, labels, gradients."""
+    """Run our narrow network without dropout; return inputs, loss, logits and gradients."""
     kwargs = {"num_classes": 10, "width": NARROW.width, "init": "he"}
     model = create_model("paper", dropout=0.0, **kwargs)
     variables = random_variables(model)

@@ -1,4 +1,4 @@
-"""Programs compiled for an H200: how they are read, and bytes that may not grow.
+"""Programs compiled for an H200: reading their text, and limits on their bytes.
 
 Most of it needs JAX's CUDA plug-in (`pip install -e '.[gpu-plan]'`), but no GPU.
 """
@@ -43,7 +43,7 @@ ENTRY %main (x: bf16[64,32], w: bf16[32,16], g: f32[10]) -> (bf16[64,16], f32[10
 """
 
 
-def test_kernels_bytes_products_and_exchanges_of_a_program():
+def test_program_text_gives_kernels_bytes_and_exchanges():
     program = hlo.read(EXCHANGE)
     first, scaled, y = program.kernels
     assert (first.bytes, first.part) == (2 * 128, hlo.OTHER)
@@ -103,7 +103,7 @@ def test_memory_of_a_large_batch_does_not_grow(compiler):
 
 
 @pytest.mark.slow
-def test_the_largest_exchanges_start_before_the_convolutions_backward_pass_ends(compiler):
+def test_largest_exchanges_overlap_the_backward_pass(compiler):
     fc7, fc6, others = plan(128, "bfloat16", mode="data")["exchanges"]
     assert [round(one["bytes"] / 4) for one in (fc7, fc6)] == [4096 * 4096, 9216 * 4096]
     assert fc6["backward_convolutions_behind"] >= 5

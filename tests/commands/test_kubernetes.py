@@ -1,7 +1,4 @@
-"""launch/kubernetes.yaml: against the published schema, and the values that must agree.
-
-No cluster is asked.
-"""
+"""launch/kubernetes.yaml: the published schema, and values that must agree; no cluster."""
 
 import re
 import signal
@@ -61,7 +58,7 @@ def test_every_process_is_a_pod():
     assert TRAINER["resources"]["limits"]["nvidia.com/gpu"] >= 1
 
 
-def test_command_is_that_of_the_program():
+def test_command_and_flags_match_the_program():
     assert TRAINER["command"] == ["python", "-m", "alexnet_jax.main"]
     assert FLAGS["config"] == "configs/paper.py"
     fields = {f"config.{name}" for name in flat(paper.get_config().to_dict())}

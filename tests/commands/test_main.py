@@ -1,4 +1,4 @@
-"""The command line of alexnet_jax.main: mistakes, signals, what it imports."""
+"""The command line of alexnet_jax.main: mistakes, signals, imports."""
 
 import os
 import re
@@ -53,7 +53,7 @@ def start_main(*args, **env):
 
 @pytest.mark.slow
 def test_training_on_two_virtual_devices_never_imports_tensorflow(tmp_path):
-    """Replace both by modules that leave a mark; torch is not imported either."""
+    """Replace tensorflow and torch by modules that leave a mark if imported."""
     marker = tmp_path / "imported"
     for name in ("tensorflow", "torch"):
         (tmp_path / f"{name}.py").write_text(

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and what they say of their figures holds."""
+"""The notebooks run from top to bottom, and their numbers hold."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def test_every_notebook_is_tested():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_notebook_is_committed_clean(name):
+def test_notebook_is_committed_without_outputs(name):
     import nbformat
 
     notebook = read(name)
@@ -48,7 +48,7 @@ def test_notebook_is_committed_clean(name):
             assert len(cell.source.splitlines()) <= 20, cell.id
 
 
-def test_figures_are_those_that_the_notebooks_name():
+def test_stored_figures_match_the_notebooks():
     named = [file for name in NAMES for file in named_figures(read(name))]
     assert sorted(named) == sorted(path.name for path in RESULTS.iterdir())
     assert all((RESULTS / file).stat().st_size < 150_000 for file in named)
@@ -56,7 +56,7 @@ def test_figures_are_those_that_the_notebooks_name():
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A clone in which nothing has been trained; what a notebook trains stays in it."""
+    """Return a clone without trained runs; a run stays for the notebooks that follow."""
     root = tmp_path_factory.mktemp("clone")
     for folder in ("configs", "notebooks"):
         shutil.copytree(ROOT / folder, root / folder)

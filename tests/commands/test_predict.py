@@ -19,27 +19,27 @@ NAMES = ["blue", "green", "red"]
 
 
 @pytest.fixture(scope="module")
-def pictures(folder):
+def paths(folder):
     return [str(path) for path in sorted(folder.glob("test/*/*.png"))]
 
 
-def test_text_names_the_best_labels(workdir, pictures, capsys):
-    assert predict.main([f"--workdir={workdir}", *pictures, "--top=2"]) == 0
+def test_text_names_the_best_labels(workdir, paths, capsys):
+    assert predict.main([f"--workdir={workdir}", *paths, "--top=2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[::3] == pictures
-    for path, line in zip(pictures, lines[1::3], strict=True):
+    assert lines[::3] == paths
+    for path, line in zip(paths, lines[1::3], strict=True):
         assert re.fullmatch(rf" *\d+\.\d\d%  {path.split('/')[-2]}", line)
 
 
-def test_json_holds_the_networks_probabilities(workdir, pictures, monkeypatch, capsys):
+def test_json_holds_the_networks_probabilities(workdir, paths, monkeypatch, capsys):
     monkeypatch.setattr(predict, "BATCH", 4)  # several batches, the last one not full
-    arguments = [f"--workdir={workdir}", "--format=json", *pictures[:6]]
+    arguments = [f"--workdir={workdir}", "--format=json", *paths[:6]]
     assert predict.main(arguments) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     model, variables, preprocess = load(workdir)
-    logits = jax.jit(model.apply)(variables, preprocess(pictures[:6]))
+    logits = jax.jit(model.apply)(variables, preprocess(paths[:6]))
     want = np.asarray(jax.nn.softmax(logits))
-    assert [item["file"] for item in found] == pictures[:6]
+    assert [item["file"] for item in found] == paths[:6]
     for item, row in zip(found, want, strict=True):
         labels = [label["label"] for label in item["labels"]]
         assert labels == np.argsort(-row).tolist()  # all three: fewer than five
@@ -48,14 +48,14 @@ def test_json_holds_the_networks_probabilities(workdir, pictures, monkeypatch, c
             assert label["probability"] == pytest.approx(row[label["label"]], rel=1e-4)
 
 
-def test_an_unreadable_picture_does_not_stop_the_others(workdir, pictures, tmp_path, capsys):
+def test_unreadable_image_does_not_stop_the_others(workdir, paths, tmp_path, capsys):
     broken, missing = tmp_path / "broken.jpg", tmp_path / "missing.jpg"
     broken.write_bytes(b"\xff\xd8 torn")
     figure, maps = tmp_path / "new" / "figure.png", tmp_path / "maps.png"
     base = [f"--workdir={workdir}", f"--figure={figure}", f"--feature_maps={maps}"]
-    assert predict.main([*base, str(broken), pictures[0], str(missing)]) == 1
+    assert predict.main([*base, str(broken), paths[0], str(missing)]) == 1
     out, err = capsys.readouterr()
-    assert out.splitlines()[0] == pictures[0]
+    assert out.splitlines()[0] == paths[0]
     first, second = err.splitlines()
     assert f"cannot decode {broken}" in first and str(missing) in second
     assert Image.open(figure).size[0] > 100
@@ -67,37 +67,37 @@ def test_an_unreadable_picture_does_not_stop_the_others(workdir, pictures, tmp_p
     assert not maps.exists()
 
 
-def test_wrong_arguments_give_one_message(workdir, pictures, tmp_path, capsys):
-    assert predict.main([f"--workdir={tmp_path}", pictures[0]]) == 1
+def test_wrong_arguments_give_one_message(workdir, paths, tmp_path, capsys):
+    assert predict.main([f"--workdir={tmp_path}", paths[0]]) == 1
     assert "is not the workdir of a run" in capsys.readouterr().err
-    assert predict.main([f"--workdir={workdir}", "--step=3", pictures[0]]) == 1
+    assert predict.main([f"--workdir={workdir}", "--step=3", paths[0]]) == 1
     assert "step 3" in capsys.readouterr().err
-    for wrong in ([], ["--top=0", pictures[0]]):
+    for wrong in ([], ["--top=0", paths[0]]):
         with pytest.raises(SystemExit):
             predict.main([f"--workdir={workdir}", *wrong])
     assert "--top=0 must be at least 1" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_labels_without_names_are_numbered(workdir, pictures, tmp_path, capsys):
+def test_labels_without_names_are_numbered(workdir, paths, tmp_path, capsys):
     copy = shutil.copytree(workdir, tmp_path / "copy")
     classes = copy / "classes.json"
     classes.write_text('["blue", "green"]')
-    assert predict.main([f"--workdir={copy}", pictures[0]]) == 0
+    assert predict.main([f"--workdir={copy}", paths[0]]) == 0
     words = [line.split("%  ")[1] for line in capsys.readouterr().out.splitlines()[1:]]
     assert sorted(words) == ["blue", "class 2", "green"]
     classes.write_text("[")
-    assert predict.main([f"--workdir={copy}", pictures[0]]) == 1
+    assert predict.main([f"--workdir={copy}", paths[0]]) == 1
     assert f"{classes} is damaged" in capsys.readouterr().err
 
 
-def test_a_file_of_weights_says_the_same_as_its_run(workdir, pictures, tmp_path, capsys):
+def test_weights_file_predicts_the_same_as_its_run(workdir, paths, tmp_path, capsys):
     weights = tmp_path / "net.safetensors"
     assert export.main([f"--workdir={workdir}", f"--out={weights}"]) == 0
     capsys.readouterr()
     said = []
     for where in (workdir, weights):
-        assert predict.main([f"--workdir={where}", *pictures[:3]]) == 0
+        assert predict.main([f"--workdir={where}", *paths[:3]]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and "red" in said[0]
     index = f"--index={tmp_path / 'index.npz'}"
@@ -109,7 +109,7 @@ def test_a_file_of_weights_says_the_same_as_its_run(workdir, pictures, tmp_path,
 
 def test_pictures_of_other_classes_are_refused(workdir, folder, tmp_path):
     """Use as many classes as the run has, so that the shapes agree."""
-    other = tmp_path / "pictures"
+    other = tmp_path / "paths"
     for split in ("train", "test"):
         for name in ("blue", "gold", "red"):
             (other / split / name).mkdir(parents=True)
@@ -122,8 +122,8 @@ def test_pictures_of_other_classes_are_refused(workdir, folder, tmp_path):
 
 def test_bars_are_the_probabilities():
     chances = np.array([[0.1, 0.7, 0.2], [0.5, 0.3, 0.2]])
-    pictures = np.zeros((2, 8, 8, 3), np.uint8)
-    figure = best_labels(pictures, chances, ["a", "b", "c" * 40], labels=[2, 0])
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    figure = best_labels(images, chances, ["a", "b", "c" * 40], labels=[2, 0])
     first, second, *below = figure.axes
     assert (first.get_title(), second.get_title()) == ("c" * 27 + "…", "a")
     widths = [[bar.get_width() for bar in axes.patches] for axes in below]

@@ -75,7 +75,7 @@ MISTAKES = [
         *("--workdir=WORKDIR", "--cpu_devices=2", "--config.data.batch_size=4"),
     ],
 ]
-# Imports once, and runs each command in a fork: flags and devices are a process's own.
+# Imports once and runs each command in a fork, because flags and devices are per process.
 RUN_ALL = """
 import json, os, sys
 from alexnet_jax import main
@@ -98,8 +98,8 @@ def messages(workdir, tmp_path_factory):
     places = {name: root / name for name in ("PATH", "EMPTY", "DATA")}
     for name in ("cat", "dog"):
         (root / "EMPTY" / "train" / name).mkdir(parents=True)
-    picture = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
-    picture.save(root / "EMPTY" / "train" / "dog" / "1.png")
+    image = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    image.save(root / "EMPTY" / "train" / "dog" / "1.png")
     before = sorted(root.rglob("*"))
     places["WORKDIR"] = workdir
     commands = []
@@ -128,8 +128,7 @@ def test_troubleshooting_messages(number, messages):
     assert expected in messages[number].replace("EMPTY", "PATH")
 
 
-def test_tables_of_parallelism_are_those_of_the_results():
-    """docs/parallelism.md has the tables that benchmarks/speed/parallel_modes.py prints."""
+def test_parallelism_tables_equal_the_results():
     text = (ROOT / "docs" / "parallelism.md").read_text()
     results = ROOT / "benchmarks" / "results" / "parallel_modes"
     rows = json.loads((results / "modes.json").read_text())["rows"]
@@ -139,8 +138,8 @@ def test_tables_of_parallelism_are_those_of_the_results():
     assert re.search(r"```\n(\$ .*?)\n```", text, re.DOTALL)[1] in described
 
 
-def test_modes_of_the_readme_are_those_described_for_two_devices():
-    """The README adds what the phases of a mode send."""
+def test_readme_modes_equal_describe_on_two_devices():
+    """Compare with the README, which adds the bytes of a mode's phases."""
     described = (ROOT / "benchmarks/results/parallel_modes/describe.txt").read_text()
     two_devices = described.partition("--cpu_devices=4")[0]
     lines = re.findall(
@@ -159,14 +158,13 @@ def test_modes_of_the_readme_are_those_described_for_two_devices():
 
 
 def test_bytes_of_the_results_follow_from_the_formulas():
-    """Data parallelism's ring: 2 (n - 1) / n of all parameters, loss and error."""
     results = ROOT / "benchmarks" / "results" / "parallel_modes" / "modes.json"
     rows = json.loads(results.read_text())["rows"]
     assert {row["devices"] for row in rows} == set(parallel_modes.SIZES)
     for row in rows:
         n, images = row["devices"], parallel_modes.IMAGES
         if row["mode"] == "data":
-            whole = 4 * (60_965_224 + 2)
+            whole = 4 * (60_965_224 + 2)  # parameters, loss and error in a ring
             assert row["gradients_bytes"] == round(2 * (n - 1) / n * whole)
         if row["mode"] == "columns":
             # A row of two has 2 x 128 images; a column sends half of each feature.

@@ -33,29 +33,29 @@ TRAIN, TEST = 24, 18
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Three colours under so much noise that some are taken for another."""
-    root = tmp_path_factory.mktemp("pictures")
+def image_folder(tmp_path_factory):
+    """Draw three colours under so much noise that some are mistaken."""
+    root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for split, count in (("train", TRAIN), ("test", TEST)):
         for index in range(count):
             label = index % 3
-            picture = rng.integers(0, 120, (32, 32, 3))
-            picture[..., (label + (index % 7 == 0)) % 3] += 100
+            image = rng.integers(0, 120, (32, 32, 3))
+            image[..., (label + (index % 7 == 0)) % 3] += 100
             target = root / split / NAMES[label]
             target.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture.astype(np.uint8)).save(target / f"{index:03d}.png")
+            Image.fromarray(image.astype(np.uint8)).save(target / f"{index:03d}.png")
     return root
 
 
 @pytest.fixture(scope="module")
-def made(pictures, tmp_path_factory):
-    """(the workdir of a run, the lines that its report prints)."""
+def made(image_folder, tmp_path_factory):
+    """Return (the workdir of a run, the lines that its report prints)."""
     workdir = tmp_path_factory.mktemp("report") / "run"
     workdir.mkdir()
     without_checkpoint = '{"first_step": 0, "last_step": 9, "seconds": {"total": 1.0}}'
     (workdir / "times.jsonl").write_text(f"{without_checkpoint}\n")
-    config = small_config(pictures, num_epochs=4.0, eval_views=10)
+    config = small_config(image_folder, num_epochs=4.0, eval_views=10)
     config.eval_every_epochs = 2.0
     loop.train_and_evaluate(config, workdir)
     return workdir, report.report(workdir)
@@ -63,7 +63,7 @@ def made(pictures, tmp_path_factory):
 
 @pytest.fixture()
 def copied(made, tmp_path):
-    """A copy of the run's workdir without its report."""
+    """Return a copy of the run's workdir without its report."""
     workdir = tmp_path / "run"
     shutil.copytree(made[0], workdir)
     for name in ("report.html", *report.FIGURES):
@@ -72,7 +72,7 @@ def copied(made, tmp_path):
 
 
 def parse(html):
-    """Return the page as an XML tree; raises for tags that are not balanced."""
+    """Return the page as an XML tree; raise if its tags are not balanced."""
     xml = re.sub(r"<(meta|img)\b([^>]*)>", r"<\1\2/>", html)
     return ElementTree.fromstring(xml.removeprefix("<!DOCTYPE html>\n"))
 
@@ -135,7 +135,7 @@ def test_figures_are_whole_and_described(parsed):
     assert (kinds.count("svg+xml"), kinds.count("png")) == (5, 10)
 
 
-def test_headline_errors_are_those_of_the_records(made, parsed):
+def test_headline_errors_equal_the_records(made, parsed):
     workdir, lines = made
     last = [r for r in read_metrics(workdir / "metrics.jsonl") if "eval/loss" in r][-1]
     error, views = (f"{100 * last[f'eval/{prefix}top1_error']:.2f}%" for prefix in ("", "views_"))
@@ -160,10 +160,10 @@ def test_headline_errors_are_those_of_the_records(made, parsed):
 
 
 @pytest.fixture(scope="module")
-def looked(made, pictures):
-    """(probabilities, features, labels) of test and of training images, by `load`."""
+def looked(made, image_folder):
+    """Return (probabilities, features, labels) of test and of training images, by `load`."""
     model, variables, preprocess = load(made[0])
-    folders = [pictures / split / name for split in ("test", "train") for name in NAMES]
+    folders = [image_folder / split / name for split in ("test", "train") for name in NAMES]
     paths = [path for folder in folders for path in sorted(folder.iterdir())]
     apply = jax.jit(lambda images: model.apply(variables, images, method="features"))
     features = apply(preprocess(paths))
@@ -175,7 +175,7 @@ def looked(made, pictures):
     return tuple(a[:TEST] for a in arrays), tuple(a[TEST:] for a in arrays)
 
 
-def test_errors_and_confusions_are_those_of_each_picture(parsed, looked):
+def test_errors_and_confusions_match_the_predictions(parsed, looked):
     chances, _, labels = looked[0]
     predicted = chances.argmax(1)
     rows = table(parsed, "class", "", "top-1", "images")
@@ -223,7 +223,7 @@ def test_many_classes_show_top5_errors_and_the_worst_classes(made, monkeypatch):
     assert ("94.4%", "error of guessing: 18 classes, top-5 72.2%") in tiles(page)
 
 
-def test_examples_are_the_surest_mistakes_and_right_ones(made, looked):
+def test_examples_are_the_surest_mistakes_and_some_hits(made, looked):
     chances, _, labels = looked[0]
     held_out = findings.classify_held_out(findings.read_run(made[0]))
     chosen, wrong = findings.examples(held_out.predictions, 8)
@@ -443,8 +443,8 @@ def test_wrong_comparisons_are_refused(made, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_no_part_is_wider_than_a_phone(made, tmp_path):
-    """In headless Chromium, in a frame of 375 pixels; every figure is shown."""
+def test_page_fits_a_phone(made, tmp_path):
+    """Render with headless Chromium in a frame of 375 pixels, with every figure."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("the layout of the page needs Chromium; there is none here")

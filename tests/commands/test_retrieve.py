@@ -35,7 +35,7 @@ def brute_force(features, queries, count):
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1000])
-def test_neighbours_are_those_of_a_plain_search(block, monkeypatch):
+def test_neighbours_equal_a_plain_search(block, monkeypatch):
     monkeypatch.setattr(retrieval, "BLOCK_BYTES", block * 4 * 20)
     rng = np.random.default_rng(0)
     features = rng.normal(size=(300, 20)).astype(np.float32)
@@ -52,7 +52,7 @@ def test_neighbours_are_those_of_a_plain_search(block, monkeypatch):
 
 
 def test_neighbours_far_from_zero_are_told_apart():
-    """|q|^2 - 2 q x + |x|^2 alone would be rounding: 1e8 against differences of 1."""
+    """Search where |q|^2 - 2 q x + |x|^2 alone, with terms of 1e8, would lose distances of 1."""
     rng = np.random.default_rng(1)
     features = (10_000 + rng.integers(0, 3, (40, 8))).astype(np.float32)
     queries = features[:6] + np.float32(0.25)
@@ -64,7 +64,7 @@ def test_neighbours_far_from_zero_are_told_apart():
     np.testing.assert_array_equal(rows, brute_force(pixels, pixels[:4], 3)[1])
 
 
-def test_an_index_holds_the_features_of_the_training_pictures(index_file, workdir, folder):
+def test_index_holds_the_features_of_the_training_images(index_file, workdir, folder):
     index = retrieval.load_index(index_file)
     model, variables, preprocess = load(workdir)
     paths = sorted(folder.glob("train/*/*.png"))
@@ -79,7 +79,7 @@ def test_an_index_holds_the_features_of_the_training_pictures(index_file, workdi
     assert [p.name for p in index_file.parent.iterdir()] == ["pool3.npz"]
 
 
-def test_pictures_are_looked_up(index_file, workdir, folder, tmp_path, capsys):
+def test_images_are_looked_up(index_file, workdir, folder, tmp_path, capsys):
     paths = [str(path) for path in sorted(folder.glob("train/*/*.png"))]
     figure = tmp_path / "figure.png"
     broken = tmp_path / "broken.png"
@@ -132,22 +132,22 @@ OTHERS = "has other images now than the index. Make it again"
         (shutil.rmtree, "Expected "),
     ],
 )
-def test_changed_pictures_are_neither_named_nor_drawn(
+def test_changed_images_are_neither_named_nor_drawn(
     change, words, index_file, workdir, folder, tmp_path, capsys
 ):
-    pictures, path = tmp_path / "pictures", tmp_path / "index.npz"
-    shutil.copytree(folder, pictures)
+    images, path = tmp_path / "images", tmp_path / "index.npz"
+    shutil.copytree(folder, images)
     index = retrieval.load_index(index_file)
-    dataclasses.replace(index, source=f"folder:{pictures}").save(path)
+    dataclasses.replace(index, source=f"folder:{images}").save(path)
     asked = str(min(folder.glob("train/blue/*.png")))
     base = [f"--workdir={workdir}", f"--index={path}", "--top=2", asked]
     assert retrieve.main(base) == 0
     before, said = capsys.readouterr()
-    assert before.count(str(pictures)) == 2 and not said
-    change(pictures / "train")
+    assert before.count(str(images)) == 2 and not said
+    change(images / "train")
     assert retrieve.main(base) == 0
     after, said = capsys.readouterr()
-    names = [line.partition(str(pictures))[0].rstrip() for line in before.splitlines()]
+    names = [line.partition(str(images))[0].rstrip() for line in before.splitlines()]
     assert after.splitlines() == names
     assert said.startswith("no files are named: ") and words in said
     assert "--config" not in said and said.count("\n") == 1
@@ -157,9 +157,7 @@ def test_changed_pictures_are_neither_named_nor_drawn(
     assert not figure.exists()
 
 
-def test_pictures_are_looked_up_by_codes(
-    index_file, workdir, folder, tmp_path, monkeypatch, capsys
-):
+def test_images_are_looked_up_by_codes(index_file, workdir, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(train_coder.__kwdefaults__, "steps", 20)
     paths = [str(path) for path in sorted(folder.glob("train/*/*.png"))]
     there, figure = tmp_path / "pool3.npz", tmp_path / "figure.png"
@@ -204,7 +202,7 @@ def test_pictures_are_looked_up_by_codes(
 
 
 def test_mismatched_index_is_refused(index_file, workdir, folder, tmp_path, capsys):
-    picture = str(next(folder.glob("train/*/*.png")))
+    image = str(next(folder.glob("train/*/*.png")))
 
     def said(*arguments):
         assert retrieve.main(list(arguments)) == 1
@@ -215,20 +213,20 @@ def test_mismatched_index_is_refused(index_file, workdir, folder, tmp_path, caps
     assert words in said(f"--workdir={workdir}", new)
     there = f"--index={index_file}"
     assert "is of --layer=pool3, not of conv1" in said(
-        f"--workdir={workdir}", there, "--layer=conv1", picture
+        f"--workdir={workdir}", there, "--layer=conv1", image
     )
     other = tmp_path / "other"
     loop.train_and_evaluate(small_config(folder, seed=1, max_steps=1), other)
     words = "the index is of another network than the workdir's"
-    assert words in said(f"--workdir={other}", there, picture)
+    assert words in said(f"--workdir={other}", there, image)
     assert "is not the workdir of a run" in said(f"--workdir={tmp_path}", new)
-    for wrong in (["--top=0"], ["--figure=a.png"], ["--bits=0"], ["--shortlist=9", picture]):
+    for wrong in (["--top=0"], ["--figure=a.png"], ["--bits=0"], ["--shortlist=9", image]):
         with pytest.raises(SystemExit):
             retrieve.main([f"--workdir={workdir}", there, *wrong])
     assert {path.name for path in tmp_path.iterdir()} == {"other"}
 
 
-def test_features_that_are_no_numbers_are_not_kept(workdir, tmp_path, capsys, monkeypatch):
+def test_non_finite_features_are_not_stored(workdir, tmp_path, capsys, monkeypatch):
     batch = np.zeros((2, 32, 32, 3), np.uint8), np.array([[0.0], [np.nan]], np.float32)
     monkeypatch.setattr(Extractor, "over", lambda *_: [batch])
     path = tmp_path / "new.npz"

@@ -61,7 +61,7 @@ def require_slurm():
 
 
 class Slurm:
-    """Commands to the node of the tests, and what its jobs say."""
+    """Run commands on the node of the tests, and read what its jobs print."""
 
     def __init__(self, place):
         self.environment = {
@@ -204,7 +204,7 @@ def test_an_exit_status_is_passed_on(slurm, stand_in, tmp_path):
     assert said(output, "task 0: started with -m alexnet_jax.main --distributed=off")
 
 
-def test_a_step_of_one_task_in_a_job_of_two_is_one_process(slurm):
+def test_srun_step_of_one_task_is_one_process(slurm):
     def found(*srun):
         lines = slurm.run("salloc", "--ntasks=2", "srun", *srun, "env").splitlines()
         return count_tasks(dict(line.split("=", 1) for line in lines if "=" in line))

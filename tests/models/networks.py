@@ -1,4 +1,4 @@
-"""Networks with random weights of a scale at which a mistake shows, for tests against other engines.
+"""Networks for tests against other engines, with random weights at which a mistake shows.
 
 LRN changes what it normalises, biases are not zero, and logits differ from class to class and
 from image to image.
@@ -36,7 +36,7 @@ GAINS = {
 
 
 @functools.cache
-def pictures(kind: str, size: int) -> np.ndarray:
+def raw_images(kind: str, size: int) -> np.ndarray:
     """Return three raw images, [3, size, size, 3]: blotches, or ImageNet's."""
     if kind == "random":
         rng = np.random.default_rng(0)
@@ -59,7 +59,7 @@ def channels_first(batch):
 
 
 def random_variables(model):
-    """Return weights with which every layer counts, and logits differ by about 1."""
+    """Return weights that make every layer matter and logits differ by about 1."""
     rng = np.random.default_rng(0)
     layers = model.network.layers
     units = [s.kind for s in model.network.stages if isinstance(s, Activation)]
@@ -79,14 +79,14 @@ def random_variables(model):
 
 
 def random_weights(*, mean=MEAN, image_size=None, class_names=None, **settings) -> Weights:
-    """Return `random_variables` of a network, with these settings."""
+    """Return `Weights` with `random_variables` for a network with these settings."""
     model = make_model(settings)
     size = model.network.crop_size
     return Weights(settings, random_variables(model), mean, image_size or size, size, class_names)
 
 
 def assert_same_logits(run, batch, wanted):
-    """`run` gives these logits, for several images and for one, and no two of them are alike."""
+    """Check that `run` gives these logits for several images and for one, all different."""
     for count in (len(batch), 1):
         found = run(batch[:count])
         assert found.shape == wanted[:count].shape
@@ -101,7 +101,7 @@ def assert_same_weights(found: Weights, wanted: Weights):
 
 
 def assert_lrn_matters(features, row):
-    """The divisor of a normalisation differs from place to place."""
+    """Check that the divisor of a normalisation differs from place to place."""
     (first, *_) = (i for i, stage in enumerate(row.then) if isinstance(stage, LRNS))
     labels = [row.name, *feature_names(row)]
     before = features[labels[first]]
@@ -128,7 +128,7 @@ def run_onnx(path: Path, batch):
 
 
 def refused(path: Path, *expected: str, variant: str | None = None) -> None:
-    """Reading fails with one line that names the file and contains these words."""
+    """Check that reading fails with one line that names the file and contains these words."""
     with pytest.raises(WeightsError) as caught:
         read_weights(path, variant=variant)
     message = str(caught.value)

@@ -92,8 +92,7 @@ def test_published_figures():
         assert ablations.ROWS[name].paper.measured_on == ablations.NOT_NAMED
 
 
-def test_every_row_is_another_training():
-    """Two rows that build the same would say nothing."""
+def test_no_two_rows_build_the_same():
     seen = {}
     for name in ablations.ROWS:
         config = config_of(name)
@@ -116,7 +115,7 @@ SLOW = {
         for name in [*ablations.ROWS, *CONSTANTS]
     ],
 )
-def test_each_trains_a_step(name):
+def test_each_row_trains_a_step(name):
     narrow = {"model.width": 1 / 32, "model.init": "he", "parallel.mode": "data"}
     config = config_of(name, **narrow)
     model = experiment.make_model(config, 10)

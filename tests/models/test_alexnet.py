@@ -26,7 +26,7 @@ def images_like(count=2):
 
 @pytest.fixture(scope="module")
 def paper():
-    """(model, variables, images) of the narrow network of the paper."""
+    """Return (model, variables, images) of the paper's network, narrowed."""
     model, images = narrow(), images_like()
     return model, jax.jit(model.init)(jax.random.key(0), images), images
 
@@ -75,7 +75,7 @@ def test_pre_activations_are_the_sums_before_any_stage():
         np.testing.assert_allclose(before if late else np.maximum(before, 0), after, rtol=1e-5)
 
 
-def test_224_equals_227_with_its_border_black(paper):
+def test_224_pixels_equal_227_with_a_zero_border(paper):
     model, variables, images = paper
     bordered = jnp.pad(images, ((0, 0), (0, 3), (0, 3), (0, 0)))
     apply = jax.jit(model.apply)
@@ -83,7 +83,7 @@ def test_224_equals_227_with_its_border_black(paper):
 
 
 @pytest.mark.parametrize("scale_at", ["test", "train"])
-def test_dropout_keeps_the_expectation_and_the_scale_it_says(scale_at):
+def test_dropout_keeps_its_expectation_and_scale(scale_at):
     x, stage, part = jnp.ones((64, 1, 1, 512)), layers.Dropout(0.25, scale_at), Part(jnp.arange(64))
     test, train = (np.asarray(dropout(x, stage, key, part)) for key in (None, jax.random.key(1)))
     assert train.mean() == pytest.approx(test.mean(), rel=0.02)
@@ -92,7 +92,7 @@ def test_dropout_keeps_the_expectation_and_the_scale_it_says(scale_at):
     assert set(np.unique(train)) == {0.0, scale}
 
 
-def test_dropout_masks_belong_to_the_example_not_to_the_batch(paper):
+def test_dropout_masks_do_not_depend_on_the_batch(paper):
     model, variables, _ = paper
     images = images_like(4)
 
@@ -183,7 +183,7 @@ def original_features(variant):
     return variables["params"], images, apply(variables, images), apply
 
 
-def test_the_original_normalises_before_its_units_and_once_more_in_layer_two():
+def test_original_normalises_before_activation_and_twice_in_layer_two():
     params, images, found, _ = original_features("original")
     kernel, padding = jnp.asarray(params["conv1"]["kernel"]), ((0, 3), (0, 3))
     conv1 = ops.grouped_conv(images, kernel, stride=4, padding=padding)
@@ -204,7 +204,7 @@ def test_the_original_normalises_before_its_units_and_once_more_in_layer_two():
     assert {"conv1", "norm1", "pool1", "conv2", "conv5", "pool5", "fc7"} < set(found)
 
 
-def test_without_communication_a_column_does_not_see_the_other():
+def test_columns_without_communication_are_independent():
     params, images, found, apply = original_features("no_communication")
     kernel = np.array(params["conv1"]["kernel"])
     kernel[..., 6:] += 0.1  # the second column's maps
@@ -220,8 +220,8 @@ def test_without_communication_a_column_does_not_see_the_other():
         assert not np.array_equal(a[..., half:], b[..., half:]), name
 
 
-def test_a_fully_connected_layer_of_columns_is_one_matrix_per_column():
-    """fc6 of each column reads its own pooled maps, rows first."""
+def test_fc6_of_separate_columns_has_one_matrix_per_column():
+    """Check that fc6 of each column reads its own pooled maps, rows first."""
     params, _, found, _ = original_features("no_communication")
     pool5, fc6 = np.asarray(found["pool5"], np.float64), params["fc6"]
     half, units = pool5.shape[-1] // 2, fc6["bias"].size // 2

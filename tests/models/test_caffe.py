@@ -87,7 +87,7 @@ def deploy_prototxt(tensors, order) -> str:
 
 @pytest.fixture(scope="module", params=ORDERS)
 def caffe_network(request, tmp_path_factory):
-    """(place, weights, features) of a network in Caffe's files."""
+    """Return (folder, weights, features) of a network in Caffe's files."""
     place = tmp_path_factory.mktemp(request.param)
     tensors, order = caffe_tensors(request.param), ORDERS[request.param]
     for age in ("new", "old"):
@@ -100,10 +100,10 @@ def caffe_network(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["random", "real"])
-def test_opencv_and_we_read_the_same_caffemodel(caffe_network, kind):
+def test_caffemodel_logits_equal_opencv(caffe_network, kind):
     cv2 = pytest.importorskip("cv2")
     place, weights, features = caffe_network
-    batch = networks.pictures(kind, weights.crop_size) - weights.mean
+    batch = networks.raw_images(kind, weights.crop_size) - weights.mean
     wanted = features(batch)
     for age in ("new", "old"):
         paths = place / "deploy.prototxt", place / f"{age}.caffemodel"
@@ -118,7 +118,7 @@ def test_opencv_and_we_read_the_same_caffemodel(caffe_network, kind):
         networks.assert_lrn_matters(wanted, row)
 
 
-def test_old_and_new_caffemodels_are_the_same(caffe_network):
+def test_old_and_new_caffemodels_are_equal(caffe_network):
     place, weights, _ = caffe_network
     variant = weights.settings["variant"]
     old = read_weights(place / "old.caffemodel", variant=variant)
@@ -145,7 +145,7 @@ def test_caffemodel_in_chunks_with_a_classifier_of_another_name(tmp_path):
     assert found.class_names == imagenet.wnids()
 
 
-def test_wrong_caffemodels(tmp_path):
+def test_wrong_caffemodels_are_refused(tmp_path):
     tensors = caffe_tensors("caffe")
     path = tmp_path / "x.caffemodel"
     whole = write_caffemodel(path, tensors).read_bytes()

@@ -47,7 +47,7 @@ def network(name: str):
 def test_onnx_gives_our_logits(name, kind, tmp_path):
     weights, features = network(name)
     export_onnx(tmp_path / "x.onnx", weights)
-    batch = networks.pictures(kind, weights.crop_size)
+    batch = networks.raw_images(kind, weights.crop_size)
     wanted = features(batch - networks.MEAN)
     networks.assert_same_logits(
         lambda b: networks.run_onnx(tmp_path / "x.onnx", b)[0], batch, wanted["logits"]
@@ -73,7 +73,7 @@ def test_onnx_file_is_well_formed_and_names_our_features(tmp_path):
     properties = {item.key: item.value for item in found.metadata_props}
     assert json.loads(properties["class_names"]) == names
     # Any feature can be made an output; maps have their channels first.
-    batch = networks.pictures("random", 224)[:1]
+    batch = networks.raw_images("random", 224)[:1]
     wanted = features(batch - networks.MEAN)
     del found.graph.output[:]
     found.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
@@ -86,9 +86,9 @@ def test_onnx_file_is_well_formed_and_names_our_features(tmp_path):
 
 def test_onnx_subtracts_the_centre_of_a_mean_image(tmp_path):
     weights, features = network("cifar_13")
-    mean = networks.pictures("random", 40)[1].astype(np.float32)
+    mean = networks.raw_images("random", 40)[1].astype(np.float32)
     export_onnx(tmp_path / "x.onnx", dataclasses.replace(weights, mean=mean, image_size=40))
-    batch = networks.pictures("random", 24)
+    batch = networks.raw_images("random", 24)
     wanted = features(batch - mean[8:-8, 8:-8])["logits"]
     networks.assert_same_logits(
         lambda b: networks.run_onnx(tmp_path / "x.onnx", b)[0], batch, wanted
@@ -96,7 +96,7 @@ def test_onnx_subtracts_the_centre_of_a_mean_image(tmp_path):
 
 
 @pytest.mark.nightly
-def test_the_papers_network_at_full_size(tmp_path):
+def test_paper_exports_at_full_size(tmp_path):
     weights = networks.random_weights(variant="paper", image_size=256)
     tensors, graph = tmp_path / "paper.safetensors", tmp_path / "paper.onnx"
     save_safetensors(tensors, weights)
@@ -106,6 +106,6 @@ def test_the_papers_network_at_full_size(tmp_path):
     export_onnx(graph, found)
     for path in (tensors, graph):
         assert path.stat().st_size == pytest.approx(4 * 60_965_224, rel=0.001)
-    batch = networks.pictures("random", 224)
+    batch = networks.raw_images("random", 224)
     wanted = networks.jitted_features(weights)(batch - networks.MEAN)["logits"]
     networks.assert_same_logits(lambda b: networks.run_onnx(graph, b)[0], batch, wanted)

@@ -1,7 +1,7 @@
-"""ops against plain NumPy loops, lax, torch and the constants of three papers.
+"""Operators against plain NumPy loops, lax, torch and the constants of three papers.
 
 The gradient of a loop is its central difference in float64: exact to about 1e-9 for
-the smooth operations here, and independent of anybody's algebra.
+the smooth operations here, without any algebra.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ ALL_FORMS = pytest.mark.parametrize("fast", [*FORMS[:2], PLAIN], indirect=True)
 
 @pytest.fixture
 def fast(request):
-    """Return `fast` of the operators: True for the forms of a CPU or of a GPU, or False."""
+    """Yield the argument `fast`: True for the forms of a CPU and of a GPU, or False."""
     with contextlib.ExitStack() as stack:
         if request.param == "gpu":
             stack.enter_context(ops.compiling_for("gpu"))
@@ -36,7 +36,7 @@ def fast(request):
 
 
 def loop_lrn(x, *, size=5, k=2.0, alpha=1e-4, beta=0.75, groups=1):
-    """The formula of section 3.3, a channel at a time; alpha is not divided."""
+    """Return LRN by the formula of section 3.3, channel by channel; alpha is not divided."""
     y = np.empty_like(x)
     per_group = x.shape[-1] // groups
     for place in np.ndindex(x.shape):
@@ -64,7 +64,7 @@ def loop_within_map(x, *, size=3, k=1.0, alpha=5e-5, beta=0.75):
 
 
 def loop_conv(x, kernel, *, stride, padding, groups, g):
-    """y and, for a cotangent g of y, the gradients dx and dkernel."""
+    """Return y and, for a cotangent g of y, the gradients dx and dkernel."""
     (top, bottom), (left, right) = padding
     padded = np.pad(x, ((0, 0), *padding, (0, 0)))
     batch, height, width, _ = padded.shape
@@ -84,7 +84,7 @@ def loop_conv(x, kernel, *, stride, padding, groups, g):
 
 
 def loop_pool(x, reduce, *, window, stride, ceil):
-    """Windows clipped to the image; with ceil a last one may hang over the edge."""
+    """Reduce windows, clipped to the image; if `ceil`, the last may hang over the edge."""
     grid = []
     for length, size, step in zip(x.shape[1:3], window, stride, strict=True):
         starts = list(range(0, length - size + 1, step))
@@ -102,7 +102,7 @@ def loop_pool(x, reduce, *, window, stride, ceil):
 
 
 def central_difference(f, x, weights, step=1e-5):
-    """d sum(weights * f(x)) / dx, one entry at a time, in float64."""
+    """Return d sum(weights * f(x)) / dx, one entry at a time, in float64."""
     gradient = np.empty_like(x)
     for place in np.ndindex(x.shape):
         up, down = x.copy(), x.copy()
@@ -124,7 +124,7 @@ def relative_error(got, want):
 
 
 class Case(NamedTuple):
-    """An operator, its arguments, and what it has to give for the cotangent g."""
+    """Hold an operator, its arguments, and its expected results for the cotangent g."""
 
     op: Callable[..., Any]
     arrays: Sequence[Any]
@@ -134,7 +134,7 @@ class Case(NamedTuple):
 
 
 def check_cases(cases: Sequence[Case], exact):
-    """Values and gradients in float32 and float64, by one program: compiling takes the time."""
+    """Check values and gradients in float32 and float64, with one program to compile."""
     tolerances = {"float32": 2e-5, "float64": exact}
 
     @jax.jit
@@ -167,13 +167,13 @@ def with_differences(loop, x):
 
 @functools.cache
 def differences_of_normal(loop, shape, seed, **constants):
-    """Return the same for a random x, once for all forms."""
+    """Return `with_differences` of a random x, computed once for all forms."""
     x = normal(*shape, seed=seed, scale=2.0)
     return with_differences(functools.partial(loop, **constants), x)
 
 
 def check_by_differences(pairs):
-    """Operators against (x, a loop's value, a cotangent, its central differences)."""
+    """Check operators against (x, a loop's value, a cotangent, its central differences)."""
     cases = [Case(op, [x], y, g, [slope]) for op, (x, y, g, slope) in pairs]
     check_cases(cases, exact=1e-8)
 
@@ -205,7 +205,7 @@ def loop_lrn_and_pool(x, *, size, alpha, groups, **pool):
 
 @ALL_FORMS
 def test_lrn_with_a_pool_equals_the_loops(fast, monkeypatch):
-    """Also with parts of the batch of two examples, and of one."""
+    # The batch is processed in parts of two examples, and of one.
     monkeypatch.setattr(ops.cpu, "_CACHED", 2 * 4 * 5 * 4 * 6)
     lrn, pairs = {"size": 3, "alpha": 0.3, "groups": 2}, []
     for window, stride, ceil in ((3, 2, True), ((2, 3), (2, 1), False)):
@@ -224,8 +224,7 @@ def test_lrn_with_a_pool_equals_the_loops(fast, monkeypatch):
 
 @ALL_FORMS
 def test_lrn_constants_of_the_paper_and_of_caffe(fast):
-    """One channel of 100 alone: 100 / (2 + 1e-4 * 1e4) ** .75, and Caffe's k and n."""
-    x = jnp.zeros(96).at[50].set(100.0)
+    x = jnp.zeros(96).at[50].set(100.0)  # alpha x^2 = 1; Caffe divides it by n = 5
     paper = ops.local_response_norm(x, fast=fast)
     caffe = ops.local_response_norm(x, k=1.0, alpha_mode="mean", fast=fast)
     np.testing.assert_allclose(paper[50], 100 / 3.0**0.75, rtol=1e-6)
@@ -234,7 +233,7 @@ def test_lrn_constants_of_the_paper_and_of_caffe(fast):
 
 @ALL_FORMS
 def test_lrn_window_is_truncated_and_stays_in_its_group(fast):
-    """With k tiny the divisor counts the channels a window really holds."""
+    """Count the channels of each window: with a tiny k they are the divisor."""
     x = jnp.ones(8)
     norm = functools.partial(ops.local_response_norm, k=1e-9, alpha=1.0, beta=1.0, fast=fast)
     counts = 1 / norm(x)
@@ -330,7 +329,7 @@ def compiled_text(f, *arrays):
     indirect=["fast"],
 )
 def test_only_a_gpu_convolves_groups_in_one_call(fast, split, expected, monkeypatch):
-    """Both group counts of forward and two gradients; three or six convolutions."""
+    """Read the group counts in the program of the forward pass and both gradients."""
     monkeypatch.setenv("ALEXNET_SPLIT_GROUPS", split)
 
     def gradients(x, kernel):
@@ -344,7 +343,7 @@ def test_only_a_gpu_convolves_groups_in_one_call(fast, split, expected, monkeypa
 
 
 def test_unused_image_gradient_is_dropped():
-    """conv1's images need none: the compiled gradient has fewer convolutions."""
+    """Count convolutions: there are fewer without the gradient of the images."""
 
     def loss(x, kernel):
         return jnp.sum(ops.grouped_conv(x, kernel, stride=4) ** 2)
@@ -372,7 +371,7 @@ POOL_CASES = [
 
 
 def jax_pool(x, window, stride):
-    """lax's own, VALID."""
+    """Return max pooling by lax, with padding VALID."""
     lowest = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else -(2**31)
     return lax.reduce_window(x, lowest, lax.max, (1, *window, 1), (1, *stride, 1), "VALID")
 
@@ -403,7 +402,7 @@ def test_pooling_equals_the_loop(fast, kind):
 @ALL_FORMS
 @pytest.mark.parametrize("window, stride", [((3, 3), (2, 2)), ((2, 2), (2, 2))])
 def test_max_pool_breaks_ties_as_lax_does(window, stride, fast):
-    """Few integer values, so nearly every window is tied; gradients are exact."""
+    """Use few integer values, so that most windows are tied and gradients exact."""
 
     @jax.jit
     def values_and_gradients(x, weights):
@@ -424,7 +423,7 @@ def test_max_pool_breaks_ties_as_lax_does(window, stride, fast):
 
 
 @ALL_FORMS
-def test_max_pool_of_nan_of_minus_infinity_and_of_integers(fast):
+def test_max_pool_of_nan_infinity_and_integers(fast):
     max_pool = functools.partial(ops.max_pool, fast=fast)
     x = np.zeros((9, 5, 5, 1), np.float32)
     for i, (down, across) in enumerate(np.ndindex(3, 3)):
@@ -458,8 +457,8 @@ def test_max_pool_gradient_has_no_select_and_scatter(fast):
 
 @ALL_FORMS
 @pytest.mark.parametrize("pool", [None, {"window": 3, "stride": 2, "ceil": True}])
-def test_lrn_of_a_layer_is_lrn_of_its_activations(pool, fast):
-    """relu(x + bias) and the pooling apart, or in the same loop; gradients in float64."""
+def test_fused_bias_relu_lrn_and_pool_equal_separate_calls(pool, fast):
+    """Compare separate calls for bias, ReLU, LRN and pooling with one call, in float64."""
     with jax.enable_x64(True):
         x, bias = jnp.asarray(normal(2, 6, 4, 12, seed=16)), jnp.asarray(normal(12))
         weights = jnp.asarray(normal(12, seed=17))
@@ -480,7 +479,7 @@ def test_lrn_of_a_layer_is_lrn_of_its_activations(pool, fast):
 @ALL_FORMS
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 def test_bias_gradient_is_the_sum_over_positions(dtype, fast):
-    """To two parts in a million of 90,900 numbers that do not cancel, summed in float32."""
+    """Compare float32 sums of up to 90,900 positive numbers, to two parts in a million."""
     bias = jnp.asarray(normal(5, seed=15), jnp.float32)
     add = functools.partial(ops.add_bias, fast=fast)
     for positions in ((), (3,), (2, 5, 7), (9, 100, 101)):
@@ -494,8 +493,8 @@ def test_bias_gradient_is_the_sum_over_positions(dtype, fast):
 
 
 @ALL_FORMS
-def test_wide_matmul_is_not_rounded_to_the_dtype_of_its_inputs(fast):
-    """Gradients are rounded once: the sums of these products have few digits."""
+def test_wide_matmul_sums_in_float32(fast):
+    """Use integers whose sums of products are exact, so that results are rounded once."""
     rng = np.random.default_rng(20)
     arrays = [rng.integers(-8, 8, shape).astype(float) for shape in ((6, 70), (70, 5), (6, 5))]
     x, kernel, g = arrays
@@ -510,7 +509,7 @@ def test_wide_matmul_is_not_rounded_to_the_dtype_of_its_inputs(fast):
         np.testing.assert_array_equal(got, jnp.asarray(exact, jnp.bfloat16))
 
 
-def test_jit_takes_convolutions_from_ynnpack():
+def test_jit_keeps_convolutions_out_of_ynnpack():
     def conv(x, kernel, groups=1):
         return ops.grouped_conv(x, kernel, padding=1, groups=groups)
 
@@ -522,7 +521,7 @@ def test_jit_takes_convolutions_from_ynnpack():
     assert "ynn_fusion" in plain and "ynn_fusion" not in fast
 
 
-def test_jit_leaves_out_options_that_xla_does_not_know(monkeypatch, caplog):
+def test_jit_drops_unknown_xla_options(monkeypatch, caplog):
     monkeypatch.setattr(ops.cpu, "COMPILER_OPTIONS", {"xla_cpu_no_such_option": 1})
     ops._compiler_options.cache_clear()
     assert ops.jit(lambda x: x + 1)(1.0) == 2.0
@@ -537,7 +536,7 @@ CONVS = {  # kernel shape and arguments, for four input channels
 
 
 def apply(name, x, fast):
-    """One of the operations on x[B,H,W,4], with constants that matter."""
+    """Apply one of the operations to x[B,H,W,4], with constants that matter."""
     if name in CONVS:
         kernel_shape, arguments = CONVS[name]
         # The same bfloat16 values in every dtype, so that dtypes can be compared.
@@ -586,7 +585,7 @@ NAME_AND_FORM = pytest.mark.parametrize(
         pytest.param(jnp.float16, id="f16", marks=pytest.mark.slow),
     ],
 )
-def test_sixteen_bits_are_float32_rounded_once(name, fast, dtype):
+def test_16_bit_results_are_float32_rounded_once(name, fast, dtype):
     x = jnp.asarray(normal(2, 6, 6, 4, scale=2.0), dtype)
     got = apply(name, x, fast)
     assert got.dtype == dtype
@@ -599,8 +598,8 @@ def test_sixteen_bits_are_float32_rounded_once(name, fast, dtype):
 
 
 @ALL_FORMS
-def test_mixed_dtypes_follow_x(fast):
-    """float32 parameters, bfloat16 activations: each gradient in its own dtype."""
+def test_each_gradient_has_the_dtype_of_its_argument(fast):
+    """Take gradients of bfloat16 activations and float32 parameters."""
     x = jnp.asarray(normal(1, 5, 5, 2), jnp.bfloat16)
     kernel = jnp.asarray(normal(3, 3, 2, 2), jnp.float32)
 
@@ -638,7 +637,7 @@ def test_plain_form_has_forward_mode_and_second_derivatives(name):
 
 
 @pytest.mark.parametrize("name", FAST_NAMES)
-def test_forward_mode_and_second_derivatives_of_fast_forms_name_the_plain_ones(name):
+def test_fast_forms_refuse_forward_mode_and_second_derivatives(name):
     x = jnp.asarray(normal(1, 6, 6, 4), jnp.float32)
 
     def loss(x):
@@ -660,7 +659,7 @@ def test_forward_mode_and_second_derivatives_of_fast_forms_name_the_plain_ones(n
 
 
 @NAME_AND_FORM
-def test_gradient_of_each_example_under_vmap(name, fast):
+def test_per_example_gradients_under_vmap(name, fast):
     op = functools.partial(apply, name, fast=fast)
     x = jnp.asarray(normal(3, 6, 6, 4, seed=12), jnp.float32)
 
@@ -673,7 +672,7 @@ def test_gradient_of_each_example_under_vmap(name, fast):
 
 
 @ALL_FORMS
-def test_kernel_gradient_of_each_example_under_vmap(fast):
+def test_per_example_kernel_gradients_under_vmap(fast):
     x = jnp.asarray(normal(3, 7, 7, 4, seed=12), jnp.float32)
     kernel = jnp.asarray(normal(3, 3, 2, 4, seed=13), jnp.float32)
     conv = functools.partial(ops.grouped_conv, stride=2, groups=2, fast=fast)
@@ -683,8 +682,8 @@ def test_kernel_gradient_of_each_example_under_vmap(fast):
     np.testing.assert_allclose(each.sum(0), batch, rtol=1e-4, atol=1e-5)
 
 
-def test_convolutions_in_a_loop_are_in_the_order_that_xla_computes():
-    """Any other it changes outside of loops only; inside it takes 12 times as long."""
+def test_convolutions_in_a_loop_have_the_layout_of_xla():
+    """Check the layout: XLA changes another one only outside of loops; inside it is 12x slower."""
     x = jnp.asarray(normal(2, 3, 9, 9, 4), jnp.float32)
     kernel = jnp.asarray(normal(3, 3, 2, 6), jnp.float32)
 
@@ -704,7 +703,7 @@ def make_mesh(**axes):
 
 
 def small_net(params, x, fast):
-    """Every op at least once, conv1 strided and conv2 in groups."""
+    """Apply every op at least once, conv1 strided and conv2 in groups."""
     x = ops.grouped_conv(x, params["conv1"], stride=2, padding=1, fast=fast)
     lrn = functools.partial(ops.local_response_norm, relu=True, alpha=0.1, groups=2)
     x = lrn(x, params["bias1"], fast=fast)
@@ -721,7 +720,7 @@ def small_net(params, x, fast):
 @pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 @ALL_FORMS
 def test_gradients_under_shard_map_equal_one_device(check_vma, fast):
-    """Replicated kernels, examples split over two devices, to rounding in float64."""
+    """Replicate kernels and split examples over two devices; compare in float64."""
     mesh = make_mesh(data=2)
     with jax.enable_x64(True):
         params = {
@@ -765,7 +764,7 @@ def test_gradients_under_shard_map_equal_one_device(check_vma, fast):
 
 @ALL_FORMS
 def test_column_kernels_under_shard_map(fast):
-    """Kernels split over "column", examples over "data": either may lack an axis."""
+    """Split kernels over "column" and examples over "data": each lacks an axis."""
     mesh = make_mesh(data=2, column=2)
     with jax.enable_x64(True):
         kernel, x = jnp.asarray(normal(3, 3, 2, 6)), jnp.asarray(normal(4, 6, 6, 2))

@@ -12,7 +12,7 @@ CLASSES = 20
 
 
 def torch_network(torch, table, params):
-    """The rows of a table as torch.nn modules holding `params`."""
+    """Return the rows of a table as torch.nn modules with `params`."""
     nn = torch.nn
     modules, channels, grid = [], 3, 6
     for row in table.layers:
@@ -53,7 +53,7 @@ def torch_network(torch, table, params):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["owt", "one_tower", "caffe"])
-def test_same_weights_same_logits_as_torch(name):
+def test_logits_equal_torch(name):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     model = create_model(name, num_classes=CLASSES)
     size = model.network.crop_size

@@ -61,7 +61,7 @@ def torch_logits(net, mean, std):
 
 @pytest.fixture(scope="module")
 def torch_files(tmp_path_factory):
-    """(net, .pth, .safetensors) with the same tensors."""
+    """Return (net, .pth, .safetensors) with the same tensors."""
     place = tmp_path_factory.mktemp("torch")
     net = torch_alexnet()
     torch.save(net.state_dict(), place / "net.pth")
@@ -71,14 +71,14 @@ def torch_files(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["random", "real"])
-def test_torch_and_we_read_the_same_pth(kind, torch_files):
+def test_pth_logits_equal_torch(kind, torch_files):
     net, path, tensors = torch_files
     weights = read_weights(path)
     assert weights.settings == OWT
     networks.assert_same_weights(read_weights(tensors, variant="owt"), weights)
     np.testing.assert_allclose(weights.mean, [123.675, 116.28, 103.53], rtol=1e-6)
     assert (weights.image_size, weights.crop_size) == (256, 224)
-    batch = networks.pictures(kind, 224)
+    batch = networks.raw_images(kind, 224)
     ours = networks.jitted_features(weights)(batch - weights.mean)["logits"]
     networks.assert_same_logits(torch_logits(net, TORCHVISION_MEAN, TORCHVISION_STD), batch, ours)
 
@@ -94,7 +94,7 @@ def test_torch_and_we_read_the_same_pth(kind, torch_files):
         ("a_key_of_any_name", "", ""),
     ],
 )
-def test_the_tensors_are_found_under_prefixes_and_keys(torch_files, tmp_path, key, before, after):
+def test_tensors_are_found_under_prefixes_and_keys(torch_files, tmp_path, key, before, after):
     net, path, _ = torch_files
     wanted = read_weights(path)
     state = {
@@ -112,7 +112,7 @@ def test_the_tensors_are_found_under_prefixes_and_keys(torch_files, tmp_path, ke
 
 
 @pytest.mark.parametrize("kind", ["random", "real"])
-def test_torch_runs_what_we_export_and_we_read_it_back(kind, tmp_path):
+def test_export_runs_in_torch_and_reads_back(kind, tmp_path):
     path = tmp_path / "x.safetensors"
     weights = networks.random_weights(image_size=256, class_names=tuple("abcdefghijkl"), **OWT)
     save_safetensors(path, weights, names="torchvision")
@@ -123,7 +123,7 @@ def test_torch_runs_what_we_export_and_we_read_it_back(kind, tmp_path):
     mean, std = (json.loads(metadata[f"normalize_{n}"]) for n in ("mean", "std"))
     np.testing.assert_allclose(mean, networks.MEAN / 255, rtol=1e-6)
     assert tuple(std) == TORCHVISION_STD
-    batch = networks.pictures(kind, 224)
+    batch = networks.raw_images(kind, 224)
     ours = networks.jitted_features(weights)(batch - networks.MEAN)["logits"]
     networks.assert_same_logits(torch_logits(net, mean, std), batch, ours)
     # With the mean, the sizes and the names that torchvision has no place for.
@@ -134,7 +134,7 @@ def test_torch_runs_what_we_export_and_we_read_it_back(kind, tmp_path):
     jax.tree.map(close, found.variables, weights.variables)
 
 
-def test_wrong_state_dicts(torch_files, tmp_path):
+def test_wrong_state_dicts_are_refused(torch_files, tmp_path):
     net, whole, _ = torch_files
     path, state = tmp_path / "x.pth", net.state_dict()
     path.write_bytes(whole.read_bytes()[:-1000])

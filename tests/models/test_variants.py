@@ -78,7 +78,7 @@ def test_paper_layer_by_layer():
     assert sum(neurons[:5]) == 650_080
 
 
-def test_one_column_is_the_well_known_ungrouped_net():
+def test_one_column_is_the_ungrouped_network():
     assert totals(create_model("paper", columns=1))[0] == 62_378_344
     assert totals(create_model("one_tower", columns=2))[0] == 60_965_224
 
@@ -91,8 +91,7 @@ def test_both_input_sizes_of_the_paper_give_the_same_network():
         summary(create_model("paper"), 228)
 
 
-def test_layers_of_one_number_have_stages_of_their_own():
-    """In a table of one's own, which needs no place among the named ones."""
+def test_layers_of_equal_number_have_separate_norms():
     model = create_model(TWO_SIXES, init="he")
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
     scales = {
@@ -141,7 +140,7 @@ def test_normalization_overrides():
         stages("paper", lrn=False, normalization="batch")
 
 
-def test_where_normalisation_stays_and_on_which_side_of_the_units():
+def test_norm_layers_and_norm_place():
     relu, lrn, pool = variants.RELU, variants.PAPER_LRN, variants.OVERLAPPING
 
     def first_two(name="paper", **overrides):
@@ -243,7 +242,7 @@ GRIDS = {
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_grids(name):
+def test_map_sizes(name):
     rows = [row for row in summary(create_model(name)) if len(row.shape) == 3]
     assert [r.shape[0] for r in rows if not r.name.startswith("norm")] == GRIDS[name]
 
@@ -253,7 +252,7 @@ def column(name, field):
 
 
 def test_tables_have_the_constants_of_their_sources():
-    """Those of layers-145.cfg, layers-147.cfg, layers-150.cfg, Caffe and cuda-convnet."""
+    """Compare with layers-145.cfg, layers-147.cfg, layers-150.cfg, Caffe and cuda-convnet."""
     assert column("paper", "bias") == [0, 1, 0, 1, 1, 1, 1, 0]
     assert column("caffe", "bias") == [0, 0.1, 0, 0.1, 0.1, 0.1, 0.1, 0]
     assert column("caffenet", "bias") == column("original", "bias")
@@ -272,7 +271,7 @@ def test_tables_have_the_constants_of_their_sources():
         assert column(name, "weight_decay") == [0, 0, 0.004, 0.004, decay]
 
 
-def test_stages_follow_in_the_order_of_their_sources():
+def test_stages_have_the_order_of_their_sources():
     relu, pool, drop = variants.RELU, layers.Pool(3, 2), layers.Dropout(0.5, "test")
     lrn = layers.Lrn(5, k=2.0, alpha=1e-4, beta=0.75, alpha_mode="mean")
     within = layers.WithinMapLrn(5, k=1.0, alpha=1e-3, beta=0.75)

@@ -25,12 +25,12 @@ def test_torchvision_has_no_lrn(tmp_path):
 
 
 def own_weights(**changes) -> Weights:
-    mean = networks.pictures("random", 32)[0].astype(np.float32)
+    mean = networks.raw_images("random", 32)[0].astype(np.float32)
     settings = {"variant": "cifar", "num_classes": 3, "width": 0.25, **changes}
     return networks.random_weights(mean=mean, class_names=("cat", "dog", "größer"), **settings)
 
 
-def test_own_files_hold_all_that_load_gives(tmp_path):
+def test_own_safetensors_hold_all_that_load_returns(tmp_path):
     weights = own_weights(normalization="batch", skip=["conv3"], dtype="bfloat16")
     path = tmp_path / "net.safetensors"
     save_safetensors(path, weights)
@@ -41,14 +41,14 @@ def test_own_files_hold_all_that_load_gives(tmp_path):
     networks.assert_same_weights(found, weights)
     model, variables, preprocess = load(path)
     assert model == weights.make_model()
-    picture = networks.pictures("random", 32)[1]
-    batch = picture.astype(np.float32)[None] - weights.mean
-    np.testing.assert_array_equal(preprocess(Image.fromarray(picture)), batch)
+    raw = networks.raw_images("random", 32)[1]
+    batch = raw.astype(np.float32)[None] - weights.mean
+    np.testing.assert_array_equal(preprocess(Image.fromarray(raw)), batch)
     jax.tree.map(np.testing.assert_array_equal, variables, weights.variables)
     # A mean colour is subtracted everywhere.
     save_safetensors(path, dataclasses.replace(weights, mean=networks.MEAN))
     _, _, preprocess = load(path)
-    np.testing.assert_array_equal(preprocess(picture), (picture - networks.MEAN)[None])
+    np.testing.assert_array_equal(preprocess(raw), (raw - networks.MEAN)[None])
 
 
 def test_safetensors_keeps_arrays_of_any_order_and_precision(tmp_path):
@@ -67,7 +67,7 @@ def test_safetensors_keeps_arrays_of_any_order_and_precision(tmp_path):
         np.testing.assert_array_equal(bias, params[layer]["bias"])
 
 
-def test_a_run_becomes_a_file_and_the_file_onnx(workdir, tmp_path, capsys):
+def test_run_exports_to_safetensors_and_these_to_onnx(workdir, tmp_path, capsys):
     pytest.importorskip("onnx")
     model, variables, preprocess = load(workdir)
     tensors, graph = tmp_path / "new" / "run.safetensors", tmp_path / "run.onnx"
@@ -79,17 +79,17 @@ def test_a_run_becomes_a_file_and_the_file_onnx(workdir, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, leaves, variables)
     weights = read_weights(tensors)
     assert weights.class_names == ("blue", "green", "red")
-    picture = networks.pictures("random", weights.image_size)[0]
-    image = preprocess(picture)
-    np.testing.assert_array_equal(prepare(picture), image)
+    raw = networks.raw_images("random", weights.image_size)[0]
+    image = preprocess(raw)
+    np.testing.assert_array_equal(prepare(raw), image)
     start = (weights.image_size - weights.crop_size) // 2
     centre = slice(start, start + weights.crop_size)
-    (found,) = networks.run_onnx(graph, picture[None, centre, centre])
+    (found,) = networks.run_onnx(graph, raw[None, centre, centre])
     wanted = jax.jit(model.apply)(variables, image)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=networks.TOLERANCE)
 
 
-def test_mistakes_are_one_line(workdir, tmp_path, tmp_path_factory, capsys):
+def test_mistakes_give_one_line(workdir, tmp_path, tmp_path_factory, capsys):
     names = "--names=torchvision"
     narrow = tmp_path_factory.mktemp("narrow") / "narrow.safetensors"
     save_safetensors(narrow, own_weights())
@@ -113,7 +113,7 @@ def test_mistakes_are_one_line(workdir, tmp_path, tmp_path_factory, capsys):
 
 
 @pytest.mark.parametrize("suffix", [*SUFFIXES, ".h5", ""])
-def test_files_of_another_format(suffix, tmp_path):
+def test_files_of_another_format_are_refused(suffix, tmp_path):
     if suffix.startswith(".p"):
         pytest.importorskip("torch", reason="torch is not installed")
     page = tmp_path / f"page{suffix}"
@@ -125,7 +125,7 @@ def test_files_of_another_format(suffix, tmp_path):
         networks.refused(page, ".caffemodel", f"got {suffix or 'no suffix'}")
 
 
-def test_wrong_safetensors(tmp_path):
+def test_wrong_safetensors_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     save_safetensors(path, own_weights())
     whole, leaves = path.read_bytes(), load_file(path)
@@ -156,7 +156,7 @@ def test_wrong_safetensors(tmp_path):
         networks.refused(path, "metadata 'alexnet_jax' cannot be used", words)
 
 
-def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, capsys):
+def test_missing_package_is_named(tmp_path, monkeypatch, capsys):
     for package in ("torch", "onnx"):
         monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "alexnet_jax.models.weights.onnx", raising=False)

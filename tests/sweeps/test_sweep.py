@@ -48,7 +48,7 @@ def make_sweep(*rows, **fields):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_every_row_of_a_shipped_sweep_is_what_main_parses(path, monkeypatch):
+def test_main_parses_every_row_of_a_shipped_sweep(path, monkeypatch):
     plan = Plan(path.stem, run_file(str(path), "get_sweep"), seeds=(3,))
     for run in plan.runs:
         # As alexnet_jax.main parses its command line.
@@ -78,7 +78,7 @@ def test_every_row_of_a_shipped_sweep_is_what_main_parses(path, monkeypatch):
         ({"seed": 1}, "--seeds"),
     ],
 )
-def test_a_wrong_override_is_an_error_with_sweep_row_and_key(overrides, words):
+def test_wrong_override_error_names_sweep_row_and_key(overrides, words):
     for rows, settings in (((Row("a", overrides),), {}), ((Row("a"),), overrides)):
         with pytest.raises(SweepError, match=f"(?s)^sweep 'mine', row 'a': .*{words}"):
             Plan("mine", make_sweep(*rows), (0,), settings)
@@ -266,7 +266,7 @@ def test_the_table_and_the_figures(tmp_path):
         (["configs/sweeps/lrn.py", "--set", "num_epochs"], "must be FIELD=VALUE"),
     ],
 )
-def test_a_wrong_command_line_is_one_error(arguments, words, tmp_path, capsys, monkeypatch):
+def test_wrong_command_line_gives_one_error(arguments, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert launcher.main([*arguments, f"--out={tmp_path / 'out'}"]) == 1
     said = capsys.readouterr().err
@@ -298,7 +298,7 @@ def test_a_killed_run_names_the_signal(tmp_path):
     assert job.last_words(1) == "error: no such data"
 
 
-def test_a_dry_run_shows_the_commands_and_makes_nothing(tmp_path, capsys, monkeypatch):
+def test_dry_run_prints_the_commands_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     out = tmp_path / "out"
     arguments = ["configs/sweeps/figure1.py", f"--out={out}", "--dry_run"]

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def started(module, arguments, monkeypatch):
-    """The exit status of a command."""
+    """Return the exit status of a command."""
     if module is prepare:
         return prepare.main(["prepare", *arguments])
     if module is not main:

@@ -99,7 +99,7 @@ def test_exit_status(body, status):
     assert run_command(body).returncode == status
 
 
-def test_command_ends_quietly_when_its_reader_has_gone():
+def test_command_ends_quietly_if_its_pipe_closes():
     reading, writing = os.pipe()
     os.close(reading)
     body = "signals.run(lambda: print('line\\n' * 100_000) or 0)"

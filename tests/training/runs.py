@@ -1,4 +1,4 @@
-"""Small runs: class folders of three colours, configs on them, and what runs have in common."""
+"""Small runs: class folders of three colours, configs on them, and comparisons of runs."""
 
 import jax
 import numpy as np
@@ -13,16 +13,16 @@ EPOCHS, STEPS = 4.0, 17  # of `small_config`
 
 
 def draw_colours(root):
-    """Draw three classes of blurred colours into root: easy, but not for nothing."""
+    """Draw three classes of noisy colours into root: easy, but not trivial."""
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for index in range(IMAGES):
             label = index % CLASSES
-            picture = rng.integers(0, 120, (32, 32, 3))
-            picture[..., label] += 100
+            image = rng.integers(0, 120, (32, 32, 3))
+            image[..., label] += 100
             target = root / split / ["red", "green", "blue"][label]
             target.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture.astype(np.uint8)).save(target / f"{index:03d}.png")
+            Image.fromarray(image.astype(np.uint8)).save(target / f"{index:03d}.png")
 
 
 def small_config(folder, *, eval_split="test", **changes):
@@ -43,13 +43,13 @@ def small_config(folder, *, eval_split="test", **changes):
         setattr(config, name, value)
     if eval_split and config.eval_every_epochs:
         config.schedule.patience = 1
-    else:  # nothing that the plateau rule could go by
+    else:  # the plateau rule needs evaluations
         config.schedule.name = "constant"
     return config
 
 
 def columns_config(folder, **changes):
-    """The paper's layers for small images, in two columns."""
+    """Return a config of the paper's layers for small images, in two columns."""
     config = small_config(folder, **{"eval_every_epochs": 2.0} | changes)
     config.data.image_size, config.data.crop_size = small.SIZE, small.CROP
     config.model.variant = small.NETWORK_OF_FILE
@@ -65,7 +65,7 @@ def leaves(state):
 
 
 def records(workdir, prefix):
-    """Records without what depends on the clock."""
+    """Return the records with this prefix, without fields that depend on the clock."""
     clock = {"images_per_sec", "data_wait_frac"}
     rows = read_metrics(workdir / "metrics.jsonl")
     return [

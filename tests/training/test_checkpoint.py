@@ -1,4 +1,4 @@
-"""Checkpoints: bit-exact, movable between devices, complete or not there."""
+"""Checkpoints: bit-exact, movable between devices, complete or absent."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ METADATA = {
 
 
 class State(NamedTuple):
-    """Arrays only, with an optax state, like the state of training."""
+    """Hold arrays and an optax state, like the state of training."""
 
     step: Any
     params: Any
@@ -131,7 +131,7 @@ def test_every_bit_is_restored(directory, warnings):
 
 
 @pytest.mark.parametrize("saved_on, restored_on", [(2, 1), (2, 4), (1, 2)])
-def test_another_number_of_devices(tmp_path, saved_on, restored_on):
+def test_checkpoint_moves_to_another_number_of_devices(tmp_path, saved_on, restored_on):
     state = _make_state()
     with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, jax.device_put(state, _on_mesh(state, saved_on)), metadata={})
@@ -160,7 +160,7 @@ def test_a_missing_directory_has_no_checkpoint_and_is_not_created(tmp_path):
 
 
 def test_only_parameters_and_batch_statistics_are_read(directory):
-    """Nothing of the optimizer becomes an array."""
+    """Count the live arrays: none is of the optimiser."""
     before = len(jax.live_arrays())
     with Checkpointer(directory, read_only=True) as checkpoints:
         variables, metadata = checkpoints.restore_params()
@@ -220,7 +220,7 @@ def test_newest_and_best_are_kept_through_a_restart(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [".readers", "6", "7"]
 
 
-def test_nothing_is_deleted_while_somebody_reads(directory):
+def test_nothing_is_deleted_during_a_read(directory):
     with Checkpointer(directory, read_only=True) as reader, Checkpointer(directory, keep=1) as run:
         assert reader.find("best") == 20
         for step in (30, 40):
@@ -233,7 +233,7 @@ def test_nothing_is_deleted_while_somebody_reads(directory):
         assert all_steps(directory) == [40, 50]  # the best and the newest
 
 
-def test_a_step_saved_twice_gets_only_a_missing_error(directory):
+def test_second_save_of_a_step_only_adds_a_missing_error(directory):
     with Checkpointer(directory) as checkpoints:
         checkpoints.save(20, _make_state(3), metadata={"other": 1}, top1_error=0.9)
         state, metadata = _restore(checkpoints)
@@ -254,7 +254,7 @@ def _files(folder):
 
 
 def test_one_flipped_bit_in_any_file_is_found(directory):
-    """Arrays, JSON, commit markers and the manifest, at three places each."""
+    """Flip bits of arrays, JSON, commit markers and the manifest, at three places each."""
     folder = directory / "20"
     generator = np.random.default_rng(0)
     names = _files(folder)
@@ -297,7 +297,7 @@ def test_a_damaged_step_is_skipped(directory, warnings, pattern, damaged):
     assert str(path.relative_to(directory / "20")) in warning
 
 
-def test_all_damaged_is_an_error_and_not_a_new_start(directory):
+def test_run_without_an_intact_step_does_not_restart(directory):
     os.remove(directory / "10" / MANIFEST)
     os.truncate(directory / "20" / "metadata.json", 1)
     before = _files(directory)
@@ -374,7 +374,7 @@ def test_other_names_are_left_alone(directory):
 
 @pytest.mark.parametrize("is_checked", [True, False])
 def test_a_full_disk_ends_a_save_and_keeps_earlier_steps(small_disk, monkeypatch, is_checked):
-    """Before the first byte; or later, if another program fills the disk meanwhile."""
+    """Fail before the first byte, or later as if another program had filled the disk."""
     directory = small_disk(3) / "checkpoints"
     rng = np.random.default_rng(0)
     state = {f"layer{i}": rng.normal(size=2**15).astype("f4") for i in range(16)}
@@ -410,7 +410,7 @@ OLD_MANIFEST = b"""{
 
 
 def test_steps_of_earlier_versions_are_read(directory, warnings):
-    """Their metadata is in a folder, and the manifest names format and step."""
+    """Rewrite steps to the old layout: metadata in a folder, format and step in the manifest."""
     (directory / MANIFEST).write_bytes(OLD_MANIFEST)
     assert checkpoint.read_manifest(directory)["top1_error"] == 0.5
     for step, error in ((10, 0.1), (20, None)):

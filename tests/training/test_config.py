@@ -83,7 +83,7 @@ WRONG = {
 
 @pytest.mark.parametrize("field", DEFAULTS)
 def test_every_field_refuses_another_type(field):
-    """ml_collections refuses most; `validate` None, and True in place of a number."""
+    """Try every type: ml_collections refuses most, `validate` None and True for a number."""
     *path, name = field.split(".")
     group = get_config()
     for part in path:

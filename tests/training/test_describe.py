@@ -61,7 +61,7 @@ def test_modes_that_do_not_fit_have_a_reason(monkeypatch):
 
 @pytest.mark.slow
 def test_paper_in_two_columns_at_full_width():
-    """Volumes of section 3.2 and the 3 GB of its cards, from the compiled program."""
+    """Compare the compiled program with the volumes of section 3.2 and its 3 GB cards."""
     config = config_on("columns", 1, 2)
     found = describe.summarize_mode(config, network_of(config), "columns", 1, 2)
     assert dict(found.counts("forward")) == {"all-gather": 3, "all-reduce": 1}
@@ -90,7 +90,7 @@ def test_table_has_a_line_per_phase():
 
 
 @pytest.mark.slow
-def test_two_layers_of_one_number_are_described_in_every_mode(monkeypatch, capsys):
+def test_layers_of_equal_number_are_described_in_every_mode(monkeypatch, capsys):
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     monkeypatch.setitem(variants.VARIANTS, TWO_SIXES.name, TWO_SIXES)
     config = config_on("data", 2, 1, variant=TWO_SIXES.name)
@@ -127,7 +127,7 @@ def test_two_layers_of_one_number_are_described_in_every_mode(monkeypatch, capsy
         ("source_target_pairs={{0,0},{1,1}}", None),
     ],
 )
-def test_forms_of_groups(groups, devices):
+def test_formats_of_replica_groups(groups, devices):
     kind = "collective-permute" if "pairs" in groups else "all-reduce"
     text = f"%a = f32[8]{{0}} {kind}(%x), channel_id=1, {groups}, to_apply=%add"
     assert [e.devices for e in describe.exchanges(text)] == ([devices] if devices else [])
@@ -143,8 +143,8 @@ def test_every_array_of_an_operation_counts():
     assert found[-1].sent_bytes == 32
 
 
-def test_asynchronous_forms_of_a_gpu():
-    """They list their operands before their results, except for all-reduce."""
+def test_asynchronous_collectives_of_a_gpu():
+    """Read forms that list operands before results, and all-reduce, which does not."""
     text = """
       %a = (f32[2,3]{1,0}, f32[8,3]{1,0}) all-gather-start(%x), replica_groups=[1,4]<=[4]
       %b = f32[8,3]{1,0} all-gather-done(%a)

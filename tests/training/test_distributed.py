@@ -72,7 +72,7 @@ def run(command):
 
 
 def run_alone(config_file, workdir, columns, max_steps):
-    """Train in this process, on so many of its devices."""
+    """Train in this process, on `columns` of its devices."""
     changes = {"max_steps": max_steps, "parallel.data": 1, "parallel.column": columns}
     config = plan.make_config(str(config_file), changes, "")
     with jax.enable_x64(True), fast_loops():
@@ -118,7 +118,7 @@ def run_together(config_file, workdir, count, *more):
 
 
 def scalars(workdir):
-    """(step, name, value) of every loss and error, in the order of the file."""
+    """Return (step, name, value) of every loss and error, in the order of the file."""
     return [
         (row["step"], name, value)
         for row in read_metrics(workdir / "metrics.jsonl")
@@ -139,7 +139,7 @@ def of_training(rows, last_step):
 
 @pytest.fixture(scope="module")
 def alone(config_file, tmp_path_factory):
-    """Twelve steps of one process on two devices."""
+    """Train twelve steps in one process on two devices; return `scalars`."""
     workdir = tmp_path_factory.mktemp("alone")
     run_alone(config_file, workdir, 2, 12)
     return scalars(workdir)
@@ -147,7 +147,7 @@ def alone(config_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def together(config_file, tmp_path_factory):
-    """Eight steps of two processes with a device each: workdir and output."""
+    """Train eight steps in two processes of one device each; return workdir and output."""
     workdir = tmp_path_factory.mktemp("together")
     return workdir, run_together(config_file, workdir, 2)
 
@@ -215,7 +215,7 @@ def free_port():
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_process_that_stays_alone_ends_in_time(index, config_file, tmp_path):
+def test_process_without_peers_times_out(index, config_file, tmp_path):
     address = f"127.0.0.1:{free_port()}"
     command = main_command(
         *(config_file, tmp_path, f"--coordinator_address={address}"),
@@ -259,7 +259,7 @@ BATCH = {name: value for name, value in SRUN.items() if "STEP" not in name}
 
 
 def use(monkeypatch, environment):
-    """Put these variables of launchers into the environment, and no others."""
+    """Set these variables of launchers, and unset all others."""
     for name in os.environ:
         if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_")):
             monkeypatch.delenv(name)
@@ -316,7 +316,7 @@ def test_one_process_is_not_connected(mode, environment, monkeypatch):
         ("0,1", MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, 4, []),
     ],
 )
-def test_tasks_are_left_to_jax(gpus, environment, count, ids, monkeypatch):
+def test_launcher_tasks_are_connected_by_jax(gpus, environment, count, ids, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     variable = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
     use(monkeypatch, environment | variable)
@@ -329,7 +329,7 @@ def test_tasks_are_left_to_jax(gpus, environment, count, ids, monkeypatch):
 
 
 def test_an_empty_list_of_devices_means_all_of_them():
-    """JAX's detection would choose one; `start` relies on it."""
+    """Check that JAX keeps the empty list, on which `start` relies."""
     from jax._src.clusters import ClusterEnv
 
     given = ClusterEnv.auto_detect_unset_distributed_params("host:1", 2, 0, [], "slurm", 1)
@@ -354,7 +354,7 @@ def test_devices_that_do_not_start_are_a_user_error(error, reason, monkeypatch):
     assert words in str(raised.value)
 
 
-def test_results_of_votes_come_later(monkeypatch):
+def test_results_of_votes_are_delayed(monkeypatch):
     mesh, nothing = parallel.make_mesh(1, 2), distributed.Vote(0, False)
     votes = distributed.Votes(mesh)
     assert votes.cast(distributed.Vote(15, True)) == (15, True)  # alone

@@ -191,16 +191,16 @@ def test_evaluation_of_a_workdir_on_more_devices(runs, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_set_needs_no_training_images_and_not_every_class(runs, folder, tmp_path, capsys):
+def test_evaluation_needs_no_training_images_and_not_every_class(runs, folder, tmp_path, capsys):
     root, config = runs
     whole = tmp_path / "whole.npz"
     evaluate_runs(config, [Member(root / "seed_0")], save_to=whole)
     whole = evaluate.load_predictions(whole)
-    test = tmp_path / "pictures" / "test"
+    test = tmp_path / "images" / "test"
     shutil.copytree(folder / "test", test)
     shutil.rmtree(test / "blue")  # the first by name
     (test / "red" / "notes.txt").touch()
-    config = copy_of(config, source=f"folder:{tmp_path / 'pictures'}")
+    config = copy_of(config, source=f"folder:{tmp_path / 'images'}")
     path = tmp_path / "weights.safetensors"
     save_safetensors(path, read_network(root / "seed_0"))
     for member in (Member(root / "seed_0"), Member(path)):
@@ -281,8 +281,8 @@ def test_a_stored_config_is_locked_and_has_tuples(runs, tmp_path):
         load_lib.load_config(str(tmp_path / "none" / "config.json"))
 
 
-def test_another_network_is_refused_whatever_config_json_says(runs, tmp_path):
-    """The checkpoint holds the config that it was trained with."""
+def test_another_network_is_refused_even_if_config_json_agrees(runs, tmp_path):
+    """Compare with the config in the checkpoint, even if config.json has changed."""
     root, config = runs
     workdir = shutil.copytree(root / "seed_0", tmp_path / "run")
     config = copy_of(config)
@@ -328,17 +328,15 @@ def test_ensemble_is_the_mean_of_its_members_probabilities(runs, folder, tmp_pat
     members = parse_members(",".join(names))
     record = evaluate_runs(config, members, save_to=path)
     assert [member["name"] for member in record["members"]] == names
-    # By another way: the networks as a notebook has them.
-    pictures = sorted(folder.glob("test/*/*.png"))
+    # Average the networks as a notebook would.
+    paths = sorted(folder.glob("test/*/*.png"))
     total = 0.0
     for name in names:
         model, variables, preprocess = load(name)
-        logits = jax.jit(model.apply)(variables, preprocess(pictures))
+        logits = jax.jit(model.apply)(variables, preprocess(paths))
         total += jax.nn.softmax(logits)
     saved = evaluate.load_predictions(path)
-    assert [saved.class_names[k] for k in saved.labels] == [
-        picture.parent.name for picture in pictures
-    ]
+    assert [saved.class_names[k] for k in saved.labels] == [file.parent.name for file in paths]
     np.testing.assert_allclose(np.exp(saved.centre), total / 2, rtol=1e-4)
     wrong = np.mean(np.argmax(total, -1) != saved.labels)
     assert record["eval/top1_error"] == pytest.approx(wrong)
@@ -376,7 +374,7 @@ def test_weights_file_gives_the_errors_of_its_run(runs, folder, tmp_path):
 
 @pytest.mark.slow
 def test_other_networks_share_an_ensemble(runs, folder, tmp_path):
-    """One in columns on two devices, with another input size; ten views of each."""
+    """Average ten views of a network with those of one in columns, of another input size."""
     root, config = runs
     other = columns_config(folder)
     other.max_steps = 3

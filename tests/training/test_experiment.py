@@ -20,7 +20,7 @@ from tests.training.test_config import config_with
 
 
 def small(folder, **changes):
-    """The CIFAR net on raw images of its own size."""
+    """Return a config of the CIFAR net on raw images of its own size."""
     config = small_config(folder)
     config.data.image_size = 32
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
@@ -61,15 +61,15 @@ SEVENS = (np.full((32, 32, 3), 7, np.float32), np.ones(3, np.float32), np.eye(3,
         ),
     ],
 )
-def test_statistics_of_beside_the_data(stored, words, folder):
+def test_statistics_are_read_beside_the_data_or_computed(stored, words, folder):
     said, path = [], folder / "statistics_32.npz"
     if stored:
         stored.save(path)
     built = experiment.build(small(folder), log=said.append)
     path.unlink(missing_ok=True)
     assert said[0] == f"mean image: {words.format(path=path)}"
-    pictures = [np.asarray(Image.open(path)) for path in folder.glob("train/*/*.png")]
-    mean = 7 if " 5 of" in words else np.mean(pictures, axis=0)
+    images = [np.asarray(Image.open(path)) for path in folder.glob("train/*/*.png")]
+    mean = 7 if " 5 of" in words else np.mean(images, axis=0)
     np.testing.assert_allclose(built.statistics.mean_image, mean, rtol=1e-6)
     assert built.statistics.split_examples == IMAGES
 
@@ -81,14 +81,14 @@ def test_building_warns_about_images_in_both_splits(folder):
 
 
 def test_pipeline_yields_what_training_sees(folder):
-    """Images of step 3 minus the mean, some mirrored, each with one colour added."""
+    """Compare with raw images minus the mean, mirrored or not, up to one added colour."""
     config = small(folder, data__batch_size=4)
     batch, raw, mean = first_batches(config, 3)
     assert batch["image"].shape == (4, 32, 32, 3)
     assert batch["image"].dtype == np.float32
     np.testing.assert_array_equal(batch["label"], raw["label"])
-    for got, picture in zip(np.asarray(batch["image"]), raw["image"], strict=True):
-        candidates = [view - mean for view in (picture, picture[:, ::-1])]
+    for got, original in zip(np.asarray(batch["image"]), raw["image"], strict=True):
+        candidates = [view - mean for view in (original, original[:, ::-1])]
         spread = [np.ptp(got - image, axis=(0, 1)).max() for image in candidates]
         assert min(spread) < 1e-3 < max(spread)
 
@@ -125,11 +125,11 @@ def test_pipeline_yields_resized_crops(folder):
     batch, raw, mean = first_batches(config, 0)
 
     @jax.jit
-    def crops(pictures):
+    def crops(images):
         key = jax.random.fold_in(steps.purpose_key(config.seed, steps.AUGMENT), 0)
         keys = augment.example_keys(key, 0, 4)
         first = jax.vmap(lambda key: jax.random.split(key, 3)[0])(keys)
-        return augment.random_resized_crop(pictures, first, 32, min_area=0.3)
+        return augment.random_resized_crop(images, first, 32, min_area=0.3)
 
     expected = crops(raw["image"]) - mean
     np.testing.assert_allclose(batch["image"], expected, atol=1e-3)

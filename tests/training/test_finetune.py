@@ -27,7 +27,7 @@ KEPT = ("conv1", "conv2", "conv3")
 
 @pytest.fixture
 def source(workdir):
-    """The workdir of a network of three classes, with its own mean image."""
+    """Return the workdir of a network of three classes, with its own mean image."""
     return workdir
 
 
@@ -38,10 +38,10 @@ def shapes(tmp_path_factory):
     rng = np.random.default_rng(1)
     for index in range(24):
         label = index % 2
-        picture = rng.integers(150 * label, 150 * label + 100, (32, 32, 3))
+        image = rng.integers(150 * label, 150 * label + 100, (32, 32, 3))
         target = root / ("train" if index < 18 else "test") / ["dark", "bright"][label]
         target.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture.astype(np.uint8)).save(target / f"{index:03d}.png")
+        Image.fromarray(image.astype(np.uint8)).save(target / f"{index:03d}.png")
     return root
 
 
@@ -62,7 +62,7 @@ def trained_leaves(source):
     return {name: np.asarray(leaf) for name, leaf in flatten_dict(load(source)[1], sep="/").items()}
 
 
-def test_all_but_the_classifier_is_kept_and_the_mean_with_it(source, shapes):
+def test_weights_and_mean_are_kept_except_the_classifier(source, shapes):
     config = config_from(source, shapes)
     config.model.overrides.activation = "tanh"  # of the same shapes
     built = experiment.build(config)
@@ -83,7 +83,7 @@ def test_all_but_the_classifier_is_kept_and_the_mean_with_it(source, shapes):
     assert lines == [line, f"{warning}activation=None there, tanh here"]
 
 
-def test_images_of_another_size_have_the_mean_colour(source, shapes):
+def test_mean_colour_is_used_for_another_image_size(source, shapes):
     config = config_from(source, shapes)
     config.data.image_size = 40
     begun, *_ = finetune.begin(experiment.build(config))
@@ -173,7 +173,7 @@ def test_the_config_takes_the_network_of_its_source(source):
         ({"finetune.source": "nowhere@3"}, "nowhere is not the workdir of a run"),
     ],
 )
-def test_weights_of_something_else_are_refused(source, shapes, tmp_path, changes, words):
+def test_weights_of_another_network_are_refused(source, shapes, tmp_path, changes, words):
     config = config_from(source, shapes)
     config.update_from_flattened_dict(changes)
     if "model.variant" in changes:
@@ -185,7 +185,7 @@ def test_weights_of_something_else_are_refused(source, shapes, tmp_path, changes
 
 @pytest.mark.slow
 def test_two_processes_start_from_a_file(source, shapes, tmp_path):
-    """Both read the file, and the network in it, before they connect."""
+    """Start processes that both read the file before they connect."""
     weights = tmp_path / "net.safetensors"
     assert export.main([f"--workdir={source}", f"--out={weights}"]) == 0
     config_file = f"{ROOT}/configs/finetune.py:{weights}"

@@ -106,7 +106,7 @@ def test_average_equals_a_loop():
     assert states[-1].eval_params is states[-1].extra["average"]
 
 
-def test_extra_arrays_of_parameters_are_split_like_them():
+def test_extra_arrays_are_split_like_their_parameters():
     specs = steps.state_specs(spec_on("columns", 1, 2, 1, "float32"))
     assert specs.extra["average"] == specs.params
     assert specs.extra["largest"] == specs.extra["by_layer"]["fc3"] == parallel.P()
@@ -206,7 +206,7 @@ def test_mixup_equals_a_loop():
         augment.mixup(jnp.asarray(images[:5]), labels[:5], jax.random.key(0), 0, 0.4)
 
 
-def test_shares_of_mixup_are_of_the_beta_distribution():
+def test_mixup_shares_are_beta_distributed():
     import scipy.stats
 
     count, alpha = 4000, 0.3

@@ -114,7 +114,7 @@ def six_steps_on_two_devices(folder, tmp_path_factory):
 def test_run_resumes_on_the_same_and_on_other_devices(
     mode, data, column, folder, tmp_path, six_steps_on_two_devices, capsys
 ):
-    """Stopped on two after three steps: the next three losses are the same."""
+    """Resume after step 3 of a run on two devices: the next three losses are the same."""
     expected, workdir = six_steps_on_two_devices
     moved = shutil.copytree(workdir, tmp_path / "moved")
     shutil.rmtree(moved / "checkpoints" / "6")
@@ -191,7 +191,7 @@ def stop_in_evaluation(patch, number=signal.SIGTERM, *, step, batch):
 
 
 def test_interrupted_evaluation_is_repeated(folder, tmp_path, monkeypatch, capsys):
-    """However often the start that makes up for it ends, the rule drops once."""
+    """Check that the rule drops once, however often the repeated evaluation is killed."""
 
     def killed(*_, **__):
         raise MemoryError
@@ -335,7 +335,7 @@ def test_stalled_loss_warns_once(folder, tmp_path, capsys, monkeypatch):
 
 
 def traced_steps(workdir):
-    """The numbers of the steps in a workdir's one trace."""
+    """Return the step numbers in a workdir's only trace."""
     (path,) = workdir.glob("profile/plugins/profile/*/*.trace.json.gz")
     assert path.with_name(path.name.replace("trace.json.gz", "xplane.pb")).exists()
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]

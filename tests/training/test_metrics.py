@@ -53,7 +53,7 @@ def test_probabilities_are_averaged_not_logits():
 
 
 def test_smoothed_cross_entropy_is_that_of_smoothed_targets():
-    """Against a loop over the classes, and optax's targets of [B, K]."""
+    """Compare with a loop over the classes, and with optax's targets [B, K]."""
     rng = np.random.default_rng(0)
     logits = (rng.normal(size=(5, 7)) * 4).astype(np.float32)
     logits[4] = 0.0  # a network that guesses

@@ -102,7 +102,7 @@ def test_cosine_schedule_rises_and_falls():
 
 
 @pytest.mark.parametrize("name", ["constant", "plateau"])
-def test_schedules_that_are_a_number(name):
+def test_constant_and_plateau_schedules_are_numbers(name):
     assert optim.make_schedule(name, 0.1, steps_per_epoch=1, num_epochs=1) == 0.1
 
 
@@ -130,7 +130,7 @@ def test_plateau_survives_a_checkpoint():
 
 
 def test_the_originals_rates_equal_a_numpy_loop():
-    """Weights drop, conv1 earlier and then for good; biases go on at 0.02."""
+    """Drop the rate of weights, slow down and freeze conv1, keep biases at 0.02."""
     # Steps for epochs: conv1 slows down at 3 and freezes at 6; all drop at 4.
     factors = optim.make_layer_factors(
         [("conv1", 1.5, 0.1), ("conv1", 3, 0.0)], steps_per_epoch=2.0
@@ -178,7 +178,7 @@ def test_the_originals_rates_equal_a_numpy_loop():
             np.testing.assert_allclose(got, want, rtol=1e-12, err_msg=f"{layer} {leaf}")
 
 
-def test_factors_of_layers_hold_for_biases_without_a_rate_of_their_own():
+def test_layer_factors_scale_biases_without_their_own_rate():
     factors = optim.make_layer_factors([("fc8", 1, 10.0)], steps_per_epoch=1)
     tx = optim.make_optimizer(
         0.1, momentum=0.0, weight_decay=0.0, bias_lr_mult=2.0, layer_factors=factors
@@ -194,7 +194,7 @@ def test_factors_of_layers_hold_for_biases_without_a_rate_of_their_own():
 
 
 def network(rng):
-    """Numbers like the parameters of a convolution, batch norm and a classifier."""
+    """Return random parameters of a convolution, batch norm and a classifier."""
     shapes = {
         "conv1": {"kernel": (3, 3, 2, 4), "bias": (4,)},
         "norm1": {"scale": (4,), "bias": (4,)},
@@ -232,7 +232,7 @@ def test_lars_is_optax_lars_with_the_same_masks():
 
 
 @pytest.mark.parametrize("decay_bias", [True, False])
-def test_without_decay_of_biases_only_kernels_decay(decay_bias):
+def test_decay_bias_decides_whether_biases_decay(decay_bias):
     params = network(np.random.default_rng(5))
     tx = optim.make_optimizer(1.0, momentum=0.0, weight_decay=0.5, decay_bias=decay_bias)
     (decayed,), _ = run(tx, params, [jax.tree.map(jnp.zeros_like, params)])

@@ -81,7 +81,7 @@ def test_another_table_in_the_file_is_another_network(folder, tmp_path):
         loop.train_and_evaluate(own_config(path, "columns", f"folder:{folder}"), workdir)
 
 
-def test_wrong_names_of_a_table(tmp_path):
+def test_wrong_table_names_are_refused(tmp_path):
     path = tmp_path / "my_networks.py"
     with pytest.raises(ConfigError, match=r"my_networks.py: there is no such file in /"):
         validate(own_config(path, "data"))
@@ -90,7 +90,7 @@ def test_wrong_names_of_a_table(tmp_path):
         validate(own_config(path, "data"))
 
 
-def test_a_network_of_ones_own_is_saved_and_loaded(tmp_path):
+def test_own_network_is_saved_and_loaded(tmp_path):
     (tmp_path / "my_networks.py").write_text(FILE)
     table = runpy.run_path(str(tmp_path / "my_networks.py"))["MINE"]
     model = alexnet_jax.create_model(table, init="he")

@@ -1,8 +1,8 @@
 """Every mode on every mesh gives the numbers of one device, with pinned collectives.
 
 Three steps with dropout and augmentation, in float64: in float32 another order of
-summation flips the odd max-pool winner, and a gradient moves by a hundredth. `small` takes
-them on two and on four devices, and the network of the paper, narrow, on some of these.
+summation flips the odd max-pool winner, and a gradient moves by a hundredth. The network
+`small` runs on two and on four devices, and the narrow network of the paper on some.
 """
 
 import contextlib
@@ -68,12 +68,12 @@ def network(dtype, variant, **ablations):
 
 
 def examples_for(mode, rows, columns):
-    """Return four, or one per device if there are more shards."""
+    """Return the number of examples: four, or one per shard if there are more."""
     return max(BATCH, parallel.batch_shards(rows, columns, mode))
 
 
 def on_one_device(mode, rows, columns, **kwargs):
-    """Return what `three_steps` has to give on that mesh."""
+    """Return the result on one device that `three_steps` must equal on that mesh."""
     examples = examples_for(mode, rows, columns)
     return three_steps("data", 1, 1, examples=examples, **kwargs)
 
@@ -186,7 +186,7 @@ def test_other_variants_equal_those_of_one_device(variant, mode, rows, columns):
     "variant, mode, rows, columns",
     [("small", "data", 2, 1), slowly("small", "hybrid", 2, 2), nightly("paper", "hybrid", 2, 2)],
 )
-def test_operators_and_exchanges_of_a_gpu_give_the_same_run(variant, mode, rows, columns):
+def test_gpu_operators_and_exchanges_give_the_same_run(variant, mode, rows, columns):
     with ops.compiling_for("gpu"):
         got = three_steps.__wrapped__(mode, rows, columns, variant=variant)
     assert_same_run(got, on_one_device(mode, rows, columns, variant=variant))
@@ -210,8 +210,8 @@ def train_small(model, mode, rows, columns, *, steps_taken):
 
 
 @pytest.mark.parametrize("rows, columns, width", [slowly(1, 2, 1 / 8), nightly(2, 4, 1.0)])
-def test_a_classifier_of_feature_maps_trades_examples_for_features(rows, columns, width):
-    """CIFAR-10's nets have no other fully connected layer: one all-to-all before it."""
+def test_classifier_of_feature_maps_needs_one_all_to_all(rows, columns, width):
+    """Expect one all-to-all before the only fully connected layer of CIFAR-10's nets."""
     model = create_model("cifar_11", dtype="float64", init="he", width=width)
     with jax.enable_x64(True):
         want, _ = train_small(model, "data", 1, 1, steps_taken=1)
@@ -222,7 +222,7 @@ def test_a_classifier_of_feature_maps_trades_examples_for_features(rows, columns
 
 
 @pytest.mark.parametrize("mode, rows", [nightly("hybrid", 1), ("hybrid", 2), slowly("columns", 2)])
-def test_batch_norms_of_one_number_are_split_with_their_own_layers(mode, rows):
+def test_batch_norms_of_equal_number_are_split_with_their_layers(mode, rows):
     model = create_model(TWO_SIXES, dtype="float64", init="he")
     with jax.enable_x64(True):
         want, _ = train_small(model, "data", 1, 1, steps_taken=3)
@@ -236,7 +236,7 @@ def test_batch_norms_of_one_number_are_split_with_their_own_layers(mode, rows):
     "mode, rows, columns", [slowly("data", 1, 1), slowly("data", 4, 1), slowly("hybrid", 2, 2)]
 )
 def test_several_views_are_averaged(mode, rows, columns):
-    """Sums for the centre view, and for the mean probabilities over ten views."""
+    """Compare sums for the centre view, and for the mean probabilities over ten views."""
     model = create_model("cifar_11", init="he", width=1 / 8)
     size, crop, examples = 28, 24, 4
     mesh = parallel.make_mesh(rows, columns)
@@ -274,7 +274,7 @@ def test_pmap_is_the_same_step(variant, rows):
 
 @pytest.mark.slow
 def test_missing_reduction_is_noticed(monkeypatch):
-    """Under pmap only the comparison above notices it."""
+    """Expect a difference under pmap, and an error under shard_map."""
     want = on_one_device("data", 2, 1)
     monkeypatch.setattr(parallel, "sum_gradients", lambda grads, *_: grads)
     with jax.enable_x64(True):
@@ -309,7 +309,6 @@ def test_batch_norm_sees_the_whole_batch(variant, mode, rows, columns):
     ],
 )
 def test_micro_batches_equal_one_batch(variant, mode, rows, columns, count):
-    """Other masks, crops or lighting would change every parameter."""
     # A micro-batch has at least one example on every device.
     shards = parallel.batch_shards(rows, columns, mode)
     more = {} if BATCH % (shards * count) == 0 else {"examples": shards * count}
@@ -330,7 +329,7 @@ def test_gradients_are_exchanged_once_for_any_number_of_micro_batches():
 
 @pytest.mark.slow
 def test_batch_norm_averages_over_micro_batches_in_turn():
-    """Two parts of two: the running mean moves twice, each time by a tenth."""
+    """Expect the running mean to move twice for two parts of two, each time by a tenth."""
     model, crop = small.make_model(normalization="batch"), small.CROP
     tx, mesh = optim.make_optimizer(0.01), parallel.make_mesh(2, 1)
     plain = augment.Augmentation(crop, crop=False, flip=False, lighting=0.0)
@@ -528,7 +527,7 @@ def test_columns_exchange_as_much_as_in_the_paper(variant, values):
     ],
 )
 def test_velocities_are_split_like_the_parameters(variant, mode, rows, columns, split):
-    """`split` counts split kernels and velocities, of eight each."""
+    """Count the kernels and velocities, of eight each, that are split."""
     factors = optim.make_layer_factors([("conv1", 1, 0.0)], steps_per_epoch=1)
     original = optim.make_optimizer(
         optax.constant_schedule(0.01), bias_learning_rate=0.02, layer_factors=factors
@@ -593,7 +592,7 @@ def test_impossible_meshes_and_modes_are_named():
 
 
 def test_every_device_has_its_part_of_the_batch():
-    """For one process; tests/training/test_distributed.py has several."""
+    """Check one process; tests/training/test_distributed.py has several."""
     for mode, rows, columns in QUICK:
         mesh = parallel.make_mesh(rows, columns)
         assert parallel.positions(mesh, mode, BATCH) == (0, BATCH)

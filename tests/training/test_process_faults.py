@@ -78,7 +78,7 @@ def test_killed_process_ends_the_run_and_the_same_command_resumes(killed, config
 
 @pytest.mark.slow
 def test_frozen_process_is_found_by_its_missing_heartbeat(config_file, tmp_path):
-    """A machine that is gone closes no connection. No launcher here that could tell."""
+    """Stop a process: like a lost machine it closes no connection, and no launcher tells."""
     processes = start_by_hand(config_file, tmp_path, LONG, LONG)
     try:
         wait_for(processes[0], "checkpoint of step 10")
@@ -96,7 +96,7 @@ def test_frozen_process_is_found_by_its_missing_heartbeat(config_file, tmp_path)
 
 @pytest.mark.slow
 def test_signal_to_one_process_stops_all_in_an_evaluation(config_file, tmp_path):
-    """Sent to one process, while the step of the last evaluation is compiled."""
+    """Send SIGTERM to one process while the step of the last evaluation is compiled."""
     flags = ("--config.max_steps=2", "--config.eval_views=10")
     process = launch(config_file, tmp_path, 2, *flags)
     wait_for(process, "compiling the evaluation step")

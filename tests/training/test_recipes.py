@@ -1,4 +1,4 @@
-"""Every recipe for ImageNet makes two steps, very narrow, and is what it says."""
+"""Every recipe for ImageNet trains two narrow steps and has the schedule of its source."""
 
 import importlib
 
@@ -48,12 +48,12 @@ def test_two_steps_of_every_recipe(name, tmp_path, monkeypatch):
 
 
 def at_step(state, step):
-    """The optimiser's state as it is after so many steps."""
+    """Return the optimiser's state as it is after `step` steps."""
     return jax.tree.map(lambda x: jnp.full_like(x, step) if x.dtype == jnp.int32 else x, state)
 
 
 def rates(name, epochs):
-    """Learning rates of a recipe at some epochs."""
+    """Return the learning rates of a recipe at these epochs."""
     config = recipe(name)
     network = experiment.make_model(config, None)
     tx = experiment.make_optimizer(config, network, steps_per_epoch=STEPS_PER_EPOCH)
@@ -77,7 +77,7 @@ def test_schedules_of_the_recipes():
 
 
 def test_the_originals_recipe():
-    """conv1 is slowed down at epoch 67 and frozen at 72; the biases keep their rate."""
+    """Slow conv1 down at epoch 67 and freeze it at 72; biases keep their rate."""
     config = recipe("original")
     augmentation = experiment.make_augmentation(config, steps_per_epoch=10_009.0)
     assert augmentation.lighting_form == "original"
@@ -102,13 +102,13 @@ def test_the_originals_recipe():
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-9, err_msg=str(epoch))
 
 
-def test_caffes_two_networks_differ_in_nothing_else():
+def test_caffe_recipes_differ_only_in_the_variant():
     caffe, caffenet = (flat(recipe(n).to_dict()) for n in NAMES[2:4])
     assert {k for k in caffe if caffe[k] != caffenet[k]} == {"model.variant"}
     assert caffe["optim.bias_lr_mult"] == 2 and not caffe["optim.decay_bias"]
 
 
-def test_recipes_reach_the_code():
+def test_recipes_reach_augmentation_and_optimiser():
     owt = experiment.make_augmentation(recipe("owt"), steps_per_epoch=1.0)
     assert owt.min_area == 0.08 and owt.crop
     large = recipe("large_batch")

@@ -24,13 +24,13 @@ from tests.training.runs import EPOCHS, IMAGES, STEPS, small_config
 
 @pytest.fixture
 def config(folder):
-    """The config of the finished run, for one more step."""
+    """Return the config of the finished run, for one more step."""
     return small_config(folder, num_epochs=EPOCHS + 1, max_steps=STEPS + 1)
 
 
 @pytest.fixture
 def workdir(workdir, tmp_path):
-    """A copy of the finished run."""
+    """Return a copy of the finished run."""
     return shutil.copytree(workdir, tmp_path / "run")
 
 
@@ -141,7 +141,6 @@ def test_unusable_workdir_is_refused(name, words, config, tmp_path):
     ],
 )
 def test_another_batch_size_is_refused(batch_size, remedy, workdir, config):
-    """Step 34 of batches of 6 is epoch 8.16; of batches of 3 it would be 4.08."""
     config.data.batch_size = batch_size
     words = (
         f"{workdir} has --config.data.batch_size=6, not {batch_size}: its steps would mean "
@@ -153,20 +152,20 @@ def test_another_batch_size_is_refused(batch_size, remedy, workdir, config):
     assert (workdir / "config.json").read_text() == before
 
 
-def test_other_pictures_and_classes_are_refused(folder, workdir, tmp_path):
-    pictures = shutil.copytree(folder, tmp_path / "pictures")
-    next((pictures / "train" / "red").iterdir()).unlink()
+def test_other_images_and_classes_are_refused(folder, workdir, tmp_path):
+    images = shutil.copytree(folder, tmp_path / "images")
+    next((images / "train" / "red").iterdir()).unlink()
     words = f"was trained on {IMAGES} images, and there are {IMAGES - 1} now: its"
     with pytest.raises(ConfigError, match=words):
-        loop.train_and_evaluate(small_config(pictures, num_epochs=5.0), workdir)
+        loop.train_and_evaluate(small_config(images, num_epochs=5.0), workdir)
     for split in ("train", "test"):
-        (pictures / split / "red").rename(pictures / split / "a")
+        (images / split / "red").rename(images / split / "a")
     words = "label 0 was 'blue'; here are 3, and label 0 is 'a'. Take a new --workdir"
     with pytest.raises(ConfigError, match=words):
-        loop.train_and_evaluate(small_config(pictures, num_epochs=5.0), workdir)
+        loop.train_and_evaluate(small_config(images, num_epochs=5.0), workdir)
 
 
-def test_longer_run_says_that_its_schedule_changes(config, tmp_path):
+def test_longer_run_prints_that_its_schedule_changes(config, tmp_path):
     config.schedule.name, config.num_epochs = "cosine", 2.0
     saved = as_json(config)
     config.num_epochs = 4.0
@@ -197,8 +196,8 @@ def test_progress_of_old_and_new_checkpoints(metadata, evaluated_step, config):
     assert again.error == (metadata or {}).get("error")
 
 
-def test_a_log_line_is_whole_after_a_kill(folder, tmp_path, monkeypatch):
-    """The means, and so the end by `stop_at_train_error`, do not depend on a kill."""
+def test_log_line_after_a_kill_has_all_its_steps(folder, tmp_path, monkeypatch):
+    """Expect a kill to change no mean, and so not the end by `stop_at_train_error`."""
     config = small_config(folder, max_steps=8)
     config.log_every_steps, config.checkpoint.every_steps = 4, 3
     config.stop_at_train_error = 0.99  # reached by the first whole line
@@ -223,7 +222,6 @@ def test_a_log_line_is_whole_after_a_kill(folder, tmp_path, monkeypatch):
 
 
 def test_a_config_without_a_newer_field_is_resumed(workdir, config):
-    """Checkpoints of earlier versions lack fields of the config."""
     folder = workdir / "checkpoints" / str(STEPS)
     metadata = json.loads((folder / "metadata.json").read_text())
     for name in ("stop_at_train_error", "finetune"):

@@ -85,10 +85,8 @@ def test_bfloat16_logits_equal_float32_up_to_rounding(columns):
     _, state = memorise("float32", 1)
     params = jax.device_get(state.params)
     mesh = parallel.make_mesh(1, columns)
-    pictures = jnp.asarray(batch(EXAMPLES)["image"])
-    images = augment.eval_images(
-        pictures, mean_image=statistics(jnp.float32).mean_image, crop_size=CROP
-    )
+    raw = jnp.asarray(batch(EXAMPLES)["image"])
+    images = augment.eval_images(raw, mean_image=statistics(jnp.float32).mean_image, crop_size=CROP)
 
     def logits(dtype):
         model = make_model(dtype, dropout=0.0)

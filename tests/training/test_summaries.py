@@ -1,4 +1,4 @@
-"""Gradient norms and dead units: the same as plain jax and NumPy find, on any mesh."""
+"""Gradient norms and dead units equal those of plain JAX and NumPy on any mesh."""
 
 import functools
 
@@ -46,7 +46,7 @@ def summary(mode, rows, columns, parts=1):
 
 @functools.cache
 def by_hand():
-    """The same numbers without meshes, parts or `steps`' own functions."""
+    """Return the summaries without meshes, parts or the functions of `steps`."""
     spec = make_spec(1, 1, "data")
     model, state = spec.model, state_with_dead_units(spec)
     examples = batch()
@@ -91,7 +91,7 @@ def by_hand():
         pytest.param("columns", 1, 2, 1, marks=pytest.mark.slow),
     ],
 )
-def test_summaries_are_those_of_plain_jax_on_the_whole_batch(mode, rows, columns, parts):
+def test_summaries_equal_plain_jax_on_the_whole_batch(mode, rows, columns, parts):
     with jax.enable_x64(True):
         expected, got = by_hand(), summary(mode, rows, columns, parts)
     assert set(got) == set(expected)

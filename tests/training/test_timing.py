@@ -8,7 +8,7 @@ from alexnet_jax.training import timing
 
 
 class SimulatedClock:
-    """A loader and devices that take as long as they are told, on a clock of their own."""
+    """Simulate a loader and devices, with given durations on a clock of their own."""
 
     def __init__(self, monkeypatch):
         self.now = self.batch_at = self.devices_until = self.wait_seconds = 0.0
@@ -16,7 +16,7 @@ class SimulatedClock:
         monkeypatch.setattr(timing, "time", fake)
 
     def next_batch(self, fetch, busy):
-        """A batch that comes after `fetch` seconds, to devices busy for `busy`."""
+        """Take a batch that comes after `fetch` seconds, with devices busy for `busy`."""
         self.batch_at, self.devices_until = self.now + fetch, self.now + busy
         return timing.next_batch(self, self)
 

@@ -86,7 +86,7 @@ def test_resume_drops_what_will_be_written_again(path):
     assert os.listdir(path.parent) == [METRICS_FILE]
 
 
-def test_a_new_run_puts_the_old_file_aside(path):
+def test_new_run_renames_the_old_file(path):
     for steps in ([100, 200], [100], []):
         _write_steps(path, steps)
         assert _steps(path) == steps
@@ -121,7 +121,7 @@ def _events(folder):
     return events
 
 
-def test_tensorboard_holds_the_scalars_and_drops_what_a_resume_repeats(tmp_path):
+def test_tensorboard_holds_the_scalars_and_drops_repeated_steps(tmp_path):
     writer = TensorBoardWriter(tmp_path, resume_step=50)
     writer.write(100, 1.5, TRAIN)
     writer.write(200, 3.0, EVAL)
