@@ -11,9 +11,6 @@ from PIL import Image
 
 from alexnet_jax import export, load, predict, report, retrieve
 from alexnet_jax.analysis.figures import best_labels
-from alexnet_jax.training import loop
-from alexnet_jax.training.config import ConfigError
-from tests.training.runs import small_config
 
 NAMES = ["blue", "green", "red"]
 
@@ -105,19 +102,6 @@ def test_weights_file_predicts_the_same_as_its_run(workdir, paths, tmp_path, cap
     assert "give --source" in capsys.readouterr().err
     assert report.main([f"--workdir={weights}"]) == 1
     assert "is not the workdir of a run" in capsys.readouterr().err
-
-
-def test_pictures_of_other_classes_are_refused(workdir, folder, tmp_path):
-    """Use as many classes as the run has, so that the shapes agree."""
-    other = tmp_path / "paths"
-    for split in ("train", "test"):
-        for name in ("blue", "gold", "red"):
-            (other / split / name).mkdir(parents=True)
-            first = next((folder / split / name.replace("gold", "green")).iterdir())
-            Image.open(first).save(other / split / name / "0.png")
-    config = small_config(other, num_epochs=5.0)
-    with pytest.raises(ConfigError, match="label 1 was 'green'; .* label 1 is 'gold'"):
-        loop.train_and_evaluate(config, shutil.copytree(workdir, tmp_path / "copy"))
 
 
 def test_bars_are_the_probabilities():

@@ -159,8 +159,8 @@ def test_other_images_and_classes_are_refused(folder, workdir, tmp_path):
     with pytest.raises(ConfigError, match=words):
         loop.train_and_evaluate(small_config(images, num_epochs=5.0), workdir)
     for split in ("train", "test"):
-        (images / split / "red").rename(images / split / "a")
-    words = "label 0 was 'blue'; here are 3, and label 0 is 'a'. Take a new --workdir"
+        (images / split / "green").rename(images / split / "gold")
+    words = "label 1 was 'green'; here are 3, and label 1 is 'gold'. Take a new --workdir"
     with pytest.raises(ConfigError, match=words):
         loop.train_and_evaluate(small_config(images, num_epochs=5.0), workdir)
 
