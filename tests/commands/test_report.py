@@ -25,8 +25,8 @@ from alexnet_jax.training.config import as_json
 from alexnet_jax.training.writers import read_metrics
 from tests.training.runs import small_config
 
-# Sorted as folders are. The first is mathematics to matplotlib; the second holds markup,
-# a quote and an entity.
+# Sorted like folders. The first is mathematics to matplotlib; the second holds markup, a
+# quote and an entity.
 NAMES = ["$^$", '<b>&"x"', "red"]
 ODD = NAMES[1]
 TRAIN, TEST = 24, 18
@@ -160,7 +160,7 @@ def test_headline_errors_equal_the_records(made, parsed):
 
 
 @pytest.fixture(scope="module")
-def looked(made, image_folder):
+def reference(made, image_folder):
     """Return (probabilities, features, labels) of test and of training images, by `load`."""
     model, variables, preprocess = load(made[0])
     folders = [image_folder / split / name for split in ("test", "train") for name in NAMES]
@@ -175,8 +175,8 @@ def looked(made, image_folder):
     return tuple(a[:TEST] for a in arrays), tuple(a[TEST:] for a in arrays)
 
 
-def test_errors_and_confusions_match_the_predictions(parsed, looked):
-    chances, _, labels = looked[0]
+def test_errors_and_confusions_match_the_predictions(parsed, reference):
+    chances, _, labels = reference[0]
     predicted = chances.argmax(1)
     rows = table(parsed, "class", "", "top-1", "images")
     assert sorted(row[0] for row in rows) == sorted(NAMES)
@@ -223,8 +223,8 @@ def test_many_classes_show_top5_errors_and_the_worst_classes(made, monkeypatch):
     assert ("94.4%", "error of guessing: 18 classes, top-5 72.2%") in tiles(page)
 
 
-def test_examples_are_the_surest_mistakes_and_some_hits(made, looked):
-    chances, _, labels = looked[0]
+def test_examples_are_the_surest_mistakes_and_some_hits(made, reference):
+    chances, _, labels = reference[0]
     held_out = findings.classify_held_out(findings.read_run(made[0]))
     chosen, wrong = findings.examples(held_out.predictions, 8)
     mistakes = np.flatnonzero(chances.argmax(1) != labels)
@@ -236,8 +236,8 @@ def test_examples_are_the_surest_mistakes_and_some_hits(made, looked):
     assert (chances[right].argmax(1) == labels[right]).all()
 
 
-def test_neighbours_are_counted(parsed, looked):
-    (_, queries, labels), (_, index, train_labels) = looked
+def test_neighbours_are_counted(parsed, reference):
+    (_, queries, labels), (_, index, train_labels) = reference
     distances = np.linalg.norm(queries[:, None] - index[None], axis=-1)
     nearest = np.argsort(distances, axis=1, kind="stable")[:, :5]
     share = np.mean(train_labels[nearest] == labels[:, None])

@@ -34,8 +34,8 @@ FIELDS = (
     *("--config.schedule.name=constant", "--config.eval_every_epochs=0"),
 )
 
-# In place of the interpreter: says what it was given, and once a signal has come,
-# task 1 takes two seconds longer than task 0 for its checkpoint. A restarted one ends.
+# Replaces the interpreter: prints its arguments, and on a signal task 1 takes two seconds
+# longer than task 0 for its checkpoint. A restarted one ends.
 STAND_IN = """#!/usr/bin/env bash
 say() { echo "task $SLURM_PROCID: $*"; }
 stop() { sleep $((2 * SLURM_PROCID)); say "checkpoint after $1"; exit "$2"; }
@@ -65,7 +65,7 @@ class Slurm:
 
     def __init__(self, place):
         self.environment = {
-            # Not that of a job in which the tests may be run themselves.
+            # Without the variables of a job that runs these tests.
             **{k: v for k, v in os.environ.items() if not k.startswith(OUTER)},
             "SLURM_CONF": f"{place}/slurm.conf",
         }
@@ -116,7 +116,7 @@ class Slurm:
             return fields["Restarts"] == "1" and fields["JobState"] == "PENDING"
 
         self.wait(job, requeued, output)
-        # Not in the second in which it was ended: credentials are told apart by that.
+        # Later than in the second of its end, by which credentials are distinguished.
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now+2")
 
     def wait_for_state(self, job, state, output, *, seconds=60):
@@ -126,7 +126,7 @@ class Slurm:
 @pytest.fixture(scope="module")
 def slurm():
     require_slurm()
-    # Not pytest's folder: the names of sockets may have 107 characters.
+    # pytest's folder is too long: names of sockets may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="slurm-") as place:
         try:
             # Into a file: the daemons would keep a pipe open.
@@ -196,7 +196,7 @@ def test_a_job_stopped_by_its_user_stays_stopped(slurm, stand_in, tmp_path):
 
 def test_an_exit_status_is_passed_on(slurm, stand_in, tmp_path):
     output = tmp_path / "out"
-    # And one task is no cluster.
+    # One task is no cluster.
     one = ("--ntasks-per-node=1", *REHEARSAL)
     job = slurm.submit(output, *one, LAUNCH, "--exit=3", **stand_in)
     fields = slurm.wait_for_state(job, "FAILED", output)
@@ -252,6 +252,6 @@ def test_a_run_goes_on_after_the_time_limit(slurm, config_file, tmp_path):
     fields = slurm.wait_for_state(job, "COMPLETED", output, seconds=120)
     assert fields["Restarts"] == "1"
     assert said(output, r"resuming from step (\d+)") == [stopped]
-    # Nothing twice, nothing missing.
+    # No step is repeated or missing.
     expected = {*range(2, STEPS + 1, 2), int(stopped)}
     assert logged_steps(workdir) == sorted(expected)

@@ -134,7 +134,7 @@ def test_imagenet_is_counted_and_its_order_checked():
     assert "WRONG" not in found
     assert "0 is n01440764 (tench)" in found["ok"][0]
     own = findings(Labelled(labels % 2, wnids()[:2]), partial=True)
-    assert "WRONG" not in own  # somebody's own folders, named by WNIDs
+    assert "WRONG" not in own  # folders of one's own, named by WNIDs
     swapped = (wnids()[1], wnids()[0], *wnids()[2:])
     wrong = findings(Labelled(shuffled, swapped), partial=True)["WRONG"]
     assert "class order" in wrong[0]

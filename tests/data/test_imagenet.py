@@ -58,7 +58,7 @@ def test_classes_are_sorted_by_wnid():
 def test_validation_labels_are_the_official_ones():
     labels = classes._validation_wnids()
     assert set(np.unique(labels, return_counts=True)[1]) == {50}
-    # Not the development kit's numbers: image 1 is a sea snake, label 65.
+    # The development kit has other numbers. Image 1 is a sea snake, label 65.
     for number, words in enumerate(FIRST_VALIDATION, 1):
         wnid = named_wnid(f"ILSVRC2012_val_{number:08d}.JPEG")
         assert classes.words(wnid) == words

@@ -161,7 +161,7 @@ def test_reading_ahead_is_bounded_and_waiting_is_measured(monkeypatch):
         time.sleep(0.05)
         assert Slow.fetched == 4
         waited = batches.wait_seconds
-        assert 1 <= waited <= 4  # for the first; the others may have come meanwhile
+        assert 1 <= waited <= 4  # for the first; the others may be ready already
         next(batches)
         assert batches.wait_seconds == waited  # it lay ready
 

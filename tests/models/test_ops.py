@@ -740,7 +740,7 @@ def test_gradients_under_shard_map_equal_one_device(check_vma, fast):
             value, gradients = jax.value_and_grad(loss, (0, 1))(params, x)
             if check_vma:
                 return value, gradients
-            # Nothing inserts the sums here: they are the caller's, as in pmap.
+            # Nothing inserts the sums here; the caller does, as in pmap.
             of_params, of_x = gradients
             value, of_params = lax.pmean((value, of_params), "data")
             return value, (of_params, of_x / 2)

@@ -417,7 +417,7 @@ def test_an_interrupted_sweep_resumes_and_skips_finished_runs(command, tmp_path)
     assert "--config.optim.momentum: 0.9 there, 0.8 asked for" in said
 
 
-# In place of SLURM's programs: a job that runs until it is cancelled.
+# Replaces SLURM's sbatch by a job that runs until it is cancelled.
 SBATCH = """#!/usr/bin/env bash
 echo "17;cluster"
 echo "$@" >"{folder}/arguments"

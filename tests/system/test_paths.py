@@ -20,7 +20,7 @@ from configs import common
 ROOT = Path(__file__).parents[2]
 
 
-def started(module, arguments, monkeypatch):
+def exit_status(module, arguments, monkeypatch):
     """Return the exit status of a command."""
     if module is prepare:
         return prepare.main(["prepare", *arguments])
@@ -87,7 +87,7 @@ def test_wrong_path_gives_one_message(module, arguments, words, places, monkeypa
     folder = Path(places["run"]).parent
     before = sorted(folder.rglob("*"))
     given = [word.format(**places) for word in arguments.split()]
-    assert started(module, given, monkeypatch) == 1
+    assert exit_status(module, given, monkeypatch) == 1
     out, err = capsys.readouterr()
     assert words in err
     assert "Traceback" not in err

@@ -91,7 +91,7 @@ signals.run(command)
     [
         ("signals.run(lambda: 7)", 7),
         ("signals.run(lambda: os.kill(os.getpid(), 15))", 143),
-        # By the operating system: also while no Python code runs.
+        # The operating system ends it, even while no Python code runs.
         (INTERRUPT_TWICE.format(how="stop_requests"), -signal.SIGINT),
     ],
 )

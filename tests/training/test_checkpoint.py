@@ -394,7 +394,7 @@ def test_a_full_disk_ends_a_save_and_keeps_earlier_steps(small_disk, monkeypatch
 
 # Steps of earlier versions.
 
-# Byte for byte as written then.
+# The bytes that an earlier version wrote.
 OLD_MANIFEST = b"""{
  "files": {
   "state/d/0": {

@@ -132,7 +132,7 @@ def assert_same_scalars(got, want):
     np.testing.assert_allclose([row[2] for row in got], [row[2] for row in want], rtol=1e-10)
 
 
-def of_training(rows, last_step):
+def training_rows(rows, last_step):
     """Return training records only: a run that stops has one more evaluation."""
     return [row for row in rows if "train/" in row[1] and row[0] <= last_step]
 
@@ -155,8 +155,8 @@ def together(config_file, tmp_path_factory):
 @pytest.mark.slow
 def test_two_processes_equal_one(alone, together):
     workdir, out = together
-    got, want = scalars(workdir), of_training(alone, 8)
-    assert_same_scalars(of_training(got, 8), want)
+    got, want = scalars(workdir), training_rows(alone, 8)
+    assert_same_scalars(training_rows(got, 8), want)
     assert len(want) == 2 * 8
     evaluations = [row for row in alone if "eval/" in row[1] and row[0] <= 8]
     assert_same_scalars([r for r in got if r[:2] in [e[:2] for e in evaluations]], evaluations)
@@ -182,7 +182,7 @@ def test_checkpoints_move_between_one_and_two_processes(
     assert "resuming from step 8" in capsys.readouterr().out
     out = run_together(config_file, workdir, 2, "--config.max_steps=12")
     assert "resuming from step 10" in out
-    assert_same_scalars(of_training(scalars(workdir), 12), of_training(alone, 12))
+    assert_same_scalars(training_rows(scalars(workdir), 12), training_rows(alone, 12))
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_checkpoints_move_between_one_and_two_processes(
 )
 def test_two_processes_equal_one_in_the_other_modes(mode, config_file, alone, tmp_path):
     out = run_together(config_file, tmp_path, 2, f"--config.parallel.mode={mode}")
-    assert_same_scalars(of_training(scalars(tmp_path), 8), of_training(alone, 8))
+    assert_same_scalars(training_rows(scalars(tmp_path), 8), training_rows(alone, 8))
     for index, part in enumerate(("0 to 2", "3 to 5")):  # each row reads its own part
         assert re.search(rf"\[{index}\] process {index} .*examples {part} of each", out)
 
@@ -202,7 +202,7 @@ def test_two_processes_equal_one_in_the_other_modes(mode, config_file, alone, tm
 @pytest.mark.nightly
 def test_four_processes_in_rows_of_columns(config_file, alone, tmp_path):
     out = run_together(config_file, tmp_path, 4)
-    assert_same_scalars(of_training(scalars(tmp_path), 8), of_training(alone, 8))
+    assert_same_scalars(training_rows(scalars(tmp_path), 8), training_rows(alone, 8))
     parts = re.findall(r"process (\d) of 4 .*examples (\d to \d)", out)
     expected = {"0": "0 to 2", "1": "0 to 2", "2": "3 to 5", "3": "3 to 5"}
     assert dict(parts) == expected
@@ -258,7 +258,7 @@ SALLOC = {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
 BATCH = {name: value for name, value in SRUN.items() if "STEP" not in name}
 
 
-def use(monkeypatch, environment):
+def set_variables(monkeypatch, environment):
     """Set these variables of launchers, and unset all others."""
     for name in os.environ:
         if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_")):
@@ -277,13 +277,13 @@ def use(monkeypatch, environment):
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_refused(arguments, words, monkeypatch):
-    use(monkeypatch, {})
+    set_variables(monkeypatch, {})
     with pytest.raises(DistributedError, match=words):
         distributed.start(**arguments)
 
 
 def test_missing_cluster_is_refused_with_the_flags_to_give(monkeypatch):
-    use(monkeypatch, {})
+    set_variables(monkeypatch, {})
 
     def fail(**_):
         raise ValueError("coordinator_address should be defined.")
@@ -298,7 +298,7 @@ def test_missing_cluster_is_refused_with_the_flags_to_give(monkeypatch):
     "mode, environment", [("auto", {}), ("auto", SALLOC), ("auto", BATCH), ("off", SRUN)]
 )
 def test_one_process_is_not_connected(mode, environment, monkeypatch):
-    use(monkeypatch, environment)
+    set_variables(monkeypatch, environment)
     assert distributed.start(mode) is False
 
 
@@ -319,7 +319,7 @@ def test_one_process_is_not_connected(mode, environment, monkeypatch):
 def test_launcher_tasks_are_connected_by_jax(gpus, environment, count, ids, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     variable = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
-    use(monkeypatch, environment | variable)
+    set_variables(monkeypatch, environment | variable)
     given = {}
     monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **kw: given.update(kw))
     assert distributed.start() is True
@@ -362,7 +362,7 @@ def test_results_of_votes_are_delayed(monkeypatch):
     wishes = [distributed.Vote(15, False), *4 * [nothing]]
     results = [votes.cast(wish) for wish in wishes]
     assert results == [nothing, nothing, (15, False), nothing, nothing]
-    # Each asks for a save until there was one: what is under way by then counts not.
+    # Each process asks for a save until there was one; votes still under way do not count.
     votes = distributed.Votes(mesh)
     wishes = [*3 * [distributed.Vote(0, True)], *3 * [nothing]]
     saves = [votes.cast(wish).save for wish in wishes]

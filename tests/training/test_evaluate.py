@@ -227,7 +227,7 @@ def test_evaluation_needs_no_training_images_and_not_every_class(runs, folder, t
         evaluate_runs(config, [Member(path)])
 
 
-def started(monkeypatch, *arguments):
+def exit_status(monkeypatch, *arguments):
     """Return the exit status of main, in process."""
     monkeypatch.setattr(sys, "argv", ["main", *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -240,13 +240,13 @@ def test_evaluation_takes_the_config_of_the_run(runs, tmp_path, monkeypatch, cap
     name = root / "seed_1"
     expected = evaluate_runs(config, [Member(name)])
     lines = capsys.readouterr().out.splitlines()
-    # As its last start had it: seed 1, as the fixture left the config.
-    assert started(monkeypatch, "--mode=eval", f"--workdir={name}") == 0
+    # The last start had seed 1, as the fixture left the config.
+    assert exit_status(monkeypatch, "--mode=eval", f"--workdir={name}") == 0
     assert capsys.readouterr().out.splitlines() == lines
     assert json.loads(lines[-1]) == expected
     # Only the named fields change.
     changes = "--config.eval_views=1", "--config.data.batch_size", "5"
-    assert started(monkeypatch, *changes, f"--workdir={name}", "--mode=eval") == 0
+    assert exit_status(monkeypatch, *changes, f"--workdir={name}", "--mode=eval") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:4] == [
         f"{name}: the config differs from this workdir's:",
@@ -259,15 +259,15 @@ def test_evaluation_takes_the_config_of_the_run(runs, tmp_path, monkeypatch, cap
     # Several take the first run's; files have none.
     file = tmp_path / "p.npz"
     both = f"--workdir={name},{root / 'seed_0'}"
-    assert started(monkeypatch, "--mode=eval", both, f"--predictions={file}") == 0
+    assert exit_status(monkeypatch, "--mode=eval", both, f"--predictions={file}") == 0
     assert "2 networks averaged" in capsys.readouterr().out
-    assert started(monkeypatch, "--mode=eval", f"--workdir={file},{name}") == 0
+    assert exit_status(monkeypatch, "--mode=eval", f"--workdir={file},{name}") == 0
     capsys.readouterr()
     for workdir, words in (
         (file, "Files do not say which images"),
         (tmp_path, "has no config.json"),
     ):
-        assert started(monkeypatch, "--mode=eval", f"--workdir={workdir}") == 1
+        assert exit_status(monkeypatch, "--mode=eval", f"--workdir={workdir}") == 1
         assert words in capsys.readouterr().err
 
 

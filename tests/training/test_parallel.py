@@ -323,7 +323,7 @@ def test_gradients_are_exchanged_once_for_any_number_of_micro_batches():
     assert collectives(whole) == collectives(parts) == {"all-reduce": 18}
     # The body of the loop is another computation: all exchanges are outside it.
     assert collectives(parts[parts.index("\nENTRY ") :]) == {"all-reduce": 18}
-    # And it is a loop: unrolled it would have each convolution once more.
+    # It is a loop; unrolled, each convolution would be there once more.
     assert parts.count(" convolution(") == whole.count(" convolution(") > 0
 
 

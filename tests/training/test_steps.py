@@ -60,7 +60,7 @@ def test_any_optimiser_and_loss_train_the_same_on_any_mesh():
         losses = []
         for _ in range(3):
             state, scalars = step(state, on_device, statistics(jnp.float32))
-            assert scalars.keys() == {"loss", "top1_error"}  # no learning rate is told
+            assert scalars.keys() == {"loss", "top1_error"}  # no learning rate
             losses.append(float(scalars["loss"]))
         found.append(losses)
     classes = model.network.layers[-1].features

@@ -32,7 +32,7 @@ def state_with_dead_units(spec):
         params[layer]["bias"] = bias
     specs = steps.state_specs(spec).params
     params = jax.device_put(params, parallel.shardings(spec.mesh, specs))
-    # Not the first step, so that a key that forgets the step is found out.
+    # A later step, so that a key without the step is noticed.
     return state.replace(params=params, step=state.step + 3)
 
 
