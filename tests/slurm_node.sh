@@ -6,7 +6,7 @@
 # DIR. Needs neither systemd nor cgroups, and neither reads nor writes /etc/slurm.
 # Afterwards SLURM_CONF=DIR/slurm.conf is all that sbatch, squeue and the others need.
 #
-# Two partitions: `main`, and `urgent`, whose jobs drive out those of `main`.
+# Two partitions: `main`, and `urgent`, whose jobs preempt those of `main`.
 set -euo pipefail
 export PATH=$PATH:/usr/sbin:/sbin
 
@@ -137,7 +137,7 @@ $(tail --lines=15 "$dir/slurmctld.log" "$dir/slurmd.log" 2>&1)"
 }
 
 stop() {
-    # Not by scancel: TERM and a grace time are for those who have something to save.
+    # Not by scancel, which sends TERM first and waits; nothing here has to be saved.
     end slurmctld
     end slurmd
     wait_for 5 end_steps || fail "processes of jobs are left"

@@ -253,7 +253,7 @@ def test_resized_crops_do_not_depend_on_how_the_batch_is_split():
     assert whole.shape == (4, 8, 8, 3) and whole.dtype == jnp.float32
     parts = jnp.concatenate([resized(raw[:2], 0), resized(raw[2:], 2)])
     np.testing.assert_allclose(whole, parts, atol=1e-3)
-    # Less the centre of the mean image, and otherwise within the range of the images.
+    # With the centre of the mean image added, values are in the range of raw images.
     images = whole + augment.centre_crop(statistics(16).mean_image, 8)
     assert -0.01 < images.min() < 60 and 195 < images.max() < 255.01
 

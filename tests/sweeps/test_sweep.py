@@ -144,7 +144,7 @@ def test_metrics_of_records():
     assert FinalError("eval/views_top1_error").measure(found) is None
     assert EpochsTo(0.25).measure(found) == Measurement(0.5)
     assert EpochsTo(0.2).measure(found) == Measurement(0.75, censored=True, last_error=0.3)
-    # Stopped at step 5, two steps after a line of the log: chance, not a line of it.
+    # The record of step 5, where the run was stopped, averages too few steps to count.
     stopped = [
         {"step": 3, "epoch": 0.3, "train/top1_error": 0.5},
         {"step": 5, "epoch": 0.5, "train/top1_error": 0.1},
@@ -162,9 +162,9 @@ def never(epoch, error):
     ("first", "second", "third", "words"),
     [
         ([3.0, 5.0], [2.0, 4.0], [9.0], ["4.00 ± 1.41", "**3.00 ± 1.41**", "9.00"]),
-        # One that got there is before one that did not, one with all seeds before one without.
+        # A candidate that reached the error in all seeds is better than one that did not.
         ([never(1, 0.4), 4.0], [8.0, 8.0], [1.0], [">2.50", "**8.00 ± 0.00**", "1.00"]),
-        # None got there: the lowest error at the end.
+        # If none reached it, the lowest last error is best.
         ([never(1, 0.4)], [never(1, 0.3)], [], [">1.00", "**>1.00**", "none"]),
     ],
 )

@@ -167,7 +167,7 @@ def test_two_processes_equal_one(alone, together):
         # The columns of a row read the same images.
         what = "columns, 1 data x 2 column, examples 0 to 5 of each batch"
         assert banner + what in out
-    # Process 0 alone writes and speaks.
+    # Only process 0 writes and prints.
     assert len(list(workdir.glob("events.out.tfevents.*"))) == 1
     assert not re.search(r"^\[1\] (step|checkpoint|compil)", out, re.MULTILINE)
 

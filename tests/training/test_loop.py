@@ -345,7 +345,7 @@ def traced_steps(workdir):
 
 @pytest.mark.slow
 def test_profile_traces_a_few_steps(folder, tmp_path):
-    # The second run ends before its trace does, which is closed.
+    # The second run ends within its trace, which must still be closed.
     for count, max_steps in ((2, 8), (50, 5)):
         config = small_config(folder, profile=count, max_steps=max_steps, eval_split="")
         loop.train_and_evaluate(config, tmp_path / str(count))

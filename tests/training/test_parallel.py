@@ -408,7 +408,7 @@ def test_float32_logits_and_masked_sums(variant, mode, rows, columns):
 FEATURES = {"all-gather": 3, "all-reduce": 1}
 FEATURES_BACK = {"reduce-scatter": 3}
 # One gather of examples before fc6, one of features before fc7; every device's parts
-# of the logits are summed where the example is at home. And all of it back.
+# of the logits are summed on the device of the example. The backward pass mirrors it.
 HYBRID = {"all-gather": 2, "reduce-scatter": 1}
 HYBRID_BACK = {"all-gather": 1, "reduce-scatter": 2}
 # Kernels and biases of five convolutions, fc8's bias; loss and error.
