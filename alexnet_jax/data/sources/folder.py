@@ -7,7 +7,7 @@ import numpy as np
 
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.imagenet import named_wnid
-from alexnet_jax.data.images import PICTURE_SUFFIXES
+from alexnet_jax.data.images import IMAGE_SUFFIXES
 from alexnet_jax.data.sources.source import StoredSource, some, statistics_name, visible, what_is_in
 from alexnet_jax.system.cli import expanded
 
@@ -109,7 +109,7 @@ def find_images(folder: Path) -> tuple[dict[str, tuple[Path, list[str]]], list[s
             files, others = _list_images(place)
         if not files:
             raise DataError(
-                f"class folder {place} holds no images ({', '.join(PICTURE_SUFFIXES)}; "
+                f"class folder {place} holds no images ({', '.join(IMAGE_SUFFIXES)}; "
                 f"found there: {some(others)}). Fill it or remove it: an empty class "
                 "would shift the labels unnoticed"
             )
@@ -155,6 +155,6 @@ def _list_images(folder: Path) -> tuple[list[str], list[str]]:
     """Return the names of the images in a folder, and of all else."""
     files, others = [], []
     for name in visible(folder):
-        is_image = name.lower().endswith(PICTURE_SUFFIXES)
+        is_image = name.lower().endswith(IMAGE_SUFFIXES)
         (files if is_image else others).append(name)
     return files, others
