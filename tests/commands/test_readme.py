@@ -128,15 +128,10 @@ def test_troubleshooting_messages(number, messages):
     assert expected in messages[number].replace("EMPTY", "PATH")
 
 
-def test_tables_of_parallelism_are_those_of_the_results():
-    """docs/parallelism.md has the tables that benchmarks/speed/parallel_modes.py prints."""
-    text = (ROOT / "docs" / "parallelism.md").read_text()
+def test_page_of_the_parallel_modes_holds_their_results():
     results = ROOT / "benchmarks" / "results" / "parallel_modes"
-    rows = json.loads((results / "modes.json").read_text())["rows"]
-    for name, table in parallel_modes.tables(rows).items():
-        assert table in text, name
-    described = (results / "describe.txt").read_text()
-    assert re.search(r"```\n(\$ .*?)\n```", text, re.DOTALL)[1] in described
+    found = json.loads((results / "modes.json").read_text())
+    assert (results / "modes.md").read_text() == parallel_modes.page(found)
 
 
 def test_modes_of_the_readme_are_those_described_for_two_devices():
