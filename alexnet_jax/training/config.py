@@ -94,7 +94,7 @@ def get_config() -> Config:
     overrides.lrn_alpha = config_dict.placeholder(float)
     # Exponent beta of LRN (paper: 0.75).
     overrides.lrn_beta = config_dict.placeholder(float)
-    # What LRN's alpha multiplies: the sum of the squares (paper) or their mean (original).
+    # sum or mean: what LRN's alpha multiplies of the squares (paper: sum; the original: mean).
     overrides.lrn_alpha_mode = config_dict.placeholder(str)
     # True keeps LRN's window inside a column (paper); False lets it cross columns (Caffe).
     overrides.lrn_per_column = config_dict.placeholder(bool)
