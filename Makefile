@@ -12,7 +12,7 @@ PARALLEL := --numprocesses=2 --dist=loadfile
 WAITING := --numprocesses=3
 
 # Each is `python -m benchmarks.speed.NAME`; without --short they are what is published.
-BENCHMARKS := train_step inference operators growth start_up \
+BENCHMARKS := train_step inference operators memory_bound growth start_up \
 	input_pipeline end_to_end preparation
 
 .PHONY: quickstart test test-slow test-nightly test-all lint bench clean

@@ -113,7 +113,7 @@ def _candidates(
     source: TfdsSource, jpegs: Sequence[bytes], workers: int, short: bool
 ) -> dict[str, tuple[int, Callable[[], object]]]:
     """Return by name how many images a call makes, and the call."""
-    count = BATCH_SIZE * (4 if short else 40) * workers
+    count = BATCH_SIZE * (4 if short else 160) * workers
     part = count // workers // 2
     cuts = np.linspace(0, count, workers + 1).astype(int).tolist()
     threads = concurrent.futures.ThreadPoolExecutor(workers)
