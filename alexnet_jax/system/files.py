@@ -164,6 +164,4 @@ def read_npz(
     except FileNotFoundError as problem:
         raise error(f"{path}: there is no such file.") from problem
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as problem:
-        raise error(
-            f"{path} cannot be read as .npz: {problem}. Write it again, or name another"
-        ) from problem
+        raise error(f"{path} is no .npz that can be read: {problem}") from problem
