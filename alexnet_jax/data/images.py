@@ -36,7 +36,7 @@ _FORMATS = {
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
     "AVIF": (".avif",),
 }
-PICTURE_SUFFIXES = tuple(suffix for names in _FORMATS.values() for suffix in names)
+IMAGE_SUFFIXES = tuple(suffix for names in _FORMATS.values() for suffix in names)
 # Pillow's names of layouts with 16 bits per channel, of which it keeps the upper 8.
 _REDUCED = re.compile(r"(LA|RGB[AaX]?);16[BLN]")
 # EXIF orientation -> the turn that sets it upright; 1 is upright.

@@ -1,6 +1,6 @@
 """Training with real images, beside the step alone and the loader alone.
 
-    python -m benchmarks.speed.end_to_end --out=DIR [--short] [--pictures=FOLDER]
+    python -m benchmarks.speed.end_to_end --out=DIR [--short] [--images=FOLDER]
         [--workers N]
 
 The network of `configs/paper.py` at several widths, records of 256 x 256 JPEGs as in
@@ -27,7 +27,7 @@ from alexnet_jax.training import experiment as experiment_lib
 from alexnet_jax.training import timing
 from alexnet_jax.training.experiment import Experiment
 from alexnet_jax.training.steps import make_train_step
-from benchmarks.speed import measure, pictures
+from benchmarks.speed import input_images, measure
 from configs import paper
 
 STEP, LOADER, TOGETHER = "step alone", "loader alone", "ours, end to end"
@@ -37,13 +37,13 @@ SECONDS_A_CALL = 2.5
 def main() -> None:
     parser = measure.command_line(__doc__)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--pictures", type=Path, help=pictures.PICTURES_HELP)
+    parser.add_argument("--images", type=Path, help=input_images.IMAGES_HELP)
     options = parser.parse_args()
     on_gpu = jax.default_backend() == "gpu"
     batch, dtype = (512, "bfloat16") if on_gpu else (64, "float32")
     widths = [1.0] if on_gpu else [1.0, 0.125, 0.03125]
     with tempfile.TemporaryDirectory() as name:
-        source = pictures.records(options.pictures, Path(name))
+        source = input_images.records(options.images, Path(name))
         few = statistics_lib.compute(source, max_examples=500, workers=options.workers)
         runs = []
         for width in widths[-1:] if options.short else widths:

@@ -1,7 +1,7 @@
 """The loader, beside the bare JPEG decoder and a PyTorch DataLoader with Pillow.
 
     python -m benchmarks.speed.input_pipeline --out=DIR [--short] [--workers N]
-        [--pictures=FOLDER]
+        [--images=FOLDER]
 
 Records of 256 x 256 JPEGs in array_record, as `prepare imagenet` writes them: one file
 of 1,250 under 1,025 names, so that everything depends on ImageNet's number of records
@@ -34,7 +34,7 @@ from alexnet_jax.data import sources
 from alexnet_jax.data.imagenet import preparation
 from alexnet_jax.data.loader import Batches, train_order
 from alexnet_jax.data.sources.tfds import TfdsSource
-from benchmarks.speed import measure, memory, pictures
+from benchmarks.speed import input_images, measure, memory
 
 BATCH_SIZE = 128
 SHUFFLED, IN_ORDER = "ours, shuffled", "ours, in order"
@@ -60,11 +60,11 @@ def main() -> None:
     parser = measure.command_line(__doc__)
     add = parser.add_argument
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="of each")
-    add("--pictures", type=Path, help=pictures.PICTURES_HELP)
+    add("--images", type=Path, help=input_images.IMAGES_HELP)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         record = _measured(Path(name), options)
-    rates = record["pictures_a_second"]
+    rates = record["images_per_second"]
     bars = measure.Bars(
         f"Records of 256 x 256 JPEGs, {options.workers} workers",
         "images per second",
@@ -78,7 +78,7 @@ def main() -> None:
 
 def _measured(data_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
     workers, short = options.workers, options.short
-    source = pictures.records(options.pictures, data_dir)
+    source = input_images.records(options.images, data_dir)
     jpegs = [source.record(index)[1] for index in range(preparation.IMAGES_PER_SHARD)]
     candidates = _candidates(source, jpegs, workers, short)
     calls = {name: call for name, (_, call) in candidates.items()}
@@ -95,10 +95,10 @@ def _measured(data_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "workers": workers,
         "records": source.num_examples,
-        "bytes_a_picture": statistics.mean(len(jpeg) for jpeg in jpegs),
-        "pictures": "given" if options.pictures else "drawn",
+        "bytes_per_image": statistics.mean(len(jpeg) for jpeg in jpegs),
+        "images": "given" if options.images else "drawn",
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "pictures_a_second": {k: [1 / s for s in v] for k, v in each.items()},
+        "images_per_second": {k: [1 / s for s in v] for k, v in each.items()},
         "ratios": ratios,
         "first_batch_seconds": [
             _first_batch_seconds(data_dir, workers) for _ in range(1 if short else 5)
@@ -160,9 +160,9 @@ def _torch_loader(jpegs: Sequence[bytes], count: int, workers: int) -> Any:
             return count
 
         def __getitem__(self, index: int) -> tuple[Any, int]:
-            with Image.open(io.BytesIO(jpegs[index % len(jpegs)])) as picture:
-                assert picture.mode == "RGB"  # convert() would copy it once more
-                return torch.from_numpy(np.array(picture)), index
+            with Image.open(io.BytesIO(jpegs[index % len(jpegs)])) as image:
+                assert image.mode == "RGB"  # convert() would copy it once more
+                return torch.from_numpy(np.array(image)), index
 
     return torch.utils.data.DataLoader(
         InMemory(),
@@ -198,7 +198,7 @@ def _memory(data_dir: Path, count: int, workers: int) -> dict[str, Any]:
 
 def _table(record: dict[str, Any]) -> str:
     rates = [
-        [name, measure.spread(found, ",.0f")] for name, found in record["pictures_a_second"].items()
+        [name, measure.spread(found, ",.0f")] for name, found in record["images_per_second"].items()
     ]
     ratios = [
         [name, measure.spread(found.values(), ".2f")] for name, found in record["ratios"].items()
@@ -207,7 +207,7 @@ def _table(record: dict[str, Any]) -> str:
     late = watched["mib"][len(watched["mib"]) // 10 :]
     sentence = (
         f"{record['workers']} workers each; {record['records']:,} records of "
-        f"{record['bytes_a_picture']:,.0f} bytes ({record['pictures']} images), from "
+        f"{record['bytes_per_image']:,.0f} bytes ({record['images']} images), from "
         f"the page cache. First batch {measure.spread(record['first_batch_seconds'], '.2f')} "
         f"s after the start of the process. Memory while {watched['records'][-1]:,} records "
         f"are read, after the first tenth of them: {min(late):,.0f} to {max(late):,.0f} MiB."

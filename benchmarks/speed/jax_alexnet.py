@@ -48,7 +48,7 @@ def network(setting: Setting) -> AlexNet:
     return create_model("paper", width=setting.width, dtype=jnp.dtype(wide), init=init)
 
 
-def pictures(batch: int, side: int) -> jax.Array:
+def raw_images(batch: int, side: int) -> jax.Array:
     """Return random raw images, uint8 [batch, side, side, 3]."""
     rng = np.random.default_rng(0)
     return jnp.asarray(rng.integers(0, 256, (batch, side, side, 3), dtype=np.uint8))
@@ -71,7 +71,7 @@ def training_step(setting: Setting, augmentation: augment.Augmentation | None = 
     return Step(
         steps.make_train_step(spec),
         steps.init_state(spec),
-        {"image": pictures(setting.batch, side), "label": jnp.asarray(labels, jnp.int32)},
+        {"image": raw_images(setting.batch, side), "label": jnp.asarray(labels, jnp.int32)},
         augment.imagenet_statistics(side),
     )
 
@@ -102,23 +102,23 @@ class Trainer:
 def classifier(setting: Setting) -> Callable[[], jax.Array]:
     """Return a call that classifies the batch `setting.steps` times, to logits."""
     model = network(setting)
-    images = pictures(setting.batch, CROP)
+    raw = raw_images(setting.batch, CROP)
     mean = augment.imagenet_statistics(CROP).mean_image
     example = jnp.zeros((1, CROP, CROP, 3), jnp.float32)
     variables = jax.jit(model.init)(jax.random.key(0), example)
 
     @ops.jit
-    def logits_of(variables: Any, pictures: jax.Array, mean: jax.Array) -> Any:
-        images = augment.eval_images(pictures, mean_image=mean, crop_size=CROP)
+    def logits_of(variables: Any, raw: jax.Array, mean: jax.Array) -> Any:
+        images = augment.eval_images(raw, mean_image=mean, crop_size=CROP)
         return model.apply(variables, images)
 
     with precision(setting):
-        compiled = logits_of.lower(variables, images, mean).compile()
+        compiled = logits_of.lower(variables, raw, mean).compile()
 
     def call() -> jax.Array:
-        logits = images
+        logits = raw
         for _ in range(setting.steps):
-            logits = compiled(variables, images, mean)
+            logits = compiled(variables, raw, mean)
         return jax.block_until_ready(logits)
 
     return call

@@ -47,8 +47,8 @@ def main() -> None:
         nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
         for name, cell in figures.items():
             [png] = images(cell)
-            picture = Image.open(io.BytesIO(png)).convert("RGB")
-            picture.save(options.out / name, quality=75, optimize=True)
+            image = Image.open(io.BytesIO(png)).convert("RGB")
+            image.save(options.out / name, quality=75, optimize=True)
             size = (options.out / name).stat().st_size
             print(f"wrote {options.out / name} ({size / 1000:.0f} kB)")
 

@@ -275,10 +275,8 @@ def augmentation(setting: Setting, rounds: int) -> dict[str, list[float]]:
     how = augment.Augmentation(crop_size=jax_alexnet.CROP)
     dtype = jnp.float32  # the network rounds them if it must
     augmented = _call(
-        lambda pictures, key, statistics: augment.train_images(
-            pictures, key, 0, statistics, how, dtype
-        ),
-        jax_alexnet.pictures(setting.batch, 256),
+        lambda raw, key, statistics: augment.train_images(raw, key, 0, statistics, how, dtype),
+        jax_alexnet.raw_images(setting.batch, 256),
         jax.random.key(0),
         augment.imagenet_statistics(256),
     )

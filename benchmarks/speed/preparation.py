@@ -1,6 +1,6 @@
 """`prepare imagenet` beside decoding, resizing and encoding alone.
 
-    python -m benchmarks.speed.preparation --out=DIR [--short] [--pictures=FOLDER]
+    python -m benchmarks.speed.preparation --out=DIR [--short] [--images=FOLDER]
         [--workers N ...]
 
 The command by 1 and by 2 processes, on 400 and on 4,000 images in class folders (those
@@ -25,7 +25,7 @@ from unittest import mock
 
 from alexnet_jax.data import images
 from alexnet_jax.data.imagenet import OFFICIAL_COUNTS, originals, preparation
-from benchmarks.speed import measure, pictures
+from benchmarks.speed import input_images, measure
 
 ALONE, AGAIN = "decode, resize, encode", "and decode again"
 RECORDS, WHOLE = "records", "with statistics"
@@ -35,12 +35,12 @@ CORES = 16
 def main() -> None:
     parser = measure.command_line(__doc__)
     add = parser.add_argument
-    add("--pictures", type=Path, help=pictures.PICTURES_HELP)
+    add("--images", type=Path, help=input_images.IMAGES_HELP)
     add("--workers", type=int, nargs="+", default=[1, 2], help="processes to compare")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         record = _measured(Path(name), options)
-    rates, most = record["pictures_a_second"], record["most_workers"]
+    rates, most = record["images_per_second"], record["most_workers"]
     bars = measure.Bars(
         "prepare imagenet",
         "images per second",
@@ -54,9 +54,9 @@ def main() -> None:
 
 def _measured(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
     sizes = (40, 400) if options.short else (400, 4000)
-    found = pictures.source(options.pictures, scratch)
+    found = input_images.source(options.images, scratch)
     few, many = (
-        pictures.repeated(
+        input_images.repeated(
             found, scratch / str(size), train=size - size // 20, validation=size // 20
         )
         for size in sizes
@@ -64,8 +64,8 @@ def _measured(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
     in_memory = [originals.read(original) for original in originals.find(many)["train"][:400]]
     stages: dict[str, list[float]] = {}
     candidates: dict[str, Callable[[], object]] = {
-        ALONE: lambda: [_make(*picture) for picture in in_memory],
-        AGAIN: lambda: [_make_and_decode(*picture) for picture in in_memory],
+        ALONE: lambda: [_make(*image) for image in in_memory],
+        AGAIN: lambda: [_make_and_decode(*image) for image in in_memory],
     }
     for workers in options.workers:
         for source in (few, many):
@@ -89,9 +89,9 @@ def _measured(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
     a_core = statistics.median(whole) / most
     size = statistics.mean(len(data) for _, _, data in in_memory)
     return {
-        "pictures": sizes,
-        "bytes_a_picture": size,
-        "pictures_a_second": rates,
+        "images": sizes,
+        "bytes_per_image": size,
+        "images_per_second": rates,
         "a_process_of": shares,
         "most_workers": most,
         "computed_hours": sum(OFFICIAL_COUNTS.values()) / a_core / CORES / 3600,
@@ -133,14 +133,14 @@ def _prepare(source: Path, workers: int, records_seconds: list[float]) -> None:
 
 def _table(record: dict[str, Any]) -> str:
     rows = []
-    for name, rates in record["pictures_a_second"].items():
+    for name, rates in record["images_per_second"].items():
         shares = record["a_process_of"].get(name, {})
         cells = [measure.spread(shares[base], ".2f") for base in shares] or ["", ""]
         rows.append([name, measure.spread(rates, ",.0f"), *cells])
     header = ["", "images/s (spread)", "a process, of row 1", "of row 2"]
     return (
-        f"{measure.markdown_table(header, rows)}\n\nPictures of "
-        f"{record['bytes_a_picture'] / 1000:,.0f} kB. Computed, not measured: all of "
+        f"{measure.markdown_table(header, rows)}\n\nImages of "
+        f"{record['bytes_per_image'] / 1000:,.0f} kB. Computed, not measured: all of "
         f"ImageNet on {CORES} cores at this rate takes "
         f"{60 * record['computed_hours']:.1f} minutes, if the disk delivers "
         f"{record['computed_megabytes_a_second']:,.0f} MB/s."

@@ -148,15 +148,15 @@ def trainer(setting: Setting, form: Form, device: str = "cpu") -> Callable[[], f
 
     SGD with momentum 0.9 and weight decay 0.0005, fused; the batch stays the same.
     """
-    network, pictures, mean = _prepared(setting, form, device)
+    network, images, mean = _prepared(setting, form, device)
     optimizer = torch.optim.SGD(
         network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True
     )
     labels = torch.randint(0, 1000, (setting.batch,), device=device)
 
-    def loss_fn(pictures: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss_fn(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with _autocast(setting, device):
-            return F.cross_entropy(network(pictures.float() - mean), labels)
+            return F.cross_entropy(network(images.float() - mean), labels)
 
     loss_fn = form.compiled(loss_fn)
 
@@ -164,7 +164,7 @@ def trainer(setting: Setting, form: Form, device: str = "cpu") -> Callable[[], f
         loss = torch.zeros(())
         for _ in range(setting.steps):
             optimizer.zero_grad(set_to_none=True)
-            loss = loss_fn(pictures, labels)
+            loss = loss_fn(images, labels)
             loss.backward()
             optimizer.step()
         return loss.item()  # which waits for the device
@@ -174,20 +174,20 @@ def trainer(setting: Setting, form: Form, device: str = "cpu") -> Callable[[], f
 
 def classifier(setting: Setting, form: Form, device: str = "cpu") -> Callable[[], torch.Tensor]:
     """Return a call that classifies the batch `setting.steps` times, to logits."""
-    network, pictures, mean = _prepared(setting, form, device)
+    network, images, mean = _prepared(setting, form, device)
     network.eval()
 
-    def logits_of(pictures: torch.Tensor) -> torch.Tensor:
+    def logits_of(images: torch.Tensor) -> torch.Tensor:
         with _autocast(setting, device):
-            return network(pictures.float() - mean)
+            return network(images.float() - mean)
 
     logits_of = form.compiled(logits_of)
 
     def call() -> torch.Tensor:
-        logits = pictures
+        logits = images
         with torch.inference_mode():
             for _ in range(setting.steps):
-                logits = logits_of(pictures)
+                logits = logits_of(images)
         if logits.is_cuda:
             torch.cuda.synchronize()
         return logits
@@ -204,11 +204,11 @@ def _prepared(
     network = paper_network(form.lrn, width=setting.width).to(device)
     # torch's stubs leave this overload out.
     network = network.to(memory_format=form.memory_format)  # pyright: ignore
-    pictures = torch.randint(0, 256, (setting.batch, 3, 224, 224), dtype=torch.uint8, device=device)
+    images = torch.randint(0, 256, (setting.batch, 3, 224, 224), dtype=torch.uint8, device=device)
     mean = torch.full((1, 3, 224, 224), 120.0, device=device)
     return (
         network,
-        pictures.contiguous(memory_format=form.memory_format),
+        images.contiguous(memory_format=form.memory_format),
         mean.contiguous(memory_format=form.memory_format),
     )
 

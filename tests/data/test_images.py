@@ -263,7 +263,7 @@ def test_file_is_read_right_or_refused(data, expected, tmp_path):
     assert message.endswith("Replace it by an intact copy or take it out")
 
 
-@pytest.mark.parametrize("suffix", images.PICTURE_SUFFIXES)
+@pytest.mark.parametrize("suffix", images.IMAGE_SUFFIXES)
 def test_every_readable_format_is_read_from_folders(suffix, tmp_path):
     path = tmp_path / "train" / "a" / f"1{suffix.upper()}"
     path.parent.mkdir(parents=True)

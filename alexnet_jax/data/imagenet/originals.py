@@ -17,7 +17,7 @@ import numpy as np
 
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.imagenet.classes import check_label, named_wnid, wnids
-from alexnet_jax.data.images import PICTURE_SUFFIXES
+from alexnet_jax.data.images import IMAGE_SUFFIXES
 from alexnet_jax.data.sources.folder import find_images
 from alexnet_jax.data.sources.source import some, what_is_in
 from alexnet_jax.data.sources.tfds import (
@@ -230,7 +230,7 @@ def _in_folder(folder: Path) -> Iterator[tuple[str, Original]]:
     if others:
         raise DataError(
             f"in {folder} it is unclear what to do with {some(others)}: expected class "
-            f"folders, and in them images only ({', '.join(PICTURE_SUFFIXES)}). Unpack, "
+            f"folders, and in them images only ({', '.join(IMAGE_SUFFIXES)}). Unpack, "
             "move or remove them"
         )
     for wnid, (place, names) in classes.items():

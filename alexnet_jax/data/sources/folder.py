@@ -7,7 +7,7 @@ import numpy as np
 
 from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.imagenet import named_wnid
-from alexnet_jax.data.images import PICTURE_SUFFIXES
+from alexnet_jax.data.images import IMAGE_SUFFIXES
 from alexnet_jax.data.sources.source import StoredSource, some, statistics_name, visible, what_is_in
 from alexnet_jax.system.cli import expanded
 
@@ -155,6 +155,6 @@ def _list_images(folder: Path) -> tuple[list[str], list[str]]:
     """Return the names of the images in a folder, and of all else."""
     files, others = [], []
     for name in visible(folder):
-        is_image = name.lower().endswith(PICTURE_SUFFIXES)
+        is_image = name.lower().endswith(IMAGE_SUFFIXES)
         (files if is_image else others).append(name)
     return files, others

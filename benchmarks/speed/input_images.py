@@ -16,7 +16,7 @@ from alexnet_jax.data.imagenet import originals, preparation, wnids
 from alexnet_jax.data.sources.tfds import TfdsSource
 from alexnet_jax.data.textures import CLASS_NAMES, draw
 
-PICTURES_HELP = (
+IMAGES_HELP = (
     "folder that `prepare imagenet` takes (archives or class folders); without it the "
     "embedded textures are drawn, enlarged to ImageNet's usual 500 x 375"
 )
@@ -32,8 +32,8 @@ def source(folder: Path | None, scratch: Path) -> Path:
     for split, name in (("train", "train"), ("validation", "val")):
         for i in range(_DRAWN if split == "train" else 10):
             label = i % len(CLASS_NAMES)
-            picture = Image.fromarray(draw(label, np.random.default_rng(i)))
-            enlarged = picture.resize((500, 500), Image.Resampling.BICUBIC)
+            image = Image.fromarray(draw(label, np.random.default_rng(i)))
+            enlarged = image.resize((500, 500), Image.Resampling.BICUBIC)
             pixels = np.asarray(enlarged.crop((0, 0, 500, 375)))
             wnid = wnids()[label]
             path = made / name / wnid / f"{wnid}_{i}.JPEG"
