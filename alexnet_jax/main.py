@@ -91,9 +91,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, fields = _parser().parse_known_args(argv)
     mode, workdir = options.mode, options.workdir
     if mode != "describe" and not workdir:
-        raise ConfigError("--workdir=DIR is missing: the folder that keeps the run.")
+        raise ConfigError("--workdir=DIR is missing. Name the folder that keeps the run.")
     if mode != "eval" and options.predictions is not None:
-        raise ConfigError("--predictions=FILE.npz goes with --mode=eval.")
+        raise ConfigError(
+            f"--predictions={options.predictions} goes with --mode=eval; got --mode={mode}. Leave "
+            "one of them out."
+        )
     config = read_config(options, fields)
     if options.cpu_devices:  # has no effect after JAX has started
         jax.config.update("jax_platforms", "cpu")

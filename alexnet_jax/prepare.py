@@ -58,7 +58,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _count(text: str) -> int:
     if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
     return value
 
 
@@ -89,7 +89,7 @@ def _imagenet(options: argparse.Namespace) -> bool:
     from alexnet_jax.data.imagenet import preparation
 
     if not options.source:
-        raise ValueError("--source is missing: the folder with the ImageNet archives")
+        raise ValueError("--source is missing. Name the folder with the ImageNet archives")
     data_dir = tfds_data_dir(options.data_dir)
     preparation.prepare(
         expanded(options.source).absolute(),
@@ -152,11 +152,14 @@ def _textures(options: argparse.Namespace) -> bool:
 
 def _statistics(options: argparse.Namespace) -> bool:
     if not options.source:
-        raise ValueError("--source is missing: folder:PATH or a tfds data set")
+        raise ValueError("--source is missing. Give folder:PATH or the name of a tfds data set")
     source = _open(options, options.source, options.split)
     path = source.statistics_path
     if path is None:
-        raise DataError(f"{source.description}: has no place to keep statistics in")
+        raise DataError(
+            f"--source={options.source} has no folder to keep statistics in. Give folder:PATH or "
+            "the name of a tfds data set"
+        )
     require_writable(path.parent)  # before the long pass
     count = min(source.num_examples, options.max_examples or source.num_examples)
     _say(f"{source.description}: {count:,} of {source.num_examples:,} images")

@@ -61,9 +61,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if value is not None and value < 1:
             made.error(f"--{name}={value} must be at least 1.")
     if options.shortlist is not None and options.bits is None:
-        made.error("--shortlist is of codes; say of how many bits: --bits=256.")
+        made.error("--shortlist needs codes. Give their length, for example --bits=256.")
     if options.figure is not None and not options.images:
-        made.error("--figure draws images; name some.")
+        made.error("--figure draws the neighbours of images. Name at least one image.")
     return options
 
 

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from alexnet_jax.models.ablations import ABLATIONS
+from alexnet_jax.models.variants import VARIANTS
+from alexnet_jax.training import config as config_lib
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "launch/README.md", *ROOT.glob("docs/*.md")])
 
@@ -55,7 +59,7 @@ def resolve(name: str) -> object:
 
 def test_names_on_the_page_about_the_paper_exist():
     text = (ROOT / "docs/paper.md").read_text()
-    names = re.findall(r"`((?:models|data|training|analysis)(?:\.\w+)+)`", text)
+    names = re.findall(r"`((?:models|data|training|analysis|sweeps)(?:\.\w+)+)`", text)
     assert len(names) > 30
     for name in names:
         resolve(name)
@@ -63,6 +67,25 @@ def test_names_on_the_page_about_the_paper_exist():
         assert (ROOT / "tests" / test).exists(), test
     for path in re.findall(r"`((?:configs|launch)/[\w/]+\.\w+)`", text):
         assert (ROOT / path).exists(), path
+
+
+def test_flags_and_words_on_the_page_about_the_paper_exist(capsys):
+    """Look up each flag in its command, by default `main`, and each word in tables and config."""
+    fields = set(config_lib.flat(config_lib.get_config().to_dict()))
+    words = {*ABLATIONS, *VARIANTS, *fields}
+    for span in re.findall(r"`([^`]+)`", (ROOT / "docs/paper.md").read_text()):
+        assert set(re.findall(r"--config\.([\w.]+)", span)) <= fields, span
+        if flags := set(re.findall(r"--(?!config\.)\w+", span)):
+            command = re.search(r"alexnet_jax\.(\w+)", span)
+            module = importlib.import_module(f"alexnet_jax.{command[1] if command else 'main'}")
+            with pytest.raises(SystemExit):
+                module.main(["--help", "--help"])  # `prepare` skips the first, its name
+            usage = capsys.readouterr().out.partition("\n\n")[0]
+            assert flags <= set(re.findall(r"--\w+", usage)), span
+        word = span.partition("=")[0]
+        code = ("models.", "data.", "training.", "analysis.", "sweeps.", "alexnet_jax")
+        if re.fullmatch(r"[\w.]+", word) and not word.startswith(code) and ".py" not in word:
+            assert word in words, span
 
 
 @pytest.mark.slow

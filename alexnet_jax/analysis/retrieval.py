@@ -235,7 +235,8 @@ def fetch_rows(index: Index, source: Source, rows: np.ndarray) -> np.ndarray:
         if (apart < SAME_IMAGE).all() and (labels == index.labels[rows]).all():
             return images
     raise RetrievalError(
-        f"{source.description} has other images now than the index. Make it again: remove its file."
+        f"{source.description} has other images now than the index. Make it again: remove the "
+        "file of --index and start the same command."
     )
 
 
@@ -246,7 +247,8 @@ def check_index(index: Index, features_of: Extractor) -> None:
     if probe.shape != known.shape or np.abs(probe - known).max() > tolerance:
         raise RetrievalError(
             "the index is of another network than the workdir's (the same image has "
-            "other features there). Make it again: remove its file."
+            "other features there). Give the --workdir that it was made with, or remove the "
+            "file of --index to make it again."
         )
 
 

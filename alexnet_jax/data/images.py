@@ -227,11 +227,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey; convert("RGB") would clip it
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError("more than 16 bits per channel")
+            raise ValueError("it has more than 16 bits per channel; save it with 8")
         _check_range(values.max().item())
         image = Image.fromarray((values >> 8).astype(np.uint8))
     elif image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
+        raise ValueError(
+            "it has floating-point pixels, whose range is unknown; save it with 8 bits"
+        )
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

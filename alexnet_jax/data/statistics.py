@@ -69,7 +69,10 @@ def load(path: str | os.PathLike, image_size: int | None = None) -> Statistics:
       DataError: the file is damaged, or of images of another size.
     """
     if not os.path.exists(path):
-        raise FileNotFoundError(f"{os.fspath(path)}: there is no such file.")
+        raise FileNotFoundError(
+            f"{os.fspath(path)}: there is no such file. Give a file of the mean image and the "
+            "colour PCA, made by python -m alexnet_jax.prepare statistics."
+        )
     names = [field.name for field in dataclasses.fields(Statistics)]
     try:
         arrays = read_npz(path, names, ValueError)

@@ -228,7 +228,7 @@ def customize(table: Variant, **ablations: Any) -> Variant:
         if row.features % table.columns:
             raise ValueError(
                 f"The {row.features} features of {row.name} do not divide into "
-                f"{table.columns} columns."
+                f"{table.columns} columns. Change the columns, the features or the width."
             )
     return table
 

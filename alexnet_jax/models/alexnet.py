@@ -369,4 +369,7 @@ def _check_images(network: Variant, images: jax.Array) -> None:
         )
     check_image_size(network, images.shape[1])
     if images.shape[1] != images.shape[2]:
-        raise ValueError(f"images are {images.shape[1]}x{images.shape[2]}, not square.")
+        raise ValueError(
+            f"images are {images.shape[1]}x{images.shape[2]}, not square. Crop them first "
+            "(`preprocess` of `alexnet_jax.load` does)."
+        )

@@ -177,7 +177,8 @@ class Variant:
         if sorted(dense) != dense:
             after = names[dense.index(False, dense.index(True))]
             raise ValueError(
-                f"Table {self.name!r}: {after} needs feature maps, and comes after a Dense row."
+                f"Table {self.name!r}: {after} needs feature maps, and comes after a Dense row. "
+                "Put it before the first Dense row."
             )
 
     @property

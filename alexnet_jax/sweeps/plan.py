@@ -240,7 +240,7 @@ class Plan:
         if row.search is not None:
             overrides |= dict.fromkeys(row.search, candidate)
         if "seed" in {*overrides, *self.settings}:
-            raise SweepError(f"{where}: seed is not set so; give --seeds=0,1,2.")
+            raise SweepError(f"{where}: the field seed cannot be set here; give --seeds=0,1,2.")
         for name in self.settings:
             if name in {*row.overrides, *(row.search or ())}:
                 raise SweepError(

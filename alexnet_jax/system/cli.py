@@ -90,7 +90,7 @@ def free_name(path: Path) -> Path:
 def require_writable_file(path: Path) -> None:
     """Raise PathError unless a file can be written; its folder need not exist."""
     if path.exists() and not path.is_file():
-        raise PathError(f"cannot write {path}: it is no file. Name another place")
+        raise PathError(f"cannot write {path}: it is not a file. Name another path")
     require_writable(path.parent)
 
 

@@ -64,7 +64,7 @@ def split_step(text: str) -> tuple[str, int | str]:
         return text, "best"
     if step not in ("best", "latest") and not step.isdecimal():
         raise CheckpointError(
-            f"{text}: after the @ comes a step, best or latest; {step!r} is none."
+            f"{text}: expected a step, best or latest after the @; got {step!r}. Name one of them."
         )
     return folder, int(step) if step.isdecimal() else step
 
@@ -334,7 +334,7 @@ def _agreed(decide: Callable[[], int]) -> int:
     decision = np.array([number, error is not None], np.int32)
     number, failed = multihost_utils.broadcast_one_to_all(decision)
     if failed:
-        raise error or CheckpointError("process 0 failed at a checkpoint, and says why.")
+        raise error or CheckpointError("process 0 cannot use a checkpoint; read its message.")
     return int(number)
 
 

@@ -45,47 +45,48 @@ def get_config() -> Config:
     config: Config = ConfigDict()
     # Seed of all randomness: initial weights, order, augmentation, dropout.
     config.seed = 0
-    # Length of the run in passes over the training split; fractions are fine (paper,
-    # section 5: "roughly 90 cycles"). Schedules are laid out over this length.
+    # Length of the run in passes over the training split, for example 0.5 (paper, section 5:
+    # "roughly 90 cycles"). Schedules extend over this length.
     config.num_epochs = 90.0
-    # Stop after this many steps in total, without changing the schedule; -1: off.
+    # Number of steps after which the run stops, with the schedule unchanged; -1: off.
     config.max_steps = -1
-    # Steps between two lines of the log; their metrics are averaged over the steps.
+    # Steps between two records of the log, which average the metrics of these steps.
     config.log_every_steps = 100
-    # Epochs between two evaluations; 0: one at the end only (not with plateau).
+    # Epochs between two evaluations; 0: only one, at the end (the plateau schedule needs more).
     config.eval_every_epochs = 1.0
-    # Number of test views averaged in the final evaluation and in --mode=eval: 10 (paper,
-    # section 4.1), 9 (cuda-convnet2's of CIFAR-10), or 1: the centre view only.
+    # Number of test views that the final evaluation and --mode=eval average: 10 (paper,
+    # section 4.1), 9 (cuda-convnet2 on CIFAR-10), or 1: the centre view only.
     config.eval_views = 1
-    # End the run when the mean training error over log_every_steps is no higher than
-    # this (paper, figure 1: 0.25); 0: off.
+    # Training error at which the run ends, averaged over log_every_steps (paper, figure 1:
+    # 0.25); 0: off.
     config.stop_at_train_error = 0.0
-    # Steps between two summaries, each layer's gradient norm and its share of units
-    # that are zero for the whole batch; 0: off. One costs about a step.
+    # Steps between two summaries, which give each layer's gradient norm and its share of
+    # units that are zero for the whole batch; 0: off. A summary takes as long as a step.
     config.summaries_every_steps = 0
-    # Steps to trace into WORKDIR/profile soon after each start; 0: none.
+    # Number of steps that the profiler traces into WORKDIR/profile after each start; 0: none.
     config.profile = 0
 
     config.model = model = ConfigDict()
     # Layer table: paper, original, no_communication, six_conv, no_overlap, one_gpu, caffe,
-    # caffenet, one_tower, owt, zfnet, cifar, cifar_13 or cifar_11; or one of your own,
+    # caffenet, one_tower, owt, zfnet, cifar, cifar_13 or cifar_11; or a table of your own,
     # FILE.py:NAME.
     model.variant = "paper"
-    # The table of FILE.py:NAME as JSON, read at the start and stored with the run; leave empty.
+    # The table of FILE.py:NAME as JSON. The program fills it in and stores it with the run:
+    # leave it empty.
     model.table = ""
-    # Units of the classifier; 0: as many as the data set has classes.
+    # Number of units of the classifier; 0: the number of classes of the data set.
     model.num_classes = 0
-    # Factor on the features of every layer but the classifier.
+    # Factor on the number of features of every layer but the classifier.
     model.width = 1.0
-    # Type of the computation: float32, bfloat16 or float64; parameters are >= float32.
+    # Type of the computation: float32, bfloat16 (with float32 parameters) or float64.
     model.dtype = "float32"
-    # Initial weights: paper (as the variant was published), caffe or he.
+    # Initial weights: paper (those that the network was published with), caffe or he.
     model.init = "paper"
-    # Ablations, None: as in the table. See `alexnet_jax.models.ablations`.
+    # Ablations (`alexnet_jax.models.ablations`); None keeps the value of the table.
     model.overrides = overrides = ConfigDict()
-    # False takes normalisation out (paper, section 3.3), True is normalization=lrn.
+    # False removes all normalisation (paper, section 3.3); True means normalization=lrn.
     overrides.lrn = config_dict.placeholder(bool)
-    # Number of maps in LRN's window, odd (paper, section 3.3: 5).
+    # Number of maps n in LRN's window, an odd number (paper, section 3.3: 5).
     overrides.lrn_size = config_dict.placeholder(int)
     # Constant k that LRN adds to its sum, above 0 (paper: 2).
     overrides.lrn_k = config_dict.placeholder(float)
@@ -93,48 +94,49 @@ def get_config() -> Config:
     overrides.lrn_alpha = config_dict.placeholder(float)
     # Exponent beta of LRN (paper: 0.75).
     overrides.lrn_beta = config_dict.placeholder(float)
-    # LRN's alpha multiplies the sum of the squares (paper) or their mean (original).
+    # sum or mean: what LRN's alpha multiplies of the squares (paper: sum; the original: mean).
     overrides.lrn_alpha_mode = config_dict.placeholder(str)
-    # LRN's window stays inside a column (paper) or crosses columns (Caffe).
+    # True keeps LRN's window inside a column (paper); False lets it cross columns (Caffe).
     overrides.lrn_per_column = config_dict.placeholder(bool)
-    # Side of every pooling window in pixels; 2: no overlap (paper, section 3.4).
+    # Side of every pooling window in pixels; at a stride of 2, windows of 2 do not overlap
+    # (paper, section 3.4: 3).
     overrides.pool_window = config_dict.placeholder(int)
-    # Stride of every pooling layer in pixels.
+    # Stride of every pooling layer in pixels (paper, section 3.4: 2).
     overrides.pool_stride = config_dict.placeholder(int)
-    # max or avg, of every pooling layer.
+    # Kind of every pooling layer: max or avg.
     overrides.pool_kind = config_dict.placeholder(str)
-    # Units: relu, tanh or sigmoid (paper, section 3.1).
+    # Activation of every layer: relu, tanh or sigmoid (paper, section 3.1: relu).
     overrides.activation = config_dict.placeholder(str)
-    # Number of columns the kernels are divided into (paper, section 3.2).
+    # Number of columns that the kernels are divided into (paper, section 3.2: 2).
     overrides.columns = config_dict.placeholder(int)
-    # Dropout rate, 0: none (paper, section 4.2).
+    # Dropout rate (paper, section 4.2: 0.5); 0: none.
     overrides.dropout = config_dict.placeholder(float)
-    # lrn, batch (Ioffe and Szegedy 2015) or none.
+    # Kind of normalisation: lrn, batch (Ioffe and Szegedy 2015) or none.
     overrides.normalization = config_dict.placeholder(str)
     # The only layers that stay normalised, for example ("conv1",).
     overrides.norm_layers = config_dict.placeholder(tuple)
-    # Normalisation before or after the layer's units.
+    # Place of normalisation: before or after the layer's activation.
     overrides.norm_place = config_dict.placeholder(str)
     # Convolutional layers to leave out, for example ("conv3",).
     overrides.skip = config_dict.placeholder(tuple)
 
     config.finetune = finetune = ConfigDict()
-    # Trained weights to start from, all but the classifier's: the workdir of a run (DIR,
-    # DIR@STEP) or a file that `alexnet_jax.load` reads; empty: from scratch.
+    # Trained weights to start from, except those of the classifier: the workdir of a run
+    # (DIR, DIR@STEP) or a file that `alexnet_jax.load` reads; empty: none.
     finetune.source = ""
-    # More layers that start from scratch, for example ("fc7",).
+    # Layers besides the classifier that start from scratch, for example ("fc7",).
     finetune.new_layers = ()
 
     config.data = data = ConfigDict()
-    # textures | folder:PATH | fake | name[:version] of a prepared tfds data set.
+    # Images: textures, folder:PATH, fake, or name[:version] of a prepared tfds data set.
     data.source = "textures"
     # Directory of tfds data sets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
     data.dir = ""
-    # Split to train on; for tfds data sets also a slice, train[:90%].
+    # Split to train on; tfds data sets also take a slice, for example train[:90%].
     data.train_split = "train"
     # Split to evaluate on; empty: none. In folders test, val and validation are the same.
     data.eval_split = "test"
-    # Images per step over ALL devices (paper, section 5: 128); fixed within a run.
+    # Number of images per step over all devices (paper, section 5: 128); fixed within a run.
     data.batch_size = 128
     # Side of the raw images in pixels (paper, section 2: 256).
     data.image_size = 256
@@ -144,92 +146,100 @@ def get_config() -> Config:
     data.workers = 2
 
     config.augment = augment = ConfigDict()
-    # Train on random crops; False: on the centre (paper, section 4.1).
+    # True trains on random crops (paper, section 4.1), False on the centre.
     augment.crop = True
-    # Smallest crop, before it is resized to crop_size, as a share of the raw image's area
-    # (Szegedy et al. 2015: 0.08); 1: crops of crop_size, not resized.
+    # Area of the smallest crop as a share of the raw image's area, before the crop is resized
+    # to crop_size (Szegedy et al. 2015: 0.08); 1: crops of crop_size, not resized.
     augment.min_area = 1.0
     # Mirror training images with probability 1/2 (paper, section 4.1).
     augment.flip = True
     # Standard deviation of the PCA colour noise; 0: none (paper, section 4.1: 0.1).
     augment.lighting = 0.1
-    # paper: added; original: and the image then divided by 1 + its deviation.
+    # How colour noise changes the image: paper adds it; original adds it and divides the image
+    # by 1 + lighting.
     augment.lighting_form = "paper"
-    # No colour noise from this epoch on (the original: 67); -1: always.
+    # Epoch from which on there is no colour noise (the original: 67); -1: noise until the end.
     augment.lighting_until_epoch = -1.0
-    # Mix each image, and its label, with another one of the batch; the share is drawn from
-    # Beta(mixup, mixup) (Zhang et al. 2018: 0.2); 0: off.
+    # Parameter of mixup, which mixes each image and its label with another of the batch; the
+    # share is drawn from Beta(mixup, mixup) (Zhang et al. 2018: 0.2); 0: off.
     augment.mixup = 0.0
 
     config.optim = optim = ConfigDict()
-    # Learning rate, not scaled by the batch size (paper, section 5: 0.01 at 128).
+    # Learning rate, which does not scale with the batch size (paper, section 5: 0.01 for
+    # batches of 128).
     optim.learning_rate = 0.01
-    # Factor on the velocity per step (paper, section 5).
+    # Momentum, the factor on the velocity per step (paper, section 5: 0.9).
     optim.momentum = 0.9
-    # Factor on the weights in the gradient (paper, section 5).
+    # Weight decay, the factor on the weights that are added to the gradient (paper, section 5:
+    # 0.0005).
     optim.weight_decay = 5e-4
-    # Use the weight decay in the table for the layers that have one (CIFAR-10 nets).
+    # True gives layers the weight decay in the table if they have one (CIFAR-10 networks).
     optim.layer_weight_decay = True
-    # Learning rate of the biases over that of the weights (Caffe: 2).
+    # Learning rate of the biases divided by that of the weights (Caffe: 2).
     optim.bias_lr_mult = 1.0
-    # Keep the biases' rate at bias_lr_mult * learning_rate (the original's ILSVRC run).
+    # True keeps the biases' rate at bias_lr_mult * learning_rate, whatever the schedule (the
+    # original's run on ILSVRC-2012).
     optim.constant_bias_lr = False
-    # Apply weight decay to biases and batch normalisation's scales as well (the original
-    # and Caffe: no; the paper does not say).
+    # True applies weight decay to biases and to the scales of batch normalisation as well (the
+    # original and Caffe do not; the paper does not say).
     optim.decay_bias = True
-    # paper: the learning rate inside the velocity; torch: outside.
+    # Place of the learning rate: paper multiplies the gradient inside the velocity, torch
+    # multiplies the velocity.
     optim.form = "paper"
-    # Number of parts of each device's share of a batch, computed one after the other:
-    # the same run in less memory (except that batch normalisation sees a part). 1: off.
+    # Number of parts that a device computes one after the other; 1: off. The run stays the
+    # same in less memory, except that batch normalisation sees one part at a time.
     optim.accumulate_steps = 1
     # Share of the training target spread evenly over all classes; 0: none (Szegedy et
     # al. 2016: 0.1).
     optim.label_smoothing = 0.0
-    # Decay of a moving average of the weights, which is evaluated, loaded and exported in
-    # their place, for example 0.999; 0: none.
+    # Decay of a moving average of the weights, for example 0.999; 0: none. The average replaces
+    # the weights in evaluation, `alexnet_jax.load` and export.
     optim.ema_decay = 0.0
-    # LARS: norm of a kernel's gradient as a share of the kernel's norm; 0: off (NVCaffe:
-    # 0.001).
+    # Trust coefficient of LARS, the norm of a kernel's gradient as a share of the kernel's norm
+    # (NVCaffe: 0.001); 0: off.
     optim.trust_coefficient = 0.0
 
     config.schedule = schedule = ConfigDict()
-    # plateau (paper, section 5), fixed, cosine, polynomial or constant.
+    # Schedule of the learning rate: plateau (paper, section 5), fixed, cosine, polynomial or
+    # constant.
     schedule.name = "plateau"
-    # plateau and fixed: the factor on the learning rate at a drop.
+    # plateau and fixed: factor on the learning rate at a drop (paper, section 5: 0.1).
     schedule.factor = 0.1
-    # plateau: evaluations without a better top-1 error before a drop.
+    # plateau: number of evaluations without a better top-1 error before a drop.
     schedule.patience = 5
-    # plateau: no more drops than this (paper: "reduced three times").
+    # plateau: largest number of drops (paper, section 5: "reduced three times").
     schedule.max_drops = 3
-    # fixed: epochs at which to drop (the original's run on ILSVRC-2012).
+    # fixed: epochs of the drops; the default is that of the original's run on ILSVRC-2012.
     schedule.drop_epochs = (25.0, 51.0, 79.0)
-    # Factors on single layers' rates, each (layer, from which epoch, factor); a factor
-    # of 0 freezes the layer.
+    # Factors on the learning rates of single layers, as rows (layer, first epoch, factor); a
+    # factor of 0 freezes the layer.
     schedule.layer_factors = ()
-    # cosine and polynomial: epochs of linear rise at the start.
+    # cosine and polynomial: number of epochs in which the rate rises linearly at the start.
     schedule.warmup_epochs = 0.0
-    # polynomial: power of 1 - t, with t from 0 to 1 after the rise (You et al. 2017: 2).
+    # polynomial: power of 1 - t; t goes from 0 to 1 after the rise (You et al. 2017: 2).
     schedule.power = 2.0
 
     config.parallel = parallel = ConfigDict()
-    # data: every device the whole network; columns: the paper's scheme (3.2); hybrid:
-    # convolutions as data, fully connected layers split (arXiv:1404.5997).
+    # data: every device computes the whole network on a part of the batch; columns: each
+    # device computes one column (paper, section 3.2); hybrid: the devices split the batch in
+    # the convolutions and the units in the fully connected layers (arXiv:1404.5997).
     parallel.mode = "data"
-    # Devices along the batch; -1: all that the columns leave.
+    # Number of rows of the mesh, which split the batch; -1: all devices divided by `column`.
     parallel.data = -1
-    # Devices along the columns; -1: in mode columns one per column if there are enough
-    # devices, in mode hybrid all, else 1.
+    # Number of devices per row, which split the network; -1: one per column in mode columns if
+    # there are enough devices, all in mode hybrid, else 1.
     parallel.column = -1
-    # shard_map, or pmap (mode data only; the same numbers).
+    # Function that runs a step on all devices: shard_map, or pmap (mode data only, with the
+    # same result).
     parallel.transform = "shard_map"
 
     config.checkpoint = checkpoint = ConfigDict()
     # Steps between two checkpoints; 0: off.
     checkpoint.every_steps = 0
     # Minutes between two checkpoints; 0: off. The end of the run and each best evaluation
-    # write one anyway.
+    # always write one.
     checkpoint.every_minutes = 15.0
-    # Number of newest checkpoints to keep besides the best.
+    # Number of newest checkpoints that are kept besides the best.
     checkpoint.keep = 2
     return config.lock()
 

@@ -70,7 +70,9 @@ def start(
     missing = [f"--{name}" for name, value in given.items() if value is None]
     tasks = count_tasks(os.environ)
     if mode == "off" and by_flags:
-        raise DistributedError(f"--distributed=off contradicts {', '.join(by_flags)}.")
+        raise DistributedError(
+            f"--distributed=off contradicts {', '.join(by_flags)}. Leave one or the other out."
+        )
     if mode == "off" or (mode == "auto" and not by_flags and tasks == 1):
         return False
     if by_flags and missing:
@@ -139,9 +141,9 @@ def _give_up(given: Mapping[str, Any], seconds: int) -> None:
     print(
         f"error: {'' if this is None else f'process {this}: '}not all of "
         f"{count or 'the'} processes came to {address or 'process 0'} within {seconds} "
-        "seconds. Are all of them started, process 0 at that address, and no firewall "
-        "between them? --connect_seconds changes how long they wait"
-        + ("; --distributed=off waits for none." if this is None else "."),
+        "seconds. Start all of them, process 0 at that address, with no firewall between; "
+        "--connect_seconds=N waits longer"
+        + (", --distributed=off waits for none." if this is None else "."),
         file=sys.stderr,
         flush=True,
     )

@@ -89,7 +89,8 @@ def config_file(members: Sequence[Member]) -> str:
             require_run(member.path)
             return str(member.path / CONFIG_FILE)
     raise ConfigError(
-        "--config=FILE is missing. Files do not say which images they are to be tested on."
+        "--config=FILE is missing. Weights and predictions do not say which images to test on: "
+        "give a config that does."
     )
 
 
@@ -116,7 +117,10 @@ def evaluate_runs(
       ConfigError, DataError, OSError: as `train_and_evaluate`.
     """
     if not config.data.eval_split:
-        raise ConfigError("--config.data.eval_split is empty: nothing to evaluate on.")
+        raise ConfigError(
+            "--config.data.eval_split is empty: nothing to evaluate on. Name a split, for example "
+            "test."
+        )
     is_first = jax.process_index() == 0
     if save_to is not None:
         save_to = expanded(save_to)

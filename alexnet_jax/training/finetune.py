@@ -96,9 +96,9 @@ def _kept(experiment: Experiment, weights: Weights, new: list[str]) -> dict[str,
         source = experiment.config.finetune.source
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(
-            f"--config.finetune.source={source} has not the layers of this network:\n"
+            f"--config.finetune.source={source} does not hold the layers of this network:\n"
             f"{listed}\nTake its own network, --config=configs/finetune.py:{source}, or "
-            "let these layers start anew, --config.finetune.new_layers."
+            "start these layers from scratch with --config.finetune.new_layers."
         )
     return put_variables(experiment, kept)
 

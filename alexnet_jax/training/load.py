@@ -84,13 +84,17 @@ def read_network(
     require_devices()
     if is_weights_file(path):
         if step is not None:
-            raise WeightsError(f"{path} is a file of weights; it has no step {step}.")
+            raise WeightsError(
+                f"{path} is a file of weights; it has no step {step}. Leave the step out."
+            )
         weights = read_weights(path, variant=variant)
         on_device = jax.tree.map(jnp.asarray, weights.variables)
         return replace(weights, variables=on_device)
     folder, which = split_step(os.fspath(path))
     if step is not None and folder != os.fspath(path):
-        raise CheckpointError(f"{path} says which step already; got step {step} too.")
+        raise CheckpointError(
+            f"{path} names a step already; got step {step} too. Give one of them."
+        )
     workdir = Path(folder).absolute()
     require_run(workdir)
     with Checkpointer(workdir / CHECKPOINTS, read_only=True) as checkpointer:
@@ -98,7 +102,8 @@ def read_network(
     config = from_stored(metadata["config"])
     if variant not in (None, config.model.variant):
         raise WeightsError(
-            f"{path} holds a network of variant {config.model.variant}; got variant={variant!r}."
+            f"{path} holds a network of variant {config.model.variant}; got variant={variant!r}. "
+            "Leave variant out, or give another run."
         )
     names = read_class_names(workdir)
     classifier = make_model(model_settings(config, None)).network.layers[-1].name
@@ -150,7 +155,7 @@ def load_config(name: str) -> Config:
     if path.name == CONFIG_FILE:
         stored = read_config(path.parent)
         if stored is None:
-            raise ConfigError(f"{path}: there is no such file.")
+            raise ConfigError(f"{path}: there is no such file. Name the folder of a run.")
         return from_stored(stored)
     config = run_file(name, "get_config")
     if not isinstance(config, ConfigDict):
@@ -171,8 +176,8 @@ def run_file(name: str, function: str) -> Any:
     """
     path, colon, argument = name.partition(":")
     if not Path(path).is_file():
-        raise ConfigError(f"{path}: there is no such file in {Path.cwd()}.")
+        raise ConfigError(f"{path}: there is no such file in {Path.cwd()}. Check the path.")
     found = runpy.run_path(path).get(function)
     if found is None:
-        raise ConfigError(f"{path} defines no {function}().")
+        raise ConfigError(f"{path} defines no {function}(). Add it, or name another file.")
     return found(argument) if colon else found()

@@ -61,7 +61,8 @@ def make_mesh(data: int, column: int = 1) -> Mesh:
     each = [sum(d.process_index == i for d in devices) for i in range(processes)]
     if len(set(each)) > 1:
         raise ValueError(
-            f"The processes have {', '.join(map(str, each))} devices; all of them need as many."
+            f"The processes have {', '.join(map(str, each))} devices; expected as many for each. "
+            "Set --local_device_ids or --cpu_devices."
         )
     found = f"{len(devices)} ({devices[0].platform})"
     if processes > 1 and wanted != len(devices):

@@ -73,7 +73,10 @@ class StepSpec:
 
     def __post_init__(self) -> None:
         if self.loss is not None and self.label_smoothing:
-            raise ValueError("label_smoothing is part of the built-in loss; smooth in `loss`.")
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} has no effect on a `loss` of your own. "
+                "Leave it at 0 and smooth the labels in `loss`."
+            )
 
     @property
     def crop_size(self) -> int:

@@ -3,9 +3,9 @@
     python -m benchmarks.speed.parallel_modes --out=benchmarks/results/parallel_modes
 
 compiles the full-width paper network's training step for virtual devices of the CPU
-(some minutes; it computes nothing), writes bytes and memory into DIR/modes.json, and prints
-the tables of docs/parallelism.md: those bytes, and their time at stated bandwidths. With
-`--tables_only` it compiles nothing and reads DIR/modes.json.
+(some minutes; it computes nothing). It writes bytes and memory into DIR/modes.json, and tables
+of these bytes and of their time at stated bandwidths into DIR/modes.md. With `--tables_only`
+it compiles nothing and reads DIR/modes.json.
 
 The times in the tables are arithmetic, not measurements: bytes over the bandwidth of
 the slowest link that a group of devices has to use, exchanges not hidden behind
@@ -23,6 +23,7 @@ from typing import Any
 
 from alexnet_jax.system.machine import versions
 
+COMMAND = "python -m benchmarks.speed.parallel_modes --out=DIR"
 # Images of one device per step: 256 in all on 2 devices, 131,072 on 1,024.
 IMAGES = 128
 SIZES = [2**n for n in range(1, 11)]
@@ -166,14 +167,25 @@ def table_beside_one_weird_trick(rows: list[dict[str, Any]]) -> str:
     return _table(["K20s", "data", "columns", "hybrid", "published: hours", "speed-up"], cells)
 
 
-def tables(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Return every table in Markdown, by name."""
-    return {
-        "bytes": table_of_bytes(rows),
-        "h100": table_of_winners(rows, H100),
-        "ethernet": table_of_winners(rows, ETHERNET),
-        "one weird trick": table_beside_one_weird_trick(rows),
+def page(found: dict[str, Any]) -> str:
+    """Return modes.md, the tables of modes.json."""
+    rows = found["rows"]
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    share = "share of a step spent computing (communication time)"
+    tables = {
+        "MB sent per device and step, and memory per device": table_of_bytes(rows),
+        f"Nodes of 8 H100s: {share}": table_of_winners(rows, H100),
+        f"One H100 per machine, 25 Gb/s Ethernet: {share}": table_of_winners(rows, ETHERNET),
+        'Speed-up on K20s, beside "One weird trick"': table_beside_one_weird_trick(rows),
     }
+    return (
+        f"# parallel_modes ({found['date']})\n\n    {COMMAND}\n\n"
+        f"{found['machine']}; {versions}; {found['images_a_device']} images per device\n\n"
+        "The bytes and the memory are read from compiled programs. The times are calculated, not\n"
+        "measured ([assumptions](../../../docs/parallelism.md#from-2-to-1024-devices-by-calculation)).\n"
+        "The best mode is in bold.\n"
+        + "".join(f"\n## {title}\n\n{table}\n" for title, table in tables.items())
+    )
 
 
 def main() -> None:
@@ -187,16 +199,14 @@ def main() -> None:
         rows = measure()
         found = {
             "date": time.strftime("%Y-%m-%d"),
-            "command": "python -m benchmarks.speed.parallel_modes --out=DIR",
+            "command": COMMAND,
             "machine": f"{platform.machine()}, virtual CPU devices",
             "versions": versions(),
             "images_a_device": IMAGES,
             "rows": rows,
         }
         file.write_text(json.dumps(found, indent=1) + "\n")
-    rows = json.loads(file.read_text())["rows"]
-    for name, table in tables(rows).items():
-        print(f"{name}\n\n{table}\n")
+    file.with_suffix(".md").write_text(page(json.loads(file.read_text())))
 
 
 if __name__ == "__main__":

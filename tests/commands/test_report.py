@@ -329,7 +329,7 @@ def test_blocked_output_path_fails_early(copied, monkeypatch, capsys):
     monkeypatch.setattr(report, "read_run", lambda workdir: pytest.fail("begun"))
     (copied / "curves.png").mkdir()
     assert report.main([f"--workdir={copied}"]) == 1
-    error = f"error: cannot write {copied / 'curves.png'}: it is no file."
+    error = f"error: cannot write {copied / 'curves.png'}: it is not a file."
     assert capsys.readouterr().err.startswith(error)
     assert not (copied / "report.html").exists()
 

@@ -64,7 +64,7 @@ def test_validation_labels_are_the_official_ones():
         assert classes.words(wnid) == words
     assert wnids().index(labels[0]) == 65
     assert named_wnid("1.jpg") is None
-    with pytest.raises(DataError, match="images 1 to 50,000 only"):
+    with pytest.raises(DataError, match="expected a number from 1 to 50,000"):
         named_wnid("ILSVRC2012_val_00050001.JPEG")
 
 

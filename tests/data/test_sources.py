@@ -221,7 +221,7 @@ def test_missing_data_set_error_names_folder_and_command(tmp_path, monkeypatch):
         assert words in str(info.value)
     target = tmp_path / "elsewhere"
     monkeypatch.setenv("TFDS_DATA_DIR", str(target))
-    command = f"alexnet_jax.prepare imagenet --source=FOLDER --data_dir={target}"
+    command = f"alexnet_jax.prepare imagenet --source=ARCHIVES --data_dir={target}"
     with pytest.raises(FileNotFoundError) as info:
         open_source("imagenet2012_256", "train")
     for words in ("elsewhere does not exist", "image-net.org", command):

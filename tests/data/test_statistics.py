@@ -107,11 +107,11 @@ def test_command_stores_statistics_beside_the_data(folder, capsys):
     [
         ([], "the following arguments are required: command (--help shows all)"),
         (["more"], "invalid choice: 'more' (choose from"),
-        (["statistics", "--workers=0"], "argument --workers: 0 is less than 1"),
+        (["statistics", "--workers=0"], "argument --workers: 0 must be at least 1"),
         (["statistics"], "--source is missing"),
         (["statistics", "--sorce=x"], "unrecognized arguments: --sorce=x"),
         (["statistics", "--source=folder:/no/such"], "/no/such does not exist"),
-        (["statistics", "--source=fake"], "no place"),
+        (["statistics", "--source=fake"], "no folder to keep"),
         (["check", "--out=x"], "must be a .png, .jpg or .pdf file"),
     ],
 )

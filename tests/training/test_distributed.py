@@ -227,7 +227,7 @@ def test_process_without_peers_times_out(index, config_file, tmp_path):
     message = done.stderr.strip().splitlines()[-1]
     words = f"error: process {index}: not all of 2 processes came to {address} within 2 seconds."
     assert message.startswith(words)
-    assert message.endswith("--connect_seconds changes how long they wait.")
+    assert message.endswith("--connect_seconds=N waits longer.")
     assert "Traceback" not in done.stderr
 
 

@@ -263,10 +263,7 @@ def test_evaluation_takes_the_config_of_the_run(runs, tmp_path, monkeypatch, cap
     assert "2 networks averaged" in capsys.readouterr().out
     assert exit_status(monkeypatch, "--mode=eval", f"--workdir={file},{name}") == 0
     capsys.readouterr()
-    for workdir, words in (
-        (file, "Files do not say which images"),
-        (tmp_path, "has no config.json"),
-    ):
+    for workdir, words in ((file, "do not say which images"), (tmp_path, "has no config.json")):
         assert exit_status(monkeypatch, "--mode=eval", f"--workdir={workdir}") == 1
         assert words in capsys.readouterr().err
 
@@ -313,7 +310,7 @@ def test_any_checkpoint_can_be_named(runs, capsys):
     assert latest["step"] == last["step"] and "eval/views_top5_error" in latest
     with pytest.raises(CheckpointError, match="step 3"):
         evaluate_runs(config, parse_members(f"{root}/seed_0@3"))
-    with pytest.raises(CheckpointError, match="a step, best or latest; 'last' is none"):
+    with pytest.raises(CheckpointError, match="a step, best or latest after the @; got 'last'"):
         parse_members(f"{root}/seed_0@last")
     (root / "odd@last").mkdir()
     assert parse_members(f"{root}/odd@last") == [Member(root / "odd@last")]

@@ -166,7 +166,7 @@ def test_the_config_takes_the_network_of_its_source(source):
     [
         (
             {"model.width": 0.5},
-            r"has not the layers .*:\n(  - conv\d/\w+ is \(.*\) there, .* here\n){6}Take",
+            r"does not hold the layers .*:\n(  - conv\d/\w+ is \(.*\) there, .* here\n){6}Take",
         ),
         ({"model.variant": "cifar_11"}, r"\n  - local\w+ is not there\n"),
         ({"finetune.new_layers": ("fc9",)}, "'fc9' must be one of conv1, conv2, conv3"),

@@ -57,7 +57,8 @@ def training_curves(
     has_held_out = False
     if len(names) > len(RUN_COLORS):
         raise ValueError(
-            f"at most {len(RUN_COLORS)} runs can be told apart in a figure; {len(names)} were given."
+            f"at most {len(RUN_COLORS)} runs can be told apart in a figure; {len(names)} were "
+            "given. Draw several figures."
         )
     columns = 1 if any(len(name) > _LONG for name in names) else 2
     # Room below for the legend of several runs.

@@ -28,7 +28,10 @@ def first_layer_filters(kernel: Any, *, columns: int = 1) -> Figure:
     weights = np.asarray(kernel, np.float32)
     features = weights.shape[-1]
     if features % columns:
-        raise ValueError(f"{features} kernels do not divide into {columns} columns.")
+        raise ValueError(
+            f"{features} kernels do not divide into {columns} columns; set `columns` to a "
+            f"divisor of {features}."
+        )
     low, high = weights.min((0, 1, 2)), weights.max((0, 1, 2))
     stretched = (weights - low) / np.maximum(high - low, 1e-12)
     each = features // columns

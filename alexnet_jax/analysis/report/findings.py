@@ -111,7 +111,10 @@ def classify_held_out(run: Run) -> HeldOut:
     """
     split = run.config["data"]["eval_split"]
     if not split:
-        raise DataError("this run has no held-out images (data.eval_split is empty)")
+        raise DataError(
+            "this run has no held-out images: data.eval_split is empty. Train with "
+            "--config.data.eval_split=test to have some"
+        )
     source = run.open(split)
     images = Sample(source, MOST_HELD_OUT)
     found = run.logits_of.over(images, "held-out images")

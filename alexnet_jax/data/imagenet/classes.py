@@ -61,7 +61,10 @@ def named_wnid(file_name: str) -> str | None:
     if match := _VALIDATION_NAME.fullmatch(file_name):
         number = int(match[1])
         if not 1 <= number <= OFFICIAL_COUNTS["validation"]:
-            raise DataError(f"{file_name}: ILSVRC-2012 has validation images 1 to 50,000 only")
+            raise DataError(
+                f"{file_name} is no validation image of ILSVRC-2012: expected a number from 1 to "
+                "50,000. Remove the file"
+            )
         return _validation_wnids()[number - 1]
     return None
 
@@ -72,5 +75,6 @@ def check_label(file_name: str, wnid: str, where: str) -> None:
     if told != wnid:
         raise DataError(
             f"{file_name} in {where} is labelled {wnid} ({words(wnid)}), but it is of "
-            f"class {told} ({words(told)}): the images were sorted wrongly"
+            f"class {told} ({words(told)}): the images were sorted wrongly. Sort them again, or "
+            "give the archives"
         )

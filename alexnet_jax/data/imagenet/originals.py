@@ -21,13 +21,19 @@ from alexnet_jax.data.images import IMAGE_SUFFIXES
 from alexnet_jax.data.sources.folder import find_images
 from alexnet_jax.data.sources.source import some, what_is_in
 from alexnet_jax.data.sources.tfds import (
-    HOW_TO_GET_IMAGENET,
     example_message,
     require_files,
     tfds_builder,
     tfds_directory,
 )
 from alexnet_jax.system.cli import progress
+
+HOW_TO_GET_IMAGENET = (
+    "Download the archives from https://image-net.org/download-images after signing up "
+    'there: ILSVRC2012, "Training images (Task 1 & 2)", 138 GB, and "Validation images '
+    '(all tasks)", 6.3 GB; put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, '
+    "packed as they are, into one folder"
+)
 
 
 class Official(NamedTuple):
@@ -167,7 +173,10 @@ def _images_of(place: Path) -> list[Original]:
                 )
             check_label(name, wnid, str(place))
             if name in found:
-                raise DataError(f"{place} holds {name} more than once")
+                raise DataError(
+                    f"{place} holds {name} more than once; expected each image once. Remove the "
+                    "copies"
+                )
             found[name] = original._replace(label=_LABELS[wnid])
             done(1)
     if not found:
@@ -236,7 +245,7 @@ def _tfds(directory: Path, split: str) -> list[Original]:
     if tuple(getattr(dict(info.features.items()).get("label"), "names", ())) != wnids():
         raise DataError(
             f"{directory} is no tfds data set imagenet2012: its labels are not the 1,000 "
-            "WNIDs in order"
+            "WNIDs in order. Prepare that data set again, or give the archives"
         )
     paths = [os.fspath(path) for path in info.splits[split].filepaths]
     require_files(paths, directory)

@@ -140,14 +140,17 @@ def _verify(source: Path, log: Log) -> None:
     for official in OFFICIAL.values():
         path = source / official.archive
         if not path.is_file():
-            raise DataError(f"--verify needs the archives; {path} is not there")
+            raise DataError(
+                f"--verify needs the archives; {path} is not there. Put it there, or leave "
+                "--verify out"
+            )
         log(f"computing the MD5 of {path}")
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "md5").hexdigest()
         if found != official.md5:
             raise DataError(
                 f"{path} has the MD5 {found}, the official archive {official.md5}: it is "
-                "damaged or was packed again"
+                "damaged or was packed again. Download it again, or leave --verify out"
             )
 
 
@@ -209,14 +212,14 @@ def _write_shards(shards: list[Shard], workers: int, max_unreadable: int, log: L
                     raise DataError(
                         f"images that cannot be read: {len(unreadable):,}, "
                         f"--max_unreadable={max_unreadable} allows no more. Put intact "
-                        "copies in their place, or leave out as many with a larger one:"
+                        "copies in their place, or leave these out with a larger number:"
                         f"{_reasons(unreadable)}"
                     )
                 done(pending[future])
         except process.BrokenProcessPool as error:
             raise OSError(
-                "a worker process was killed (by hand, or for want of memory?); the "
-                "same command goes on, with fewer --workers if need be"
+                "a worker process was killed, by hand or because memory ran out. Start the same "
+                "command again to resume, with fewer --workers if memory is short"
             ) from error
         finally:  # a shard that is being written is finished first, in some seconds
             pool.shutdown(cancel_futures=True)

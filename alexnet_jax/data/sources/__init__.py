@@ -91,7 +91,8 @@ def match_classes(
         raise DataError(
             f"{source.description} has classes that were never trained: "
             f"{some(unknown)}{lacking} ({source.num_classes} classes there, "
-            f"{len(class_names)} trained)"
+            f"{len(class_names)} trained). Remove or rename these classes, or take a network that "
+            "was trained on them"
         )
     if absent:
         log(

@@ -78,8 +78,8 @@ def split_folder(root: Path, split: str) -> Path:
         )
     raise FileNotFoundError(
         f"no folder {' or '.join(names)} in {root.absolute()} ({what_is_in(root)}). "
-        f"Expected {root}/train/<class>/<image>.jpg and {root}/test/<class>/... (or "
-        "val); set --config.data.source=folder:PATH to the folder that holds them"
+        f"Expected {root}/train/<class>/<image>.jpg and test or val beside train; set "
+        "--config.data.source=folder:PATH to the folder that holds them"
     )
 
 
@@ -109,9 +109,9 @@ def find_images(folder: Path) -> tuple[dict[str, tuple[Path, list[str]]], list[s
             files, others = _list_images(place)
         if not files:
             raise DataError(
-                f"class folder {place} holds no images ({', '.join(IMAGE_SUFFIXES)}; "
-                f"found there: {some(others)}). Fill it or remove it: an empty class "
-                "would shift the labels unnoticed"
+                f"class folder {place} holds no images (.jpg, .png ...; found there: "
+                f"{some(others)}). Fill it or remove it: an empty class would shift the labels "
+                "unnoticed"
             )
         found[name] = place, files
         ignored += [str((place / other).relative_to(folder)) for other in others]

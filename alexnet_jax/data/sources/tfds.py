@@ -14,12 +14,6 @@ from alexnet_jax.data.errors import DataError
 from alexnet_jax.data.sources.source import StoredSource, some, statistics_name, what_is_in
 from alexnet_jax.system.cli import expanded
 
-HOW_TO_GET_IMAGENET = (
-    "Download the archives from https://image-net.org/download-images after signing up "
-    'there: ILSVRC2012, "Training images (Task 1 & 2)", 138 GB, and "Validation images '
-    '(all tasks)", 6.3 GB; put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, '
-    "packed as they are, into one folder"
-)
 _PREPARE_AGAIN = "Delete the directory and prepare the data set again"
 
 
@@ -42,7 +36,8 @@ class TfdsSource(StoredSource):
         if dtype != np.uint8:  # float32 is stored as its bytes
             raise DataError(
                 f"tfds data set {info.full_name}: its feature {self._image_key!r} is an "
-                f"image of {dtype}; only uint8 images, 0..255, are read"
+                f"image of {dtype}; only uint8 images, 0..255, are read. Prepare the data set "
+                "again with such images"
             )
         try:
             self.ranges = _ranges(info, split, os.path.realpath(directory))
@@ -61,8 +56,8 @@ class TfdsSource(StoredSource):
         except (ValueError, AssertionError) as error:
             reason = " ".join(str(error).split())
             raise DataError(
-                f"cannot read split {split!r} of {directory}: {reason} (its splits: "
-                f"{some(sorted(info.splits))}; a slice is written 'train[:90%]')"
+                f"cannot read split {split!r} of {directory}: {reason}. Take one of its splits: "
+                f"{some(sorted(info.splits))}; a slice is written 'train[:90%]'"
             ) from error
         # Checked here, not when the first evaluation comes to it after hours.
         files = [shard.filename for shard in info.splits[split].file_instructions]
@@ -127,9 +122,8 @@ def tfds_directory(name: str, data_dir: Path) -> Path:
             return max(found, key=lambda p: [int(part) for part in p.name.split(".")])
     raise FileNotFoundError(
         f"no prepared tfds data set {name} in {data_dir} "
-        f"({what_is_in(folder if folder.is_dir() else data_dir)}). "
-        "The directory is --config.data.dir, else the environment variable "
-        f"TFDS_DATA_DIR, else ~/tensorflow_datasets. {_how_to_prepare(name, data_dir)}"
+        f"({what_is_in(folder if folder.is_dir() else data_dir)}). Set --config.data.dir or "
+        f"TFDS_DATA_DIR to the directory that holds it. {_how_to_prepare(name, data_dir)}"
     )
 
 
@@ -141,13 +135,10 @@ def _how_to_prepare(name: str, data_dir: Path | str = "DIR") -> str:
             '.download_and_prepare()" (data sets whose builder needs TensorFlow: '
             'pip install "alexnet_jax[tf]" first; training does not need it)'
         )
-    command = f"python -m alexnet_jax.prepare imagenet --source=FOLDER --data_dir={data_dir}"
+    command = f"python -m alexnet_jax.prepare imagenet --source=ARCHIVES --data_dir={data_dir}"
     if any(Path(data_dir, "imagenet2012_256").glob("*.incomplete")):
-        return f"A preparation was begun there; the same command goes on: {command}"
-    return (
-        f"{HOW_TO_GET_IMAGENET}. Then: {command} (class folders, train/<wnid>/ and "
-        "val/, or a prepared tfds imagenet2012 do as well)"
-    )
+        return f"A preparation was begun there; the same command resumes it: {command}"
+    return f"To prepare it, download the archives from image-net.org (docs/imagenet.md): {command}"
 
 
 def tfds_builder(directory: Path) -> Any:

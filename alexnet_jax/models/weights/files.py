@@ -83,10 +83,14 @@ def read_weights(path: str | os.PathLike[str], *, variant: str | None = None) ->
 
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"{path}: there is no such file of weights.")
+        raise WeightsError(
+            f"{path}: there is no such file of weights. Give one that ends in "
+            f"{', '.join(SUFFIXES)}, or the workdir of a run."
+        )
     if not path.name.lower().endswith(SUFFIXES):
         raise WeightsError(
-            f"{path}: files of weights are {', '.join(SUFFIXES)}; got {path.suffix or 'no suffix'}."
+            f"{path}: files of weights are {', '.join(SUFFIXES)}; got {path.suffix or 'no suffix'}. "
+            "Give such a file, or rename this one."
         )
     readers = {".safetensors": safetensors.read, ".caffemodel": caffe.read}
     return readers.get(path.suffix.lower(), torchvision.read)(path, variant)
@@ -229,14 +233,18 @@ def check_tensors(
         if names:
             listed.append(f"{kind} {', '.join(names[:4])}{more}")
     if listed:
-        raise WeightsError(f"{path} does not hold {what}: {'; '.join(listed)}.")
+        raise WeightsError(
+            f"{path} does not hold {what}: {'; '.join(listed)}. Give a file of that "
+            "network, or write this one again."
+        )
 
 
 def check_variant(path: Path, given: str | None, expected: tuple[str, ...]) -> None:
     """Raise WeightsError if a variant is given that the file cannot hold."""
     if given is not None and given not in expected:
         raise WeightsError(
-            f"{path} holds weights of variant {' or '.join(expected)}; got variant={given!r}."
+            f"{path} holds weights of variant {' or '.join(expected)}; got variant={given!r}. Leave "
+            "variant out, or give another file."
         )
 
 

@@ -151,7 +151,7 @@ def _read_record(path: Path, text: str) -> dict[str, Any]:
     record = json.loads(text)
     try:
         if record.pop("version") != VERSION:
-            raise ValueError(f"expected version {VERSION}")
+            raise ValueError(f"expected version {VERSION}; write the file again with this program")
         files.make_model(record["settings"])  # raises for settings of a later version
     except (ValueError, TypeError) as error:
         raise WeightsError(f"{path}: its metadata {RECORD!r} cannot be used: {error}") from error

@@ -62,7 +62,7 @@ def read(path: Path, variant: str | None) -> Weights:
             arrays[name] = value.detach().float().numpy()
     if not arrays:
         raise WeightsError(
-            f"{path} holds no state_dict of torchvision's AlexNet: "
+            f"{path} holds no state_dict of torchvision's AlexNet. Write one with "
             "torch.save(model.state_dict(), PATH)."
         )
     return from_state(path, arrays)
@@ -114,7 +114,8 @@ def to_state(weights: Weights) -> dict[str, np.ndarray]:
         with_them = f" with {', '.join(changed)} changed" if changed else ""
         raise WeightsError(
             f"torchvision has no network like variant {settings['variant']}{with_them}; "
-            f"names='torchvision' is for {VARIANT}."
+            f"names='torchvision' is for {VARIANT}. Leave names out: alexnet_jax.load reads any "
+            "variant."
         )
     state: dict[str, np.ndarray] = {}
     channels = 3
