@@ -48,7 +48,7 @@ def workdir(folder, tmp_path_factory):
 @pytest.mark.slow
 def test_python_examples_run(workdir):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 7
     scope = {}
     for block in blocks:
         exec(block.replace("runs/quickstart", str(workdir)), scope)  # noqa: S102
