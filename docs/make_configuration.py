@@ -12,8 +12,8 @@ INTRODUCTION = """# Configuration
 This page is written by `python docs/make_configuration.py` from
 [`training/config.py`](../alexnet_jax/training/config.py).
 
-`--config=configs/NAME.py` picks a config and `--config.FIELD=VALUE` changes a field. All mistakes are reported at once,
-a misspelt field with "did you mean". A field that could not have any effect on the run is a mistake too. A config file of
+`--config=configs/NAME.py` picks a config and `--config.FIELD=VALUE` changes a field. All mistakes are reported at once.
+For a misspelt field the message suggests the right one. A field that could not have any effect on the run is a mistake too. A config file of
 your own may lie anywhere:
 
 ```python
@@ -32,7 +32,7 @@ def get_config():
 
 - `folder:PATH`, with `train/<class>/` and `test/<class>/` (or `val`);
 - `imagenet2012_256`, as [prepared](imagenet.md) from the archives;
-- `textures`, ten classes of images that are drawn in seconds, which neither colours nor a linear classifier of the pixels can tell apart;
+- `textures`, ten classes of images that are drawn in seconds, which a linear classifier of pixels or of colours cannot separate;
 - the name of any tfds data set that was prepared as `array_record`;
 - `fake`, for benchmarks.
 
@@ -75,7 +75,7 @@ def fields() -> list[tuple[str, str, str]]:
 
 def page() -> str:
     """Return the text of docs/configuration.md."""
-    lines, group = [INTRODUCTION], None
+    lines, group = [INTRODUCTION.rstrip()], None
     for name, default, comment in fields():
         if group != (group := name.rpartition(".")[0]):
             title = f"`{group}`" if group else "The run"

@@ -75,7 +75,7 @@ def compare(config: Config, saved: dict[str, Any], workdir: Path) -> list[str]:
     if network := [line for name, line in changed.items() if name.startswith(fixed)]:
         raise ConfigError(
             "\n".join([f"{workdir} holds another network:", *network])
-            + "\nTake a new --workdir, or the config that this one was made with."
+            + ".\nTake a new --workdir, or the config that this one was made with."
         )
     if not changed:
         return []
