@@ -1,25 +1,33 @@
-"""Caffe's bvlc_alexnet: its network and its solver.
+"""Train Caffe's bvlc_alexnet: its network with its solver.
 
     python -m alexnet_jax.main --config=configs/caffe.py --workdir=runs/caffe
 
-on a prepared `imagenet2012_256`; on a folder of images, add
+This trains on a prepared `imagenet2012_256`. For a folder of images, add
 
     --config.data.source=folder:PATH --config.data.eval_split=val
 
-Constants: `models/bvlc_alexnet/solver.prototxt` and `train_val.prototxt` of
-github.com/BVLC/caffe: batch 256; learning rate 0.01, of the biases 0.02, divided by ten
-every 100,000 iterations, which are 20 epochs of 256; 450,000 iterations, 90 epochs;
-momentum 0.9; weight decay 0.0005, none on the biases; random crops of 227 of 256 and
-mirror images, no colour noise. The variant `caffe` has the starts: fc6 and fc7 from
-N(0, 0.005), biases of 0.1.
+The constants are from `models/bvlc_alexnet/solver.prototxt` and `train_val.prototxt` of
+github.com/BVLC/caffe:
 
-Three things are not as there: the shorter side becomes 256 and the central square is
-taken (there all is squashed to 256 x 256), the images are shuffled anew every epoch,
-and the centre of the mean image is subtracted from every crop (there the part that the
-crop was cut from).
+- batch 256; 450,000 iterations, which are 90 epochs
+- learning rate 0.01 for weights and 0.02 for biases; both are divided by ten every
+  100,000 iterations, which are 20 epochs
+- momentum 0.9; weight decay 0.0005, but none on biases
+- random crops of 227 of 256, and mirror images; no colour noise
+- initial weights of the variant `caffe`: N(0, 0.005) in fc6 and fc7, and biases of 0.1
+  where the paper has 1
 
-Expected on the 50,000 validation images of ILSVRC-2012, not run here: top-1 error
-42.9% and top-5 19.8% on the centre view (its readme: 57.1% and 80.2% right).
+Three things differ from Caffe:
+
+- The shorter side is resized to 256 and the central square is kept. Caffe squashes the
+  whole image to 256 x 256.
+- The images are shuffled anew every epoch.
+- The centre of the mean image is subtracted from every crop. Caffe subtracts the part of
+  the mean image that lies where the crop was cut.
+
+Expected on the 50,000 validation images of ILSVRC-2012: top-1 error 42.9% and top-5 error
+19.8% on the centre view. The readme of bvlc_alexnet reports accuracies of 57.1% and 80.2%.
+This recipe has not been run here on all of ImageNet.
 """
 
 from alexnet_jax.training.config import get_config as defaults

@@ -1,13 +1,14 @@
-"""Caffe's reference model, bvlc_reference_caffenet.
+"""Train Caffe's reference model, bvlc_reference_caffenet.
 
     python -m alexnet_jax.main --config=configs/caffenet.py --workdir=runs/caffenet
 
-As configs/caffe.py in everything but the network: pooling before response
-normalisation, and biases of 1 where bvlc_alexnet has 0.1 (the difference of the two
-`train_val.prototxt` of github.com/BVLC/caffe).
+The recipe is that of configs/caffe.py with another network. Pooling comes before response
+normalisation, and biases are 1 where bvlc_alexnet has 0.1. The two `train_val.prototxt` of
+github.com/BVLC/caffe differ in nothing else.
 
-Expected on the 50,000 validation images of ILSVRC-2012, not run here: top-1 error
-42.6% and top-5 19.6% on the centre view (its readme: 57.4% and 80.4% right).
+Expected on the 50,000 validation images of ILSVRC-2012: top-1 error 42.6% and top-5 error
+19.6% on the centre view. Its readme reports accuracies of 57.4% and 80.4%. This recipe has
+not been run here on all of ImageNet.
 """
 
 from configs import caffe

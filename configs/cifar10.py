@@ -1,13 +1,16 @@
-"""CIFAR-10 with cuda-convnet's "18%" network, from a folder of images.
+"""Train cuda-convnet's "18%" network on CIFAR-10, from a folder of images.
 
     python -m alexnet_jax.main --config=configs/cifar10.py --workdir=runs/cifar10 \
         --config.data.source=folder:PATH
 
-PATH/train/<class>/* and PATH/test/<class>/*, 32 x 32 pixels. Constants: cuda-convnet's
-`layers-18pct.cfg` (no augmentation; learning rate 0.001, of the biases 0.002; divided
-by ten after 120 epochs and again after 10 more), which says 18% test error. It does not
-say where it ends: 140 epochs are this code's choice. `--config=configs/cifar10.py:3` is
-the same in three epochs: the learning rate drops at the same shares of the run.
+PATH holds train/<class>/* and test/<class>/*, images of 32 x 32 pixels. The constants are
+from cuda-convnet's `layers-18pct.cfg`. There is no augmentation. The learning rate is 0.001
+for weights and 0.002 for biases. Both are divided by ten after 120 epochs and again after
+10 more. The file reports 18% test error. It does not say when training ends; 140 epochs
+are our choice.
+
+`--config=configs/cifar10.py:3` trains for three epochs. The learning rate then drops at the
+same fractions of the run.
 """
 
 from alexnet_jax.training.config import get_config as defaults

@@ -1,20 +1,25 @@
-"""CIFAR-10 with cuda-convnet2's "11%" network, from a folder of images.
+"""Train cuda-convnet2's "11%" network on CIFAR-10, from a folder of images.
 
     python -m alexnet_jax.main --config=configs/cifar10_11.py --workdir=runs/cifar10_11 \
         --config.data.source=folder:PATH
 
-PATH/train/<class>/* and PATH/test/<class>/*, 32 x 32 pixels. Two convolutions with local
-response normalisation, two locally connected layers, random 24 x 24 crops and mirror
-images; the test averages nine views. Constants: `layers-cifar10-11pct.cfg` and
-`layer-params-cifar10-11pct.cfg`: learning rate 0.001, of the biases 0.002 to the end;
-divided by ten after 500 and after 510 epochs, 520 in all. (There 350 of them are of
-four fifths of the images, the rest to validate on; here all are of all.)
-`--config=configs/cifar10_11.py:26` is the same in 26 epochs: the learning rate drops at
-the same shares of the run.
+PATH holds train/<class>/* and test/<class>/*, images of 32 x 32 pixels. The network has two
+convolutions with local response normalisation and two locally connected layers. It trains
+on random 24 x 24 crops and their mirror images. The test averages nine views.
 
-Expected after 520 epochs, not run here: 11% test error over nine views.
+The constants are from `layers-cifar10-11pct.cfg` and `layer-params-cifar10-11pct.cfg`. The
+learning rate of the weights is 0.001. It is divided by ten after 500 and after 510 of 520
+epochs. The learning rate of the biases is 0.002 to the end. cuda-convnet2 trains the first
+350 epochs on four fifths of the training images and validates on the rest. Here every
+epoch uses all training images.
 
-What its response normalisation gives (the paper, section 3.3: 13% without, 11% with it):
+`--config=configs/cifar10_11.py:26` trains for 26 epochs. The learning rate then drops at
+the same fractions of the run.
+
+Expected after 520 epochs: 11% test error over nine views. This has not been run here.
+
+To measure the effect of response normalisation (the paper, section 3.3: 13% without it, 11%
+with it), run
 
     python launch/sweep.py configs/sweeps/cifar10_lrn.py --out=DIR \
         --set data.source=folder:PATH

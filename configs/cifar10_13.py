@@ -1,15 +1,20 @@
-"""CIFAR-10 with cuda-convnet's "13%" network, from a folder of images.
+"""Train cuda-convnet's "13%" network on CIFAR-10, from a folder of images.
 
     python -m alexnet_jax.main --config=configs/cifar10_13.py --workdir=runs/cifar10_13 \
         --config.data.source=folder:PATH
 
-As configs/cifar10_11.py, but for the network (`layers-conv-local-13pct.cfg`: no
-normalisation, and a narrower third layer), for the length (the learning rate is divided by
-ten after 140 and after 150 epochs, 160 in all; there the first 100 are of four fifths of
-the images), and for the test, which averages ten views: the centre, the four corners,
-and the five mirrored. `:16` makes it 16 epochs.
+Three things differ from configs/cifar10_11.py:
 
-Expected after 160 epochs, not run here: 13% test error over ten views.
+- The network is that of `layers-conv-local-13pct.cfg`. It has no normalisation and a
+  narrower third layer.
+- The run takes 160 epochs. The learning rate is divided by ten after 140 and after 150.
+  cuda-convnet trains the first 100 epochs on four fifths of the training images.
+- The test averages ten views: the centre, the four corners, and the mirror images of these
+  five.
+
+`--config=configs/cifar10_13.py:16` trains for 16 epochs.
+
+Expected after 160 epochs: 13% test error over ten views. This has not been run here.
 """
 
 from configs import cifar10_11

@@ -2,7 +2,7 @@
 
     python -m alexnet_jax.main --config=configs/common.py --workdir=DIR
 
-A config file starts from them and changes what it needs. It may lie anywhere.
+A config file starts from these defaults and changes what it needs. It may be in any folder.
 """
 
 from alexnet_jax.training.config import get_config

@@ -1,17 +1,18 @@
-"""Train a trained network on other classes: your own images, one folder per class.
+"""Fine-tune a trained network on your own images, one folder per class.
 
     python -m alexnet_jax.main --config=configs/finetune.py:SOURCE \
         --workdir=runs/mine --config.data.source=folder:PATH
 
-SOURCE is the workdir of a run or a file of weights (docs/weights.md); network and image
-sizes are its own. All layers start from its weights but the classifier, which starts anew
-and learns ten times as fast as the others (as in Caffe's fine-tuning of its reference
-network on Flickr's styles). To keep the first convolutions as they are:
+SOURCE is the workdir of a run or a file of weights (docs/weights.md). The network and the
+image sizes are those of SOURCE. The classifier starts from scratch and learns ten times as
+fast as the other layers, which start from the weights of SOURCE. Caffe does the same when
+it fine-tunes its reference network on Flickr's styles. To freeze the first two
+convolutions, add
 
     --config.schedule.layer_factors='(("conv1",0,0),("conv2",0,0),("fc8",0,10))'
 
-Once it has begun, the run is a source itself: `configs/finetune.py:runs/mine` resumes and
-evaluates it without SOURCE.
+Once the run has begun, its workdir can take the place of SOURCE: with
+`configs/finetune.py:runs/mine` the run resumes, or evaluates, without SOURCE.
 """
 
 from alexnet_jax.training import load
@@ -21,7 +22,7 @@ from alexnet_jax.training.config import make_model
 
 def get_config(source=""):
     config = defaults()
-    source = source or "SOURCE"  # which a run then asks for
+    source = source or "SOURCE"  # a placeholder, which the error of a run names
     if source != "SOURCE":
         config = load.with_network_of(config, source)
     config.finetune.source = source

@@ -1,11 +1,11 @@
-"""Your own images, one folder per class.
+"""Train on your own images, one folder per class.
 
     python -m alexnet_jax.main --config=configs/folder.py --workdir=runs/mine \
         --config.data.source=folder:PATH
 
-PATH/train/<class>/*.jpg and PATH/test/<class>/*.jpg (or val). Classes are counted from
-the folders; images of any size are resized to 256 x 256. A narrower network
-(`--config.model.width=0.5`) is often enough for some dozens of classes.
+PATH holds train/<class>/*.jpg and test/<class>/*.jpg; test may also be named val. The
+number of classes is the number of folders. Images of any size are resized to 256 x 256. A
+narrower network (`--config.model.width=0.5`) is often enough for some dozens of classes.
 """
 
 from alexnet_jax.training.config import get_config as defaults
@@ -14,7 +14,7 @@ from alexnet_jax.training.config import get_config as defaults
 def get_config():
     config = defaults()
     config.data.source = "folder:PATH"
-    # He's initial weights train at any width; the paper's need ImageNet and full width.
+    # He initialisation trains at any width. The paper's needs ImageNet and full width.
     config.model.init = "he"
     config.optim.learning_rate = 1e-3
     config.num_epochs = 30.0

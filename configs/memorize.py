@@ -1,11 +1,12 @@
-"""Check a prepared data set: a narrow network must learn a small one by heart.
+"""Check a prepared data set: a narrow network must memorise a small one.
 
     python -m alexnet_jax.main --config=configs/memorize.py --workdir=DIR \
         --config.data.source=NAME
 
-Nothing random stands in the way: no augmentation, no dropout, no weight decay. If the
-training error does not go to zero, or the error on images that are also in the
-training split does not follow, then labels, statistics or evaluation disagree.
+Training has no augmentation, no dropout and no weight decay, so nothing keeps the network
+from memorising. The training error must go to zero. The error on evaluation images that are
+also in the training split must follow. If either does not, labels, statistics or evaluation
+disagree.
 """
 
 from alexnet_jax.training.config import get_config as defaults

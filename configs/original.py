@@ -1,20 +1,26 @@
-"""The original program's network and training, where they differ from the paper.
+"""Train as the original program of 2012 did, where it differs from the paper.
 
     python -m alexnet_jax.main --config=configs/original.py --workdir=runs/original
 
-The original's experiment 145, whose logged errors are the paper's: see the variant
-`original` for the network. The log of its run on ILSVRC-2012 has the learning rate
-dropped by hand after epochs 25, 51 and 79 of 91; conv1 slowed down at epoch 67, with the
-colour noise taken off, and frozen at 72, bias and all; the other biases learning at 0.02
-to the end, and none with weight decay. (The run on ILSVRC-2010 ends with biases at 0.002.)
-Two things are not as they were then: the images are shuffled anew every epoch, and every
-image has its own crop (there 32 neighbours shared one).
+This is the original's experiment 145, whose logged errors are the paper's. The variant
+`original` (alexnet_jax/models/variants.py) is its network. The log of its run on
+ILSVRC-2012 shows:
 
-Its own figures on the 50,000 validation images, not run here: top-1 error 40.66% and
-top-5 18.21% over ten views (docs/imagenet.md, "What to
-expect").
+- The learning rate was dropped by hand after epochs 25, 51 and 79 of 91.
+- conv1 slowed down at epoch 67 and was frozen at epoch 72, together with its biases.
+- The colour noise was switched off at epoch 67.
+- The learning rate of the other biases stayed at 0.02 to the end. In the run on
+  ILSVRC-2010 it ends at 0.002.
+- No biases had weight decay.
 
-Without communication between the columns (experiment 150: 41.83% and 19.33%):
+Two things differ from 2012. The images are shuffled anew every epoch. Every image has its
+own crop; in 2012, 32 neighbouring images shared one.
+
+The original's errors on the 50,000 validation images are 40.66% (top-1) and 18.21% (top-5)
+over ten views (docs/imagenet.md, "What to expect"). This recipe has not been run here on
+all of ImageNet.
+
+To train without communication between the columns (experiment 150: 41.83% and 19.33%), add
 
     --config.model.variant=no_communication
 

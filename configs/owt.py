@@ -1,29 +1,35 @@
-"""The one-column network of torchvision's widths, with a training of today.
+"""Train the one-column network of torchvision's widths with a modern recipe.
 
     python -m alexnet_jax.main --config=configs/owt.py --workdir=runs/owt
 
-on a prepared `imagenet2012_256`; on a folder of images, add
+This trains on a prepared `imagenet2012_256`. For a folder of images, add
 
     --config.data.source=folder:PATH --config.data.eval_split=val
 
-The network: Krizhevsky 2014, "One weird trick", arXiv:1404.5997, with torchvision's 256
-features in conv4, no response normalisation, and dropout before fc6 and fc7. The
-training: batch 128; learning rate 0.06, cosine to 0 over 150 epochs; weight decay 1e-4;
-resized crops of at least 0.08 of the area (Szegedy et al. 2015); labels smoothed by 0.1
-(Szegedy et al. 2016); momentum 0.9, the learning rate outside the velocity, as torch
-has it. This code's own choice: He's start, and a warm-up of five epochs (Goyal et al.
-2017, arXiv:1706.02677).
+The network is that of Krizhevsky 2014, "One weird trick", arXiv:1404.5997, as torchvision
+has it: 256 features in conv4, no response normalisation, and dropout before fc6 and fc7.
 
-That learning rate belongs to pixels divided by torchvision's standard deviations (58.4,
-57.1, 57.4 of 255), about 57.6. Here pixels are 0..255 minus the mean, so the same conv1 has
-a kernel that much smaller and a gradient that much larger: a rate divided by 57.6 squared
-gives it the same steps (conv1's bias and its weight decay, which did not need it, are
-slowed as well). Without that, the loss of step 7 was not a number (benchmarks/results).
+The training has these constants:
 
-Expected on the 50,000 validation images of ILSVRC-2012, not run here: top-1 error
-about 40% on the centre view; 60.1% right is reported of a training with these constants,
-by a source that was not checked. torchvision's own weights for this network:
-43.48%, and top-5 20.93%.
+- batch 128; momentum 0.9; weight decay 1e-4
+- learning rate 0.06, cosine to 0 over 150 epochs; it multiplies the velocity, as in torch,
+  and not the gradient
+- resized crops of at least 0.08 of the area (Szegedy et al. 2015)
+- labels smoothed by 0.1 (Szegedy et al. 2016)
+- our own choices: He initialisation, and a warm-up of five epochs (Goyal et al. 2017,
+  arXiv:1706.02677)
+
+The learning rate of 0.06 belongs to pixels divided by torchvision's standard deviations:
+58.4, 57.1 and 57.4 of 255, about 57.6. Here pixels are 0..255 minus the mean. To compute
+the same features from them, conv1 needs a kernel that is 57.6 times smaller. The gradient
+of that kernel is 57.6 times larger. So conv1's rate is divided by 57.6 squared, which gives
+the same steps. This also slows conv1's bias and weight decay, which did not need it.
+Without the factor, the loss of step 7 was not a number (benchmarks/results).
+
+Expected on the 50,000 validation images of ILSVRC-2012: top-1 error about 40% on the centre
+view. A source that we have not checked reports an accuracy of 60.1% with these constants.
+torchvision's own weights for this network have a top-1 error of 43.48% and a top-5 error of
+20.93%. This recipe has not been run here on all of ImageNet.
 """
 
 from alexnet_jax.training.config import get_config as defaults

@@ -1,10 +1,11 @@
-"""Learns the embedded images in seconds: the trained network of `notebooks/`.
+"""Train on the embedded images in seconds: the trained network of `notebooks/`.
 
     python -m alexnet_jax.main --config=configs/tiny.py --workdir=runs/tiny
 
-cuda-convnet's "18%" network with batch normalisation in the places of its response
-normalisation, on 200 images shrunk to 64 x 64 (configs/quickstart.py has the paper's layers,
-and takes minutes). Measured: 11% of 100 unseen images wrong after its 200 steps, chance 90%.
+This is cuda-convnet's "18%" network with batch normalisation in place of its response
+normalisation. It trains on 200 images shrunk to 64 x 64. Measured: after its 200 steps, 11%
+of 100 unseen images are wrong (chance: 90%). configs/quickstart.py trains the paper's
+layers, which takes minutes.
 """
 
 from alexnet_jax.training.config import get_config as defaults

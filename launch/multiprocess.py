@@ -2,14 +2,14 @@
 
     python launch/multiprocess.py -n 2 -- --config=configs/paper.py --workdir=DIR ...
 
-starts `python -m alexnet_jax.main ...` twice and connects the two over this machine's
-own network. On the CPU (the default) a process has one device, or the number of
---cpu_devices among the arguments; `--gpus=K` gives each process K of the GPUs
-instead. Every line of output begins with the number of its process.
+starts `python -m alexnet_jax.main ...` twice. The two processes connect over this machine's
+own network. By default they run on the CPU, with one device each or the number that
+--cpu_devices gives. With `--gpus=K` each process has K GPUs instead. Every line of output
+begins with the number of its process.
 
-When one process fails or is killed, the others are ended within seconds and the exit
-status is its own; the same command resumes from the last checkpoint. Ctrl-C, SIGTERM
-and SIGUSR1 are passed on: all processes write a checkpoint together and end.
+If a process fails or is killed, the others are ended within seconds, and the exit status is
+that of the first. The same command resumes from the last checkpoint. Ctrl-C, SIGTERM and
+SIGUSR1 are passed on: all processes write a checkpoint together and end.
 """
 
 import argparse
@@ -25,20 +25,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.1
-# Time for the others to end by themselves after one has failed.
+# After one process has failed, the others have this time to end by themselves.
 GRACE_SECONDS = 10.0
 
 Processes = Sequence[subprocess.Popen[str]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Start the processes and wait for them; return the exit status."""
+    """Start the processes, wait for them and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-n", type=int, required=True, help="number of processes")
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs for each process; 0: on the CPU")
-    parser.add_argument("arguments", nargs="+", help="those of alexnet_jax.main")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs per process; 0: on the CPU")
+    parser.add_argument("arguments", nargs="+", help="arguments of alexnet_jax.main")
     options = parser.parse_args(argv)
     if options.n < 1 or options.gpus < 0:
         parser.error("-n must be at least 1 and --gpus at least 0")
@@ -83,13 +83,13 @@ def start(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        # A Ctrl-C at the terminal reaches this process only, which passes it on once.
+        # So Ctrl-C at the terminal reaches only the launcher, which passes it on once.
         start_new_session=True,
     )
 
 
 def relay(process: subprocess.Popen[str], index: int) -> None:
-    """Print a process's lines with its number before each."""
+    """Print each line of a process with the number of the process before it."""
     assert process.stdout is not None
     for line in process.stdout:
         try:
@@ -99,13 +99,13 @@ def relay(process: subprocess.Popen[str], index: int) -> None:
 
 
 def send(processes: Processes, number: int) -> None:
-    """Send a signal to the processes that still run."""
+    """Send a signal to all processes that still run."""
     for process in processes:
         process.send_signal(number)
 
 
 def wait(processes: Processes) -> int:
-    """Wait for all and return the first bad status; when one fails, end the others."""
+    """Wait for all processes and return the first bad status. If one fails, end the others."""
     deadline, first = float("inf"), 0
     while any(process.poll() is None for process in processes):
         time.sleep(POLL_SECONDS)
@@ -115,16 +115,16 @@ def wait(processes: Processes) -> int:
             report(*failed[0])
         if time.monotonic() > deadline:
             send(processes, signal.SIGKILL)
-    # All may have failed between two looks.
+    # All may have failed between two polls.
     return first or next((p.returncode for p in processes if p.returncode), 0)
 
 
 def report(index: int, status: int) -> None:
-    """Print how a process has ended."""
+    """Print how a process ended and what to do."""
     how = f"ended with status {status}"
     if status < 0:
         how = f"was killed by {signal.Signals(-status).name}"
-    # 128 and more: by a signal, after which nothing has to be mended.
+    # A status from 128 up means a signal, after which there is nothing to fix.
     hint = "The same command resumes from the last checkpoint, if there is one."
     if 0 < status < 128:
         hint = "Its own lines above say why."
@@ -132,7 +132,7 @@ def report(index: int, status: int) -> None:
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens on now."""
+    """Return a port of this machine on which nobody listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-# For configs/ and, if it is not installed, alexnet_jax.
+# Makes configs/ importable, and alexnet_jax if it is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from alexnet_jax.sweeps.run import main

@@ -3,10 +3,10 @@
 #
 #     launch/two_devices.sh --workdir=runs/paper --config.data.dir=DATA
 #
-# on two GPUs. With fewer, or with CPU=1 in the environment, it runs on two virtual devices
-# of the CPU: the same program, exchanges and numbers, for a rehearsal.
-# Arguments are those of alexnet_jax.main; --config defaults to configs/paper.py. One
-# process drives both devices; launch/multiprocess.py starts one process per device.
+# This uses two GPUs. With fewer GPUs, or with CPU=1 in the environment, it rehearses on two
+# virtual devices of the CPU, with the same program, exchanges and numbers.
+# The arguments are those of alexnet_jax.main. --config defaults to configs/paper.py. One
+# process drives both devices. launch/multiprocess.py starts one process per device instead.
 set -euo pipefail
 
 root=$(cd "$(dirname "$(readlink -f "$0")")/.." && pwd)
@@ -28,7 +28,7 @@ elif [ -z "${CUDA_VISIBLE_DEVICES:-}" ]; then
     export CUDA_VISIBLE_DEVICES=0,1
 fi
 
-# --config comes before the fields that it is changed in.
+# --config must come before the flags that change its fields.
 config=--config=$root/configs/paper.py
 others=()
 while [ $# -gt 0 ]; do
@@ -39,12 +39,12 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-# configs/NAME.py of the repository, wherever this is called from; NAME.py:ARGUMENT too.
+# configs/NAME.py, also with :ARGUMENT, is the repository's, from whatever folder you call this.
 file=${config#--config=}
 if [ ! -e "${file%%:*}" ] && [ -e "$root/${file%%:*}" ]; then
     config=--config=$root/$file
 fi
-# The package and configs/ are found from any folder.
+# So Python finds the package and configs/ from any folder.
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 exec "$python" -m alexnet_jax.main "$config" \
     --config.parallel.mode=columns --config.parallel.data=1 --config.parallel.column=2 \

@@ -66,7 +66,7 @@ class AlexNet(nn.Module):
     Attributes:
       network: the layer table.
       dtype: dtype of the computation; parameters are at least float32.
-      init_name: how parameters start, see `create_model`.
+      init_name: rule for the initial weights and biases, see `create_model`.
       fast: use the backend's fast operators; False supports forward-mode derivatives.
       exchange: which part of the network this device has, and how it gets what other devices
         have. The default has everything; `parallel.local_model` sets another.
@@ -295,7 +295,7 @@ def create_model(
       num_classes: units of the last layer; None: the table's own (1,000 or 10).
       width: factor on the features of every layer but the last.
       dtype: dtype of the computation: float32, bfloat16, or float64 (with x64 enabled).
-      init: how weights and biases start.
+      init: rule for the initial weights and biases.
         "paper": as the table says. In the paper's own, weights have a standard deviation of
           0.01, and biases are 1 in conv2, conv4, conv5, fc6 and fc7.
         "caffe": as bvlc_alexnet. The standard deviation is 0.005 in fc6 and fc7, and biases are
@@ -338,7 +338,7 @@ def from_settings(settings: Mapping[str, Any]) -> AlexNet:
 def _initializers(
     network: Variant, row: Layer, init: str
 ) -> tuple[nn.initializers.Initializer, float]:
-    """Return the initializer of a layer's kernel, and the start of its biases."""
+    """Return the initializer of a layer's kernel and the initial value of its biases."""
     normal, last = nn.initializers.normal, row is network.layers[-1]
     if init == "he" and not last:
         # The first layer reads pixels, which do not have unit variance.

@@ -153,7 +153,7 @@ def shared_lock(path: Path) -> Iterator[None]:
 def read_npz(
     path: str | os.PathLike[str], names: Sequence[str], error: type[ValueError]
 ) -> dict[str, np.ndarray]:
-    """Return those of the arrays that are in an .npz; never through pickle.
+    """Return the named arrays that an .npz holds; never through pickle.
 
     Raises:
       error: if there is no such file, or it cannot be read.
@@ -162,6 +162,6 @@ def read_npz(
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names if name in file}
     except FileNotFoundError as problem:
-        raise error(f"{path}: there is no such file.") from problem
+        raise error(f"{path}: there is no such file. Check the path.") from problem
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as problem:
         raise error(f"{path} is no .npz that can be read: {problem}") from problem

@@ -156,8 +156,11 @@ def meshes(
         shards = parallel.batch_shards(data, column, mode)
         try:
             if mode != own and (data * column != devices or (mode, column) == ("columns", 1)):
-                columns = f"{variant.columns} column{'s' if variant.columns > 1 else ''}"
-                raise ValueError(f"{devices} devices, {columns}")
+                reason = "the network has one column; choose one with several"
+                if variant.columns > 1:
+                    split = f"{devices} devices do not divide by {variant.columns} columns"
+                    reason = f"{split}; use a multiple of {variant.columns}"
+                raise ValueError(reason)
             parallel.check_mode(variant, mode, column)
             if batch % shards:
                 raise ValueError(f"{batch} images do not divide by {shards}")

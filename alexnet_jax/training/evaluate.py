@@ -49,7 +49,8 @@ def evaluate(
     count = round(totals["count"])  # exact, in float64
     if count != expected_count:
         raise RuntimeError(
-            f"The evaluation counted {count} examples; the split has {expected_count}."
+            f"The evaluation counted {count} examples; the split has {expected_count}. Pass each "
+            "example of the split once, and mask the padding of the last batch."
         )
     found: dict[str, float] = {}
     for views in ("", "views_") if "views_count" in totals else ("",):

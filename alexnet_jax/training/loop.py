@@ -52,8 +52,9 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> Train
         stay intact.
       FloatingPointError: the loss or a parameter is not finite; the last good
         checkpoint stays.
-      KeyboardInterrupt, SystemExit: Ctrl-C, or SIGTERM or SIGUSR1 (exit status 143 or
-        138), came, and a checkpoint has been written.
+      KeyboardInterrupt: after SIGINT (Ctrl-C); a checkpoint has been written.
+      SystemExit: after SIGTERM (exit status 143) or SIGUSR1 (138); a checkpoint has been
+        written.
     """
     clock = StepClock()
     path = checked_folder(workdir)

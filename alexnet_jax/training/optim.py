@@ -40,8 +40,8 @@ def make_optimizer(
       learning_rate: a number, or a schedule of the step.
       momentum: 0.9 in the paper.
       weight_decay: factor on the weights in the gradient, 0.0005 in the paper.
-      bias_lr_mult: learning rate of the biases over that of the weights: 1 in the
-        paper's text, 2 in Caffe and at the original's start.
+      bias_lr_mult: learning rate of the biases divided by that of the weights: 1 in the
+        paper's text, 2 in Caffe and in the first epochs of the original.
       decay_bias: decay biases and the scales of batch normalisation too. The original
         and Caffe do not decay biases; the paper does not say.
       form: "paper", the learning rate inside the velocity; "torch", outside.

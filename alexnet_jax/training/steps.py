@@ -40,21 +40,22 @@ class StepSpec:
     Attributes:
       model: the whole network.
       tx: any optax optimiser; evaluation does not use it.
-      augmentation: of training images; its `crop_size` holds for all images.
+      augmentation: augmentation of training images. Its `crop_size` holds for evaluation
+        images too.
       mesh, mode: the devices, and how network and batch are split over them.
       transform: the wrapper around a step, see `parallel.on_devices`.
-      seed: of all random numbers.
+      seed: seed of all random numbers.
       accumulate_steps: number of micro-batches per device. They pass through the
         network one after the other and make one update, in less memory. Only batch
         normalisation tells the difference: it takes its statistics per micro-batch.
-      label_smoothing: in the training loss, see `metrics.cross_entropy`.
-      loss: another training loss: (logits [B, K], labels [B]) -> [B], in float32; without
-        `label_smoothing`.
+      label_smoothing: label smoothing of the training loss, see `metrics.cross_entropy`.
+      loss: another training loss, (logits [B, K], labels [B]) -> [B], in float32. It takes
+        no `label_smoothing`.
       frozen: layers whose gradients are not computed; the optimiser gets zeros. `tx`
         must keep these layers as they are, despite weight decay.
       init_extra: parameters -> the first `TrainState.extra`.
-      after_update: new state -> state, at the end of each training step, for a moving
-        average of the weights or for constraints on them.
+      after_update: new state -> state. It runs at the end of each training step, for
+        example for a moving average of the weights or for constraints on them.
     """
 
     model: AlexNet

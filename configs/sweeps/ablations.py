@@ -1,27 +1,33 @@
-"""The ablations of the paper and of the original program's experiments, one row each.
+"""The ablations of the paper and of the original program's experiments, one per row.
 
     python launch/sweep.py configs/sweeps/ablations.py --out=DIR --seeds=0,1,2 \
         --set data.dir=DATA
 
-on a prepared `imagenet2012_256`, or on any folder of images (`--set
-data.source=folder:PATH --set data.eval_split=val`). 25 networks of 90 epochs are weeks
-on one GPU: `paper_table.py`, `layers.py`, `lrn.py` and `overlap.py` are parts of it. Rows
-combine by putting their overrides together.
+This trains on a prepared `imagenet2012_256`. For a folder of images, add `--set
+data.source=folder:PATH --set data.eval_split=val`. 25 networks of 90 epochs take weeks on
+one GPU. `paper_table.py`, `layers.py`, `lrn.py` and `overlap.py` train parts of this table.
+To combine rows, merge their overrides.
 
-Figures are top-1 errors in per cent over ten views on ILSVRC-2012's validation images,
-unless a row says otherwise; those of "experiment N" are in the logs of the original program
-(github.com/computerhistory/AlexNet-Source-Code). Its baseline is experiment 145 with
-40.66%, the run behind the paper's 40.7%; a figure's effect is its difference from the run
-that its source compares it with, or None if that run differs in something else as well.
-All rows have the schedule of configs/paper.py, not the experiments' own (that is
-configs/original.py). Rows whose baseline is "original" train the experiments' networks. The
-others train the network as the paper describes it. It differs from experiment 145's, and
-from those made from it, in its response normalisation and in the initial conv3 to conv5.
+Published values are top-1 errors in per cent over ten views on ILSVRC-2012's validation
+images, unless a row says otherwise. The values of "experiment N" are from the logs of the
+original program (github.com/computerhistory/AlexNet-Source-Code). Its baseline is
+experiment 145 with 40.66%, the run behind the paper's 40.7%. A published effect is the
+row's error minus that of the run that its source compares it with. The effect is None if
+the two runs differ in something else as well.
 
-Left out are the experiments on anything but the network of one training: other
-learning rates over time (155 to 158, 169, 170, and 145 raised again), a low-resolution copy
-of the image (137), the cross-map LRN moved from behind pool1 to right over conv1 (131),
-other images faded in and exchanges in 16 bits (170), four GPUs (130).
+All rows have the schedule of configs/paper.py. The experiments' own schedule is in
+configs/original.py. The row "original" and the rows with baseline="original" train the
+networks of the experiments. The other rows train the network as the paper describes it. It
+differs from the networks of experiment 145, and of those made from it, in its response
+normalisation and in the initial weights of conv3 to conv5.
+
+These experiments are left out:
+
+- other learning rates over time (155 to 158, 169, 170, and 145 with the rate raised again)
+- a low-resolution copy of the image (137)
+- the cross-map LRN moved from after pool1 to directly after conv1 (131)
+- other images faded in, and exchanges in 16 bits (both 170)
+- four GPUs (130)
 """
 
 from alexnet_jax.sweeps import FinalError, Paper, Row, Sweep
@@ -30,8 +36,8 @@ VALIDATION = "ILSVRC-2012 validation, ten views"
 TEST_2010 = "ILSVRC-2010 test, ten views"
 NOT_NAMED = "data that the paper does not name"
 BASELINE = "paper"
-# For sweeps of configs/quickstart.py, as their results were measured: the paper's dropout,
-# which takes five epochs; both columns on one device, and as many devices as there are
+# Changes to configs/quickstart.py, with which the results of its sweeps were measured. The
+# paper's dropout takes five epochs. Every device computes both columns, and all devices
 # share the batch.
 FROM_QUICKSTART = {
     "num_epochs": 5.0,
@@ -59,7 +65,7 @@ ROWS = {
         # Section 3.1: tanh and sigmoid units.
         Row("tanh units", {"model.overrides.activation": "tanh"}),
         Row("sigmoid units", {"model.overrides.activation": "sigmoid"}),
-        # Section 3.2: one GPU with half the kernels; columns that do not talk.
+        # Section 3.2: one GPU with half the kernels; columns without communication.
         Row(
             "one GPU",
             _columns({"model.variant": "one_gpu"}),
@@ -72,7 +78,7 @@ ROWS = {
             _experiment(150, 41.83, 1.17),
             baseline="original",
         ),
-        # Section 3.3: local response normalisation, and where it stands.
+        # Section 3.3: local response normalisation, and its place.
         Row(
             "no LRN",
             {"model.overrides.lrn": False},
@@ -84,14 +90,14 @@ ROWS = {
         Row(
             "original, LRN before ReLU",
             {"model.variant": "original", "model.overrides.norm_place": "before"},
-            # No effect: 166 also has other learning rates than 145.
+            # effect=None: 166 also has other learning rates than 145.
             _experiment(166, 41.10, None),
             baseline="original",
         ),
         Row(
             "original, LRN after conv1 only",
             {"model.variant": "original", "model.overrides.norm_layers": ("conv1",)},
-            # No effect: no logged run has its learning rates and 145's network.
+            # effect=None: no logged run has its learning rates and 145's network.
             _experiment(167, 40.49, None),
             baseline="original",
         ),
@@ -100,7 +106,7 @@ ROWS = {
         Row(
             "no overlap",
             {"model.overrides.pool_window": 2},
-            # Experiment 147, where that was found, also pads less: the row below.
+            # It is from experiment 147, which also pads less: the row below.
             Paper(None, 0.4, VALIDATION, "section 3.4"),
         ),
         Row(
@@ -127,22 +133,22 @@ ROWS = {
             )
             for layer in ("conv2", "conv3", "conv4", "conv5")
         ),
-        # Section 6, without its pre-training on the whole of ImageNet; and the
-        # network that followed.
+        # Section 6, without the pre-training on all of ImageNet.
         Row("six convolutions", {"model.variant": "six_conv"}, baseline="original"),
+        # The network that followed AlexNet (Zeiler and Fergus 2013).
         Row("ZFNet", _columns({"model.variant": "zfnet"})),
     )
 }
 
 
 def rows(*names):
-    """Return the baseline and those rows."""
+    """Return the baseline and the rows of these names."""
     return tuple(ROWS[name] for name in (BASELINE, *names))
 
 
 def get_sweep():
     return Sweep(
-        about="What each of the paper's choices gives.",
+        about="How much does each of the paper's choices contribute?",
         config="configs/paper.py",
         rows=tuple(ROWS.values()),
         baseline=BASELINE,

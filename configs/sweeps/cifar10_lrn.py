@@ -1,16 +1,16 @@
-"""With and without response normalisation on CIFAR-10 (the paper, section 3.3).
+"""CIFAR-10 with and without response normalisation (the paper, section 3.3).
 
     python launch/sweep.py configs/sweeps/cifar10_lrn.py --out=runs/cifar10_lrn \
         --seeds=0,1,2 --set data.source=folder:PATH
 
-CIFAR-10 in a folder, as for configs/cifar10_11.py. Each run is 26 epochs, a twentieth of
-cuda-convnet2's; `configs/sweeps/cifar10_lrn.py:520` is its whole length (the 13% network's
-own was 160).
+PATH holds CIFAR-10 as for configs/cifar10_11.py. Each run takes 26 epochs, a twentieth of
+cuda-convnet2's 520. `configs/sweeps/cifar10_lrn.py:520` trains all 520. The 13% network was
+published with 160.
 
-The paper: a four-layer network has a test error of 13% without and 11% with it. These are
-cuda-convnet's networks of those names, which differ in more than the normalisation: the
-second row is the 11% network without its normalisation, a fair ablation; the third is the
-13% network as it was published.
+The paper reports a test error of 13% without and 11% with response normalisation, for a
+four-layer network. cuda-convnet's two networks with these errors in their names differ in
+more than the normalisation. The second row is a fair ablation: the 11% network without its
+normalisation. The third row is the 13% network as it was published.
 """
 
 import dataclasses

@@ -3,18 +3,19 @@
     python launch/sweep.py configs/sweeps/figure1.py --out=runs/figure1 \
         --set data.source=folder:PATH
 
-CIFAR-10 in a folder, as for configs/cifar10.py. Per seed eleven runs: each kind of unit with
-three or four learning rates, of which the best counts. A run ends at 25% training error, or
-after 20 epochs (ReLU, sigmoid) or 60 (tanh, and sigmoid once more at its best rate). Hours on
-two CPU cores: an epoch takes half a minute to a minute. `configs/sweeps/figure1.py:sigmoid` is
+PATH holds CIFAR-10 as for configs/cifar10.py. Each seed takes eleven runs. ReLU and tanh
+have three learning rates each, sigmoid has four, and the best one counts. One more run
+trains sigmoid for longer at its best rate. A run ends at 25% training error, or after 20
+epochs (ReLU, sigmoid) or 60 (tanh, the longer sigmoid). An epoch takes half a minute to a
+minute on two CPU cores, so the sweep takes hours. `configs/sweeps/figure1.py:sigmoid` trains
 one kind of unit alone, `:relu,tanh` two.
 
-The paper: a four-layer network with ReLU reaches 25% training error six times sooner than
-one with tanh, each with its own learning rate, without regularisation. It does not publish
-that network: this is a stand-in, cuda-convnet's "18%" network (configs/cifar10.py, three
-convolutions and a classifier) with the units exchanged, without weight decay and
-augmentation. Sigmoids are not in the figure; with the table's start, N(0, 0.01), they
-hardly learn.
+The paper reports that a four-layer network with ReLU reaches 25% training error six times
+sooner than one with tanh. Each has its own learning rate, and there is no regularisation.
+The paper does not publish that network. The stand-in is cuda-convnet's "18%" network
+(configs/cifar10.py, three convolutions and a classifier) with other units, without weight
+decay and without augmentation. Sigmoids are not in the figure. They hardly learn with the
+initial weights of the table, N(0, 0.01).
 """
 
 from alexnet_jax.sweeps import EpochsTo, Paper, Row, Sweep
@@ -26,7 +27,7 @@ def get_sweep(units="relu,tanh,sigmoid"):
     chosen = units.split(",")
     unknown = sorted(set(chosen) - {"relu", "tanh", "sigmoid"})
     if unknown:
-        raise ValueError(f"units are relu, tanh, sigmoid; not {', '.join(unknown)}")
+        raise ValueError(f"unknown units {', '.join(unknown)}; choose from relu, tanh and sigmoid.")
     return Sweep(
         about="How many epochs until a training error of 25%, by the kind of unit?",
         config="configs/cifar10.py",

@@ -1,10 +1,10 @@
-"""The network without each convolutional layer (the paper, sections 1 and 7).
+"""The network without each convolutional layer in turn (the paper, sections 1 and 7).
 
     python launch/sweep.py configs/sweeps/layers.py --out=runs/layers --slurm \
         --set data.dir=DATA
 
-Five runs of configs/paper.py, each of 90 epochs as in the paper. The first layer sets the
-grid and stays.
+This is five runs of configs/paper.py, each of 90 epochs as in the paper. conv1 always
+stays, because it sets the grid.
 
 The paper, section 7: "removing any of the middle layers results in a loss of about 2% for
 the top-1 performance of the network".

@@ -1,13 +1,14 @@
-"""Which learning rate to take for your own images.
+"""Choose a learning rate for your own images.
 
     python launch/sweep.py configs/sweeps/learning_rate.py --out=runs/learning_rate \
         --set data.source=folder:PATH num_epochs=10.0
 
-One row per rate, with configs/quickstart.py's narrowed network; without --set on its
-embedded images, some minutes per run on two CPU cores. A rate at which the loss is no longer
-finite is reported as diverged, and the others go on.
+Each row trains the narrow network of configs/quickstart.py at one learning rate. Without
+--set it trains on the embedded images, which takes some minutes per run on two CPU cores.
+If the loss of a run is no longer finite, its rate is reported as diverged and the others go
+on.
 
-The paper takes 0.01 at full width and batches of 128 (section 5).
+The paper takes 0.01 at full width with batches of 128 (section 5).
 """
 
 from alexnet_jax.sweeps import Row, Sweep

@@ -2,13 +2,14 @@
 
     python launch/sweep.py configs/sweeps/lrn.py --out=runs/lrn --seeds=0,1,2
 
-The paper: without it the top-1 error is 1.4 points higher, the top-5 error 1.2. The
-original's logs: 42.03% against 40.66% on ILSVRC-2012 (experiments 148 and 145).
+The paper reports that without it the top-1 error is 1.4 points higher and the top-5 error
+1.2. The original's logs have 42.03% without and 40.66% with it on ILSVRC-2012 (experiments
+148 and 145).
 
-As it stands it runs anywhere, some minutes per run on two CPU cores: the narrowed
-network and the embedded images of configs/quickstart.py, which say whether the sweep
-works, not whether the paper is right. On ImageNet, the paper's own network and training:
-configs/sweeps/paper_table.py. On CIFAR-10: configs/sweeps/cifar10_lrn.py.
+This sweep runs anywhere and takes some minutes per run on two CPU cores. It trains the
+narrow network of configs/quickstart.py on the embedded images. The results show that the
+sweep works. They do not test the paper's claim. configs/sweeps/paper_table.py trains
+the paper's own network on ImageNet, and configs/sweeps/cifar10_lrn.py trains on CIFAR-10.
 """
 
 from alexnet_jax.sweeps import Sweep

@@ -2,13 +2,13 @@
 
     python launch/sweep.py configs/sweeps/lrn_constants.py --out=runs/lrn_constants
 
-The paper chose k = 2, n = 5, alpha = 1e-4 and beta = 0.75 on a validation set and publishes
-no error of other values. The original program multiplies the mean of the squares by alpha,
-not their sum: a fifth of the paper's alpha. Caffe has k = 1, and its window crosses the
-columns.
+The paper chose k = 2, n = 5, alpha = 1e-4 and beta = 0.75 on a validation set. It publishes
+no error for other values. The original program multiplies the mean of the squares by alpha
+instead of their sum, so its alpha counts a fifth of the paper's. Caffe has k = 1, and its
+window crosses the columns.
 
-Runs anywhere, some minutes per run on two CPU cores, on the embedded images; see
-configs/sweeps/lrn.py for what that does and does not say. On other data:
+This sweep runs anywhere on the embedded images and takes some minutes per run on two CPU
+cores. configs/sweeps/lrn.py says what such results show. For other data add
 `--set data.source=folder:PATH`.
 """
 
@@ -33,7 +33,7 @@ def get_sweep():
     return Sweep(
         about="How much do the constants of response normalisation matter?",
         config="configs/quickstart.py",
-        # On two devices in mode columns the window could not cross the columns.
+        # In mode columns, on two devices, a window cannot cross the columns.
         overrides=ablations.FROM_QUICKSTART,
         rows=(Row("paper"), *rows),
         baseline="paper",

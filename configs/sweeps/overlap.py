@@ -2,13 +2,14 @@
 
     python launch/sweep.py configs/sweeps/overlap.py --out=runs/overlap --seeds=0,1,2
 
-The paper: windows of 3 pixels with a stride of 2, against windows of 2, reduce the top-1
-error by 0.4 points and the top-5 error by 0.3. The original's logs: 41.06% against 40.66%
-on ILSVRC-2012 (experiments 147 and 145; 147, variant `no_overlap`, also pads conv2 and
-conv5 less, which "no overlap" here does not).
+The paper compares windows of 3 pixels with windows of 2, both with a stride of 2. Windows
+of 3 reduce the top-1 error by 0.4 points and the top-5 error by 0.3. The original's logs
+have 41.06% without overlap (experiment 147) and 40.66% with it (145) on ILSVRC-2012.
+Experiment 147, variant `no_overlap`, also pads conv2 and conv5 less. The row "no overlap"
+here does not.
 
-Runs anywhere, some minutes per run on two CPU cores, on the embedded images; see
-configs/sweeps/lrn.py for what that does and does not say.
+This sweep runs anywhere on the embedded images and takes some minutes per run on two CPU
+cores. configs/sweeps/lrn.py says what such results show.
 """
 
 from alexnet_jax.sweeps import Sweep

@@ -2,12 +2,13 @@
 
     python launch/sweep.py configs/sweeps/pooling.py --out=runs/pooling
 
-The paper: windows of 3 pixels with a stride of 2, against windows of 2, reduce the top-1
-error by 0.4 points and the top-5 error by 0.3. It publishes no other pair. A stride of 3
-shrinks the maps faster, so fc6 has fewer inputs: 2 x 2 x 256 instead of 6 x 6 x 256.
+The paper compares windows of 3 pixels with windows of 2, both with a stride of 2. Windows
+of 3 reduce the top-1 error by 0.4 points and the top-5 error by 0.3. It publishes no other
+pair. A stride of 3 shrinks the maps faster, so fc6 has fewer inputs: 2 x 2 x 256 instead of
+6 x 6 x 256.
 
-Runs anywhere, some minutes per run on two CPU cores, on the embedded images; see
-configs/sweeps/lrn.py for what that does and does not say.
+This sweep runs anywhere on the embedded images and takes some minutes per run on two CPU
+cores. configs/sweeps/lrn.py says what such results show.
 """
 
 from alexnet_jax.sweeps import Paper, Row, Sweep
@@ -26,7 +27,7 @@ def get_sweep():
         for window, stride in ((3, 2), (2, 2), (3, 3), (4, 2))
     ]
     return Sweep(
-        about="Which window and stride of the pooling layers is best?",
+        about="Which window and stride of the pooling layers are best?",
         config="configs/quickstart.py",
         overrides=ablations.FROM_QUICKSTART,
         rows=rows,

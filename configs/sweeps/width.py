@@ -1,13 +1,14 @@
-"""A narrower network.
+"""The paper's network at a quarter, a half and all of its width.
 
     python launch/sweep.py configs/sweeps/width.py --out=runs/width --seeds=0,1,2
     python launch/sweep.py configs/sweeps/width.py --out=runs/width \
         --set data.source=folder:PATH num_epochs=30.0
 
-The paper's network with a quarter and a half of its features in every layer but the
-classifier, all from He's start, which trains at any width. Runs anywhere on the embedded
-images of configs/quickstart.py: a quarter takes some minutes on two CPU cores, the whole
-some ten times as long. The paper has no such experiment.
+The width is the fraction of features in every layer but the classifier. All rows use He
+initialisation, which trains at any width. The paper has no such experiment.
+
+This sweep runs anywhere on the embedded images of configs/quickstart.py. At a quarter of
+the width a run takes some minutes on two CPU cores, at full width some ten times as long.
 """
 
 from alexnet_jax.sweeps import Row, Sweep

@@ -151,8 +151,9 @@ def local_response_norm(
 
     Args:
       x: activations [..., C], any leading dimensions.
-      bias, relu: with both, a_i is relu(x + bias[C]): the bias and the nonlinearity of
-        the layer run in the same loop, which is faster than before it.
+      bias, relu: the layer's bias [C] and whether ReLU follows it. With both, a_i is
+        relu(x + bias). They run in the same loop as LRN, which is faster than a loop of
+        their own.
       size: channels in the window, odd and positive (the paper's n).
       k: added to the sum; positive.
       alpha: weight of the sum of squares, see `alpha_mode`.
@@ -165,16 +166,16 @@ def local_response_norm(
         2}`; x is then [B, H, W, C]. On a CPU both run in one loop over parts of the
         batch, which is twice as fast and stores no normalised image.
 
-    On a CPU the gradient, and with `pool` also the value, gathers a batch that `jit` has
-    sharded (without `shard_map`).
+    On a CPU, if `jit` has sharded the batch (without `shard_map`), the gradient gathers the
+    whole batch on every device. With `pool` the value does so too.
 
     Returns:
-      An array of x's shape; with `pool` that of `max_pool`.
+      An array of x's shape; with `pool`, of the shape that `max_pool` returns.
 
     Raises:
       ValueError: for an even or non-positive `size`, channels that `groups` does not
-        divide, a bias of another shape, or an unknown `alpha_mode`; with `pool` as
-        `max_pool`.
+        divide, a bias of another shape, or an unknown `alpha_mode`. With `pool`, also for
+        the errors of `max_pool`.
     """
     _check_floating("local_response_norm", x)
     _check_odd("local_response_norm", size)
