@@ -10,13 +10,14 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.models import ops
@@ -32,6 +33,9 @@ def fast(request):
     with contextlib.ExitStack() as stack:
         if request.param == "gpu":
             stack.enter_context(ops.compiling_for("gpu"))
+            # As on one device; otherwise only `shard_map` convolves groups in one call.
+            one_device = mock.patch.object(ops, "_partitioned_by_xla", return_value=False)
+            stack.enter_context(one_device)
         yield request.param != "plain"
 
 
@@ -597,6 +601,21 @@ def test_16_bit_results_are_float32_rounded_once(name, fast, dtype):
     )
 
 
+@pytest.mark.parametrize(
+    "name, fast", [(name, form) for form in FORMS[:2] for name in FAST_NAMES], indirect=["fast"]
+)
+def test_bfloat16_gradients_equal_the_plain_form(name, fast):
+    x = jnp.asarray(normal(2, 6, 6, 4, scale=2.0), jnp.bfloat16)
+
+    def gradient(fast):
+        y, vjp = jax.vjp(lambda x: apply(name, x, fast), x)
+        return vjp(jnp.asarray(normal(*y.shape), y.dtype))[0]
+
+    got, want = gradient(fast), gradient(False)
+    assert got.dtype == jnp.bfloat16
+    assert relative_error(got.astype(jnp.float32), want.astype(jnp.float32)) < 2**-6
+
+
 @ALL_FORMS
 def test_each_gradient_has_the_dtype_of_its_argument(fast):
     """Take gradients of bfloat16 activations and float32 parameters."""
@@ -760,6 +779,21 @@ def test_gradients_under_shard_map_equal_one_device(check_vma, fast):
         want = jax.jit(jax.value_and_grad(whole, (0, 1)))(params, x)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert relative_error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_kernel_gradient_of_groups_on_a_sharded_batch_equals_one_device(backend):
+    """Let XLA split the batch over one axis of a mesh of two."""
+    mesh = make_mesh(data=2, column=2)
+    x, kernel = jnp.asarray(normal(4, 6, 6, 4)), jnp.asarray(normal(3, 3, 2, 6))
+
+    def loss(kernel, x):
+        return jnp.sum(ops.grouped_conv(x, kernel, groups=2) ** 2)
+
+    with ops.compiling_for(backend):
+        got = jax.jit(jax.grad(loss))(kernel, jax.device_put(x, NamedSharding(mesh, P("data"))))
+        want = jax.jit(jax.grad(loss))(kernel, x)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 @ALL_FORMS

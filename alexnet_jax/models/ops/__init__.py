@@ -48,14 +48,25 @@ class _Path(NamedTuple):
 def _path(fast: bool) -> _Path:
     """Choose the form of every operator. This is the one place that does.
 
-    On a GPU cuDNN convolves all groups in one call. `ALEXNET_SPLIT_GROUPS=1` in the
-    environment convolves group by group there too, if a measurement says otherwise.
+    On a GPU cuDNN convolves all groups in one call, unless XLA may split that call over
+    devices. `ALEXNET_SPLIT_GROUPS=1` in the environment convolves group by group there too,
+    if a measurement says otherwise.
     """
     if fast and backend() == "cpu":
         return _Path(cpu, lrn_and_pool_in_one_call=True)
     if fast and backend() == "gpu":
-        return _Path(gpu, groups_in_one_call=os.environ.get("ALEXNET_SPLIT_GROUPS") != "1")
+        split = os.environ.get("ALEXNET_SPLIT_GROUPS") == "1" or _partitioned_by_xla()
+        return _Path(gpu, groups_in_one_call=not split)
     return _Path(reference)
+
+
+def _partitioned_by_xla() -> bool:
+    """Return whether XLA may split arrays over devices: on several, outside `shard_map`.
+
+    There the kernel's gradient of a convolution with `feature_group_count` is multiplied by
+    the size of a mesh axis that does not split the batch (jax 0.10 and 0.11).
+    """
+    return jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes
 
 
 def exchanges_in_background() -> bool:
@@ -256,9 +267,9 @@ def grouped_conv(
     part of the output channels: with groups=2 the kernels of conv2, conv4 and conv5
     "take as input only those kernel maps which reside on the same GPU"
     (Krizhevsky et al. 2012, sections 3.2 and 3.5). On a GPU it is one convolution, by
-    XLA's `feature_group_count`. Elsewhere it is one per group: `feature_group_count`
-    has a slow gradient on a CPU. Its gradient under `jit` with sharded examples (without
-    `shard_map`) gathers the whole batch on every device.
+    XLA's `feature_group_count`. It is one per group on a CPU, where `feature_group_count`
+    has a slow gradient, and outside `shard_map` on several devices, where XLA may compute a
+    wrong one. There the gradient of sharded examples gathers the whole batch on every device.
 
     Args:
       x: inputs [B, H, W, Cin].
