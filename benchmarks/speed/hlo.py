@@ -29,7 +29,6 @@ PARTS = {
     "convolution": ("grouped_conv", "_conv"),
     "fully connected": ("_dense", "_classifier", "matmul"),
     "augmentation": ("train_images",),
-    "gradient exchange": ("sum_gradients",),
     "update": ("/update/",),
 }
 OTHER = "other"

@@ -99,6 +99,16 @@ class Trainer:
         return float(metrics["loss"])
 
 
+def logits_of(model: AlexNet) -> Callable[..., jax.Array]:
+    """Return a function of (variables, raw images, mean image) that `classifier` calls."""
+
+    def call(variables: Any, raw: jax.Array, mean: jax.Array) -> Any:
+        images = augment.eval_images(raw, mean_image=mean, crop_size=CROP)
+        return model.apply(variables, images)
+
+    return call
+
+
 def classifier(setting: Setting) -> Callable[[], jax.Array]:
     """Return a call that classifies the batch `setting.steps` times, to logits."""
     model = network(setting)
@@ -107,13 +117,8 @@ def classifier(setting: Setting) -> Callable[[], jax.Array]:
     example = jnp.zeros((1, CROP, CROP, 3), jnp.float32)
     variables = jax.jit(model.init)(jax.random.key(0), example)
 
-    @ops.jit
-    def logits_of(variables: Any, raw: jax.Array, mean: jax.Array) -> Any:
-        images = augment.eval_images(raw, mean_image=mean, crop_size=CROP)
-        return model.apply(variables, images)
-
     with precision(setting):
-        compiled = logits_of.lower(variables, raw, mean).compile()
+        compiled = ops.jit(logits_of(model)).lower(variables, raw, mean).compile()
 
     def call() -> jax.Array:
         logits = raw
