@@ -796,6 +796,16 @@ def test_kernel_gradient_of_groups_on_a_sharded_batch_equals_one_device(backend)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+def test_gpu_convolves_groups_in_one_call_under_shard_map():
+    mesh = make_mesh(data=2)
+    x, kernel = jnp.ones((4, 6, 6, 4)), jnp.ones((3, 3, 2, 6))
+    conv = functools.partial(ops.grouped_conv, groups=2)
+    with ops.compiling_for("gpu"):
+        split = jax.shard_map(conv, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
+        assert "feature_group_count = 2" in lowered_text(split, x, kernel)
+        assert "feature_group_count = 2" not in lowered_text(conv, x, kernel)
+
+
 @ALL_FORMS
 def test_column_kernels_under_shard_map(fast):
     """Split kernels over "column" and examples over "data": each lacks an axis."""
