@@ -163,7 +163,7 @@ def meshes(
                 raise ValueError(reason)
             parallel.check_mode(variant, mode, column)
             if batch % shards:
-                raise ValueError(f"{batch} images do not divide by {shards}")
+                raise ValueError(f"{batch} images do not divide by {shards}; use a multiple")
             found.append((mode, data, column))
         except ValueError as error:
             left_out.append(f"{mode}: {error}")

@@ -55,7 +55,7 @@ def test_modes_that_do_not_fit_have_a_reason(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 3)
     config = config_on("columns", 1, 2)
     _, left_out = describe.meshes(config, network_of(config), 3)
-    assert left_out[0] == "data: 128 images do not divide by 3"
+    assert left_out[0] == "data: 128 images do not divide by 3; use a multiple"
     assert "4096 units of fc6 do not divide by 3" in left_out[1]
 
 
