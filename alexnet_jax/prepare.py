@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import functools
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +61,7 @@ def _count(text: str) -> int:
     return value
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(
         prog="prepare",
         description=__doc__,
@@ -188,15 +187,15 @@ COMMANDS = {
 }
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status, 1 after a user error."""
 
     def run() -> bool:
-        options = _parse(argv[1:])
+        options = _parse(argv)
         return COMMANDS[options.command](options)
 
     return exit_status(run)
 
 
 if __name__ == "__main__":
-    signals.run(lambda: main(sys.argv))
+    signals.run(main)

@@ -159,7 +159,7 @@ def write_records(path: Path, records: Sequence[bytes]) -> None:
 def imagenet(source: Path, data_dir: Path, *options: str) -> int:
     """Run `prepare imagenet`; return its exit status."""
     arguments = ["imagenet", f"--source={source}", f"--data_dir={data_dir}"]
-    return prepare.main(["prepare", *arguments, *options])
+    return prepare.main([*arguments, *options])
 
 
 def records(data_dir: Path, split: str) -> dict[str, tuple[int, bytes]]:

@@ -163,7 +163,7 @@ def test_statistics_of_other_data_are_found(data_dir, tmp_path):
 
 def test_command_draws_a_contact_sheet_and_exits_with_1(data_dir, tmp_path, capsys):
     out = tmp_path / "sheet.png"
-    arguments = ["prepare", "check", f"--data_dir={data_dir}"]
+    arguments = ["check", f"--data_dir={data_dir}"]
     assert prepare.main([*arguments, f"--out={out}"]) == 1
     output = capsys.readouterr().out
     assert "WRONG  train: 18 images, ILSVRC-2012 has 1,281,167" in output

@@ -27,7 +27,7 @@ TRAIN_TAR, VALIDATION_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 
 
 def test_missing_originals_give_one_message(tmp_path, capsys):
-    assert prepare.main(["prepare", "imagenet", f"--data_dir={tmp_path}"]) == 1
+    assert prepare.main(["imagenet", f"--data_dir={tmp_path}"]) == 1
     assert "--source is missing" in capsys.readouterr().err
     for source, found in ((tmp_path / "no", "does not exist"), (tmp_path, "found in")):
         assert imagenet(source, tmp_path) == 1

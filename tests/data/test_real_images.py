@@ -33,7 +33,7 @@ def test_imagenet_archives_prepare_with_the_official_labels(data_dir, tmp_path):
     if not (source / "ILSVRC2012_img_val.tar").exists():
         pytest.skip(f"there are no archives in {source}")
     arguments = ["imagenet", f"--source={source}", f"--data_dir={tmp_path}"]
-    assert prepare.main(["prepare", *arguments]) == 0
+    assert prepare.main([*arguments]) == 0
     images, labels = {}, {}
     for split, count in (("train", 1000), ("validation", 300)):
         small = open_source("imagenet2012_256", split, data_dir=str(tmp_path), image_size=32)

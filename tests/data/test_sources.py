@@ -176,7 +176,7 @@ def test_left_out_files_are_counted_in_a_warning(tmp_path, capsys):
     assert source._files == ["10.PNG", "2.png", "1.avif"]
     common = [f"--source=folder:{tmp_path}", "--image_size=8"]
     common += ["--eval_split=test", f"--out={tmp_path / 'sheet.png'}"]
-    prepare.main(["prepare", "check", *common])
+    prepare.main(["check", *common])
     said = capsys.readouterr().out
     for split in ("train", "test"):
         left_out = "3.jpg, a/deep, a/notes.txt, b/1.heic, b/x"
@@ -346,7 +346,7 @@ def test_damaged_data_set_gives_one_message(damage, command, words, tmp_path, mo
         assert imagenet(root, new) == 1
     else:
         arguments = ["--source=imagenet2012", f"--data_dir={tmp_path}"]
-        assert prepare.main(["prepare", command, *arguments]) == 1
+        assert prepare.main([command, *arguments]) == 1
     error = capsys.readouterr().err
     assert words in error and str(root) in error and error.count("\n") == 1
     assert "repare" in error and "again" in error

@@ -96,7 +96,7 @@ def test_unusable_file_is_refused(tmp_path):
 def test_command_stores_statistics_beside_the_data(folder, capsys):
     (folder / "val").symlink_to("train")
     arguments = ["--image_size=16", "--split=val", f"--source=folder:{folder}"]
-    assert prepare.main(["prepare", "statistics", *arguments]) == 0
+    assert prepare.main(["statistics", *arguments]) == 0
     path = folder / "statistics_16_val.npz"
     assert str(path) in capsys.readouterr().out
     assert statistics.load(path).num_examples == 9
@@ -116,6 +116,6 @@ def test_command_stores_statistics_beside_the_data(folder, capsys):
     ],
 )
 def test_mistakes_on_the_command_line_give_one_message(arguments, message, capsys):
-    assert prepare.main(["prepare", *arguments]) == 1
+    assert prepare.main([*arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error

@@ -22,8 +22,6 @@ ROOT = Path(__file__).parents[2]
 
 def exit_status(module, arguments, monkeypatch):
     """Return the exit status of a command."""
-    if module is prepare:
-        return prepare.main(["prepare", *arguments])
     if module is not main:
         return module.main(arguments)
     argv = ["main", "--config=configs/folder.py", *arguments]

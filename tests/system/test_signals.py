@@ -117,7 +117,7 @@ def test_interrupted_preparation_leaves_no_data(tmp_path, monkeypatch, capfd):
 
     monkeypatch.setattr(builder.Builder, "_generate_examples", draw_and_be_stopped)
     with pytest.raises(signals.Interrupted), signals.interrupts():
-        prepare.main(["prepare", "textures", f"--data_dir={tmp_path}"])
+        prepare.main(["textures", f"--data_dir={tmp_path}"])
     assert STOPPED.format("SIGTERM") in capfd.readouterr().err
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [path for path in files if path.stat().st_size] == []
