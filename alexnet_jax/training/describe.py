@@ -156,11 +156,12 @@ def meshes(
         shards = parallel.batch_shards(data, column, mode)
         try:
             if mode != own and (data * column != devices or (mode, column) == ("columns", 1)):
-                reason = "the network has one column; choose one with several"
-                if variant.columns > 1:
-                    split = f"{devices} devices do not divide by {variant.columns} columns"
-                    reason = f"{split}; use a multiple of {variant.columns}"
-                raise ValueError(reason)
+                count = variant.columns
+                if count == 1:
+                    raise ValueError("the network has one column; choose one with several")
+                raise ValueError(
+                    f"{devices} devices do not divide by {count} columns; use a multiple"
+                )
             parallel.check_mode(variant, mode, column)
             if batch % shards:
                 raise ValueError(f"{batch} images do not divide by {shards}; use a multiple")

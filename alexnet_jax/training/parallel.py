@@ -61,7 +61,7 @@ def make_mesh(data: int, column: int = 1) -> Mesh:
     each = [sum(d.process_index == i for d in devices) for i in range(processes)]
     if len(set(each)) > 1:
         raise ValueError(
-            f"The processes have {', '.join(map(str, each))} devices; expected as many for each. "
+            f"The processes have {', '.join(map(str, each))} devices; expected the same number. "
             "Set --local_device_ids or --cpu_devices."
         )
     found = f"{len(devices)} ({devices[0].platform})"

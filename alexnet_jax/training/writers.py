@@ -156,7 +156,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if record is not None:
             records.append({k: math.nan if v is None else v for k, v in record.items()})
         elif number < len(lines):
-            raise ValueError(f"{path}, line {number} is not a record: {line!r}. Delete it.")
+            raise ValueError(f"{path}, line {number} is not a record: {line!r}. Delete this line.")
     return records
 
 

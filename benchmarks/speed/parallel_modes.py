@@ -170,7 +170,7 @@ def table_beside_one_weird_trick(rows: list[dict[str, Any]]) -> str:
 def page(found: dict[str, Any]) -> str:
     """Return modes.md, the tables of modes.json."""
     rows = found["rows"]
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    software = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     share = "share of a step spent computing (communication time)"
     tables = {
         "MB sent per device and step, and memory per device": table_of_bytes(rows),
@@ -180,7 +180,7 @@ def page(found: dict[str, Any]) -> str:
     }
     return (
         f"# parallel_modes ({found['date']})\n\n    {COMMAND}\n\n"
-        f"{found['machine']}; {versions}; {found['images_a_device']} images per device\n\n"
+        f"{found['machine']}; {software}; {found['images_a_device']} images per device\n\n"
         "The bytes and the memory are read from compiled programs. The times are calculated, not\n"
         "measured ([assumptions](../../../docs/parallelism.md#from-2-to-1024-devices-by-calculation)).\n"
         "The best mode is in bold.\n"

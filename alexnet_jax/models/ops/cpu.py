@@ -306,7 +306,6 @@ def _in_parts(function: Callable[..., Any], shape: tuple[int, ...], *arrays: Any
 
 def _in_place(function: Callable[..., jax.Array], x: jax.Array, *arrays: Any) -> jax.Array:
     """Return function(x, *arrays) as `_in_parts`, in the memory of x if x is not used again."""
-
     if not x.size:
         return x
 
